@@ -1,0 +1,69 @@
+"""Joint Embedding Variational Bayes: the functional API, names only.
+
+The densities and the objective are pure functions of arrays and need no network framework. The faces
+for distrax are loaded on first use, because distrax imports TensorFlow Probability.
+"""
+
+from typing import TYPE_CHECKING
+
+from jevb_jax.distributions import (
+    directional_log_prob,
+    gaussian_kl_divergence,
+    power_spherical_entropy,
+    power_spherical_log_prob,
+    radial_log_prob,
+    student_t_log_prob,
+    von_mises_fisher_log_prob,
+)
+from jevb_jax.objective import (
+    ElboTerms,
+    View,
+    conditional_elbo,
+    embedding_log_prob,
+    importance_weighted_bound,
+    likelihood_scale,
+    symmetric_elbo,
+)
+from jevb_jax.sphere import polar_decomposition
+
+if TYPE_CHECKING:
+    from jevb_jax.distrax_faces import (
+        PowerSpherical,
+        SphericalStudentT,
+        gaussian_posterior,
+        gaussian_prior,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ElboTerms",
+    "PowerSpherical",
+    "SphericalStudentT",
+    "View",
+    "conditional_elbo",
+    "directional_log_prob",
+    "embedding_log_prob",
+    "gaussian_kl_divergence",
+    "gaussian_posterior",
+    "gaussian_prior",
+    "importance_weighted_bound",
+    "likelihood_scale",
+    "polar_decomposition",
+    "power_spherical_entropy",
+    "power_spherical_log_prob",
+    "radial_log_prob",
+    "student_t_log_prob",
+    "symmetric_elbo",
+    "von_mises_fisher_log_prob",
+]
+
+_DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
+
+
+def __getattr__(name: str) -> object:
+    if name in _DISTRAX_NAMES:
+        from jevb_jax import distrax_faces
+
+        return getattr(distrax_faces, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

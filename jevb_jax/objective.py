@@ -1,0 +1,424 @@
+"""The JEVB objective: conditional and symmetric ELBO, importance-weighted bound.
+
+One view's posterior explains the other view's embedding, whose gradient is stopped:
+
+    elbo(t | s) = E_q(z|s)[ log p_dir(u_t | z) + log p_rad(r_t | z) ] - KL( q(z|s) || p(z) )
+
+Everything is per example, `[batch]`, in nats. The reduction over the batch belongs to the caller.
+Equation numbers are those of `docs/mathematics.md`.
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import distributions, sphere
+
+ScaleUnits = Literal["sphere", "unit"]
+SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
+
+
+class ElboTerms(NamedTuple):
+    """Terms of a bound, one value for each example, `[batch]`, nats.
+
+    Attributes:
+      directional_log_likelihood: `E_q[log p_dir]`, larger is better.
+      radial_log_likelihood: `E_q[log p_rad]`, larger is better.
+      kl: `KL(q || p)`, at least zero.
+      radial_weight: weight of the radial term in the training objective.
+      kl_weight: weight of the KL in the training objective.
+    """
+
+    directional_log_likelihood: Array
+    radial_log_likelihood: Array
+    kl: Array
+    radial_weight: Array
+    kl_weight: Array
+
+    @property
+    def log_likelihood(self) -> Array:
+        """Directional plus radial, `[batch]`, nats, larger is better."""
+        return self.directional_log_likelihood + self.radial_log_likelihood
+
+    @property
+    def elbo(self) -> Array:
+        """The bound: both weights one, whatever was trained with. `[batch]`, larger is better."""
+        return self.log_likelihood - self.kl
+
+    @property
+    def weighted_elbo(self) -> Array:
+        """What training maximises, `[batch]`, nats: the bound when both weights are one."""
+        return (
+            self.directional_log_likelihood
+            + self.radial_weight * self.radial_log_likelihood
+            - self.kl_weight * self.kl
+        )
+
+
+class View(NamedTuple):
+    """One view of a batch, as the networks give it.
+
+    Attributes:
+      embedding: `[batch, D]`, `h`.
+      posterior_mean: `[batch, D]`, of `q(z | h)`.
+      posterior_scale: `[batch, D]`, its standard deviations, positive.
+    """
+
+    embedding: Array
+    posterior_mean: Array
+    posterior_scale: Array
+
+
+class HasView(Protocol):
+    """Anything with the three attributes of `View`."""
+
+    @property
+    def embedding(self) -> Array:
+        """`[batch, D]`."""
+        ...
+
+    @property
+    def posterior_mean(self) -> Array:
+        """`[batch, D]`."""
+        ...
+
+    @property
+    def posterior_scale(self) -> Array:
+        """`[batch, D]`."""
+        ...
+
+
+def likelihood_scale(posterior_scale: ArrayLike, *, scale_units: ScaleUnits = "sphere") -> Array:
+    """The tied scale of the directional term, `s_i = c_D sigma_i` (docs eq. 11).
+
+    Args:
+      posterior_scale: `[..., D]`, standard deviations of the latent.
+      scale_units: "sphere": `c_D = 1/sqrt(D)`, the length of a latent deviation on the unit sphere,
+        since the prior's radius is near `sqrt(D)`. "unit": `c_D = 1`.
+
+    Returns:
+      `[..., D]`.
+
+    Raises:
+      ValueError: unknown `scale_units`.
+    """
+    if scale_units not in SCALE_UNITS:
+        raise ValueError(f"scale_units must be one of {SCALE_UNITS}, got {scale_units!r}")
+    (scale,) = sphere.at_least_float32(posterior_scale)
+    return scale / float(np.sqrt(scale.shape[-1])) if scale_units == "sphere" else scale
+
+
+def _likelihood_terms(
+    target_embedding: Array,
+    latent: Array,
+    scale_diag: Array,
+    *,
+    df: ArrayLike,
+    radial_df: ArrayLike,
+    radial_scale: ArrayLike,
+    coordinates: sphere.Coordinates,
+    space: distributions.Space,
+) -> tuple[Array, Array]:
+    """`log p_dir(u | m, s)` and `log p_rad(r | rho)`, each `[...]`, of targets given latents."""
+    direction, radius = sphere.polar_decomposition(target_embedding)
+    loc, latent_radius = sphere.polar_decomposition(latent)
+    directional = distributions.directional_log_prob(
+        direction, loc=loc, scale_diag=scale_diag, df=df, coordinates=coordinates
+    )
+    radial = distributions.radial_log_prob(
+        radius, loc=latent_radius, scale=radial_scale, df=radial_df, space=space
+    )
+    return directional, radial
+
+
+def embedding_log_prob(
+    embedding: ArrayLike,
+    latent: ArrayLike,
+    *,
+    scale_diag: ArrayLike,
+    df: ArrayLike,
+    radial_df: ArrayLike,
+    radial_scale: ArrayLike,
+    coordinates: sphere.Coordinates = "chordal",
+    space: distributions.Space = "log",
+) -> Array:
+    """`log p(h | z)` as a density in `R^D`, with the polar Jacobian `-(D - 1) log r` (docs eq. 12).
+
+    The training objective leaves the Jacobian out: it is constant in the parameters.
+
+    Args:
+      embedding: `[..., D]`, `h`, not the zero vector, where the density is infinite.
+      latent: `[..., D]`, `z`.
+      scale_diag: `[..., D]`, scale of the directional term, in units of the sphere.
+      df: degrees of freedom of the directional term.
+      radial_df: degrees of freedom of the radial term.
+      radial_scale: scale of the radial term.
+      coordinates: see `directional_log_prob`.
+      space: see `radial_log_prob`.
+
+    Returns:
+      `[...]`, nats.
+    """
+    embedding, latent, scale_diag = sphere.at_least_float32(embedding, latent, scale_diag)
+    directional, radial = _likelihood_terms(
+        embedding,
+        latent,
+        scale_diag,
+        df=df,
+        radial_df=radial_df,
+        radial_scale=radial_scale,
+        coordinates=coordinates,
+        space=space,
+    )
+    radius = jnp.maximum(sphere.safe_norm(embedding), float(jnp.finfo(embedding.dtype).tiny))
+    return directional + radial - (embedding.shape[-1] - 1) * jnp.log(radius)
+
+
+def _example_keys(key: Array, batch: int) -> Array:
+    """One typed key for each example, so that its draw does not depend on its neighbours."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.random.split(key, batch)
+    if key.shape != (batch,):
+        raise ValueError(
+            f"key must be one key or one for each of the {batch} examples, got shape {key.shape}"
+        )
+    return key
+
+
+def _check_posterior(target_embedding: Array, mean: Array, scale: Array) -> None:
+    if not mean.ndim == 2 or not target_embedding.shape == mean.shape == scale.shape:
+        raise ValueError(
+            "target_embedding, posterior_mean and posterior_scale must share one shape [batch, D], "
+            f"got {target_embedding.shape}, {mean.shape} and {scale.shape}"
+        )
+
+
+def _check_num_samples(num_samples: int) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
+def _standard_normal(key: Array, num_samples: int, like: Array) -> Array:
+    """`[num_samples, batch, D]` standard normal noise of the dtype of `like` `[batch, D]`."""
+    draw = jax.vmap(lambda k: jax.random.normal(k, (num_samples, like.shape[-1]), like.dtype))
+    return jnp.swapaxes(draw(_example_keys(key, like.shape[0])), 0, 1)
+
+
+def conditional_elbo(
+    key: Array,
+    target_embedding: ArrayLike,
+    posterior_mean: ArrayLike,
+    posterior_scale: ArrayLike,
+    *,
+    df: ArrayLike,
+    radial_df: ArrayLike,
+    radial_scale: ArrayLike,
+    scale_units: ScaleUnits = "sphere",
+    prior_scale: ArrayLike = 1.0,
+    coordinates: sphere.Coordinates = "chordal",
+    space: distributions.Space = "log",
+    num_samples: int = 1,
+    kl_weight: ArrayLike = 1.0,
+    radial_weight: ArrayLike = 1.0,
+) -> ElboTerms:
+    """ELBO of target embeddings given the source view's posterior (docs eq. 13).
+
+    The target's gradient is stopped here. The polar Jacobian of the target is left out.
+
+    Args:
+      key: one key, or `[batch]` keys, one for each example; consumed.
+      target_embedding: `[batch, D]`, `h_t`, `D >= 3`.
+      posterior_mean: `[batch, D]`, of `q(z | h_s)`.
+      posterior_scale: `[batch, D]`, its standard deviations, positive; also the directional scale.
+      df: degrees of freedom of the directional term: positive, `inf` is the Gaussian.
+      radial_df: degrees of freedom of the radial term.
+      radial_scale: scale of the radial term, positive.
+      scale_units: units of the tied scale, see `likelihood_scale`.
+      prior_scale: standard deviation of the prior.
+      coordinates: see `directional_log_prob`.
+      space: see `radial_log_prob`.
+      num_samples: reparameterised draws of `z` averaged over.
+      kl_weight: weight of the KL in `weighted_elbo`, a number or `[batch]`.
+      radial_weight: weight of the radial term in `weighted_elbo`, a number or `[batch]`.
+
+    Returns:
+      `ElboTerms` of `[batch]` arrays.
+
+    Raises:
+      ValueError: shapes that differ, `D < 3`, `num_samples < 1`, a setting that does not exist.
+    """
+    target, mean, scale = sphere.at_least_float32(target_embedding, posterior_mean, posterior_scale)
+    _check_posterior(target, mean, scale)
+    _check_num_samples(num_samples)
+    target = jax.lax.stop_gradient(target)
+    scale_diag = likelihood_scale(scale, scale_units=scale_units)
+
+    def sample_terms(noise: Array) -> tuple[Array, Array]:
+        return _likelihood_terms(
+            target,
+            mean + scale * noise,
+            scale_diag,
+            df=df,
+            radial_df=radial_df,
+            radial_scale=radial_scale,
+            coordinates=coordinates,
+            space=space,
+        )
+
+    directional, radial = jax.vmap(sample_terms)(_standard_normal(key, num_samples, mean))
+    batch_shape = mean.shape[:-1]
+    return ElboTerms(
+        directional_log_likelihood=jnp.mean(directional, axis=0),
+        radial_log_likelihood=jnp.mean(radial, axis=0),
+        kl=distributions.gaussian_kl_divergence(mean, scale, prior_scale=prior_scale),
+        radial_weight=jnp.broadcast_to(jnp.asarray(radial_weight, mean.dtype), batch_shape),
+        kl_weight=jnp.broadcast_to(jnp.asarray(kl_weight, mean.dtype), batch_shape),
+    )
+
+
+def symmetric_elbo(
+    key: Array | tuple[Array, Array],
+    view_1: HasView,
+    view_2: HasView,
+    *,
+    df: ArrayLike,
+    radial_df: ArrayLike,
+    radial_scale: ArrayLike,
+    scale_units: ScaleUnits = "sphere",
+    prior_scale: ArrayLike = 1.0,
+    coordinates: sphere.Coordinates = "chordal",
+    space: distributions.Space = "log",
+    num_samples: int = 1,
+    kl_weight: ArrayLike = 1.0,
+    radial_weight: ArrayLike = 1.0,
+) -> ElboTerms:
+    """Mean of `elbo(2 | 1)` and `elbo(1 | 2)`, term by term (docs eq. 14).
+
+    The training loss is `-mean(weighted_elbo) / D`, nats per dimension.
+
+    Args:
+      key: one key; or `[batch]` keys; or a pair of either, of which the first samples the posterior of
+        `view_1` and the second that of `view_2`.
+      view_1: embedding, posterior_mean and posterior_scale, each `[batch, D]`.
+      view_2: the same for the other view.
+      df: see `conditional_elbo`, also for all that follow.
+      radial_df: degrees of freedom of the radial term.
+      radial_scale: scale of the radial term, positive.
+      scale_units: units of the tied scale.
+      prior_scale: standard deviation of the prior.
+      coordinates: coordinates of the directional term.
+      space: space of the radial term.
+      num_samples: draws for each posterior.
+      kl_weight: weight of the KL in `weighted_elbo`.
+      radial_weight: weight of the radial term in `weighted_elbo`.
+
+    Returns:
+      `ElboTerms` of `[batch]` arrays.
+
+    Raises:
+      ValueError: as `conditional_elbo`.
+    """
+    if isinstance(key, tuple):
+        key_1, key_2 = key
+    else:
+        keys = _example_keys(key, view_1.embedding.shape[0])
+        pairs = jax.vmap(jax.random.split)(keys)
+        key_1, key_2 = pairs[:, 0], pairs[:, 1]
+
+    def direction_elbo(sample_key: Array, source: HasView, target: HasView) -> ElboTerms:
+        return conditional_elbo(
+            sample_key,
+            target.embedding,
+            source.posterior_mean,
+            source.posterior_scale,
+            df=df,
+            radial_df=radial_df,
+            radial_scale=radial_scale,
+            scale_units=scale_units,
+            prior_scale=prior_scale,
+            coordinates=coordinates,
+            space=space,
+            num_samples=num_samples,
+            kl_weight=kl_weight,
+            radial_weight=radial_weight,
+        )
+
+    elbo_2_given_1 = direction_elbo(key_1, view_1, view_2)
+    elbo_1_given_2 = direction_elbo(key_2, view_2, view_1)
+    return jax.tree.map(lambda a, b: (a + b) / 2, elbo_2_given_1, elbo_1_given_2)
+
+
+def importance_weighted_bound(
+    key: Array,
+    embedding: ArrayLike,
+    posterior_mean: ArrayLike,
+    posterior_scale: ArrayLike,
+    *,
+    num_samples: int,
+    df: ArrayLike,
+    radial_df: ArrayLike,
+    radial_scale: ArrayLike,
+    scale_units: ScaleUnits = "sphere",
+    prior_scale: ArrayLike = 1.0,
+    coordinates: sphere.Coordinates = "chordal",
+    space: distributions.Space = "log",
+) -> Array:
+    """`log 1/K sum_k p(h | z_k) p(z_k) / q(z_k | h)` (docs eq. 15; Burda et al. 2016, eq. 8).
+
+    Its expectation is the ELBO at `K = 1` and rises with `K` towards `log p(h)`. The scale of the
+    likelihood is the posterior's, tied, and held for all `z`. The polar Jacobian is left out, as in
+    training. No gradient is stopped.
+
+    Args:
+      key: one key, or `[batch]` keys; consumed.
+      embedding: `[batch, D]`, `h`.
+      posterior_mean: `[batch, D]`.
+      posterior_scale: `[batch, D]`, positive.
+      num_samples: `K`.
+      df: see `conditional_elbo`, also for all that follow.
+      radial_df: degrees of freedom of the radial term.
+      radial_scale: scale of the radial term, positive.
+      scale_units: units of the tied scale.
+      prior_scale: standard deviation of the prior.
+      coordinates: coordinates of the directional term.
+      space: space of the radial term.
+
+    Returns:
+      `[batch]`, nats, larger is better.
+
+    Raises:
+      ValueError: as `conditional_elbo`.
+    """
+    embedding, mean, scale, prior_scale = sphere.at_least_float32(
+        embedding, posterior_mean, posterior_scale, prior_scale
+    )
+    _check_posterior(embedding, mean, scale)
+    _check_num_samples(num_samples)
+    scale_diag = likelihood_scale(scale, scale_units=scale_units)
+
+    def log_weight(noise: Array) -> Array:
+        latent = mean + scale * noise
+        directional, radial = _likelihood_terms(
+            embedding,
+            latent,
+            scale_diag,
+            df=df,
+            radial_df=radial_df,
+            radial_scale=radial_scale,
+            coordinates=coordinates,
+            space=space,
+        )
+        # log p(z) - log q(z), in which the constants of the two Gaussians cancel.
+        log_ratio = (
+            jnp.square(noise) - jnp.square(latent / prior_scale) + 2 * jnp.log(scale / prior_scale)
+        )
+        return directional + radial + jnp.sum(log_ratio, axis=-1) / 2
+
+    log_weights = jax.vmap(log_weight)(_standard_normal(key, num_samples, mean))
+    return jax.nn.logsumexp(log_weights, axis=0) - float(np.log(num_samples))

@@ -1,0 +1,148 @@
+"""Special functions that stay accurate in float32 over the whole range of the densities.
+
+A plain `lgamma(a + b) - lgamma(a)` in float32 is off by 0.02 at a = 1e5 and by 0.9 at a = 1e7; each
+function here keeps its relative error near the rounding error and is smooth into `a = inf`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+_ATANH_TERMS = 16
+_STIRLING_SHIFT = 8
+# B_2k / (2k (2k-1)): the Binet series of lgamma, below 1e-16 for arguments from _STIRLING_SHIFT up.
+_STIRLING = (
+    1 / 12,
+    -1 / 360,
+    1 / 1260,
+    -1 / 1680,
+    1 / 1188,
+    -691 / 360360,
+    1 / 156,
+    -3617 / 122400,
+)
+
+
+def log1p_second_ratio(x: Array) -> Array:
+    """`(log(1 + x) - x) / x^2` for `x >= 0`, with value -1/2 at zero.
+
+    Up to one, `log(1 + x) = 2 atanh(x / (2 + x))` with its leading terms cancelled on paper; above,
+    as written.
+    """
+    is_small = x < 1
+    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    small = jnp.where(is_small, x, jnp.zeros_like(x))
+    large = jnp.where(is_small, jnp.ones_like(x), x)
+    inverse = 1 / (2 + small)
+    ratio = small * inverse
+    coefficients = [1 / (2 * k + 3) for k in reversed(range(_ATANH_TERMS))]
+    tail = jnp.polyval(jnp.asarray(coefficients, x.dtype), jnp.square(ratio))
+    series = 2 * ratio * jnp.square(inverse) * tail - inverse
+    return jnp.where(is_small, series, (jnp.log1p(large) / large - 1) / large)
+
+
+def log1p_ratio(x: Array) -> Array:
+    """`log(1 + x) / x` for `x >= 0`, with value 1 and slope -1/2 at zero."""
+    is_small = x < 1
+    large = jnp.where(is_small, jnp.ones_like(x), x)
+    small = jnp.where(is_small, x, jnp.zeros_like(x))
+    return jnp.where(is_small, 1 + small * log1p_second_ratio(small), jnp.log1p(large) / large)
+
+
+def _stirling_correction(inverse: Array) -> Array:
+    """`lgamma(z) - [(z - 1/2) log z - z + log(2 pi)/2]` at `z = 1 / inverse`."""
+    return inverse * jnp.polyval(jnp.asarray(_STIRLING[::-1], inverse.dtype), jnp.square(inverse))
+
+
+def log_gamma_ratio(a: Array, b: Array) -> Array:
+    """`lgamma(a + b) - lgamma(a) - b log(a)`, which tends to zero as `a -> inf`.
+
+    Recurrence moves `a` up by eight, where the Stirling series holds; the logarithms that a plain
+    difference would cancel are cancelled on paper.
+
+    Args:
+      a: positive or `inf`.
+      b: non-negative, finite, of the same shape.
+
+    Returns:
+      An array of that shape.
+    """
+    shifted_inverse = 1 / (a + _STIRLING_SHIFT)
+    x = b * shifted_inverse
+    stirling = (
+        b * x * log1p_second_ratio(x)
+        + (b - 0.5) * jnp.log1p(x)
+        + _stirling_correction(shifted_inverse / (1 + x))
+        - _stirling_correction(shifted_inverse)
+    )
+    inverse = 1 / a
+    recurrence = b * jnp.log1p(_STIRLING_SHIFT * inverse)
+    for k in range(_STIRLING_SHIFT):
+        recurrence = recurrence - jnp.log1p(b * (inverse / (1 + k * inverse)))
+    return stirling + recurrence
+
+
+def digamma_difference(a: Array, b: Array) -> Array:
+    """`digamma(a + b) - digamma(a)` without the cancellation at large `a`.
+
+    Args:
+      a: positive.
+      b: non-negative, finite, of the same shape.
+
+    Returns:
+      An array of that shape.
+    """
+    slope = jax.jvp(lambda x: log_gamma_ratio(x, b), (a,), (jnp.ones_like(a),))[1]
+    return slope + b / a
+
+
+# Debye polynomials u_1 ... u_4 of the uniform expansion of I_v (DLMF 10.41.10), in powers of t.
+_DEBYE = tuple(
+    np.array(list(reversed(coefficients)), np.float64) / divisor
+    for coefficients, divisor in (
+        ([0, 3, 0, -5], 24),
+        ([0, 0, 81, 0, -462, 0, 385], 1152),
+        ([0, 0, 0, 30375, 0, -369603, 0, 765765, 0, -425425], 414720),
+        (
+            [0, 0, 0, 0, 4465125, 0, -94121676, 0, 349922430, 0, -446185740, 0, 185910725],
+            39813120,
+        ),
+    )
+)
+_DEBYE_MIN_ORDER = 32
+
+
+def log_scaled_bessel_i(order: float, x: Array) -> Array:
+    """`log( I_order(x) exp(-x) / x^order )`, finite for every `x >= 0`.
+
+    The uniform (Debye) expansion at an order of at least 32, and from there the recurrence of the
+    ratios `I_(v+1) / I_v` downwards, the direction in which it is stable (DLMF 10.41.3, 10.29.1).
+
+    Args:
+      order: static, at least zero.
+      x: non-negative.
+
+    Returns:
+      An array of the shape of `x`. Relative error below 1e-8 in float64.
+    """
+
+    def debye(v: float) -> Array:
+        root = jnp.sqrt(v * v + jnp.square(x))
+        t = v / root
+        series = jnp.ones_like(x)
+        for k, polynomial in enumerate(_DEBYE, start=1):
+            series = series + jnp.polyval(jnp.asarray(polynomial, x.dtype), t) / v**k
+        # v * eta - x - v log x, with sqrt(v^2 + x^2) - x free of cancellation.
+        exponent = v * v / (root + x) - v * jnp.log(v + root)
+        return exponent - 0.5 * jnp.log(2 * np.pi * root) + jnp.log(series)
+
+    steps = max(0, int(np.ceil(_DEBYE_MIN_ORDER - order)))
+    top = order + steps
+    log_bessel = debye(top)
+    # ratio = I_(v+1)(x) / (x I_v(x)), which has no singularity at zero.
+    ratio = jnp.exp(debye(top + 1.0) - log_bessel)
+    for v in np.arange(top, order, -1.0):
+        ratio = 1 / (2 * v + jnp.square(x) * ratio)
+        log_bessel = log_bessel - jnp.log(ratio)
+    return log_bessel

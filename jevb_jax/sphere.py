@@ -1,0 +1,134 @@
+"""Geometry of the unit sphere: polar decomposition and tangent-space squared lengths.
+
+`D` is the embedding dimension, `S^(D-1)` the unit sphere, `u` a direction on it, `m` the location.
+Every function promotes bfloat16 and float16 to float32 and keeps float64.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+Coordinates = Literal["chordal", "stereographic"]
+COORDINATES: tuple[Coordinates, ...] = ("chordal", "stereographic")
+
+
+def at_least_float32(*values: ArrayLike) -> tuple[Array, ...]:
+    """Casts to one common float type, the widest given and float32 at least.
+
+    Args:
+      *values: numbers or arrays, of any real type. Python numbers never widen the result.
+
+    Returns:
+      The values as arrays of one float type.
+    """
+    dtype = jnp.result_type(jnp.float32, *values)
+    return tuple(jnp.asarray(value, dtype) for value in values)
+
+
+def safe_norm(x: Array) -> Array:
+    """Euclidean norm over the last axis; value and gradient are finite everywhere.
+
+    The vector is scaled by its largest entry first, so that squares neither overflow nor underflow.
+
+    Args:
+      x: `[..., D]`.
+
+    Returns:
+      `[...]`, zero (with zero gradient) at the zero vector.
+    """
+    (x,) = at_least_float32(x)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
+    is_zero = largest == 0
+    # Both `where`s are needed: the untaken branch of one alone would send NaN gradients back.
+    scale = jnp.where(is_zero, jnp.ones_like(largest), largest)
+    squared = jnp.sum(jnp.square(x / scale[..., None]), axis=-1)
+    norm = scale * jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared))
+    return jnp.where(is_zero, jnp.zeros_like(norm), norm)
+
+
+def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
+    """Splits vectors into direction and radius, `x = radius * direction` (docs eq. 1).
+
+    Args:
+      x: `[..., D]`, finite.
+
+    Returns:
+      direction: `[..., D]`, norm one; the zero vector at `x = 0`, where no direction exists.
+      radius: `[...]`, at least zero. Gradients of both are finite everywhere.
+    """
+    (x,) = at_least_float32(x)
+    radius = safe_norm(x)
+    divisor = jnp.where(radius > 0, radius, jnp.ones_like(radius))
+    return x / divisor[..., None], radius
+
+
+def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:
+    """`1 - c` and `1 + c` with `c = <loc, direction>`, each free of cancellation.
+
+    They are half the squared chords to `loc` and to its antipode; `1 - <m, u>` itself has no correct
+    digit left in float32 once the angle is under 1e-3.
+
+    Args:
+      direction: `[..., D]` unit vectors.
+      loc: `[..., D]` unit vectors.
+
+    Returns:
+      Two arrays `[...]`, each in `[0, 2]`.
+    """
+    one_minus = jnp.sum(jnp.square(direction - loc), axis=-1) / 2
+    one_plus = jnp.sum(jnp.square(direction + loc), axis=-1) / 2
+    return one_minus, one_plus
+
+
+def scaled_tangent_squared_length(
+    direction: ArrayLike, loc: ArrayLike, scale_diag: ArrayLike, *, coordinates: Coordinates
+) -> tuple[Array, Array]:
+    """`Q = sum_i (y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`.
+
+    Chordal (Lambert) coordinates have `|y| = |u - m|`, stereographic ones `|y| = 2 tan(angle / 2)`
+    (docs eq. 2 and 3). Both are `u - c m` times a factor of the angle.
+
+    At the antipode `u = -m` every tangent direction is as good as any other, so `Q` there is its mean
+    over them. A guard of one squared rounding error joins the two smoothly; it keeps
+    `|y|^2 = 2 (1 - c)` exactly, whatever the angle.
+
+    Args:
+      direction: `[..., D]` unit vectors `u`.
+      loc: `[..., D]` unit vectors `m`.
+      scale_diag: `[..., D]`, positive.
+      coordinates: "chordal" or "stereographic".
+
+    Returns:
+      squared_length: `[...]`, `Q`.
+      log_volume: `[...]`, `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalises
+        stereographic coordinates on the sphere.
+
+    Raises:
+      ValueError: `coordinates` is not one of the two.
+    """
+    if coordinates not in COORDINATES:
+        raise ValueError(f"coordinates must be one of {COORDINATES}, got {coordinates!r}")
+    u, m, s = at_least_float32(direction, loc, scale_diag)
+    n = u.shape[-1] - 1
+    one_minus, one_plus = cosine_complements(u, m)
+    guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** 2, u.dtype)
+    # u - c m, written from the nearer pole so that its rounding error shrinks with its length.
+    residual = jnp.where(
+        (one_minus < one_plus)[..., None],
+        (u - m) + one_minus[..., None] * m,
+        (u + m) - one_plus[..., None] * m,
+    )
+    mean_direction = (1 - jnp.square(m)) / n  # the average of e_i^2 over unit tangents e
+    squares = jnp.square(residual) + guard * one_minus[..., None] * mean_direction
+    # Divided before the sum: a small scale and a small residual must not meet in one overflow.
+    squared_length = jnp.sum(
+        squares / jnp.square(s) * (2 / (one_plus + guard))[..., None],
+        axis=-1,
+    )
+    log_volume = jnp.log(2 / (one_plus + guard))
+    if coordinates == "stereographic":
+        squared_length = squared_length * (2 / (one_plus + guard))
+    return squared_length, log_volume
