@@ -1,0 +1,939 @@
+"""Sources, splits and order: against scikit-learn, Pillow, NumPy, and TFDS's own writer."""
+
+import importlib
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+
+from jevb_jax import data
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def photos() -> np.ndarray:
+    """60 different 32x32 pieces of two real photographs, uint8 `[60, 32, 32, 3]`."""
+    pieces = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = load_sample_image(name)
+        rows = photo[: 32 * 13, : 32 * 20].reshape(13, 32, 20, 32, 3).swapaxes(1, 2)
+        pieces.append(rows.reshape(-1, 32, 32, 3)[::8][:30])
+    images = np.concatenate(pieces)
+    assert len(np.unique(images.reshape(60, -1), axis=0)) == 60
+    return images
+
+
+def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_folder(root: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
+    """Image i as PNG `root/c<label>/<i>.png`, or `root/<i>.png` without labels."""
+    for i, image in enumerate(images):
+        folder = root if labels is None else root / f"c{labels[i]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:03d}.png").write_bytes(encoded(image))
+
+
+def as_array_source(source: data.ImageSource) -> np.ndarray:
+    return np.stack([source[i] for i in range(len(source))])
+
+
+# --- Sources in memory ---
+
+
+def test_digits_are_scikit_learns():
+    bunch = load_digits(return_X_y=True)
+    source = data.digits()
+    assert len(source) == 1797
+    assert data.image_shape(source) == (8, 8, 1)
+    assert data.num_classes(source) == 10
+    np.testing.assert_array_equal(source.labels, bunch[1])
+    # Half a level of rounding of 255/16 levels each.
+    assert np.abs(source.images.reshape(1797, 64) - bunch[0] * 255 / 16).max() <= 0.5
+    assert (source.images.min(), source.images.max()) == (0, 255)
+
+
+def test_array_source_reads_by_index():
+    images = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
+    source = data.ArraySource(images, np.array([1, 0], np.uint8), ("a", "b", "c"))
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
+    assert data.num_classes(source) == 3
+    np.testing.assert_array_equal(source[1], images[1])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "names", "error", "message"),
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), None, None, TypeError, "uint8 images, got float32"),
+        (np.zeros((2, 4, 4), np.uint8), None, None, ValueError, "add a channel axis"),
+        (np.zeros((2, 4), np.uint8), None, None, ValueError, r"\[N, H, W, C\], got \(2, 4\)"),
+        (np.zeros((0, 4, 4, 3), np.uint8), None, None, ValueError, "no images"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], None, TypeError, "integer labels"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], None, ValueError, "each of the 2 images"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [[0, 1]], None, ValueError, "each of the 2 images"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, -1], None, ValueError, "-1 at index 1 is out of"),
+        (
+            np.zeros((2, 4, 4, 3), np.uint8),
+            [2, 0],
+            ("a", "b"),
+            ValueError,
+            r"2 at index 0 .*\[0, 2",
+        ),
+    ],
+)
+def test_array_source_refuses(images, labels, names, error, message):
+    labels = None if labels is None else np.asarray(labels)
+    with pytest.raises(error, match=message):
+        data.ArraySource(images, labels, names, name="mine")
+
+
+def test_subset_and_its_errors():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None]
+    source = data.ArraySource(images, np.array([0, 1, 2, 3, 4]))
+    subset = data.Subset(data.Subset(source, np.array([4, 2, 0])), np.array([2, 0]))
+    assert [int(subset[i].squeeze()) for i in range(2)] == [0, 4]
+    np.testing.assert_array_equal(subset.labels, [0, 4])
+    np.testing.assert_array_equal(data.gather(subset, np.array([1, 0])).squeeze(), [4, 0])
+    # The subset lacks classes, but they are still classes.
+    assert data.num_classes(data.Subset(source, np.array([0]))) == 5
+    for indices, error in [
+        ([5], ValueError),
+        ([-1], ValueError),
+        ([], TypeError),
+        ([0.0], TypeError),
+    ]:
+        with pytest.raises(error, match="expected"):
+            data.Subset(source, np.asarray(indices))
+        with pytest.raises(error, match="expected"):
+            data.gather(source, np.asarray(indices))
+    with pytest.raises(ValueError, match=r"\[M\], M >= 1"):
+        data.Subset(source, np.zeros((0,), np.int64))
+    with pytest.raises(ValueError, match="no labels"):
+        data.num_classes(data.ArraySource(images))
+
+
+# --- npz files ---
+
+
+def save(path: Path, **entries: object) -> Path:
+    np.savez(path, **entries)  # pyright: ignore[reportArgumentType]
+    return path
+
+
+def test_arrays_reads_and_concatenates(tmp_path, photos):
+    labels = np.arange(60) % 3
+    names = np.array(["x", "y", "z"])
+    first = save(tmp_path / "a.npz", images=photos[:40], labels=labels[:40], class_names=names)
+    second = tmp_path / "b.npz"
+    np.savez_compressed(
+        second, images=photos[40:], labels=labels[40:].astype(np.uint8), class_names=names, other=1
+    )
+    source = data.arrays([first, str(second)])
+    np.testing.assert_array_equal(source.images, photos)
+    np.testing.assert_array_equal(source.labels, labels)
+    assert source.class_names == ("x", "y", "z")
+    assert "a.npz" in source.name
+    assert "b.npz" in source.name
+    np.testing.assert_array_equal(data.arrays(first).images, photos[:40])
+    assert data.arrays(save(tmp_path / "c.npz", images=photos)).labels is None
+
+
+def test_arrays_names_the_file_that_is_wrong(tmp_path):
+    images = np.random.default_rng(0).integers(1, 256, (4, 8, 8, 3), np.uint8)
+    labels = np.zeros(4, np.int64)
+    good = save(tmp_path / "good.npz", images=images, labels=labels)
+    whole = good.read_bytes()
+    cases = {
+        "missing": ({"pixels": images}, ValueError, r"no entry `images`.*\['pixels'\]"),
+        "dtype": ({"images": images.astype(np.int32)}, TypeError, "got int32"),
+        "rank": ({"images": images[..., 0]}, ValueError, "channel axis"),
+        "empty": ({"images": images[:0], "labels": labels[:0]}, ValueError, "no images"),
+        "negative": ({"images": images, "labels": labels - 1}, ValueError, "out of range"),
+        "length": ({"images": images, "labels": labels[:3]}, ValueError, "each of the 4"),
+        "range": (
+            {"images": images, "labels": labels + 1, "class_names": ["a"]},
+            ValueError,
+            "out of",
+        ),
+        "float": ({"images": images, "labels": labels / 2}, TypeError, "integer labels"),
+        "object": ({"images": np.array([{}], object)}, ValueError, "cannot be read"),
+        "size": ({"images": images[:, :4], "labels": labels}, ValueError, "differing size"),
+        "unlabelled": ({"images": images}, ValueError, "has none"),
+        "names": (
+            {"images": images, "labels": labels, "class_names": ["a"]},
+            ValueError,
+            "class_names",
+        ),
+    }
+    for name, (entries, error, message) in cases.items():
+        path = save(tmp_path / f"{name}.npz", **entries)
+        with pytest.raises(error, match=message) as caught:
+            data.arrays([good, path])
+        assert str(path) in str(caught.value)
+    broken = {
+        "text": b"these are not arrays",
+        "truncated": whole[: len(whole) // 2],
+        "damaged": whole[:200] + bytes(50) + whole[250:],
+        "nothing": b"",
+    }
+    for name, content in broken.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read as an \.npz") as caught:
+            data.arrays([path])
+        assert str(path) in str(caught.value)
+    single = tmp_path / "single.npy"
+    np.save(single, images)
+    with pytest.raises(ValueError, match=r"single\.npy cannot be read.*single array"):
+        data.arrays([single])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
+        data.arrays(tmp_path / "nowhere.npz")
+    with pytest.raises(ValueError, match="at least one"):
+        data.arrays([])
+
+
+# --- Folders ---
+
+
+def triangle_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bilinear resampling in float64, straight from its definition."""
+
+    def weights(size_in: int, size_out: int) -> np.ndarray:
+        scale = size_in / size_out
+        centre = (np.arange(size_out)[:, None] + 0.5) * scale
+        distance = np.abs(np.arange(size_in)[None, :] + 0.5 - centre) / max(scale, 1.0)
+        tent = np.maximum(0.0, 1.0 - distance)
+        return tent / tent.sum(1, keepdims=True)
+
+    vertical, horizontal = weights(image.shape[0], height), weights(image.shape[1], width)
+    return np.einsum("ph,hwc,qw->pqc", vertical, image.astype(np.float64), horizontal)
+
+
+def test_folder_resizes_like_the_definition(tmp_path):
+    photo = load_sample_image("china.jpg")
+    sizes = [(90, 150), (150, 90), (91, 140), (37, 20), (48, 48), (48, 97), (64, 48)]
+    for i, (height, width) in enumerate(sizes):
+        Image.fromarray(photo[:height, :width]).save(tmp_path / f"{i}.png")
+    source = data.FolderSource(tmp_path, image_size=48)
+    assert source.labels is None
+    assert source.class_names is None
+    for i, (height, width) in enumerate(sizes):
+        new_height = 48 if height <= width else int(48 * height / width)
+        new_width = 48 if width <= height else int(48 * width / height)
+        resized = triangle_resize(photo[:height, :width], new_height, new_width)
+        top, left = round((new_height - 48) / 2), round((new_width - 48) / 2)
+        oracle = resized[top : top + 48, left : left + 48]
+        assert source[i].shape == (48, 48, 3)
+        # Pillow rounds to 8 bits after each of its two passes: half a level each, and fixed point.
+        assert np.abs(source[i] - oracle).max() <= 1.05
+
+
+def test_folder_layouts_and_formats(tmp_path, photos):
+    labels = np.arange(10) % 3
+    write_folder(tmp_path / "labelled", photos[:10], labels)
+    (tmp_path / "labelled" / "notes.txt").write_text("no image")
+    (tmp_path / "labelled" / ".cache").mkdir()
+    write_folder(tmp_path / "labelled" / "c1" / ".thumbnails", photos[:1], None)
+    (tmp_path / "labelled" / "c2" / "more").mkdir()
+    (tmp_path / "labelled" / "c2" / "008.png").rename(
+        tmp_path / "labelled" / "c2" / "more" / "008.png"
+    )
+    source = data.FolderSource(tmp_path / "labelled")
+    order = np.argsort(labels, kind="stable")
+    np.testing.assert_array_equal(as_array_source(source), photos[:10][order])
+    np.testing.assert_array_equal(source.labels, labels[order])
+    assert source.class_names == ("c0", "c1", "c2")
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    grey, rgb = photos[0, :, :, 0], photos[1]
+    Image.fromarray(grey).save(flat / "a_grey.PNG")
+    rgba = np.concatenate([rgb, np.full((32, 32, 1), 9, np.uint8)], -1)
+    Image.fromarray(rgba).save(flat / "b_alpha.png")
+    Image.fromarray(rgb).save(flat / "c.jpeg", quality=90)
+    palette = Image.fromarray(rgb).quantize(16)
+    palette.save(flat / "d_palette.png")
+    source = data.FolderSource(flat)
+    np.testing.assert_array_equal(source[0], np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(source[1], rgb)
+    with Image.open(flat / "c.jpeg") as reference:
+        np.testing.assert_array_equal(source[2], np.asarray(reference))
+    assert 0 < np.abs(source[2].astype(int) - rgb).mean() < 10  # it is that picture, lossy
+    np.testing.assert_array_equal(source[3], np.asarray(palette.convert("RGB")))
+
+
+def test_folder_test_set_takes_the_training_classes(tmp_path, photos):
+    write_folder(tmp_path / "train", photos[:3], np.array([0, 1, 2]))
+    write_folder(tmp_path / "test", photos[3:5], np.array([2, 1]))
+    names = data.FolderSource(tmp_path / "train").class_names
+    source = data.FolderSource(tmp_path / "test", class_names=names)
+    np.testing.assert_array_equal(source.labels, [1, 2])  # not [0, 1], as alone
+    write_folder(tmp_path / "test", photos[5:6], np.array([7]))
+    with pytest.raises(ValueError, match=r"\['c7'\] that are not among"):
+        data.FolderSource(tmp_path / "test", class_names=names)
+
+
+def test_folder_names_the_unreadable_file_and_its_index(tmp_path, photos):
+    write_folder(tmp_path, photos[:3], None)
+    whole = encoded(load_sample_image("china.jpg")[200:300, :100], "JPEG")
+    (tmp_path / "003.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    (tmp_path / "004.png").write_bytes(b"not a picture")
+    broken = bytearray(encoded(photos[0]))
+    broken[60:90] = bytes(30)
+    (tmp_path / "005.png").write_bytes(bytes(broken))
+    Image.fromarray(photos[0, :, :, 0].astype(np.uint16) * 200).save(tmp_path / "006.png")
+    source = data.FolderSource(tmp_path, image_size=32)
+    for index, file in [(3, "003.jpg"), (4, "004.png"), (5, "005.png"), (6, "006.png")]:
+        with pytest.raises(ValueError, match=rf"cannot read image {index}, .*{file}") as caught:
+            source[index]
+        if index == 6:
+            assert "8 bits per channel" in str(caught.value)
+    with pytest.raises(ValueError, match=r"cannot read image 3, .*003\.jpg"):
+        data.load_resident(source)
+    (tmp_path / "003.jpg").unlink()
+    with pytest.raises(ValueError, match=r"cannot read image 3, .*004\.png"):
+        data.FolderSource(tmp_path)  # reads headers, to see that sizes agree
+
+
+def test_folder_errors(tmp_path, photos):
+    with pytest.raises(FileNotFoundError, match="no image directory"):
+        data.FolderSource(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no PNG or JPEG files"):
+        data.FolderSource(tmp_path)
+    with pytest.raises(ValueError, match="image_size >= 0"):
+        data.FolderSource(tmp_path, image_size=-1)
+    write_folder(tmp_path / "both", photos[:2], np.array([0, 1]))
+    write_folder(tmp_path / "both", photos[2:3], None)
+    with pytest.raises(ValueError, match="both directly"):
+        data.FolderSource(tmp_path / "both")
+    write_folder(tmp_path / "empty", photos[:2], np.array([0, 1]))
+    (tmp_path / "empty" / "c2").mkdir()
+    with pytest.raises(ValueError, match=r"without PNG or JPEG files.*\['c2'\]"):
+        data.FolderSource(tmp_path / "empty")
+    write_folder(tmp_path / "sizes", photos[:2], None)
+    Image.fromarray(photos[0, :20]).save(tmp_path / "sizes" / "small.png")
+    with pytest.raises(ValueError, match=r"image 2, .*small\.png is 32x20; set image_size"):
+        data.FolderSource(tmp_path / "sizes")
+
+
+# --- Shapes ---
+
+
+def test_shapes_are_a_function_of_seed_and_index():
+    many = data.shapes(600, seed=3)
+    assert many.images.shape == (600, 32, 32, 3)
+    for count in (1, 7, 300):
+        few = data.shapes(count, seed=3)
+        for attribute in ("images", "labels", "label_probabilities", "ambiguity"):
+            np.testing.assert_array_equal(getattr(few, attribute), getattr(many, attribute)[:count])
+    other = data.shapes(600, seed=4)
+    assert len(np.unique(np.concatenate([many.images, other.images]), axis=0)) == 1200
+    assert data.image_shape(data.shapes(1, seed=0, image_size=8)) == (8, 8, 3)
+    for arguments in ({"num_examples": 0}, {"num_examples": 1, "image_size": 7}):
+        with pytest.raises(ValueError, match="num_examples >= 1 and image_size >= 8"):
+            data.shapes(**arguments, seed=0)
+
+
+def test_shapes_labels_follow_their_probabilities():
+    source = data.shapes(20_000, seed=0, image_size=8)
+    assert source.labels is not None
+    probabilities = source.label_probabilities.astype(np.float64)
+    assert data.num_classes(source) == 10
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+    top_2 = np.sort(probabilities, 1)[:, :-3:-1]
+    np.testing.assert_allclose(top_2[:, 1], source.ambiguity / 2, atol=1e-7)
+    assert ((source.ambiguity >= 0) & (source.ambiguity <= 1)).all()
+    # Every statistic within 4.5 standard errors of the stated distribution (seed fixed).
+    certain = (source.ambiguity == 0).mean()
+    assert abs(certain - 0.5) < 4.5 * np.sqrt(0.25 / 20_000)
+    agreement = (probabilities.argmax(1) == source.labels).astype(float)
+    variance = (top_2[:, 0] * top_2[:, 1]).mean()
+    assert abs(agreement.mean() - top_2[:, 0].mean()) < 4.5 * np.sqrt(variance / 20_000)
+    assert (probabilities[np.arange(20_000), source.labels] > 0).all()
+    hard = source.ambiguity > 0.9
+    assert abs(agreement[hard].mean() - 0.525) < 4.5 * np.sqrt(0.25 / hard.sum())
+    counts = np.bincount(source.labels, minlength=10)
+    assert np.abs(counts - 2000).max() < 4.5 * np.sqrt(20_000 * 0.09)
+
+
+def test_shapes_blend_two_classes_under_the_same_nuisances():
+    uniform = np.random.default_rng(0).random((50, 21))
+    first = (uniform[:, 0] * 10).astype(int)
+    second = (first + 1 + (uniform[:, 1] * 9).astype(int)) % 10
+
+    def render(classes: np.ndarray | None, ambiguity: float) -> np.ndarray:
+        draws = uniform.copy()
+        draws[:, 2] = (1 + ambiguity) / 2
+        if classes is not None:
+            draws[:, 0] = (classes + 0.5) / 10
+        images, _, probabilities, recorded = data._draw_shapes(draws, 32)
+        np.testing.assert_allclose(recorded, ambiguity, atol=1e-6)
+        if classes is not None:
+            np.testing.assert_array_equal(probabilities.argmax(1), classes)
+        return images.astype(np.float64)
+
+    certain_1, certain_2 = render(first, 0.0), render(second, 0.0)
+    for ambiguity in (0.3, 1.0):
+        expected = (1 - ambiguity / 2) * certain_1 + ambiguity / 2 * certain_2
+        # Half a level of rounding in each of the three images.
+        assert np.abs(render(None, ambiguity) - expected).max() <= 1.001
+    assert (np.abs(certain_1 - certain_2).max((1, 2, 3)) > 50).all()
+
+
+def test_shapes_cover_their_exact_areas():
+    radius = 40.0
+    pixel = (np.arange(101) - 50).astype(np.float32)
+    angle = 0.4
+    x = (np.cos(angle) * pixel[None, :] + np.sin(angle) * pixel[:, None]).astype(np.float32)
+    y = (np.cos(angle) * pixel[:, None] - np.sin(angle) * pixel[None, :]).astype(np.float32)
+    masks = data._shape_masks(x[None], y[None], np.full((1, 1, 1), radius, np.float32))
+    exact = radius**2 * np.array(
+        [
+            np.pi * 0.8**2,
+            1.4**2,
+            3 * np.sqrt(3) * 0.5**2,
+            np.pi * (0.92**2 - 0.52**2),
+            2 * 1.9 * 0.56 - 0.56**2,
+        ]
+    )
+    # Coverage is first order in the distance: corners and curvature leave a fraction of a percent.
+    np.testing.assert_allclose(masks.sum((1, 2, 3)), exact, rtol=5e-3)
+    # All of it within the circle, up to half a pixel of antialiasing.
+    assert masks[:, 0][:, np.hypot(x, y) > radius + 0.75].max() == 0
+
+
+# --- Splits ---
+
+
+def numbered(num_examples: int, labels: np.ndarray | None, path: Path) -> str:
+    """An npz whose image i shows the number i."""
+    index = np.arange(num_examples)
+    images = np.stack([index // 256, index % 256], -1).astype(np.uint8)[:, None, None, :]
+    entries = {"images": images} if labels is None else {"images": images, "labels": labels}
+    return str(save(path, **entries))
+
+
+def numbers(source: data.ImageSource) -> np.ndarray:
+    images = data.load_resident(source).astype(int)
+    return images[:, 0, 0, 0] * 256 + images[:, 0, 0, 1]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_validation_is_carved_from_train(tmp_path, labelled):
+    rng = np.random.default_rng(0)
+    labels = rng.choice(4, 1000, p=[0.6, 0.3, 0.09, 0.01]) if labelled else None
+    train = numbered(1000, labels, tmp_path / "train.npz")
+    test = numbered(300, None if labels is None else labels[:300], tmp_path / "test.npz")
+
+    def load(**changed):
+        arguments = {
+            "source": "arrays",
+            "train_paths": (train,),
+            "test_paths": (test,),
+            "validation_fraction": 0.25,
+        }
+        return data.load_dataset(**(arguments | changed))
+
+    full = load()
+    assert (len(full.train), len(full.validation)) == (750, 250)
+    both = np.concatenate([numbers(full.train), numbers(full.validation)])
+    np.testing.assert_array_equal(np.sort(both), np.arange(1000))
+    assert full.test is not None
+    np.testing.assert_array_equal(numbers(full.test), np.arange(300))
+    if labels is not None:
+        counts = np.bincount(labels, minlength=4)
+        assert full.validation.labels is not None
+        held_out = np.bincount(full.validation.labels, minlength=4)
+        assert np.abs(held_out - counts / 4).max() < 1
+        np.testing.assert_array_equal(full.validation.labels, labels[numbers(full.validation)])
+
+    np.testing.assert_array_equal(numbers(load().validation), numbers(full.validation))
+    other = numbers(load(split_seed=1).validation)
+    expected_shared = 250 * 0.25
+    assert abs(np.isin(other, numbers(full.validation)).sum() - expected_shared) < 40
+
+    # A smaller training set has the same validation images, and as many of its own as asked for.
+    small = load(num_train_examples=100, num_test_examples=30)
+    np.testing.assert_array_equal(numbers(small.validation), numbers(full.validation))
+    assert len(small.train) == 100
+    assert np.isin(numbers(small.train), numbers(full.train)).all()
+    assert small.test is not None
+    assert len(small.test) == len(np.unique(numbers(small.test))) == 30
+    if labels is not None:
+        assert small.train.labels is not None
+        assert full.train.labels is not None
+        share = np.bincount(full.train.labels, minlength=4) / 7.5
+        assert np.abs(np.bincount(small.train.labels, minlength=4) - share).max() < 1
+    for name, count in [("num_train_examples", 751), ("num_test_examples", 301)]:
+        with pytest.raises(ValueError, match=f"{count} examples asked for"):
+            load(**{name: count})
+        assert load(**{name: count - 1})
+
+
+def test_digits_and_shapes_datasets():
+    everything = data.digits()
+    assert everything.labels is not None
+    parts = data.load_dataset(source="digits")
+    assert parts.test is not None
+    assert [len(part) for part in parts if part is not None] == [1294, 144, 359]
+    images = np.concatenate([data.load_resident(part) for part in parts if part is not None])
+    order = np.lexsort(images.reshape(1797, -1).T)
+    expected = everything.images[np.lexsort(everything.images.reshape(1797, -1).T)]
+    np.testing.assert_array_equal(images[order], expected)  # each once, in one part
+    assert parts.test.labels is not None
+    assert np.abs(np.bincount(parts.test.labels) - np.bincount(everything.labels) / 5).max() < 1
+    other = data.load_dataset(source="digits", split_seed=1).test
+    assert not np.array_equal(data.load_resident(parts.test), data.load_resident(other))  # pyright: ignore[reportArgumentType]
+
+    parts = data.load_dataset(
+        source="shapes", num_train_examples=101, num_test_examples=50, image_size=16
+    )
+    assert isinstance(parts.test, data.ShapesSource)
+    assert (len(parts.train), len(parts.test)) == (101, 50)
+    assert data.image_shape(parts.train) == (16, 16, 3)
+    images = np.concatenate([data.load_resident(part) for part in parts if part is not None])
+    assert len(np.unique(images, axis=0)) == len(images)
+
+
+def test_load_dataset_refuses(tmp_path, photos):
+    labels = np.arange(20) % 2
+    images = photos[:20]
+    train = str(save(tmp_path / "train.npz", images=images, labels=labels))
+    bare = str(save(tmp_path / "bare.npz", images=images))
+    small = str(save(tmp_path / "small.npz", images=images[:, :16, :16], labels=labels))
+    grey = str(save(tmp_path / "grey.npz", images=images[..., :1], labels=labels))
+    third = str(save(tmp_path / "third.npz", images=images, labels=labels + 1))
+    named = [
+        str(save(tmp_path / f"{n}.npz", images=images, labels=labels, class_names=list(n)))
+        for n in ("ab", "ba")
+    ]
+    write_folder(tmp_path / "folder", images, labels)
+    folder = str(tmp_path / "folder")
+    pair = {"source": "arrays", "train_paths": (train,), "test_paths": (small,)}
+    cases = [
+        (
+            {"source": "cifar"},
+            "unknown data source 'cifar'; .*digits, shapes, arrays, folder, tfds",
+        ),
+        ({"source": "digits", "validation_fraction": 0.0}, r"in \(0, 1\), got 0"),
+        ({"source": "digits", "validation_fraction": 1.0}, r"in \(0, 1\), got 1"),
+        ({"source": "digits", "validation_fraction": 1e-5}, "leaves both parts non-empty"),
+        ({"source": "digits", "image_size": 32}, "8x8 images and image_size is 32"),
+        ({"source": "digits", "image_size": -1}, "image_size >= 0"),
+        ({"source": "digits", "num_train_examples": -1}, "0 for all"),
+        ({"source": "digits", "num_train_examples": 1295}, "1295 examples asked for"),
+        ({"source": "arrays"}, "at least one"),
+        ({"source": "arrays", "train_paths": train}, "not one string"),
+        ({"source": "arrays", "train_paths": (train,)}, "labelled but has no test images"),
+        (
+            {"source": "arrays", "train_paths": (train,), "test_paths": (train,)},
+            "in both train_paths",
+        ),
+        (pair, r"\(32, 32, 3\) in .*train.npz, test images are \(16, 16, 3\)"),
+        (pair | {"test_paths": (grey,)}, r"\(32, 32, 1\) in .*grey.npz"),
+        (pair | {"test_paths": (bare,)}, "train.npz has labels and .*bare.npz has none"),
+        (
+            pair | {"train_paths": (bare,), "test_paths": (train,)},
+            "train.npz has labels and .*bare",
+        ),
+        (pair | {"test_paths": (third,)}, "label 2 of .*third.npz is out of range: .* 2 classes"),
+        (pair | {"train_paths": named[:1], "test_paths": named[1:]}, "class_names differ"),
+        ({"source": "folder"}, "one directory in train_paths"),
+        ({"source": "folder", "train_paths": (folder, folder)}, "one directory in train_paths"),
+        ({"source": "folder", "train_paths": (folder,)}, "labelled but has no test images"),
+        (
+            {"source": "folder", "train_paths": (folder,), "test_paths": (folder,)},
+            "in both train_paths",
+        ),
+        ({"source": "tfds"}, "needs tfds_name"),
+        ({"source": "tfds", "tfds_name": "x", "test_split": "train"}, "are both 'train'"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            data.load_dataset(**arguments)
+    unlabelled = data.load_dataset(source="arrays", train_paths=(bare,))
+    assert unlabelled.test is None
+    write_folder(tmp_path / "test_folder", images[:3], np.array([1, 1, 0]))
+    parts = data.load_dataset(
+        source="folder", train_paths=(folder,), test_paths=(str(tmp_path / "test_folder"),)
+    )
+    assert [len(part) for part in parts if part is not None] == [18, 2, 3]
+
+
+# --- Order ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_examples=st.integers(1, 300),
+    batch_share=st.floats(0, 1),
+    seed=st.integers(0, 2**70),
+    epoch=st.integers(0, 2**40),
+)
+def test_an_epoch_has_each_example_at_most_once(num_examples, batch_share, seed, epoch):
+    batch_size = max(1, int(num_examples * batch_share))
+    steps = data.steps_per_epoch(num_examples, batch_size)
+    assert steps == int(np.floor(num_examples / batch_size))
+    arguments = {"num_examples": num_examples, "batch_size": batch_size, "seed": seed}
+    # Backwards, so that no batch can depend on the one before it.
+    batches = [data.batch_indices(epoch * steps + i, **arguments) for i in reversed(range(steps))]
+    seen = np.concatenate(batches)
+    assert seen.dtype == np.int32
+    assert len(np.unique(seen)) == len(seen) == steps * batch_size
+    assert seen.min() >= 0
+    assert seen.max() < num_examples
+    again = np.concatenate(
+        [data.batch_indices(epoch * steps + i, **arguments) for i in range(steps)]
+    )
+    np.testing.assert_array_equal(again.reshape(steps, -1)[::-1].ravel(), seen)
+
+
+def test_order_differs_by_seed_and_epoch_and_drops_different_examples():
+    arguments = {"num_examples": 1000, "batch_size": 300}
+    epochs = [
+        np.concatenate([data.batch_indices(3 * e + i, **arguments, seed=0) for i in range(3)])
+        for e in range(20)
+    ]
+    dropped = {tuple(np.setdiff1d(np.arange(1000), epoch)) for epoch in epochs}
+    assert len(dropped) == 20
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    # Every example comes up: missing all of 20 epochs has probability 1e-20.
+    assert len(np.unique(np.concatenate(epochs))) == 1000
+    other = data.batch_indices(0, **arguments, seed=1)
+    assert not np.array_equal(other, epochs[0][:300])
+
+
+def test_order_is_uniform():
+    """Where each of 8 examples lands over 4,000 epochs, by chi-squared; and pairs of places."""
+    orders = np.stack(
+        [data.batch_indices(epoch, num_examples=8, batch_size=8, seed=5) for epoch in range(4000)]
+    )
+    for codes, cells in [(orders, 8), (orders[:, ::2] * 8 + orders[:, 1::2], 64)]:
+        for column in codes.T:
+            counts = np.bincount(column, minlength=cells).astype(float)
+            possible = 8 if cells == 8 else 56
+            expected = 4000 / possible
+            counts = counts if cells == 8 else counts.reshape(8, 8)[~np.eye(8, dtype=bool)]
+            statistic = ((counts - expected) ** 2 / expected).sum()
+            freedom = possible - 1
+            assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_order_is_the_same_on_every_machine():
+    """Golden numbers: a checkpoint's data order depends on them. Never regenerate lightly.
+
+    `np.argsort(np.random.Philox(np.random.SeedSequence(7, spawn_key=(0, 2))).random_raw(10))`
+    """
+    order = data.batch_indices(2, num_examples=10, batch_size=10, seed=7)
+    np.testing.assert_array_equal(order, [9, 2, 7, 3, 8, 4, 6, 1, 5, 0])
+
+
+def test_order_refuses():
+    with pytest.raises(ValueError, match="batch_size 11 is larger than the 10 training examples"):
+        data.steps_per_epoch(10, 11)
+    with pytest.raises(ValueError, match="batch_size >= 1, got 0"):
+        data.steps_per_epoch(10, 0)
+    with pytest.raises(ValueError, match="step >= 0, got -1"):
+        data.batch_indices(-1, num_examples=10, batch_size=5, seed=0)
+    with pytest.raises(ValueError, match="batch_size 11 is larger"):
+        data.stream_batches(
+            data.Subset(data.digits(), np.arange(10)),
+            start_step=0,
+            num_steps=1,
+            batch_size=11,
+            seed=0,
+        )
+    for changed in (
+        {"start_step": -1},
+        {"num_steps": 0},
+        {"num_workers": -1},
+        {"prefetch_batches": 0},
+    ):
+        arguments = {"start_step": 0, "num_steps": 1, "batch_size": 5, "seed": 0} | changed
+        with pytest.raises(ValueError, match=f"{next(iter(changed))} >="):
+            data.stream_batches(data.digits(), **arguments)
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        data.evaluation_batches(data.digits(), 0)
+
+
+# --- Batches ---
+
+
+@pytest.fixture(scope="module")
+def folder_source(tmp_path_factory, photos) -> data.FolderSource:
+    root = tmp_path_factory.mktemp("photos")
+    write_folder(root, photos, None)
+    return data.FolderSource(root)
+
+
+def test_gather_resident_and_size(folder_source, photos):
+    indices = np.array([5, 0, 59, 5], np.int32)
+    memory = data.ArraySource(photos)
+    for source in (folder_source, memory):
+        np.testing.assert_array_equal(data.gather(source, indices), photos[indices])
+        subset = data.Subset(source, np.arange(60)[::-1])
+        np.testing.assert_array_equal(data.gather(subset, indices), photos[::-1][indices])
+        np.testing.assert_array_equal(data.load_resident(subset), photos[::-1])
+        np.testing.assert_array_equal(data.load_resident(source), photos)
+        assert data.fits_resident(source, limit_bytes=60 * 32 * 32 * 3)
+        assert not data.fits_resident(source, limit_bytes=60 * 32 * 32 * 3 - 1)
+        # 61 images of a file-backed subset: more than a batch of the loader, and not a multiple.
+        more = data.Subset(source, np.arange(129) % 60)
+        np.testing.assert_array_equal(data.load_resident(more), photos[np.arange(129) % 60])
+    assert data.load_resident(memory) is photos
+
+
+def resident_batches(images: np.ndarray, start: int, count: int) -> np.ndarray:
+    """The order, from its definition alone: 7 batches of 8 in an epoch of 60."""
+    result = []
+    for step in range(start, start + count):
+        sequence = np.random.SeedSequence(11, spawn_key=(0, step // 7))
+        order = np.argsort(np.random.Philox(sequence).random_raw(60))
+        result.append(images[order[step % 7 * 8 : step % 7 * 8 + 8]])
+    return np.stack(result)
+
+
+@pytest.mark.parametrize("prefetch_batches", [1, 5])
+def test_stream_equals_resident_order_from_any_step(folder_source, photos, prefetch_batches):
+    expected = resident_batches(photos, 0, 20)
+    for source in (folder_source, data.ArraySource(photos)):
+        for start, count in [(0, 20), (6, 3), (13, 7), (19, 1)]:
+            stream = data.stream_batches(
+                source,
+                start_step=start,
+                num_steps=count,
+                batch_size=8,
+                seed=11,
+                prefetch_batches=prefetch_batches,
+            )
+            np.testing.assert_array_equal(np.stack(list(stream)), expected[start : start + count])
+
+
+def test_stream_can_be_closed_early_and_reports_errors(folder_source, tmp_path, photos):
+    stream = data.stream_batches(
+        folder_source, start_step=0, num_steps=10**9, batch_size=8, seed=11
+    )
+    np.testing.assert_array_equal(next(stream), resident_batches(photos, 0, 1)[0])
+    stream.close()
+    assert list(stream) == []
+    write_folder(tmp_path, photos[:8], None)
+    source = data.FolderSource(tmp_path)
+    (tmp_path / "005.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match=r"cannot read image 5, .*005\.png"):
+        list(data.stream_batches(source, start_step=0, num_steps=1, batch_size=8, seed=0))
+
+
+@pytest.mark.slow
+def test_stream_from_worker_processes_equals_resident_order(folder_source, photos, tfds_root):
+    tfds_source = data.TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
+    sources = (folder_source, data.Subset(tfds_source, np.arange(60)))
+    for source in sources:
+        for start, count in [(0, 20), (5, 4)]:
+            stream = data.stream_batches(
+                source, start_step=start, num_steps=count, batch_size=8, seed=11, num_workers=2
+            )
+            np.testing.assert_array_equal(
+                np.stack(list(stream)), resident_batches(photos, start, count)
+            )
+    stream = data.stream_batches(
+        folder_source, start_step=0, num_steps=10**9, batch_size=8, seed=11, num_workers=2
+    )
+    next(stream)
+    stream.close()
+
+
+def test_evaluation_visits_every_example_exactly_once(folder_source, photos):
+    memory = data.ArraySource(photos)
+    for source in (folder_source, memory, data.Subset(folder_source, np.arange(60))):
+        for batch_size in (1, 7, 20, 60, 64):
+            batches = list(data.evaluation_batches(source, batch_size, prefetch_batches=3))
+            images, masks = (np.stack(parts) for parts in zip(*batches, strict=True))
+            assert images.shape == (-(-60 // batch_size), batch_size, 32, 32, 3)
+            assert masks.dtype == bool
+            np.testing.assert_array_equal(images[masks], photos)
+            assert not images[~masks].any()
+            assert masks.sum() == 60
+
+
+# --- TFDS ---
+
+
+def write_tfds(root: Path, name: str, version: str, splits: dict, *, shape, names=None) -> None:
+    """Writes a prepared data set with TFDS's own writer, from images that are already encoded."""
+    tfds: Any = importlib.import_module("tensorflow_datasets")
+    directory = root / name / version
+    directory.mkdir(parents=True)
+    features: dict[str, Any] = {"image": tfds.features.Image(shape=shape)}
+    if names is not None:
+        features["label"] = tfds.features.ClassLabel(names=names)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(version),
+        data_dir=str(directory),
+        module_name="",
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=tfds.features.FeaturesDict(features),
+        description="images of a test",
+    )
+    writer = tfds.core.SequentialWriter(
+        info,
+        max_examples_per_shard=25,
+        file_format="array_record",
+    )
+    writer.initialize_splits(list(splits))
+    for split, examples in splits.items():
+        writer.add_examples({split: examples})
+    writer.close_all()
+
+
+@pytest.fixture(scope="module")
+def tfds_root(tmp_path_factory, photos) -> Path:
+    root = tmp_path_factory.mktemp("tfds")
+    names = ["zero", "one", "two"]
+
+    def examples(images, kind="PNG"):
+        return [{"image": encoded(x, kind), "label": i % 3} for i, x in enumerate(images)]
+
+    splits = {"train": examples(photos), "test": examples(photos[:7])}
+    write_tfds(root, "tiny_photos", "1.0.0", splits, shape=(32, 32, 3), names=names)
+    newer = {"train": examples(photos[::-1]), "test": examples(photos[:7])}
+    write_tfds(root, "tiny_photos", "1.0.10", newer, shape=(32, 32, 3), names=names)
+    write_tfds(
+        root,
+        "tiny_photos",
+        "1.0.9",
+        {"train": examples(photos[:1])},
+        shape=(32, 32, 3),
+        names=names,
+    )
+    sized = [{"image": encoded(photos[i, :, : 20 + 6 * i], "JPEG"), "label": -1} for i in range(3)]
+    write_tfds(root, "sized", "2.0.0", {"train": sized}, shape=(None, None, 3), names=names)
+    grey = [{"image": encoded(x[..., :1])} for x in photos[:5]]
+    write_tfds(root, "grey", "1.0.0", {"train": grey}, shape=(32, 32, 1))
+    return root
+
+
+def test_tfds_reads_bit_for_bit(tfds_root, photos):
+    source = data.TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
+    np.testing.assert_array_equal(as_array_source(source), photos)
+    np.testing.assert_array_equal(source.labels, np.arange(60) % 3)
+    assert source.class_names == ("zero", "one", "two")
+    assert source.name == "tiny_photos:1.0.0/train"
+    with pytest.raises(IndexError, match="record 60"):
+        source[60]
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy[41], photos[41])
+    newest = data.TfdsSource("tiny_photos", "train", data_dir=str(tfds_root))
+    np.testing.assert_array_equal(newest[0], photos[-1])  # 1.0.10, not 1.0.9
+    tail = data.TfdsSource("tiny_photos:1.0.0", "train[50%:]", data_dir=tfds_root)
+    np.testing.assert_array_equal(as_array_source(tail), photos[30:])
+
+    grey = data.TfdsSource("grey", "train", data_dir=tfds_root)
+    np.testing.assert_array_equal(as_array_source(grey), photos[:5, ..., :1])
+    assert grey.labels is None
+    assert grey.class_names is None
+    sized = data.TfdsSource("sized", "train", data_dir=tfds_root, image_size=32)
+    assert sized.labels is None  # all of them -1
+    assert as_array_source(sized).shape == (3, 32, 32, 3)
+    parts = data.load_dataset(source="tfds", tfds_name="tiny_photos:1.0.0", data_dir=str(tfds_root))
+    assert [len(part) for part in parts if part is not None] == [54, 6, 7]
+
+
+def test_tfds_errors(tfds_root, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as caught:
+        data.TfdsSource("cifar10", "train", data_dir=tmp_path)
+    command = f"\n  tfds build cifar10 --file_format=array_record --data_dir={tmp_path}\n"
+    assert command in str(caught.value)
+    assert "pip install .[prepare]" in str(caught.value)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_root))
+    assert len(data.TfdsSource("grey", "train")) == 5
+    with pytest.raises(FileNotFoundError, match=r"tfds build tiny_photos:9\.9\.9 --file_format"):
+        data.TfdsSource("tiny_photos:9.9.9", "train")
+    with pytest.raises(ValueError, match="nowhere"):
+        data.TfdsSource("grey", "nowhere")
+    with pytest.raises(ValueError, match="set image_size"):
+        data.TfdsSource("sized", "train")
+    with pytest.raises(ValueError, match="no uint8 image feature 'picture'"):
+        data.TfdsSource("grey", "train", image_key="picture")
+    with pytest.raises(ValueError, match="not a class label"):
+        data.TfdsSource("grey", "train", label_key="image")
+
+    old = tmp_path / "grey" / "1.0.0"
+    old.mkdir(parents=True)
+    for path in (tfds_root / "grey" / "1.0.0").iterdir():
+        (old / path.name).write_bytes(path.read_bytes())
+    info = json.loads((old / "dataset_info.json").read_text())
+    (old / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(
+        ValueError, match=r"(?s)cannot be read by index.*tfds build grey --file_format"
+    ):
+        data.TfdsSource("grey", "train", data_dir=tmp_path)
+    # A record that is damaged on disk is named with its index.
+    (old / "dataset_info.json").write_text(json.dumps(info))
+    record = next(old.glob("*array_record*"))
+    content = bytearray(record.read_bytes())
+    middle = content.find(b"IDAT")
+    content[middle + 20 : middle + 60] = bytes(40)
+    record.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"cannot read record 0 of grey:1\.0\.0/train"):
+        data.TfdsSource("grey", "train", data_dir=tmp_path)[0]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_reading_tfds_imports_no_tensorflow(tfds_root, photos):
+    """A TensorFlow that can be found, and explodes when imported, as on a machine that has it."""
+    output = run_python(f"""
+        import importlib.machinery, sys
+        class Explosive:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("tensorflow", "torch"):
+                    return importlib.machinery.ModuleSpec(name, self)
+            def create_module(self, spec):
+                raise AssertionError("imported " + spec.name)
+        sys.meta_path.insert(0, Explosive())
+        from jevb_jax import data
+        heavy = ["sklearn", "PIL", "grain", "tensorflow_datasets", "flax", "optax"]
+        print([name for name in heavy if name in sys.modules])
+        source = data.TfdsSource("tiny_photos:1.0.0", "train", data_dir={str(tfds_root)!r})
+        images = data.load_resident(source)
+        print(int(images.astype(int).sum()), int(source.labels.sum()))
+        print([name for name in sys.modules if name.partition(".")[0] in ("tensorflow", "torch")])
+    """)
+    assert output.split("\n")[:3] == ["[]", f"{photos.astype(int).sum()} 60", "[]"]
+
+
+def test_names_of_the_sources_are_documented():
+    documented = re.search(r"source: (.*?)\. For", data.load_dataset.__doc__ or "")
+    assert documented is not None
+    assert re.findall(r"`(\w+)`", documented[1]) == list(data.SOURCES)
