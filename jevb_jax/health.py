@@ -1,0 +1,175 @@
+"""Health of a representation: has it collapsed, and does its uncertainty say anything?
+
+Every function is pure and jittable, so that it runs on the device and its numbers are fetched
+behind the computation. A NaN that goes in comes out.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import distributions, sphere
+
+
+class PosteriorSummary(NamedTuple):
+    """What the posteriors of a set of images look like, one number each, `[]`.
+
+    Attributes:
+      scale_mean: mean standard deviation, over images and features.
+      scale_anisotropy: mean over images of the standard deviation over features of `log scale`:
+        0 when every feature is equally uncertain.
+      scale_spread: standard deviation over images of the mean over features of `log scale`: 0 when
+        every image is equally uncertain, and the uncertainty then ranks nothing.
+      mean_rms: root mean square of the posterior means, near the prior's scale when the latent
+        is used in full, 0 when the posterior has fallen onto the prior's mean.
+      kl_per_dimension: mean over images of `KL(q || p) / D`, nats per dimension; 0 on posterior
+        collapse.
+    """
+
+    scale_mean: Array
+    scale_anisotropy: Array
+    scale_spread: Array
+    mean_rms: Array
+    kl_per_dimension: Array
+
+
+def _as_matrix(name: str, values: ArrayLike) -> Array:
+    (matrix,) = sphere.at_least_float32(values)
+    if matrix.ndim != 2 or matrix.shape[0] < 2:
+        raise ValueError(f"{name} must be [N, D] with at least 2 images, got shape {matrix.shape}")
+    return matrix
+
+
+def embedding_std(embedding: ArrayLike) -> Array:
+    """Spread of the directions, SimSiam's collapse signal (Chen and He 2021, figure 2).
+
+    The standard deviation over images of each coordinate of `h / |h|`, averaged over coordinates,
+    times `sqrt(D)`.
+
+    Args:
+      embedding: `[N, D]`, `N >= 2`. A zero vector counts as the direction zero.
+
+    Returns:
+      `[]`, in `[0, 1]`: 1 when the directions fill the sphere evenly, 0 when they are all the same.
+      It does not see dimensional collapse onto a few axes as zero: read it with `effective_rank`.
+
+    Raises:
+      ValueError: not two axes, or fewer than two images.
+    """
+    direction, _ = sphere.polar_decomposition(_as_matrix("embedding", embedding))
+    return jnp.mean(jnp.std(direction, axis=0)) * float(np.sqrt(direction.shape[-1]))
+
+
+def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
+
+    `exp(-sum_i p_i log p_i)` with `p_i = sigma_i / sum_j sigma_j`. With `centered=False` it is
+    RankMe (Garrido et al. 2023, eq. 1) without the paper's 1e-7 added to `p`.
+
+    Singular values below the rounding error of `embedding` itself count as zero. Otherwise a
+    constant embedding, which leaves only rounding noise once centred, would be reported as of full
+    rank.
+
+    Args:
+      embedding: `[N, D]` with `N > D`.
+      centered: subtract the mean over images first, so that a large common offset is not a
+        direction.
+
+    Returns:
+      `[]`, in `[1, D]`; 1 at full collapse. The cost is that of a QR of `[N, D]` and an SVD of
+      `[D, D]`: meant for a logging cadence, not for every step.
+
+    Raises:
+      ValueError: `N <= D`, where the value is bounded by the number of images and says nothing
+        about the representation; not two axes.
+    """
+    matrix = _as_matrix("embedding", embedding)
+    num_images, dim = matrix.shape
+    if num_images <= dim:
+        raise ValueError(
+            f"effective_rank needs more images than dimensions, got N = {num_images}, D = {dim}: "
+            f"the value would be bounded by N. Give it more than {dim} images, for instance the "
+            "embeddings of several batches together"
+        )
+    # Largest entry one: squares neither overflow nor underflow, and the value has no units.
+    largest = jnp.max(jnp.abs(matrix))
+    matrix = matrix / jnp.where(largest == 0, jnp.ones_like(largest), largest)
+    rounding = 4 * float(jnp.finfo(matrix.dtype).eps) * jnp.sqrt(jnp.sum(jnp.square(matrix)))
+    if centered:
+        matrix = matrix - jnp.mean(matrix, axis=0, keepdims=True)
+    # Eigenvalues of the Gram matrix would be cheaper, but in float32 they lose every singular value
+    # under 3e-4 of the largest; the triangular factor keeps them down to 1e-7.
+    singular_values = jnp.linalg.svd(jnp.linalg.qr(matrix, mode="r"), compute_uv=False)
+    # Not `where(> rounding, ...)`: a NaN must stay one.
+    singular_values = jnp.where(singular_values <= rounding, 0, singular_values)
+    total = jnp.sum(singular_values)
+    shares = singular_values / jnp.where(total == 0, jnp.ones_like(total), total)
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(shares)))
+
+
+def posterior_summary(
+    posterior_mean: ArrayLike, posterior_scale: ArrayLike, *, prior_scale: ArrayLike = 1.0
+) -> PosteriorSummary:
+    """Size and spread of the posterior scales, and how far the posterior has left the prior.
+
+    Args:
+      posterior_mean: `[N, D]`.
+      posterior_scale: `[N, D]`, standard deviations, positive.
+      prior_scale: standard deviation of the prior.
+
+    Returns:
+      `PosteriorSummary` of scalars.
+
+    Raises:
+      ValueError: shapes that differ, not two axes, fewer than two images.
+    """
+    mean = _as_matrix("posterior_mean", posterior_mean)
+    scale = _as_matrix("posterior_scale", posterior_scale)
+    if mean.shape != scale.shape:
+        raise ValueError(
+            "posterior_mean and posterior_scale must share one shape [N, D], "
+            f"got {mean.shape} and {scale.shape}"
+        )
+    log_scale = jnp.log(scale)
+    kl = distributions.gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
+    return PosteriorSummary(
+        scale_mean=jnp.mean(scale),
+        scale_anisotropy=jnp.mean(jnp.std(log_scale, axis=-1)),
+        scale_spread=jnp.std(jnp.mean(log_scale, axis=-1)),
+        mean_rms=jnp.sqrt(jnp.mean(jnp.square(mean))),
+        kl_per_dimension=jnp.mean(kl) / mean.shape[-1],
+    )
+
+
+def representation_health(
+    embedding: ArrayLike,
+    posterior_mean: ArrayLike,
+    posterior_scale: ArrayLike,
+    *,
+    prior_scale: ArrayLike = 1.0,
+) -> dict[str, Array]:
+    """All signals together, ready to be logged.
+
+    Args:
+      embedding: `[N, D]` with `N > D`.
+      posterior_mean: `[N, D]`.
+      posterior_scale: `[N, D]`, positive.
+      prior_scale: standard deviation of the prior.
+
+    Returns:
+      Scalars by name: `embedding_std`, `effective_rank` and the fields of `PosteriorSummary` with
+      `posterior_` before them.
+
+    Raises:
+      ValueError: as `effective_rank` and `posterior_summary`.
+    """
+    summary = posterior_summary(posterior_mean, posterior_scale, prior_scale=prior_scale)
+    return {
+        "embedding_std": embedding_std(embedding),
+        "effective_rank": effective_rank(embedding),
+        **{f"posterior_{name}": value for name, value in summary._asdict().items()},
+    }

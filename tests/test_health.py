@@ -1,0 +1,225 @@
+"""Oracles: known spectra, NumPy float64 and SciPy."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from jevb_jax import health
+
+
+def embedding_with_spectrum(singular_values, *, num_images, seed=0, offset=0.0):
+    """Float64 `[num_images, D]` whose centred singular values are exactly the given ones."""
+    generator = np.random.default_rng(seed)
+    dim = len(singular_values)
+    # Orthogonal to the ones vector, so that centring changes nothing.
+    left = generator.normal(size=(num_images, dim))
+    left, _ = np.linalg.qr(left - left.mean(axis=0, keepdims=True))
+    right, _ = np.linalg.qr(generator.normal(size=(dim, dim)))
+    return left * np.asarray(singular_values)[None] @ right.T + offset
+
+
+def numpy_effective_rank(matrix):
+    singular_values = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    shares = singular_values[singular_values > 0] / singular_values.sum()
+    return np.exp(-np.sum(shares * np.log(shares)))
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("rank", [1, 2, 7, 63, 64])
+def test_isotropic_of_rank_k_has_effective_rank_k(rank, centered):
+    embedding = embedding_with_spectrum([3.0] * rank + [0.0] * (64 - rank), num_images=65)
+    value = health.effective_rank(jnp.asarray(embedding, jnp.float32), centered=centered)
+    # Rounding to float32 adds 64 singular values of up to 1e-7: 64 * 1e-7 * log(1e7) = 1e-4.
+    np.testing.assert_allclose(value, rank, rtol=2e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8, 0.97])
+def test_geometric_spectrum(ratio):
+    spectrum = ratio ** np.arange(64)
+    embedding = embedding_with_spectrum(spectrum, num_images=200)
+    shares = spectrum / spectrum.sum()
+    expected = np.exp(-np.sum(shares * np.log(shares)))
+    np.testing.assert_allclose(numpy_effective_rank(embedding), expected, rtol=1e-12)
+    value = health.effective_rank(jnp.asarray(embedding, jnp.float32))
+    np.testing.assert_allclose(value, expected, rtol=2e-4)
+
+
+def test_small_singular_values_that_a_gram_matrix_would_lose():
+    # 63 values 1e-4 of the largest carry 0.6% of the mass; their eigenvalues are 1e-8 of the
+    # largest, under float32's epsilon.
+    embedding = embedding_with_spectrum([1.0] + [1e-4] * 63, num_images=200)
+    value = health.effective_rank(jnp.asarray(embedding, jnp.float32))
+    np.testing.assert_allclose(value, numpy_effective_rank(embedding), rtol=2e-4)
+
+
+def test_centering_removes_a_common_offset_and_rankme_keeps_it():
+    spectrum = 0.9 ** np.arange(16)
+    embedding = embedding_with_spectrum(spectrum, num_images=300, offset=5.0)
+    embedding = np.asarray(embedding, np.float32)
+    centered = embedding - embedding.mean(axis=0, dtype=np.float64)
+    # The offset's rounding, 5 * 6e-8, stands against entries of about 0.05.
+    expected = numpy_effective_rank(centered)
+    np.testing.assert_allclose(health.effective_rank(embedding), expected, rtol=1e-4)
+    rankme = health.effective_rank(embedding, centered=False)
+    np.testing.assert_allclose(rankme, numpy_effective_rank(embedding), rtol=1e-4)
+    assert rankme < expected / 3  # one direction, the offset, hides the others
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_effective_rank_has_no_units(scale):
+    embedding = embedding_with_spectrum(0.9 ** np.arange(16), num_images=40) * scale
+    value = health.effective_rank(jnp.asarray(embedding, jnp.float32))
+    np.testing.assert_allclose(value, numpy_effective_rank(embedding / scale), rtol=1e-4)
+
+
+def test_collapse_is_reported_as_collapse():
+    generator = np.random.default_rng(0)
+    point = generator.normal(size=(1, 32)).astype(np.float32)
+    same = np.repeat(point, 100, axis=0)
+    # One unit in the last place, as parallel reductions leave it: full rank once centred.
+    noisy = np.nextafter(same, generator.choice(np.array([-9, 9], np.float32), same.shape))
+    assert numpy_effective_rank(noisy - noisy.mean(axis=0, dtype=np.float64)) > 10
+    for embedding in (same, noisy, np.zeros_like(same)):
+        for centered in (True, False):
+            value = health.effective_rank(embedding, centered=centered)
+            np.testing.assert_allclose(value, 1.0, rtol=1e-4)
+        # Rounding of the mean and of the directions: a few float32 epsilons, times sqrt(32).
+        np.testing.assert_allclose(health.embedding_std(embedding), 0.0, atol=2e-6)
+    on_a_line = generator.normal(size=(100, 1)) * point
+    np.testing.assert_allclose(health.effective_rank(on_a_line), 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [3, 64, 512])
+def test_embedding_std_is_one_on_the_uniform_sphere(dim):
+    # Radii differ by orders of magnitude and must not matter.
+    generator = np.random.default_rng(dim)
+    embedding = generator.normal(size=(4000, dim)) * np.exp(3 * generator.normal(size=(4000, 1)))
+    value = health.embedding_std(jnp.asarray(embedding, jnp.float32))
+    # Standard error of a standard deviation, 1 / sqrt(2 N) = 1.1%, over D = 3 coordinates at worst.
+    np.testing.assert_allclose(value, 1.0, rtol=0.02)
+    direction = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    expected = direction.std(axis=0).mean() * np.sqrt(dim)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    log_scale=st.floats(-30, 30),
+    num_zero=st.integers(0, 20),
+    offset=st.floats(0, 100),
+)
+def test_bounds_hold_with_zero_vectors_and_any_scale(seed, log_scale, num_zero, offset):
+    generator = np.random.default_rng(seed)
+    embedding = (generator.normal(size=(20, 6)) + offset) * 10.0**log_scale
+    embedding[:num_zero] = 0
+    embedding = embedding.astype(np.float32)
+    assert 0 <= health.embedding_std(embedding) <= 1 + 1e-5
+    assert 1 - 1e-5 <= health.effective_rank(embedding) <= 6 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (10, 64)])
+def test_too_few_images_are_refused(shape):
+    with pytest.raises(ValueError, match=f"more images than dimensions.*N = {shape[0]}, D = 64"):
+        health.effective_rank(jnp.ones(shape))
+    with pytest.raises(ValueError, match="more images than dimensions"):
+        # By static shapes: at trace time, before anything runs.
+        jax.eval_shape(health.effective_rank, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 3, 4)])
+def test_wrong_shapes_are_refused(shape):
+    for call in (health.embedding_std, health.effective_rank):
+        with pytest.raises(ValueError, match=r"\[N, D\] with at least 2 images"):
+            call(jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"posterior_mean must be \[N, D\]"):
+        health.posterior_summary(jnp.ones(shape), jnp.ones(shape))
+
+
+def test_nan_stays_nan():
+    embedding = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    embedding[3, 1] = np.nan
+    assert np.isnan(health.embedding_std(embedding))
+    assert np.isnan(health.effective_rank(embedding))
+    summary = health.posterior_summary(embedding, np.exp(embedding))
+    assert all(np.isnan(value) for value in summary)
+
+
+@pytest.mark.parametrize("prior_scale", [1.0, 2.5])
+def test_posterior_summary_against_numpy_and_scipy(prior_scale):
+    generator = np.random.default_rng(0)
+    mean = generator.normal(size=(50, 8)) * 3
+    log_scale = generator.normal(size=(50, 8)) + generator.normal(size=(50, 1)) * 2
+    summary = health.posterior_summary(
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(np.exp(log_scale), jnp.float32),
+        prior_scale=prior_scale,
+    )
+    np.testing.assert_allclose(summary.scale_mean, np.exp(log_scale).mean(), rtol=1e-5)
+    np.testing.assert_allclose(summary.scale_anisotropy, log_scale.std(axis=1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(summary.scale_spread, log_scale.mean(axis=1).std(), rtol=1e-5)
+    np.testing.assert_allclose(summary.mean_rms, np.linalg.norm(mean) / np.sqrt(400), rtol=1e-5)
+    # KL = -entropy of q - E_q log p, the latter exact from two Gauss-Hermite nodes (a quadratic).
+    entropy = scipy.stats.norm.entropy(scale=np.exp(log_scale))
+    log_prior = [
+        scipy.stats.norm.logpdf(mean + sign * np.exp(log_scale), scale=prior_scale)
+        for sign in (-1, 1)
+    ]
+    expected = np.mean(-entropy - np.mean(log_prior, axis=0))
+    np.testing.assert_allclose(summary.kl_per_dimension, expected, rtol=1e-5)
+
+
+def test_posterior_summary_at_the_prior_is_all_zero_but_the_scale():
+    summary = health.posterior_summary(jnp.zeros((5, 3)), jnp.full((5, 3), 2.0), prior_scale=2.0)
+    np.testing.assert_allclose(summary, [2.0, 0.0, 0.0, 0.0, 0.0], atol=1e-6)
+
+
+def test_posterior_summary_tells_the_two_kinds_of_spread_apart():
+    per_feature = jnp.broadcast_to(jnp.array([[0.1, 1.0, 10.0]]), (4, 3))
+    per_image = jnp.broadcast_to(jnp.array([[0.1], [1.0], [10.0]]), (3, 4))
+    expected = np.log(10) * np.sqrt(2 / 3)
+    anisotropic = health.posterior_summary(jnp.zeros((4, 3)), per_feature)
+    np.testing.assert_allclose(anisotropic.scale_anisotropy, expected, rtol=1e-5)
+    np.testing.assert_allclose(anisotropic.scale_spread, 0.0, atol=1e-6)
+    heteroscedastic = health.posterior_summary(jnp.zeros((3, 4)), per_image)
+    np.testing.assert_allclose(heteroscedastic.scale_anisotropy, 0.0, atol=1e-6)
+    np.testing.assert_allclose(heteroscedastic.scale_spread, expected, rtol=1e-5)
+
+
+def test_posterior_summary_refuses_unequal_shapes():
+    with pytest.raises(ValueError, match="must share one shape"):
+        health.posterior_summary(jnp.zeros((4, 3)), jnp.ones((4, 2)))
+
+
+def test_representation_health_jits_and_equals_its_parts():
+    generator = np.random.default_rng(0)
+    embedding, mean, log_scale = generator.normal(size=(3, 40, 8)).astype(np.float32)
+    scale = np.exp(log_scale)
+    values = jax.jit(health.representation_health)(embedding, mean, scale)
+    summary = health.posterior_summary(mean, scale)
+    expected = {
+        "embedding_std": health.embedding_std(embedding),
+        "effective_rank": health.effective_rank(embedding),
+        "posterior_scale_mean": summary.scale_mean,
+        "posterior_scale_anisotropy": summary.scale_anisotropy,
+        "posterior_scale_spread": summary.scale_spread,
+        "posterior_mean_rms": summary.mean_rms,
+        "posterior_kl_per_dimension": summary.kl_per_dimension,
+    }
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+        assert value.shape == ()
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_half_precision_is_promoted():
+    embedding = np.random.default_rng(0).normal(size=(40, 8))
+    half = jnp.asarray(embedding, jnp.bfloat16)
+    assert health.effective_rank(half).dtype == jnp.float32
+    full = np.asarray(half, np.float32)
+    np.testing.assert_allclose(health.effective_rank(half), health.effective_rank(full), rtol=1e-6)
+    np.testing.assert_allclose(health.embedding_std(half), health.embedding_std(full), rtol=1e-6)
