@@ -1,0 +1,135 @@
+"""Every setting of a run, once, with its unit in the name. Other configs differ from this one.
+
+Override any of them on the command line: `--config.optimizer.learning_rate=0.01`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the default settings (CIFAR-sized images, ResNet-18)."""
+    config = ConfigDict()
+    config.seed = 0  # parameters, order of the data, augmentation and sampling all follow from it
+
+    config.data = ConfigDict(
+        {
+            "source": "arrays",  # digits | shapes | arrays | folder | tfds
+            "train_paths": (),  # arrays: .npz files; folder: directories
+            "test_paths": (),
+            "tfds_name": "",  # tfds: name or name:version, prepared as array_record
+            "data_dir": "",  # tfds: directory that holds the prepared sets ("" = tfds' default)
+            "train_split": "train",  # tfds
+            "test_split": "test",  # tfds
+            "image_size": 0,  # folder, shapes: pixels a side (0 = as stored; shapes: 32)
+            "num_train_examples": 0,  # 0 = all; otherwise a seeded, stratified subset
+            "num_test_examples": 0,
+            "validation_fraction": 0.1,  # carved from train; every choice is made on it
+            "split_seed": 0,  # of subsets and of the validation split
+        }
+    )
+    config.input = ConfigDict(
+        {
+            # auto: resident on the device when the images fit under the limit, else streamed
+            "placement": "auto",  # auto | resident | stream
+            "resident_limit_bytes": 4_000_000_000,
+            "num_workers": 0,  # stream: processes that decode (0 = threads of this one)
+            "prefetch_batches": 4,  # stream
+        }
+    )
+    config.augmentation = ConfigDict(
+        {
+            "image_size": 32,  # pixels a side of both views
+            "crop_scale": (0.2, 1.0),  # share of the image's area
+            "crop_ratio": (3 / 4, 4 / 3),  # width / height
+            "interpolation": "bilinear",  # bilinear | bicubic, antialiased
+            "flip_probability": 0.5,
+            "jitter_probability": 0.8,
+            "brightness": 0.4,
+            "contrast": 0.4,
+            "saturation": 0.4,
+            "hue": 0.1,
+            "grayscale_probability": 0.2,
+            "blur_probability": (0.0, 0.0),  # of view 1, of view 2
+            "blur_sigma": (0.1, 2.0),  # pixels
+            "blur_kernel_size": 0,  # pixels, odd; 0 = about a tenth of the image
+            "solarize_probability": (0.0, 0.0),  # of view 1, of view 2
+            "solarize_threshold": 0.5,  # of [0, 1]
+            "num_small_crops": 0,  # further views, sources only: they predict both full views
+            "small_crop_size": 16,  # pixels a side
+            "small_crop_scale": (0.05, 0.2),  # share of the image's area
+            "mean": (0.4914, 0.4822, 0.4465),  # of the normalisation, a channel each
+            "std": (0.2470, 0.2435, 0.2616),
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "backbone": "resnet18",  # resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small
+            "width": 0,  # channels of the first stage (0 = the network's own)
+            "stem": "cifar",  # resnet: cifar (3x3, no pool) | imagenet (7x7, pool)
+            "patch_size": 4,  # vit, pixels
+            "projector_hidden_dims": (2048, 2048),
+            "embedding_dim": 512,  # D
+            "inference_hidden_dim": 512,
+            "initial_scale": 1.0,  # posterior standard deviation at the start
+            "min_scale": 1e-3,  # its floor
+            "initial_radial_scale": 0.5,
+            "dtype": "float32",  # float32 | bfloat16: of the computation; parameters stay float32
+        }
+    )
+    config.objective = ConfigDict(
+        {
+            "df": 5.0,  # directional degrees of freedom; inf is the Gaussian
+            "radial_df": 5.0,
+            "scale_units": "sphere",  # sphere | unit
+            "prior_scale": 1.0,
+            "coordinates": "chordal",  # chordal | stereographic
+            "space": "log",  # log | linear
+            "num_samples": 1,
+            "kl_weight": 1.0,
+            "kl_warmup_epochs": 0.0,  # linear from zero
+            "radial_weight": 1.0,
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "sgd",  # sgd | lars | adamw
+            "learning_rate": 0.06,  # peak, as it is: not scaled with the batch
+            "momentum": 0.9,  # sgd, lars
+            "weight_decay": 5e-4,  # not on biases, BatchNorm and scalars
+            "warmup_epochs": 10.0,  # linear from zero
+            "final_learning_rate": 0.0,  # of the cosine
+            "max_gradient_norm": 0.0,  # 0 = no clipping
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "batch_size": 512,  # images a step, global
+            "num_epochs": 200,
+            "num_micro_batches": 1,  # gradient accumulation; BatchNorm sees micro-batches
+            "ema_decay": 0.0,  # of the parameters; 0 = off. Evaluation uses the average
+            "steps_per_dispatch": 0,  # steps in one compiled call (0 = 1 on the CPU, else 10)
+            "log_every_steps": 10,
+            "health_every_steps": 200,  # effective rank, on images of the validation split
+            "health_num_images": 2048,  # at most; the rank needs more than embedding_dim
+        }
+    )
+    config.checkpoint = ConfigDict(
+        {
+            "every_steps": 1000,
+            "keep_latest": 2,  # at least 2, so that a damaged one has a predecessor
+            "keep_best": 0,  # best by k-NN on validation, measured at every save when above 0
+        }
+    )
+    config.evaluation = ConfigDict(
+        {
+            "batch_size": 512,
+            "knn_k": (20, 200),
+            "knn_temperature": 0.1,
+            "l2_grid": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # chosen on validation
+            "labels_per_class": 10,  # of the few-label probe; 0 = off
+            "few_label_seeds": 5,  # subsets averaged over
+            "corruptions": (),  # sets that the OOD score is measured on; see corruptions.py
+            "compare_untrained": True,  # the same numbers for the encoder before training
+        }
+    )
+    return config

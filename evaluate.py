@@ -1,0 +1,31 @@
+"""Evaluates a run's checkpoint: `python evaluate.py --workdir=runs/digits`."""
+
+import sys
+
+import jax
+from absl import app, flags
+
+from jevb_jax import runner
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest by default.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the flags."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        runner.evaluate(runner.load_config(_WORKDIR.value), _WORKDIR.value, step=_STEP.value)
+    except runner.USER_ERRORS as error:
+        if _TRACEBACK.value:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("workdir")
+    jax.config.config_with_absl()
+    app.run(main)

@@ -1,0 +1,643 @@
+"""Augmentations on the device, with torchvision's semantics.
+
+One view is a pure function `(key, image) -> view` of a single image `[height, width, channels]`, uint8
+or float in [0, 1], of one or three channels. Everything is float32 in [0, 1] inside and can be jitted
+and vmapped. torchvision rounds to uint8 after every operation on Pillow images; here nothing is rounded.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+
+# ITU-R 601-2 luma, to torchvision's digits.
+_LUMA = (0.2989, 0.587, 0.114)
+_CROP_ATTEMPTS = 10
+
+
+def _check_image(image: Array) -> None:
+    if image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(
+            "an image must be [height, width, channels] with 1 or 3 channels, got shape "
+            f"{image.shape}; vmap over a batch"
+        )
+
+
+def to_float(image: ArrayLike) -> Array:
+    """Converts an image to float32.
+
+    Args:
+      image: `[h, w, c]`, uint8, or float in [0, 1].
+
+    Returns:
+      `[h, w, c]` float32 in [0, 1].
+
+    Raises:
+      TypeError: another integer type.
+      ValueError: not an image of one or three channels.
+    """
+    image = jnp.asarray(image)
+    _check_image(image)
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 255
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        raise TypeError(f"images must be uint8, or float in [0, 1], got {image.dtype}")
+    return image.astype(jnp.float32)
+
+
+def _filter(distance: Array, interpolation: Interpolation) -> Array:
+    """Pillow's triangle or Catmull-Rom (a = -1/2) kernel at a distance in source samples."""
+    x = jnp.abs(distance)
+    if interpolation == "bilinear":
+        return jnp.maximum(1 - x, 0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, jnp.zeros_like(x)))
+
+
+def _resize_weights(
+    start: Array, length: Array, *, source_size: int, size: int, interpolation: Interpolation
+) -> Array:
+    """`[size, source_size]` weights that cut `[start, start + length)` out and resize it.
+
+    The kernel widens when it shrinks the image (antialiasing), and its weights are normalised over the
+    samples of the cut alone, as when Pillow resizes an image that has been cropped before.
+    """
+    scale = length / size
+    support = jnp.maximum(scale, 1.0)
+    center = start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * scale
+    sample = jnp.arange(source_size, dtype=jnp.float32)
+    distance = (sample[None, :] + 0.5 - center[:, None]) / support
+    is_inside = (sample >= start) & (sample < start + length)
+    weights = jnp.where(is_inside[None, :], _filter(distance, interpolation), 0.0)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _resample(image: Array, rows: Array, columns: Array, interpolation: Interpolation) -> Array:
+    """Applies weights along height and width: two small matrix products, no gather."""
+    resized = jnp.einsum("ih,hwc->iwc", rows, image, precision="highest")
+    resized = jnp.einsum("jw,iwc->ijc", columns, resized, precision="highest")
+    return jnp.clip(resized, 0, 1) if interpolation == "bicubic" else resized
+
+
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
+
+
+def resized_crop(
+    image: ArrayLike,
+    top: ArrayLike,
+    left: ArrayLike,
+    height: ArrayLike,
+    width: ArrayLike,
+    *,
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    flip: ArrayLike = False,
+) -> Array:
+    """Crops a box and resizes it, antialiased, as `torchvision.transforms.functional.resized_crop`.
+
+    Args:
+      image: `[h, w, c]`.
+      top: first row of the box, an integer, may be traced.
+      left: first column.
+      height: rows of the box, at least 1; the box lies inside the image.
+      width: columns of the box.
+      size: pixels a side of the result.
+      interpolation: "bilinear" or "bicubic" (clipped to [0, 1]).
+      flip: mirror the result left to right; costs nothing.
+
+    Returns:
+      `[size, size, c]` float32.
+
+    Raises:
+      ValueError: unknown interpolation.
+    """
+    _check_interpolation(interpolation)
+    image = to_float(image)
+    top, left, height, width = (jnp.asarray(v, jnp.float32) for v in (top, left, height, width))
+    rows = _resize_weights(
+        top, height, source_size=image.shape[0], size=size, interpolation=interpolation
+    )
+    columns = _resize_weights(
+        left, width, source_size=image.shape[1], size=size, interpolation=interpolation
+    )
+    columns = jnp.where(jnp.asarray(flip), columns[::-1], columns)
+    return _resample(image, rows, columns, interpolation)
+
+
+def to_grayscale(image: Array) -> Array:
+    """Luma in every channel, `[h, w, c]`; a one-channel image is returned as it is."""
+    if image.shape[-1] == 1:
+        return image
+    luma = jnp.asarray(_LUMA, image.dtype)
+    gray = jnp.sum(image * luma[None, None, :], axis=-1, keepdims=True)
+    return jnp.broadcast_to(gray, image.shape)
+
+
+def _blend(image: Array, other: Array, factor: ArrayLike) -> Array:
+    return jnp.clip(other + jnp.asarray(factor, image.dtype) * (image - other), 0, 1)
+
+
+def adjust_brightness(image: ArrayLike, factor: ArrayLike) -> Array:
+    """Multiplies by `factor >= 0` and clips; 0 is black, 1 the image. `[h, w, c]`."""
+    image = to_float(image)
+    return _blend(image, jnp.zeros_like(image), factor)
+
+
+def adjust_contrast(image: ArrayLike, factor: ArrayLike) -> Array:
+    """Blends with the mean of the grey image; 0 is flat grey, 1 the image. `[h, w, c]`."""
+    image = to_float(image)
+    mean = jnp.mean(to_grayscale(image)[..., 0])
+    return _blend(image, jnp.broadcast_to(mean, image.shape), factor)
+
+
+def adjust_saturation(image: ArrayLike, factor: ArrayLike) -> Array:
+    """Blends with the grey image; 0 is grey, 1 the image. `[h, w, c]`."""
+    image = to_float(image)
+    return _blend(image, to_grayscale(image), factor)
+
+
+def adjust_hue(image: ArrayLike, shift: ArrayLike) -> Array:
+    """Turns the hue of HSV by `shift` in [-0.5, 0.5] of a turn. `[h, w, c]`.
+
+    A one-channel image is returned as it is.
+    """
+    image = to_float(image)
+    if image.shape[-1] == 1:
+        return image
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    value = jnp.max(image, axis=-1)
+    chroma = value - jnp.min(image, axis=-1)
+    divisor = jnp.where(chroma > 0, chroma, jnp.ones_like(chroma))
+    sextant = jnp.where(
+        value == red,
+        (green - blue) / divisor,
+        jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sextant = sextant + 6 * jnp.asarray(shift, image.dtype)
+    # HSV to RGB without branches: a channel falls from `value` by chroma times a trapezoid of the hue.
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        k = jnp.mod(offset + sextant, 6.0)
+        channels.append(value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1))
+    return jnp.stack(channels, axis=-1)
+
+
+def gaussian_blur(image: ArrayLike, sigma: ArrayLike, *, kernel_size: int) -> Array:
+    """Separable Gaussian blur with reflected borders, as torchvision's.
+
+    Args:
+      image: `[h, w, c]`.
+      sigma: standard deviation in pixels, positive; may be traced.
+      kernel_size: taps, odd, at most `2 * side - 1`.
+
+    Returns:
+      `[h, w, c]` float32.
+
+    Raises:
+      ValueError: an even kernel, or one too wide for the image.
+    """
+    image = to_float(image)
+    half = kernel_size // 2
+    if kernel_size % 2 != 1 or half >= min(image.shape[:2]):
+        raise ValueError(
+            f"kernel_size must be odd and at most 2 * side - 1 of the image {image.shape}, got "
+            f"{kernel_size}"
+        )
+    offsets = jnp.arange(-half, half + 1, dtype=jnp.float32)
+    kernel = jnp.exp(-jnp.square(offsets / jnp.asarray(sigma, jnp.float32)) / 2)
+    kernel = kernel / jnp.sum(kernel)
+    for axis in (0, 1):
+        # One matrix product instead of a convolution of one channel, which is slow on every backend.
+        length = image.shape[axis]
+        reflected = np.pad(np.arange(length), half, mode="reflect")
+        taps = np.stack([reflected[i : i + kernel_size] for i in range(length)])
+        weights = (
+            jnp.zeros((length, length))
+            .at[np.arange(length)[:, None], taps]
+            .add(jnp.broadcast_to(kernel, taps.shape))
+        )
+        image = jnp.moveaxis(
+            jnp.tensordot(weights, image, axes=(1, axis), precision="highest"), 0, axis
+        )
+    return image
+
+
+def solarize(image: ArrayLike, *, threshold: float = 0.5) -> Array:
+    """Inverts values of at least `threshold`. `[h, w, c]`."""
+    image = to_float(image)
+    return jnp.where(image >= threshold, 1 - image, image)
+
+
+def normalize(image: ArrayLike, *, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """`(image - mean) / std`, channel by channel. `[h, w, c]`.
+
+    Raises:
+      ValueError: not one mean and one std for each channel.
+    """
+    image = to_float(image)
+    if not len(mean) == len(std) == image.shape[-1]:
+        raise ValueError(
+            f"mean and std need one value for each of {image.shape[-1]} channels, got {mean}, {std}"
+        )
+    return (image - jnp.asarray(mean, jnp.float32)[None, None, :]) / jnp.asarray(std, jnp.float32)[
+        None, None, :
+    ]
+
+
+def sample_crop(
+    key: Array,
+    *,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[Array, Array, Array, Array]:
+    """The box of `torchvision.transforms.RandomResizedCrop.get_params`.
+
+    Ten draws of an area, uniform in `scale`, and an aspect ratio, log-uniform in `ratio`; the first
+    that fits is placed uniformly. If none fits, the largest central box with a ratio in range.
+
+    Args:
+      key: consumed.
+      height: of the image, pixels.
+      width: of the image.
+      scale: range of the share of the image's area.
+      ratio: range of width / height.
+
+    Returns:
+      `top, left, height, width`, int32 scalars.
+    """
+    key_area, key_ratio, key_top, key_left = jax.random.split(key, 4)
+    area = (
+        height
+        * width
+        * jax.random.uniform(key_area, (_CROP_ATTEMPTS,), minval=scale[0], maxval=scale[1])
+    )
+    aspect = jnp.exp(
+        jax.random.uniform(
+            key_ratio,
+            (_CROP_ATTEMPTS,),
+            minval=float(np.log(ratio[0])),
+            maxval=float(np.log(ratio[1])),
+        )
+    )
+    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = jnp.argmax(fits)
+    image_ratio = width / height
+    if image_ratio < ratio[0]:
+        fallback = min(round(width / ratio[0]), height), width
+    elif image_ratio > ratio[1]:
+        fallback = height, min(round(height * ratio[1]), width)
+    else:
+        fallback = height, width
+    has_fit = jnp.any(fits)
+    crop_height = jnp.where(has_fit, heights[first], fallback[0])
+    crop_width = jnp.where(has_fit, widths[first], fallback[1])
+    top = jax.random.randint(key_top, (), 0, height - crop_height + 1)
+    left = jax.random.randint(key_left, (), 0, width - crop_width + 1)
+    top = jnp.where(has_fit, top, (height - crop_height) // 2)
+    left = jnp.where(has_fit, left, (width - crop_width) // 2)
+    return top, left, crop_height, crop_width
+
+
+def random_resized_crop(
+    key: Array,
+    image: ArrayLike,
+    *,
+    size: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: Interpolation = "bilinear",
+    flip_probability: float = 0.0,
+) -> Array:
+    """Crops a random box (see `sample_crop`), resizes it to `[size, size, c]`, perhaps mirrors it.
+
+    Args:
+      key: consumed.
+      image: `[h, w, c]`.
+      size: pixels a side.
+      scale: range of the share of the image's area.
+      ratio: range of width / height.
+      interpolation: "bilinear" or "bicubic".
+      flip_probability: of mirroring left to right, which is folded into the resize.
+
+    Returns:
+      `[size, size, c]` float32.
+    """
+    image = to_float(image)
+    key_crop, key_flip = jax.random.split(key)
+    box = sample_crop(
+        key_crop, height=image.shape[0], width=image.shape[1], scale=scale, ratio=ratio
+    )
+    flip = jax.random.bernoulli(key_flip, flip_probability) if flip_probability > 0 else False
+    return resized_crop(image, *box, size=size, interpolation=interpolation, flip=flip)
+
+
+def _apply_with_probability(
+    key: Array, image: Array, transform: Callable[[Array], Array], probability: float
+) -> Array:
+    """`transform(image)` with a probability; 0 and 1 are decided at trace time."""
+    if probability <= 0:
+        return image
+    changed = transform(image)
+    if probability >= 1:
+        return changed
+    return jnp.where(jax.random.bernoulli(key, probability), changed, image)
+
+
+def random_horizontal_flip(key: Array, image: ArrayLike, *, probability: float = 0.5) -> Array:
+    """Mirrors left to right with a probability. `[h, w, c]`."""
+    return _apply_with_probability(key, to_float(image), lambda x: x[:, ::-1], probability)
+
+
+def color_jitter(
+    key: Array,
+    image: ArrayLike,
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.1,
+    probability: float = 0.8,
+) -> Array:
+    """Brightness, contrast, saturation and hue by random factors, in random order.
+
+    Args:
+      key: consumed.
+      image: `[h, w, c]`; with one channel only brightness and contrast act.
+      brightness: factor uniform in `[max(0, 1 - brightness), 1 + brightness]`.
+      contrast: likewise.
+      saturation: likewise.
+      hue: shift uniform in `[-hue, hue]`, at most 0.5.
+      probability: of any change.
+
+    Returns:
+      `[h, w, c]` float32.
+    """
+    image = to_float(image)
+    key_apply, key_order, key_factors = jax.random.split(key, 3)
+    is_color = image.shape[-1] == 3
+    strengths: list[tuple[Callable[[Array, Array], Array], float, float]] = [
+        (adjust_brightness, max(0.0, 1 - brightness), 1 + brightness),
+        (adjust_contrast, max(0.0, 1 - contrast), 1 + contrast),
+    ]
+    if is_color:
+        strengths += [
+            (adjust_saturation, max(0.0, 1 - saturation), 1 + saturation),
+            (adjust_hue, -hue, hue),
+        ]
+    active = [strength for strength in strengths if strength[1] < strength[2]]
+    if not active or probability <= 0:
+        return image
+    uniform = jax.random.uniform(key_factors, (len(active),))
+    factors = [low + uniform[i] * (high - low) for i, (_, low, high) in enumerate(active)]
+    order = jax.random.permutation(key_order, len(active))
+
+    def jitter(image: Array) -> Array:
+        # Under vmap a branch computes all its arms, so a position costs every operation; a loop over
+        # positions keeps the program small, and the operations themselves are elementwise.
+        def position(index: Array, image: Array) -> Array:
+            candidates = [f(image, v) for (f, _, _), v in zip(active, factors, strict=True)]
+            return jax.lax.select_n(order[index], *candidates) if len(active) > 1 else candidates[0]
+
+        return jax.lax.fori_loop(0, len(active), position, image)
+
+    return _apply_with_probability(key_apply, image, jitter, probability)
+
+
+def random_grayscale(key: Array, image: ArrayLike, *, probability: float = 0.2) -> Array:
+    """Removes colour with a probability. `[h, w, c]`."""
+    return _apply_with_probability(key, to_float(image), to_grayscale, probability)
+
+
+def random_gaussian_blur(
+    key: Array,
+    image: ArrayLike,
+    *,
+    kernel_size: int,
+    sigma: tuple[float, float] = (0.1, 2.0),
+    probability: float = 0.5,
+) -> Array:
+    """Blurs with a probability, sigma uniform in its range (pixels). `[h, w, c]`."""
+    key_apply, key_sigma = jax.random.split(key)
+    width = jax.random.uniform(key_sigma, minval=sigma[0], maxval=sigma[1])
+    return _apply_with_probability(
+        key_apply,
+        to_float(image),
+        lambda x: gaussian_blur(x, width, kernel_size=kernel_size),
+        probability,
+    )
+
+
+def random_solarize(
+    key: Array, image: ArrayLike, *, threshold: float = 0.5, probability: float = 0.2
+) -> Array:
+    """Solarises with a probability. `[h, w, c]`."""
+    return _apply_with_probability(
+        key, to_float(image), lambda x: solarize(x, threshold=threshold), probability
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewAugmentation:
+    """One augmented view: crop, flip, jitter, grey, blur, solarise, normalise, in this order.
+
+    The order is that of SimSiam (Chen and He 2021) and BYOL (Grill et al. 2020). An operation whose
+    probability or strength is zero is not in the compiled program.
+
+    Attributes:
+      size: pixels a side of the view.
+      mean: of the normalisation, one value for each channel.
+      std: likewise, positive.
+      crop_scale: range of the crop's share of the area, within (0, 1].
+      crop_ratio: range of the crop's width / height.
+      interpolation: "bilinear" or "bicubic", antialiased.
+      flip_probability: of mirroring left to right.
+      jitter_probability: of the colour jitter.
+      brightness: strength, at least 0.
+      contrast: strength, at least 0.
+      saturation: strength, at least 0.
+      hue: strength, in [0, 0.5].
+      grayscale_probability: of removing colour.
+      blur_probability: of the Gaussian blur.
+      blur_sigma: range of its standard deviation, pixels.
+      blur_kernel_size: taps, odd; 0 is the odd number nearest a tenth of `size`, at least 3.
+      solarize_probability: of solarising.
+      solarize_threshold: of [0, 1].
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bilinear"
+    flip_probability: float = 0.5
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kernel_size: int = 0
+    solarize_probability: float = 0.0
+    solarize_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks every range."""
+        _check_interpolation(self.interpolation)
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean and std need one value for each of 1 or 3 channels, got {self.mean} and "
+                f"{self.std}"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must be a range within (0, 1], got {self.crop_scale}")
+        for name in ("crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be a positive range, got {(low, high)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_probability") and not 0 <= value <= 1:
+                raise ValueError(f"{field.name} must be in [0, 1], got {value}")
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.hue > 0.5:
+            raise ValueError(f"hue must be in [0, 0.5], got {self.hue}")
+        if self.blur_kernel_size < 0 or (self.blur_kernel_size and self.blur_kernel_size % 2 == 0):
+            raise ValueError(f"blur_kernel_size must be 0 or odd, got {self.blur_kernel_size}")
+
+    @property
+    def _kernel_size(self) -> int:
+        return self.blur_kernel_size or max(3, 2 * round((self.size / 10 - 1) / 2) + 1)
+
+    def __call__(self, key: Array, image: ArrayLike) -> Array:
+        """One view of one image.
+
+        Args:
+          key: consumed.
+          image: `[h, w, c]` uint8, or float in [0, 1].
+
+        Returns:
+          `[size, size, c]` float32, normalised.
+        """
+        key_crop, key_jitter, key_gray, key_blur, key_solarize = jax.random.split(key, 5)
+        view = random_resized_crop(
+            key_crop,
+            image,
+            size=self.size,
+            scale=self.crop_scale,
+            ratio=self.crop_ratio,
+            interpolation=self.interpolation,
+            flip_probability=self.flip_probability,
+        )
+        view = color_jitter(
+            key_jitter,
+            view,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            probability=self.jitter_probability,
+        )
+        view = random_grayscale(key_gray, view, probability=self.grayscale_probability)
+        if self.blur_probability > 0:
+            view = random_gaussian_blur(
+                key_blur,
+                view,
+                kernel_size=self._kernel_size,
+                sigma=self.blur_sigma,
+                probability=self.blur_probability,
+            )
+        view = random_solarize(
+            key_solarize,
+            view,
+            threshold=self.solarize_threshold,
+            probability=self.solarize_probability,
+        )
+        return normalize(view, mean=self.mean, std=self.std)
+
+
+def center_view(
+    image: ArrayLike,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: Interpolation = "bilinear",
+) -> Array:
+    """The view of evaluation: the whole image, resized if it is not `size` already, normalised.
+
+    Args:
+      image: `[h, w, c]` uint8, or float in [0, 1].
+      size: pixels a side.
+      mean: of the normalisation, one value for each channel.
+      std: likewise.
+      interpolation: "bilinear" or "bicubic".
+
+    Returns:
+      `[size, size, c]` float32.
+    """
+    image = to_float(image)
+    height, width = image.shape[:2]
+    if (height, width) != (size, size):
+        image = resized_crop(image, 0, 0, height, width, size=size, interpolation=interpolation)
+    return normalize(image, mean=mean, std=std)
+
+
+def augment(keys: Array, images: ArrayLike, augmentation: ViewAugmentation) -> Array:
+    """One view of every image of a batch.
+
+    Args:
+      keys: `[batch]` keys, so that a view does not depend on the batch around it.
+      images: `[batch, h, w, c]`.
+      augmentation: what to do.
+
+    Returns:
+      `[batch, size, size, c]` float32.
+    """
+    return jax.vmap(augmentation)(keys, jnp.asarray(images))
+
+
+def multi_view(
+    keys: Array, images: ArrayLike, augmentations: Sequence[ViewAugmentation]
+) -> tuple[Array, ...]:
+    """Several views of every image of a batch: view 1, view 2 and, optionally, smaller crops.
+
+    Args:
+      keys: `[batch]` keys; view `v` of an image uses `fold_in(key, v)`.
+      images: `[batch, h, w, c]`.
+      augmentations: one for each view, each with a size of its own.
+
+    Returns:
+      One `[batch, size, size, c]` float32 for each view.
+    """
+    return tuple(
+        augment(jax.vmap(jax.random.fold_in, (0, None))(keys, index), images, augmentation)
+        for index, augmentation in enumerate(augmentations)
+    )

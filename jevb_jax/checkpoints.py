@@ -1,0 +1,310 @@
+"""Checkpoints: state and settings through Orbax; strict, verified, with a predecessor to fall back on.
+
+A checkpoint holds the state as a flat mapping of names to arrays and one JSON: the step (which alone
+is the position in the data), the resolved config with its hash, and a fingerprint of every array.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import Array
+from orbax.checkpoint import checkpoint_managers
+
+State = TypeVar("State")
+_FORMAT = 1
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A whole checkpoint of another model."""
+
+
+def flatten_names(tree: Any) -> dict[str, Any]:
+    """Names every leaf of a pytree by its path, `params.backbone.Conv_0.kernel`.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      Leaves by name, in the order of the tree.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a resolved config."""
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def changed_keys(
+    saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Compares two configs, as nested JSON mappings.
+
+    Args:
+      saved: the config of the run.
+      current: the config asked for.
+
+    Returns:
+      `{dotted key: (saved, current)}` of those that differ; "(absent)" where one lacks the key.
+    """
+
+    def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in config.items():
+            if isinstance(value, Mapping):
+                flat.update(flatten(value, f"{prefix}{key}."))
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    a, b = flatten(saved), flatten(current)
+    absent = "(absent)"
+    return {
+        key: (a.get(key, absent), b.get(key, absent))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, absent) != b.get(key, absent)
+    }
+
+
+@jax.jit
+def _fingerprints(flat: dict[str, Array]) -> dict[str, Array]:
+    def fingerprint(leaf: Array) -> Array:
+        unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+        words = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1).astype(jnp.uint32)
+        # Odd weights are invertible modulo 2^32: a change of any one word changes the sum, and so
+        # does almost every exchange of two.
+        weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
+        return jnp.sum(words * weights, dtype=jnp.uint32)
+
+    return {name: fingerprint(leaf) for name, leaf in flat.items()}
+
+
+def fingerprint(tree: Any) -> dict[str, int]:
+    """A 32-bit sum of every leaf's bits, computed on the device.
+
+    Args:
+      tree: a pytree of arrays.
+
+    Returns:
+      `{name: sum}`. Equal trees have equal sums; one changed word always changes its leaf's sum.
+    """
+    return {name: int(value) for name, value in _fingerprints(flatten_names(tree)).items()}
+
+
+def _check_same_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointMismatchError listing every missing, extra and differently shaped array."""
+    problems = [f"  missing from the checkpoint: {name}" for name in wanted if name not in saved]
+    problems += [f"  only in the checkpoint: {name}" for name in saved if name not in wanted]
+    for name in wanted:
+        if name in saved:
+            got = tuple(saved[name].shape), jnp.dtype(saved[name].dtype)
+            expected = tuple(wanted[name].shape), jnp.dtype(wanted[name].dtype)
+            if got != expected:
+                problems.append(f"  {name}: checkpoint has {got}, the model wants {expected}")
+    if problems:
+        raise CheckpointMismatchError(
+            f"{where} does not fit the model:\n" + "\n".join(problems) + "\n"
+            "Use the config that the run was made with (config.json in its directory)."
+        )
+
+
+class Checkpointer:
+    """Saves and restores a run's state in `directory`, asynchronously.
+
+    Keeps the latest `keep_latest` checkpoints and, if `keep_best` is above zero, as many of the best
+    by the metric given to `save`.
+    """
+
+    def __init__(self, directory: str | Path, *, keep_latest: int = 2, keep_best: int = 0):
+        """Opens or makes the directory.
+
+        Args:
+          directory: where checkpoints live, one subdirectory a step.
+          keep_latest: number of most recent checkpoints kept, at least 1; 2 or more leave a
+            predecessor to a damaged one.
+          keep_best: number of best checkpoints kept beside them.
+
+        Raises:
+          ValueError: `keep_latest < 1` or `keep_best < 0`.
+        """
+        if keep_latest < 1 or keep_best < 0:
+            raise ValueError(
+                "checkpoint.keep_latest must be at least 1 and keep_best at least 0, "
+                f"got {keep_latest} and {keep_best}"
+            )
+        # `best_fn` with `max_to_keep` would delete the latest checkpoint; the policies do not.
+        policies: list[Any] = [checkpoint_managers.LatestN(n=keep_latest)]
+        if keep_best:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["score"], n=keep_best, reverse=False
+                )
+            )
+        self._keep_best = keep_best
+        self._manager = ocp.CheckpointManager(
+            Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=(lambda metrics: metrics["score"]) if keep_best else None,
+                best_mode="max",
+                create=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint, or None when none has a score."""
+        return self._manager.best_step() if self._keep_best else None
+
+    def save(
+        self, step: int, state: Any, *, config: Mapping[str, Any], score: float | None = None
+    ) -> None:
+        """Starts saving; returns once the state may be overwritten.
+
+        Args:
+          step: number of steps done.
+          state: pytree of arrays.
+          config: resolved config, JSON values.
+          score: larger is better; required when `keep_best` is above zero.
+        """
+        if step in self._manager.all_steps():
+            return
+        meta = {
+            "format": _FORMAT,
+            "step": step,
+            "config": dict(config),
+            "config_hash": config_hash(config),
+            "fingerprint": fingerprint(state),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(flatten_names(state)),  # pyright: ignore[reportCallIssue]
+                meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+            ),
+            metrics={"score": score} if self._keep_best else None,
+        )
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The JSON of a checkpoint: format, step, config, config_hash, fingerprint."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(meta=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
+        )
+        return restored["meta"]
+
+    def restore(self, step: int, template: State) -> State:
+        """Restores one checkpoint, strictly.
+
+        Args:
+          step: one of `steps()`.
+          template: a state of the wanted structure, arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+          The state.
+
+        Raises:
+          CheckpointMismatchError: arrays are missing, extra or of another shape or type; all are
+            listed.
+          CheckpointError: the bits of some array are not those that were saved.
+        """
+        where = f"checkpoint {step}"
+        meta = self.read_meta(step)
+        if meta.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{where} has format {meta.get('format')!r}, this version reads {_FORMAT}"
+            )
+        wanted = flatten_names(template)
+        saved_names = dict.fromkeys(meta["fingerprint"])
+        metadata = self._manager.item_metadata(step)["state"]
+        saved = {name: metadata[name] for name in saved_names}
+        _check_same_structure(saved, wanted, where)
+        abstract = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+            )
+            for name, leaf in wanted.items()
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),  # pyright: ignore[reportCallIssue]
+        )["state"]
+        found = fingerprint(restored)
+        damaged = [name for name in wanted if found[name] != meta["fingerprint"][name]]
+        if damaged:
+            raise CheckpointError(
+                f"{where} is damaged: the bits of {len(damaged)} arrays differ from those saved, "
+                f"first {damaged[:5]}"
+            )
+        leaves = [restored[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+    def restore_latest(self, template: State) -> tuple[int, State] | None:
+        """Restores the newest checkpoint that is whole, warning of every damaged one it passes.
+
+        Args:
+          template: see `restore`.
+
+        Returns:
+          Its step and state, or None when there is no checkpoint at all.
+
+        Raises:
+          CheckpointMismatchError: the checkpoint is whole and of another model.
+          CheckpointError: all checkpoints are damaged.
+        """
+        failures: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                state = self.restore(step, template)
+            except CheckpointMismatchError:
+                raise
+            # Whatever Orbax, TensorStore or JSON raise on damaged files, the answer is the same.
+            except Exception as error:  # noqa: BLE001
+                failures.append(f"checkpoint {step}: {type(error).__name__}: {error}")
+                _logger.warning(
+                    "Checkpoint %d cannot be read (%s: %s); falling back to the one before it.",
+                    step,
+                    type(error).__name__,
+                    str(error).splitlines()[0] if str(error) else "",
+                )
+            else:
+                return step, state
+        if failures:
+            raise CheckpointError(
+                "no checkpoint can be read:\n  " + "\n  ".join(failures) + "\n"
+                "Move the directory away to start the run anew."
+            )
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Deletes checkpoints newer than `step`: damaged ones that would stand in the way of a save."""
+        for newer in self.steps():
+            if newer > step:
+                self._manager.delete(newer)
+
+    def wait(self) -> None:
+        """Blocks until every started save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves and frees the manager."""
+        self.wait()
+        self._manager.close()

@@ -1,0 +1,83 @@
+"""Frozen features of every image of a source, each computed exactly once."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jevb_jax import augmentations, data
+from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
+
+
+class Features(NamedTuple):
+    """Outputs for `N` un-augmented images, float32, on the host.
+
+    Attributes:
+      representation: `[N, F]`, of the backbone.
+      embedding: `[N, D]`, of the projector.
+      posterior_mean: `[N, D]`.
+      posterior_scale: `[N, D]`.
+      labels: `[N]` int64, or None.
+    """
+
+    representation: np.ndarray
+    embedding: np.ndarray
+    posterior_mean: np.ndarray
+    posterior_scale: np.ndarray
+    labels: np.ndarray | None
+
+
+class FeatureExtractor:
+    """Computes features in padded batches of one size, so that it compiles once."""
+
+    def __init__(
+        self,
+        model: JointEmbeddingModel,
+        *,
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        batch_size: int,
+    ):
+        """Prepares the compiled forward pass.
+
+        Args:
+          model: networks.
+          image_size: pixels a side of the view (images are resized to it).
+          mean: of the normalisation, one value for each channel.
+          std: likewise.
+          batch_size: images at a time.
+        """
+        self._batch_size = batch_size
+
+        def forward(variables: Any, images: Array) -> ViewOutputs:
+            views = jax.vmap(
+                lambda image: augmentations.center_view(image, size=image_size, mean=mean, std=std)
+            )(images)
+            return model.apply(variables, views, train=False)  # pyright: ignore[reportReturnType]
+
+        self._forward = jax.jit(forward)
+
+    def __call__(self, variables: Any, source: data.ImageSource) -> Features:
+        """Features of every image of `source`, in its order.
+
+        Args:
+          variables: parameters and running statistics.
+          source: images.
+
+        Returns:
+          The features.
+        """
+        parts: list[ViewOutputs] = []
+        for images, mask in data.evaluation_batches(source, self._batch_size):
+            outputs = jax.device_get(self._forward(variables, images))
+            parts.append(ViewOutputs(*(values[mask] for values in outputs)))
+        joined = ViewOutputs(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        return Features(
+            representation=joined.representation,
+            embedding=joined.embedding,
+            posterior_mean=joined.posterior_mean,
+            posterior_scale=joined.posterior_scale,
+            labels=source.labels,
+        )

@@ -1,0 +1,170 @@
+"""From a config to the objects of a run. Below this, nothing knows a config."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from jevb_jax import augmentations, data, training
+from jevb_jax.networks import JointEmbeddingModel, make_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config means.
+
+    Attributes:
+      config: as plain JSON values.
+      dataset: train, validation and test sources.
+      model: networks.
+      optimizer: of `schedule`.
+      schedule: learning rate by step.
+      view_augmentations: of view 1, view 2 and small crops.
+      settings: of the objective.
+      steps_per_epoch: whole batches in the training split.
+      num_train_steps: steps of the run.
+    """
+
+    config: dict[str, Any]
+    dataset: data.Dataset
+    model: JointEmbeddingModel
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    view_augmentations: tuple[augmentations.ViewAugmentation, ...]
+    settings: training.ObjectiveSettings
+    steps_per_epoch: int
+    num_train_steps: int
+
+    @property
+    def key(self) -> Array:
+        """The run's key."""
+        return jax.random.key(self.config["seed"])
+
+    @property
+    def view_shape(self) -> tuple[int, int, int]:
+        """`(height, width, channels)` of a full view."""
+        size = self.view_augmentations[0].size
+        return size, size, len(self.view_augmentations[0].mean)
+
+    def initial_state(self) -> training.TrainState:
+        """The state before the first step."""
+        return training.init_state(
+            jax.random.fold_in(self.key, 2**31 - 1),  # no step is ever this one
+            self.model,
+            self.optimizer,
+            self.view_shape,
+            ema_decay=self.config["train"]["ema_decay"],
+        )
+
+    def train_step(
+        self, state: training.TrainState, images: Array, key: Array
+    ) -> tuple[training.TrainState, dict[str, Array]]:
+        """`training.train_step` with this experiment's networks and settings."""
+        return training.train_step(
+            state,
+            images,
+            key,
+            model=self.model,
+            optimizer=self.optimizer,
+            view_augmentations=self.view_augmentations,
+            settings=self.settings,
+            num_micro_batches=self.config["train"]["num_micro_batches"],
+            ema_decay=self.config["train"]["ema_decay"],
+        )
+
+
+def to_json_values(config: ConfigDict) -> dict[str, Any]:
+    """The resolved config as JSON knows it: tuples become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _view_augmentations(config: ConfigDict) -> tuple[augmentations.ViewAugmentation, ...]:
+    """Two full views and the small crops, each with its own probabilities of blur and solarise."""
+    keywords = config.to_dict()
+    size = keywords.pop("image_size")
+    num_small_crops = keywords.pop("num_small_crops")
+    small_size = keywords.pop("small_crop_size")
+    small_scale = keywords.pop("small_crop_scale")
+    blur, solarize = keywords.pop("blur_probability"), keywords.pop("solarize_probability")
+    if len(blur) != 2 or len(solarize) != 2:
+        raise ValueError(
+            "augmentation.blur_probability and solarize_probability hold one value for each of the "
+            f"two views, got {blur} and {solarize}"
+        )
+    full = tuple(
+        augmentations.ViewAugmentation(
+            size=size, blur_probability=blur[v], solarize_probability=solarize[v], **keywords
+        )
+        for v in range(2)
+    )
+    small = dataclasses.replace(full[0], size=small_size, crop_scale=small_scale)
+    return full + (small,) * num_small_crops
+
+
+def _check_batches(batch_size: int, num_micro_batches: int) -> None:
+    if batch_size < 2:
+        raise ValueError(f"train.batch_size must be at least 2 (BatchNorm), got {batch_size}")
+    if num_micro_batches < 1 or batch_size % num_micro_batches:
+        raise ValueError(
+            f"train.num_micro_batches must divide train.batch_size, got {num_micro_batches} "
+            f"and {batch_size}"
+        )
+
+
+def build_experiment(config: ConfigDict) -> Experiment:
+    """Loads the data and makes everything else that the config describes.
+
+    Args:
+      config: as `configs/default.py` documents it.
+
+    Returns:
+      The experiment.
+
+    Raises:
+      ValueError: settings that do not fit each other, naming them.
+    """
+    train, optimizer = config.train, config.optimizer
+    _check_batches(train.batch_size, train.num_micro_batches)
+    view_augmentations = _view_augmentations(config.augmentation)
+    dataset = data.load_dataset(**config.data.to_dict())
+    channels = dataset.train[0].shape[-1]
+    if channels != len(view_augmentations[0].mean):
+        raise ValueError(
+            f"the images have {channels} channels, but augmentation.mean has "
+            f"{len(view_augmentations[0].mean)} values: give mean and std one for each channel"
+        )
+    steps_per_epoch = data.steps_per_epoch(len(dataset.train), train.batch_size)
+    num_train_steps = round(train.num_epochs * steps_per_epoch)
+    if num_train_steps < 1:
+        raise ValueError(f"train.num_epochs = {train.num_epochs} makes a run of no steps")
+    schedule = training.make_schedule(
+        learning_rate=optimizer.learning_rate,
+        warmup_steps=round(optimizer.warmup_epochs * steps_per_epoch),
+        num_steps=num_train_steps,
+        final_learning_rate=optimizer.final_learning_rate,
+    )
+    objective = config.objective.to_dict()
+    kl_warmup_epochs = objective.pop("kl_warmup_epochs")
+    return Experiment(
+        config=to_json_values(config),
+        dataset=dataset,
+        model=make_model(**config.model.to_dict()),
+        optimizer=training.make_optimizer(
+            name=optimizer.name,
+            schedule=schedule,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            max_gradient_norm=optimizer.max_gradient_norm,
+        ),
+        schedule=schedule,
+        view_augmentations=view_augmentations,
+        settings=training.ObjectiveSettings(
+            **objective, kl_warmup_steps=round(kl_warmup_epochs * steps_per_epoch)
+        ),
+        steps_per_epoch=steps_per_epoch,
+        num_train_steps=num_train_steps,
+    )

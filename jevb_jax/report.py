@@ -1,0 +1,95 @@
+"""Figures of a run, drawn with matplotlib without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from jevb_jax import augmentations, data
+
+
+def save_views_figure(
+    path: Path,
+    source: data.ImageSource,
+    view_augmentations: Sequence[augmentations.ViewAugmentation],
+    *,
+    num_images: int = 8,
+    seed: int = 0,
+) -> None:
+    """Draws images above their augmented views, de-normalised: what the networks are shown.
+
+    Args:
+      path: PNG to write.
+      source: images, of which the first `num_images` are drawn.
+      view_augmentations: of every view.
+      num_images: columns.
+      seed: of the augmentation.
+    """
+    count = min(num_images, len(source))
+    images = data.gather(source, np.arange(count))
+    keys = jax.random.split(jax.random.key(seed), count)
+    views = augmentations.multi_view(keys, images, view_augmentations)
+    rows: list[tuple[str, np.ndarray]] = [("image", images / 255.0)]
+    for number, (view, augmentation) in enumerate(
+        zip(views, view_augmentations, strict=True), start=1
+    ):
+        pixels = np.asarray(view) * np.asarray(augmentation.std) + np.asarray(augmentation.mean)
+        rows.append((f"view {number}", np.clip(pixels, 0, 1)))
+    figure = Figure(figsize=(1.3 * count + 0.6, 1.35 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for row, (name, batch) in enumerate(rows):
+        for column in range(count):
+            axis = axes[row, column]
+            image = batch[column]
+            axis.imshow(
+                image.squeeze(-1) if image.shape[-1] == 1 else image,
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[row, 0].set_ylabel(name)
+    figure.savefig(path, format="png")
+
+
+def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the loss, the terms of the bound, the scales and the signals of collapse by step.
+
+    Args:
+      path: PNG to write.
+      records: lines of `metrics.jsonl`.
+    """
+    panels = (
+        ("loss, nats per dimension", ("train/loss",)),
+        (
+            "terms of the bound, nats",
+            (
+                "train/elbo",
+                "train/directional_log_likelihood",
+                "train/radial_log_likelihood",
+                "train/kl",
+            ),
+        ),
+        ("scales", ("train/posterior_scale", "train/radial_scale")),
+        ("embedding_std (1 = spread, 0 = collapse)", ("train/embedding_std",)),
+        ("effective rank", ("health/effective_rank",)),
+        ("gradient norm", ("train/gradient_norm",)),
+    )
+    styles = ("-", "--", ":", "-.")
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for style, name in zip(styles, names, strict=False):
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, values, style, color="black", lw=1.2, label=name.split("/")[1])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.savefig(path, format="png")

@@ -1,0 +1,509 @@
+"""The only loop: trains a config in a directory, resumes what it finds there, evaluates at the end."""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jevb_jax import augmentations, data, files, health, report, training
+from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, flatten_names
+from jevb_jax.evaluation import protocol
+from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.metrics_log import MetricsLog, ProgressLine
+
+_logger = logging.getLogger(__name__)
+
+# Settings that a resumed run may change, because no number of the run depends on them.
+CHANGEABLE_ON_RESUME = (
+    "checkpoint.",
+    "evaluation.",
+    "input.num_workers",
+    "input.prefetch_batches",
+    "train.health_every_steps",
+    "train.health_num_images",
+    "train.log_every_steps",
+)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is NaN or infinite."""
+
+
+class ChangedConfigError(ValueError):
+    """The directory holds a run of another config."""
+
+
+# What a person can mend: shown as one message, without a traceback.
+USER_ERRORS = (
+    NonFiniteError,
+    CheckpointError,
+    FileNotFoundError,
+    TypeError,
+    ValueError,
+)
+
+
+class _StopRequest:
+    """Turns SIGTERM and SIGINT into a flag that the loop polls; a second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.signal_name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> "_StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+def environment() -> dict[str, Any]:
+    """What a published number needs beside its config: command, commit, versions, devices."""
+    packages = (
+        "jevb-jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "distrax",
+        "orbax-checkpoint",
+        "numpy",
+    )
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None  # run from a checkout that is not installed
+    root = Path(__file__).resolve().parent.parent
+    git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+    try:
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
+        is_dirty = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout)
+    except FileNotFoundError:  # no git on this machine
+        commit, is_dirty = None, False
+    return {
+        "command": sys.argv,
+        "commit": commit,
+        "uncommitted_changes": is_dirty,
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "backend": jax.default_backend(),
+    }
+
+
+def _check_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Writes the config of a new run; refuses one that changed, by name."""
+    path = workdir / "config.json"
+    if not path.exists():
+        files.write_json_atomically(path, config)
+        return
+    changes = changed_keys(json.loads(path.read_text(encoding="utf-8")), config)
+    refused = {
+        key: values for key, values in changes.items() if not key.startswith(CHANGEABLE_ON_RESUME)
+    }
+    if refused:
+        lines = [
+            f"  {key}: the run has {old!r}, got {new!r}" for key, (old, new) in refused.items()
+        ]
+        raise ChangedConfigError(
+            f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
+            "Give the same settings to resume it, or another --workdir to start anew. Only "
+            f"{', '.join(CHANGEABLE_ON_RESUME)} may change."
+        )
+    if changes:
+        files.write_json_atomically(path, config)
+
+
+def _steps_per_dispatch(config: dict[str, Any]) -> int:
+    """Steps in one compiled call: loops of convolutions are slow on the CPU alone."""
+    asked = config["train"]["steps_per_dispatch"]
+    return asked or (1 if jax.default_backend() == "cpu" else 10)
+
+
+class _Batches:
+    """Images on the device, and row numbers into them, for the steps of one dispatch."""
+
+    def __init__(self, experiment: Experiment, start_step: int):
+        config = experiment.config
+        settings = config["input"]
+        source = experiment.dataset.train
+        self._batch_indices = functools.partial(
+            data.batch_indices,
+            num_examples=len(source),
+            batch_size=config["train"]["batch_size"],
+            seed=config["seed"],
+        )
+        self._chunk_steps = _steps_per_dispatch(config)
+        self._batch_size = config["train"]["batch_size"]
+        placement = settings["placement"]
+        if placement not in ("auto", "resident", "stream"):
+            raise ValueError(f"input.placement must be auto, resident or stream, got {placement!r}")
+        fits = data.fits_resident(source, limit_bytes=settings["resident_limit_bytes"])
+        self._resident: Array | None = None
+        if placement == "resident" or (placement == "auto" and fits):
+            self._resident = jnp.asarray(data.load_resident(source))
+        else:
+            self._stream: Iterator[np.ndarray] = iter(
+                data.stream_batches(
+                    source,
+                    start_step=start_step,
+                    num_steps=experiment.num_train_steps - start_step,
+                    batch_size=self._batch_size,
+                    seed=config["seed"],
+                    num_workers=settings["num_workers"],
+                    prefetch_batches=settings["prefetch_batches"],
+                )
+            )
+
+    def take(self, step: int, num_steps: int) -> tuple[Array, np.ndarray]:
+        """`images [N, h, w, c]` and `indices [steps_per_dispatch, batch]` of the next steps."""
+        shape = (self._chunk_steps, self._batch_size)
+        if self._resident is not None:
+            indices = np.zeros(shape, np.int32)
+            for row in range(num_steps):
+                indices[row] = self._batch_indices(step + row)
+            return self._resident, indices
+        batches = [next(self._stream) for _ in range(num_steps)]
+        padding = [batches[-1]] * (self._chunk_steps - num_steps)
+        rows = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+        return jnp.asarray(np.concatenate(batches + padding)), rows
+
+
+def _health_check(experiment: Experiment) -> Any:
+    """A compiled function state -> health metrics, on fixed validation images; or None."""
+    settings = experiment.config["train"]
+    embedding_dim = experiment.config["model"]["embedding_dim"]
+    source = experiment.dataset.validation
+    if settings["health_every_steps"] <= 0:
+        return None
+    count = min(len(source), settings["health_num_images"])
+    if count <= embedding_dim:
+        _logger.warning(
+            "No effective rank will be logged: it needs more images than embedding_dim = %d, and the "
+            "validation split gives %d. Raise data.validation_fraction or train.health_num_images.",
+            embedding_dim,
+            count,
+        )
+        return None
+    images = data.gather(source, np.arange(count))
+    view = experiment.view_augmentations[0]
+
+    @jax.jit
+    def check(state: training.TrainState, images: Array) -> dict[str, Array]:
+        views = jax.vmap(
+            lambda image: augmentations.center_view(
+                image, size=view.size, mean=view.mean, std=view.std
+            )
+        )(images)
+        output = experiment.model.apply(state.evaluation_variables, views, train=False)
+        return health.representation_health(
+            output.embedding, output.posterior_mean, output.posterior_scale
+        )
+
+    return functools.partial(check, images=jnp.asarray(images))
+
+
+def _write_evidence(workdir: Path, experiment: Experiment, result: training.ChunkResult) -> Path:
+    """Sets aside the state before a step that was not finite, and what its batch was."""
+    step = int(result.state.step)
+    directory = workdir / f"nonfinite_step_{step}"
+    directory.mkdir(exist_ok=True)
+    state = {name: np.asarray(leaf) for name, leaf in flatten_names(result.state).items()}
+    np.savez(directory / "state.npz", **state)  # pyright: ignore[reportArgumentType]
+    settings = experiment.config
+    indices = data.batch_indices(
+        step,
+        num_examples=len(experiment.dataset.train),
+        batch_size=settings["train"]["batch_size"],
+        seed=settings["seed"],
+    )
+    step_key = jax.random.fold_in(experiment.key, step)
+    files.write_json_atomically(
+        directory / "batch.json",
+        {
+            "step": step,
+            "seed": settings["seed"],
+            "step_key": np.asarray(jax.random.key_data(step_key)).tolist(),
+            "train_indices": indices.tolist(),
+        },
+    )
+    return directory
+
+
+def _status(metrics: dict[str, float], rank: float | None, images_per_second: float) -> str:
+    rank_text = "" if rank is None else f"  rank {rank:.1f}"
+    return (
+        f"{images_per_second:,.0f} images/s  loss {metrics['train/loss']:.4f}  "
+        f"elbo {metrics['train/elbo']:.1f} = dir {metrics['train/directional_log_likelihood']:.1f} "
+        f"+ rad {metrics['train/radial_log_likelihood']:.1f} - kl {metrics['train/kl']:.1f} nats  "
+        f"std {metrics['train/embedding_std']:.2f}{rank_text}"
+    )
+
+
+def _next_boundary(step: int, *intervals: int) -> int:
+    """The first step after `step` that is a multiple of any interval above zero."""
+    return min((step // interval + 1) * interval for interval in intervals if interval > 0)
+
+
+class _Run:
+    """One process's work on a run directory."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, console: Console):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.workdir = workdir
+        self.console = console
+        self.log = MetricsLog(workdir)
+        settings = self.config["checkpoint"]
+        self.checkpointer = Checkpointer(
+            workdir / "checkpoints",
+            keep_latest=settings["keep_latest"],
+            keep_best=settings["keep_best"],
+        )
+        self.rank: float | None = None
+        self.check_health = _health_check(experiment)
+
+    def restore(self) -> training.TrainState:
+        """The latest whole checkpoint's state, or the initial one."""
+        template = self.experiment.initial_state()
+        restored = self.checkpointer.restore_latest(template)
+        step, state = (0, template) if restored is None else restored
+        if restored is not None:
+            self.checkpointer.discard_after(step)
+            self.console.print(f"Resuming {self.workdir} at step {step}.")
+        self.log.truncate_after(step)
+        return state
+
+    def save(self, state: training.TrainState) -> None:
+        """Starts a checkpoint of a state whose metrics are known to be finite."""
+        score = None
+        if self.config["checkpoint"]["keep_best"]:
+            score = protocol.validation_knn_accuracy(self.experiment, state.evaluation_variables)
+            self.log.write(int(state.step), {"validation/knn_accuracy": score})
+        self.checkpointer.save(int(state.step), state, config=self.config, score=score)
+
+    def record(self, first_step: int, num_steps: int, result: training.ChunkResult) -> dict:
+        """Fetches a dispatch's metrics, logs them, and stops on a step that was not finite."""
+        metrics, is_finite = jax.device_get((result.metrics, result.is_finite))
+        rows = num_steps if is_finite else int(result.state.step) - first_step + 1
+        every = self.config["train"]["log_every_steps"]
+        values: dict[str, float] = {}
+        for row in range(rows):
+            step = first_step + row + 1
+            values = {f"train/{name}": float(array[row]) for name, array in metrics.items()}
+            is_bad = not is_finite and row == rows - 1
+            if step % every == 0 or step == self.experiment.num_train_steps or is_bad:
+                values["train/learning_rate"] = float(self.experiment.schedule(step - 1))
+                self.log.write(step, values)
+        if not is_finite:
+            directory = _write_evidence(self.workdir, self.experiment, result)
+            raise NonFiniteError(
+                f"step {int(result.state.step)}: the loss is {values['train/loss']} and the norm of "
+                f"its gradient {values['train/gradient_norm']}. Nothing was saved after it; the state "
+                f"before the step and the keys of its batch are in {directory}. Lower "
+                "optimizer.learning_rate, lengthen optimizer.warmup_epochs or set "
+                "optimizer.max_gradient_norm, and start in another directory."
+            )
+        return values
+
+    def record_health(self, state: training.TrainState) -> None:
+        """Logs effective rank and the posterior's summary of a state."""
+        values = {f"health/{k}": float(v) for k, v in self.check_health(state).items()}
+        self.rank = values["health/effective_rank"]
+        self.log.write(int(state.step), values)
+
+    def train(self, state: training.TrainState, stop: _StopRequest) -> training.TrainState:
+        """Runs the loop from a state to the end of the run or to a request to stop."""
+        settings = self.config["train"]
+        num_steps = self.experiment.num_train_steps
+        health_every = settings["health_every_steps"] if self.check_health is not None else 0
+        save_every = self.config["checkpoint"]["every_steps"]
+        chunk = training.make_train_chunk(self.experiment.train_step)
+        step = int(state.step)
+        batches = _Batches(self.experiment, step)
+        pending: tuple[int, int, training.ChunkResult] | None = None
+        clock = time.monotonic()
+        with ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress:
+            while step < num_steps and stop.signal_name is None:
+                count = min(_steps_per_dispatch(self.config), num_steps - step)
+                if health_every or save_every:
+                    count = min(count, _next_boundary(step, health_every, save_every) - step)
+                images, indices = batches.take(step, count)
+                result = chunk(state, images, indices, np.int32(count), self.experiment.key)
+                state = result.state
+                # The metrics of the dispatch before are fetched while this one computes.
+                if pending is not None:
+                    values = self.record(*pending)
+                    now = time.monotonic()
+                    speed = pending[1] * settings["batch_size"] / (now - clock)
+                    clock = now
+                    progress.update(pending[0] + pending[1], _status(values, self.rank, speed))
+                pending = (step, count, result)
+                step += count
+                is_save = save_every and step % save_every == 0
+                is_health = health_every and step % health_every == 0
+                if is_save or is_health or step == num_steps or stop.signal_name is not None:
+                    values = self.record(*pending)
+                    pending = None
+                    if is_health:
+                        self.record_health(state)
+                    now = time.monotonic()
+                    speed = count * settings["batch_size"] / (now - clock)
+                    clock = now
+                    progress.update(step, _status(values, self.rank, speed))
+                if is_save and step < num_steps and stop.signal_name is None:
+                    self.save(state)
+            if pending is not None:
+                self.record(*pending)
+        self.save(state)
+        self.checkpointer.wait()
+        return state
+
+
+def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = None) -> bool:
+    """Trains, or resumes, the run of `config` in `workdir`, and evaluates it at the end.
+
+    Args:
+      config: see `configs/default.py`.
+      workdir: directory of the run; made if it does not exist, resumed if it holds this run.
+      console: where people read; standard output by default.
+
+    Returns:
+      True when the run is complete, False when a signal stopped it after a save.
+
+    Raises:
+      ChangedConfigError: the directory holds a run of another config.
+      NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
+      CheckpointError: no checkpoint of the run can be read.
+      ValueError: settings that do not fit each other.
+    """
+    console = console or Console()
+    workdir = Path(workdir).absolute()
+    experiment = build_experiment(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _check_config(workdir, experiment.config)
+    files.write_json_atomically(workdir / "environment.json", environment())
+    with _StopRequest() as stop:
+        run = _Run(experiment, workdir, console)
+        try:
+            state = run.restore()
+            if int(state.step) == 0:
+                report.save_views_figure(
+                    workdir / "views.png", experiment.dataset.train, experiment.view_augmentations
+                )
+            if int(state.step) < experiment.num_train_steps:
+                state = run.train(state, stop)
+        finally:
+            run.checkpointer.close()
+            run.log.close()
+        if stop.signal_name is not None:
+            console.print(
+                f"{stop.signal_name}: saved step {int(state.step)} of {experiment.num_train_steps} "
+                f"in {workdir}; the same command goes on from there."
+            )
+            return False
+    report.save_curves_figure(workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl"))
+    results = protocol.evaluate(experiment, state.evaluation_variables)
+    results["step"] = int(state.step)
+    files.write_json_atomically(workdir / "results.json", results)
+    console.print(protocol.results_table(results))
+    console.print(f"Run files: {workdir}")
+    return True
+
+
+def evaluate(
+    config: ConfigDict, workdir: str | Path, *, step: int | None, console: Console | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run and writes `results.json` beside it.
+
+    Args:
+      config: the config of the run; only `evaluation.*` may differ from what it was trained with.
+      workdir: directory of the run.
+      step: a checkpoint's step, or None for the latest.
+      console: where people read.
+
+    Returns:
+      The results, as written.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be used.
+    """
+    console = console or Console()
+    workdir = Path(workdir).absolute()
+    experiment = build_experiment(config)
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    try:
+        if step is None:
+            restored = checkpointer.restore_latest(experiment.initial_state())
+            if restored is None:
+                raise CheckpointError(f"{workdir} holds no checkpoint: train first")
+            step, state = restored
+        elif step in checkpointer.steps():
+            state = checkpointer.restore(step, experiment.initial_state())
+        else:
+            raise CheckpointError(f"{workdir} has checkpoints {checkpointer.steps()}, not {step}")
+    finally:
+        checkpointer.close()
+    results = protocol.evaluate(experiment, state.evaluation_variables)
+    results["step"] = step
+    name = "results.json" if step == experiment.num_train_steps else f"results_step_{step}.json"
+    files.write_json_atomically(workdir / name, results)
+    console.print(protocol.results_table(results))
+    console.print(f"Results: {workdir / name}")
+    return results
+
+
+def load_config(workdir: str | Path) -> ConfigDict:
+    """The config of a run directory.
+
+    Args:
+      workdir: directory of the run.
+
+    Returns:
+      The config, locked. Lists are tuples again.
+
+    Raises:
+      FileNotFoundError: no run was started there.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: --workdir must be a directory of train.py")
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    config = ConfigDict(tuples(json.loads(path.read_text(encoding="utf-8"))))
+    config.lock()
+    return config

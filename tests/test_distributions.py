@@ -1,0 +1,832 @@
+"""Densities against SciPy, mpmath and quadrature in float64, then float32 against both."""
+
+import functools
+import math
+
+import distrax
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, stats
+
+from jevb_jax import (
+    directional_log_prob,
+    gaussian_kl_divergence,
+    power_spherical_entropy,
+    power_spherical_log_prob,
+    radial_log_prob,
+    student_t_log_prob,
+    von_mises_fisher_log_prob,
+)
+from tests import oracles
+
+COORDINATES = ("chordal", "stereographic")
+
+# Errors in float32, whose rounding is 1.2e-7. Values: relative to the sum of the terms' sizes, some
+# ten roundings. Gradients: relative to the largest entry of the vector.
+VALUE_TOLERANCE = 1.5e-6
+GRADIENT_TOLERANCE = 3e-5
+DF_GRID = np.array([0.1, 1, 10, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, np.inf])
+# Powers of two, so that scaling a vector by one is exact: 6e-5 to 16384.
+SCALE_GRID = 2.0 ** np.arange(-14, 15, 4)
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def relative_error(actual, expected):
+    """Relative to `max(1, |expected|)`."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.abs(actual - expected) / np.maximum(1, np.abs(expected))
+
+
+def assert_close(actual, expected, tolerance):
+    error = relative_error(actual, expected)
+    assert np.all(error <= tolerance), f"largest error {np.max(error):.3g} > {tolerance:.3g}"
+
+
+@functools.partial(jax.jit, static_argnames="coordinates")
+def directional(direction, loc, scale_diag, df, coordinates):
+    """One number for each row of four arrays."""
+    return directional_log_prob(
+        direction, loc=loc, scale_diag=scale_diag, df=df, coordinates=coordinates
+    )
+
+
+@functools.partial(jax.jit, static_argnames="coordinates")
+def directional_with_gradients(direction, loc, scale_diag, df, coordinates):
+    f = functools.partial(directional, coordinates=coordinates)
+    return jax.vmap(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(direction, loc, scale_diag, df)
+
+
+# Directional: values.
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("dim", [3, 4, 8, 40])
+def test_directional_matches_scipy_in_the_tangent_space(float64, dim, coordinates):
+    rng = np.random.default_rng(dim)
+    u, m = oracles.random_units(rng, 2, 9, dim)
+    scale = np.exp(rng.normal(size=(9, dim)))
+    df = np.array([0.1, 0.5, 1, 2, dim - 1, 10, 30, 300, np.inf])
+    expected = [
+        oracles.scipy_directional_log_prob(*row, coordinates)
+        for row in zip(u, m, scale, df, strict=True)
+    ]
+    assert_close(directional(u, m, scale, df, coordinates), expected, 1e-11)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("dim", [3, 6])
+def test_directional_values_and_gradients_match_forty_digits(float64, dim, coordinates):
+    # Scales from 1e-4 to 1e4 within one vector. Derivatives along one random tangent of the sphere
+    # for the direction and for the location, in all log scales and in log df.
+    rng = np.random.default_rng(dim)
+    df = np.array([0.1, 3, 1e3, 1e8, np.inf])
+    u, m = oracles.random_units(rng, 2, len(df), dim)
+    scale = 10 ** rng.uniform(-4, 4, size=u.shape)
+    log_scale_step = rng.normal(size=u.shape)
+    u_step, m_step = (
+        v - np.sum(v * p, -1, keepdims=True) * p
+        for v, p in zip(rng.normal(size=(2, *u.shape)), (u, m), strict=True)
+    )
+    value, (du, dm, ds, ddf) = directional_with_gradients(u, m, scale, df, coordinates)
+    finite_df = np.where(np.isinf(df), 0, df)
+    actual = np.stack(
+        [
+            np.sum(du * u_step, -1),
+            np.sum(dm * m_step, -1),
+            np.sum(ds * scale * log_scale_step, -1),
+            ddf * finite_df,
+        ],
+        -1,
+    )
+    steps = np.zeros((4, 4))
+    np.fill_diagonal(steps, 1)
+    with mpmath.workdps(40):
+        h = mpmath.mpf(10) ** -12
+        for i in range(len(df)):
+
+            def shifted(t_u, t_m, t_s, t_df, i=i):
+                def mp(values):
+                    return [mpmath.mpf(float(v)) for v in values]
+
+                moved_u = [a + t_u * b for a, b in zip(mp(u[i]), mp(u_step[i]), strict=True)]
+                moved_m = [a + t_m * b for a, b in zip(mp(m[i]), mp(m_step[i]), strict=True)]
+                pairs = zip(mp(scale[i]), mp(log_scale_step[i]), strict=True)
+                moved_s = [a * mpmath.exp(t_s * b) for a, b in pairs]
+                moved_df = mpmath.mpf(float(df[i])) * mpmath.exp(t_df)
+                return oracles.mp_directional_log_prob(
+                    moved_u, moved_m, moved_s, moved_df, coordinates
+                )
+
+            assert_close(value[i], float(shifted(0, 0, 0, 0)), 1e-11)
+            for k in range(4):
+                ahead, behind = (
+                    shifted(*[sign * h * int(j == k) for j in range(4)]) for sign in (1, -1)
+                )
+                assert_close(actual[i, k], float((ahead - behind) / (2 * h)), 1e-10)
+
+
+@pytest.mark.parametrize("dim", [512, pytest.param(4096, marks=pytest.mark.slow)])
+def test_directional_determinant_in_many_dimensions(float64, dim):
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, dim)
+    scale = np.exp(rng.normal(size=dim))
+    expected = oracles.directional_log_prob(u, m, scale, 3.0, "chordal")
+    assert_close(directional(u, m, scale, 3.0, "chordal"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dim", [3, 64])
+def test_directional_isotropic_is_a_function_of_the_cosine(float64, dim):
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 20, dim)
+    cosine = np.sum(u * m, -1)
+    n, df, scale = dim - 1, 3.0, 0.7
+    log_normalizer = (
+        math.lgamma((df + n) / 2)
+        - math.lgamma(df / 2)
+        - n / 2 * math.log(df * math.pi)
+        - n * math.log(scale)
+    )
+    chordal = log_normalizer - (df + n) / 2 * np.log1p(2 * (1 - cosine) / (df * scale**2))
+    squared = 4 * (1 - cosine) / (1 + cosine)
+    stereographic = (
+        log_normalizer
+        - (df + n) / 2 * np.log1p(squared / (df * scale**2))
+        + n * np.log(2 / (1 + cosine))
+    )
+    scale_diag = np.full_like(u, scale)
+    assert_close(directional(u, m, scale_diag, df, "chordal"), chordal, 1e-12)
+    assert_close(directional(u, m, scale_diag, df, "stereographic"), stereographic, 1e-12)
+
+
+@pytest.mark.parametrize("dim", [3, 8, 100])
+def test_chordal_gaussian_limit_is_von_mises_fisher_up_to_its_constant(float64, dim):
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 20, dim)
+    scale = 0.3
+    difference = directional(
+        u, m, np.full_like(u, scale), np.inf, "chordal"
+    ) - von_mises_fisher_log_prob(u, loc=m, concentration=scale**-2)
+    assert_close(difference, np.full(20, np.mean(difference)), 1e-11)
+
+
+@pytest.mark.parametrize("dim", [3, 8, 100])
+def test_stereographic_with_df_n_is_the_spherical_cauchy(float64, dim):
+    # Kato and McCullagh (2020): gamma(D/2) / (2 pi^(D/2)) ((1 - a^2) / (1 + a^2 - 2 a c))^(D - 1).
+    # Its scale s, of stereographic coordinates of length 2 tan(angle / 2): (1 - a) / (1 + a) =
+    # s sqrt(n) / 2.
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 20, dim)
+    n, scale = dim - 1, 0.11
+    ratio = scale * math.sqrt(n) / 2
+    a = (1 - ratio) / (1 + ratio)
+    cosine = np.sum(u * m, -1)
+    expected = -oracles.log_sphere_area(dim) + n * np.log((1 - a**2) / (1 + a**2 - 2 * a * cosine))
+    actual = directional(u, m, np.full_like(u, scale), float(n), "stereographic")
+    assert_close(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_directional_symmetries(float64, coordinates):
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 7, 6)
+    rotation = stats.special_ortho_group(6, seed=1).rvs()
+    isotropic = np.full_like(u, 0.4)
+    scale = np.exp(rng.normal(size=u.shape))
+    permutation = rng.permutation(6)
+    f = functools.partial(directional, df=2.5, coordinates=coordinates)
+    assert_close(f(u @ rotation.T, m @ rotation.T, isotropic), f(u, m, isotropic), 1e-12)
+    permuted = f(u[:, permutation], m[:, permutation], scale[:, permutation])
+    assert_close(permuted, f(u, m, scale), 1e-12)
+    # Not a symmetry: the axes carry the scale, so permuting it alone must show.
+    assert np.all(np.abs(f(u, m, scale[:, permutation]) - f(u, m, scale)) > 1e-3)
+    assert np.all(np.abs(f(u @ rotation.T, m @ rotation.T, scale) - f(u, m, scale)) > 1e-3)
+
+
+# Directional: mass.
+
+
+# Stereographic densities with df < D - 1 have an integrable pole at the antipode; for df < 1 it is
+# too steep for the quadrature, not for the density.
+
+
+@pytest.mark.parametrize("df", [0.3, 1.0, 2.0, 30.0, np.inf])
+def test_mass_on_the_two_sphere(float64, df):
+    # D = 3: chordal coordinates are equal-area, so the chordal mass is that of a disc of radius 2.
+    rng = np.random.default_rng(0)
+    m = oracles.random_units(rng, 3)
+    for scale in (0.01, 0.3, 1.0, 4.0):
+        isotropic = np.full(3, scale)
+        anisotropic = scale * np.exp(rng.uniform(-0.5, 0.5, size=3))
+        points, weights = oracles.two_sphere_quadrature(m, scale / 20)
+        loc = np.broadcast_to(m, points.shape)
+
+        def mass(scale_diag, coordinates, points=points, weights=weights, loc=loc):
+            scale_diag = np.broadcast_to(scale_diag, points.shape)
+            log_prob = directional(points, loc, scale_diag, df, coordinates)
+            return np.sum(weights * np.exp(log_prob))
+
+        disc = (
+            -math.expm1(-2 / scale**2)
+            if np.isinf(df)
+            else -math.expm1(-df / 2 * math.log1p(4 / (df * scale**2)))
+        )
+        np.testing.assert_allclose(mass(isotropic, "chordal"), disc, atol=1e-10)
+        chordal = mass(anisotropic, "chordal")
+        assert chordal <= 1 + 1e-10
+        if scale == 0.01 and df >= 2:
+            np.testing.assert_allclose(chordal, 1, atol=1e-4)
+        if df >= 1:
+            for scale_diag in (isotropic, anisotropic):
+                np.testing.assert_allclose(mass(scale_diag, "stereographic"), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [3, 4, 8, 30])
+def test_isotropic_mass_by_one_dimensional_quadrature(float64, dim):
+    m, across = np.eye(dim)[:2]
+    theta, weights = oracles.polar_angle_quadrature(1e-3)
+    points = np.cos(theta)[:, None] * m + np.sin(theta)[:, None] * across
+    ring = np.exp(oracles.log_sphere_area(dim - 1)) * np.sin(theta) ** (dim - 2)
+    loc = np.broadcast_to(m, points.shape)
+    for df, scale in ((1.0, 0.1), (4.0, 0.4), (dim - 1.0, 1.5), (np.inf, 0.3)):
+        chordal, stereographic = (
+            np.sum(
+                weights
+                * ring
+                * np.exp(directional(points, loc, np.full_like(points, scale), df, coordinates))
+            )
+            for coordinates in COORDINATES
+        )
+        # dS = cos(theta / 2)^(D - 3) dy in chordal coordinates.
+        lost = np.cos(theta / 2) ** (dim - 3)
+        area = oracles.log_sphere_area(dim - 1)
+        squared_length = (2 * np.sin(theta / 2) / scale) ** 2
+        flat = oracles.student_t_log_density(squared_length, df, dim - 1)
+        length = 2 * np.sin(theta / 2)
+        shell = np.exp(area + flat) * length ** (dim - 2) * np.cos(theta / 2) * scale ** (1 - dim)
+        np.testing.assert_allclose(chordal, np.sum(weights * shell * lost), rtol=1e-10)
+        assert 0 < chordal <= 1 + 1e-10
+        np.testing.assert_allclose(stereographic, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [4, 8])
+@pytest.mark.parametrize("df", [1.0, 5.0, np.inf])
+def test_anisotropic_mass_by_importance_sampling(float64, dim, df):
+    # Proposal: an isotropic Student-t of heavier tails in the tangent space, laid on the sphere
+    # stereographically.
+    rng = np.random.default_rng(dim)
+    num_samples, n = 60_000, dim - 1
+    proposal_df, proposal_scale = min(df, 3), 0.7
+    m = oracles.random_units(rng, dim)
+    scale_diag = np.exp(rng.uniform(math.log(0.25), math.log(0.7), size=dim))
+    heavy = np.sqrt(proposal_df / rng.chisquare(proposal_df, size=(num_samples, 1)))
+    y = proposal_scale * heavy * rng.normal(size=(num_samples, n))
+    squared = np.sum(y**2, -1)
+    points = oracles.from_tangent(y, m, "stereographic")
+    log_proposal = (
+        oracles.student_t_log_density(squared / proposal_scale**2, proposal_df, n)
+        - n * math.log(proposal_scale)
+        + n * np.log1p(squared / 4)
+    )
+    loc, scale_diag = (np.broadcast_to(v, points.shape) for v in (m, scale_diag))
+    for coordinates in COORDINATES:
+        log_prob = directional(points, loc, scale_diag, df, coordinates)
+        weight = np.exp(np.asarray(log_prob) - log_proposal)
+        mean, standard_error = weight.mean(), weight.std() / math.sqrt(num_samples)
+        assert standard_error < 0.02
+        if coordinates == "chordal":
+            assert mean <= 1 + 4 * standard_error
+        else:
+            assert abs(mean - 1) <= 4 * standard_error
+
+
+# Directional: float32 over the whole domain.
+
+
+@functools.cache
+def directional_grid(dim):
+    """Every df with every scale at five places, as float32 rows; and what the oracle needs."""
+    rng = np.random.default_rng(dim)
+    m = oracles.random_units(rng, dim).astype(np.float32)
+    base_scale = np.exp(rng.uniform(-0.7, 0.7, size=dim)).astype(np.float32)
+    rows = []
+    for scale in SCALE_GRID:
+        near = oracles.unit(m + scale * base_scale * rng.normal(size=dim))
+        far = oracles.random_units(rng, dim)
+        beyond = oracles.unit(-m + 1e-3 * oracles.random_units(rng, dim))
+        rows += [(u, scale, df) for u in (near, far, beyond, m, -m) for df in DF_GRID]
+    u, scale, df = (np.stack(column).astype(np.float32) for column in zip(*rows, strict=True))
+    scale_diag = scale[:, None] * base_scale
+    return u, np.broadcast_to(m, u.shape), scale_diag, df
+
+
+def sum_of_terms(scale_diag):
+    """The size of what the log-density adds up, to which its rounding error is relative."""
+    return 1 + np.sum(np.abs(np.log(np.float64(scale_diag))), axis=-1)
+
+
+def is_antipode(u, m):
+    return np.all(u == -m, axis=-1)
+
+
+def grid_oracle(dim, u, m, scale_diag, df, coordinates):
+    """All rows share the location and the shape of the scale, and so one dense precision matrix."""
+    basis = oracles.tangent_basis(m[0])
+    precision = oracles.tangent_precision(scale_diag[0] / scale_diag[0, 0], basis)
+    y = oracles.tangent_coordinates(u, m, coordinates, basis)
+    squared_length = np.einsum("bi,ij,bj->b", y, precision, y)
+    # At the antipode the squared scaled length is its mean over the tangent directions.
+    mean_squared_length = 4 * np.trace(precision) / (dim - 1)
+    squared_length = np.where(is_antipode(u, m), mean_squared_length, squared_length)
+    value = (
+        oracles.student_t_log_density(squared_length / scale_diag[:, 0] ** 2, df, dim - 1)
+        + np.linalg.slogdet(precision)[1] / 2
+        - (dim - 1) * np.log(scale_diag[:, 0])
+    )
+    if coordinates == "stereographic":
+        value = value - 2 * (dim - 1) * np.log(np.cos(oracles.angle(u, m) / 2))
+    return value
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("dim", [3, pytest.param(8, marks=pytest.mark.slow), 128, 4096])
+def test_directional_over_the_domain(dim, coordinates):
+    rows32 = directional_grid(dim)
+    rows64 = tuple(x.astype(np.float64) for x in rows32)
+    u, m, scale_diag, df = rows64
+    outputs = jax.tree.leaves(directional_with_gradients(*rows32, coordinates))
+    assert {x.dtype for x in outputs} == {jnp.dtype("float32")}
+    value, *gradients = (np.asarray(x, np.float64) for x in outputs)
+    for array in (value, *gradients):
+        assert np.all(np.isfinite(array))
+    with jax.enable_x64(True):
+        outputs = jax.tree.leaves(directional_with_gradients(*rows64, coordinates))
+        unit_m = oracles.unit(m)
+        unit_u = np.where(is_antipode(u, m)[:, None], -unit_m, oracles.unit(u))
+        at_units = directional(unit_u, unit_m, scale_diag, df, coordinates)
+    exact_value, *exact_gradients = (np.asarray(x) for x in outputs)
+    # The stereographic point at infinity is kept finite by a guard that follows the precision.
+    rows = ~is_antipode(u, m) if coordinates == "stereographic" else np.full(len(u), True)
+
+    def assert_within(actual, expected, size, tolerance):
+        error = np.abs(actual - expected)[rows] / size[rows]
+        assert np.all(error <= tolerance), f"largest error {np.max(error):.3g} > {tolerance:.3g}"
+
+    terms = np.maximum(np.abs(exact_value), sum_of_terms(scale_diag))
+    assert_within(value, exact_value, terms, VALUE_TOLERANCE)
+    # The gradients in direction and location add up and cancel terms of size n u and n m.
+    summands = dim * np.max(np.abs(u), -1, keepdims=True)
+    for gradient, exact, least in zip(
+        gradients[:3], exact_gradients[:3], (summands, summands, 1), strict=True
+    ):
+        size = np.maximum(np.maximum(1, least), np.max(np.abs(exact), -1, keepdims=True))
+        assert_within(gradient, exact, size, GRADIENT_TOLERANCE)
+    # The derivative in df is a difference of terms of size n / df.
+    size = np.maximum(np.maximum(1, np.abs(exact_gradients[3])), dim / df)
+    assert_within(gradients[3], exact_gradients[3], size, GRADIENT_TOLERANCE)
+
+    if dim <= 128:
+        expected = grid_oracle(dim, u, m, scale_diag, df, coordinates)
+        assert_within(np.asarray(at_units), expected, terms, 1e-9)
+        # Rounding the two unit vectors to float32 moves the value along its gradient.
+        moved = sum(np.linalg.norm(g, axis=-1) for g in exact_gradients[:2])
+        assert_within(value, expected, terms + moved * 1.2e-7 / VALUE_TOLERANCE, VALUE_TOLERANCE)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_directional_at_the_location_depends_on_the_scale_only(float64, coordinates):
+    rng = np.random.default_rng(0)
+    m = oracles.random_units(rng, 4, 8)
+    scale = np.exp(rng.normal(size=m.shape))
+    precision = oracles.tangent_precision(scale, oracles.tangent_basis(m))
+    for df in (0.5, 1e4, np.inf):
+        expected = oracles.student_t_log_density(np.zeros(4), df, 7)
+        expected = expected + np.linalg.slogdet(precision)[1] / 2
+        assert_close(directional(m, m, scale, df, coordinates), expected, 1e-12)
+
+
+def test_isotropic_chord_at_the_antipode_is_two(float64):
+    m = oracles.random_units(np.random.default_rng(0), 4, 8)
+    actual = directional(-m, m, np.full_like(m, 0.5), np.inf, "chordal")
+    expected = -7 / 2 * math.log(2 * math.pi) - 7 * math.log(0.5) - 0.5 * 4 / 0.25
+    assert_close(actual, np.full(4, expected), 1e-12)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_directional_at_the_zero_embedding_is_finite(coordinates):
+    # `polar_decomposition` gives direction zero at the zero vector.
+    rng = np.random.default_rng(0)
+    m = oracles.random_units(rng, len(DF_GRID), 8).astype(np.float32)
+    args = (np.zeros_like(m), m, np.full_like(m, 0.1), DF_GRID.astype(np.float32))
+    value, gradients = directional_with_gradients(*args, coordinates)
+    for array in (value, *gradients):
+        assert np.all(np.isfinite(array))
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_directional_is_continuous_into_the_gaussian(float64, coordinates):
+    # Derivation: log p_df - log p_inf = (n (n - 2) - 2 n Q + Q^2) / (4 df) + O(df^-2).
+    rng = np.random.default_rng(0)
+    n = 7
+    u, m = oracles.random_units(rng, 2, 5, n + 1)
+    scale = np.exp(rng.uniform(-0.5, 0.5, size=u.shape))
+    basis = oracles.tangent_basis(m)
+    y = oracles.tangent_coordinates(u, m, coordinates, basis)
+    precision = oracles.tangent_precision(scale, basis)
+    q = np.einsum("bi,bij,bj->b", y, precision, y)
+    slope = (n * (n - 2) - 2 * n * q + q**2) / 4
+
+    def at(df):
+        return directional_with_gradients(u, m, scale, np.full(5, df), coordinates)
+
+    limit, limit_gradients = at(np.inf)
+    np.testing.assert_array_equal(limit_gradients[3], 0)
+    for df in (1e5, 1e6, 1e7, 1e8, 1e10):
+        value, gradients = at(df)
+        # 1e-11: rounding of the value, seen through the difference.
+        np.testing.assert_allclose(value - limit, slope / df, rtol=1e3 / df, atol=1e-11)
+        np.testing.assert_allclose(-gradients[3] * df**2, slope, rtol=1e-2, atol=1e-3 * df / 1e5)
+        for gradient, limit_gradient in zip(gradients[:3], limit_gradients[:3], strict=True):
+            np.testing.assert_allclose(gradient, limit_gradient, atol=1e4 / df)
+
+
+def test_directional_shapes_and_types():
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 2, 5, 4).astype(np.float32)
+    scale = np.exp(rng.normal(size=u.shape)).astype(np.float32)
+    df = np.array([[1, 2, 3, 4, np.inf]] * 2, np.float32)
+    value = directional(u, m, scale, df, "chordal")
+    assert value.shape == (2, 5)
+    for i in range(5):
+        column = directional(u, m, scale, df[0, i], "chordal")[:, i]
+        np.testing.assert_allclose(value[:, i], column, rtol=1e-6)
+    for number in (3, 3.0, np.float64(3.0)):
+        with_number = directional(u, m, scale, number, "chordal")
+        np.testing.assert_allclose(with_number[:, 2], value[:, 2], rtol=1e-6)
+    default = directional_log_prob(u, loc=m, scale_diag=scale, df=df)
+    np.testing.assert_allclose(default, value, rtol=1e-6)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (u, m, scale, df)]
+    promoted = directional(*half, "chordal")
+    assert promoted.dtype == jnp.float32
+    expected = directional(*(x.astype(jnp.float32) for x in half), "chordal")
+    np.testing.assert_allclose(promoted, expected, rtol=1e-6)
+
+    def dtype_of(dtype):
+        args = (jnp.zeros((5, 4), dtype), jnp.zeros((5, 4), dtype), jnp.ones((5, 4), dtype))
+        return jax.eval_shape(functools.partial(directional, coordinates="chordal"), *args, 2).dtype
+
+    assert dtype_of(jnp.float16) == jnp.float32
+    with jax.enable_x64(True):
+        assert dtype_of(jnp.float64) == jnp.float64
+        assert dtype_of(jnp.float32) == jnp.float32
+
+
+def test_directional_refuses_bad_input():
+    u = jnp.eye(3)[0]
+    for dim in (1, 2):
+        flat = jnp.eye(dim)[0]
+        with pytest.raises(ValueError, match="3"):
+            directional_log_prob(flat, loc=flat, scale_diag=flat, df=1.0)
+    with pytest.raises(ValueError, match=r"chordal.*stereographic") as error:
+        directional_log_prob(u, loc=u, scale_diag=u + 1, df=1.0, coordinates="polar")  # type: ignore[arg-type]
+    assert "polar" in str(error.value)
+
+
+# One-dimensional Student-t and the radius.
+
+
+def test_student_t_matches_scipy(float64):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 50)) * 10
+    df = np.logspace(-1, 6, 8)[:, None] + np.zeros((1, 50))
+    loc, scale = rng.normal(size=(8, 50)), 10 ** rng.uniform(-4, 4, size=(8, 50))
+    # SciPy's own normaliser loses digits by cancellation: 1e-9 at df = 1e6.
+    expected = stats.t.logpdf(x, df, loc, scale)
+    assert_close(student_t_log_prob(x, df=df, loc=loc, scale=scale), expected, 1e-9)
+    gaussian = student_t_log_prob(x, df=np.inf, loc=loc, scale=scale)
+    assert_close(gaussian, stats.norm.logpdf(x, loc, scale), 1e-13)
+    exact = oracles.student_t_log_density(((x - loc) / scale) ** 2, df, 1) - np.log(scale)
+    assert_close(student_t_log_prob(x, df=df, loc=loc, scale=scale), exact, 1e-13)
+
+
+@pytest.mark.parametrize("space", ["log", "linear"])
+def test_radial_matches_scipy(float64, space):
+    rng = np.random.default_rng(0)
+    radius, loc = 10 ** rng.uniform(-3, 3, size=(2, 200))
+    scale = 10 ** rng.uniform(-2, 2, size=200)
+    for df in (0.1, 1.0, 3.0, 100.0, 1e4, np.inf):
+        expected = oracles.radial_log_prob(radius, loc, scale, df, space)
+        actual = radial_log_prob(radius, loc=loc, scale=scale, df=df, space=space)
+        assert_close(actual, expected, 1e-11)
+
+
+@functools.partial(jax.jit, static_argnames="space")
+def radial(radius, loc, scale, df, space):
+    return radial_log_prob(radius, loc=loc, scale=scale, df=df, space=space)
+
+
+@pytest.mark.parametrize("df", [0.5, 3.0, np.inf])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 3.0])
+def test_radial_mass(float64, df, scale):
+    # In x = (log radius - log loc) / scale = sinh(t), whose double exponential reaches far into the
+    # tail; the rest of the tail is SciPy's.
+    loc = 2.0
+    distribution = stats.norm if np.isinf(df) else stats.t(df)
+
+    def mass(lowest, highest, radius, radius_slope, space):
+        t, weights = oracles.panels(np.linspace(np.arcsinh(lowest), np.arcsinh(highest), 101), 12)
+        x = np.sinh(t)
+        log_prob = radial(radius(x), loc, scale, df, space)
+        return np.sum(weights * np.exp(log_prob) * radius_slope(x) * np.cosh(t))
+
+    edge = 600 / scale
+    log_mass = mass(
+        -edge,
+        edge,
+        lambda x: loc * np.exp(scale * x),
+        lambda x: loc * np.exp(scale * x) * scale,
+        "log",
+    )
+    np.testing.assert_allclose(
+        log_mass + distribution.cdf(-edge) + distribution.sf(edge), 1, atol=1e-8
+    )
+    linear_mass = mass(
+        -loc / scale, 1e9, lambda x: loc + scale * x, lambda x: np.full_like(x, scale), "linear"
+    )
+    linear_mass += distribution.sf(1e9)
+    np.testing.assert_allclose(linear_mass, distribution.sf(-loc / scale), atol=1e-8)
+    assert linear_mass < 1 + 1e-9
+
+
+@pytest.mark.parametrize("space", ["log", "linear"])
+def test_radial_float32_over_the_domain(space):
+    length = np.array([0, 1e-20, 1e-4, 0.7, 1, 30, 1e4])
+    grid = np.meshgrid(length, length, SCALE_GRID, DF_GRID)
+    args = [x.ravel().astype(np.float32) for x in grid]
+    f = jax.jit(
+        jax.vmap(jax.value_and_grad(functools.partial(radial, space=space), argnums=(0, 1, 2, 3)))
+    )
+    value, gradients = f(*args)
+    for array in (value, *gradients):
+        assert np.all(np.isfinite(array))
+    # Zero is read as the smallest normal number of the precision at hand.
+    rows = (args[0] > 0) & (args[1] > 0) if space == "log" else np.full(len(args[0]), True)
+    with jax.enable_x64(True):
+        exact_value, exact_gradients = f(*(x.astype(np.float64) for x in args))
+    assert_close(value[rows], exact_value[rows], 1e-5)
+    # Derivatives in the logarithm of the scale; those in the scale are 1 / scale times as rough.
+    units = (1, 1, args[2].astype(np.float64), 1)
+    for gradient, exact, unit in zip(gradients, exact_gradients, units, strict=True):
+        gradient, exact = np.asarray(gradient, np.float64) * unit, np.asarray(exact) * unit
+        assert_close(gradient[rows], exact[rows], 1e-4)
+
+
+def test_radial_refuses_an_unknown_space():
+    with pytest.raises(ValueError, match=r"log.*linear") as error:
+        radial_log_prob(1.0, loc=1.0, scale=1.0, df=1.0, space="square")  # type: ignore[arg-type]
+    assert "square" in str(error.value)
+
+
+# KL between Gaussians.
+
+
+def test_kl_matches_distrax_and_the_entropies(float64):
+    rng = np.random.default_rng(0)
+    mean, scale = rng.normal(size=(6, 9)), np.exp(rng.normal(size=(6, 9)))
+    for prior_scale in (1.0, 0.3, 5.0):
+        actual = gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
+        assert actual.shape == (6,)
+        assert_close(actual, oracles.gaussian_kl_divergence(mean, scale, prior_scale), 1e-12)
+        posterior = distrax.MultivariateNormalDiag(mean, scale)
+        prior = distrax.MultivariateNormalDiag(np.zeros(9), np.full(9, prior_scale))
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            expected = posterior.kl_divergence(prior)
+        assert_close(actual, expected, 1e-12)
+    default = gaussian_kl_divergence(mean, scale)
+    assert_close(default, oracles.gaussian_kl_divergence(mean, scale, 1.0), 1e-12)
+
+
+def test_kl_matches_monte_carlo(float64):
+    rng = np.random.default_rng(0)
+    mean, scale, prior_scale = np.array([0.5, -1, 2]), np.array([0.3, 1.5, 1]), 0.8
+    z = rng.normal(mean, scale, size=(100_000, 3))
+    log_ratio = np.sum(
+        stats.norm.logpdf(z, mean, scale) - stats.norm.logpdf(z, 0, prior_scale), axis=-1
+    )
+    standard_error = log_ratio.std() / math.sqrt(len(z))
+    actual = gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
+    assert abs(actual - log_ratio.mean()) <= 4 * standard_error
+
+
+def test_kl_is_of_the_posterior_from_the_prior():
+    # KL(N(0, 1/4) || N(0, 1)) = log 2 + 1/8 - 1/2; the other way round it is 2 - log 2 - 1/2.
+    zero = np.zeros(1, np.float32)
+    forward = gaussian_kl_divergence(zero, zero + 0.5)
+    backward = gaussian_kl_divergence(zero, zero + 1, prior_scale=0.5)
+    np.testing.assert_allclose(forward, math.log(2) - 0.375, rtol=1e-6)
+    np.testing.assert_allclose(backward, 1.5 - math.log(2), rtol=1e-6)
+
+
+def test_kl_keeps_its_digits_near_zero():
+    # In float32, x^2 - 1 - log(x^2) as written would have an error of 1e-7 here, a tenth of it.
+    scale = 1 + np.linspace(-1e-3, 1e-3, 8, dtype=np.float32)
+    zero = np.zeros_like(scale)
+    expected = oracles.gaussian_kl_divergence(zero[:, None], np.float64(scale)[:, None], 1.0)
+    actual = kl_divergence(zero[:, None], scale[:, None], 1.0)
+    np.testing.assert_allclose(actual, expected, rtol=2e-3)
+
+
+@jax.jit
+def kl_divergence(mean, scale, prior_scale):
+    return gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4),
+    st.lists(st.floats(2.0**-10, 2.0**10, width=32), min_size=4, max_size=4),
+    st.sampled_from([0.25, 1.0, 3.0]),
+)
+def test_kl_is_zero_iff_equal(mean, scale, prior_scale):
+    mean, scale = np.array(mean), np.array(scale)
+    kl = float(kl_divergence(mean, scale, prior_scale))
+    expected = oracles.gaussian_kl_divergence(mean, scale, prior_scale)
+    assert_close(kl, expected, 1e-6)
+    assert kl >= 0
+    if expected > 1e-6:
+        assert kl > 0
+    assert float(kl_divergence(np.zeros(4), np.full(4, prior_scale), prior_scale)) == 0
+
+
+# Von Mises-Fisher and power spherical.
+
+VMF_DIMS = (3, pytest.param(8, marks=pytest.mark.slow), 65, 4096)
+CONCENTRATIONS = (0.0, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+
+
+def sphere_pairs(dim, concentrations):
+    """For each concentration: at the mean, at a typical angle, anywhere, and at the antipode."""
+    rng = np.random.default_rng(dim)
+    m = oracles.random_units(rng, dim)
+    rows = []
+    for k in concentrations:
+        near = oracles.unit(m + rng.normal(size=dim) / math.sqrt(k + 1e-3))
+        rows += [(u, k) for u in (m, near, oracles.random_units(rng, dim), -m)]
+    u, k = (np.stack(column).astype(np.float32) for column in zip(*rows, strict=True))
+    m = np.broadcast_to(np.float32(m), u.shape)
+    return u, m, k, np.cos(oracles.angle(u, m))
+
+
+def input_rounding(u, m, k):
+    """What rounding both unit vectors to float32 can move `k cos(angle)` by."""
+    return 2.4e-7 * k * np.sin(oracles.angle(u, m))
+
+
+@jax.jit
+def vmf_with_gradients(direction, loc, concentration):
+    def f(direction, loc, concentration):
+        return von_mises_fisher_log_prob(direction, loc=loc, concentration=concentration)
+
+    return jax.vmap(jax.value_and_grad(f, argnums=(0, 1, 2)))(direction, loc, concentration)
+
+
+@pytest.mark.parametrize("dim", VMF_DIMS)
+def test_von_mises_fisher_over_the_domain(dim):
+    u, m, k, cosine = sphere_pairs(dim, CONCENTRATIONS)
+    expected = [
+        oracles.von_mises_fisher(*row) for row in zip(cosine, [dim] * len(k), k, strict=True)
+    ]
+    expected, expected_dk = np.array(expected).T
+    value, gradients = vmf_with_gradients(u, m, k)
+    for array in (value, *gradients):
+        assert array.dtype == jnp.float32
+        assert np.all(np.isfinite(array))
+    error = np.abs(np.asarray(value, np.float64) - expected)
+    # The recurrence that carries the Bessel function down from order 32 adds up about a hundred.
+    assert np.all(error <= 1e-5 * np.maximum(1, np.abs(expected)) + input_rounding(u, m, k))
+    assert_close(gradients[2], expected_dk, 1e-5)
+    with jax.enable_x64(True):
+        unit_u, unit_m = oracles.unit(u), oracles.unit(m)
+        value, gradients = vmf_with_gradients(unit_u, unit_m, np.float64(k))
+        assert value.dtype == jnp.float64
+    assert_close(value, expected, 1e-9)
+    assert_close(gradients[2], expected_dk, 1e-9)
+
+
+power_spherical_h = jax.jit(power_spherical_entropy, static_argnames="dim")
+
+
+def test_power_spherical_check_value():
+    entropy = power_spherical_h(np.float32(50), dim=64)
+    np.testing.assert_allclose(entropy, -47.7297, atol=1e-4)
+
+
+@jax.jit
+def power_spherical_with_gradients(direction, loc, concentration):
+    def f(direction, loc, concentration):
+        return power_spherical_log_prob(direction, loc=loc, concentration=concentration)
+
+    def entropy(concentration):
+        return power_spherical_entropy(concentration, dim=direction.shape[-1])
+
+    return (
+        *jax.vmap(jax.value_and_grad(f, argnums=(0, 1, 2)))(direction, loc, concentration),
+        *jax.vmap(jax.value_and_grad(entropy))(concentration),
+    )
+
+
+@pytest.mark.parametrize("dim", VMF_DIMS)
+def test_power_spherical_over_the_domain(dim):
+    u, m, k, cosine = sphere_pairs(dim, (*CONCENTRATIONS, 1e6))
+    one_plus = 2 * np.cos(oracles.angle(u, m) / 2) ** 2
+    del cosine
+    expected = [oracles.power_spherical(c - 1, dim, kk) for c, kk in zip(one_plus, k, strict=True)]
+    expected, expected_entropy = np.array(expected).T
+    outputs = power_spherical_with_gradients(u, m, k)
+    for array in jax.tree.leaves(outputs):
+        assert array.dtype == jnp.float32
+        assert np.all(np.isfinite(array))
+    value, _, entropy, _ = outputs
+    # At the antipode the density is zero and its logarithm whatever the guard makes of it.
+    rows = ~is_antipode(u, m)
+    error = np.abs(np.asarray(value, np.float64) - expected)[rows]
+    tolerance = 5e-6 * np.maximum(1, np.abs(expected)) + input_rounding(u, m, k)
+    assert np.all(error <= tolerance[rows])
+    assert np.all(np.asarray(value)[~rows & (k >= 1)] < -50)
+    assert_close(entropy, expected_entropy, 2e-5)
+    with jax.enable_x64(True):
+        args = (oracles.unit(u), oracles.unit(m), np.float64(k))
+        value, gradients, entropy, entropy_gradient = power_spherical_with_gradients(*args)
+        assert value.dtype == jnp.float64
+    assert_close(value[rows], expected[rows], 1e-9)
+    assert_close(entropy, expected_entropy, 1e-10)
+    # Derivatives in the concentration by central differences of the oracle, in log k.
+    step = 1e-6
+    for i in np.flatnonzero(rows & (k >= 0.1) & (k <= 1e4))[::5]:
+        ahead, behind = (
+            np.array(
+                oracles.power_spherical(one_plus[i] - 1, dim, float(k[i]) * math.exp(sign * step))
+            )
+            for sign in (1, -1)
+        )
+        slope = (ahead - behind) / (2 * step)
+        actual = np.array([gradients[2][i], entropy_gradient[i]]) * np.float64(k[i])
+        np.testing.assert_allclose(actual, slope, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 8, 64])
+def test_power_spherical_integrates_to_one_and_has_its_entropy(float64, dim):
+    m = np.eye(dim)[0]
+    log_ring_area = oracles.log_sphere_area(dim - 1) if dim > 2 else math.log(2)
+    for k in (0.0, 0.5, 50.0, 1e4):
+
+        def integrand(theta, power, k=k):
+            point = np.cos(theta) * m + np.sin(theta) * np.eye(dim)[1]
+            log_prob = power_spherical(point, m, k)
+            ring = np.exp(float(log_prob) + log_ring_area) * np.sin(theta) ** (dim - 2)
+            return ring * (-float(log_prob)) ** power
+
+        edge = min(3.1, 12 * math.sqrt((dim + 1) / (k + 1)))
+        mass, entropy = (
+            integrate.quad(integrand, 0, edge, args=(power,), limit=60, epsabs=1e-6)[0]
+            + integrate.quad(integrand, edge, np.pi, args=(power,), limit=60, epsabs=1e-6)[0]
+            for power in (0, 1)
+        )
+        np.testing.assert_allclose(mass, 1, atol=1e-5)
+        np.testing.assert_allclose(power_spherical_h(k, dim=dim), entropy, rtol=1e-4)
+
+
+@jax.jit
+def power_spherical(direction, loc, concentration):
+    return power_spherical_log_prob(direction, loc=loc, concentration=concentration)
+
+
+def test_power_spherical_entropy_matches_monte_carlo(float64):
+    # Exact sampling (De Cao and Aziz 2020): (1 + cosine) / 2 is Beta(beta + k, beta).
+    rng = np.random.default_rng(0)
+    dim, k, num_samples = 64, 50.0, 100_000
+    cosine = 2 * rng.beta((dim - 1) / 2 + k, (dim - 1) / 2, size=num_samples) - 1
+    standard_error = cosine.std() / math.sqrt(num_samples)
+    assert abs(cosine.mean() - 0.44248) <= 4 * standard_error + 1e-5
+    axes = np.eye(dim)[:2]
+    points = cosine[:, None] * axes[0] + np.sqrt(1 - cosine**2)[:, None] * axes[1]
+    loc = np.broadcast_to(axes[0], points.shape)
+    log_prob = np.asarray(power_spherical(points, loc, k))
+    standard_error = log_prob.std() / math.sqrt(num_samples)
+    entropy = power_spherical_h(np.float64(k), dim=dim)
+    assert abs(log_prob.mean() + float(entropy)) <= 4 * standard_error

@@ -1,0 +1,572 @@
+"""The bounds against quadrature in float64; their claims by gradients, swaps and permutations."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jevb_jax import (
+    ElboTerms,
+    View,
+    conditional_elbo,
+    embedding_log_prob,
+    importance_weighted_bound,
+    symmetric_elbo,
+)
+from tests import oracles
+
+GOLDEN = -4.414604111322816  # embedding_log_prob at the literal inputs of test_golden, nats
+MODEL: dict[str, Any] = {"df": 4.0, "radial_df": 3.0, "radial_scale": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def views(seed, batch=4, dim=5, dtype: Any = jnp.float64):
+    rng = np.random.default_rng(seed)
+
+    def view():
+        return View(
+            embedding=jnp.asarray(rng.normal(size=(batch, dim)), dtype),
+            posterior_mean=jnp.asarray(rng.normal(size=(batch, dim)), dtype),
+            posterior_scale=jnp.asarray(np.exp(rng.uniform(-1.5, 0, size=(batch, dim))), dtype),
+        )
+
+    return view(), view()
+
+
+def example_keys(seed, batch=4):
+    return jax.random.split(jax.random.key(seed), batch)
+
+
+STATIC = ("scale_units", "coordinates", "space", "num_samples")
+elbo = jax.jit(conditional_elbo, static_argnames=STATIC)
+symmetric = jax.jit(symmetric_elbo, static_argnames=STATIC)
+bound = jax.jit(importance_weighted_bound, static_argnames=STATIC)
+
+
+def assert_terms_close(actual, expected, rtol=1e-12):
+    for name, left, right in zip(ElboTerms._fields, actual, expected, strict=True):
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol, err_msg=name)
+
+
+# Values.
+
+
+def expected_terms(target, mean, scale, *, scale_units, coordinates, space, df, radial_df):
+    """Exact expectations over the posterior of one example, by quadrature."""
+    points, weights = oracles.gaussian_quadrature(mean, scale)
+    likelihood_scale = scale / (math.sqrt(len(mean)) if scale_units == "sphere" else 1)
+    length = np.linalg.norm(points, axis=-1)
+    directional = oracles.directional_log_prob(
+        oracles.unit(target), oracles.unit(points), likelihood_scale, df, coordinates
+    )
+    radial = oracles.radial_log_prob(np.linalg.norm(target), length, 0.5, radial_df, space)
+    deviations = [
+        math.sqrt(np.sum(weights * (f - np.sum(weights * f)) ** 2)) for f in (directional, radial)
+    ]
+    return np.sum(weights * directional), np.sum(weights * radial), *deviations
+
+
+@pytest.mark.parametrize(
+    ("scale_units", "coordinates", "space", "df", "radial_df"),
+    [
+        ("sphere", "chordal", "log", 4.0, 3.0),
+        ("unit", "stereographic", "linear", 1.0, np.inf),
+        ("sphere", "stereographic", "log", np.inf, 2.0),
+    ],
+)
+def test_conditional_elbo_matches_quadrature(
+    float64, scale_units, coordinates, space, df, radial_df
+):
+    rng = np.random.default_rng(0)
+    batch, num_samples = 3, 40_000
+    settings = {
+        "scale_units": scale_units,
+        "coordinates": coordinates,
+        "space": space,
+        "df": df,
+        "radial_df": radial_df,
+    }
+    # Posteriors some standard deviations away from zero, where the integrand has its singularity.
+    mean = 2 * oracles.random_units(rng, batch, 3)
+    scale = rng.uniform(0.15, 0.35, size=(batch, 3))
+    target = rng.normal(size=(batch, 3)) + mean
+    terms = elbo(
+        jax.random.key(0),
+        target,
+        mean,
+        scale,
+        radial_scale=0.5,
+        prior_scale=0.7,
+        num_samples=num_samples,
+        **settings,
+    )
+    for i in range(batch):
+        directional, radial, *deviations = expected_terms(target[i], mean[i], scale[i], **settings)
+        standard_errors = [deviation / math.sqrt(num_samples) for deviation in deviations]
+        # One part in ten thousand on top, the error of the quadrature.
+        assert abs(terms.directional_log_likelihood[i] - directional) <= (
+            4 * standard_errors[0] + 1e-4 * abs(directional)
+        )
+        assert abs(terms.radial_log_likelihood[i] - radial) <= (
+            4 * standard_errors[1] + 1e-4 * abs(radial)
+        )
+    kl = oracles.gaussian_kl_divergence(mean, scale, 0.7)
+    np.testing.assert_allclose(terms.kl, kl, rtol=1e-12)
+
+
+def test_a_sharp_posterior_gives_the_densities_at_its_mean(float64):
+    rng = np.random.default_rng(0)
+    mean = oracles.random_units(rng, 4, 6) * np.array([[0.5], [1], [2], [3]])
+    scale = 1e-7 * np.exp(rng.normal(size=mean.shape))
+    target = rng.normal(size=mean.shape)
+    terms = elbo(jax.random.key(0), target, mean, scale, **MODEL)
+    radius, loc = (np.linalg.norm(x, axis=-1) for x in (target, mean))
+    radial = oracles.radial_log_prob(radius, loc, 0.5, 3.0, "log")
+    np.testing.assert_allclose(terms.radial_log_likelihood, radial, rtol=1e-5)
+    directional = oracles.directional_log_prob(
+        oracles.unit(target), oracles.unit(mean), scale / math.sqrt(6), 4.0, "chordal"
+    )
+    np.testing.assert_allclose(terms.directional_log_likelihood, directional, rtol=1e-5)
+
+
+def test_terms_add_up(float64):
+    view_1, view_2 = views(0)
+    for terms in (
+        elbo(
+            jax.random.key(0),
+            view_2.embedding,
+            view_1.posterior_mean,
+            view_1.posterior_scale,
+            kl_weight=0.1,
+            radial_weight=0.3,
+            **MODEL,
+        ),
+        symmetric(jax.random.key(0), view_1, view_2, kl_weight=0.1, radial_weight=0.3, **MODEL),
+    ):
+        assert isinstance(terms, ElboTerms)
+        for value in (*terms, terms.log_likelihood, terms.elbo, terms.weighted_elbo):
+            assert value.shape == (4,)
+            assert value.dtype == jnp.float64
+        directional, radial = terms.directional_log_likelihood, terms.radial_log_likelihood
+        np.testing.assert_allclose(terms.log_likelihood, directional + radial, rtol=1e-14)
+        np.testing.assert_allclose(terms.elbo, terms.log_likelihood - terms.kl, rtol=1e-14)
+        np.testing.assert_allclose(
+            terms.weighted_elbo, directional + 0.3 * radial - 0.1 * terms.kl, rtol=1e-14
+        )
+        assert np.all(np.abs(terms.weighted_elbo - terms.elbo) > 0.1)
+
+
+def test_weights_change_the_objective_and_not_the_bound(float64):
+    view_1, view_2 = views(0)
+    plain = symmetric(jax.random.key(0), view_1, view_2, **MODEL)
+    weighted = symmetric(
+        jax.random.key(0), view_1, view_2, kl_weight=0.0, radial_weight=2.0, **MODEL
+    )
+    np.testing.assert_array_equal(plain.elbo, weighted.elbo)
+    np.testing.assert_array_equal(plain.weighted_elbo, plain.elbo)
+    np.testing.assert_allclose(
+        weighted.weighted_elbo,
+        plain.directional_log_likelihood + 2 * plain.radial_log_likelihood,
+        rtol=1e-14,
+    )
+
+
+def test_scale_units(float64):
+    # "sphere" divides sigma by sqrt(D). A latent of a sharp posterior hardly moves, so scaling
+    # sigma up by sqrt(D) under "sphere" is "unit".
+    view_1, view_2 = views(0)
+    mean, scale = view_1.posterior_mean, 1e-7 * view_1.posterior_scale
+    unit = elbo(
+        jax.random.key(0), view_2.embedding, mean, scale, scale_units="unit", **MODEL
+    ).directional_log_likelihood
+    default, sphere = (
+        elbo(
+            jax.random.key(0), view_2.embedding, mean, scale * math.sqrt(5), **units, **MODEL
+        ).directional_log_likelihood
+        for units in ({}, {"scale_units": "sphere"})
+    )
+    np.testing.assert_allclose(unit, sphere, rtol=1e-6)
+    np.testing.assert_array_equal(default, sphere)
+
+
+# Keys, swaps, permutations.
+
+
+def test_symmetric_elbo_is_the_average_of_both_directions(float64):
+    view_1, view_2 = views(0)
+    keys = tuple(jax.random.split(jax.random.key(3)))
+    actual = symmetric(keys, view_1, view_2, **MODEL)
+    forward, backward = (
+        elbo(key, target.embedding, source.posterior_mean, source.posterior_scale, **MODEL)
+        for key, source, target in ((keys[0], view_1, view_2), (keys[1], view_2, view_1))
+    )
+    average = jax.tree.map(lambda a, b: (a + b) / 2, forward, backward)
+    assert_terms_close(actual, average)
+    assert np.all(np.abs(forward.elbo - backward.elbo) > 1e-3)
+
+
+def test_swapping_views_with_their_keys_changes_nothing(float64):
+    view_1, view_2 = views(0)
+    key_1, key_2 = jax.random.split(jax.random.key(3))
+    before = symmetric((key_1, key_2), view_1, view_2, **MODEL)
+    assert_terms_close(symmetric((key_2, key_1), view_2, view_1, **MODEL), before, rtol=1e-14)
+    without_their_keys = symmetric((key_1, key_2), view_2, view_1, **MODEL)
+    assert np.all(np.abs(without_their_keys.elbo - before.elbo) > 1e-6)
+
+
+def test_one_key_gives_the_two_views_different_noise(float64):
+    # With the same noise for both, swapping the views would change nothing.
+    view_1, view_2 = views(0)
+    before = symmetric(jax.random.key(3), view_1, view_2, **MODEL)
+    swapped = symmetric(jax.random.key(3), view_2, view_1, **MODEL)
+    assert np.all(np.abs(before.elbo - swapped.elbo) > 1e-6)
+
+
+def test_views_may_be_any_object_with_their_attributes(float64):
+    class Output:
+        def __init__(self, view):
+            self.embedding, self.posterior_mean, self.posterior_scale = view
+
+    view_1, view_2 = views(0)
+
+    @jax.jit
+    def with_objects(key):
+        return symmetric_elbo(key, Output(view_1), Output(view_2), **MODEL)
+
+    key = jax.random.key(0)
+    assert_terms_close(with_objects(key), symmetric(key, view_1, view_2, **MODEL))
+
+
+def test_examples_are_independent_of_the_rest_of_the_batch(float64):
+    view_1, view_2 = views(0)
+    for key in (jax.random.key(0), example_keys(0)):
+        before = symmetric(key, view_1, view_2, **MODEL)
+
+        def others_replaced(x):
+            return jnp.concatenate([x[:1], 7.0 - 3 * x[1:]])
+
+        changed_1, changed_2 = (
+            View(
+                others_replaced(view.embedding),
+                others_replaced(view.posterior_mean),
+                jnp.concatenate([view.posterior_scale[:1], 2 * view.posterior_scale[1:]]),
+            )
+            for view in (view_1, view_2)
+        )
+        after = symmetric(key, changed_1, changed_2, **MODEL)
+        first_before, first_after = (
+            jax.tree.map(lambda x: x[0], terms) for terms in (before, after)
+        )
+        assert_terms_close(first_after, first_before, rtol=1e-14)
+        assert np.all(np.abs(after.elbo[1:] - before.elbo[1:]) > 1e-3)
+    # And alone in its batch: the key is the example's own.
+    alone = symmetric(
+        example_keys(0)[:1],
+        *jax.tree.map(lambda x: x[:1], (view_1, view_2)),
+        **MODEL,
+    )
+    assert_terms_close(jax.tree.map(lambda x: x[0], alone), first_before)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_permuting_the_batch_with_its_keys_permutes_the_terms(float64, num_samples):
+    view_1, view_2 = views(0)
+    keys = example_keys(0)
+    order = np.array([2, 0, 3, 1])
+    permuted = jax.tree.map(lambda x: x[order], (view_1, view_2))
+    before = symmetric(keys, view_1, view_2, num_samples=num_samples, **MODEL)
+    after = symmetric(keys[order], *permuted, num_samples=num_samples, **MODEL)
+    assert_terms_close(after, jax.tree.map(lambda x: x[order], before))
+    args = (view_1.embedding, view_1.posterior_mean, view_1.posterior_scale)
+    before = bound(keys, *args, num_samples=num_samples, **MODEL)
+    after = bound(keys[order], *(x[order] for x in args), num_samples=num_samples, **MODEL)
+    np.testing.assert_allclose(after, before[order], rtol=1e-12)
+
+
+def test_samples_differ_between_examples_keys_and_draws(float64):
+    rng = np.random.default_rng(0)
+    same = [np.broadcast_to(rng.normal(size=5), (4, 5)) for _ in range(2)]
+    scale = np.full((4, 5), 0.5)
+    one = elbo(jax.random.key(0), *same, scale, **MODEL).elbo
+    other = elbo(jax.random.key(1), *same, scale, **MODEL).elbo
+    assert len({*np.asarray(one), *np.asarray(other)}) == 8
+    # Averaging draws that are independent shrinks the spread over keys by sqrt(num_samples).
+    keys = jax.random.split(jax.random.key(5), 400)
+    same = [np.broadcast_to(x[:1], (400, 5)) for x in same]
+    spreads = [
+        np.std(elbo(keys, *same, scale[0] + np.zeros((400, 1)), num_samples=k, **MODEL).elbo)
+        for k in (1, 16)
+    ]
+    # Four standard errors of a ratio of standard deviations from 400 values each: 4 * 5%.
+    np.testing.assert_allclose(spreads[0] / spreads[1], 4, rtol=0.25)
+
+
+# Gradients.
+
+
+def test_no_gradient_reaches_the_target_and_some_reaches_the_online_branch(float64):
+    view_1, view_2 = views(0)
+
+    def loss(view_1, view_2):
+        terms = symmetric_elbo(jax.random.key(0), view_1, view_2, **MODEL)
+        return -jnp.mean(terms.weighted_elbo)
+
+    for gradient in jax.jit(jax.grad(loss, argnums=(0, 1)))(view_1, view_2):
+        np.testing.assert_array_equal(gradient.embedding, 0)
+        assert np.all(np.abs(gradient.posterior_mean) > 1e-6)
+        assert np.all(np.abs(gradient.posterior_scale) > 1e-6)
+
+    def conditional_loss(target, mean, scale):
+        return jnp.sum(conditional_elbo(jax.random.key(0), target, mean, scale, **MODEL).elbo)
+
+    args = (view_2.embedding, view_1.posterior_mean, view_1.posterior_scale)
+    gradients = jax.jit(jax.grad(conditional_loss, argnums=(0, 1, 2)))(*args)
+    np.testing.assert_array_equal(gradients[0], 0)
+    # Reparameterised: with its key, the estimate is a smooth function of mean and scale.
+    step, rng = 1e-6, np.random.default_rng(1)
+    value = jax.jit(conditional_loss)
+    for i in (1, 2):
+        shift = rng.normal(size=args[i].shape)
+        ahead, behind = (
+            value(*(x + sign * step * shift if j == i else x for j, x in enumerate(args)))
+            for sign in (1, -1)
+        )
+        np.testing.assert_allclose(
+            np.sum(gradients[i] * shift), (ahead - behind) / (2 * step), rtol=1e-6
+        )
+
+
+def test_model_parameters_receive_gradients(float64):
+    view_1, view_2 = views(0)
+
+    def loss(df, radial_df, radial_scale):
+        terms = symmetric_elbo(
+            jax.random.key(0),
+            view_1,
+            view_2,
+            df=df,
+            radial_df=radial_df,
+            radial_scale=radial_scale,
+        )
+        return jnp.mean(terms.elbo)
+
+    at = np.array([4.0, 3.0, 0.5])
+    gradient = np.array(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*at))
+    value = jax.jit(loss)
+    for i in range(3):
+        step = 1e-6 * np.eye(3)[i]
+        slope = (value(*(at + step)) - value(*(at - step))) / 2e-6
+        np.testing.assert_allclose(gradient[i], slope, rtol=1e-5)
+        assert abs(slope) > 1e-4
+
+
+def test_zero_and_degenerate_embeddings_give_finite_terms_and_gradients():
+    # Zero targets, targets at the mean and at its antipode, tiny and huge ones, tiny scales.
+    mean = oracles.random_units(np.random.default_rng(0), 6, 8).astype(np.float32)
+    target = mean * np.array([[0], [1], [-1], [1e-20], [1e20], [-1]], np.float32)
+    scale = np.full_like(mean, 1e-4)
+    scale[0] = 1
+
+    for df in (0.1, 1e8, np.inf):
+
+        def loss(mean, scale, target=target, df=df):
+            terms = conditional_elbo(
+                jax.random.key(0), target, mean, scale, df=df, radial_df=df, radial_scale=0.1
+            )
+            return jnp.sum(terms.elbo), terms
+
+        (value, terms), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+            mean, scale
+        )
+        for array in (value, *terms, *gradients):
+            assert np.all(np.isfinite(array))
+
+
+# The importance-weighted bound.
+
+
+def log_marginal_likelihood(embedding, scale, *, df, radial_df, radial_scale, prior_scale):
+    """`log E_prior p(h | z)`: the prior is isotropic, so radius and direction integrate apart."""
+    points, weights = oracles.two_sphere_quadrature(oracles.unit(embedding), 0.01)
+    log_prob = oracles.directional_log_prob(
+        oracles.unit(embedding), points, scale / math.sqrt(3), df, "chordal"
+    )
+    directional = np.sum(weights * np.exp(log_prob)) / (4 * math.pi)
+    length, weights = oracles.panels(np.linspace(1e-9, 9 * prior_scale, 60), 12)
+    chi = stats.maxwell.pdf(length, scale=prior_scale)
+    log_prob = oracles.radial_log_prob(
+        np.linalg.norm(embedding), length, radial_scale, radial_df, "log"
+    )
+    return math.log(directional) + math.log(np.sum(weights * chi * np.exp(log_prob)))
+
+
+def test_importance_weighted_bound_rises_from_the_elbo_to_the_marginal_likelihood(float64):
+    rng = np.random.default_rng(0)
+    embedding, mean = np.array([0.9, -0.3, 0.5]), np.array([0.7, 0.1, 0.4])
+    scale = rng.uniform(0.8, 1.0, size=3)
+    settings = {**MODEL, "prior_scale": 1.1}
+    repeats = 4000
+    args = [np.broadcast_to(x, (repeats, 3)) for x in (embedding, mean, scale)]
+
+    def estimates(num_samples):
+        keys = example_keys(num_samples, repeats)
+        return np.asarray(bound(keys, *args, num_samples=num_samples, **settings))
+
+    def mean_and_error(x):
+        return x.mean(), x.std() / math.sqrt(len(x))
+
+    counts = (1, 4, 16, 64)
+    bounds = [estimates(k) for k in counts]
+    means, errors = zip(*(mean_and_error(x) for x in bounds), strict=True)
+    for i in range(3):
+        assert means[i + 1] - means[i] > 4 * math.hypot(errors[i], errors[i + 1])
+    elbo_mean, elbo_error = mean_and_error(
+        np.asarray(elbo(example_keys(9, repeats), *args, **settings).elbo)
+    )
+    assert abs(means[0] - elbo_mean) <= 4 * math.hypot(errors[0], elbo_error)
+    # For any number of samples the exponential of the bound is unbiased.
+    log_marginal = log_marginal_likelihood(embedding, scale, **settings)
+    for x in bounds:
+        weight, error = mean_and_error(np.exp(x - log_marginal))
+        assert error < 0.03
+        assert abs(weight - 1) <= 4 * error
+    assert means[-1] <= log_marginal + 4 * errors[-1]
+    assert log_marginal - means[-1] < 0.1 * (log_marginal - means[0])
+
+
+# The density of an embedding.
+
+
+@pytest.mark.parametrize("coordinates", ["chordal", "stereographic"])
+@pytest.mark.parametrize("space", ["log", "linear"])
+def test_embedding_log_prob_matches_the_oracle(float64, coordinates, space):
+    rng = np.random.default_rng(0)
+    embedding, latent = rng.normal(size=(2, 5, 4))
+    scale_diag = np.exp(rng.normal(size=(5, 4)))
+    actual = embedding_log_prob(
+        embedding, latent, scale_diag=scale_diag, coordinates=coordinates, space=space, **MODEL
+    )
+    radius = np.linalg.norm(embedding, axis=-1)
+    expected = (
+        oracles.directional_log_prob(
+            oracles.unit(embedding), oracles.unit(latent), scale_diag, 4.0, coordinates
+        )
+        + oracles.radial_log_prob(radius, np.linalg.norm(latent, axis=-1), 0.5, 3.0, space)
+        - 3 * np.log(radius)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-11)
+
+
+def test_embedding_log_prob_integrates_to_one_in_three_dimensions(float64):
+    # In cartesian-free form: r^2 dr dS, with radii on a logarithmic grid.
+    latent, scale_diag = np.array([0.5, -1.0, 0.8]), np.array([0.4, 0.7, 0.5])
+    points, weights = oracles.two_sphere_quadrature(oracles.unit(latent), 0.05, num_azimuths=32)
+    log_radius, radius_weights = oracles.panels(np.linspace(-12, 12, 13), 6)
+    radius = np.exp(log_radius)
+    embedding = (radius[:, None, None] * points).reshape(-1, 3)
+    log_prob = jax.jit(
+        functools.partial(
+            embedding_log_prob,
+            coordinates="stereographic",
+            space="log",
+            df=2.0,
+            radial_df=np.inf,
+            radial_scale=0.8,
+        )
+    )(
+        embedding,
+        np.broadcast_to(latent, embedding.shape),
+        scale_diag=np.broadcast_to(scale_diag, embedding.shape),
+    )
+    volume = (radius_weights * radius**3)[:, None] * weights
+    np.testing.assert_allclose(np.sum(volume.ravel() * np.exp(log_prob)), 1, atol=1e-5)
+
+
+def test_golden():
+    # Literal inputs, so that a change of any constant shows. To regenerate after a change that is
+    # meant: print `expected`, which is the oracles', never the package's own output.
+    embedding = np.array([0.3, -1.2, 0.5, 2.0], np.float32)
+    latent = np.array([0.1, -0.9, 1.1, 1.4], np.float32)
+    scale_diag = np.array([0.5, 0.25, 1.0, 2.0], np.float32)
+    actual = embedding_log_prob(
+        embedding,
+        latent,
+        scale_diag=scale_diag,
+        df=5.0,
+        radial_df=3.0,
+        radial_scale=0.2,
+        coordinates="chordal",
+        space="log",
+    )
+    wide_embedding, wide_latent, wide_scale = (
+        x.astype(np.float64) for x in (embedding, latent, scale_diag)
+    )
+    radius, loc = np.linalg.norm(wide_embedding), np.linalg.norm(wide_latent)
+    expected = (
+        oracles.directional_log_prob(wide_embedding, wide_latent, wide_scale, 5.0, "chordal")
+        + oracles.radial_log_prob(radius, loc, 0.2, 3.0, "log")
+        - 3 * np.log(radius)
+    )
+    np.testing.assert_allclose(actual, GOLDEN, rtol=1e-6)
+    np.testing.assert_allclose(expected, GOLDEN, rtol=1e-9)
+
+
+# Types and errors.
+
+
+def test_half_precision_is_promoted():
+    view_1, view_2 = views(0, dtype=jnp.float32)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (view_1, view_2))
+    promoted = jax.tree.map(lambda x: x.astype(jnp.float32), halves)
+    actual = symmetric(jax.random.key(0), *halves, **MODEL)
+    assert {x.dtype for x in actual} == {jnp.dtype("float32")}
+    assert_terms_close(actual, symmetric(jax.random.key(0), *promoted, **MODEL), rtol=1e-6)
+
+
+def test_bad_input_is_refused():
+    def trace(function, *args, **settings):
+        jax.eval_shape(lambda: function(*args, **settings, **MODEL))
+
+    view_1, view_2 = views(0, dtype=jnp.float32)
+    args = (view_2.embedding, view_1.posterior_mean, view_1.posterior_scale)
+    key = jax.random.key(0)
+    for function in (
+        functools.partial(conditional_elbo, key, *args),
+        functools.partial(symmetric_elbo, key, view_1, view_2),
+        functools.partial(importance_weighted_bound, key, *args, num_samples=2),
+    ):
+        for name, allowed in (
+            ("scale_units", ("sphere", "unit")),
+            ("coordinates", ("chordal", "stereographic")),
+            ("space", ("log", "linear")),
+        ):
+            with pytest.raises(ValueError, match="nonsense") as error:
+                trace(function, **{name: "nonsense"})
+            for value in allowed:
+                assert value in str(error.value)
+    for num_samples in (0, -1):
+        for function in (conditional_elbo, importance_weighted_bound):
+            with pytest.raises(ValueError, match="num_samples"):
+                trace(function, key, *args, num_samples=num_samples)
+    with pytest.raises(ValueError, match=r"\(4, 3\)|\(4, 5\)"):
+        trace(conditional_elbo, key, args[0][:, :3], *args[1:])
+    with pytest.raises(ValueError, match="3"):
+        trace(conditional_elbo, key, *(x[:, :2] for x in args))
+    with pytest.raises(ValueError, match="4"):
+        trace(conditional_elbo, example_keys(0, 3), *args)

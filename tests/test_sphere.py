@@ -1,0 +1,97 @@
+"""Polar decomposition against NumPy float64, from the zero vector to the ends of float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jevb_jax import polar_decomposition
+from tests import oracles
+
+# A float32 sum of 4096 squares and a square root.
+RTOL = 1e-6
+
+polar = jax.jit(polar_decomposition)
+polar_jacobian = jax.jit(jax.vmap(jax.jacrev(polar_decomposition)))
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.mark.parametrize("dim", [1, 3, 128, 4096])
+def test_matches_float64_from_1e_minus_30_to_1e30(dim):
+    x = np.random.default_rng(dim).normal(size=(61, dim)) * np.logspace(-30, 30, 61)[:, None]
+    x = x.astype(np.float32)
+    direction, radius = polar(x)
+    assert direction.dtype == radius.dtype == jnp.float32
+    expected_radius = np.linalg.norm(np.float64(x), axis=-1)
+    np.testing.assert_allclose(radius, expected_radius, rtol=RTOL)
+    np.testing.assert_allclose(direction, oracles.unit(x), rtol=RTOL, atol=1e-7)
+    np.testing.assert_allclose(np.linalg.norm(np.float64(direction), axis=-1), 1, rtol=RTOL)
+    np.testing.assert_allclose(radius[:, None] * direction, x, rtol=RTOL)
+
+
+def test_leading_dimensions_are_batch_dimensions():
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    direction, radius = polar(x)
+    assert direction.shape == (2, 5, 4)
+    assert radius.shape == (2, 5)
+    single_direction, single_radius = polar_decomposition(x[1, 3])
+    np.testing.assert_allclose(direction[1, 3], single_direction, rtol=RTOL)
+    np.testing.assert_allclose(radius[1, 3], single_radius, rtol=RTOL)
+
+
+def test_zero_vector_has_zero_direction_zero_radius_and_finite_gradients():
+    x = jnp.zeros((31, 5))
+    direction, radius = polar(x)
+    np.testing.assert_array_equal(direction, 0)
+    np.testing.assert_array_equal(radius, 0)
+    for jacobian in polar_jacobian(x):
+        assert np.all(np.isfinite(jacobian))
+
+
+def test_gradients_match_the_derivation_over_the_range():
+    # d radius / dx = direction;  d direction / dx = (1 - direction direction^T) / radius.
+    magnitude = np.logspace(-30, 30, 31)
+    x = np.random.default_rng(0).normal(size=(31, 5)) * magnitude[:, None]
+    x = x.astype(np.float32)
+    jacobian = polar_jacobian(x)
+    direction, radius = oracles.unit(x), np.linalg.norm(np.float64(x), axis=-1)
+    projection = np.eye(5) - direction[:, :, None] * direction[:, None, :]
+    np.testing.assert_allclose(jacobian[1], direction, rtol=1e-5, atol=1e-6)
+    assert np.all(np.isfinite(jacobian[0]))
+    scaled = np.float64(jacobian[0]) * radius[:, None, None]
+    np.testing.assert_allclose(scaled, projection, rtol=1e-5, atol=1e-6)
+
+
+def test_precision_is_at_least_float32():
+    x = np.random.default_rng(0).normal(size=(4, 300))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        half = jnp.asarray(x, dtype)
+        direction, radius = polar(half)
+        assert direction.dtype == radius.dtype == jnp.float32
+        np.testing.assert_allclose(radius, np.linalg.norm(np.float64(half), axis=-1), rtol=RTOL)
+    with jax.enable_x64(True):
+        direction, radius = polar(x)
+        assert direction.dtype == radius.dtype == jnp.float64
+        np.testing.assert_allclose(radius, np.linalg.norm(x, axis=-1), rtol=1e-14)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=4, max_size=4))
+def test_round_trip_of_any_vector(values):
+    x = np.array(values, np.float32)
+    # XLA on the CPU flushes subnormal numbers to zero.
+    x[np.abs(x) < np.finfo(np.float32).tiny] = 0
+    direction, radius = polar(x)
+    expected_radius = np.linalg.norm(np.float64(x))
+    np.testing.assert_allclose(radius, expected_radius, rtol=RTOL)
+    if expected_radius > 0:
+        np.testing.assert_allclose(direction, x / expected_radius, rtol=RTOL, atol=1e-7)
+    else:
+        np.testing.assert_array_equal(direction, 0)

@@ -1,0 +1,33 @@
+"""Trains or resumes a run: `python train.py --config=configs/digits.py --workdir=runs/digits`."""
+
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jevb_jax import runner
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it holds one.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the flags."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    try:
+        runner.train(_CONFIG.value, _WORKDIR.value)
+    except runner.USER_ERRORS as error:
+        if _TRACEBACK.value:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    jax.config.config_with_absl()
+    app.run(main)
