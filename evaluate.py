@@ -7,7 +7,7 @@ from absl import app, flags
 
 from jevb_jax import runner
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest by default.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
@@ -26,6 +26,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
     jax.config.config_with_absl()
     app.run(main)

@@ -9,7 +9,9 @@ from ml_collections import config_flags
 from jevb_jax import runner
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it holds one.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; resumed if it holds one.", required=True
+)
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
 
@@ -28,6 +30,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     jax.config.config_with_absl()
     app.run(main)

@@ -3,6 +3,8 @@
 python train.py --config=configs/digits.py --workdir=runs/digits
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import default
@@ -10,7 +12,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     """Returns the settings."""
-    config = default.get_config()
+    config: Any = default.get_config()
     config.data.source = "digits"
 
     # Grey 8x8 digits: no mirror images (a mirrored 2 is not a 2) and no colour.

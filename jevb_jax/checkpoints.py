@@ -85,10 +85,12 @@ def _fingerprints(flat: dict[str, Array]) -> dict[str, Array]:
     def fingerprint(leaf: Array) -> Array:
         unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
         words = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1).astype(jnp.uint32)
-        # Odd weights are invertible modulo 2^32: a change of any one word changes the sum, and so
-        # does almost every exchange of two.
-        weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
-        return jnp.sum(words * weights, dtype=jnp.uint32)
+        # The finaliser of MurmurHash3 is a bijection of a word, mixed with its place before: a change
+        # of any one word changes the sum, and an exchange of words almost always does.
+        mixed = words + jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
     return {name: fingerprint(leaf) for name, leaf in flat.items()}
 

@@ -82,9 +82,10 @@ def to_json_values(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _view_augmentations(config: ConfigDict) -> tuple[augmentations.ViewAugmentation, ...]:
+def _view_augmentations(
+    keywords: dict[str, Any],
+) -> tuple[augmentations.ViewAugmentation, ...]:
     """Two full views and the small crops, each with its own probabilities of blur and solarise."""
-    keywords = config.to_dict()
     size = keywords.pop("image_size")
     num_small_crops = keywords.pop("num_small_crops")
     small_size = keywords.pop("small_crop_size")
@@ -127,10 +128,11 @@ def build_experiment(config: ConfigDict) -> Experiment:
     Raises:
       ValueError: settings that do not fit each other, naming them.
     """
-    train, optimizer = config.train, config.optimizer
+    settings: Any = config  # a ConfigDict's attributes are not known to type checkers
+    train, optimizer = settings.train, settings.optimizer
     _check_batches(train.batch_size, train.num_micro_batches)
-    view_augmentations = _view_augmentations(config.augmentation)
-    dataset = data.load_dataset(**config.data.to_dict())
+    view_augmentations = _view_augmentations(settings.augmentation.to_dict())
+    dataset = data.load_dataset(**settings.data.to_dict())
     channels = dataset.train[0].shape[-1]
     if channels != len(view_augmentations[0].mean):
         raise ValueError(
@@ -147,12 +149,12 @@ def build_experiment(config: ConfigDict) -> Experiment:
         num_steps=num_train_steps,
         final_learning_rate=optimizer.final_learning_rate,
     )
-    objective = config.objective.to_dict()
+    objective = settings.objective.to_dict()
     kl_warmup_epochs = objective.pop("kl_warmup_epochs")
     return Experiment(
         config=to_json_values(config),
         dataset=dataset,
-        model=make_model(**config.model.to_dict()),
+        model=make_model(**settings.model.to_dict()),
         optimizer=training.make_optimizer(
             name=optimizer.name,
             schedule=schedule,

@@ -185,18 +185,18 @@ class _Batches:
                 )
             )
 
-    def take(self, step: int, num_steps: int) -> tuple[Array, np.ndarray]:
+    def take(self, step: int, num_steps: int) -> tuple[Array, Array]:
         """`images [N, h, w, c]` and `indices [steps_per_dispatch, batch]` of the next steps."""
         shape = (self._chunk_steps, self._batch_size)
         if self._resident is not None:
             indices = np.zeros(shape, np.int32)
             for row in range(num_steps):
                 indices[row] = self._batch_indices(step + row)
-            return self._resident, indices
+            return self._resident, jnp.asarray(indices)
         batches = [next(self._stream) for _ in range(num_steps)]
         padding = [batches[-1]] * (self._chunk_steps - num_steps)
         rows = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
-        return jnp.asarray(np.concatenate(batches + padding)), rows
+        return jnp.asarray(np.concatenate(batches + padding)), jnp.asarray(rows)
 
 
 def _health_check(experiment: Experiment) -> Any:
@@ -225,7 +225,7 @@ def _health_check(experiment: Experiment) -> Any:
                 image, size=view.size, mean=view.mean, std=view.std
             )
         )(images)
-        output = experiment.model.apply(state.evaluation_variables, views, train=False)
+        output: Any = experiment.model.apply(state.evaluation_variables, views, train=False)
         return health.representation_health(
             output.embedding, output.posterior_mean, output.posterior_scale
         )
@@ -323,7 +323,9 @@ class _Run:
             values = {f"train/{name}": float(array[row]) for name, array in metrics.items()}
             is_bad = not is_finite and row == rows - 1
             if step % every == 0 or step == self.experiment.num_train_steps or is_bad:
-                values["train/learning_rate"] = float(self.experiment.schedule(step - 1))
+                values["train/learning_rate"] = float(
+                    np.asarray(self.experiment.schedule(step - 1))
+                )
                 self.log.write(step, values)
         if not is_finite:
             directory = _write_evidence(self.workdir, self.experiment, result)
@@ -359,7 +361,7 @@ class _Run:
                 if health_every or save_every:
                     count = min(count, _next_boundary(step, health_every, save_every) - step)
                 images, indices = batches.take(step, count)
-                result = chunk(state, images, indices, np.int32(count), self.experiment.key)
+                result = chunk(state, images, indices, jnp.int32(count), self.experiment.key)
                 state = result.state
                 # The metrics of the dispatch before are fetched while this one computes.
                 if pending is not None:

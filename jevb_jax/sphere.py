@@ -28,10 +28,22 @@ def at_least_float32(*values: ArrayLike) -> tuple[Array, ...]:
     return tuple(jnp.asarray(value, dtype) for value in values)
 
 
+def _scaled(x: Array) -> tuple[Array, Array, Array]:
+    """`x / scale`, its norm (one at the zero vector), and `scale`, the largest entry's size.
+
+    Neither the squares of the scaled vector nor the derivatives of its norm overflow or underflow,
+    whatever the size of `x`.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
+    is_zero = largest == 0
+    scaled = x / jnp.where(is_zero, jnp.ones_like(largest), largest)[..., None]
+    squared = jnp.sum(jnp.square(scaled), axis=-1)
+    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    return scaled, jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared)), largest
+
+
 def safe_norm(x: Array) -> Array:
     """Euclidean norm over the last axis; value and gradient are finite everywhere.
-
-    The vector is scaled by its largest entry first, so that squares neither overflow nor underflow.
 
     Args:
       x: `[..., D]`.
@@ -39,14 +51,8 @@ def safe_norm(x: Array) -> Array:
     Returns:
       `[...]`, zero (with zero gradient) at the zero vector.
     """
-    (x,) = at_least_float32(x)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
-    is_zero = largest == 0
-    # Both `where`s are needed: the untaken branch of one alone would send NaN gradients back.
-    scale = jnp.where(is_zero, jnp.ones_like(largest), largest)
-    squared = jnp.sum(jnp.square(x / scale[..., None]), axis=-1)
-    norm = scale * jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared))
-    return jnp.where(is_zero, jnp.zeros_like(norm), norm)
+    _, norm, scale = _scaled(*at_least_float32(x))
+    return scale * norm
 
 
 def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
@@ -59,10 +65,8 @@ def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
       direction: `[..., D]`, norm one; the zero vector at `x = 0`, where no direction exists.
       radius: `[...]`, at least zero. Gradients of both are finite everywhere.
     """
-    (x,) = at_least_float32(x)
-    radius = safe_norm(x)
-    divisor = jnp.where(radius > 0, radius, jnp.ones_like(radius))
-    return x / divisor[..., None], radius
+    scaled, norm, scale = _scaled(*at_least_float32(x))
+    return scaled / norm[..., None], scale * norm
 
 
 def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:

@@ -339,7 +339,7 @@ def train_step(
         if state.ema_params is None
         else optax.incremental_update(params, state.ema_params, 1 - ema_decay)
     )
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
 
 

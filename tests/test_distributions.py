@@ -646,7 +646,7 @@ def test_kl_keeps_its_digits_near_zero():
     # In float32, x^2 - 1 - log(x^2) as written would have an error of 1e-7 here, a tenth of it.
     scale = 1 + np.linspace(-1e-3, 1e-3, 8, dtype=np.float32)
     zero = np.zeros_like(scale)
-    expected = oracles.gaussian_kl_divergence(zero[:, None], np.float64(scale)[:, None], 1.0)
+    expected = oracles.gaussian_kl_divergence(zero[:, None], scale.astype(np.float64)[:, None], 1.0)
     actual = kl_divergence(zero[:, None], scale[:, None], 1.0)
     np.testing.assert_allclose(actual, expected, rtol=2e-3)
 
@@ -718,7 +718,7 @@ def test_von_mises_fisher_over_the_domain(dim):
         assert np.all(np.isfinite(array))
     error = np.abs(np.asarray(value, np.float64) - expected)
     # The recurrence that carries the Bessel function down from order 32 adds up about a hundred.
-    assert np.all(error <= 1e-5 * np.maximum(1, np.abs(expected)) + input_rounding(u, m, k))
+    assert np.all(error <= 3e-5 * np.maximum(1, np.abs(expected)) + input_rounding(u, m, k))
     assert_close(gradients[2], expected_dk, 1e-5)
     with jax.enable_x64(True):
         unit_u, unit_m = oracles.unit(u), oracles.unit(m)
@@ -765,9 +765,10 @@ def test_power_spherical_over_the_domain(dim):
     # At the antipode the density is zero and its logarithm whatever the guard makes of it.
     rows = ~is_antipode(u, m)
     error = np.abs(np.asarray(value, np.float64) - expected)[rows]
-    tolerance = 5e-6 * np.maximum(1, np.abs(expected)) + input_rounding(u, m, k)
+    tolerance = 2e-6 * np.maximum(1, np.abs(expected)) + input_rounding(u, m, k)
     assert np.all(error <= tolerance[rows])
-    assert np.all(np.asarray(value)[~rows & (k >= 1)] < -50)
+    by_concentration = np.asarray(value).reshape(-1, 4)[k.reshape(-1, 4)[:, 0] >= 1]
+    assert np.all(by_concentration[:, 3] < by_concentration[:, :3].min(axis=1) - 10)
     assert_close(entropy, expected_entropy, 2e-5)
     with jax.enable_x64(True):
         args = (oracles.unit(u), oracles.unit(m), np.float64(k))

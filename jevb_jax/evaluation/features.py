@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -69,15 +70,11 @@ class FeatureExtractor:
         Returns:
           The features.
         """
-        parts: list[ViewOutputs] = []
+        parts: list[list[np.ndarray]] = []
         for images, mask in data.evaluation_batches(source, self._batch_size):
-            outputs = jax.device_get(self._forward(variables, images))
-            parts.append(ViewOutputs(*(values[mask] for values in outputs)))
-        joined = ViewOutputs(*(np.concatenate(values) for values in zip(*parts, strict=True)))
-        return Features(
-            representation=joined.representation,
-            embedding=joined.embedding,
-            posterior_mean=joined.posterior_mean,
-            posterior_scale=joined.posterior_scale,
-            labels=source.labels,
+            outputs = jax.device_get(self._forward(variables, jnp.asarray(images)))
+            parts.append([np.asarray(values)[mask] for values in outputs])
+        representation, embedding, mean, scale = (
+            np.concatenate(values) for values in zip(*parts, strict=True)
         )
+        return Features(representation, embedding, mean, scale, source.labels)

@@ -177,9 +177,12 @@ def _evaluate_variables(
     experiment: Experiment, variables: Any, extract: FeatureExtractor
 ) -> list[Result]:
     settings = experiment.config["evaluation"]
-    if experiment.dataset.test is None:
+    dataset = experiment.dataset
+    if dataset.test is None:
         raise ValueError("the data set has no test part: nothing can be evaluated")
-    train, validation, test = (extract(variables, source) for source in experiment.dataset)
+    train = extract(variables, dataset.train)
+    validation = extract(variables, dataset.validation)
+    test = extract(variables, dataset.test)
     results: list[Result] = []
     for name in _FEATURE_NAMES:
         results += _knn(name, settings, train, test)

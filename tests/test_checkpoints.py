@@ -1,0 +1,107 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jevb_jax.checkpoints import (
+    Checkpointer,
+    CheckpointError,
+    CheckpointMismatchError,
+    changed_keys,
+    config_hash,
+    fingerprint,
+)
+
+CONFIG = {"seed": 0, "train": {"batch_size": 4}}
+
+
+def state(value: float = 1.0) -> dict:
+    return {
+        "step": jnp.asarray(3, jnp.int32),
+        "params": {"kernel": jnp.full((3, 5), value), "half": jnp.ones(7, jnp.bfloat16)},
+    }
+
+
+def test_fingerprint_sees_every_single_bit():
+    clean = np.linspace(-1, 1, 40, dtype=np.float32)
+    expected = fingerprint({"x": jnp.asarray(clean)})
+    for word in (0, 17, 39):
+        for bit in (0, 15, 31):
+            changed = clean.copy()
+            changed.view(np.uint32)[word] ^= np.uint32(1) << np.uint32(bit)
+            assert fingerprint({"x": jnp.asarray(changed)}) != expected
+    assert fingerprint({"x": jnp.asarray(clean[::-1].copy())}) != expected
+
+
+def test_changed_keys_and_hash():
+    other = {"seed": 1, "train": {}, "new": 2}
+    assert changed_keys(CONFIG, other) == {
+        "seed": (0, 1),
+        "train.batch_size": (4, "(absent)"),
+        "new": ("(absent)", 2),
+    }
+    assert changed_keys(CONFIG, CONFIG) == {}
+    assert config_hash({"b": 1, "a": 2}) == config_hash({"a": 2, "b": 1}) != config_hash(CONFIG)
+
+
+def test_round_trip_strictness_and_fall_back(tmp_path, caplog):
+    checkpointer = Checkpointer(tmp_path, keep_latest=2)
+    for step in (1, 2, 3):
+        checkpointer.save(step, state(step), config=CONFIG)
+    checkpointer.wait()
+    assert checkpointer.steps() == [2, 3]
+    restored = checkpointer.restore(3, state(0))
+    np.testing.assert_array_equal(restored["params"]["kernel"], np.full((3, 5), 3.0))
+    assert restored["params"]["half"].dtype == jnp.bfloat16
+    assert checkpointer.read_meta(3)["config"] == CONFIG
+
+    wrong = state()
+    wrong["params"] = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(2)}
+    with pytest.raises(CheckpointMismatchError) as error:
+        checkpointer.restore_latest(wrong)
+    for fragment in ("missing from the checkpoint: params.bias", "params.half", "(3, 5)", "(3, 4)"):
+        assert fragment in str(error.value)
+
+    # A flipped byte of the data, which no file format notices in an uncompressed chunk, and a file cut
+    # short: each must lead to the checkpoint before.
+    files = [path for path in (tmp_path / "3" / "state").rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = checkpointer.restore_latest(state(0))
+    assert found is not None
+    step, restored = found
+    assert step == 2
+    np.testing.assert_array_equal(restored["params"]["kernel"], np.full((3, 5), 2.0))
+    assert "falling back" in caplog.text
+    checkpointer.discard_after(2)
+    assert checkpointer.steps() == [2]
+    (tmp_path / "2" / "meta" / "metadata").write_text("{")
+    with pytest.raises(CheckpointError, match="no checkpoint can be read"):
+        checkpointer.restore_latest(state(0))
+    checkpointer.close()
+
+
+def test_restore_refuses_bits_that_changed(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state(), config=CONFIG)
+    checkpointer.wait()
+    true_meta = checkpointer.read_meta(1)
+    true_meta["fingerprint"]["params.kernel"] ^= 1
+    monkeypatch.setattr(checkpointer, "read_meta", lambda step: true_meta)
+    with pytest.raises(CheckpointError, match=r"damaged.*params\.kernel"):
+        checkpointer.restore(1, state())
+    checkpointer.close()
+
+
+def test_latest_and_best_are_kept(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_latest=1, keep_best=1)
+    for step, score in enumerate((0.9, 0.8, 0.1, 0.2)):
+        checkpointer.save(step, state(step), config=CONFIG, score=score)
+    checkpointer.wait()
+    assert checkpointer.steps() == [0, 3]
+    assert checkpointer.best_step() == 0
+    checkpointer.close()
+
+
+def test_bad_settings(tmp_path):
+    with pytest.raises(ValueError, match="keep_latest"):
+        Checkpointer(tmp_path, keep_latest=0)

@@ -1,0 +1,178 @@
+"""Real processes: a kill, a signal, a changed setting, a loss that is not finite."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jevb_jax.checkpoints import Checkpointer
+from jevb_jax.metrics_log import MetricsLog
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(workdir: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={ROOT}/configs/smoke.py",
+        f"--workdir={workdir}",
+        *(f"--config.{override}" for override in overrides),
+    ]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    # One compile cache for the processes of a test: they run one program.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    minimum = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", **cache, **minimum}
+
+
+def run(tmp_path: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(workdir, *overrides),
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        records = MetricsLog.read(workdir / "metrics.jsonl")
+        if any(record["step"] >= step for record in records):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=10)}")
+
+
+def final_fingerprint(workdir: Path) -> tuple[int, dict[str, int]]:
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    step = checkpointer.steps()[-1]
+    meta = checkpointer.read_meta(step)
+    checkpointer.close()
+    return step, meta["fingerprint"]
+
+
+@pytest.mark.slow
+def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
+    reference = tmp_path / "reference"
+    finished = run(tmp_path, reference, "train.ema_decay=0.9")
+    assert finished.returncode == 0, finished.stderr
+    assert "Run files" in finished.stdout
+
+    workdir = tmp_path / "killed"
+    for kill_after, number in ((7, signal.SIGKILL), (25, signal.SIGTERM)):
+        with subprocess.Popen(
+            command(workdir, "train.ema_decay=0.9"),
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            wait_for_step(workdir, kill_after, process)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=120)
+            if number == signal.SIGTERM:
+                assert process.returncode == 0, err
+                assert "SIGTERM: saved step" in out
+    resumed = run(tmp_path, workdir, "train.ema_decay=0.9")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming" in resumed.stdout
+
+    # Parameters, statistics, optimizer and average, bit for bit, and every logged number.
+    assert final_fingerprint(workdir) == final_fingerprint(reference)
+    assert MetricsLog.read(workdir / "metrics.jsonl") == MetricsLog.read(reference / "metrics.jsonl")
+    results = [json.loads((path / "results.json").read_text()) for path in (workdir, reference)]
+    assert results[0] == results[1]
+    for name in ("views.png", "curves.png", "config.json", "environment.json"):
+        assert (workdir / name).stat().st_size > 100, name
+
+    # The run is complete; another config in its place is refused by name, and nothing changes.
+    refused = run(tmp_path, workdir, "train.ema_decay=0.5", "optimizer.learning_rate=0.5")
+    assert refused.returncode == 1
+    assert "train.ema_decay: the run has 0.9, got 0.5" in refused.stderr
+    assert "optimizer.learning_rate" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    # What no number depends on may change.
+    allowed = run(
+        tmp_path, workdir, "train.ema_decay=0.9", "evaluation.few_label_seeds=1"
+    )
+    assert allowed.returncode == 0, allowed.stderr
+
+    evaluated = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    after = json.loads((workdir / "results.json").read_text())
+    knn = [[r["value"] for r in x["trained"] if "knn" in r["name"]] for x in (after, results[0])]
+    assert knn[0] == knn[1]
+
+
+@pytest.mark.slow
+def test_streaming_sees_the_batches_of_the_resident_run(tmp_path):
+    losses = []
+    for placement in ("resident", "stream"):
+        workdir = tmp_path / placement
+        finished = run(
+            tmp_path, workdir, f"input.placement={placement}", "train.num_epochs=1"
+        )
+        assert finished.returncode == 0, finished.stderr
+        records = MetricsLog.read(workdir / "metrics.jsonl")
+        losses.append([r["train/loss"] for r in records if "train/loss" in r])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
+    workdir = tmp_path / "run"
+    finished = run(
+        tmp_path,
+        workdir,
+        "optimizer.name=sgd",
+        "optimizer.learning_rate=1e30",
+        "optimizer.warmup_epochs=0",
+    )
+    assert finished.returncode == 1
+    assert "NonFiniteError: step" in finished.stderr
+    evidence = next(workdir.glob("nonfinite_step_*"))
+    step = int(evidence.name.rsplit("_", 1)[1])
+    batch = json.loads((evidence / "batch.json").read_text())
+    assert batch["step"] == step
+    assert len(batch["train_indices"]) == 64
+    with np.load(evidence / "state.npz", allow_pickle=False) as state:
+        assert int(state["step"]) == step
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    assert all(saved <= step for saved in checkpointer.steps())
+    checkpointer.close()
+
+
+def test_log_survives_a_line_cut_short_and_forgets_steps_to_come(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": step / 2})
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 4, "tr')
+    assert [record["step"] for record in MetricsLog.read(path)] == [1, 2, 3]
+    log.truncate_after(2)
+    log.write(3, {"train/loss": 9.0})
+    log.close()
+    assert MetricsLog.read(path)[-1] == {"step": 3, "train/loss": 9.0}
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        MetricsLog.read(path)
