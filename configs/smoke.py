@@ -1,6 +1,6 @@
 """A run of seconds on procedural images: does everything work on this machine?
 
-    python train.py --config=configs/smoke.py --workdir=/tmp/smoke
+python train.py --config=configs/smoke.py --workdir=/tmp/smoke
 """
 
 from typing import Any

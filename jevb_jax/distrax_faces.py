@@ -101,23 +101,21 @@ class PowerSpherical(distrax.Distribution):
         return length[..., None] * self._loc
 
     def _sample_n(self, key: Array, n: int) -> Array:
-        key_cosine, key_tangent = jax.random.split(key)
+        key_near, key_far, key_tangent = jax.random.split(key, 3)
         dtype = self._loc.dtype
         shape = (n, *self._loc.shape)
         beta = (self._loc.shape[-1] - 1) / 2
-        half_one_plus = jax.random.beta(
-            key_cosine,
-            jnp.broadcast_to(beta + self._concentration, shape[:-1]),
-            jnp.full(shape[:-1], beta, dtype),
+        # (1 + c)/2 ~ Beta(beta + k, beta) through two gammas, so that (1 - c)/2 keeps its digits.
+        near = jax.random.gamma(
+            key_near, jnp.broadcast_to(beta + self._concentration, shape[:-1]), dtype=dtype
         )
+        far = jax.random.gamma(key_far, jnp.full(shape[:-1], beta, dtype), dtype=dtype)
+        half_one_plus, half_one_minus = near / (near + far), far / (near + far)
+        sine = 2 * jnp.sqrt(half_one_plus * half_one_minus)
         loc = jnp.broadcast_to(self._loc, shape)
-        normal = jax.random.normal(key_tangent, shape, dtype)
-        along = jnp.sum(normal * loc, axis=-1, keepdims=True)
-        tangent, _ = sphere.polar_decomposition(normal - along * loc)
-        # sin(angle) from the half-angle: 1 - cos^2 would lose small angles.
-        sine = 2 * jnp.sqrt(half_one_plus * (1 - half_one_plus))
-        cosine = 2 * half_one_plus - 1
-        return cosine[..., None] * loc + sine[..., None] * tangent
+        tangent = _unit_tangent(jax.random.normal(key_tangent, shape, dtype), loc)
+        # cos = 1 - 2 (1 - c)/2, added to loc as a small correction where it is one.
+        return loc - 2 * half_one_minus[..., None] * loc + sine[..., None] * tangent
 
 
 class SphericalStudentT(distrax.Distribution):
@@ -214,7 +212,19 @@ class SphericalStudentT(distrax.Distribution):
         finite_df = jnp.where(is_gaussian, 1.0, jnp.broadcast_to(self._df, shape[:-1]))
         chi_square_per_df = jax.random.gamma(key_gamma, finite_df / 2) / (finite_df / 2)
         heavy_tail = jnp.where(is_gaussian, 1.0, jax.lax.rsqrt(chi_square_per_df))
-        tangent, length = sphere.polar_decomposition(tangent * heavy_tail[..., None])
+        length = sphere.safe_norm(tangent) * heavy_tail
+        tangent = _unit_tangent(tangent, loc)
         # Inverse stereographic projection: |y| = 2 tan(angle / 2).
         angle = 2 * jnp.arctan(length / 2)
         return jnp.cos(angle)[..., None] * loc + jnp.sin(angle)[..., None] * tangent
+
+
+def _unit_tangent(x: Array, loc: Array) -> Array:
+    """The part of `x` orthogonal to `loc`, of norm one.
+
+    Projected twice: where `x` is nearly parallel to `loc`, rounding in the first leaves a rest.
+    """
+    for _ in range(2):
+        x = x - jnp.sum(x * loc, axis=-1, keepdims=True) * loc
+        x, _ = sphere.polar_decomposition(x)
+    return x

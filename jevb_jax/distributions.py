@@ -80,8 +80,7 @@ def directional_log_prob(
         u, m, s, coordinates=coordinates
     )
     # A latent of exactly zero has no direction; the guard keeps its value and gradient finite.
-    normal_scale = jnp.maximum(sphere.safe_norm(m * s), float(jnp.finfo(u.dtype).tiny))
-    log_determinant = jnp.log(normal_scale) - jnp.sum(jnp.log(s), axis=-1)
+    log_determinant = sphere.safe_log(sphere.safe_norm(m * s)) - jnp.sum(jnp.log(s), axis=-1)
     log_prob = _student_t_log_kernel_and_normalizer(squared_length, df, n) + log_determinant
     return log_prob + n * log_volume if coordinates == "stereographic" else log_prob
 
@@ -138,9 +137,7 @@ def radial_log_prob(
     radius, loc, scale, df = sphere.at_least_float32(radius, loc, scale, df)
     if space == "linear":
         return student_t_log_prob(radius, df=df, loc=loc, scale=scale)
-    smallest = float(jnp.finfo(radius.dtype).tiny)
-    log_radius = jnp.log(jnp.maximum(radius, smallest))
-    log_loc = jnp.log(jnp.maximum(loc, smallest))
+    log_radius, log_loc = sphere.safe_log(radius), sphere.safe_log(loc)
     log_prob = student_t_log_prob(log_radius, df=df, loc=log_loc, scale=scale)
     return log_prob - jnp.broadcast_to(log_radius, log_prob.shape)
 
@@ -231,12 +228,11 @@ def power_spherical_log_prob(
     _require_sphere(dim, 2, "power_spherical_log_prob")
     concentration = jnp.broadcast_to(concentration, u.shape[:-1])
     one_minus, one_plus = sphere.cosine_complements(u, m)
-    smallest = float(jnp.finfo(u.dtype).tiny)
     is_near = one_minus < 1
     log_half_one_plus = jnp.where(
         is_near,
         jnp.log1p(-jnp.where(is_near, one_minus, jnp.zeros_like(one_minus)) / 2),
-        jnp.log(jnp.maximum(one_plus, smallest) / 2),
+        sphere.safe_log(one_plus / 2),
     )
     alpha, beta = _power_spherical_shapes(concentration, dim)
     return _power_spherical_log_base(alpha, beta) + concentration * log_half_one_plus

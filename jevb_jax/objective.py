@@ -151,7 +151,7 @@ def embedding_log_prob(
     The training objective leaves the Jacobian out: it is constant in the parameters.
 
     Args:
-      embedding: `[..., D]`, `h`, not the zero vector, where the density is infinite.
+      embedding: `[..., D]`, `h`, not the zero vector.
       latent: `[..., D]`, `z`.
       scale_diag: `[..., D]`, scale of the directional term, in units of the sphere.
       df: degrees of freedom of the directional term.
@@ -174,8 +174,8 @@ def embedding_log_prob(
         coordinates=coordinates,
         space=space,
     )
-    radius = jnp.maximum(sphere.safe_norm(embedding), float(jnp.finfo(embedding.dtype).tiny))
-    return directional + radial - (embedding.shape[-1] - 1) * jnp.log(radius)
+    log_radius = sphere.safe_log(sphere.safe_norm(embedding))
+    return directional + radial - (embedding.shape[-1] - 1) * log_radius
 
 
 def _example_keys(key: Array, batch: int) -> Array:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -24,7 +25,12 @@ def at_least_float32(*values: ArrayLike) -> tuple[Array, ...]:
     Returns:
       The values as arrays of one float type.
     """
-    dtype = jnp.result_type(jnp.float32, *values)
+    # By hand: promotion would be refused under `jax.numpy_dtype_promotion("strict")`.
+    is_wide = any(
+        getattr(value, "dtype", None) == jnp.float64 and not getattr(value, "weak_type", False)
+        for value in values
+    )
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64 if is_wide else jnp.float32)
     return tuple(jnp.asarray(value, dtype) for value in values)
 
 
@@ -53,6 +59,14 @@ def safe_norm(x: Array) -> Array:
     """
     _, norm, scale = _scaled(*at_least_float32(x))
     return scale * norm
+
+
+def safe_log(x: Array) -> Array:
+    """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient."""
+    smallest = float(jnp.finfo(x.dtype).tiny)
+    is_normal = x > smallest
+    log = jnp.log(jnp.where(is_normal, x, jnp.ones_like(x)))
+    return jnp.where(is_normal, log, jnp.full_like(x, np.log(smallest)))
 
 
 def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
@@ -96,7 +110,7 @@ def scaled_tangent_squared_length(
     (docs eq. 2 and 3). Both are `u - c m` times a factor of the angle.
 
     At the antipode `u = -m` every tangent direction is as good as any other, so `Q` there is its mean
-    over them. A guard of one squared rounding error joins the two smoothly; it keeps
+    over them. A guard below the rounding error joins the two smoothly; it keeps
     `|y|^2 = 2 (1 - c)` exactly, whatever the angle.
 
     Args:
@@ -118,7 +132,10 @@ def scaled_tangent_squared_length(
     u, m, s = at_least_float32(direction, loc, scale_diag)
     n = u.shape[-1] - 1
     one_minus, one_plus = cosine_complements(u, m)
-    guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** 2, u.dtype)
+    # Stereographic coordinates grow without limit at the antipode: the larger guard keeps their
+    # gradient finite in float32 at scales down to 1e-4.
+    power = 2.0 if coordinates == "chordal" else 1.5
+    guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** power, u.dtype)
     # u - c m, written from the nearer pole so that its rounding error shrinks with its length.
     residual = jnp.where(
         (one_minus < one_plus)[..., None],

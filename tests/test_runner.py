@@ -91,7 +91,9 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
 
     # Parameters, statistics, optimizer and average, bit for bit, and every logged number.
     assert final_fingerprint(workdir) == final_fingerprint(reference)
-    assert MetricsLog.read(workdir / "metrics.jsonl") == MetricsLog.read(reference / "metrics.jsonl")
+    assert MetricsLog.read(workdir / "metrics.jsonl") == MetricsLog.read(
+        reference / "metrics.jsonl"
+    )
     results = [json.loads((path / "results.json").read_text()) for path in (workdir, reference)]
     assert results[0] == results[1]
     for name in ("views.png", "curves.png", "config.json", "environment.json"):
@@ -104,9 +106,7 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
     assert "optimizer.learning_rate" in refused.stderr
     assert "Traceback" not in refused.stderr
     # What no number depends on may change.
-    allowed = run(
-        tmp_path, workdir, "train.ema_decay=0.9", "evaluation.few_label_seeds=1"
-    )
+    allowed = run(tmp_path, workdir, "train.ema_decay=0.9", "evaluation.few_label_seeds=1")
     assert allowed.returncode == 0, allowed.stderr
 
     evaluated = subprocess.run(
@@ -128,9 +128,7 @@ def test_streaming_sees_the_batches_of_the_resident_run(tmp_path):
     losses = []
     for placement in ("resident", "stream"):
         workdir = tmp_path / placement
-        finished = run(
-            tmp_path, workdir, f"input.placement={placement}", "train.num_epochs=1"
-        )
+        finished = run(tmp_path, workdir, f"input.placement={placement}", "train.num_epochs=1")
         assert finished.returncode == 0, finished.stderr
         records = MetricsLog.read(workdir / "metrics.jsonl")
         losses.append([r["train/loss"] for r in records if "train/loss" in r])

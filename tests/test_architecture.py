@@ -1,0 +1,69 @@
+"""The rules of the house, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "jevb_jax"
+PURE = ("special", "sphere", "distributions", "objective")
+CONFIG_DOORS = ("experiment", "runner")
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_mathematics_knows_no_framework_and_config_stops_at_the_door():
+    for name, path in modules().items():
+        roots = {imported.split(".")[0] for imported in imports(path)}
+        if name in PURE:
+            assert not roots & {"flax", "optax", "ml_collections", "distrax"}, name
+        if name not in CONFIG_DOORS:
+            assert "ml_collections" not in roots, name
+        assert not roots & {"configs", "torch", "tensorflow"}, name
+        assert not any(imported.startswith("jax._src") for imported in imports(path)), name
+        assert path.stem not in ("utils", "helpers", "common"), name
+
+
+def test_no_import_cycles():
+    known = modules()
+    graph = {
+        name: {
+            other
+            for other in known
+            if f"jevb_jax.{other}" in imports(path) and other != name and other != "__init__"
+        }
+        for name, path in known.items()
+    }
+    done: set[str] = set()
+    while len(done) < len(graph):
+        free = {name for name in graph if name not in done and graph[name] <= done}
+        assert free, f"a cycle among {sorted(set(graph) - done)}"
+        done |= free
+
+
+def test_import_is_light_and_lists_its_names():
+    code = (
+        "import sys, jevb_jax; heavy = {'tensorflow', 'torch', 'tensorflow_probability', 'distrax', "
+        "'tensorflow_datasets', 'flax', 'sklearn'} & set(sys.modules); "
+        "missing = [n for n in jevb_jax.__all__ if not hasattr(jevb_jax, n)]; print(heavy or '', missing)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == ["[]"], out.stdout
