@@ -31,7 +31,13 @@ def _student_t_log_kernel_and_normalizer(squared_length: Array, df: Array, n: in
     Written in `1 / df`, so that the Gaussian is the value at zero of the same smooth expression:
     `((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)`.
     """
-    inverse_df = 1 / df
+    # Selected and not divided: at `inf` the slope in df is zero, even where the slope in 1/df overflows.
+    is_infinite = jnp.isinf(df)
+    inverse_df = jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, df))
+    # At the antipode stereographic coordinates are 1e23 scales away in float32. Past this length the
+    # Gaussian is as good as zero; its square would overflow and the gradient be NaN.
+    longest = float(jnp.finfo(df.dtype).max) ** 0.45
+    squared_length = jnp.where(is_infinite, jnp.minimum(squared_length, longest), squared_length)
     half_n = jnp.full_like(df, n / 2)
     log_normalizer = special.log_gamma_ratio(df / 2, half_n) - half_n * float(np.log(2 * np.pi))
     kernel = (

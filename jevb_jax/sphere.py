@@ -43,6 +43,9 @@ def _scaled(x: Array) -> tuple[Array, Array, Array]:
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
     is_zero = largest == 0
     scaled = x / jnp.where(is_zero, jnp.ones_like(largest), largest)[..., None]
+    # Without the barrier XLA takes the constant factors of a constant `x` out of the sum of squares,
+    # which brings the overflow back.
+    scaled = jax.lax.optimization_barrier(scaled)
     squared = jnp.sum(jnp.square(scaled), axis=-1)
     # The untaken branch gets a harmless argument, lest its gradient be NaN.
     return scaled, jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared)), largest
@@ -110,7 +113,7 @@ def scaled_tangent_squared_length(
     (docs eq. 2 and 3). Both are `u - c m` times a factor of the angle.
 
     At the antipode `u = -m` every tangent direction is as good as any other, so `Q` there is its mean
-    over them. A guard below the rounding error joins the two smoothly; it keeps
+    over them. A guard of one squared rounding error joins the two smoothly; it keeps
     `|y|^2 = 2 (1 - c)` exactly, whatever the angle.
 
     Args:
@@ -132,10 +135,7 @@ def scaled_tangent_squared_length(
     u, m, s = at_least_float32(direction, loc, scale_diag)
     n = u.shape[-1] - 1
     one_minus, one_plus = cosine_complements(u, m)
-    # Stereographic coordinates grow without limit at the antipode: the larger guard keeps their
-    # gradient finite in float32 at scales down to 1e-4.
-    power = 2.0 if coordinates == "chordal" else 1.5
-    guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** power, u.dtype)
+    guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** 2, u.dtype)
     # u - c m, written from the nearer pole so that its rounding error shrinks with its length.
     residual = jnp.where(
         (one_minus < one_plus)[..., None],
@@ -144,9 +144,9 @@ def scaled_tangent_squared_length(
     )
     mean_direction = (1 - jnp.square(m)) / n  # the average of e_i^2 over unit tangents e
     squares = jnp.square(residual) + guard * one_minus[..., None] * mean_direction
-    # Divided before the sum: a small scale and a small residual must not meet in one overflow.
+    # Divided twice: the slope in s of a division by s^2 has a factor s^-4, which overflows.
     squared_length = jnp.sum(
-        squares / jnp.square(s) * (2 / (one_plus + guard))[..., None],
+        squares / s / s * (2 / (one_plus + guard))[..., None],
         axis=-1,
     )
     log_volume = jnp.log(2 / (one_plus + guard))
