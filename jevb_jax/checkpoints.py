@@ -159,6 +159,11 @@ class Checkpointer:
         self._keep_best = keep_best
         self._manager = ocp.CheckpointManager(
             Path(directory).absolute(),
+            # Named here, or a process that has not saved could not read.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=(lambda metrics: metrics["score"]) if keep_best else None,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -233,13 +233,13 @@ def _health_check(experiment: Experiment) -> Any:
     return functools.partial(check, images=jnp.asarray(images))
 
 
-def _write_evidence(workdir: Path, experiment: Experiment, result: training.ChunkResult) -> Path:
+def _write_evidence(workdir: Path, experiment: Experiment, state: training.TrainState) -> Path:
     """Sets aside the state before a step that was not finite, and what its batch was."""
-    step = int(result.state.step)
+    step = int(state.step)
     directory = workdir / f"nonfinite_step_{step}"
     directory.mkdir(exist_ok=True)
-    state = {name: np.asarray(leaf) for name, leaf in flatten_names(result.state).items()}
-    np.savez(directory / "state.npz", **state)  # pyright: ignore[reportArgumentType]
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(state).items()}
+    np.savez(directory / "state.npz", **arrays)  # pyright: ignore[reportArgumentType]
     settings = experiment.config
     indices = data.batch_indices(
         step,
@@ -273,6 +273,15 @@ def _status(metrics: dict[str, float], rank: float | None, images_per_second: fl
 def _next_boundary(step: int, *intervals: int) -> int:
     """The first step after `step` that is a multiple of any interval above zero."""
     return min((step // interval + 1) * interval for interval in intervals if interval > 0)
+
+
+class _Dispatch(NamedTuple):
+    """Steps handed to the device, whose metrics are still to be fetched."""
+
+    first_step: int
+    num_steps: int
+    metrics: dict[str, Array]
+    is_finite: Array
 
 
 class _Run:
@@ -312,10 +321,13 @@ class _Run:
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.checkpointer.save(int(state.step), state, config=self.config, score=score)
 
-    def record(self, first_step: int, num_steps: int, result: training.ChunkResult) -> dict:
-        """Fetches a dispatch's metrics, logs them, and stops on a step that was not finite."""
-        metrics, is_finite = jax.device_get((result.metrics, result.is_finite))
-        rows = num_steps if is_finite else int(result.state.step) - first_step + 1
+    def record(self, dispatch: _Dispatch, state: training.TrainState) -> dict[str, float]:
+        """Fetches a dispatch's metrics, logs them, and stops on a step that was not finite.
+
+        `state` is the latest one, which no later dispatch has consumed.
+        """
+        first_step, num_steps, metrics, is_finite = jax.device_get(dispatch)
+        rows = num_steps if is_finite else int(state.step) - first_step + 1
         every = self.config["train"]["log_every_steps"]
         values: dict[str, float] = {}
         for row in range(rows):
@@ -328,9 +340,9 @@ class _Run:
                 )
                 self.log.write(step, values)
         if not is_finite:
-            directory = _write_evidence(self.workdir, self.experiment, result)
+            directory = _write_evidence(self.workdir, self.experiment, state)
             raise NonFiniteError(
-                f"step {int(result.state.step)}: the loss is {values['train/loss']} and the norm of "
+                f"step {int(state.step)}: the loss is {values['train/loss']} and the norm of "
                 f"its gradient {values['train/gradient_norm']}. Nothing was saved after it; the state "
                 f"before the step and the keys of its batch are in {directory}. Lower "
                 "optimizer.learning_rate, lengthen optimizer.warmup_epochs or set "
@@ -353,40 +365,46 @@ class _Run:
         chunk = training.make_train_chunk(self.experiment.train_step)
         step = int(state.step)
         batches = _Batches(self.experiment, step)
-        pending: tuple[int, int, training.ChunkResult] | None = None
+        pending: _Dispatch | None = None
+        is_finite = jnp.asarray(True)
         clock = time.monotonic()
         with ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress:
+
+            def settle(dispatch: _Dispatch) -> None:
+                nonlocal clock
+                values = self.record(dispatch, state)
+                now = time.monotonic()
+                speed = dispatch.num_steps * settings["batch_size"] / (now - clock)
+                clock = now
+                end = dispatch.first_step + dispatch.num_steps
+                progress.update(end, _status(values, self.rank, speed))
+
             while step < num_steps and stop.signal_name is None:
                 count = min(_steps_per_dispatch(self.config), num_steps - step)
                 if health_every or save_every:
                     count = min(count, _next_boundary(step, health_every, save_every) - step)
                 images, indices = batches.take(step, count)
-                result = chunk(state, images, indices, jnp.int32(count), self.experiment.key)
-                state = result.state
+                # After a bad step, known so far to the device only, nothing more runs.
+                allowed = jnp.where(is_finite, jnp.int32(count), 0)
+                state, metrics, is_finite = chunk(
+                    state, images, indices, allowed, self.experiment.key
+                )
                 # The metrics of the dispatch before are fetched while this one computes.
                 if pending is not None:
-                    values = self.record(*pending)
-                    now = time.monotonic()
-                    speed = pending[1] * settings["batch_size"] / (now - clock)
-                    clock = now
-                    progress.update(pending[0] + pending[1], _status(values, self.rank, speed))
-                pending = (step, count, result)
+                    settle(pending)
+                pending = _Dispatch(step, count, metrics, is_finite)
                 step += count
                 is_save = save_every and step % save_every == 0
                 is_health = health_every and step % health_every == 0
-                if is_save or is_health or step == num_steps or stop.signal_name is not None:
-                    values = self.record(*pending)
+                if is_save or is_health:
+                    settle(pending)
                     pending = None
-                    if is_health:
-                        self.record_health(state)
-                    now = time.monotonic()
-                    speed = count * settings["batch_size"] / (now - clock)
-                    clock = now
-                    progress.update(step, _status(values, self.rank, speed))
+                if is_health:
+                    self.record_health(state)
                 if is_save and step < num_steps and stop.signal_name is None:
                     self.save(state)
             if pending is not None:
-                self.record(*pending)
+                settle(pending)
         self.save(state)
         self.checkpointer.wait()
         return state

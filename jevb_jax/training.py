@@ -385,7 +385,8 @@ def make_train_chunk(
 
     Returns:
       `chunk(state, images [N, h, w, c], indices [K, batch], num_steps, key) -> ChunkResult`, which runs
-      the first `num_steps <= K` rows of indices and stops early when a step is not finite.
+      the first `num_steps <= K` rows of indices and stops early when a step is not finite. With none
+      to run, the state comes back as it was.
     """
 
     def chunk(
@@ -398,7 +399,7 @@ def make_train_chunk(
             new_state, metrics = run_step(state, jnp.zeros((), jnp.int32))
             is_finite = _is_finite(metrics)
             return ChunkResult(
-                _select(is_finite, new_state, state),
+                _select(is_finite & (num_steps > 0), new_state, state),
                 jax.tree.map(lambda value: value[None], metrics),
                 is_finite,
             )

@@ -47,7 +47,8 @@ def test_round_trip_strictness_and_fall_back(tmp_path, caplog):
     checkpointer = Checkpointer(tmp_path, keep_latest=2)
     for step in (1, 2, 3):
         checkpointer.save(step, state(step), config=CONFIG)
-    checkpointer.wait()
+    checkpointer.close()
+    checkpointer = Checkpointer(tmp_path, keep_latest=2)  # as a later process would
     assert checkpointer.steps() == [2, 3]
     restored = checkpointer.restore(3, state(0))
     np.testing.assert_array_equal(restored["params"]["kernel"], np.full((3, 5), 3.0))

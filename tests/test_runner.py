@@ -128,7 +128,7 @@ def test_streaming_sees_the_batches_of_the_resident_run(tmp_path):
     losses = []
     for placement in ("resident", "stream"):
         workdir = tmp_path / placement
-        finished = run(tmp_path, workdir, f"input.placement={placement}", "train.num_epochs=1")
+        finished = run(tmp_path, workdir, f"input.placement={placement}", "train.num_epochs=2")
         assert finished.returncode == 0, finished.stderr
         records = MetricsLog.read(workdir / "metrics.jsonl")
         losses.append([r["train/loss"] for r in records if "train/loss" in r])
