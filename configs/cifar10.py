@@ -1,0 +1,34 @@
+"""JEVB on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16. Made for one accelerator.
+
+python train.py --config=configs/cifar10.py --workdir=runs/cifar10
+
+The data come from TFDS's array_record (`tfds build cifar10 --file_format=array_record`) or, with
+`--config.data.source=arrays --config.data.train_paths="('train.npz',)"` and `test_paths`, from files.
+No number yet: this config has run on CPUs only, in a narrow form (README).
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns the settings."""
+    config: Any = default.get_config()
+    config.data.source = "tfds"
+    config.data.tfds_name = "cifar10"
+
+    config.model.backbone = "resnet18"
+    config.model.embedding_dim = 512
+    config.model.dtype = "bfloat16"
+
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.06
+    config.optimizer.warmup_epochs = 10.0
+
+    config.train.batch_size = 512
+    config.train.num_epochs = 100
+    config.evaluation.corruptions = ("contrast", "gaussian_noise", "patch_shuffle")
+    return config
