@@ -80,8 +80,14 @@ def largest_difference(a: Any, b: Any) -> float:
     )
 
 
+@functools.cache
+def first_step() -> tuple[training.TrainState, dict[str, jax.Array]]:
+    step = jax.jit(step_function(ema_decay=0.9))
+    return step(initial_state(0.9), images(), jax.random.key(0))
+
+
 def test_loss_is_the_negative_weighted_elbo_per_dimension():
-    state, metrics = jax.jit(step_function())(initial_state(), images(), jax.random.key(0))
+    state, metrics = first_step()
     # With both weights one, the objective is the bound.
     np.testing.assert_allclose(metrics["loss"], -metrics["elbo"] / 8, rtol=1e-6)
     total = metrics["directional_log_likelihood"] + metrics["radial_log_likelihood"] - metrics["kl"]
@@ -92,11 +98,18 @@ def test_loss_is_the_negative_weighted_elbo_per_dimension():
     assert changed["raw_radial_scale"]
 
 
+def test_ema_is_the_recursion():
+    before, (after, _) = initial_state(0.9), first_step()
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before.params, after.params)
+    assert largest_difference(expected, after.ema_params) < 1e-6
+    assert after.evaluation_variables["params"] is after.ema_params
+    assert initial_state().evaluation_variables["params"] is initial_state().params
+
+
 def test_micro_batches_change_nothing_when_statistics_are_frozen():
-    key = jax.random.key(0)
     whole, parts = (
         jax.jit(step_function(num_micro_batches=count, use_batch_statistics=False))(
-            initial_state(), images(), key
+            initial_state(), images(), jax.random.key(0)
         )
         for count in (1, 4)
     )
@@ -105,18 +118,35 @@ def test_micro_batches_change_nothing_when_statistics_are_frozen():
     for name in whole[1]:
         if name != "embedding_std":  # a statistic of the micro-batch
             np.testing.assert_allclose(parts[1][name], whole[1][name], rtol=2e-5, err_msg=name)
-    # The comparison can fail: with batch statistics the parts normalise differently.
-    other, _ = jax.jit(step_function(num_micro_batches=4))(initial_state(), images(), key)
-    reference, _ = jax.jit(step_function())(initial_state(), images(), key)
-    assert largest_difference(other.params, reference.params) > 1e-5
+
+
+@pytest.mark.slow
+def test_micro_batches_normalise_by_themselves():
+    step = jax.jit(step_function(num_micro_batches=4))
+    parts, _ = step(initial_state(), images(), jax.random.key(0))
+    assert largest_difference(parts.params, first_step()[0].params) > 1e-5
+
+
+def toy_step(state: training.TrainState, batch: jax.Array, key: jax.Array):
+    """A step of the right shape that compiles at once; not finite at step 2 if a pixel says so."""
+    noise = jax.random.normal(jax.random.fold_in(key, state.step), (64,))
+    pixels = batch.reshape(len(batch), -1).astype(jnp.float32) / 255
+    weights = state.params["w"] + 0.1 * jnp.sin(pixels.T @ (pixels @ state.params["w"])) + noise
+    bad = jnp.where((state.step == 2) & (batch[0, 0, 0, 0] == 255), jnp.nan, 1.0)
+    metrics = {"loss": jnp.sum(weights) * bad, "gradient_norm": jnp.linalg.norm(weights)}
+    return state._replace(step=state.step + 1, params={"w": weights * bad}), metrics
+
+
+def toy_state() -> training.TrainState:
+    return training.TrainState(jnp.int32(0), {"w": jnp.ones(64)}, {}, (), None)
 
 
 def test_chunks_of_any_length_compute_the_same_bits_as_one():
     key = jax.random.key(0)
     order = np.stack([np.roll(np.arange(32), i)[:16] for i in range(6)]).astype(np.int32)
-    chunk = training.make_train_chunk(step_function(), donate=False)
-    whole = chunk(initial_state(), images(), jnp.asarray(order), jnp.int32(6), key)
-    state = initial_state()
+    chunk = training.make_train_chunk(toy_step, donate=False)
+    whole = chunk(toy_state(), images(), jnp.asarray(order), jnp.int32(6), key)
+    state = toy_state()
     losses = []
     for start, count in ((0, 1), (1, 3), (4, 2)):
         rows = np.zeros_like(order)
@@ -126,44 +156,37 @@ def test_chunks_of_any_length_compute_the_same_bits_as_one():
         state = result.state
     np.testing.assert_array_equal(losses, whole.metrics["loss"])
     assert largest_difference(state, whole.state) == 0
-    # Alone, outside a loop, it is the same mathematics; XLA may round otherwise.
-    alone = chunk(initial_state(), images(), jnp.asarray(order[:1]), jnp.int32(1), key)
-    np.testing.assert_allclose(alone.metrics["loss"][0], whole.metrics["loss"][0], rtol=1e-5)
+    # One step a dispatch is the same mathematics, by way of another program.
+    state, metrics = toy_state(), {}
+    for row in order:
+        state, metrics, _ = chunk(state, images(), jnp.asarray(row[None]), jnp.int32(1), key)
+    np.testing.assert_allclose(metrics["loss"][0], whole.metrics["loss"][-1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_steps", [1, 4])
 def test_a_step_that_is_not_finite_is_not_taken(chunk_steps):
-    def step(state, batch, key):
-        new_state, metrics = step_function()(state, batch, key)
-        bad = jnp.where(state.step == 2, jnp.nan, 1.0)
-        metrics["loss"] = metrics["loss"] * bad
-        return new_state._replace(params=jax.tree.map(lambda p: p * bad, new_state.params)), metrics
-
-    chunk = training.make_train_chunk(step, donate=False)
+    chunk = training.make_train_chunk(toy_step, donate=False)
     rows = jnp.zeros((chunk_steps, 8), jnp.int32)
-    state = initial_state()
-    finite = []
+    white = jnp.full_like(images(), 255)
+    state, finite = toy_state(), []
     for _ in range(4 // chunk_steps):
-        state, _, is_finite = chunk(
-            state, images(), rows, jnp.int32(chunk_steps), jax.random.key(0)
-        )
+        state, _, is_finite = chunk(state, white, rows, jnp.int32(chunk_steps), jax.random.key(0))
         finite.append(bool(is_finite))
     assert finite[-1] is False
-    assert finite[:2] == [True, True] or chunk_steps == 4
+    assert chunk_steps == 4 or finite[:2] == [True, True]
     assert int(state.step) == 2
+    assert bool(jnp.all(jnp.isfinite(state.params["w"])))
     # A dispatch of no steps, as the loop queues behind a bad one, leaves the state as it is.
-    after, _, _ = chunk(initial_state(), images(), rows, jnp.int32(0), jax.random.key(0))
-    assert largest_difference(after, initial_state()) == 0
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state))
+    after, _, _ = chunk(toy_state(), images(), rows, jnp.int32(0), jax.random.key(0))
+    assert largest_difference(after, toy_state()) == 0
 
 
-def test_ema_is_the_recursion():
-    state = initial_state(0.9)
-    new, _ = jax.jit(step_function(ema_decay=0.9))(state, images(), jax.random.key(0))
-    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state.params, new.params)
-    assert largest_difference(expected, new.ema_params) < 1e-6
-    assert new.evaluation_variables["params"] is new.ema_params
-    assert initial_state().evaluation_variables["params"] is initial_state().params
+def test_small_crops_train():
+    crop = dataclasses.replace(VIEW, size=6)
+    _, metrics = jax.jit(step_function(view_augmentations=(VIEW, VIEW, crop)))(
+        initial_state(), images(), jax.random.key(0)
+    )
+    assert np.isfinite(metrics["loss"])
 
 
 def test_multi_view_elbo_is_symmetric_plus_small_crops():
@@ -189,14 +212,6 @@ def test_multi_view_elbo_is_symmetric_plus_small_crops():
     ]
     expected = (kls[0].kl + kls[1].kl + 2 * kls[2].kl) / 4
     np.testing.assert_allclose(three.kl, expected, rtol=1e-5)
-
-
-def test_small_crops_train():
-    crop = dataclasses.replace(VIEW, size=6)
-    _, metrics = jax.jit(step_function(view_augmentations=(VIEW, VIEW, crop)))(
-        initial_state(), images(), jax.random.key(0)
-    )
-    assert np.isfinite(metrics["loss"])
 
 
 def test_kl_warmup():
