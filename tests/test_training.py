@@ -106,6 +106,7 @@ def test_ema_is_the_recursion():
     assert initial_state().evaluation_variables["params"] is initial_state().params
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_when_statistics_are_frozen():
     whole, parts = (
         jax.jit(step_function(num_micro_batches=count, use_batch_statistics=False))(
@@ -181,6 +182,7 @@ def test_a_step_that_is_not_finite_is_not_taken(chunk_steps):
     assert largest_difference(after, toy_state()) == 0
 
 
+@pytest.mark.slow
 def test_small_crops_train():
     crop = dataclasses.replace(VIEW, size=6)
     _, metrics = jax.jit(step_function(view_augmentations=(VIEW, VIEW, crop)))(
