@@ -10,6 +10,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from jevb_jax import augmentations, data, training
+from jevb_jax.evaluation import corruptions
 from jevb_jax.networks import JointEmbeddingModel, make_model
 
 
@@ -116,6 +117,21 @@ def _check_batches(batch_size: int, num_micro_batches: int) -> None:
         )
 
 
+def _check_evaluation(settings: dict[str, Any], *, num_train_images: int) -> None:
+    """Refuses before training what the evaluation would refuse after it."""
+    if max(settings["knn_k"]) > num_train_images:
+        raise ValueError(
+            f"evaluation.knn_k = {settings['knn_k']} asks for more neighbours than the "
+            f"{num_train_images:,} training images"
+        )
+    unknown = set(settings["corruptions"]) - corruptions.CORRUPTIONS.keys()
+    if unknown:
+        raise ValueError(
+            f"evaluation.corruptions may hold {sorted(corruptions.CORRUPTIONS)}, got "
+            f"{sorted(unknown)}"
+        )
+
+
 def build_experiment(config: ConfigDict) -> Experiment:
     """Loads the data and makes everything else that the config describes.
 
@@ -139,6 +155,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
             f"the images have {channels} channels, but augmentation.mean has "
             f"{len(view_augmentations[0].mean)} values: give mean and std one for each channel"
         )
+    _check_evaluation(config.to_dict()["evaluation"], num_train_images=len(dataset.train))
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), train.batch_size)
     num_train_steps = round(train.num_epochs * steps_per_epoch)
     if num_train_steps < 1:

@@ -90,6 +90,6 @@ def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None
                 axis.plot(steps, values, style, color="black", lw=1.2, label=name.split("/")[1])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
-        if len(names) > 1:
+        if len(axis.lines) > 1:
             axis.legend(fontsize=8)
     figure.savefig(path, format="png")

@@ -157,20 +157,3 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
     checkpointer = Checkpointer(workdir / "checkpoints")
     assert all(saved <= step for saved in checkpointer.steps())
     checkpointer.close()
-
-
-def test_log_survives_a_line_cut_short_and_forgets_steps_to_come(tmp_path):
-    log = MetricsLog(tmp_path)
-    for step in (1, 2, 3):
-        log.write(step, {"train/loss": step / 2})
-    path = tmp_path / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write('{"step": 4, "tr')
-    assert [record["step"] for record in MetricsLog.read(path)] == [1, 2, 3]
-    log.truncate_after(2)
-    log.write(3, {"train/loss": 9.0})
-    log.close()
-    assert MetricsLog.read(path)[-1] == {"step": 3, "train/loss": 9.0}
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        MetricsLog.read(path)

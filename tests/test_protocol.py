@@ -1,0 +1,168 @@
+"""The evaluation of a tiny run: its numbers again with scikit-learn, from the features it extracts."""
+
+import functools
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from jevb_jax import augmentations, data
+from jevb_jax.evaluation import corruptions, protocol
+from jevb_jax.experiment import Experiment, build_experiment
+
+
+def make_experiment(**sections: dict[str, Any]) -> Experiment:
+    config: Any = importlib.import_module("configs.smoke").get_config()
+    config.data.num_train_examples = 150
+    config.data.num_test_examples = 70
+    config.train.batch_size = 32
+    config.train.health_every_steps = 0
+    config.evaluation.batch_size = 64  # divides none of the splits
+    config.evaluation.knn_k = (5, 20)
+    config.evaluation.l2_grid = (1e-2,)
+    config.evaluation.corruptions = ("contrast",)
+    config.evaluation.labels_per_class = 3
+    for section, values in sections.items():
+        for key, value in values.items():
+            config[section][key] = value
+    return build_experiment(config)
+
+
+@functools.cache
+def tiny() -> Experiment:
+    return make_experiment()
+
+
+@functools.cache
+def features():
+    experiment = tiny()
+    extract = protocol._extractor(experiment)
+    variables = experiment.initial_state().evaluation_variables
+    dataset = experiment.dataset
+    return tuple(extract(variables, s) for s in (dataset.train, dataset.validation, dataset.test))
+
+
+@functools.cache
+def results() -> dict[str, Any]:
+    return protocol.evaluate(tiny(), tiny().initial_state().evaluation_variables)
+
+
+def value(name: str, of: str, which: str = "trained") -> float:
+    (found,) = [r for r in results()[which] if r["name"] == name and r["features"] == of]
+    return found["value"]
+
+
+def test_features_are_of_every_image_once_in_order():
+    experiment = tiny()
+    variables = experiment.initial_state().evaluation_variables
+    source = experiment.dataset.test
+    assert source is not None
+    view = experiment.view_augmentations[0]
+    images = np.stack([source[i] for i in range(len(source))])
+    views = jax.vmap(
+        lambda x: augmentations.center_view(x, size=view.size, mean=view.mean, std=view.std)
+    )(images)
+    direct: Any = experiment.model.apply(variables, views, train=False)
+    found = features()[2]
+    assert len(found.representation) == 70
+    for name in ("representation", "embedding", "posterior_mean", "posterior_scale"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(direct, name), rtol=1e-4, atol=1e-5
+        )
+    np.testing.assert_array_equal(found.labels, source.labels)
+    unlabelled = protocol._extractor(experiment)(variables, data.ArraySource(images[:3]))
+    assert unlabelled.labels is None
+    np.testing.assert_allclose(unlabelled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["representation", "embedding"])
+def test_knn(of):
+    train, _, test = features()
+    bank, queries = (getattr(f, of).astype(np.float64) for f in (train, test))
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    similarity = queries @ bank.T
+    for k in (5, 20):
+        predicted = []
+        for row in similarity:
+            nearest = np.argsort(-row)[:k]
+            votes = np.bincount(
+                train.labels[nearest], np.exp(row[nearest] / 0.1), minlength=train.labels.max() + 1
+            )
+            predicted.append(votes.argmax())
+        expected = np.mean(np.array(predicted) == test.labels)
+        assert value(f"knn_{k}_accuracy", of) == pytest.approx(expected, abs=1e-6)
+
+
+def test_linear_probe():
+    train, _, test = features()
+    scaler = StandardScaler().fit(train.representation)
+    # The loss is a mean and the penalty l2 / 2: C = 1 / (l2 * N).
+    classifier = LogisticRegression(C=1 / (1e-2 * len(train.labels)), max_iter=5000, tol=1e-8)
+    classifier.fit(scaler.transform(train.representation), train.labels)
+    expected = classifier.score(scaler.transform(test.representation), test.labels)
+    # One example of 70 may lie on a boundary.
+    assert value("linear_accuracy", "representation") == pytest.approx(expected, abs=1.5 / 70)
+
+
+def test_auroc_of_the_ood_score():
+    experiment = tiny()
+    source = experiment.dataset.test
+    assert source is not None
+    images = np.stack([source[i] for i in range(len(source))])
+    outside = data.ArraySource(corruptions.corrupt(images, "contrast", severity=4, seed=0))
+    variables = experiment.initial_state().evaluation_variables
+    scores = []
+    for f in (features()[2], protocol._extractor(experiment)(variables, outside)):
+        mean, scale = f.posterior_mean.astype(np.float64), f.posterior_scale.astype(np.float64)
+        entropy = scipy.stats.norm.entropy(scale=scale)
+        cross = 0.5 * np.log(2 * np.pi) + (scale**2 + mean**2) / 2
+        scores.append(-(cross - entropy).sum(axis=1))
+    expected = roc_auc_score(np.repeat([0, 1], 70), np.concatenate(scores))
+    assert value("auroc_contrast", "posterior") == pytest.approx(expected, abs=1e-3)
+
+
+def test_every_number_has_its_protocol_and_its_untrained_pair():
+    found = results()
+    assert set(found) == {"trained", "untrained"}
+    # These variables are the untrained ones.
+    assert [r["value"] for r in found["trained"]] == [r["value"] for r in found["untrained"]]
+    names = [(r["name"], r["features"]) for r in found["trained"]]
+    assert len(names) == len(set(names)) == 9
+    for result in found["trained"]:
+        assert 0 <= result["value"] <= 1
+        assert "70" in result["protocol"], result
+        assert "test" in result["protocol"]
+    few = [r for r in found["trained"] if "3_labels" in r["name"]]
+    assert all("mean of 2 seeds" in r["protocol"] for r in few)
+    console = Console(record=True, width=160)
+    console.print(protocol.results_table(found))
+    text = console.export_text()
+    assert text.count("accuracy") == 8
+    assert f"{found['trained'][0]['value']:.4f}" in text
+
+
+def test_validation_score_for_the_best_checkpoint():
+    experiment = tiny()
+    variables = experiment.initial_state().evaluation_variables
+    score = protocol.validation_knn_accuracy(experiment, variables)
+    train, validation, _ = features()
+    assert score * len(validation.labels) == pytest.approx(round(score * len(validation.labels)))
+    assert score != pytest.approx(value("knn_5_accuracy", "representation"), abs=1e-9)
+    assert score > 1.5 / (train.labels.max() + 1) / 2
+
+
+def test_too_large_k_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"evaluation\.knn_k = \(5, 151\).* 150 training images"):
+        make_experiment(evaluation={"knn_k": (5, 151)})
+
+
+def test_corruptions_are_checked_before_training():
+    with pytest.raises(ValueError, match=r"evaluation\.corruptions"):
+        make_experiment(evaluation={"corruptions": ("fog",)})
