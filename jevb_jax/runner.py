@@ -275,6 +275,23 @@ def _next_boundary(step: int, *intervals: int) -> int:
     return min((step // interval + 1) * interval for interval in intervals if interval > 0)
 
 
+class _SpeedMeter:
+    """Images a second over intervals of a second or more; metrics of steps may arrive in bursts."""
+
+    def __init__(self) -> None:
+        self.images_per_second = 0.0
+        self._num_images = 0
+        self._start = time.monotonic()
+
+    def add(self, num_images: int) -> None:
+        self._num_images += num_images
+        seconds = time.monotonic() - self._start
+        if seconds >= 1 or not self.images_per_second:
+            self.images_per_second = self._num_images / seconds
+            self._num_images = 0
+            self._start = time.monotonic()
+
+
 class _Dispatch(NamedTuple):
     """Steps handed to the device, whose metrics are still to be fetched."""
 
@@ -367,17 +384,14 @@ class _Run:
         batches = _Batches(self.experiment, step)
         pending: _Dispatch | None = None
         is_finite = jnp.asarray(True)
-        clock = time.monotonic()
+        meter = _SpeedMeter()
         with ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress:
 
             def settle(dispatch: _Dispatch) -> None:
-                nonlocal clock
                 values = self.record(dispatch, state)
-                now = time.monotonic()
-                speed = dispatch.num_steps * settings["batch_size"] / (now - clock)
-                clock = now
+                meter.add(dispatch.num_steps * settings["batch_size"])
                 end = dispatch.first_step + dispatch.num_steps
-                progress.update(end, _status(values, self.rank, speed))
+                progress.update(end, _status(values, self.rank, meter.images_per_second))
 
             while step < num_steps and stop.signal_name is None:
                 count = min(_steps_per_dispatch(self.config), num_steps - step)
