@@ -111,7 +111,8 @@ def test_flip_and_identity():
 
 
 def test_digits_have_one_channel():
-    digits = (load_digits().images * 255 / 16).astype(np.uint8)[:20, :, :, None]
+    bundled: Any = load_digits()
+    digits = (bundled.images * 255 / 16).astype(np.uint8)[:20, :, :, None]
     found = jax.jit(jax.vmap(lambda x: aug.resized_crop(x, 1, 0, 6, 7, size=8)))(digits)
     for view, image in zip(found, reals(digits), strict=True):
         expected = pillow_resize(image, (1, 0, 6, 7), 8, Image.Resampling.BILINEAR)
@@ -168,7 +169,8 @@ def test_crop_boxes_have_torchvisions_distribution(height, width, scale, ratio):
         lambda b: b[:, 2],
     )
     for statistic in statistics:
-        assert scipy.stats.ks_2samp(statistic(found), statistic(expected)).pvalue > 1e-3
+        test: Any = scipy.stats.ks_2samp(statistic(found), statistic(expected))
+        assert test.pvalue > 1e-3
 
 
 def test_areas_are_uniform_and_ratios_log_uniform():
@@ -179,7 +181,8 @@ def test_areas_are_uniform_and_ratios_log_uniform():
     assert scipy.stats.kstest((area - 0.1) / 0.3, "uniform").pvalue > 1e-3
     log_ratio = np.log2(boxes[:, 3] / boxes[:, 2])
     assert scipy.stats.kstest((log_ratio + 1) / 2, "uniform").pvalue > 1e-3
-    assert abs(scipy.stats.spearmanr(area, log_ratio).statistic) < 0.06
+    rank_correlation: Any = scipy.stats.spearmanr(area, log_ratio)
+    assert abs(rank_correlation.statistic) < 0.06
 
 
 def test_fallback_is_the_largest_central_box():

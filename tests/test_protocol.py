@@ -41,11 +41,11 @@ def tiny() -> Experiment:
 
 
 @functools.cache
-def features():
+def features() -> Any:
     experiment = tiny()
     extract = protocol._extractor(experiment)
     variables = experiment.initial_state().evaluation_variables
-    dataset = experiment.dataset
+    dataset: Any = experiment.dataset
     return tuple(extract(variables, s) for s in (dataset.train, dataset.validation, dataset.test))
 
 

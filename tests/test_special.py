@@ -16,7 +16,7 @@ B = np.array([0.0, 0.5, 1.0, 3.0, 64.0, 2048.0], np.float32)
 def exact_log_gamma_ratio(a: float, b: float) -> tuple[float, float]:
     """`lgamma(a + b) - lgamma(a) - b log a` and its derivative in `a`."""
     with mpmath.workdps(50):
-        x, y = mpmath.mpf(float(a)), mpmath.mpf(float(b))
+        x, y = mpmath.mpf(a), mpmath.mpf(b)
         value = mpmath.loggamma(x + y) - mpmath.loggamma(x) - y * mpmath.log(x)
         slope = mpmath.digamma(x + y) - mpmath.digamma(x) - y / x
         return float(value), float(slope)
@@ -24,7 +24,9 @@ def exact_log_gamma_ratio(a: float, b: float) -> tuple[float, float]:
 
 def test_log_gamma_ratio_and_its_slope_in_float32():
     a, b = (v.ravel() for v in np.meshgrid(A, B))
-    expected = np.array([exact_log_gamma_ratio(x, y) for x, y in zip(a, b, strict=True)])
+    expected = np.array(
+        [exact_log_gamma_ratio(float(x), float(y)) for x, y in zip(a, b, strict=True)]
+    )
     found = jax.jit(special.log_gamma_ratio)(a, b)
     # A few roundings of the largest of the terms that are summed: b log(1 + 8 / a), Stirling's 1/100.
     size = np.abs(expected[:, 0]) + b * np.log1p(8 / a.astype(np.float64)) + 0.01
