@@ -443,6 +443,8 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     """
     console = console or Console()
     workdir = Path(workdir).absolute()
+    if jax.device_count() > 1:
+        _logger.warning("%d devices were found; the run uses one of them.", jax.device_count())
     experiment = build_experiment(config)
     workdir.mkdir(parents=True, exist_ok=True)
     _check_config(workdir, experiment.config)
