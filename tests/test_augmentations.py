@@ -353,6 +353,18 @@ def test_jitter_factors_are_uniform(name, low, high):
     assert scipy.stats.kstest(uniform, "uniform").pvalue > 1e-3
 
 
+def test_blur_widths_are_uniform():
+    dot = np.zeros((5, 5, 1), np.float32)
+    dot[2, 2] = 1
+    blur = functools.partial(
+        aug.random_gaussian_blur, kernel_size=3, sigma=(0.5, 2.0), probability=1.0
+    )
+    views = np.asarray(jax.jit(jax.vmap(blur, (0, None)))(keys(3000), dot), np.float64)[..., 0]
+    # Beside the centre of the kernel: exp(-1 / (2 sigma^2)) of it.
+    sigma = np.sqrt(-0.5 / np.log(views[:, 2, 1] / views[:, 2, 2]))
+    assert scipy.stats.kstest((sigma - 0.5) / 1.5, "uniform").pvalue > 1e-3
+
+
 def test_jitter_takes_every_order_equally_often(monkeypatch):
     # Each operation appends its digit: the pixel spells the order.
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
@@ -394,6 +406,17 @@ def test_plain_view_is_the_view_of_evaluation_and_the_oracle():
     )
 
 
+def test_half_of_the_views_are_mirrored():
+    image = photographs()[0][:40, :40]
+    plain = np.asarray(PLAIN(jax.random.key(0), image))
+    mirroring = dataclasses.replace(PLAIN, flip_probability=0.5)
+    views = np.asarray(jax.jit(jax.vmap(mirroring, (0, None)))(keys(400), image))
+    is_plain = np.abs(views - plain).max(axis=(1, 2, 3)) < 1e-5
+    is_mirrored = np.abs(views - plain[:, ::-1]).max(axis=(1, 2, 3)) < 1e-5
+    assert np.all(is_plain != is_mirrored)
+    assert scipy.stats.binomtest(int(is_mirrored.sum()), 400, 0.5).pvalue > 1e-3
+
+
 def test_operations_follow_each_other_in_the_published_order():
     # Deterministic settings of grey, blur and solarise, of which blur and solarise do not commute.
     view = dataclasses.replace(
@@ -418,6 +441,58 @@ def test_operations_follow_each_other_in_the_published_order():
     np.testing.assert_array_equal(
         automatic(jax.random.key(0), image), three(jax.random.key(0), image)
     )
+
+
+def test_every_setting_reaches_its_operation_and_every_operation_has_its_key(monkeypatch):
+    calls: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {}
+
+    def record(name: str) -> Any:
+        def operation(key: jax.Array, image: jax.Array, **keywords: Any) -> jax.Array:
+            calls[name] = tuple(np.asarray(jax.random.key_data(key)).tolist()), keywords
+            return image
+
+        return operation
+
+    names = ("random_resized_crop", "color_jitter", "random_grayscale")
+    names += ("random_gaussian_blur", "random_solarize")
+    for name in names:
+        monkeypatch.setattr(aug, name, record(name))
+    view = aug.ViewAugmentation(
+        size=24,
+        mean=MEAN,
+        std=STD,
+        crop_scale=(0.11, 0.12),
+        crop_ratio=(0.13, 0.14),
+        interpolation="bicubic",
+        flip_probability=0.15,
+        jitter_probability=0.16,
+        brightness=0.17,
+        contrast=0.18,
+        saturation=0.19,
+        hue=0.2,
+        grayscale_probability=0.21,
+        blur_probability=0.22,
+        blur_sigma=(0.23, 0.24),
+        blur_kernel_size=5,
+        solarize_probability=0.25,
+        solarize_threshold=0.26,
+    )
+    view(jax.random.key(0), jnp.zeros((24, 24, 3)))
+    assert list(calls) == list(names)  # in this order
+    assert len({key for key, _ in calls.values()}) == 5
+    assert [keywords for _, keywords in calls.values()] == [
+        {
+            "size": 24,
+            "scale": (0.11, 0.12),
+            "ratio": (0.13, 0.14),
+            "interpolation": "bicubic",
+            "flip_probability": 0.15,
+        },
+        {"brightness": 0.17, "contrast": 0.18, "saturation": 0.19, "hue": 0.2, "probability": 0.16},
+        {"probability": 0.21},
+        {"kernel_size": 5, "sigma": (0.23, 0.24), "probability": 0.22},
+        {"threshold": 0.26, "probability": 0.25},
+    ]
 
 
 FULL = aug.ViewAugmentation(
