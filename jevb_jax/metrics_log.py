@@ -1,5 +1,6 @@
 """Where metrics go: JSON lines always, TensorBoard when installed, and a progress line for people."""
 
+import importlib
 import importlib.util
 import json
 import time
@@ -29,12 +30,15 @@ class MetricsLog:
           workdir: directory of the run.
         """
         self._path = workdir / "metrics.jsonl"
-        self._writer: Any = None
-        if importlib.util.find_spec("tensorboardX") is not None:
-            import tensorboardX
-
-            self._writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        self._tensorboard_path = workdir / "tensorboard"
+        self._writer = self._open_writer()
         self._file = self._path.open("a", encoding="utf-8")
+
+    def _open_writer(self, *, purge_step: int | None = None) -> Any:
+        if importlib.util.find_spec("tensorboardX") is None:
+            return None
+        module = importlib.import_module("tensorboardX")
+        return module.SummaryWriter(str(self._tensorboard_path), purge_step=purge_step)
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -69,6 +73,9 @@ class MetricsLog:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         files.write_text_atomically(self._path, text)
         self._file = self._path.open("a", encoding="utf-8")
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = self._open_writer(purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line, at once.

@@ -40,8 +40,8 @@ def test_tensorboard_when_installed(tmp_path, monkeypatch):
     written = []
 
     class SummaryWriter:
-        def __init__(self, directory: str) -> None:
-            written.append(directory)
+        def __init__(self, directory: str, purge_step: int | None) -> None:
+            written.append((directory, purge_step))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((name, value, step))
@@ -55,12 +55,19 @@ def test_tensorboard_when_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: module)
     log = MetricsLog(tmp_path)
     log.write(3, {"train/loss": 0.5})
+    log.truncate_after(2)  # a resumed run hides what it writes again
     log.close()
-    assert written == [str(tmp_path / "tensorboard"), ("train/loss", 0.5, 3), "closed"]
+    directory = str(tmp_path / "tensorboard")
+    assert written == [
+        (directory, None),
+        ("train/loss", 0.5, 3),
+        "closed",
+        (directory, 3),
+        "closed",
+    ]
 
 
 def test_real_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboardX", reason="the optional extra `tensorboard`")
     log = MetricsLog(tmp_path)
     log.write(1, {"train/loss": 0.5})
     log.close()
