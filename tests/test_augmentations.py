@@ -500,6 +500,7 @@ FULL = aug.ViewAugmentation(
 )
 
 
+@pytest.mark.slow
 def test_views_depend_on_their_key_and_image_alone():
     images = photographs()[:4]
     small = dataclasses.replace(FULL, size=8, crop_scale=(0.05, 0.2))
@@ -523,6 +524,7 @@ def test_views_depend_on_their_key_and_image_alone():
     assert not np.allclose(other_keys[0], view_1)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     image, key = photographs()[3], jax.random.key(7)
     alone = FULL(key, image)

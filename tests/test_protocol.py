@@ -59,6 +59,7 @@ def value(name: str, of: str, which: str = "trained") -> float:
     return found["value"]
 
 
+@pytest.mark.slow
 def test_features_are_of_every_image_once_in_order():
     experiment = tiny()
     variables = experiment.initial_state().evaluation_variables
@@ -82,6 +83,7 @@ def test_features_are_of_every_image_once_in_order():
     np.testing.assert_allclose(unlabelled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["representation", "embedding"])
 def test_knn(of):
     train, _, test = features()
@@ -100,6 +102,7 @@ def test_knn(of):
         assert value(f"knn_{k}_accuracy", of) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_linear_probe():
     train, _, test = features()
     scaler = StandardScaler().fit(train.representation)
@@ -111,6 +114,7 @@ def test_linear_probe():
     assert value("linear_accuracy", "representation") == pytest.approx(expected, abs=1.5 / 70)
 
 
+@pytest.mark.slow
 def test_auroc_of_the_ood_score():
     experiment = tiny()
     source = experiment.dataset.test
@@ -128,6 +132,7 @@ def test_auroc_of_the_ood_score():
     assert value("auroc_contrast", "posterior") == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_every_number_has_its_protocol_and_its_untrained_pair():
     found = results()
     assert set(found) == {"trained", "untrained"}
@@ -148,6 +153,7 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
     assert f"{found['trained'][0]['value']:.4f}" in text
 
 
+@pytest.mark.slow
 def test_validation_score_for_the_best_checkpoint():
     experiment = tiny()
     variables = experiment.initial_state().evaluation_variables

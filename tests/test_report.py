@@ -20,7 +20,9 @@ def drawn(monkeypatch):
     return kept
 
 
-@pytest.mark.parametrize(("channels", "num_images"), [(1, 3), (3, 8)])
+@pytest.mark.parametrize(
+    ("channels", "num_images"), [(1, 3), pytest.param(3, 8, marks=pytest.mark.slow)]
+)
 def test_views_figure(tmp_path, drawn, channels, num_images):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_images, 8, 8, channels), dtype=np.uint8)
