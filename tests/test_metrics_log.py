@@ -82,8 +82,8 @@ def test_plain_lines_when_there_is_no_terminal(monkeypatch):
         for step, seconds in ((30, 1.0), (40, 16.0), (50, 17.0), (100, 20.0)):
             clock[0] = seconds
             line.update(step, f"loss {step}")
-    # One line after 15 seconds and the last: not a line a step.
-    assert out.getvalue().splitlines() == [
+    # One line after 15 seconds and the last: not a line a step. (Some versions of rich add an empty one.)
+    assert [text for text in out.getvalue().splitlines() if text] == [
         "step 40/100  ETA 48 s  loss 40",  # 20 steps in 16 s, 60 to go
         "step 100/100  ETA 0 s  loss 100",
     ]
