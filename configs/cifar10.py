@@ -1,6 +1,7 @@
-"""JEVB on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16. Made for one accelerator.
+"""JEVB and its neighbours on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16. For one accelerator.
 
 python train.py --config=configs/cifar10.py --workdir=runs/cifar10
+python train.py --config=configs/cifar10.py:byol --workdir=runs/cifar10_byol
 
 The data come from TFDS's array_record (`tfds build cifar10 --file_format=array_record`) or, with
 `--config.data.source=arrays --config.data.train_paths="('train.npz',)"` and `test_paths`, from files.
@@ -11,11 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import default, recipes
 
 
-def get_config() -> ConfigDict:
-    """Returns the settings."""
+def get_config(method: str = "jevb") -> ConfigDict:
+    """Returns the settings of a method, one of `recipes.METHODS`."""
     config: Any = default.get_config()
     config.data.source = "tfds"
     config.data.tfds_name = "cifar10"
@@ -31,4 +32,4 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 512
     config.train.num_epochs = 100
     config.evaluation.corruptions = ("contrast", "gaussian_noise", "patch_shuffle")
-    return config
+    return recipes.set_cifar_method(config, method)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the default settings (CIFAR-sized images, ResNet-18)."""
     config = ConfigDict()
+    config.method = "jevb"  # jevb | simsiam | vi_simsiam | byol | vicreg | barlow_twins
     config.seed = 0  # parameters, order of the data, augmentation and sampling all follow from it
 
     config.data = ConfigDict(
@@ -63,20 +64,23 @@ def get_config() -> ConfigDict:
     )
     config.model = ConfigDict(
         {
-            "backbone": "resnet18",  # resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small
+            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small
+            "backbone": "resnet18",
             "width": 0,  # channels of the first stage (0 = the network's own)
             "stem": "cifar",  # resnet: cifar (3x3, no pool) | imagenet (7x7, pool)
             "patch_size": 4,  # vit, pixels
             "projector_hidden_dims": (2048, 2048),
+            "projector_normalizes_output": True,  # ends with BatchNorm
             "embedding_dim": 512,  # D
-            "inference_hidden_dim": 512,
+            "head_hidden_dim": 512,  # of the inference network or the predictor
             "initial_scale": 1.0,  # posterior standard deviation at the start
             "min_scale": 1e-3,  # its floor
+            "isotropic": False,  # one posterior scale for all features of an image
             "initial_radial_scale": 0.5,
             "dtype": "float32",  # float32 | bfloat16: of the computation; parameters stay float32
         }
     )
-    config.objective = ConfigDict(
+    config.jevb = ConfigDict(
         {
             "df": 5.0,  # directional degrees of freedom; inf is the Gaussian
             "radial_df": 5.0,
@@ -88,14 +92,24 @@ def get_config() -> ConfigDict:
             "kl_weight": 1.0,
             "kl_warmup_epochs": 0.0,  # linear from zero
             "radial_weight": 1.0,
+            "likelihood_scale": "tied",  # tied | untied (its own head) | fixed (model.initial_scale)
+            "location": "sample",  # of the directional term: sample | mean
+            "likelihood": "factorised",  # factorised | unfactorised (one Student-t in R^D)
         }
     )
+    config.vicreg = ConfigDict(
+        {"invariance_weight": 25.0, "variance_weight": 25.0, "covariance_weight": 1.0}
+    )
+    config.barlow_twins = ConfigDict({"redundancy_weight": 0.0051, "loss_weight": 1.0})
     config.optimizer = ConfigDict(
         {
-            "name": "sgd",  # sgd | lars | adamw
+            "name": "sgd",  # sgd | lars | larc (lars that only lowers the rate) | adamw
             "learning_rate": 0.06,  # peak, as it is: not scaled with the batch
-            "momentum": 0.9,  # sgd, lars
+            "momentum": 0.9,  # all but adamw
             "weight_decay": 5e-4,  # not on biases, BatchNorm and scalars
+            "trust_coefficient": 1e-3,  # lars, larc
+            "bias_rate_factor": 1.0,  # of biases, BatchNorm and scalars, times the learning rate
+            "constant_head_rate": False,  # the head keeps the peak rate (SimSiam)
             "warmup_epochs": 10.0,  # linear from zero
             "final_learning_rate": 0.0,  # of the cosine
             "max_gradient_norm": 0.0,  # 0 = no clipping
@@ -107,9 +121,11 @@ def get_config() -> ConfigDict:
             "num_epochs": 200,
             "num_micro_batches": 1,  # gradient accumulation; BatchNorm sees micro-batches
             "ema_decay": 0.0,  # of the parameters; 0 = off. Evaluation uses the average
+            "target_decay": 0.0,  # of a target network, rising to 1; 0 = none (BYOL: 0.99)
             "steps_per_dispatch": 0,  # steps in one compiled call (0 = 1 on the CPU, else 10)
             "log_every_steps": 10,
             "health_every_steps": 200,  # effective rank, on images of the validation split
+            "health_pairs": False,  # jevb: residuals and gradients of pairs of views as well
             "health_num_images": 2048,  # at most; the rank needs more than embedding_dim
         }
     )
@@ -123,6 +139,7 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         {
             "batch_size": 512,
+            "split": "test",  # what is reported: test | validation (to choose settings)
             "knn_k": (20, 200),
             "knn_temperature": 0.1,
             "l2_grid": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # chosen on validation

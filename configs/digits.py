@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.model.width = 16
     config.model.projector_hidden_dims = (256, 256)
     config.model.embedding_dim = 64
-    config.model.inference_hidden_dim = 128
+    config.model.head_hidden_dim = 128
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model.width = 4
     config.model.projector_hidden_dims = (32,)
     config.model.embedding_dim = 16
-    config.model.inference_hidden_dim = 16
+    config.model.head_hidden_dim = 16
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_epochs = 1.0

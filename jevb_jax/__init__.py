@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jevb_jax.distributions import (
     directional_log_prob,
     gaussian_kl_divergence,
+    multivariate_student_t_log_prob,
     power_spherical_entropy,
     power_spherical_log_prob,
     radial_log_prob,
@@ -49,6 +50,7 @@ __all__ = [
     "gaussian_prior",
     "importance_weighted_bound",
     "likelihood_scale",
+    "multivariate_student_t_log_prob",
     "polar_decomposition",
     "power_spherical_entropy",
     "power_spherical_log_prob",

@@ -1,7 +1,9 @@
 """From a config to the objects of a run. Below this, nothing knows a config."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +11,18 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from jevb_jax import augmentations, data, training
+from jevb_jax import augmentations, data, methods, training
 from jevb_jax.evaluation import corruptions
-from jevb_jax.networks import JointEmbeddingModel, make_model
+from jevb_jax.networks import HeadName, JointEmbeddingModel, make_model
+
+HEADS: dict[str, HeadName] = {
+    "jevb": "posterior",
+    "simsiam": "vector",
+    "vi_simsiam": "direction",
+    "byol": "vector",
+    "vicreg": "none",
+    "barlow_twins": "none",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +36,8 @@ class Experiment:
       optimizer: of `schedule`.
       schedule: learning rate by step.
       view_augmentations: of view 1, view 2 and small crops.
-      settings: of the objective.
+      method: loss of the views' outputs.
+      jevb_settings: of the objective, used or not.
       steps_per_epoch: whole batches in the training split.
       num_train_steps: steps of the run.
     """
@@ -36,7 +48,8 @@ class Experiment:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     view_augmentations: tuple[augmentations.ViewAugmentation, ...]
-    settings: training.ObjectiveSettings
+    method: methods.Method
+    jevb_settings: methods.JevbSettings
     steps_per_epoch: int
     num_train_steps: int
 
@@ -59,6 +72,7 @@ class Experiment:
             self.optimizer,
             self.view_shape,
             ema_decay=self.config["train"]["ema_decay"],
+            target_decay=self.config["train"]["target_decay"],
         )
 
     def train_step(
@@ -72,9 +86,14 @@ class Experiment:
             model=self.model,
             optimizer=self.optimizer,
             view_augmentations=self.view_augmentations,
-            settings=self.settings,
+            method=self.method,
             num_micro_batches=self.config["train"]["num_micro_batches"],
             ema_decay=self.config["train"]["ema_decay"],
+            target_decay=functools.partial(
+                training.target_decay_at,
+                target_decay=self.config["train"]["target_decay"],
+                num_steps=self.num_train_steps,
+            ),
         )
 
 
@@ -107,6 +126,49 @@ def _view_augmentations(
     return full + (small,) * num_small_crops
 
 
+def _jevb_settings(config: dict[str, Any], *, steps_per_epoch: int) -> methods.JevbSettings:
+    settings = dict(config["jevb"])
+    scale = settings.pop("likelihood_scale")
+    if scale not in ("tied", "untied", "fixed"):
+        raise ValueError(f"jevb.likelihood_scale must be tied, untied or fixed, got {scale!r}")
+    return methods.JevbSettings(
+        kl_warmup_steps=round(settings.pop("kl_warmup_epochs") * steps_per_epoch),
+        fixed_scale=config["model"]["initial_scale"] if scale == "fixed" else None,
+        **settings,
+    )
+
+
+def _method(config: dict[str, Any], jevb_settings: methods.JevbSettings) -> methods.Method:
+    """The method of a config: a function, given the settings of its own section."""
+    functions: dict[str, Callable[..., methods.MethodOutput]] = {
+        "jevb": functools.partial(methods.jevb, settings=jevb_settings),
+        "simsiam": methods.simsiam,
+        "vi_simsiam": methods.vi_simsiam,
+        "byol": methods.byol,
+        "vicreg": functools.partial(methods.vicreg, **config["vicreg"]),
+        "barlow_twins": functools.partial(methods.barlow_twins, **config["barlow_twins"]),
+    }
+    return functions[config["method"]]
+
+
+def _check_method(config: dict[str, Any]) -> None:
+    name = config["method"]
+    if name not in HEADS:
+        raise ValueError(f"method must be one of {sorted(HEADS)}, got {name!r}")
+    if name != "jevb" and config["augmentation"]["num_small_crops"]:
+        raise ValueError(
+            f"augmentation.num_small_crops = {config['augmentation']['num_small_crops']} needs "
+            f"method jevb: {name} would ignore the small crops; set it to 0"
+        )
+    target_decay = config["train"]["target_decay"]
+    if not 0 <= target_decay < 1:
+        raise ValueError(f"train.target_decay must be in [0, 1), got {target_decay}")
+    if name == "byol" and not target_decay:
+        raise ValueError("method byol needs train.target_decay above 0, for instance 0.99")
+    if name in ("vicreg", "barlow_twins") and target_decay:
+        raise ValueError(f"{name} has no target network: set train.target_decay to 0")
+
+
 def _check_batches(batch_size: int, num_micro_batches: int) -> None:
     if batch_size < 2:
         raise ValueError(f"train.batch_size must be at least 2 (BatchNorm), got {batch_size}")
@@ -124,6 +186,8 @@ def _check_evaluation(settings: dict[str, Any], *, num_train_images: int) -> Non
             f"evaluation.knn_k = {settings['knn_k']} asks for more neighbours than the "
             f"{num_train_images:,} training images"
         )
+    if settings["split"] not in ("test", "validation"):
+        raise ValueError(f"evaluation.split must be test or validation, got {settings['split']!r}")
     unknown = set(settings["corruptions"]) - corruptions.CORRUPTIONS.keys()
     if unknown:
         raise ValueError(
@@ -146,6 +210,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     """
     settings: Any = config  # a ConfigDict's attributes are not known to type checkers
     train, optimizer = settings.train, settings.optimizer
+    _check_method(config.to_dict())
     _check_batches(train.batch_size, train.num_micro_batches)
     view_augmentations = _view_augmentations(settings.augmentation.to_dict())
     dataset = data.load_dataset(**settings.data.to_dict())
@@ -166,24 +231,29 @@ def build_experiment(config: ConfigDict) -> Experiment:
         num_steps=num_train_steps,
         final_learning_rate=optimizer.final_learning_rate,
     )
-    objective = settings.objective.to_dict()
-    kl_warmup_epochs = objective.pop("kl_warmup_epochs")
+    jevb_settings = _jevb_settings(config.to_dict(), steps_per_epoch=steps_per_epoch)
     return Experiment(
         config=to_json_values(config),
         dataset=dataset,
-        model=make_model(**settings.model.to_dict()),
+        model=make_model(
+            head=HEADS[settings.method],
+            has_likelihood_scale=settings.jevb.likelihood_scale == "untied",
+            **settings.model.to_dict(),
+        ),
         optimizer=training.make_optimizer(
             name=optimizer.name,
             schedule=schedule,
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
+            trust_coefficient=optimizer.trust_coefficient,
+            bias_rate_factor=optimizer.bias_rate_factor,
             max_gradient_norm=optimizer.max_gradient_norm,
+            head_learning_rate=optimizer.learning_rate if optimizer.constant_head_rate else None,
         ),
         schedule=schedule,
         view_augmentations=view_augmentations,
-        settings=training.ObjectiveSettings(
-            **objective, kl_warmup_steps=round(kl_warmup_epochs * steps_per_epoch)
-        ),
+        method=_method(config.to_dict(), jevb_settings),
+        jevb_settings=jevb_settings,
         steps_per_epoch=steps_per_epoch,
         num_train_steps=num_train_steps,
     )

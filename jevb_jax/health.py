@@ -4,6 +4,7 @@ Every function is pure and jittable, so that it runs on the device and its numbe
 behind the computation. A NaN that goes in comes out.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import distributions, sphere
+from jevb_jax.objective import ElboTerms
 
 
 class PosteriorSummary(NamedTuple):
@@ -28,6 +30,8 @@ class PosteriorSummary(NamedTuple):
         is used in full, 0 when the posterior has fallen onto the prior's mean.
       kl_per_dimension: mean over images of `KL(q || p) / D`, nats per dimension; 0 on posterior
         collapse.
+      signal_to_noise: mean over images of `|mu| / sqrt(sum_i sigma_i^2)`: near 0 the direction of a
+        sample says nothing of the image.
     """
 
     scale_mean: Array
@@ -35,6 +39,7 @@ class PosteriorSummary(NamedTuple):
     scale_spread: Array
     mean_rms: Array
     kl_per_dimension: Array
+    signal_to_noise: Array
 
 
 def _as_matrix(name: str, values: ArrayLike) -> Array:
@@ -142,34 +147,98 @@ def posterior_summary(
         scale_spread=jnp.std(jnp.mean(log_scale, axis=-1)),
         mean_rms=jnp.sqrt(jnp.mean(jnp.square(mean))),
         kl_per_dimension=jnp.mean(kl) / mean.shape[-1],
+        signal_to_noise=jnp.mean(sphere.safe_norm(mean) / sphere.safe_norm(scale)),
     )
 
 
-def representation_health(
-    embedding: ArrayLike,
-    posterior_mean: ArrayLike,
-    posterior_scale: ArrayLike,
-    *,
-    prior_scale: ArrayLike = 1.0,
-) -> dict[str, Array]:
-    """All signals together, ready to be logged.
+def representation_health(embedding: ArrayLike) -> dict[str, Array]:
+    """The signals of collapse together, ready to be logged.
 
     Args:
       embedding: `[N, D]` with `N > D`.
-      posterior_mean: `[N, D]`.
-      posterior_scale: `[N, D]`, positive.
-      prior_scale: standard deviation of the prior.
 
     Returns:
-      Scalars by name: `embedding_std`, `effective_rank` and the fields of `PosteriorSummary` with
-      `posterior_` before them.
+      Scalars by name: `embedding_std` and `effective_rank`.
 
     Raises:
-      ValueError: as `effective_rank` and `posterior_summary`.
+      ValueError: as `effective_rank`.
     """
-    summary = posterior_summary(posterior_mean, posterior_scale, prior_scale=prior_scale)
     return {
         "embedding_std": embedding_std(embedding),
         "effective_rank": effective_rank(embedding),
-        **{f"posterior_{name}": value for name, value in summary._asdict().items()},
     }
+
+
+class PairHealth(NamedTuple):
+    """How the directional term sees pairs of views, one number each, `[]`.
+
+    Attributes:
+      cosine: mean of `<m, u>`, the latent's direction against the target's.
+      residual_over_df: mean of `Q / df`, or of `Q / (D - 1)` at `df = inf`. Far above 1 the residuals
+        are in the tail, where a pair's weight falls as `1 / Q`.
+      effective_pairs: share of pairs that carry the gradient, `(sum w)^2 / (N sum w^2)` of the weights
+        `w = (df + n) / (df + Q)`: 1 when all weigh alike, as in the Gaussian limit.
+    """
+
+    cosine: Array
+    residual_over_df: Array
+    effective_pairs: Array
+
+
+def pair_health(
+    target_embedding: ArrayLike, latent: ArrayLike, scale_diag: ArrayLike, *, df: float
+) -> PairHealth:
+    """Residuals and weights of the chordal directional term (docs eq. 2 and 4).
+
+    Args:
+      target_embedding: `[N, D]`.
+      latent: `[N, D]`, of the other view: a sample, or the posterior's mean.
+      scale_diag: `[N, D]`, of the directional term, in units of the sphere.
+      df: degrees of freedom, `inf` allowed.
+
+    Returns:
+      `PairHealth` of scalars.
+
+    Raises:
+      ValueError: not two axes, fewer than two images.
+    """
+    direction, _ = sphere.polar_decomposition(_as_matrix("target_embedding", target_embedding))
+    loc, _ = sphere.polar_decomposition(_as_matrix("latent", latent))
+    squared_length, _ = sphere.scaled_tangent_squared_length(
+        direction, loc, _as_matrix("scale_diag", scale_diag), coordinates="chordal"
+    )
+    n = loc.shape[-1] - 1
+    is_gaussian = np.isinf(df)
+    weight = jnp.ones_like(squared_length) if is_gaussian else (df + n) / (df + squared_length)
+    return PairHealth(
+        cosine=jnp.mean(jnp.sum(direction * loc, axis=-1)),
+        residual_over_df=jnp.mean(squared_length) / (n if is_gaussian else df),
+        effective_pairs=jnp.square(jnp.mean(weight)) / jnp.mean(jnp.square(weight)),
+    )
+
+
+def term_gradient_norms(
+    terms_of: Callable[[Array], ElboTerms], representation: ArrayLike
+) -> dict[str, Array]:
+    """How hard each term of the bound pulls at the encoder.
+
+    `sqrt(mean_i |d term_i / d x|^2 mean_i |x_i|^2)`, nats for a relative change of the representation
+    by one: free of the representation's units, which the projector's BatchNorm makes arbitrary.
+
+    Args:
+      terms_of: representation `[N, F]` to terms `[N]`.
+      representation: `[N, F]`.
+
+    Returns:
+      Scalars by the term's name.
+    """
+    x = _as_matrix("representation", representation)
+    terms, pull_back = jax.vjp(terms_of, x)
+    size = jnp.mean(jnp.sum(jnp.square(x), axis=-1))
+    norms = {}
+    for name in ("directional_log_likelihood", "radial_log_likelihood", "kl"):
+        zero = jax.tree.map(jnp.zeros_like, terms)
+        one = jnp.ones_like(getattr(terms, name))
+        (gradient,) = pull_back(zero._replace(**{name: one}))
+        norms[name] = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(gradient), axis=-1)) * size)
+    return norms

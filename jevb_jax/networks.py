@@ -1,9 +1,11 @@
-"""Flax Linen networks: image -> representation -> embedding -> posterior.
+"""Flax Linen networks: image -> representation -> embedding -> what a head says of another view.
 
 Three parts make a `JointEmbeddingModel`: a backbone (`ResNet`, `ConvNet` or `ViT`) gives the
-`representation`, a `Projector` maps it to the `embedding`, and an `InferenceNetwork` maps the
-embedding to the parameters of the diagonal Gaussian posterior. `make_model` builds all three from
-plain values and is the only place where names become modules.
+`representation`, a `Projector` maps it to the `embedding`, and a head maps the embedding to a
+prediction: JEVB's `InferenceNetwork` to the parameters of the diagonal Gaussian posterior, the
+`Predictor` of SimSiam and BYOL to a vector, the `DirectionalPredictor` of VI-SimSiam to a direction
+and its concentration; VICReg and Barlow Twins have none. `make_model` builds them from plain values
+and is the only place where names become modules.
 
 Conventions shared by every module here:
 
@@ -21,7 +23,7 @@ Conventions shared by every module here:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 _MIN_RADIAL_SCALE = 1e-3
+_MIN_CONCENTRATION = 1e-3
+
+HeadName = Literal["posterior", "vector", "direction", "none"]
 
 # He initialisation. Convolutions as torchvision (kaiming_normal, fan_out); MLPs by fan_in, which
 # keeps the forward variance when hidden widths differ.
@@ -44,10 +49,25 @@ class Posterior(NamedTuple):
         posterior_mean: `[batch, dim]`, float32.
         posterior_scale: `[batch, dim]`, float32, a standard deviation, above the network's
             `min_scale`.
+        likelihood_scale: `[batch, dim]`, float32, above `min_scale`: a scale of the likelihood, in
+            the latent's units, that is not the posterior's; None where the two are tied.
     """
 
     posterior_mean: jax.Array
     posterior_scale: jax.Array
+    likelihood_scale: jax.Array | None = None
+
+
+class DirectionalPrediction(NamedTuple):
+    """Distribution of the other view's direction, as its parameters.
+
+    Attributes:
+        direction: `[batch, dim]`, float32, not normalised.
+        concentration: `[batch]`, float32, positive; low where the network is unsure.
+    """
+
+    direction: jax.Array
+    concentration: jax.Array
 
 
 class ViewOutputs(NamedTuple):
@@ -56,15 +76,24 @@ class ViewOutputs(NamedTuple):
     Attributes:
         representation: `[batch, features]`, the backbone's pooled output, never normalised. Used
             for evaluation.
-        embedding: `[batch, dim]`, the projector's output. The likelihood is a density over it.
-        posterior_mean: `[batch, dim]`.
-        posterior_scale: `[batch, dim]`, a standard deviation, positive.
+        embedding: `[batch, dim]`, the projector's output. JEVB's likelihood is a density over it.
+        prediction: what the head makes of the embedding: a `Posterior`, a vector `[batch, dim]`, a
+            `DirectionalPrediction`, or None without a head.
     """
 
     representation: jax.Array
     embedding: jax.Array
-    posterior_mean: jax.Array
-    posterior_scale: jax.Array
+    prediction: Any
+
+    @property
+    def posterior_mean(self) -> jax.Array:
+        """Of a `Posterior`, `[batch, dim]`."""
+        return self.prediction.posterior_mean
+
+    @property
+    def posterior_scale(self) -> jax.Array:
+        """Of a `Posterior`, `[batch, dim]`, a standard deviation, positive."""
+        return self.prediction.posterior_scale
 
 
 def parameter_count(params: Any) -> int:
@@ -197,6 +226,11 @@ class ResNet(nn.Module):
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train=train)
         return _global_average_pool(x)
+
+
+def resnet8(**kwargs: Any) -> ResNet:
+    """ResNet-8: basic blocks (1, 1, 1), for small images; `kwargs` are `ResNet`'s other attributes."""
+    return ResNet(stage_sizes=(1, 1, 1), bottleneck=False, **kwargs)
 
 
 def resnet18(**kwargs: Any) -> ResNet:
@@ -429,11 +463,12 @@ class Projector(nn.Module):
 
     Dense without bias, BatchNorm, ReLU for each hidden layer; then dense without bias and BatchNorm
     without scale and bias, in float32, so that in training every feature of the embedding has mean
-    0 and variance 1 over the batch.
+    0 and variance 1 over the batch. BYOL, VICReg and Barlow Twins end with the dense layer.
 
     Attributes:
         hidden_dims: widths of the hidden layers.
         embedding_dim: width of the embedding.
+        normalize_output: whether to end with BatchNorm.
         dtype: compute type of all but the last BatchNorm.
         bn_momentum: weight of the old running statistics.
         bn_epsilon: added to the variance.
@@ -445,6 +480,7 @@ class Projector(nn.Module):
 
     hidden_dims: Sequence[int] = (2048, 2048)
     embedding_dim: int = 2048
+    normalize_output: bool = True
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -467,6 +503,8 @@ class Projector(nn.Module):
             )
             x = nn.relu(x)
         x = _dense(self.embedding_dim, self.dtype, "dense_out")(x)
+        if not self.normalize_output:
+            return x.astype(jnp.float32)
         return _mlp_batch_norm(
             jnp.float32, self.bn_momentum, self.bn_epsilon, "bn_out", affine=False
         )(x, use_running_average=not train)
@@ -486,6 +524,9 @@ class InferenceNetwork(nn.Module):
         dim: width of the posterior.
         initial_scale: value of `posterior_scale` at initialisation.
         min_scale: lower bound of `posterior_scale`, at least 0.
+        isotropic: one scale for all features of an image.
+        has_likelihood_scale: a third head, made like that of the scale, for a likelihood whose scale
+            is not tied to the posterior's.
         dtype: compute type of the hidden layer.
         bn_momentum: weight of the old running statistics.
         bn_epsilon: added to the variance.
@@ -499,6 +540,8 @@ class InferenceNetwork(nn.Module):
     dim: int
     initial_scale: float = 1.0
     min_scale: float = 1e-3
+    isotropic: bool = False
+    has_likelihood_scale: bool = False
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -512,29 +555,105 @@ class InferenceNetwork(nn.Module):
     def __call__(self, embedding: jax.Array, *, train: bool) -> Posterior:
         """Maps embeddings `[batch, features]` to a `Posterior` of `[batch, dim]` arrays."""
         _check_features(embedding, train=train and not self.is_initializing())
-        x = _dense(self.hidden_dim, self.dtype, "dense")(embedding)
-        x = _mlp_batch_norm(self.dtype, self.bn_momentum, self.bn_epsilon, "bn")(
-            x, use_running_average=not train
-        )
-        x = nn.relu(x)
+        x = _bottleneck(self, embedding, train=train)
         posterior_mean = nn.Dense(self.dim, dtype=jnp.float32, name="mean_head")(x)
+        posterior_scale = self._scale(x, "raw_scale_head")
+        if not self.has_likelihood_scale:
+            return Posterior(posterior_mean, posterior_scale)
+        likelihood_scale = self._scale(x, "raw_likelihood_scale_head")
+        return Posterior(posterior_mean, posterior_scale, likelihood_scale)
+
+    def _scale(self, x: jax.Array, name: str) -> jax.Array:
+        """`[batch, hidden_dim]` to scales `[batch, dim]`."""
         raw_initial = _inverse_softplus_above(
             self.initial_scale, self.min_scale, name="initial_scale"
         )
         raw_scale = nn.Dense(
-            self.dim,
+            1 if self.isotropic else self.dim,
             dtype=jnp.float32,
             kernel_init=nn.initializers.zeros,
             bias_init=nn.initializers.constant(raw_initial),
-            name="raw_scale_head",
+            name=name,
         )(x)
-        return Posterior(posterior_mean, nn.softplus(raw_scale) + self.min_scale)
+        scale = nn.softplus(raw_scale) + self.min_scale
+        return jnp.broadcast_to(scale, (x.shape[0], self.dim))
+
+
+class Predictor(nn.Module):
+    """Bottleneck MLP from one view's embedding to the other's (SimSiam, arXiv 2011.10566; BYOL).
+
+    Dense without bias, BatchNorm, ReLU; then dense with bias, in float32. BYOL's own last layer has
+    no bias.
+
+    Attributes:
+        hidden_dim: width of the hidden layer.
+        dim: width of the prediction.
+        dtype: compute type of the hidden layer.
+        bn_momentum: weight of the old running statistics.
+        bn_epsilon: added to the variance.
+
+    Raises:
+        ValueError: a size below one; when called, as `Projector`.
+    """
+
+    hidden_dim: int
+    dim: int
+    dtype: DTypeLike = jnp.float32
+    bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_sizes(hidden_dim=self.hidden_dim, dim=self.dim)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array, *, train: bool) -> jax.Array:
+        """Maps embeddings `[batch, features]` to predictions `[batch, dim]`, float32."""
+        _check_features(embedding, train=train and not self.is_initializing())
+        x = _bottleneck(self, embedding, train=train)
+        return nn.Dense(self.dim, dtype=jnp.float32, name="out")(x)
+
+
+class DirectionalPredictor(nn.Module):
+    """SimSiam's predictor with a second head for the concentration (VI-SimSiam, arXiv 2203.11437).
+
+    `concentration = softplus(raw) + 1e-3`: the floor is ours.
+
+    Attributes:
+        hidden_dim: width of the hidden layer.
+        dim: width of the direction.
+        dtype: compute type of the hidden layer.
+        bn_momentum: weight of the old running statistics.
+        bn_epsilon: added to the variance.
+
+    Raises:
+        ValueError: a size below one; when called, as `Projector`.
+    """
+
+    hidden_dim: int
+    dim: int
+    dtype: DTypeLike = jnp.float32
+    bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_sizes(hidden_dim=self.hidden_dim, dim=self.dim)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array, *, train: bool) -> DirectionalPrediction:
+        """Maps embeddings `[batch, features]` to a `DirectionalPrediction`."""
+        _check_features(embedding, train=train and not self.is_initializing())
+        x = _bottleneck(self, embedding, train=train)
+        direction = nn.Dense(self.dim, dtype=jnp.float32, name="direction_head")(x)
+        raw = nn.Dense(1, dtype=jnp.float32, name="raw_concentration_head")(x)
+        return DirectionalPrediction(direction, nn.softplus(raw[:, 0]) + _MIN_CONCENTRATION)
 
 
 class JointEmbeddingModel(nn.Module):
-    """Backbone, projector and inference network, and the learned scale of the radial likelihood.
+    """Backbone, projector and head, and the learned scale of the radial likelihood.
 
-    `params` has four entries: `backbone`, `projector`, `inference_network` and the scalar
+    `params` has the entries `backbone`, `projector`, and for JEVB `head` and the scalar
     `raw_radial_scale`.
 
         variables = model.init(key, images, train=False)
@@ -544,8 +663,9 @@ class JointEmbeddingModel(nn.Module):
     Attributes:
         backbone: images to representations.
         projector: representations to embeddings.
-        inference_network: embeddings to a `Posterior`.
-        initial_radial_scale: value of `radial_scale()` at initialisation, above 1e-3.
+        head: embeddings to a prediction, or None.
+        initial_radial_scale: value of `radial_scale()` at initialisation, above 1e-3; None for a
+            method without a radial likelihood.
 
     Raises:
         ValueError: `initial_radial_scale <= 1e-3`.
@@ -553,8 +673,8 @@ class JointEmbeddingModel(nn.Module):
 
     backbone: nn.Module
     projector: nn.Module
-    inference_network: nn.Module
-    initial_radial_scale: float = 0.5
+    head: nn.Module | None
+    initial_radial_scale: float | None = 0.5
 
     def __post_init__(self) -> None:
         self._initial_raw_radial_scale()
@@ -562,8 +682,10 @@ class JointEmbeddingModel(nn.Module):
 
     def setup(self) -> None:
         """Creates the radial scale here, not on use, so that `init` always returns it."""
-        initializer = nn.initializers.constant(self._initial_raw_radial_scale())
-        self.raw_radial_scale = self.param("raw_radial_scale", initializer, (), jnp.float32)
+        raw = self._initial_raw_radial_scale()
+        if raw is not None:
+            initializer = nn.initializers.constant(raw)
+            self.raw_radial_scale = self.param("raw_radial_scale", initializer, (), jnp.float32)
 
     def __call__(self, images: jax.Array, *, train: bool) -> ViewOutputs:
         """Maps images `[batch, height, width, channels]` to `ViewOutputs`.
@@ -576,14 +698,16 @@ class JointEmbeddingModel(nn.Module):
         """
         representation = self.backbone(images, train=train)
         embedding = self.projector(representation, train=train)
-        posterior = self.inference_network(embedding, train=train)
-        return ViewOutputs(representation, embedding, *posterior)
+        prediction = None if self.head is None else self.head(embedding, train=train)
+        return ViewOutputs(representation, embedding, prediction)
 
     def radial_scale(self) -> jax.Array:
         """Scale of the radial likelihood, a float32 scalar above 1e-3 that depends on no image."""
         return nn.softplus(self.raw_radial_scale) + _MIN_RADIAL_SCALE
 
-    def _initial_raw_radial_scale(self) -> float:
+    def _initial_raw_radial_scale(self) -> float | None:
+        if self.initial_radial_scale is None:
+            return None
         return _inverse_softplus_above(
             self.initial_radial_scale, _MIN_RADIAL_SCALE, name="initial_radial_scale"
         )
@@ -596,33 +720,43 @@ def make_model(
     stem: str,
     patch_size: int,
     projector_hidden_dims: Sequence[int],
+    projector_normalizes_output: bool,
     embedding_dim: int,
-    inference_hidden_dim: int,
+    head: HeadName,
+    head_hidden_dim: int,
     initial_scale: float,
     min_scale: float,
+    isotropic: bool,
+    has_likelihood_scale: bool,
     initial_radial_scale: float,
     dtype: str,
 ) -> JointEmbeddingModel:
     """Builds the model from plain values: the one place where names become modules.
 
     Args:
-        backbone: "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny" or "vit_small".
+        backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny" or
+            "vit_small".
         width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
             (ViT: 192, 384); 0 is the network's own.
         stem: "cifar" or "imagenet"; read by the ResNets only.
         patch_size: pixels; read by the ViTs only.
         projector_hidden_dims: widths of the projector's hidden layers.
-        embedding_dim: width of embedding and posterior.
-        inference_hidden_dim: width of the inference network's hidden layer.
-        initial_scale: `posterior_scale` at initialisation.
-        min_scale: lower bound of `posterior_scale`.
-        initial_radial_scale: radial scale at initialisation.
+        projector_normalizes_output: whether the projector ends with BatchNorm.
+        embedding_dim: width of embedding and prediction.
+        head: "posterior" (JEVB), "vector" (SimSiam, BYOL), "direction" (VI-SimSiam) or "none".
+        head_hidden_dim: width of the head's hidden layer.
+        initial_scale: of a posterior, at initialisation.
+        min_scale: its lower bound.
+        isotropic: one scale for all features of an image's posterior.
+        has_likelihood_scale: see `InferenceNetwork`.
+        initial_radial_scale: radial scale at initialisation, with a posterior.
         dtype: compute type, "float32" or "bfloat16".
 
     Raises:
         ValueError: an unknown name, or a value that a module refuses.
     """
     resnets: dict[str, Callable[..., ResNet]] = {
+        "resnet8": resnet8,
         "resnet18": resnet18,
         "resnet34": resnet34,
         "resnet50": resnet50,
@@ -649,22 +783,52 @@ def make_model(
         known = [*resnets, "convnet", *vits]
         raise ValueError(f"backbone must be one of {known}, got {backbone!r}")
 
-    return JointEmbeddingModel(
-        backbone=backbone_module,
-        projector=Projector(
-            hidden_dims=tuple(projector_hidden_dims),
-            embedding_dim=embedding_dim,
-            dtype=compute_dtype,
-        ),
-        inference_network=InferenceNetwork(
-            hidden_dim=inference_hidden_dim,
-            dim=embedding_dim,
+    projector = Projector(
+        hidden_dims=tuple(projector_hidden_dims),
+        embedding_dim=embedding_dim,
+        normalize_output=projector_normalizes_output,
+        dtype=compute_dtype,
+    )
+    head_options: dict[str, Any] = {
+        "hidden_dim": head_hidden_dim,
+        "dim": embedding_dim,
+        "dtype": compute_dtype,
+    }
+    head_module: nn.Module | None
+    if head == "posterior":
+        head_module = InferenceNetwork(
             initial_scale=initial_scale,
             min_scale=min_scale,
-            dtype=compute_dtype,
-        ),
-        initial_radial_scale=initial_radial_scale,
+            isotropic=isotropic,
+            has_likelihood_scale=has_likelihood_scale,
+            **head_options,
+        )
+    elif head == "vector":
+        head_module = Predictor(**head_options)
+    elif head == "direction":
+        head_module = DirectionalPredictor(**head_options)
+    elif head == "none":
+        head_module = None
+    else:
+        raise ValueError(f"head must be posterior, vector, direction or none, got {head!r}")
+
+    return JointEmbeddingModel(
+        backbone=backbone_module,
+        projector=projector,
+        head=head_module,
+        initial_radial_scale=initial_radial_scale if head == "posterior" else None,
     )
+
+
+def _bottleneck(
+    head: InferenceNetwork | Predictor | DirectionalPredictor, embedding: jax.Array, *, train: bool
+) -> jax.Array:
+    """The hidden layer of every head, called in its compact method: dense, BatchNorm, ReLU."""
+    x = _dense(head.hidden_dim, head.dtype, "dense")(embedding)
+    x = _mlp_batch_norm(head.dtype, head.bn_momentum, head.bn_epsilon, "bn")(
+        x, use_running_average=not train
+    )
+    return nn.relu(x)
 
 
 def _conv(features: int, size: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:

@@ -20,14 +20,19 @@ from jevb_jax import distributions, sphere
 
 ScaleUnits = Literal["sphere", "unit"]
 SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
+Likelihood = Literal["factorised", "unfactorised"]
+LIKELIHOODS: tuple[Likelihood, ...] = ("factorised", "unfactorised")
+Location = Literal["sample", "mean"]
+LOCATIONS: tuple[Location, ...] = ("sample", "mean")
 
 
 class ElboTerms(NamedTuple):
     """Terms of a bound, one value for each example, `[batch]`, nats.
 
     Attributes:
-      directional_log_likelihood: `E_q[log p_dir]`, larger is better.
-      radial_log_likelihood: `E_q[log p_rad]`, larger is better.
+      directional_log_likelihood: `E_q[log p_dir]`, larger is better; of an unfactorised likelihood
+        the whole.
+      radial_log_likelihood: `E_q[log p_rad]`, larger is better; zero if unfactorised.
       kl: `KL(q || p)`, at least zero.
       radial_weight: weight of the radial term in the training objective.
       kl_weight: weight of the KL in the training objective.
@@ -106,8 +111,7 @@ def likelihood_scale(posterior_scale: ArrayLike, *, scale_units: ScaleUnits = "s
     Raises:
       ValueError: unknown `scale_units`.
     """
-    if scale_units not in SCALE_UNITS:
-        raise ValueError(f"scale_units must be one of {SCALE_UNITS}, got {scale_units!r}")
+    _check_choice("scale_units", scale_units, SCALE_UNITS)
     (scale,) = sphere.at_least_float32(posterior_scale)
     return scale / float(np.sqrt(scale.shape[-1])) if scale_units == "sphere" else scale
 
@@ -122,10 +126,22 @@ def _likelihood_terms(
     radial_scale: ArrayLike,
     coordinates: sphere.Coordinates,
     space: distributions.Space,
+    directional_latent: Array | None = None,
+    likelihood: Likelihood = "factorised",
 ) -> tuple[Array, Array]:
-    """`log p_dir(u | m, s)` and `log p_rad(r | rho)`, each `[...]`, of targets given latents."""
+    """`log p_dir(u | m, s)` and `log p_rad(r | rho)`, each `[...]`, of targets given latents.
+
+    The directional term takes its location from `directional_latent`, if there is one.
+    """
+    directional_latent = latent if directional_latent is None else directional_latent
+    if likelihood == "unfactorised":
+        joint = distributions.multivariate_student_t_log_prob(
+            target_embedding, loc=directional_latent, scale_diag=scale_diag, df=df
+        )
+        return joint, jnp.zeros_like(joint)
     direction, radius = sphere.polar_decomposition(target_embedding)
-    loc, latent_radius = sphere.polar_decomposition(latent)
+    loc, _ = sphere.polar_decomposition(directional_latent)
+    _, latent_radius = sphere.polar_decomposition(latent)
     directional = distributions.directional_log_prob(
         direction, loc=loc, scale_diag=scale_diag, df=df, coordinates=coordinates
     )
@@ -199,6 +215,11 @@ def _check_posterior(target_embedding: Array, mean: Array, scale: Array) -> None
         )
 
 
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
 def _check_num_samples(num_samples: int) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -226,6 +247,9 @@ def conditional_elbo(
     num_samples: int = 1,
     kl_weight: ArrayLike = 1.0,
     radial_weight: ArrayLike = 1.0,
+    untied_scale: ArrayLike | None = None,
+    location: Location = "sample",
+    likelihood: Likelihood = "factorised",
 ) -> ElboTerms:
     """ELBO of target embeddings given the source view's posterior (docs eq. 13).
 
@@ -246,6 +270,11 @@ def conditional_elbo(
       num_samples: reparameterised draws of `z` averaged over.
       kl_weight: weight of the KL in `weighted_elbo`, a number or `[batch]`.
       radial_weight: weight of the radial term in `weighted_elbo`, a number or `[batch]`.
+      untied_scale: a scale of the likelihood in the latent's units, a number or `[batch, D]`, in place
+        of the posterior's; None ties the two. `scale_units` applies to it.
+      location: of the directional term: the "sample" of `z`, or the posterior "mean", which is no
+        longer a bound.
+      likelihood: "factorised", or "unfactorised": one Student-t about `z` in `R^D` (docs eq. 16).
 
     Returns:
       `ElboTerms` of `[batch]` arrays.
@@ -257,7 +286,13 @@ def conditional_elbo(
     _check_posterior(target, mean, scale)
     _check_num_samples(num_samples)
     target = jax.lax.stop_gradient(target)
-    scale_diag = likelihood_scale(scale, scale_units=scale_units)
+    _check_choice("location", location, LOCATIONS)
+    _check_choice("likelihood", likelihood, LIKELIHOODS)
+    if untied_scale is None:
+        scale_diag = likelihood_scale(scale, scale_units=scale_units)
+    else:
+        untied = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
+        scale_diag = likelihood_scale(untied, scale_units=scale_units)
 
     def sample_terms(noise: Array) -> tuple[Array, Array]:
         return _likelihood_terms(
@@ -269,6 +304,8 @@ def conditional_elbo(
             radial_scale=radial_scale,
             coordinates=coordinates,
             space=space,
+            directional_latent=mean if location == "mean" else None,
+            likelihood=likelihood,
         )
 
     directional, radial = jax.vmap(sample_terms)(_standard_normal(key, num_samples, mean))
@@ -297,6 +334,9 @@ def symmetric_elbo(
     num_samples: int = 1,
     kl_weight: ArrayLike = 1.0,
     radial_weight: ArrayLike = 1.0,
+    untied_scale: ArrayLike | tuple[Array, Array] | None = None,
+    location: Location = "sample",
+    likelihood: Likelihood = "factorised",
 ) -> ElboTerms:
     """Mean of `elbo(2 | 1)` and `elbo(1 | 2)`, term by term (docs eq. 14).
 
@@ -317,6 +357,10 @@ def symmetric_elbo(
       num_samples: draws for each posterior.
       kl_weight: weight of the KL in `weighted_elbo`.
       radial_weight: weight of the radial term in `weighted_elbo`.
+      untied_scale: None, one number, or a pair of `[batch, D]`, of the likelihoods given view 1 and
+        given view 2.
+      location: of the directional term.
+      likelihood: factorised or not.
 
     Returns:
       `ElboTerms` of `[batch]` arrays.
@@ -331,7 +375,11 @@ def symmetric_elbo(
         pairs = jax.vmap(jax.random.split)(keys)
         key_1, key_2 = pairs[:, 0], pairs[:, 1]
 
-    def direction_elbo(sample_key: Array, source: HasView, target: HasView) -> ElboTerms:
+    scale_1, scale_2 = untied_scale if isinstance(untied_scale, tuple) else (untied_scale,) * 2
+
+    def direction_elbo(
+        sample_key: Array, source: HasView, target: HasView, untied_scale: ArrayLike | None
+    ) -> ElboTerms:
         return conditional_elbo(
             sample_key,
             target.embedding,
@@ -347,10 +395,13 @@ def symmetric_elbo(
             num_samples=num_samples,
             kl_weight=kl_weight,
             radial_weight=radial_weight,
+            untied_scale=untied_scale,
+            location=location,
+            likelihood=likelihood,
         )
 
-    elbo_2_given_1 = direction_elbo(key_1, view_1, view_2)
-    elbo_1_given_2 = direction_elbo(key_2, view_2, view_1)
+    elbo_2_given_1 = direction_elbo(key_1, view_1, view_2, scale_1)
+    elbo_1_given_2 = direction_elbo(key_2, view_2, view_1, scale_2)
     return jax.tree.map(lambda a, b: (a + b) / 2, elbo_2_given_1, elbo_1_given_2)
 
 

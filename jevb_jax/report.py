@@ -64,17 +64,13 @@ def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None
       path: PNG to write.
       records: lines of `metrics.jsonl`.
     """
+    elsewhere = ("loss", "posterior_scale", "radial_scale", "embedding_std", "gradient_norm")
+    elsewhere = {f"train/{name}" for name in (*elsewhere, "learning_rate")}
+    names = dict.fromkeys(name for record in records for name in record)
+    terms = tuple(name for name in names if name.startswith("train/") and name not in elsewhere)
     panels = (
-        ("loss, nats per dimension", ("train/loss",)),
-        (
-            "terms of the bound, nats",
-            (
-                "train/elbo",
-                "train/directional_log_likelihood",
-                "train/radial_log_likelihood",
-                "train/kl",
-            ),
-        ),
+        ("loss", ("train/loss",)),
+        ("terms of the loss", terms),
         ("scales", ("train/posterior_scale", "train/radial_scale")),
         ("embedding_std (1 = spread, 0 = collapse)", ("train/embedding_std",)),
         ("effective rank", ("health/effective_rank",)),

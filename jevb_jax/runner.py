@@ -21,11 +21,13 @@ from jax import Array
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jevb_jax import augmentations, data, files, health, report, training
+from jevb_jax import augmentations, data, files, health, methods, report, training
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, flatten_names
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.metrics_log import MetricsLog, ProgressLine
+from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
+from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ CHANGEABLE_ON_RESUME = (
     "input.num_workers",
     "input.prefetch_batches",
     "train.health_every_steps",
+    "train.health_pairs",
     "train.health_num_images",
     "train.log_every_steps",
 )
@@ -54,6 +57,7 @@ USER_ERRORS = (
     NonFiniteError,
     CheckpointError,
     FileNotFoundError,
+    files.DirectoryInUseError,
     TypeError,
     ValueError,
 )
@@ -226,11 +230,66 @@ def _health_check(experiment: Experiment) -> Any:
             )
         )(images)
         output: Any = experiment.model.apply(state.evaluation_variables, views, train=False)
-        return health.representation_health(
-            output.embedding, output.posterior_mean, output.posterior_scale
-        )
+        values = health.representation_health(output.embedding)
+        if isinstance(output.prediction, Posterior):
+            summary = health.posterior_summary(
+                output.posterior_mean,
+                output.posterior_scale,
+                prior_scale=experiment.config["jevb"]["prior_scale"],
+            )
+            values |= {f"posterior_{name}": value for name, value in summary._asdict().items()}
+        if settings["health_pairs"]:
+            values |= _pair_values(experiment, state, images)
+        return values
 
     return functools.partial(check, images=jnp.asarray(images))
+
+
+def _pair_values(
+    experiment: Experiment, state: training.TrainState, images: Array
+) -> dict[str, Array]:
+    """What JEVB's objective sees of two augmented views of the images, always the same two."""
+    settings: methods.JevbSettings = experiment.jevb_settings
+    key = jax.random.key(0)
+    views = augmentations.multi_view(
+        jax.random.split(key, len(images)), images, experiment.view_augmentations[:2]
+    )
+    apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)
+    source, target = (apply(view, train=False) for view in views)
+
+    def heads(model: JointEmbeddingModel, representation: Array) -> ViewOutputs:
+        projector, head = model.projector, model.head
+        embedding: Any = projector(representation, train=False)
+        prediction = None if head is None else head(embedding, train=False)
+        return ViewOutputs(representation, embedding, prediction)
+
+    def terms_of(representation: Array) -> ElboTerms:
+        view = apply(representation, method=heads)
+        return conditional_elbo(
+            key,
+            target.embedding,
+            view.posterior_mean,
+            view.posterior_scale,
+            radial_scale=apply(method="radial_scale"),
+            untied_scale=settings.untied_scale(view),
+            **settings.keywords(state.step),
+        )
+
+    mean, scale = source.posterior_mean, source.posterior_scale
+    untied = settings.untied_scale(source)
+    likelihood = scale if untied is None else jnp.broadcast_to(jnp.asarray(untied), scale.shape)
+    noise = jax.random.normal(key, mean.shape) * (settings.location == "sample")
+    pairs = health.pair_health(
+        target.embedding,
+        mean + scale * noise,
+        likelihood_scale(likelihood, scale_units=settings.scale_units),
+        df=settings.df,
+    )
+    gradients = health.term_gradient_norms(terms_of, source.representation)
+    return {
+        **{f"pair_{name}": value for name, value in pairs._asdict().items()},
+        **{f"gradient_{name}": value for name, value in gradients.items()},
+    }
 
 
 def _write_evidence(workdir: Path, experiment: Experiment, state: training.TrainState) -> Path:
@@ -261,13 +320,14 @@ def _write_evidence(workdir: Path, experiment: Experiment, state: training.Train
 
 
 def _status(metrics: dict[str, float], rank: float | None, images_per_second: float) -> str:
-    rank_text = "" if rank is None else f"  rank {rank:.1f}"
-    return (
-        f"{images_per_second:,.0f} images/s  loss {metrics['train/loss']:.4f}  "
-        f"elbo {metrics['train/elbo']:.1f} = dir {metrics['train/directional_log_likelihood']:.1f} "
-        f"+ rad {metrics['train/radial_log_likelihood']:.1f} - kl {metrics['train/kl']:.1f} nats  "
-        f"std {metrics['train/embedding_std']:.2f}{rank_text}"
-    )
+    values = {name.removeprefix("train/"): value for name, value in metrics.items()}
+    texts = [f"{images_per_second:,.0f} images/s  loss {values.pop('loss'):.4f}"]
+    del values["gradient_norm"]
+    values.pop("learning_rate", None)
+    texts += [f"{n.removesuffix('_log_likelihood')} {v:.3g}" for n, v in values.items()]
+    if rank is not None:
+        texts.append(f"rank {rank:.1f}")
+    return "  ".join(texts)
 
 
 def _next_boundary(step: int, *intervals: int) -> int:
@@ -437,6 +497,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
 
     Raises:
       ChangedConfigError: the directory holds a run of another config.
+      DirectoryInUseError: another process works on the directory.
       NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
       CheckpointError: no checkpoint of the run can be read.
       ValueError: settings that do not fit each other.
@@ -447,6 +508,12 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
         _logger.warning("%d devices were found; the run uses one of them.", jax.device_count())
     experiment = build_experiment(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    with files.lock_directory(workdir):
+        return _train_and_evaluate(experiment, workdir, console)
+
+
+def _train_and_evaluate(experiment: Experiment, workdir: Path, console: Console) -> bool:
+    """`train` in a directory that this process holds."""
     _check_config(workdir, experiment.config)
     files.write_json_atomically(workdir / "environment.json", environment())
     with _StopRequest() as stop:

@@ -4,9 +4,8 @@ A run is a pure function of its config: the batch, the augmentation and the post
 `t` follow from `(seed, t)` alone. So a checkpoint needs no more than the state and its step.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +15,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import augmentations, health, objective
+from jevb_jax import augmentations, health
+from jevb_jax.methods import Method
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
 
@@ -28,7 +28,9 @@ class TrainState(NamedTuple):
       params: parameters of the model.
       batch_stats: running statistics of BatchNorm.
       opt_state: state of the optimizer.
-      ema_params: exponential moving average of `params`, or None when it is off.
+      ema_params: exponential moving average of `params` to evaluate with, or None when it is off.
+      target_params: average of backbone and projector that gives the targets (BYOL), or None where
+        targets are the other view's own embedding.
     """
 
     step: Array
@@ -36,70 +38,13 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     ema_params: Any
+    target_params: Any
 
     @property
     def evaluation_variables(self) -> dict[str, Any]:
         """Variables to evaluate with: the averaged parameters where there are any."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, "batch_stats": self.batch_stats}
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
-    """Keyword arguments of the objective and the warm-up of its KL; see `conditional_elbo`."""
-
-    df: float
-    radial_df: float
-    scale_units: objective.ScaleUnits
-    prior_scale: float
-    coordinates: Any
-    space: Any
-    num_samples: int
-    kl_weight: float
-    radial_weight: float
-    kl_warmup_steps: int
-
-    def keywords(self, step: ArrayLike) -> dict[str, Any]:
-        """Arguments of `symmetric_elbo` at `step`, all but the radial scale, which is learned."""
-        settings = dataclasses.asdict(self)
-        warmup_steps = settings.pop("kl_warmup_steps")
-        if warmup_steps:
-            share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps)
-            settings["kl_weight"] = self.kl_weight * share
-        return settings
-
-
-def multi_view_elbo(
-    key: Array, views: Sequence[ViewOutputs], **settings: Any
-) -> objective.ElboTerms:
-    """Mean of `elbo(t | s)` over targets `t` in the first two views and sources `s != t`.
-
-    With two views it is `symmetric_elbo`. Further views are smaller crops: sources only.
-
-    Args:
-      key: `[batch]` keys, one for each example.
-      views: two views, then small crops.
-      **settings: see `conditional_elbo`.
-
-    Returns:
-      `ElboTerms` of `[batch]` arrays.
-    """
-    terms = objective.symmetric_elbo(key, views[0], views[1], **settings)
-    num_pairs = 2
-    total = jax.tree.map(lambda value: num_pairs * value, terms)
-    for index, small in enumerate(views[2:]):
-        for target in views[:2]:
-            pair_keys = jax.vmap(jax.random.fold_in, (0, None))(key, num_pairs + index)
-            pair = objective.conditional_elbo(
-                pair_keys,
-                target.embedding,
-                small.posterior_mean,
-                small.posterior_scale,
-                **settings,
-            )
-            total = jax.tree.map(jnp.add, total, pair)
-            num_pairs += 1
-    return jax.tree.map(lambda value: value / num_pairs, total)
 
 
 def make_schedule(
@@ -133,6 +78,24 @@ def make_schedule(
     )
 
 
+def target_decay_at(step: ArrayLike, *, target_decay: float, num_steps: int) -> Array:
+    """Decay of the target network's average at a step (Grill et al. 2020, section 3.2).
+
+    `1 - (1 - target_decay) (cos(pi step / num_steps) + 1) / 2`: from `target_decay` to one. A function
+    of the step alone, so that neither resuming nor accumulation of gradients changes it.
+
+    Args:
+      step: steps done.
+      target_decay: at the start.
+      num_steps: steps of the run.
+
+    Returns:
+      `[]`.
+    """
+    share = jnp.asarray(step, jnp.float32) / num_steps
+    return 1 - (1 - target_decay) * (jnp.cos(jnp.pi * share) + 1) / 2
+
+
 def decayed(params: Any) -> Any:
     """Mask of the parameters that weight decay and LARS adapt: matrices and kernels only.
 
@@ -145,22 +108,74 @@ def decayed(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+def scale_by_clipped_trust_ratio(
+    schedule: optax.Schedule, *, weight_decay: float, trust_coefficient: float
+) -> optax.GradientTransformation:
+    """LARC: the trust ratio only ever lowers the learning rate (solo-learn's `clip_lr`).
+
+    Each kernel's gradient `g` becomes `(g + wd p) min(1, eta |p| / (|g| + wd |p|) / learning_rate)`;
+    other parameters' gradients stay as they are, without weight decay.
+
+    Args:
+      schedule: learning rate by step.
+      weight_decay: `wd`.
+      trust_coefficient: `eta`.
+
+    Returns:
+      An Optax transformation, to be followed by SGD with the same schedule.
+    """
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("update needs the parameters as its third argument")
+        learning_rate = jnp.asarray(schedule(state.count))
+
+        def one(gradient: Array, parameter: Array, is_kernel: bool) -> Array:
+            if not is_kernel:
+                return gradient
+            norm, gradient_norm = jnp.linalg.norm(parameter), jnp.linalg.norm(gradient)
+            # At a learning rate of zero, the start of a warm-up, nothing is clipped and nothing moves.
+            rate = trust_coefficient * norm
+            limit = learning_rate * (gradient_norm + weight_decay * norm)
+            ratio = jnp.where(limit > rate, rate / jnp.where(limit > rate, limit, 1.0), 1.0)
+            is_zero = (norm == 0) | (gradient_norm == 0)
+            scaled = (gradient + weight_decay * parameter) * ratio
+            return jnp.where(is_zero, gradient, scaled)
+
+        updates = jax.tree.map(one, updates, params, decayed(params))
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     *,
     name: str,
     schedule: optax.Schedule,
     momentum: float,
     weight_decay: float,
+    trust_coefficient: float,
+    bias_rate_factor: float,
     max_gradient_norm: float,
+    head_learning_rate: float | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of a run.
 
     Args:
-      name: "sgd", "lars" or "adamw".
+      name: "sgd", "lars", "larc" or "adamw".
       schedule: learning rate by step.
-      momentum: of sgd and lars.
-      weight_decay: masked by `decayed`; coupled (in the gradient) in sgd and lars, decoupled in adamw.
+      momentum: of sgd, lars and larc.
+      weight_decay: masked by `decayed`; coupled (in the gradient) in all but adamw.
+      trust_coefficient: of lars and larc.
+      bias_rate_factor: learning rate of what is not `decayed` (biases, BatchNorm, scalars) over that
+        of kernels; Barlow Twins' is 0.024.
       max_gradient_norm: global norm to which gradients are clipped; 0 is off.
+      head_learning_rate: of the head's parameters, constant (SimSiam's predictor), or None for the
+        schedule.
 
     Returns:
       An Optax transformation.
@@ -168,26 +183,56 @@ def make_optimizer(
     Raises:
       ValueError: unknown name.
     """
-    if name == "sgd":
-        update = optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=decayed),
-            optax.sgd(schedule, momentum=momentum),
-        )
-    elif name == "lars":
-        update = optax.lars(
-            schedule,
-            weight_decay=weight_decay,
-            weight_decay_mask=decayed,
-            trust_ratio_mask=decayed,
-            momentum=momentum,
-        )
-    elif name == "adamw":
-        update = optax.adamw(schedule, weight_decay=weight_decay, mask=decayed)
-    else:
-        raise ValueError(f"optimizer.name must be sgd, lars or adamw, got {name!r}")
+
+    def update(schedule: optax.Schedule) -> optax.GradientTransformation:
+        if name == "sgd":
+            return optax.chain(
+                optax.add_decayed_weights(weight_decay, mask=decayed),
+                optax.sgd(schedule, momentum=momentum),
+            )
+        if name == "lars":
+            return optax.lars(
+                schedule,
+                weight_decay=weight_decay,
+                weight_decay_mask=decayed,
+                trust_coefficient=trust_coefficient,
+                trust_ratio_mask=decayed,
+                momentum=momentum,
+            )
+        if name == "larc":
+            return optax.chain(
+                scale_by_clipped_trust_ratio(
+                    schedule, weight_decay=weight_decay, trust_coefficient=trust_coefficient
+                ),
+                optax.sgd(schedule, momentum=momentum),
+            )
+        if name == "adamw":
+            return optax.adamw(schedule, weight_decay=weight_decay, mask=decayed)
+        raise ValueError(f"optimizer.name must be sgd, lars, larc or adamw, got {name!r}")
+
+    steps: list[optax.GradientTransformation] = []
     if max_gradient_norm > 0:
-        return optax.chain(optax.clip_by_global_norm(max_gradient_norm), update)
-    return update
+        steps.append(optax.clip_by_global_norm(max_gradient_norm))
+    if head_learning_rate is None:
+        steps.append(update(schedule))
+    else:
+        parts: dict[Hashable, optax.GradientTransformation] = {
+            "head": update(lambda _: jnp.asarray(head_learning_rate)),
+            "rest": update(schedule),
+        }
+        steps.append(optax.partition(parts, _head_or_rest))
+    if bias_rate_factor != 1:
+        not_decayed = functools.partial(jax.tree.map, lambda leaf: leaf.ndim <= 1)
+        steps.append(optax.masked(optax.scale(bias_rate_factor), not_decayed))
+    return steps[0] if len(steps) == 1 else optax.chain(*steps)
+
+
+def _head_or_rest(params: Any) -> Any:
+    def part(path: Any, leaf: Array) -> str:
+        del leaf
+        return "head" if path[0].key == "head" else "rest"
+
+    return jax.tree.map_with_path(part, params)
 
 
 def init_state(
@@ -197,6 +242,7 @@ def init_state(
     view_shape: tuple[int, int, int],
     *,
     ema_decay: float = 0.0,
+    target_decay: float = 0.0,
 ) -> TrainState:
     """The state before the first step.
 
@@ -206,6 +252,7 @@ def init_state(
       optimizer: as given to `train_step`.
       view_shape: `(height, width, channels)` of a view.
       ema_decay: of the parameters' average; 0 is off.
+      target_decay: of the target network; 0 is no such network.
 
     Returns:
       The state.
@@ -220,7 +267,13 @@ def init_state(
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if ema_decay > 0 else None,
+        target_params=jax.tree.map(jnp.copy, _target_part(params)) if target_decay > 0 else None,
     )
+
+
+def _target_part(params: Any) -> Any:
+    """The parameters that an embedding depends on."""
+    return {name: params[name] for name in ("backbone", "projector")}
 
 
 def apply_views(
@@ -258,9 +311,10 @@ def train_step(
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
     view_augmentations: Sequence[augmentations.ViewAugmentation],
-    settings: ObjectiveSettings,
+    method: Method,
     num_micro_batches: int = 1,
     ema_decay: float = 0.0,
+    target_decay: Callable[[Array], Array] | None = None,
     use_batch_statistics: bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of training, a pure function; the one place where examples are averaged.
@@ -272,40 +326,44 @@ def train_step(
       model: networks.
       optimizer: as in `init_state`.
       view_augmentations: of view 1, view 2 and, optionally, small crops.
-      settings: of the objective.
+      method: see `jevb_jax.methods`.
       num_micro_batches: equal parts whose gradients are averaged; it divides the batch. BatchNorm sees
         one part at a time.
       ema_decay: of the parameters' average, if the state has one.
+      target_decay: step -> decay of the target network, if the state has one.
       use_batch_statistics: False freezes BatchNorm at its running statistics.
 
     Returns:
-      The state after the step, and metrics of the batch: scalars, likelihoods and bounds in nats, the
-      loss in nats per dimension.
+      The state after the step, and metrics of the batch: scalars, in the method's units.
     """
     batch_size = images.shape[0]
     example_keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
     purpose_keys = jax.vmap(functools.partial(jax.random.split, num=2))(example_keys)
-    keywords = settings.keywords(state.step)
+
+    def target_outputs(batch_stats: Any, views: Sequence[Array]) -> list[ViewOutputs] | None:
+        """Of the target network, whose BatchNorm sees the batch but keeps no statistics."""
+        if state.target_params is None:
+            return None
+        target_params = {**state.params, **state.target_params}
+        return apply_views(model, target_params, batch_stats, views, train=use_batch_statistics)[0]
 
     def loss_fn(params: Any, batch_stats: Any, images: Array, keys: Array) -> tuple[Array, Any]:
         views = augmentations.multi_view(keys[:, 0], images, view_augmentations)
+        targets = target_outputs(batch_stats, views[:2])
         outputs, batch_stats = apply_views(
             model, params, batch_stats, views, train=use_batch_statistics
         )
-        radial_scale = model.apply({"params": params}, method=model.radial_scale)
-        terms = multi_view_elbo(keys[:, 1], outputs, radial_scale=radial_scale, **keywords)
-        embedding = outputs[0].embedding
-        loss = -jnp.mean(terms.weighted_elbo) / embedding.shape[-1]
-        metrics = {
-            "loss": loss,
-            "elbo": jnp.mean(terms.elbo),
-            "directional_log_likelihood": jnp.mean(terms.directional_log_likelihood),
-            "radial_log_likelihood": jnp.mean(terms.radial_log_likelihood),
-            "kl": jnp.mean(terms.kl),
-            "posterior_scale": jnp.mean(outputs[0].posterior_scale),
-            "radial_scale": radial_scale,
-            "embedding_std": health.embedding_std(embedding),
-        }
+        output = method(
+            keys[:, 1],
+            outputs,
+            outputs[:2] if targets is None else targets,
+            step=state.step,
+            radial_scale=_radial_scale(model, params),
+        )
+        metrics = {name: jnp.mean(value) for name, value in output.metrics.items()}
+        metrics["loss"] = jnp.mean(output.loss)
+        metrics["embedding_std"] = health.embedding_std(outputs[0].embedding)
+        loss = metrics["loss"]
         return loss, (batch_stats, metrics)
 
     def accumulate(carry: tuple[Any, Any, Any], part: tuple[Array, Array]) -> tuple[Any, None]:
@@ -339,8 +397,25 @@ def train_step(
         if state.ema_params is None
         else optax.incremental_update(params, state.ema_params, 1 - ema_decay)
     )
+    target_params = state.target_params
+    if target_params is not None:
+        if target_decay is None:
+            raise ValueError("a state with target_params needs target_decay")
+        target_params = optax.incremental_update(
+            _target_part(params), target_params, 1 - target_decay(state.step)
+        )
     metrics["gradient_norm"] = optax.tree.norm(gradients)
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
+    new_state = TrainState(
+        state.step + 1, params, batch_stats, opt_state, ema_params, target_params
+    )
+    return new_state, metrics
+
+
+def _radial_scale(model: JointEmbeddingModel, params: Any) -> Array | None:
+    if model.initial_radial_scale is None:
+        return None
+    scale: Any = model.apply({"params": params}, method=model.radial_scale)
+    return scale
 
 
 class ChunkResult(NamedTuple):

@@ -4,23 +4,35 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
+from configs import default, recipes
 from jevb_jax import checkpoints, experiment, runner
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if path.stem not in ("__init__", "recipes")
+)
 
 
 def names(config: Any) -> set[str]:
     return {key.rsplit(".0", 1)[0] for key in checkpoints.changed_keys({}, config.to_dict())}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_has_the_keys_of_default_and_survives_json(name, tmp_path):
-    config: Any = importlib.import_module(f"configs.{name}").get_config()
+CASES = [
+    *((name, ()) for name in NAMES),
+    *((name, (method,)) for name in ("cifar10", "imagenet") for method in recipes.METHODS),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_config_has_the_keys_of_default_and_survives_json(name, arguments, tmp_path):
+    config: Any = importlib.import_module(f"configs.{name}").get_config(*arguments)
     assert names(config) == names(default.get_config())
     values = experiment.to_json_values(config)
     (tmp_path / "config.json").write_text(__import__("json").dumps(values))
@@ -51,14 +63,77 @@ def test_digits_experiment_is_consistent():
         ("augmentation.mean", (0.5, 0.5, 0.5), "one value for each"),
         ("augmentation.blur_probability", (0.5,), "each of the"),
         ("optimizer.warmup_epochs", 1000.0, "must be shorter than the run"),
-        ("optimizer.name", "adam", "sgd, lars or adamw"),
+        ("optimizer.name", "adam", "sgd, lars, larc or adamw"),
         ("train.batch_size", 10_000, "10"),
+        ("train.target_decay", 1.0, "target_decay"),
+        ("jevb.likelihood_scale", "free", "tied, untied or fixed"),
+        ("evaluation.split", "train", "test or validation"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(key, value, message):
     config: Any = importlib.import_module("configs.digits").get_config()
     section, name = key.split(".")
     config[section][name] = value
+    with pytest.raises(ValueError, match=message):
+        experiment.build_experiment(config)
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_recipe_builds_its_own_method(name, method):
+    config: Any = importlib.import_module(f"configs.{name}").get_config(method)
+    config.data.update({"source": "shapes", "tfds_name": "", "image_size": 16})
+    config.data.update({"num_train_examples": 5000, "num_test_examples": 20})
+    config.evaluation.knn_k = (5,)
+    built = experiment.build_experiment(config)
+    assert built.config["method"] == method
+    shapes = jax.eval_shape(built.initial_state)
+    assert ("head" in shapes.params) == (method not in ("vicreg", "barlow_twins"))
+    assert ("raw_radial_scale" in shapes.params) == (method == "jevb")
+    assert (shapes.target_params is not None) == (method == "byol")
+    is_normalized = "bn_out" in shapes.batch_stats["projector"]
+    assert is_normalized == (method in ("jevb", "simsiam", "vi_simsiam"))
+    with pytest.raises(ValueError, match="must be one of"):
+        importlib.import_module(f"configs.{name}").get_config("moco")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_first_steps_of_every_method(method):
+    """The tiny form of each recipe: three finite steps, in which all that should learn moves."""
+    config: Any = importlib.import_module("configs.cifar10").get_config(method)
+    small: Any = importlib.import_module("configs.smoke").get_config()
+    config.data = small.data
+    config.augmentation.image_size = 16
+    config.model.update({"backbone": "convnet", "width": 4, "projector_hidden_dims": (16,)})
+    config.model.update({"embedding_dim": 16, "head_hidden_dim": 8})
+    config.train.batch_size = 64
+    config.optimizer.warmup_epochs = 0.0
+    config.evaluation.knn_k = (5,)
+    built = experiment.build_experiment(config)
+    source = built.dataset.train
+    images = jnp.asarray(np.stack([source[i] for i in range(64)]))
+    step = jax.jit(built.train_step)
+    start = state = built.initial_state()
+    for _ in range(3):
+        state, metrics = step(state, images, built.key)
+        assert all(np.all(np.isfinite(value)) for value in metrics.values()), metrics
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start.params, state.params)
+    assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "moco"}, "method must be one of"),
+        ({"method": "byol"}, "needs train.target_decay"),
+        ({"method": "vicreg", "train.target_decay": 0.9}, "no target network"),
+        ({"method": "simsiam", "augmentation.num_small_crops": 2}, "ignore the small crops"),
+    ],
+)
+def test_methods_that_do_not_fit_are_named(changes, message):
+    config: Any = importlib.import_module("configs.digits").get_config()
+    config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         experiment.build_experiment(config)
 

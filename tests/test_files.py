@@ -1,8 +1,14 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from jevb_jax import files
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_files_are_whole_or_as_they_were(tmp_path):
@@ -28,3 +34,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         files.write_text_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_directory_is_held_until_the_process_ends(tmp_path):
+    hold = (
+        "import sys, time; from pathlib import Path; from jevb_jax import files\n"
+        "with files.lock_directory(Path(sys.argv[1])):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        message = rf"in use by process {process.pid} on "
+        for _ in range(2):  # a refused attempt does not spoil the note of who holds it
+            with pytest.raises(files.DirectoryInUseError, match=message):
+                files.lock_directory(tmp_path).__enter__()
+        process.kill()
+    with files.lock_directory(tmp_path):  # nothing stale is left
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+        with pytest.raises(files.DirectoryInUseError), files.lock_directory(tmp_path):
+            pass
+    with files.lock_directory(tmp_path):
+        pass

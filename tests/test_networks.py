@@ -27,7 +27,7 @@ def tiny_model(backbone="convnet", dtype=jnp.float32):
     return networks.JointEmbeddingModel(
         backbone=TINY_BACKBONES[backbone].clone(dtype=dtype),
         projector=networks.Projector(hidden_dims=(12, 12), embedding_dim=10, dtype=dtype),
-        inference_network=networks.InferenceNetwork(hidden_dim=7, dim=10, dtype=dtype),
+        head=networks.InferenceNetwork(hidden_dim=7, dim=10, dtype=dtype),
     )
 
 
@@ -229,11 +229,101 @@ def test_inference_network_matches_oracle():
             self.network = module.clone()
 
         def __call__(self, x, *, train):
-            return jnp.stack(self.network(x, train=train))
+            return jnp.stack(self.network(x, train=train)[:2])
 
     check_against_oracle(
         Stacked(), normal(5, 9, 4), lambda oracle, x: np.stack(forward(oracle.child("network"), x))
     )
+
+
+def test_projector_without_its_last_batchnorm_matches_oracle():
+    module = networks.Projector(hidden_dims=(8,), embedding_dim=5, normalize_output=False)
+
+    def forward(oracle, x):
+        x = relu(oracle.bn(x @ oracle.params["dense1"]["kernel"], "bn1"))
+        return x @ oracle.params["dense_out"]["kernel"]
+
+    check_against_oracle(module, normal(4, 9, 7), forward)
+
+
+def test_predictors_match_oracle():
+    def hidden(oracle, x):
+        return relu(oracle.bn(x @ oracle.params["dense"]["kernel"], "bn"))
+
+    def head(oracle, x, name):
+        return x @ oracle.params[name]["kernel"] + oracle.params[name]["bias"]
+
+    check_against_oracle(
+        networks.Predictor(hidden_dim=5, dim=4),
+        normal(5, 9, 4),
+        lambda oracle, x: head(oracle, hidden(oracle, x), "out"),
+    )
+
+    class Stacked(nn.Module):
+        """Direction and concentration side by side."""
+
+        def setup(self):
+            self.network = networks.DirectionalPredictor(hidden_dim=5, dim=4)
+
+        def __call__(self, x, *, train):
+            direction, concentration = self.network(x, train=train)
+            return jnp.concatenate([direction, concentration[:, None]], axis=1)
+
+    def directional(oracle, x):
+        x = hidden(oracle, x)
+        concentration = softplus(head(oracle, x, "raw_concentration_head")) + 1e-3
+        return np.concatenate([head(oracle, x, "direction_head"), concentration], axis=1)
+
+    check_against_oracle(
+        Stacked(), normal(5, 9, 4), lambda oracle, x: directional(oracle.child("network"), x)
+    )
+
+
+def test_isotropic_and_untied_scales():
+    x = normal(6, 9, 4)
+    module = networks.InferenceNetwork(
+        hidden_dim=5, dim=4, min_scale=0.25, isotropic=True, has_likelihood_scale=True
+    )
+    variables = random_variables(module, x)
+    posterior: Any = module.apply(variables, x, train=False)
+    assert posterior.posterior_scale.shape == posterior.likelihood_scale.shape == (9, 4)
+    oracle = Oracle(variables, False)
+    hidden = relu(oracle.bn(x @ oracle.params["dense"]["kernel"], "bn"))
+    for name, found in (
+        ("raw_scale_head", posterior.posterior_scale),
+        ("raw_likelihood_scale_head", posterior.likelihood_scale),
+    ):
+        assert oracle.params[name]["kernel"].shape == (5, 1)
+        raw = hidden @ oracle.params[name]["kernel"] + oracle.params[name]["bias"]
+        np.testing.assert_allclose(found, np.repeat(softplus(raw) + 0.25, 4, 1), rtol=1e-5)
+    # At the start both scales are the initial one, of every image and feature.
+    start: Any = module.apply(module.init(jax.random.key(0), x, train=False), x, train=False)
+    np.testing.assert_allclose(start.posterior_scale, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(start.likelihood_scale, 1.0, rtol=1e-6)
+    tied = networks.InferenceNetwork(hidden_dim=5, dim=4)
+    variables = tied.init(jax.random.key(0), x, train=False)
+    posterior = tied.apply(variables, x, train=False)
+    assert posterior.likelihood_scale is None
+
+
+@pytest.mark.parametrize(
+    ("head", "module", "output"),
+    [
+        ("vector", networks.Predictor, jax.Array),
+        ("direction", networks.DirectionalPredictor, networks.DirectionalPrediction),
+        ("none", None, type(None)),
+    ],
+)
+def test_heads_of_other_methods(head, module, output):
+    model = networks.make_model(**arguments(head=head, projector_normalizes_output=False))
+    x = normal(0, 2, 8, 8, 3)
+    variables: Any = model.init(jax.random.key(0), x, train=True)
+    assert set(variables["params"]) == {"backbone", "projector"} | ({"head"} if module else set())
+    assert "bn_out" not in variables["batch_stats"]["projector"]
+    outputs: Any = model.apply(variables, x, train=False)
+    assert isinstance(outputs.prediction, output)
+    if module is not None:
+        assert model.head == module(hidden_dim=8, dim=12)
 
 
 def test_vit_matches_oracle():
@@ -361,9 +451,13 @@ def arguments(**changes):
         "patch_size": 4,
         "projector_hidden_dims": (16, 16),
         "embedding_dim": 12,
-        "inference_hidden_dim": 8,
+        "projector_normalizes_output": True,
+        "head": "posterior",
+        "head_hidden_dim": 8,
         "initial_scale": 0.7,
         "min_scale": 0.01,
+        "isotropic": False,
+        "has_likelihood_scale": False,
         "initial_radial_scale": 0.3,
         "dtype": "float32",
         **changes,
@@ -373,6 +467,7 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("backbone", "width", "features"),
     [
+        ("resnet8", 16, 64),
         ("resnet18", 0, 512),
         ("resnet34", 16, 128),
         ("resnet50", 0, 2048),
@@ -390,14 +485,14 @@ def test_make_model_shapes_and_types(backbone, width, features):
     assert set(variables["params"]) == {
         "backbone",
         "projector",
-        "inference_network",
+        "head",
         "raw_radial_scale",
     }
     outputs, updates = jax.eval_shape(
         lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images
     )
     assert outputs.representation.shape == (5, features)
-    assert {x.shape for x in outputs[1:]} == {(5, 12)}
+    assert {x.shape for x in jax.tree.leaves(outputs[1:])} == {(5, 12)}
     assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(
         variables["batch_stats"]
     )
@@ -411,7 +506,7 @@ def test_make_model_passes_its_arguments_on():
     assert model.projector == networks.Projector(
         hidden_dims=(16, 16), embedding_dim=12, dtype=jnp.bfloat16
     )
-    assert model.inference_network == networks.InferenceNetwork(
+    assert model.head == networks.InferenceNetwork(
         hidden_dim=8, dim=12, initial_scale=0.7, min_scale=0.01, dtype=jnp.bfloat16
     )
     assert model.initial_radial_scale == 0.3
@@ -517,11 +612,11 @@ def test_model_chains_its_parts_and_does_not_normalise():
 
         representation = apply("backbone", images)
         embedding = apply("projector", representation)
-        posterior = apply("inference_network", embedding)
-        return model.apply(variables, images, train=False), (representation, embedding, *posterior)
+        posterior = apply("head", embedding)
+        return model.apply(variables, images, train=False), (representation, embedding, posterior)
 
     outputs, expected = whole_and_parts(variables)
-    for actual, part in zip(outputs, expected, strict=True):
+    for actual, part in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(actual, part, rtol=1e-6, atol=1e-6)
 
 
@@ -574,11 +669,11 @@ def test_no_parameter_is_dead(backbone):
         assert np.abs(grad).max() > 1e-3, name
 
 
-@pytest.mark.parametrize("part", [*TINY_BACKBONES, "projector", "inference_network"])
+@pytest.mark.parametrize("part", [*TINY_BACKBONES, "projector", "head"])
 def test_bfloat16_stays_close_to_float32(part):
     # Part by part: in the chain, the projector's BatchNorm subtracts the mean of the
     # representation and so magnifies its relative error by mean over standard deviation.
-    heads = {name: getattr(tiny_model(), name) for name in ("projector", "inference_network")}
+    heads = {name: getattr(tiny_model(), name) for name in ("projector", "head")}
     module = {**TINY_BACKBONES, **heads}[part]
     x = normal(12, 16, 10) if part in heads else normal(12, 16, 8, 8, 3)
     variables = random_variables(module, x)
@@ -640,6 +735,7 @@ def test_projector_variance_survives_a_nearly_constant_input():
     ("changes", "message"),
     [
         ({"backbone": "resnet19"}, r"resnet18.*convnet.*vit_small.*'resnet19'"),
+        ({"head": "classifier"}, r"posterior.*'classifier'"),
         ({"dtype": "float16"}, r"float32.*bfloat16.*'float16'"),
         ({"width": -1}, "width"),
         ({"backbone": "resnet18", "stem": "tiny"}, r"cifar.*imagenet.*'tiny'"),
@@ -648,7 +744,7 @@ def test_projector_variance_survives_a_nearly_constant_input():
         ({"backbone": "vit_tiny", "width": 6}, "hidden_size"),
         ({"projector_hidden_dims": (8, 0)}, "hidden_dims"),
         ({"embedding_dim": 0}, "embedding_dim"),
-        ({"inference_hidden_dim": 0}, "hidden_dim"),
+        ({"head_hidden_dim": 0}, "hidden_dim"),
         ({"initial_scale": 0.01}, "initial_scale"),
         ({"initial_scale": math.inf}, "initial_scale"),
         ({"initial_scale": math.nan}, "initial_scale"),
@@ -688,8 +784,10 @@ def test_vit_refuses_sides_that_patches_do_not_tile(shape):
     [
         networks.Projector(hidden_dims=(4,), embedding_dim=4),
         networks.InferenceNetwork(hidden_dim=4, dim=4),
+        networks.Predictor(hidden_dim=4, dim=4),
+        networks.DirectionalPredictor(hidden_dim=4, dim=4),
     ],
-    ids=["projector", "inference_network"],
+    ids=["projector", "posterior", "vector", "direction"],
 )
 def test_heads_refuse_one_training_example_and_other_ranks(module):
     one = jnp.ones((1, 4))

@@ -54,8 +54,9 @@ def example_keys(seed, batch=4):
 
 
 STATIC = ("scale_units", "coordinates", "space", "num_samples")
-elbo = jax.jit(conditional_elbo, static_argnames=STATIC)
-symmetric = jax.jit(symmetric_elbo, static_argnames=STATIC)
+ABLATIONS = ("location", "likelihood")
+elbo = jax.jit(conditional_elbo, static_argnames=STATIC + ABLATIONS)
+symmetric = jax.jit(symmetric_elbo, static_argnames=STATIC + ABLATIONS)
 bound = jax.jit(importance_weighted_bound, static_argnames=STATIC)
 
 
@@ -498,6 +499,98 @@ def test_embedding_log_prob_integrates_to_one_in_three_dimensions(float64):
     np.testing.assert_allclose(np.sum(volume.ravel() * np.exp(log_prob)), 1, atol=1e-5)
 
 
+def test_unfactorised_elbo_matches_quadrature(float64):
+    rng = np.random.default_rng(3)
+    num_samples = 40_000
+    mean, target = rng.normal(size=(2, 3))
+    scale = rng.uniform(0.2, 0.5, size=3)
+    terms = elbo(
+        jax.random.key(0),
+        target[None],
+        mean[None],
+        scale[None],
+        num_samples=num_samples,
+        scale_units="unit",
+        likelihood="unfactorised",
+        **MODEL,
+    )
+    points, weights = oracles.gaussian_quadrature(mean, scale)
+    frozen: Any = stats.multivariate_t
+    values = frozen(np.zeros(3), np.diag(scale**2), df=4.0).logpdf(target - points)
+    exact = np.sum(weights * values)
+    error = math.sqrt(np.sum(weights * (values - exact) ** 2) / num_samples)
+    assert abs(terms.directional_log_likelihood[0] - exact) < 5 * error
+    assert error < 0.01
+    assert np.all(np.asarray(terms.radial_log_likelihood) == 0)
+
+
+def test_location_at_the_mean_needs_no_sample(float64):
+    source, target = views(5)
+    keywords: dict[str, Any] = {**MODEL, "num_samples": 3}
+    arguments = (target.embedding, source.posterior_mean, source.posterior_scale)
+    first, second = (
+        elbo(jax.random.key(seed), *arguments, location="mean", **keywords) for seed in (0, 1)
+    )
+    expected = oracles.directional_log_prob(
+        oracles.unit(np.asarray(target.embedding)),
+        oracles.unit(np.asarray(source.posterior_mean)),
+        np.asarray(source.posterior_scale) / math.sqrt(5),
+        4.0,
+        "chordal",
+    )
+    for terms in (first, second):
+        np.testing.assert_allclose(terms.directional_log_likelihood, expected, rtol=1e-9)
+    # The radial term still has the sample's radius.
+    sampled = elbo(jax.random.key(0), *arguments, **keywords)
+    np.testing.assert_allclose(
+        first.radial_log_likelihood, sampled.radial_log_likelihood, rtol=1e-12
+    )
+    assert np.all(np.asarray(first.radial_log_likelihood != second.radial_log_likelihood))
+
+
+def test_untied_scale(float64):
+    source, target = views(6)
+    rng = np.random.default_rng(6)
+    own = np.exp(rng.normal(size=(4, 5)))
+    arguments = (target.embedding, source.posterior_mean)
+    key = jax.random.key(0)
+
+    def untied(posterior_scale, untied_scale, **settings):
+        return elbo(
+            key, *arguments, posterior_scale, untied_scale=untied_scale, **MODEL, **settings
+        )
+
+    # A scale equal to the posterior's is the tied one; a number is the same for all features.
+    tied = elbo(key, *arguments, source.posterior_scale, **MODEL)
+    assert_terms_close(untied(source.posterior_scale, source.posterior_scale), tied)
+    flat = jnp.full((4, 5), 0.7)
+    assert_terms_close(untied(source.posterior_scale, 0.7), untied(source.posterior_scale, flat))
+    expected = oracles.directional_log_prob(
+        oracles.unit(np.asarray(target.embedding)),
+        oracles.unit(np.asarray(source.posterior_mean)),
+        own,
+        4.0,
+        "chordal",
+    )
+    found = untied(source.posterior_scale, own, location="mean", scale_units="unit")
+    np.testing.assert_allclose(found.directional_log_likelihood, expected, rtol=1e-9)
+    np.testing.assert_allclose(found.kl, tied.kl, rtol=1e-12)
+
+
+def test_symmetric_elbo_takes_an_untied_scale_for_each_view(float64):
+    view_1, view_2 = views(7)
+    scales = (2 * view_1.posterior_scale, 3 * view_2.posterior_scale)
+    keys = (example_keys(0), example_keys(1))
+    both = symmetric(keys, view_1, view_2, untied_scale=scales, **MODEL)
+    halves = [
+        elbo(key, target.embedding, *source[1:], untied_scale=scale, **MODEL)
+        for key, source, target, scale in zip(
+            keys, (view_1, view_2), (view_2, view_1), scales, strict=True
+        )
+    ]
+    assert_terms_close(both, jax.tree.map(lambda a, b: (a + b) / 2, *halves))
+
+
 def test_golden():
     # Literal inputs, so that a change of any constant shows. To regenerate after a change that is
     # meant: print `expected`, which is the oracles', never the package's own output.
@@ -537,6 +630,15 @@ def test_half_precision_is_promoted():
     actual = symmetric(jax.random.key(0), *halves, **MODEL)
     assert {x.dtype for x in actual} == {jnp.dtype("float32")}
     assert_terms_close(actual, symmetric(jax.random.key(0), *promoted, **MODEL), rtol=1e-6)
+
+
+def test_unknown_ablations_are_refused():
+    source, target = views(0, dtype=jnp.float32)
+    arguments = (jax.random.key(0), target.embedding, *source[1:])
+    settings: dict[str, Any]
+    for settings in ({"location": "mode"}, {"likelihood": "joint"}):
+        with pytest.raises(ValueError, match="must be one of"):
+            conditional_elbo(*arguments, **MODEL, **settings)
 
 
 def test_bad_input_is_refused():

@@ -4,6 +4,7 @@ import functools
 import importlib
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -73,10 +74,8 @@ def test_features_are_of_every_image_once_in_order():
     direct: Any = experiment.model.apply(variables, views, train=False)
     found = features()[2]
     assert len(found.representation) == 70
-    for name in ("representation", "embedding", "posterior_mean", "posterior_scale"):
-        np.testing.assert_allclose(
-            getattr(found, name), getattr(direct, name), rtol=1e-4, atol=1e-5
-        )
+    expected: Any = (direct.representation, direct.embedding, direct.prediction)
+    chex.assert_trees_all_close(tuple(found)[:3], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.labels, source.labels)
     unlabelled = protocol._extractor(experiment)(variables, data.ArraySource(images[:3]))
     assert unlabelled.labels is None
@@ -124,18 +123,18 @@ def test_auroc_of_the_ood_score():
     variables = experiment.initial_state().evaluation_variables
     scores = []
     for f in (features()[2], protocol._extractor(experiment)(variables, outside)):
-        mean, scale = f.posterior_mean.astype(np.float64), f.posterior_scale.astype(np.float64)
+        mean, scale = (values.astype(np.float64) for values in f.prediction[:2])
         entropy = scipy.stats.norm.entropy(scale=scale)
         cross = 0.5 * np.log(2 * np.pi) + (scale**2 + mean**2) / 2
         scores.append(-(cross - entropy).sum(axis=1))
     expected = roc_auc_score(np.repeat([0, 1], 70), np.concatenate(scores))
-    assert value("auroc_contrast", "posterior") == pytest.approx(expected, abs=1e-3)
+    assert value("auroc_contrast", "prediction") == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_every_number_has_its_protocol_and_its_untrained_pair():
     found = results()
-    assert set(found) == {"trained", "untrained"}
+    assert set(found) == {"split", "trained", "untrained"}
     # These variables are the untrained ones.
     assert [r["value"] for r in found["trained"]] == [r["value"] for r in found["untrained"]]
     names = [(r["name"], r["features"]) for r in found["trained"]]

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jevb_jax import augmentations, data, objective, training
+from jevb_jax import augmentations, data, methods, training
 from jevb_jax.networks import make_model
 
 VIEW = augmentations.ViewAugmentation(
@@ -20,7 +20,7 @@ VIEW = augmentations.ViewAugmentation(
     hue=0,
     grayscale_probability=0,
 )
-SETTINGS = training.ObjectiveSettings(
+SETTINGS = methods.JevbSettings(
     df=5.0,
     radial_df=5.0,
     scale_units="sphere",
@@ -30,6 +30,9 @@ SETTINGS = training.ObjectiveSettings(
     num_samples=1,
     kl_weight=1.0,
     radial_weight=1.0,
+    location="sample",
+    likelihood="factorised",
+    fixed_scale=None,
     kl_warmup_steps=0,
 )
 
@@ -42,10 +45,14 @@ def model():
         stem="cifar",
         patch_size=4,
         projector_hidden_dims=(16,),
+        projector_normalizes_output=True,
         embedding_dim=8,
-        inference_hidden_dim=8,
+        head="posterior",
+        head_hidden_dim=8,
         initial_scale=1.0,
         min_scale=1e-3,
+        isotropic=False,
+        has_likelihood_scale=False,
         initial_radial_scale=0.5,
         dtype="float32",
     )
@@ -56,7 +63,7 @@ def step_function(**overrides: Any):
         "model": model(),
         "optimizer": optax.sgd(0.1),
         "view_augmentations": (VIEW, VIEW),
-        "settings": SETTINGS,
+        "method": functools.partial(methods.jevb, settings=SETTINGS),
     }
     return functools.partial(training.train_step, **(keywords | overrides))
 
@@ -139,7 +146,7 @@ def toy_step(state: training.TrainState, batch: jax.Array, key: jax.Array):
 
 
 def toy_state() -> training.TrainState:
-    return training.TrainState(jnp.int32(0), {"w": jnp.ones(64)}, {}, (), None)
+    return training.TrainState(jnp.int32(0), {"w": jnp.ones(64)}, {}, (), None, None)
 
 
 def test_chunks_of_any_length_compute_the_same_bits_as_one():
@@ -191,37 +198,6 @@ def test_small_crops_train():
     assert np.isfinite(metrics["loss"])
 
 
-def test_multi_view_elbo_is_symmetric_plus_small_crops():
-    key = jax.random.split(jax.random.key(0), 5)
-    views: list[Any] = [
-        objective.View(*jax.random.normal(jax.random.key(i), (3, 5, 6)))._replace(
-            posterior_scale=jnp.full((5, 6), 0.5)
-        )
-        for i in range(3)
-    ]
-    settings: dict[str, Any] = SETTINGS.keywords(0) | {"radial_scale": 0.5}
-    two = training.multi_view_elbo(key, views[:2], **settings)
-    np.testing.assert_allclose(
-        two.elbo, objective.symmetric_elbo(key, views[0], views[1], **settings).elbo, rtol=1e-6
-    )
-    three = training.multi_view_elbo(key, views, **settings)
-    # KL terms need no sampling: sources are view 1, view 2 and twice the crop.
-    kls = [
-        objective.conditional_elbo(
-            key, v.embedding, v.posterior_mean, v.posterior_scale, **settings
-        )
-        for v in views
-    ]
-    expected = (kls[0].kl + kls[1].kl + 2 * kls[2].kl) / 4
-    np.testing.assert_allclose(three.kl, expected, rtol=1e-5)
-
-
-def test_kl_warmup():
-    settings = dataclasses.replace(SETTINGS, kl_weight=0.5, kl_warmup_steps=10)
-    weights = [float(settings.keywords(step)["kl_weight"]) for step in (0, 5, 10, 100)]
-    np.testing.assert_allclose(weights, [0, 0.25, 0.5, 0.5])
-
-
 def test_schedule():
     schedule = training.make_schedule(
         learning_rate=2.0, warmup_steps=10, num_steps=110, final_learning_rate=0.5
@@ -243,6 +219,8 @@ def test_weight_decay_spares_biases_batchnorm_and_scalars(name):
         schedule=optax.constant_schedule(0.1),
         momentum=0.9,
         weight_decay=0.3,
+        trust_coefficient=1e-3,
+        bias_rate_factor=1.0,
         max_gradient_norm=0.0,
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -252,24 +230,172 @@ def test_weight_decay_spares_biases_batchnorm_and_scalars(name):
     assert float(jnp.abs(updates["raw_radial_scale"])) == 0
 
 
+def optimizer_updates(
+    params: Any, gradients: list[Any], **settings: Any
+) -> tuple[list[Any], optax.GradientTransformation]:
+    """Updates of consecutive steps; the parameters stay where they are."""
+    keywords: dict[str, Any] = {
+        "schedule": optax.constant_schedule(0.5),
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "trust_coefficient": 0.02,
+        "bias_rate_factor": 1.0,
+        "max_gradient_norm": 0.0,
+    }
+    optimizer = training.make_optimizer(**(keywords | settings))
+    state = optimizer.init(params)
+    updates = []
+    for gradient in gradients:
+        update, state = optimizer.update(gradient, state, params)
+        updates.append(update)
+    return updates, optimizer
+
+
+def random_tree(seed: int, scale: float = 1.0) -> Any:
+    rng = np.random.default_rng(seed)
+    return {
+        "backbone": {"kernel": jnp.asarray(scale * rng.normal(size=(4, 3)), jnp.float32)},
+        "head": {
+            "kernel": jnp.asarray(scale * rng.normal(size=(3, 2)), jnp.float32),
+            "bias": jnp.asarray(scale * rng.normal(size=2), jnp.float32),
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["lars", "larc"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_trust_ratios_are_those_of_the_formulas(name, scale):
+    params, gradients = random_tree(0), [random_tree(seed, scale) for seed in (1, 2)]
+    rates = [0.5, 0.25]
+    schedule = lambda step: jnp.asarray(rates)[step]  # noqa: E731
+    updates, _ = optimizer_updates(params, gradients, name=name, schedule=schedule)
+
+    def expected(parameter: Any, steps: list[Any]) -> list[np.ndarray]:
+        p = np.asarray(parameter, np.float64)
+        momentum, out = np.zeros_like(p), []
+        for rate, gradient in zip(rates, steps, strict=True):
+            g = np.asarray(gradient, np.float64)
+            norm = np.linalg.norm
+            if p.ndim > 1 and name == "larc":  # solo-learn: the ratio over the rate, at most one
+                ratio = 0.02 * norm(p) / (norm(g) + 0.01 * norm(p))
+                g = (g + 0.01 * p) * min(ratio / rate, 1)
+            elif p.ndim > 1:  # You et al. 2017, of the decayed gradient
+                g = g + 0.01 * p
+                g = g * 0.02 * norm(p) / norm(g)
+            # Optax's lars has the rate inside the momentum, SGD outside.
+            momentum = 0.9 * momentum + (g * rate if name == "lars" else g)
+            out.append(-(momentum if name == "lars" else rate * momentum))
+        return out
+
+    for part, leaf in (("backbone", "kernel"), ("head", "kernel"), ("head", "bias")):
+        wanted = expected(params[part][leaf], [g[part][leaf] for g in gradients])
+        for update, value in zip(updates, wanted, strict=True):
+            np.testing.assert_allclose(update[part][leaf], value, rtol=1e-5, atol=1e-9)
+
+
+def test_larc_at_rate_zero_and_of_zero_kernels():
+    params = {"backbone": {"kernel": jnp.zeros((2, 2)), "other": jnp.ones((2, 2))}}
+    gradients = [{"backbone": {"kernel": jnp.ones((2, 2)), "other": jnp.zeros((2, 2))}}]
+    (update,), _ = optimizer_updates(params, gradients, name="larc")
+    np.testing.assert_allclose(update["backbone"]["kernel"], -0.5, rtol=1e-6)
+    assert float(jnp.abs(update["backbone"]["other"]).max()) == 0
+    schedule = optax.constant_schedule(0.0)
+    (update,), _ = optimizer_updates(params, gradients, name="larc", schedule=schedule)
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(update))
+
+
+def test_head_rate_may_stay_and_biases_may_learn_slower():
+    params, gradients = random_tree(0), [random_tree(1)] * 2
+    schedule = lambda step: jnp.asarray([1.0, 0.1])[step]  # noqa: E731
+    settings: dict[str, Any] = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    (first, second), _ = optimizer_updates(
+        params, gradients, schedule=schedule, head_learning_rate=0.7, **settings
+    )
+    gradient = gradients[0]
+    for update, rate in ((first, 1.0), (second, 0.1)):
+        expected = jax.tree.map(lambda g: -0.7 * g, gradient["head"])
+        assert largest_difference(update["head"], expected) < 1e-6
+        expected = jax.tree.map(lambda g, r=rate: -r * g, gradient["backbone"])
+        assert largest_difference(update["backbone"], expected) < 1e-6
+    (slow,), _ = optimizer_updates(params, gradients[:1], bias_rate_factor=0.1, **settings)
+    np.testing.assert_allclose(slow["head"]["bias"], -0.05 * gradient["head"]["bias"], rtol=1e-5)
+    np.testing.assert_allclose(slow["head"]["kernel"], -0.5 * gradient["head"]["kernel"], rtol=1e-5)
+
+
+def test_target_decay_is_byols_schedule():
+    steps = np.array([0, 25, 50, 100])
+    decays = [
+        float(training.target_decay_at(step, target_decay=0.96, num_steps=100)) for step in steps
+    ]
+    expected = 1 - 0.04 * (np.cos(np.pi * steps / 100) + 1) / 2
+    np.testing.assert_allclose(decays, expected, rtol=1e-6)
+    assert decays[0] == pytest.approx(0.96)
+    assert decays[-1] == 1
+
+
+@pytest.mark.slow
+def test_target_network_is_the_recursion_and_gives_the_targets():
+    start = training.init_state(
+        jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9
+    )
+    assert set(start.target_params) == {"backbone", "projector"}
+    step = jax.jit(step_function(target_decay=lambda step: 0.9 + 0.01 * step))
+    first, metrics = step(start, images(), jax.random.key(0))
+    part = {name: first.params[name] for name in start.target_params}
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start.target_params, part)
+    assert largest_difference(first.target_params, expected) < 1e-6
+    second, _ = step(first, images(), jax.random.key(0))
+    part = {name: second.params[name] for name in start.target_params}
+    expected = jax.tree.map(lambda a, b: 0.91 * a + 0.09 * b, first.target_params, part)
+    assert largest_difference(second.target_params, expected) < 1e-6
+    # At the start the target network is the network: the first step is that without it.
+    np.testing.assert_allclose(metrics["loss"], first_step()[1]["loss"], rtol=1e-5)
+    other = jax.tree.map(lambda x: x + 0.1, start.target_params)
+    _, moved = step(start._replace(target_params=other), images(), jax.random.key(0))
+    assert float(jnp.abs(moved["loss"] - metrics["loss"])) > 1e-4
+    assert largest_difference(start.target_params, other) > 0
+    # Evaluation is of the network that learns.
+    assert first.evaluation_variables["params"] is first.params
+
+
+@pytest.mark.slow
+def test_accumulation_leaves_the_target_network_alone():
+    start = training.init_state(
+        jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9
+    )
+    whole, parts = (
+        jax.jit(
+            step_function(
+                num_micro_batches=count, use_batch_statistics=False, target_decay=lambda _: 0.9
+            )
+        )(start, images(), jax.random.key(0))[0]
+        for count in (1, 4)
+    )
+    assert largest_difference(whole.target_params, parts.target_params) < 1e-6
+
+
 def test_clipping_and_unknown_optimizer():
     optimizer = training.make_optimizer(
         name="sgd",
         schedule=optax.constant_schedule(1.0),
         momentum=0.0,
         weight_decay=0.0,
+        trust_coefficient=1e-3,
+        bias_rate_factor=1.0,
         max_gradient_norm=1.0,
     )
     params = {"kernel": jnp.zeros(4)}
     gradients = {"kernel": jnp.full(4, 50.0)}
     updates: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
     np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 1.0, rtol=1e-6)
-    with pytest.raises(ValueError, match="sgd, lars or adamw"):
+    with pytest.raises(ValueError, match="sgd, lars, larc or adamw"):
         training.make_optimizer(
             name="adam",
             schedule=optax.constant_schedule(1.0),
             momentum=0,
             weight_decay=0,
+            trust_coefficient=1e-3,
+            bias_rate_factor=1.0,
             max_gradient_norm=0,
         )
 

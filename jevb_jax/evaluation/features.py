@@ -17,15 +17,13 @@ class Features(NamedTuple):
     Attributes:
       representation: `[N, F]`, of the backbone.
       embedding: `[N, D]`, of the projector.
-      posterior_mean: `[N, D]`.
-      posterior_scale: `[N, D]`.
+      prediction: of the head, see `ViewOutputs`.
       labels: `[N]` int64, or None.
     """
 
     representation: np.ndarray
     embedding: np.ndarray
-    posterior_mean: np.ndarray
-    posterior_scale: np.ndarray
+    prediction: Any
     labels: np.ndarray | None
 
 
@@ -70,11 +68,9 @@ class FeatureExtractor:
         Returns:
           The features.
         """
-        parts: list[list[np.ndarray]] = []
+        parts: list[ViewOutputs] = []
         for images, mask in data.evaluation_batches(source, self._batch_size):
             outputs = jax.device_get(self._forward(variables, jnp.asarray(images)))
-            parts.append([np.asarray(values)[mask] for values in outputs])
-        representation, embedding, mean, scale = (
-            np.concatenate(values) for values in zip(*parts, strict=True)
-        )
-        return Features(representation, embedding, mean, scale, source.labels)
+            parts.append(jax.tree.map(lambda values: np.asarray(values)[mask], outputs))  # noqa: B023
+        whole: Any = jax.tree.map(lambda *values: np.concatenate(values), *parts)
+        return Features(whole.representation, whole.embedding, whole.prediction, source.labels)

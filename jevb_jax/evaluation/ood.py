@@ -1,8 +1,9 @@
-"""Scores of one image's strangeness under JEVB; larger is more out of distribution.
+"""Scores of one image's strangeness under a model; larger is more out of distribution.
 
-Each is per example, `[N]`, in nats, of un-augmented images, without labels.
+Each is per example, `[N]`, of un-augmented images, without labels.
 """
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -25,3 +26,15 @@ def negative_kl_score(
     return -distributions.gaussian_kl_divergence(
         posterior_mean, posterior_scale, prior_scale=prior_scale
     )
+
+
+def negative_concentration_score(concentration: ArrayLike) -> Array:
+    """VI-SimSiam's uncertainty, `-k` (Nakamura et al. 2023): high where the direction is unsure.
+
+    Args:
+      concentration: `[N]`, positive.
+
+    Returns:
+      `[N]`.
+    """
+    return -jnp.asarray(concentration)

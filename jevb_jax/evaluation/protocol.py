@@ -1,9 +1,10 @@
 """Every evaluation of a run, each number beside the sentence that says how it was made.
 
-Validation data chooses; test data reports, once. The same numbers for the encoder before training
-show what training added.
+Validation data chooses (`evaluation.split`); test data reports, once. The same numbers for the
+encoder before training show what training added.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from jevb_jax import data
 from jevb_jax.evaluation import classification, corruptions, ood
 from jevb_jax.evaluation.features import FeatureExtractor, Features
-from jevb_jax.experiment import Experiment
+from jevb_jax.experiment import HEADS, Experiment
 
 Result = dict[str, Any]
 _FEATURE_NAMES = ("representation", "embedding")
@@ -59,7 +60,7 @@ def _knn(name: str, settings: dict[str, Any], train: Features, test: Features) -
                 k=k,
                 temperature=settings["knn_temperature"],
                 bank=classification.Split("train split", len(bank)),
-                evaluated=classification.Split("test", len(queries)),
+                evaluated=classification.Split(settings["split"], len(queries)),
                 features=name,
             ),
         )
@@ -97,7 +98,7 @@ def _linear(
         num_strengths=len(settings["l2_grid"]),
         fitted=classification.Split(fitted_name, len(y)),
         validation=classification.Split("validation", len(validation.labels)),
-        evaluated=classification.Split("test", len(test.labels)),
+        evaluated=classification.Split(settings["split"], len(test.labels)),
         features=name,
     )
     return accuracy, protocol
@@ -133,22 +134,45 @@ def _linear_results(
     return results
 
 
+def _ood_score(experiment: Experiment) -> tuple[str, Callable[[Features], np.ndarray] | None]:
+    """Name and function of the method's own uncertainty, if it has one."""
+    head = HEADS[experiment.config["method"]]
+    prior_scale = experiment.config["jevb"]["prior_scale"]
+
+    def negative_kl(features: Features) -> np.ndarray:
+        mean, scale, _ = features.prediction
+        return np.asarray(ood.negative_kl_score(mean, scale, prior_scale=prior_scale))
+
+    def negative_concentration(features: Features) -> np.ndarray:
+        concentration = features.prediction.concentration
+        return np.asarray(ood.negative_concentration_score(concentration))
+
+    if head == "posterior":
+        return "-KL(q || p)", negative_kl
+    if head == "direction":
+        return "-concentration", negative_concentration
+    return "", None
+
+
+def _evaluated_split(experiment: Experiment) -> tuple[str, data.ImageSource]:
+    """Name and source of the split that is reported."""
+    split = experiment.config["evaluation"]["split"]
+    source = getattr(experiment.dataset, split)
+    if source is None:
+        raise ValueError(f"the data set has no {split} part: nothing can be evaluated")
+    return split, source
+
+
 def _ood_results(
     experiment: Experiment, variables: Any, extract: FeatureExtractor, test: Features
 ) -> list[Result]:
-    """AUROC of -KL(q || p), test images against corrupted copies of them."""
+    """AUROC of the method's own score, images against corrupted copies of them."""
     names = experiment.config["evaluation"]["corruptions"]
-    if not names or experiment.dataset.test is None:
+    score_name, score = _ood_score(experiment)
+    if not names or score is None:
         return []
-    images = data.load_resident(experiment.dataset.test)
-    prior_scale = experiment.settings.prior_scale
-
-    def score(features: Features) -> np.ndarray:
-        values = ood.negative_kl_score(
-            features.posterior_mean, features.posterior_scale, prior_scale=prior_scale
-        )
-        return np.asarray(values)
-
+    split, source = _evaluated_split(experiment)
+    images = data.load_resident(source)
     inside = score(test)
     results = []
     for name in names:
@@ -158,9 +182,9 @@ def _ood_results(
         results.append(
             _result(
                 f"auroc_{name}",
-                "posterior",
+                "prediction",
                 float(roc_auc_score(is_outside, np.concatenate([inside, outside]))),
-                f"AUROC of the score -KL(q || p), larger = more out of distribution; inside: test "
+                f"AUROC of the score {score_name}, larger = more out of distribution; inside: {split} "
                 f"({len(inside):,}); outside: the same with {name}, severity {_OOD_SEVERITY} of 5; "
                 "no choice made on outside images",
             )
@@ -173,11 +197,10 @@ def _evaluate_variables(
 ) -> list[Result]:
     settings = experiment.config["evaluation"]
     dataset = experiment.dataset
-    if dataset.test is None:
-        raise ValueError("the data set has no test part: nothing can be evaluated")
+    split, source = _evaluated_split(experiment)
     train = extract(variables, dataset.train)
     validation = extract(variables, dataset.validation)
-    test = extract(variables, dataset.test)
+    test = validation if split == "validation" else extract(variables, source)
     results: list[Result] = []
     for name in _FEATURE_NAMES:
         results += _knn(name, settings, train, test)
@@ -193,13 +216,17 @@ def evaluate(experiment: Experiment, variables: Any) -> dict[str, Any]:
       variables: parameters and running statistics.
 
     Returns:
-      JSON values: "trained" and "untrained", each a list of name, features, value and protocol.
+      JSON values: "split", and "trained" and "untrained", each a list of name, features, value and
+      protocol.
 
     Raises:
-      ValueError: the data set has no test part, or settings that do not fit it.
+      ValueError: the data set has no such split, or settings that do not fit it.
     """
     extract = _extractor(experiment)
-    results: dict[str, Any] = {"trained": _evaluate_variables(experiment, variables, extract)}
+    results: dict[str, Any] = {
+        "split": experiment.config["evaluation"]["split"],
+        "trained": _evaluate_variables(experiment, variables, extract),
+    }
     if experiment.config["evaluation"]["compare_untrained"]:
         untrained = experiment.initial_state()._replace(ema_params=None).evaluation_variables
         results["untrained"] = _evaluate_variables(experiment, untrained, extract)
@@ -245,7 +272,7 @@ def results_table(results: dict[str, Any]) -> Table:
     Returns:
       A rich table.
     """
-    table = Table(title="test split; protocols in results.json")
+    table = Table(title=f"{results['split']} split; protocols in results.json")
     for column in ("features", "measure"):
         table.add_column(column)
     for column in ("untrained", "trained"):

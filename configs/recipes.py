@@ -1,0 +1,124 @@
+"""Published heads, optimizers, schedules and augmentations of each method; `configs/cifar10.py:byol`.
+
+Sources. CIFAR, SimSiam: Chen and He 2021, appendix D; BYOL, VICReg and Barlow Twins, whose papers have no
+CIFAR: solo-learn's `scripts/pretrain/cifar`. ImageNet: each paper and its official code. Departures, for
+all: weight decay spares biases and BatchNorm (SimSiam's own code does not), BYOL's predictor ends with a
+bias. VI-SimSiam's settings are SimSiam's, an assumption: there is no official code.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
+
+
+def _check(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"the config's argument must be one of {METHODS}, got {method!r}")
+
+
+def _set_heads(
+    config: Any, *, projector: tuple[int, ...], embedding: int, head: int, norm: bool
+) -> None:
+    config.model.projector_hidden_dims = projector
+    config.model.embedding_dim = embedding
+    config.model.head_hidden_dim = head
+    config.model.projector_normalizes_output = norm
+
+
+def _set_optimizer(
+    config: Any, *, name: str, rate: float, decay: float, warmup: float, batch: int, epochs: int
+) -> None:
+    config.optimizer.name = name
+    config.optimizer.learning_rate = rate
+    config.optimizer.weight_decay = decay
+    config.optimizer.warmup_epochs = warmup
+    config.train.batch_size = batch
+    config.train.num_epochs = epochs
+
+
+def set_cifar_method(config: Any, method: str) -> ConfigDict:
+    """Sets a method and its published recipe for 32x32 images.
+
+    Args:
+      config: with the data and the backbone set; changed in place.
+      method: one of `METHODS`; for "jevb" nothing but the name is set.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: unknown method.
+    """
+    _check(method)
+    config.method = method
+    if method in ("simsiam", "vi_simsiam"):
+        _set_heads(config, projector=(2048,), embedding=2048, head=512, norm=True)
+        _set_optimizer(config, name="sgd", rate=0.06, decay=5e-4, warmup=0.0, batch=512, epochs=800)
+    elif method == "byol":
+        _set_heads(config, projector=(4096,), embedding=256, head=4096, norm=False)
+        _set_optimizer(
+            config, name="larc", rate=1.0, decay=1e-5, warmup=10.0, batch=256, epochs=1000
+        )
+        config.train.target_decay = 0.99
+    elif method in ("vicreg", "barlow_twins"):
+        _set_heads(config, projector=(2048, 2048), embedding=2048, head=1, norm=False)
+        _set_optimizer(
+            config, name="larc", rate=0.3, decay=1e-4, warmup=10.0, batch=256, epochs=1000
+        )
+    if method in ("byol", "vicreg", "barlow_twins"):
+        config.optimizer.trust_coefficient = 0.02
+        config.augmentation.saturation = 0.2
+    if method in ("byol", "barlow_twins"):
+        config.augmentation.crop_scale = (0.08, 1.0)
+        config.augmentation.solarize_probability = (0.0, 0.2)
+    if method == "vicreg":
+        config.augmentation.solarize_probability = (0.1, 0.1)
+    if method == "barlow_twins":
+        config.barlow_twins.loss_weight = 0.1
+    return config
+
+
+def set_imagenet_method(config: Any, method: str) -> ConfigDict:
+    """Sets a method and its published recipe for ImageNet and ResNet-50.
+
+    Args:
+      config: with the data and the backbone set; changed in place.
+      method: one of `METHODS`; "jevb" trains as SimSiam does, with its own heads.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: unknown method.
+    """
+    _check(method)
+    config.method = method
+    if method in ("jevb", "simsiam", "vi_simsiam"):
+        _set_optimizer(config, name="sgd", rate=0.1, decay=1e-4, warmup=0.0, batch=512, epochs=100)
+        config.augmentation.blur_probability = (0.5, 0.5)
+        if method != "jevb":
+            _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
+            config.optimizer.constant_head_rate = True
+        return config
+    if method == "byol":
+        _set_heads(config, projector=(4096,), embedding=256, head=4096, norm=False)
+        _set_optimizer(
+            config, name="lars", rate=3.2, decay=1.5e-6, warmup=10.0, batch=4096, epochs=1000
+        )
+        config.train.target_decay = 0.996
+    else:
+        _set_heads(config, projector=(8192, 8192), embedding=8192, head=1, norm=False)
+        _set_optimizer(
+            config, name="lars", rate=1.6, decay=1e-6, warmup=10.0, batch=2048, epochs=1000
+        )
+        config.optimizer.final_learning_rate = 1.6e-3
+    if method == "barlow_twins":
+        config.optimizer.bias_rate_factor = 0.0048 / 0.2
+    config.augmentation.crop_scale = (0.08, 1.0)
+    config.augmentation.interpolation = "bicubic"
+    config.augmentation.saturation = 0.2
+    config.augmentation.blur_probability = (1.0, 0.1)
+    config.augmentation.solarize_probability = (0.0, 0.2)
+    return config

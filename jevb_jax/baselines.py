@@ -1,0 +1,318 @@
+"""Losses of five neighbours, as published, in the shape of the objective: named terms and a `loss`.
+
+Stop-gradients are applied here, to targets. Where a method is per example so are its terms, `[batch]`;
+VICReg and Barlow Twins couple the examples of a batch. All is float32 or wider. Equation numbers are
+those of `docs/mathematics.md`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import distributions, sphere
+
+
+class SimSiamTerms(NamedTuple):
+    """Cosine similarities, each `[batch]`, in [-1, 1].
+
+    Attributes:
+      similarity_2_given_1: of the prediction from view 1 with the target of view 2.
+      similarity_1_given_2: of the prediction from view 2 with the target of view 1.
+    """
+
+    similarity_2_given_1: Array
+    similarity_1_given_2: Array
+
+    @property
+    def loss(self) -> Array:
+        """Negative mean similarity, `[batch]`, minimised."""
+        return -(self.similarity_2_given_1 + self.similarity_1_given_2) / 2
+
+
+class ByolTerms(NamedTuple):
+    """Squared distances of unit vectors, each `[batch]`, in [0, 4].
+
+    Attributes:
+      distance_2_given_1: of the prediction from view 1 to the target of view 2.
+      distance_1_given_2: of the prediction from view 2 to the target of view 1.
+    """
+
+    distance_2_given_1: Array
+    distance_1_given_2: Array
+
+    @property
+    def loss(self) -> Array:
+        """Sum of both, `[batch]`, minimised."""
+        return self.distance_2_given_1 + self.distance_1_given_2
+
+
+class VISimSiamTerms(NamedTuple):
+    """Log-likelihoods of directions, each `[batch]`, nats, larger is better.
+
+    Attributes:
+      log_likelihood_2_given_1: of the target of view 2 under the prediction from view 1.
+      log_likelihood_1_given_2: of the target of view 1 under the prediction from view 2.
+    """
+
+    log_likelihood_2_given_1: Array
+    log_likelihood_1_given_2: Array
+
+    @property
+    def loss(self) -> Array:
+        """Negative mean log-likelihood, `[batch]`, nats, minimised."""
+        return -(self.log_likelihood_2_given_1 + self.log_likelihood_1_given_2) / 2
+
+
+class VICRegTerms(NamedTuple):
+    """Terms of VICReg, unweighted.
+
+    Attributes:
+      invariance: `[batch]`, mean squared difference of the views over features.
+      variance: `[]`, how far standard deviations fall short of the target, mean over features and views.
+      covariance: `[]`, squared off-diagonal covariances over `D`, summed over views.
+      invariance_weight: of the loss.
+      variance_weight: of the loss.
+      covariance_weight: of the loss.
+    """
+
+    invariance: Array
+    variance: Array
+    covariance: Array
+    invariance_weight: float
+    variance_weight: float
+    covariance_weight: float
+
+    @property
+    def loss(self) -> Array:
+        """Weighted sum, `[]`, minimised."""
+        return (
+            self.invariance_weight * jnp.mean(self.invariance)
+            + self.variance_weight * self.variance
+            + self.covariance_weight * self.covariance
+        )
+
+
+class BarlowTwinsTerms(NamedTuple):
+    """Terms of Barlow Twins, each `[]`.
+
+    Attributes:
+      invariance: `sum_i (C_ii - 1)^2`.
+      redundancy: `sum_i sum_(j != i) C_ij^2`, unweighted.
+      redundancy_weight: of the loss.
+    """
+
+    invariance: Array
+    redundancy: Array
+    redundancy_weight: float
+
+    @property
+    def loss(self) -> Array:
+        """Weighted sum, `[]`, minimised."""
+        return self.invariance + self.redundancy_weight * self.redundancy
+
+
+def _matrices(minimum_batch: int = 1, **values: ArrayLike) -> list[Array]:
+    """The arguments as arrays `[batch, D]` of one shape, float32 or wider."""
+    arrays = sphere.at_least_float32(*values.values())
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) > 1 or arrays[0].ndim != 2 or arrays[0].shape[0] < minimum_batch:
+        raise ValueError(
+            f"{', '.join(values)} must share one shape [batch, D] with batch >= {minimum_batch}, "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    return list(arrays)
+
+
+def _unit(x: Array) -> Array:
+    return sphere.polar_decomposition(x)[0]
+
+
+def _unit_target(x: Array) -> Array:
+    return jax.lax.stop_gradient(_unit(x))
+
+
+def simsiam_loss(
+    prediction_1: ArrayLike, prediction_2: ArrayLike, target_1: ArrayLike, target_2: ArrayLike
+) -> SimSiamTerms:
+    """SimSiam's symmetric negative cosine (docs eq. 17; Chen and He 2021, eq. 1 and 4).
+
+    Args:
+      prediction_1: `[batch, D]`, of the predictor on view 1; not normalised.
+      prediction_2: `[batch, D]`, on view 2.
+      target_1: `[batch, D]`, embedding of view 1; its gradient is stopped.
+      target_2: `[batch, D]`, of view 2.
+
+    Returns:
+      `SimSiamTerms`. A zero vector has similarity 0 to all.
+
+    Raises:
+      ValueError: shapes that differ or are not `[batch, D]`.
+    """
+    p_1, p_2, t_1, t_2 = _matrices(
+        prediction_1=prediction_1, prediction_2=prediction_2, target_1=target_1, target_2=target_2
+    )
+    return SimSiamTerms(
+        jnp.sum(_unit(p_1) * _unit_target(t_2), axis=-1),
+        jnp.sum(_unit(p_2) * _unit_target(t_1), axis=-1),
+    )
+
+
+def byol_loss(
+    prediction_1: ArrayLike, prediction_2: ArrayLike, target_1: ArrayLike, target_2: ArrayLike
+) -> ByolTerms:
+    """BYOL's normalised squared error, both directions (docs eq. 18; Grill et al. 2020, eq. 2).
+
+    Args:
+      prediction_1: `[batch, D]`, of the predictor on view 1; not normalised.
+      prediction_2: `[batch, D]`, on view 2.
+      target_1: `[batch, D]`, the averaged network's embedding of view 1. No gradient is asked of that
+        network, but its gradient is stopped here too: the loss is then the same function of any target.
+      target_2: `[batch, D]`, of view 2.
+
+    Returns:
+      `ByolTerms`: `|p - t|^2` of unit vectors, which is `2 - 2 cos` without its cancellation.
+
+    Raises:
+      ValueError: shapes that differ or are not `[batch, D]`.
+    """
+    p_1, p_2, t_1, t_2 = _matrices(
+        prediction_1=prediction_1, prediction_2=prediction_2, target_1=target_1, target_2=target_2
+    )
+    return ByolTerms(
+        jnp.sum(jnp.square(_unit(p_1) - _unit_target(t_2)), axis=-1),
+        jnp.sum(jnp.square(_unit(p_2) - _unit_target(t_1)), axis=-1),
+    )
+
+
+def vi_simsiam_loss(
+    direction_1: ArrayLike,
+    concentration_1: ArrayLike,
+    direction_2: ArrayLike,
+    concentration_2: ArrayLike,
+    target_1: ArrayLike,
+    target_2: ArrayLike,
+) -> VISimSiamTerms:
+    """VI-SimSiam's power spherical log-likelihood (docs eq. 19; Nakamura et al. 2023, arXiv 2203.11437).
+
+    Args:
+      direction_1: `[batch, D]`, `D >= 2`, predicted from view 1; normalised here.
+      concentration_1: `[batch]`, at least zero.
+      direction_2: `[batch, D]`, predicted from view 2.
+      concentration_2: `[batch]`.
+      target_1: `[batch, D]`, embedding of view 1; normalised here, its gradient stopped.
+      target_2: `[batch, D]`, of view 2.
+
+    Returns:
+      `VISimSiamTerms`, nats.
+
+    Raises:
+      ValueError: shapes that differ, or `D < 2`.
+    """
+    m_1, m_2, t_1, t_2 = _matrices(
+        direction_1=direction_1, direction_2=direction_2, target_1=target_1, target_2=target_2
+    )
+    k_1, k_2 = sphere.at_least_float32(concentration_1, concentration_2)
+    if not k_1.shape == k_2.shape == m_1.shape[:1]:
+        raise ValueError(
+            f"concentration_1 and concentration_2 must be [batch] = {m_1.shape[:1]}, got {k_1.shape} "
+            f"and {k_2.shape}"
+        )
+    log_prob = distributions.power_spherical_log_prob
+    return VISimSiamTerms(
+        log_prob(_unit_target(t_2), loc=_unit(m_1), concentration=k_1),
+        log_prob(_unit_target(t_1), loc=_unit(m_2), concentration=k_2),
+    )
+
+
+def vicreg_loss(
+    embedding_1: ArrayLike,
+    embedding_2: ArrayLike,
+    *,
+    invariance_weight: float = 25.0,
+    variance_weight: float = 25.0,
+    covariance_weight: float = 1.0,
+    target_std: float = 1.0,
+    epsilon: float = 1e-4,
+) -> VICRegTerms:
+    """VICReg (docs eq. 20; Bardes et al. 2022, arXiv 2105.04906, eq. 1 to 6).
+
+    The scale is that of the official code, to which the published weights belong: its variance term is
+    the mean over the two views, where the paper sums them.
+
+    Args:
+      embedding_1: `[batch, D]`, `batch >= 2`, of view 1.
+      embedding_2: `[batch, D]`, of view 2. No gradient is stopped.
+      invariance_weight: of the mean squared difference.
+      variance_weight: of the hinge on standard deviations.
+      covariance_weight: of the off-diagonal covariances.
+      target_std: standard deviation below which the hinge acts.
+      epsilon: added to the variance under the root.
+
+    Returns:
+      `VICRegTerms`.
+
+    Raises:
+      ValueError: shapes that differ or are not `[batch, D]`; a batch of one.
+    """
+    views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
+    batch, dim = views[0].shape
+    variance, covariance = [], []
+    for view in views:
+        centered = view - jnp.mean(view, axis=0, keepdims=True)
+        matrix = centered.T @ centered / (batch - 1)
+        std = jnp.sqrt(jnp.diagonal(matrix) + epsilon)
+        variance.append(jnp.mean(jax.nn.relu(target_std - std)))
+        covariance.append(_off_diagonal_squares(matrix) / dim)
+    return VICRegTerms(
+        invariance=jnp.mean(jnp.square(views[0] - views[1]), axis=-1),
+        variance=(variance[0] + variance[1]) / 2,
+        covariance=covariance[0] + covariance[1],
+        invariance_weight=invariance_weight,
+        variance_weight=variance_weight,
+        covariance_weight=covariance_weight,
+    )
+
+
+def barlow_twins_loss(
+    embedding_1: ArrayLike,
+    embedding_2: ArrayLike,
+    *,
+    redundancy_weight: float = 0.0051,
+    epsilon: float = 1e-5,
+) -> BarlowTwinsTerms:
+    """Barlow Twins (docs eq. 21; Zbontar et al. 2021, arXiv 2103.03230, eq. 1 and 2).
+
+    Each view is normalised over the batch as BatchNorm without scale and bias does it, in two passes.
+
+    Args:
+      embedding_1: `[batch, D]`, `batch >= 2`, of view 1.
+      embedding_2: `[batch, D]`, of view 2. No gradient is stopped.
+      redundancy_weight: of the off-diagonal correlations.
+      epsilon: added to the variance, BatchNorm's.
+
+    Returns:
+      `BarlowTwinsTerms`.
+
+    Raises:
+      ValueError: shapes that differ or are not `[batch, D]`; a batch of one.
+    """
+    views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
+    normalized = []
+    for view in views:
+        centered = view - jnp.mean(view, axis=0, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=0, keepdims=True)
+        normalized.append(centered * jax.lax.rsqrt(variance + epsilon))
+    correlation = normalized[0].T @ normalized[1] / views[0].shape[0]
+    return BarlowTwinsTerms(
+        invariance=jnp.sum(jnp.square(jnp.diagonal(correlation) - 1)),
+        redundancy=_off_diagonal_squares(correlation),
+        redundancy_weight=redundancy_weight,
+    )
+
+
+def _off_diagonal_squares(matrix: Array) -> Array:
+    """Sum of the squares off the diagonal; not a difference of two sums, which could be negative."""
+    return jnp.sum(jnp.square(matrix) * (1 - jnp.eye(matrix.shape[0], dtype=matrix.dtype)))

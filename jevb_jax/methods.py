@@ -1,0 +1,247 @@
+"""Methods: what each makes of the views' outputs, in one shape for the one training step.
+
+A method is a function `(key, views, targets, *, step, radial_scale) -> MethodOutput`:
+
+* `key`: `[batch]` keys, one for each example;
+* `views`: `ViewOutputs` of two views, then of smaller crops;
+* `targets`: of the first two views, as the other view is to predict them: the same outputs or those
+  of an averaged network. The losses stop their gradient;
+* `step`: steps done, for schedules; `radial_scale`: learned, or None.
+
+What a method does not need it ignores. The caller averages over examples.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import baselines, objective
+from jevb_jax.networks import ViewOutputs
+
+
+class MethodOutput(NamedTuple):
+    """What a method says of a batch.
+
+    Attributes:
+      loss: `[batch]`, or `[]` where the loss couples examples; minimised.
+      metrics: terms by name, each `[batch]` or `[]`.
+    """
+
+    loss: Array
+    metrics: dict[str, Array]
+
+
+class Method(Protocol):
+    """See the module."""
+
+    def __call__(
+        self,
+        key: Array,
+        views: Sequence[ViewOutputs],
+        targets: Sequence[ViewOutputs],
+        *,
+        step: ArrayLike,
+        radial_scale: Array | None,
+    ) -> MethodOutput:
+        """Loss and terms of a batch."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class JevbSettings:
+    """Keyword arguments of the objective and the warm-up of its KL; see `conditional_elbo`.
+
+    Attributes:
+      fixed_scale: of the likelihood, in the latent's units; None where it is tied or learned.
+      kl_warmup_steps: of the KL's weight, linear from zero.
+    """
+
+    df: float
+    radial_df: float
+    scale_units: objective.ScaleUnits
+    prior_scale: float
+    coordinates: Any
+    space: Any
+    num_samples: int
+    kl_weight: float
+    radial_weight: float
+    location: objective.Location
+    likelihood: objective.Likelihood
+    fixed_scale: float | None
+    kl_warmup_steps: int
+
+    def keywords(self, step: ArrayLike) -> dict[str, Any]:
+        """Arguments of `conditional_elbo` at `step`, all but the scales that are learned."""
+        settings = dataclasses.asdict(self)
+        warmup_steps = settings.pop("kl_warmup_steps")
+        del settings["fixed_scale"]
+        if warmup_steps:
+            share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps)
+            settings["kl_weight"] = self.kl_weight * share
+        return settings
+
+    def untied_scale(self, view: ViewOutputs) -> ArrayLike | None:
+        """Scale of the likelihood given `view`, None where it is the posterior's."""
+        return self.fixed_scale if self.fixed_scale else view.prediction.likelihood_scale
+
+
+def multi_view_elbo(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    step: ArrayLike,
+    radial_scale: Array,
+    settings: JevbSettings,
+) -> objective.ElboTerms:
+    """Mean of `elbo(t | s)` over targets `t` in the first two views and sources `s != t`.
+
+    With two views it is `symmetric_elbo`. Further views are smaller crops: sources only.
+
+    Args:
+      key: `[batch]` keys, one for each example.
+      views: two views, then small crops.
+      targets: of the first two views.
+      step: steps done.
+      radial_scale: of the radial term.
+      settings: of the objective.
+
+    Returns:
+      `ElboTerms` of `[batch]` arrays.
+    """
+    keywords = {"radial_scale": radial_scale, **settings.keywords(step)}
+    sources = [
+        objective.View(target.embedding, view.posterior_mean, view.posterior_scale)
+        for view, target in zip(views, targets, strict=False)
+    ]
+    scale_1, scale_2, *small_scales = (settings.untied_scale(view) for view in views)
+    pair = scale_1 if scale_1 is None else (jnp.asarray(scale_1), jnp.asarray(scale_2))
+    terms = objective.symmetric_elbo(key, *sources, untied_scale=pair, **keywords)
+    num_pairs = 2
+    total = jax.tree.map(lambda value: num_pairs * value, terms)
+    for index, (small, scale) in enumerate(zip(views[2:], small_scales, strict=True)):
+        for target in targets:
+            pair_keys = jax.vmap(jax.random.fold_in, (0, None))(key, num_pairs + index)
+            pair_terms = objective.conditional_elbo(
+                pair_keys,
+                target.embedding,
+                small.posterior_mean,
+                small.posterior_scale,
+                untied_scale=scale,
+                **keywords,
+            )
+            total = jax.tree.map(jnp.add, total, pair_terms)
+            num_pairs += 1
+    return jax.tree.map(lambda value: value / num_pairs, total)
+
+
+def jevb(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    step: ArrayLike,
+    radial_scale: Array | None,
+    settings: JevbSettings,
+) -> MethodOutput:
+    """JEVB: the negative weighted bound, nats per dimension (docs eq. 14)."""
+    if radial_scale is None:
+        raise ValueError("jevb needs the radial scale of a model whose head gives a posterior")
+    terms = multi_view_elbo(
+        key, views, targets, step=step, radial_scale=radial_scale, settings=settings
+    )
+    metrics = {
+        "elbo": terms.elbo,
+        "directional_log_likelihood": terms.directional_log_likelihood,
+        "radial_log_likelihood": terms.radial_log_likelihood,
+        "kl": terms.kl,
+        "posterior_scale": jnp.mean(views[0].posterior_scale, axis=-1),
+        "radial_scale": radial_scale,
+    }
+    return MethodOutput(-terms.weighted_elbo / targets[0].embedding.shape[-1], metrics)
+
+
+def simsiam(
+    key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
+) -> MethodOutput:
+    """SimSiam: negative cosine between predictions and the other view's embedding."""
+    del key
+    terms = baselines.simsiam_loss(
+        views[0].prediction, views[1].prediction, targets[0].embedding, targets[1].embedding
+    )
+    return MethodOutput(terms.loss, {"cosine_similarity": -terms.loss})
+
+
+def byol(
+    key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
+) -> MethodOutput:
+    """BYOL: squared distance of normalised predictions to the averaged network's embeddings."""
+    del key
+    terms = baselines.byol_loss(
+        views[0].prediction, views[1].prediction, targets[0].embedding, targets[1].embedding
+    )
+    return MethodOutput(terms.loss, {"cosine_similarity": 1 - terms.loss / 4})
+
+
+def vi_simsiam(
+    key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
+) -> MethodOutput:
+    """VI-SimSiam: negative power spherical log-likelihood of the other view's direction, nats."""
+    del key
+    prediction_1, prediction_2 = views[0].prediction, views[1].prediction
+    terms = baselines.vi_simsiam_loss(
+        prediction_1.direction,
+        prediction_1.concentration,
+        prediction_2.direction,
+        prediction_2.concentration,
+        targets[0].embedding,
+        targets[1].embedding,
+    )
+    metrics = {"log_likelihood": -terms.loss, "concentration": prediction_1.concentration}
+    return MethodOutput(terms.loss, metrics)
+
+
+def vicreg(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    invariance_weight: float,
+    variance_weight: float,
+    covariance_weight: float,
+    **_: object,
+) -> MethodOutput:
+    """VICReg: invariance, variance and covariance of the two views' embeddings."""
+    del key, targets
+    terms = baselines.vicreg_loss(
+        views[0].embedding,
+        views[1].embedding,
+        invariance_weight=invariance_weight,
+        variance_weight=variance_weight,
+        covariance_weight=covariance_weight,
+    )
+    metrics = {name: getattr(terms, name) for name in ("invariance", "variance", "covariance")}
+    return MethodOutput(terms.loss, metrics)
+
+
+def barlow_twins(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    redundancy_weight: float,
+    loss_weight: float,
+    **_: object,
+) -> MethodOutput:
+    """Barlow Twins: the cross-correlation of the two views' embeddings against the identity."""
+    del key, targets
+    terms = baselines.barlow_twins_loss(
+        views[0].embedding, views[1].embedding, redundancy_weight=redundancy_weight
+    )
+    metrics = {name: getattr(terms, name) for name in ("invariance", "redundancy")}
+    return MethodOutput(loss_weight * terms.loss, metrics)
