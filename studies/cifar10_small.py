@@ -1,0 +1,136 @@
+"""The CPU form of the study: 10,000 CIFAR-10 images at 16 pixels, ResNet-8, 8 epochs, AdamW for all.
+
+python -m jevb_jax.study --study=studies/cifar10_small.py --out=runs/cifar10_small --num_processes=2
+
+Reads `data/cifar10_train.npz` and `data/cifar10_test.npz` (`images`, `labels`). Encoder, optimizer,
+schedule, augmentation and epochs are the same for every method; heads are each method's own, scaled
+down. Everything is chosen on the validation split: the numbers are of it.
+"""
+
+import math
+from typing import Any
+
+from configs import cifar10
+from jevb_jax.study import Comparison, Curves, Logged, Result, Study, Sweep
+
+DFS = (1.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, math.inf)
+METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
+ACCURACIES = ("linear accuracy", "20-NN accuracy")
+MEASURES = (
+    Result("linear accuracy", "linear_accuracy"),
+    Result("20-NN accuracy", "knn_20_accuracy"),
+    Logged("effective rank", "health/effective_rank"),
+    Logged("embedding std", "health/embedding_std"),
+    Logged("KL per dimension, nats", "health/posterior_kl_per_dimension"),
+    Logged("posterior scale", "health/posterior_scale_mean"),
+    Logged("signal to noise", "health/posterior_signal_to_noise"),
+    Logged("Q/df", "health/pair_residual_over_df"),
+    Logged("effective pairs", "health/pair_effective_pairs"),
+)
+
+
+def method_config(method: str, **changes: Any) -> Any:
+    """The recipe of the study for a method, with changes such as `jevb__df=5.0`."""
+    config: Any = cifar10.get_config(method)
+    jevb: Any = cifar10.get_config("jevb")
+    config.data.source = "arrays"
+    config.data.train_paths = ("data/cifar10_train.npz",)
+    config.data.test_paths = ("data/cifar10_test.npz",)
+    config.data.num_train_examples = 10_000
+    config.augmentation = jevb.augmentation
+    config.augmentation.image_size = 16
+    config.model.backbone = "resnet8"
+    config.model.width = 16
+    config.model.dtype = "float32"
+    config.model.projector_hidden_dims = (256,)
+    config.model.embedding_dim = 128
+    config.model.head_hidden_dim = 128
+    if method in ("simsiam", "vi_simsiam"):
+        config.model.head_hidden_dim = 32  # a quarter of the width, as published
+    if method in ("vicreg", "barlow_twins"):
+        config.model.projector_hidden_dims = (256, 256)
+        config.model.embedding_dim = 256
+        config.barlow_twins.loss_weight = 1.0  # AdamW does not see it
+    if method == "byol":
+        config.model.head_hidden_dim = 256
+        config.train.target_decay = 0.95  # published: 0.99 or more, for 100 times as many steps
+    config.optimizer = jevb.optimizer
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.warmup_epochs = 1.0
+    config.train.batch_size = 128
+    config.train.num_epochs = 8
+    config.train.health_every_steps = 78
+    config.train.health_pairs = method == "jevb"
+    config.checkpoint.every_steps = 0
+    config.evaluation.split = "validation"
+    config.evaluation.knn_k = (20,)
+    config.evaluation.l2_grid = (1e-4, 1e-3, 1e-2)
+    config.evaluation.labels_per_class = 0
+    config.evaluation.corruptions = ()
+    config.evaluation.compare_untrained = False
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
+def df_name(df: float) -> str:
+    """Name of the run with that many degrees of freedom."""
+    return "jevb" if df == 5.0 else f"df_{df:g}"
+
+
+def get_study() -> Study:
+    """The methods and the degrees of freedom."""
+    runs: dict[str, Any] = {method: method_config(method) for method in METHODS}
+    runs |= {df_name(df): method_config("jevb", jevb__df=df) for df in DFS if df != 5.0}
+    limit = ("jevb", "df_30", "df_1000", "df_inf", "simsiam")
+    return Study(
+        title="CIFAR-10, 10,000 images at 16 pixels, ResNet-8, 8 epochs",
+        runs=runs,
+        seeds=(0, 1, 2),
+        measures=MEASURES,
+        figures=(
+            Comparison(
+                "methods", "JEVB beside its neighbours", METHODS, (*ACCURACIES, "effective rank")
+            ),
+            Sweep(
+                "df",
+                "Degrees of freedom: a heavy tail against the Gaussian limit",
+                "df",
+                {df: df_name(df) for df in DFS},
+                (*ACCURACIES, "effective rank"),
+                log_x=True,
+                references=("simsiam",),
+            ),
+            Curves(
+                "gaussian_limit",
+                "Towards the Gaussian limit",
+                limit,
+                ("health/effective_rank", "health/embedding_std", "train/gradient_norm"),
+            ),
+            Curves(
+                "mechanism",
+                "What the directional term sees",
+                ("jevb", "df_1", "df_30", "df_inf"),
+                (
+                    "health/posterior_signal_to_noise",
+                    "health/pair_residual_over_df",
+                    "health/pair_effective_pairs",
+                ),
+                log_y=True,
+            ),
+            Curves(
+                "gradients",
+                "How hard each term pulls at the encoder",
+                ("jevb", "df_1", "df_30", "df_inf"),
+                (
+                    "health/gradient_directional_log_likelihood",
+                    "health/gradient_radial_log_likelihood",
+                    "health/gradient_kl",
+                ),
+                log_y=True,
+            ),
+        ),
+    )

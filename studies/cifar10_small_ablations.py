@@ -1,0 +1,59 @@
+"""One change at a time from JEVB's defaults, in the recipe of `cifar10_small`.
+
+python -m jevb_jax.study --study=studies/cifar10_small_ablations.py --out=runs/ablations --num_processes=2
+"""
+
+from typing import Any
+
+from jevb_jax.study import Comparison, Curves, Study
+from studies.cifar10_small import ACCURACIES, MEASURES, method_config
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "jevb": {},
+    "kl_0": {"jevb__kl_weight": 0.0},
+    "kl_0.01": {"jevb__kl_weight": 0.01},
+    "kl_0.1": {"jevb__kl_weight": 0.1},
+    "location_mean": {"jevb__location": "mean"},
+    "unit": {"jevb__scale_units": "unit"},
+    "untied": {"jevb__likelihood_scale": "untied"},
+    "fixed": {"jevb__likelihood_scale": "fixed"},
+    "isotropic": {"model__isotropic": True},
+    "unfactorised": {"jevb__likelihood": "unfactorised", "jevb__scale_units": "unit"},
+    "prior_0.5": {"jevb__prior_scale": 0.5},
+    "prior_2": {"jevb__prior_scale": 2.0},
+    "initial_0.3": {"model__initial_scale": 0.3},
+    "radial_off": {"jevb__radial_weight": 0.0},
+    "radial_linear": {"jevb__space": "linear"},
+    "stereographic": {"jevb__coordinates": "stereographic"},
+    "samples_4": {"jevb__num_samples": 4},
+    "samples_16": {"jevb__num_samples": 16},
+}
+
+
+def get_study() -> Study:
+    """Every ablation."""
+    return Study(
+        title="Ablations: CIFAR-10, 10,000 images at 16 pixels, ResNet-8, 8 epochs",
+        runs={name: method_config("jevb", **changes) for name, changes in ABLATIONS.items()},
+        seeds=(0, 1, 2),
+        measures=MEASURES,
+        figures=(
+            Comparison(
+                "ablations",
+                "One change at a time from JEVB's defaults",
+                tuple(ABLATIONS),
+                (*ACCURACIES, "effective rank"),
+            ),
+            Curves(
+                "mechanism",
+                "What the directional term sees",
+                ("jevb", "location_mean", "kl_0.01", "unit", "fixed"),
+                (
+                    "health/posterior_signal_to_noise",
+                    "health/pair_residual_over_df",
+                    "health/pair_effective_pairs",
+                ),
+                log_y=True,
+            ),
+        ),
+    )
