@@ -745,8 +745,13 @@ def write_report(study: Study, out: str | Path, *, command: str) -> None:
       study: what was run.
       out: directory of the study.
       command: said to regenerate the report.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
     """
     out = Path(out)
+    if not out.is_dir():
+        raise FileNotFoundError(f"--out must be the directory of a study, {out} does not exist")
     plan = _plan(study, out)
     data = {name: [run.read() for run in plan if run.name == name] for name in study.runs}
     evidence = Evidence(data, {measure.label: measure for measure in study.measures})

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from rich.console import Console
 
+from configs import smoke
 from jevb_jax import runner, study
 from jevb_jax.checkpoints import config_hash
 from jevb_jax.experiment import to_json_values
@@ -266,9 +267,7 @@ def test_curves_show_the_range_and_where_seeds_end(fabricated):
     assert texts == ["t", "gaussian (2 of 3 failed)"]
     crosses = [line.get_xydata()[-1].tolist() for line in rank.lines if line.get_marker() == "x"]
     assert crosses == [[10, 2], [20, 1.5]]  # the last finite values
-    assert [20, 3] in [
-        point for line in lines for point in line
-    ]  # the seed that went on has a line of its own
+    assert [[20, 3], [30, 4]] in [line[-2:] for line in lines]  # the seed that went on
     assert [text.get_text() for text in nothing.texts] == ["logged by none"]
 
 
@@ -535,6 +534,9 @@ def test_flags(tmp_path, capsys):
     assert "FileNotFoundError" in capsys.readouterr().err
     with pytest.raises(TypeError):
         study.main([*flags, "--traceback"])
+    path.write_text(text)
+    assert study.main([flags[0], f"--out={tmp_path}/no", "--report_only"]) == 1
+    assert "no does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.main([*flags, "--num_processes=0"])
 
