@@ -52,7 +52,7 @@ class Result:
     Attributes:
       label: names it in the table and the figures.
       name: of the result, such as "linear_accuracy".
-      features: "representation", "embedding" or "posterior".
+      features: "representation", "embedding" or "prediction".
       encoder: the one after training or the one before it.
     """
 

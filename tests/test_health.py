@@ -1,5 +1,7 @@
 """Oracles: known spectra, NumPy float64 and SciPy."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jevb_jax import health
+from jevb_jax import ElboTerms, health
 
 
 def embedding_with_spectrum(singular_values, *, num_images, seed=0, offset=0.0):
@@ -211,3 +213,71 @@ def test_half_precision_is_promoted():
     full = np.asarray(half, np.float32)
     np.testing.assert_allclose(health.effective_rank(half), health.effective_rank(full), rtol=1e-6)
     np.testing.assert_allclose(health.embedding_std(half), health.embedding_std(full), rtol=1e-6)
+
+
+def test_signal_to_noise():
+    mean = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    scale = jnp.array([[0.6, 0.8], [1.0, 1.0]])
+    assert float(health.posterior_summary(mean, scale).signal_to_noise) == pytest.approx(2.5)
+
+
+def pair_oracle(target, latent, scale, df):
+    """Residuals through an explicit basis of the tangent space, in float64."""
+    n = target.shape[1] - 1
+    cosines, quadratics = [], []
+    for h, z, s in zip(target, latent, scale, strict=True):
+        u, m = h / np.linalg.norm(h), z / np.linalg.norm(z)
+        c = u @ m
+        y = np.sqrt(2 / (1 + c)) * (u - c * m)
+        cosines.append(c)
+        quadratics.append(y @ np.diag(s**-2.0) @ y)
+    q = np.array(quadratics)
+    w = np.ones_like(q) if np.isinf(df) else (df + n) / (df + q)
+    ratio = np.mean(q) / (n if np.isinf(df) else df)
+    return np.mean(cosines), ratio, np.sum(w) ** 2 / (len(w) * np.sum(w**2))
+
+
+@pytest.mark.parametrize("df", [0.5, 5.0, 1e4, np.inf])
+def test_pair_health_matches_the_oracle(df):
+    rng = np.random.default_rng(0)
+    target, latent = rng.normal(size=(2, 9, 6))
+    scale = np.exp(rng.normal(size=(9, 6)))
+    found = jax.jit(functools.partial(health.pair_health, df=df))(target, latent, scale)
+    np.testing.assert_allclose(found, pair_oracle(target, latent, scale, df), rtol=2e-5)
+    # Identical views: no residual, and all pairs weigh the same.
+    same = health.pair_health(target, 3 * target, scale, df=df)
+    np.testing.assert_allclose(same, [1, 0, 1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 2 images"):
+        health.pair_health(target[:1], latent[:1], scale[:1], df=df)
+
+
+def test_effective_pairs_is_the_share_that_pulls():
+    # One pair agrees, nineteen are far in the tail: nearly all the weight is on the one.
+    target = np.ones((20, 8))
+    latent = np.tile(np.array([1.0, -1.0] * 4), (20, 1))
+    latent[0] = 1.0
+    found = health.pair_health(target, latent, np.full((20, 8), 1e-3), df=1.0)
+    assert float(found.effective_pairs) == pytest.approx(1 / 20, rel=1e-3)
+    assert float(found.residual_over_df) > 1e5
+
+
+def test_term_gradient_norms_are_those_of_known_terms():
+    x = np.random.default_rng(0).normal(size=(7, 4))
+
+    def terms_of(x):
+        one = jnp.ones(len(x))
+        return ElboTerms(3 * jnp.sum(x, axis=1), 0 * x[:, 0], jnp.sum(x**2, axis=1) / 2, one, one)
+
+    found = jax.jit(functools.partial(health.term_gradient_norms, terms_of))(x)
+    size = np.mean(np.sum(x**2, axis=1))
+    expected = {
+        "directional_log_likelihood": np.sqrt(9 * 4 * size),
+        "radial_log_likelihood": 0.0,
+        "kl": size,
+    }
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    # Free of the units of the representation.
+    scaled = health.term_gradient_norms(lambda y: terms_of(y / 10), 10 * x)
+    np.testing.assert_allclose(scaled["kl"], expected["kl"], rtol=1e-5)

@@ -7,11 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from configs import smoke
+from jevb_jax import runner
 from jevb_jax.checkpoints import Checkpointer
+from jevb_jax.experiment import build_experiment
 from jevb_jax.metrics_log import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,3 +162,45 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
     checkpointer = Checkpointer(workdir / "checkpoints")
     assert all(saved <= step for saved in checkpointer.steps())
     checkpointer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["tied", "untied", "fixed"])
+def test_health_of_pairs_is_logged_for_jevb(scale):
+    config: Any = smoke.get_config()
+    config.train.health_pairs = True
+    config.jevb.likelihood_scale = scale
+    experiment = build_experiment(config)
+    check = runner._health_check(experiment)
+    values = {name: float(value) for name, value in check(experiment.initial_state()).items()}
+    assert np.all(np.isfinite([*values.values()]))
+    assert values["gradient_kl"] > 0
+    assert values["gradient_directional_log_likelihood"] > 0
+    assert 0 < values["pair_effective_pairs"] <= 1
+    # At the start every scale is the initial one: all three are the same model.
+    assert values["posterior_scale_mean"] == pytest.approx(1.0)
+    assert -1 < values["pair_cosine"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vi_simsiam", "byol", "vicreg"])
+def test_other_methods_train_and_are_evaluated(tmp_path, method):
+    config: Any = smoke.get_config()
+    config.method = method
+    config.model.projector_normalizes_output = method in ("simsiam", "vi_simsiam")
+    config.train.target_decay = 0.9 if method == "byol" else 0.0
+    config.train.num_epochs = 1
+    config.optimizer.warmup_epochs = 0.0
+    config.evaluation.compare_untrained = False
+    config.evaluation.labels_per_class = 0
+    config.evaluation.split = "validation"
+    assert runner.train(config, tmp_path / "run", console=Console(quiet=True))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    names = [result["name"] for result in results["trained"]]
+    assert any(name.startswith("auroc") for name in names) == (method == "vi_simsiam")
+    assert "linear_accuracy" in names
+    assert results["split"] == "validation"
+    assert all("validation (" in result["protocol"] for result in results["trained"])
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    # Finished: the same command trains no more, and evaluates.
+    assert runner.train(config, tmp_path / "run", console=Console(quiet=True))
