@@ -45,6 +45,7 @@ def method_config(method: str, **changes: Any) -> Any:
     config.model.projector_hidden_dims = (256,)
     config.model.embedding_dim = 128
     config.model.head_hidden_dim = 128
+    config.jevb.kl_weight = 1.0  # the bound itself, unless a run says otherwise
     if method in ("simsiam", "vi_simsiam"):
         config.model.head_hidden_dim = 32  # a quarter of the width, as published
     if method in ("vicreg", "barlow_twins"):
