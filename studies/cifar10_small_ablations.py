@@ -1,13 +1,15 @@
-"""One change at a time from JEVB's defaults, in the recipe of `cifar10_small`.
+"""One change at a time from JEVB with the unit prior, in the recipe of `cifar10_small`.
 
 python -m jevb_jax.study --study=studies/cifar10_small_ablations.py --out=runs/ablations --num_processes=2
 """
 
+import math
 from typing import Any
 
-from jevb_jax.study import Comparison, Curves, Study
+from jevb_jax.study import Comparison, Curves, Study, Sweep
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
 
+DFS = (1.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, math.inf)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "jevb": {},
     "kl_0.1": {"jevb__kl_weight": 0.1},
@@ -31,18 +33,32 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def get_study() -> Study:
-    """Every ablation."""
+    """Every ablation, and the degrees of freedom."""
+    names = {df: "jevb" if df == 5.0 else f"df_{df:g}" for df in DFS}
+    changes = {names[df]: {"jevb__df": df} for df in DFS if df != 5.0} | ABLATIONS
+    runs = {
+        name: method_config("jevb", **({"jevb__prior_scale": 1.0} | changes[name]))
+        for name in (*ABLATIONS, *names.values())
+    }
     return Study(
         title="Ablations: CIFAR-10, 10,000 images at 16 pixels, ResNet-8, 8 epochs",
-        runs={name: method_config("jevb", **changes) for name, changes in ABLATIONS.items()},
-        seeds=(0, 1, 2),
+        runs=runs,
+        seeds=(0,),
         measures=MEASURES,
         figures=(
             Comparison(
                 "ablations",
-                "One change at a time from JEVB's defaults",
+                "One change at a time from JEVB with the unit prior",
                 tuple(ABLATIONS),
                 (*ACCURACIES, "effective rank"),
+            ),
+            Sweep(
+                "df",
+                "Degrees of freedom with the unit prior",
+                "df",
+                names,
+                (*ACCURACIES, "effective rank", "effective pairs"),
+                log_x=True,
             ),
             Curves(
                 "mechanism",
