@@ -510,7 +510,41 @@ class Projector(nn.Module):
         )(x, use_running_average=not train)
 
 
-class InferenceNetwork(nn.Module):
+class _Head(nn.Module):
+    """What every head has: a bottleneck of dense without bias, BatchNorm and ReLU.
+
+    Attributes:
+        hidden_dim: width of the hidden layer.
+        dim: width of the output.
+        dtype: compute type of the hidden layer; outputs are computed in float32.
+        bn_momentum: weight of the old running statistics.
+        bn_epsilon: added to the variance.
+
+    Raises:
+        ValueError: a size below one; when called, as `Projector`.
+    """
+
+    hidden_dim: int
+    dim: int
+    dtype: DTypeLike = jnp.float32
+    bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_sizes(hidden_dim=self.hidden_dim, dim=self.dim)
+        super().__post_init__()
+
+    def _hidden(self, embedding: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `[batch, features]` to `[batch, hidden_dim]`; called in a compact method."""
+        _check_features(embedding, train=train and not self.is_initializing())
+        x = _dense(self.hidden_dim, self.dtype, "dense")(embedding)
+        x = _mlp_batch_norm(self.dtype, self.bn_momentum, self.bn_epsilon, "bn")(
+            x, use_running_average=not train
+        )
+        return nn.relu(x)
+
+
+class InferenceNetwork(_Head):
     """Amortised posterior: embedding -> mean and standard deviation of a diagonal Gaussian.
 
     A bottleneck MLP (dense without bias, BatchNorm, ReLU) and two dense heads in float32;
@@ -519,43 +553,31 @@ class InferenceNetwork(nn.Module):
     hidden layer times the gradient of the output, non-zero at once; only the gradient *through* it
     to the hidden layer waits for the first step.
 
-    Attributes:
-        hidden_dim: width of the hidden layer.
-        dim: width of the posterior.
+    Attributes (beside `hidden_dim`, `dim`, `dtype`, `bn_momentum` and `bn_epsilon`):
         initial_scale: value of `posterior_scale` at initialisation.
         min_scale: lower bound of `posterior_scale`, at least 0.
         isotropic: one scale for all features of an image.
         has_likelihood_scale: a third head, made like that of the scale, for a likelihood whose scale
             is not tied to the posterior's.
-        dtype: compute type of the hidden layer.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
 
     Raises:
         ValueError: a size below one, `min_scale < 0`, or `initial_scale <= min_scale`; when called,
             as `Projector`.
     """
 
-    hidden_dim: int
-    dim: int
     initial_scale: float = 1.0
     min_scale: float = 1e-3
     isotropic: bool = False
     has_likelihood_scale: bool = False
-    dtype: DTypeLike = jnp.float32
-    bn_momentum: float = 0.9
-    bn_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_sizes(hidden_dim=self.hidden_dim, dim=self.dim)
         _inverse_softplus_above(self.initial_scale, self.min_scale, name="initial_scale")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, embedding: jax.Array, *, train: bool) -> Posterior:
         """Maps embeddings `[batch, features]` to a `Posterior` of `[batch, dim]` arrays."""
-        _check_features(embedding, train=train and not self.is_initializing())
-        x = _bottleneck(self, embedding, train=train)
+        x = self._hidden(embedding, train=train)
         posterior_mean = nn.Dense(self.dim, dtype=jnp.float32, name="mean_head")(x)
         posterior_scale = self._scale(x, "raw_scale_head")
         if not self.has_likelihood_scale:
@@ -579,72 +601,30 @@ class InferenceNetwork(nn.Module):
         return jnp.broadcast_to(scale, (x.shape[0], self.dim))
 
 
-class Predictor(nn.Module):
+class Predictor(_Head):
     """Bottleneck MLP from one view's embedding to the other's (SimSiam, arXiv 2011.10566; BYOL).
 
     Dense without bias, BatchNorm, ReLU; then dense with bias, in float32. BYOL's own last layer has
     no bias.
-
-    Attributes:
-        hidden_dim: width of the hidden layer.
-        dim: width of the prediction.
-        dtype: compute type of the hidden layer.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
-
-    Raises:
-        ValueError: a size below one; when called, as `Projector`.
     """
-
-    hidden_dim: int
-    dim: int
-    dtype: DTypeLike = jnp.float32
-    bn_momentum: float = 0.9
-    bn_epsilon: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _check_sizes(hidden_dim=self.hidden_dim, dim=self.dim)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, embedding: jax.Array, *, train: bool) -> jax.Array:
         """Maps embeddings `[batch, features]` to predictions `[batch, dim]`, float32."""
-        _check_features(embedding, train=train and not self.is_initializing())
-        x = _bottleneck(self, embedding, train=train)
+        x = self._hidden(embedding, train=train)
         return nn.Dense(self.dim, dtype=jnp.float32, name="out")(x)
 
 
-class DirectionalPredictor(nn.Module):
+class DirectionalPredictor(_Head):
     """SimSiam's predictor with a second head for the concentration (VI-SimSiam, arXiv 2203.11437).
 
     `concentration = softplus(raw) + 1e-3`: the floor is ours.
-
-    Attributes:
-        hidden_dim: width of the hidden layer.
-        dim: width of the direction.
-        dtype: compute type of the hidden layer.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
-
-    Raises:
-        ValueError: a size below one; when called, as `Projector`.
     """
-
-    hidden_dim: int
-    dim: int
-    dtype: DTypeLike = jnp.float32
-    bn_momentum: float = 0.9
-    bn_epsilon: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _check_sizes(hidden_dim=self.hidden_dim, dim=self.dim)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, embedding: jax.Array, *, train: bool) -> DirectionalPrediction:
         """Maps embeddings `[batch, features]` to a `DirectionalPrediction`."""
-        _check_features(embedding, train=train and not self.is_initializing())
-        x = _bottleneck(self, embedding, train=train)
+        x = self._hidden(embedding, train=train)
         direction = nn.Dense(self.dim, dtype=jnp.float32, name="direction_head")(x)
         raw = nn.Dense(1, dtype=jnp.float32, name="raw_concentration_head")(x)
         return DirectionalPrediction(direction, nn.softplus(raw[:, 0]) + _MIN_CONCENTRATION)
@@ -818,17 +798,6 @@ def make_model(
         head=head_module,
         initial_radial_scale=initial_radial_scale if head == "posterior" else None,
     )
-
-
-def _bottleneck(
-    head: InferenceNetwork | Predictor | DirectionalPredictor, embedding: jax.Array, *, train: bool
-) -> jax.Array:
-    """The hidden layer of every head, called in its compact method: dense, BatchNorm, ReLU."""
-    x = _dense(head.hidden_dim, head.dtype, "dense")(embedding)
-    x = _mlp_batch_norm(head.dtype, head.bn_momentum, head.bn_epsilon, "bn")(
-        x, use_running_average=not train
-    )
-    return nn.relu(x)
 
 
 def _conv(features: int, size: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:

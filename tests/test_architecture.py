@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
-PURE = ("special", "sphere", "distributions", "objective")
+PURE = ("special", "sphere", "distributions", "objective", "baselines")
 CONFIG_DOORS = ("experiment", "runner", "study")
 
 

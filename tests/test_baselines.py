@@ -42,7 +42,7 @@ def byol_oracle(p1, p2, t1, t2):
     return 4 - 2 * (unit(p1) * unit(t2)).sum(-1) - 2 * (unit(p2) * unit(t1)).sum(-1)
 
 
-def power_spherical_oracle(x, mean, k):
+def power_spherical_oracle(x: Any, mean: Any, k: Any) -> Any:
     """model: log C + k log(1 + <mu, x>), with the Gamma functions of SciPy."""
     dim = x.shape[-1]
     b = (dim - 1) / 2
@@ -57,7 +57,7 @@ def power_spherical_oracle(x, mean, k):
 
 
 def vicreg_oracle(e1, e2, weights=(25.0, 25.0, 1.0)):
-    e1, e2 = np.float64(e1), np.float64(e2)
+    e1, e2 = np.asarray(e1, np.float64), np.asarray(e2, np.float64)
     dim = e1.shape[1]
     invariance = np.mean((e1 - e2) ** 2)
     variance = covariance = 0.0
@@ -72,7 +72,7 @@ def vicreg_oracle(e1, e2, weights=(25.0, 25.0, 1.0)):
 
 
 def barlow_oracle(e1, e2, weight=0.0051):
-    e1, e2 = np.float64(e1), np.float64(e2)
+    e1, e2 = np.asarray(e1, np.float64), np.asarray(e2, np.float64)
     z1, z2 = ((e - e.mean(0)) / np.sqrt(e.var(0) + 1e-5) for e in (e1, e2))
     total = 0.0
     for i in range(e1.shape[1]):

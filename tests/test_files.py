@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ def test_a_directory_is_held_until_the_process_ends(tmp_path):
                 files.lock_directory(tmp_path).__enter__()
         process.kill()
     with files.lock_directory(tmp_path):  # nothing stale is left
-        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+        holder = f"process {os.getpid()} on {platform.node()}\n"
+        assert (tmp_path / ".lock").read_text() == holder  # and nobody of before
         with pytest.raises(files.DirectoryInUseError), files.lock_directory(tmp_path):
             pass
     with files.lock_directory(tmp_path):

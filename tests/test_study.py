@@ -322,8 +322,12 @@ if name == "nan":
 if name == "crash": print("last words", flush=True); os.kill(os.getpid(), signal.SIGKILL)
 if name == "exit": sys.exit(7)
 if name == "busy": sys.exit(75)
-if name == "slow":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); (where / "ready").touch(); time.sleep(60)
+if name == "slow":  # it stumbles on its way out, which is no failure of the run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(9)); (where / "ready").touch(); time.sleep(60)
+if name == "stubborn":
+    signal.signal(signal.SIGTERM, lambda *_: (where / "told").touch())
+    (where / "pid").write_text(str(os.getpid())); (where / "ready").touch()
+    while True: time.sleep(60)
 results = dict(trained=[dict(name="linear_accuracy", features="representation", value=0.5 + seed,
     protocol="p")], step=1)
 time.sleep(0.2)
@@ -465,6 +469,24 @@ def test_a_signal_stops_the_children_and_says_how_to_go_on(tmp_path, stubbed, nu
     assert signal.getsignal(number) == handler
 
 
+def test_a_second_signal_ends_the_study_and_its_children_at_once(tmp_path, stubbed):
+    where = directory(tmp_path, "stubborn", 0)
+
+    def send() -> None:
+        for mark in ("ready", "told"):
+            while not (where / mark).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        execute(tiny("stubborn"), tmp_path)
+    assert not is_running(int((where / "pid").read_text()))
+    assert not (where / "failure.json").exists()
+    with study.files.lock_directory(tmp_path):
+        pass
+
+
 def test_two_studies_in_one_directory(tmp_path, stubbed):
     with (
         study.files.lock_directory(tmp_path),
@@ -544,7 +566,7 @@ def test_flags(tmp_path, capsys):
 def test_a_child_dies_with_its_study(tmp_path):
     code = (
         "import time; from jevb_jax import runner, study\n"
-        "runner.train = lambda *_: (print('training', flush=True), time.sleep(60))\n"
+        "runner.train = lambda *_: (print('training', flush=True), time.sleep(300))\n"
         "study.run_child()"
     )
     parent = (
@@ -562,7 +584,7 @@ def test_a_child_dies_with_its_study(tmp_path):
         wait_until(lambda: log.exists() and log.read_text() == "training\n")
         os.kill(child, 0)  # it lives
         process.kill()
-    wait_until(lambda: not is_running(child))
+    wait_until(lambda: not is_running(child), seconds=20)
 
 
 def is_running(pid: int) -> bool:
