@@ -1,6 +1,7 @@
 """Every config builds, is closed, and its first step is finite."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default, recipes
-from jevb_jax import checkpoints, experiment, runner
+from jevb_jax import checkpoints, experiment, runner, study
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -35,7 +36,7 @@ def test_config_has_the_keys_of_default_and_survives_json(name, arguments, tmp_p
     config: Any = importlib.import_module(f"configs.{name}").get_config(*arguments)
     assert names(config) == names(default.get_config())
     values = experiment.to_json_values(config)
-    (tmp_path / "config.json").write_text(__import__("json").dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps(values))
     loaded: Any = runner.load_config(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     with pytest.raises(AttributeError):
@@ -136,6 +137,17 @@ def test_methods_that_do_not_fit_are_named(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         experiment.build_experiment(config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.py")), ids=lambda p: p.stem)
+def test_study_builds_every_run(path):
+    runs = study.load_study(path).runs
+    small = {"source": "shapes", "image_size": 16, "num_train_examples": 300}
+    for config in runs.values():
+        config.data.update(small | {"num_test_examples": 20})
+        built = experiment.build_experiment(config)
+        assert built.num_train_steps > 0
+        assert built.config["method"] == config.method
 
 
 def test_workdir_without_a_run(tmp_path):
