@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
             "df": 5.0,  # directional degrees of freedom; inf is the Gaussian
             "radial_df": 5.0,
             "scale_units": "sphere",  # sphere | unit
-            "prior_scale": 1.0,
+            "prior_scale": 2.0,  # the likelihood's width against the prior's noise; docs/study.md
             "coordinates": "chordal",  # chordal | stereographic
             "space": "log",  # log | linear
             "num_samples": 1,

@@ -634,7 +634,13 @@ def test_running_statistics_isolate_each_image(backbone):
         assert np.isnan(beside_nan[1:]).all()
 
 
-@pytest.mark.parametrize("backbone", TINY_BACKBONES)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "resnet" else ())
+        for name in TINY_BACKBONES
+    ],
+)
 def test_no_parameter_is_dead(backbone):
     """Every leaf gets a gradient through the posterior: targets are under stop-gradient."""
     model = tiny_model(backbone)

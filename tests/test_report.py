@@ -26,7 +26,9 @@ def drawn(monkeypatch):
 def test_views_figure(tmp_path, drawn, channels, num_images):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_images, 8, 8, channels), dtype=np.uint8)
-    view = augmentations.ViewAugmentation(size=8, mean=(0.5,) * channels, std=(0.25,) * channels)
+    view = augmentations.ViewAugmentation(
+        size=8, mean=(0.5,) * channels, std=(0.25,) * channels, jitter_probability=0.0
+    )
     report.save_views_figure(tmp_path / "views.png", data.ArraySource(images), (view, view, view))
     with Image.open(tmp_path / "views.png") as image:
         assert min(image.size) > 100

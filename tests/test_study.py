@@ -469,6 +469,16 @@ def test_a_signal_stops_the_children_and_says_how_to_go_on(tmp_path, stubbed, nu
     assert signal.getsignal(number) == handler
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it: the workers of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_ends_the_study_and_its_children_at_once(tmp_path, stubbed):
     where = directory(tmp_path, "stubborn", 0)
 
