@@ -5,6 +5,7 @@ VICReg and Barlow Twins couple the examples of a batch. All is float32 or wider.
 those of `docs/mathematics.md`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import distributions, sphere
+
+# Accelerators multiply float32 matrices in TensorFloat-32 or bfloat16 unless told otherwise.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class SimSiamTerms(NamedTuple):
@@ -240,7 +244,11 @@ def vicreg_loss(
     """VICReg (docs eq. 20; Bardes et al. 2022, arXiv 2105.04906, eq. 1 to 6).
 
     The scale is that of the official code, to which the published weights belong: its variance term is
-    the mean over the two views, where the paper sums them.
+    the mean over the two views, where the paper sums them, and its invariance term the mean over
+    features, where the paper sums those.
+
+    The covariance term has the fourth power of the embedding, and overflows in float32 where entries
+    exceed about 1e9.
 
     Args:
       embedding_1: `[batch, D]`, `batch >= 2`, of view 1.
@@ -262,7 +270,7 @@ def vicreg_loss(
     variance, covariance = [], []
     for view in views:
         centered = view - jnp.mean(view, axis=0, keepdims=True)
-        matrix = centered.T @ centered / (batch - 1)
+        matrix = _matmul(centered.T, centered) / (batch - 1)
         std = jnp.sqrt(jnp.diagonal(matrix) + epsilon)
         variance.append(jnp.mean(jax.nn.relu(target_std - std)))
         covariance.append(_off_diagonal_squares(matrix) / dim)
@@ -305,7 +313,7 @@ def barlow_twins_loss(
         centered = view - jnp.mean(view, axis=0, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=0, keepdims=True)
         normalized.append(centered * jax.lax.rsqrt(variance + epsilon))
-    correlation = normalized[0].T @ normalized[1] / views[0].shape[0]
+    correlation = _matmul(normalized[0].T, normalized[1]) / views[0].shape[0]
     return BarlowTwinsTerms(
         invariance=jnp.sum(jnp.square(jnp.diagonal(correlation) - 1)),
         redundancy=_off_diagonal_squares(correlation),

@@ -31,6 +31,16 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@jax.jit
+def every_loss(x: Any, k: Any) -> dict[str, Any]:
+    """The five losses of `x`, `[4, batch, D]`, in one program."""
+    return {
+        **{name: loss(*x).loss for name, loss in PAIRED.items()},
+        **{name: loss(x[0], x[1]).loss for name, loss in COUPLED.items()},
+        "vi_simsiam": baselines.vi_simsiam_loss(x[0], k, x[1], k, x[2], x[3]).loss,
+    }
+
+
 # The oracles: NumPy, float64.
 
 
@@ -99,10 +109,11 @@ ORACLES: dict[str, Any] = {
 )
 def test_losses_equal_the_oracles(seed, batch, dim, scale):
     x = scale * normal(seed, 4, batch, dim)
-    for name, loss in PAIRED.items():
-        np.testing.assert_allclose(loss(*x).loss, ORACLES[name](*x), rtol=1e-5, atol=2e-6)
-    for name, loss in COUPLED.items():
-        np.testing.assert_allclose(loss(x[0], x[1]).loss, ORACLES[name](x[0], x[1]), rtol=3e-5)
+    found = every_loss(x, np.ones(batch, np.float32))
+    for name in PAIRED:
+        np.testing.assert_allclose(found[name], ORACLES[name](*x), rtol=1e-5, atol=2e-6)
+    for name in COUPLED:
+        np.testing.assert_allclose(found[name], ORACLES[name](x[0], x[1]), rtol=3e-5)
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -199,6 +210,14 @@ def test_only_directions_count_and_swapping_views_changes_nothing(name):
     np.testing.assert_array_equal(loss(p2, p1, t2, t1).loss, expected)
 
 
+def test_byol_is_simsiam_on_another_scale():
+    x = normal(4, 4, 5, 7)
+    simsiam, byol = baselines.simsiam_loss(*x), baselines.byol_loss(*x)
+    np.testing.assert_allclose(byol.loss, 4 + 4 * simsiam.loss, rtol=1e-5)
+    assert np.all(np.abs(simsiam.loss) <= 1)
+    assert np.all((np.asarray(byol.loss) >= 0) & (np.asarray(byol.loss) <= 8))
+
+
 def test_byol_distance_keeps_its_digits_near_zero():
     p = normal(5, 4, 16)
     tangent = normal(6, 4, 16)
@@ -273,28 +292,67 @@ def test_barlow_twins_invariances():
         baselines.barlow_twins_loss(e1[order], e2[order]).loss, expected, rtol=1e-5
     )
     np.testing.assert_allclose(baselines.barlow_twins_loss(e2, e1).loss, expected, rtol=1e-5)
+    # A mean over the batch, a sum over features.
+    twice = baselines.barlow_twins_loss(*np.tile((e1, e2), (1, 2, 1)))
+    np.testing.assert_allclose(twice.loss, expected, rtol=1e-5)
+    wide = baselines.barlow_twins_loss(*np.tile((e1, e2), (1, 1, 2)), redundancy_weight=0.0)
+    narrow = baselines.barlow_twins_loss(e1, e2, redundancy_weight=0.0)
+    np.testing.assert_allclose(wide.loss, 2 * narrow.loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-15, 1.0, 1e15])
+def test_a_sharded_batch_has_the_losses_of_the_whole():
+    # VICReg and Barlow Twins couple examples: a mean within each device would show.
+    x, k = normal(10, 4, 16, 3), np.exp(normal(11, 16))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    along = jax.sharding.PartitionSpec
+    sharded = every_loss(
+        jax.device_put(x, jax.sharding.NamedSharding(mesh, along(None, "batch"))),
+        jax.device_put(k, jax.sharding.NamedSharding(mesh, along("batch"))),
+    )
+    assert len(sharded["byol"].sharding.device_set) == 8
+    for name, whole in every_loss(x, k).items():
+        np.testing.assert_allclose(sharded[name], whole, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_products_are_float32_on_every_accelerator(name):
+    # By default they are TensorFloat-32 on a GPU and bfloat16 on a TPU; a CPU cannot show it.
+    e1, e2 = normal(12, 2, 6, 4)
+    traced = jax.make_jaxpr(jax.grad(lambda *a: COUPLED[name](*a).loss, argnums=(0, 1)))(e1, e2)
+    highest = jax.lax.Precision.HIGHEST
+    precisions = [
+        equation.params["precision"]
+        for equation in traced.eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(precisions) >= 3  # forward, and to each view
+    assert set(precisions) == {(highest, highest)}
+
+
+@jax.jit
+def every_gradient(x: Any, k: Any) -> dict[str, Any]:
+    return {
+        name: jax.grad(lambda x, name=name: jnp.sum(every_loss(x, k)[name]))(x)
+        for name in (*ORACLES, "vi_simsiam")
+    }
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-15, 1e8, 1e15])
 def test_extremes_and_half_precision(size):
-    x = jnp.asarray(size * normal(9, 4, 6, 5), jnp.float32)
-    k = jnp.ones(6)
-
-    def directional(p1, p2, t1, t2):
-        return baselines.vi_simsiam_loss(p1, k, p2, k, t1, t2)
-
-    for loss in (*PAIRED.values(), directional):
-        gradients = jax.grad(lambda *a, f=loss: jnp.sum(f(*a).loss), argnums=(0, 1))(*x)
-        assert np.all(np.isfinite(loss(*x).loss))
-        assert all(np.all(np.isfinite(g)) for g in gradients)
-        half = loss(*x.astype(jnp.bfloat16)).loss
-        assert half.dtype == jnp.float32
-    for name, loss in COUPLED.items():
-        gradients = jax.grad(lambda *a, f=loss: f(*a).loss, argnums=(0, 1))(x[0], x[1])
-        if name == "barlow_twins" or size <= 1:  # the covariance of VICReg has the fourth power
-            assert np.isfinite(loss(x[0], x[1]).loss)
-            assert all(np.all(np.isfinite(g)) for g in gradients)
-        assert loss(*x[:2].astype(jnp.bfloat16)).loss.dtype == jnp.float32
+    vectors = size * normal(9, 4, 6, 5)
+    vectors[:2, 0] = vectors[2:, 1] = 0  # a prediction of zero, and a target of zero
+    x, k = jnp.asarray(vectors, jnp.float32), jnp.ones(6)
+    losses, gradients = every_loss(x, k), every_gradient(x, k)
+    for name, loss in losses.items():
+        if name == "vicreg" and size > 1e9:  # its fourth power has overflown
+            continue
+        assert np.all(np.isfinite(loss)), name
+        assert np.all(np.isfinite(gradients[name])), name
+    half = x.astype(jnp.bfloat16)
+    promoted = every_loss(half.astype(jnp.float32), k)
+    for name, loss in every_loss(half, k).items():
+        assert loss.dtype == jnp.float32
+        np.testing.assert_allclose(loss, promoted[name], rtol=1e-6, err_msg=name)
 
 
 def test_bad_shapes_are_refused():
