@@ -141,7 +141,7 @@ def test_methods_that_do_not_fit_are_named(changes, message):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.py")), ids=lambda p: p.stem)
 def test_study_builds_every_run(path):
-    runs = study.load_study(path).runs
+    runs: Any = study.load_study(path).runs
     small = {"source": "shapes", "image_size": 16, "num_train_examples": 300}
     for config in runs.values():
         config.data.update(small | {"num_test_examples": 20})
