@@ -13,7 +13,7 @@ from typing import Any
 from configs import cifar10
 from jevb_jax.study import Comparison, Curves, Logged, Result, Study, Sweep
 
-DFS = (1.0, 5.0, 30.0, 1e3, math.inf)
+DFS = (1.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, math.inf)
 METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
 ACCURACIES = ("linear accuracy", "20-NN accuracy")
 MEASURES = (

@@ -300,6 +300,15 @@ def test_barlow_twins_invariances():
     np.testing.assert_allclose(wide.loss, 2 * narrow.loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_large_mean_costs_no_digits(name):
+    # Eight multiples of 1/64, so that the shift and the mean are exact in float32. The difference of
+    # the mean square, 2e7, and the squared mean would have an error of about 1.
+    e1, e2 = np.round(64 * normal(13, 2, 8, 4)) / np.float32(64)
+    far = COUPLED[name](e1 + np.float32(4096), e2 + np.float32(4096))
+    np.testing.assert_allclose(far.loss, COUPLED[name](e1, e2).loss, rtol=1e-6)
+
+
 def test_a_sharded_batch_has_the_losses_of_the_whole():
     # VICReg and Barlow Twins couple examples: a mean within each device would show.
     x, k = normal(10, 4, 16, 3), np.exp(normal(11, 16))
