@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.ndimage
 from sklearn.datasets import load_sample_image
 
 from jevb_jax.evaluation import corruptions
@@ -52,13 +53,96 @@ def test_shuffled_patches_are_the_patches(severity, tiles):
     assert any(patches(a) != patches(b) for a, b in zip(images(), found, strict=True))
 
 
+@pytest.mark.parametrize("severity", [1, 5])
+def test_blur_is_scipys(severity):
+    sigma = (0.04, 0.055, 0.07, 0.09, 0.12)[severity - 1] * 32
+    found = corruptions.corrupt(images(), "gaussian_blur", severity=severity, seed=0)
+    expected = scipy.ndimage.gaussian_filter(
+        images().astype(np.float64),
+        sigma,
+        mode="mirror",
+        radius=int(np.ceil(3 * sigma)),
+        axes=(1, 2),
+    )
+    np.testing.assert_allclose(found, expected, atol=0.5 + 1e-3)
+
+
+@pytest.mark.parametrize("severity", [2, 3, 5])
+def test_pixels_are_means_of_boxes(severity):
+    kept = (0.8, 0.65, 0.5, 0.4, 0.25)[severity - 1]
+    found = corruptions.corrupt(images(), "pixelate", severity=severity, seed=0)
+    pixels = round(kept * 32)
+    # Every pixel split into as many parts as there are boxes: box means are then plain means.
+    fine = images().astype(np.float64).repeat(pixels, axis=1).repeat(pixels, axis=2)
+    boxes = fine.reshape(3, pixels, 32, pixels, 32, 3).mean(axis=(2, 4))
+    index = ((np.arange(32) + 0.5) * pixels / 32).astype(int)
+    np.testing.assert_allclose(found, boxes[:, index][:, :, index], atol=0.5 + 1e-3)
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_rotation_is_scipys_one_way_or_the_other(severity):
+    degrees = (8, 16, 30, 45, 90)[severity - 1]
+    same = np.repeat(images()[:1], 8, axis=0)
+    found = corruptions.corrupt(same, "rotation", severity=severity, seed=0)
+    ways = [
+        scipy.ndimage.rotate(
+            same[0].astype(np.float64), sign * degrees, reshape=False, order=1, mode="reflect"
+        )
+        for sign in (-1, 1)
+    ]
+    errors = np.array([[np.abs(one - way).max() for way in ways] for one in found.astype(float)])
+    assert np.all(errors.min(axis=1) < 0.52)  # rounding, and float32 coordinates
+    assert set(errors.argmin(axis=1)) == {0, 1}
+
+
+def test_crop_is_a_part_of_the_image():
+    # On a ramp a crop's mean tells where it was cut, its range how large it was.
+    ramp = np.broadcast_to(np.arange(0, 256, 8, dtype=np.uint8)[:, None, None], (32, 32, 3))
+    found = corruptions.corrupt(np.stack([ramp] * 50), "crop", severity=4, seed=0).astype(float)
+    span = np.ptp(found, axis=(1, 2, 3))
+    assert np.all(
+        np.abs(span - 8 * (16 - 1)) <= 2
+    )  # half of 32 pixels, up to the resampling's ends
+    assert len(set(found.mean(axis=(1, 2, 3)).round())) > 8
+    with pytest.raises(ValueError, match="crop needs square images, got 30 x 32"):
+        corruptions.corrupt(images()[:, :30], "crop", severity=1, seed=0)
+
+
+# A shuffled, turned or cropped image may land on what looks alike.
+@pytest.mark.parametrize("name", ["contrast", "gaussian_blur", "gaussian_noise", "pixelate"])
+def test_severity_moves_an_image_further(name):
+    clean = images().astype(float)
+    distances = [
+        np.mean((corruptions.corrupt(images(), name, severity=s, seed=0) - clean) ** 2)
+        for s in range(1, 6)
+    ]
+    assert np.all(np.diff(distances) > 0)
+
+
+def test_batches_do_not_matter(monkeypatch):
+    whole = corruptions.corrupt(images(), "rotation", severity=2, seed=0)
+    monkeypatch.setattr(corruptions, "_BATCH_SIZE", 2)
+    found = corruptions.corrupt(images(), "rotation", severity=2, seed=0)
+    np.testing.assert_array_equal(found, whole)
+
+
+@pytest.mark.parametrize("name", sorted(corruptions.CORRUPTIONS))
+def test_digits_of_eight_pixels_are_corrupted_too(name):
+    small = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    for severity in (1, 5):
+        found = corruptions.corrupt(small, name, severity=severity, seed=0)
+        assert found.shape == small.shape
+        assert np.any(found != small)
+
+
 @pytest.mark.parametrize("name", sorted(corruptions.CORRUPTIONS))
 def test_seeds_and_severities(name):
     first = corruptions.corrupt(images(), name, severity=3, seed=0)
     assert first.dtype == np.uint8
     np.testing.assert_array_equal(first, corruptions.corrupt(images(), name, severity=3, seed=0))
-    if name != "contrast":
-        assert np.any(first != corruptions.corrupt(images(), name, severity=3, seed=1))
+    if name not in ("contrast", "gaussian_blur", "pixelate"):
+        others = [corruptions.corrupt(images(), name, severity=3, seed=seed) for seed in (1, 2, 3)]
+        assert any(np.any(first != other) for other in others)
         same = np.repeat(images()[:1], 3, axis=0)
         each = corruptions.corrupt(same, name, severity=3, seed=0)
         assert np.any(each[0] != each[1])  # every image has a key of its own
