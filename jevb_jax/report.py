@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jevb_jax import augmentations, data
@@ -57,6 +58,72 @@ def save_views_figure(
     figure.savefig(path, format="png")
 
 
+# Of the keys of `metrics.jsonl` under `train/`, those that every method logs: the others are its terms.
+_NOT_TERMS = frozenset(
+    f"train/{name}"
+    for name in (
+        "loss",
+        "posterior_scale",
+        "radial_scale",
+        "embedding_std",
+        "gradient_norm",
+        "learning_rate",
+    )
+)
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Keywords of a line that stays apart from its neighbours in black and white.
+
+    Args:
+      index: number of the line in its axes; the first 32 differ.
+
+    Returns:
+      Keywords of `Axes.plot`.
+    """
+    return {
+        "linestyle": ("-", "--", ":", "-.")[index % 4],
+        "color": ("black", "0.55")[index // 4 % 2],
+        "marker": ("", "o", "s", "^")[index // 8 % 4],
+        "markevery": 0.1,
+        "markersize": 4,
+    }
+
+
+def loss_terms(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Keys of the terms of the method's loss.
+
+    Args:
+      records: lines of `metrics.jsonl`.
+
+    Returns:
+      Every key under `train/` that is not among those of all methods, in the order of the log.
+    """
+    names = dict.fromkeys(name for record in records for name in record)
+    return tuple(name for name in names if name.startswith("train/") and name not in _NOT_TERMS)
+
+
+def draw_curves(axis: Axes, records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Draws logged values by step, each name in a line style of its own.
+
+    Args:
+      axis: to draw in.
+      records: lines of `metrics.jsonl`.
+      names: keys; one that no record has leaves no line.
+    """
+    short = [name.split("/", 1)[-1] for name in names]
+    labels = short if len(set(short)) == len(short) else names
+    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            steps, values = zip(*points, strict=True)
+            style = line_style(index)
+            if len(points) == 1:  # a line of one point shows nothing
+                style["marker"] = "o"
+            axis.plot(steps, values, lw=1.2, label=label, **style)
+    axis.set_xlabel("step")
+
+
 def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Draws the loss, the terms of the bound, the scales and the signals of collapse by step.
 
@@ -64,28 +131,18 @@ def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None
       path: PNG to write.
       records: lines of `metrics.jsonl`.
     """
-    elsewhere = ("loss", "posterior_scale", "radial_scale", "embedding_std", "gradient_norm")
-    elsewhere = {f"train/{name}" for name in (*elsewhere, "learning_rate")}
-    names = dict.fromkeys(name for record in records for name in record)
-    terms = tuple(name for name in names if name.startswith("train/") and name not in elsewhere)
     panels = (
         ("loss", ("train/loss",)),
-        ("terms of the loss", terms),
+        ("terms of the loss", loss_terms(records)),
         ("scales", ("train/posterior_scale", "train/radial_scale")),
         ("embedding_std (1 = spread, 0 = collapse)", ("train/embedding_std",)),
         ("effective rank", ("health/effective_rank",)),
         ("gradient norm", ("train/gradient_norm",)),
     )
-    styles = ("-", "--", ":", "-.")
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        for style, name in zip(styles, names, strict=False):
-            points = [(record["step"], record[name]) for record in records if name in record]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, style, color="black", lw=1.2, label=name.split("/")[1])
+        draw_curves(axis, records, names)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
         if len(axis.lines) > 1:
             axis.legend(fontsize=8)
     figure.savefig(path, format="png")
