@@ -4,11 +4,18 @@ import sys
 
 import jax
 from absl import app, flags
+from ml_collections import config_flags
 
 from jevb_jax import runner
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest by default.")
+_OOD = config_flags.DEFINE_config_file(
+    "ood",
+    None,
+    "Protocol of out-of-distribution detection, in place of the run's own.",
+    lock_config=True,
+)
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
 
@@ -17,7 +24,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
-        runner.evaluate(runner.load_config(_WORKDIR.value), _WORKDIR.value, step=_STEP.value)
+        config = runner.load_config(_WORKDIR.value)
+        if _OOD.value is not None:
+            config.ood = _OOD.value
+        runner.evaluate(config, _WORKDIR.value, step=_STEP.value)
     except runner.USER_ERRORS as error:
         if _TRACEBACK.value:
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default, recipes
+from configs import default, ood, recipes
 
 
 def get_config(method: str = "jevb") -> ConfigDict:
@@ -31,5 +31,5 @@ def get_config(method: str = "jevb") -> ConfigDict:
 
     config.train.batch_size = 512
     config.train.num_epochs = 100
-    config.evaluation.corruptions = ("contrast", "gaussian_noise", "patch_shuffle")
+    config.ood.corruptions = ood.CORRUPTIONS
     return recipes.set_cifar_method(config, method)

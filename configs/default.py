@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             "num_test_examples": 0,
             "validation_fraction": 0.1,  # carved from train; every choice is made on it
             "split_seed": 0,  # of subsets and of the validation split
+            "inlier_class": -1,  # one-class detection: train on this class alone (-1 = on all)
         }
     )
     config.input = ConfigDict(
@@ -145,8 +146,27 @@ def get_config() -> ConfigDict:
             "l2_grid": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # chosen on validation
             "labels_per_class": 10,  # of the few-label probe; 0 = off
             "few_label_seeds": 5,  # subsets averaged over
-            "corruptions": (),  # sets that the OOD score is measured on; see corruptions.py
             "compare_untrained": True,  # the same numbers for the encoder before training
+        }
+    )
+    # Out-of-distribution detection and the use of uncertainty; `evaluate.py --ood=FILE` replaces it.
+    config.ood = ConfigDict(
+        {
+            "name": "corruptions",  # of the protocol
+            "outside": (),  # sets: one `outside_set()` each
+            "choice": (),  # sets of which validation images choose one score; never reported
+            "corruptions": (),  # of the evaluated images, see corruptions.py; () = none
+            "severities": (1, 2, 3, 4, 5),
+            "num_corrupted_images": 2000,  # the first so many
+            "default_score": "",  # the row without a choice ("" = the method's own, runner prints it)
+            "num_views": 4,  # of jevb's terms: the image itself and augmented ones
+            "num_samples": 8,  # of each view's posterior
+            "max_fit_images": 10_000,  # of the training split, for the feature scores; 0 = all
+            "knn_k": (50,),
+            "ssd_clusters": (1, 10),
+            "residual_share": 0.5,  # of the features: dimension of the principal subspace
+            "num_bootstrap": 100,  # resamples of an interval
+            "human_counts_path": "",  # .npz with `cifar10h_counts`, votes by test image and class
         }
     )
     return config

@@ -41,5 +41,5 @@ def get_config() -> ConfigDict:
     config.train.health_every_steps = 250
     config.checkpoint.every_steps = 500
     config.evaluation.knn_k = (20, 200)
-    config.evaluation.corruptions = ("contrast", "gaussian_noise", "patch_shuffle")
+    config.ood.corruptions = ("contrast", "gaussian_noise", "patch_shuffle", "rotation")
     return config

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default, recipes
+from configs import default, ood, recipes
 
 
 def get_config(method: str = "jevb") -> ConfigDict:
@@ -30,5 +30,5 @@ def get_config(method: str = "jevb") -> ConfigDict:
     config.model.backbone = "resnet50"
     config.model.stem = "imagenet"
     config.model.dtype = "bfloat16"
-    config.evaluation.corruptions = ("contrast", "gaussian_noise", "patch_shuffle")
+    config.ood.corruptions = ood.CORRUPTIONS
     return recipes.set_imagenet_method(config, method)

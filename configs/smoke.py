@@ -35,5 +35,10 @@ def get_config() -> ConfigDict:
     config.evaluation.knn_k = (20,)
     config.evaluation.l2_grid = (1e-3, 1e-2)
     config.evaluation.few_label_seeds = 2
-    config.evaluation.corruptions = ("contrast", "gaussian_noise", "patch_shuffle")
+    config.ood.corruptions = ("contrast", "patch_shuffle")
+    config.ood.severities = (3, 5)
+    config.ood.num_views = 2
+    config.ood.num_samples = 2
+    config.ood.ssd_clusters = (1,)
+    config.ood.num_bootstrap = 20
     return config

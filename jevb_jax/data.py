@@ -110,6 +110,7 @@ class Subset:
     Attributes:
         source: where the images come from.
         indices: integers `[M]`, M >= 1, each in `[0, len(source))`; kept as int64.
+        has_labels: whether the labels of the source, if any, are those of the subset.
 
     Raises:
         TypeError: indices are not integers.
@@ -118,6 +119,7 @@ class Subset:
 
     source: ImageSource
     indices: np.ndarray
+    has_labels: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "indices", _checked_indices(self.indices, len(self.source)))
@@ -126,7 +128,7 @@ class Subset:
     def labels(self) -> np.ndarray | None:
         """int64 `[M]`, or None."""
         labels = self.source.labels
-        return None if labels is None else labels[self.indices]
+        return None if labels is None or not self.has_labels else labels[self.indices]
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -233,6 +235,68 @@ class FolderSource:
                         f"image {index}, {path} is {image.size[0]}x{image.size[1]}; "
                         "set image_size to resize them on load"
                     )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        path = self.paths[index]
+        return _decode_image(
+            path, mode="RGB", image_size=self.image_size, where=f"image {index}, {path}"
+        )
+
+
+class ImageListSource:
+    """PNG and JPEG files named, with a label each, by the lines of a text file.
+
+    The format of OpenOOD's benchmark lists: `relative/path.png LABEL` a line. A file of which any
+    label is negative, as those of outlier sets are, counts as unlabelled.
+
+    Args:
+        list_path: the text file.
+        root: directory that its paths start from.
+        image_size: as for `FolderSource`; 0 takes the files to be of one size.
+
+    Raises:
+        FileNotFoundError: no such list, or a file of it is missing (the first one is named).
+        ValueError: no lines, or a line that is not a path and an integer, with its number.
+    """
+
+    def __init__(
+        self,
+        list_path: str | os.PathLike[str],
+        root: str | os.PathLike[str],
+        *,
+        image_size: int = 0,
+    ):
+        _check_image_size(image_size)
+        self.name = str(list_path)
+        self.image_size = image_size
+        self.class_names: tuple[str, ...] | None = None
+        if not Path(list_path).is_file():
+            raise FileNotFoundError(f"no image list at {list_path}")
+        paths, labels = [], []
+        lines = Path(list_path).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            path, _, label = line.strip().rpartition(" ")
+            if not path or not label.lstrip("-").isdigit():
+                raise ValueError(
+                    f"line {number} of {list_path} must be a path and an integer, got {line!r}"
+                )
+            paths.append(Path(root) / path)
+            labels.append(int(label))
+        if not paths:
+            raise ValueError(f"{list_path} names no images")
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of the {len(paths)} files of {list_path} are missing, the first is "
+                f"{missing[0]}"
+            )
+        self.paths = tuple(map(str, paths))
+        self.labels = None if min(labels) < 0 else np.asarray(labels, np.int64)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -653,11 +717,13 @@ class Dataset(NamedTuple):
         validation: held out of the training images: for every choice that is made.
         test: for the final numbers only; None where the data are unlabelled and no test images
             were given.
+        outside: test images of the classes that were left out of all three, or None.
     """
 
     train: ImageSource
     validation: ImageSource
     test: ImageSource | None
+    outside: ImageSource | None = None
 
 
 def load_dataset(
@@ -674,6 +740,7 @@ def load_dataset(
     num_test_examples: int = 0,
     validation_fraction: float = 0.1,
     split_seed: int = 0,
+    inlier_class: int = -1,
 ) -> Dataset:
     """Loads a data set and holds out its validation part.
 
@@ -698,6 +765,8 @@ def load_dataset(
         num_test_examples: likewise for the test images (`shapes`: 2,000).
         validation_fraction: share of the training images held out, in (0, 1).
         split_seed: non-negative integer.
+        inlier_class: the one class to train on (one-class detection): the other classes' test images
+            become `outside`, and the labels of the rest, all equal, are dropped. -1: all classes.
 
     Raises:
         ValueError: unknown source, a fraction outside (0, 1) or that leaves a part empty, more
@@ -772,10 +841,82 @@ def load_dataset(
     chosen = _stratified(train, held_out, split_seed, _VALIDATION)
     validation = Subset(train, chosen)
     train = Subset(train, _complement(chosen, len(train)))
+    outside = None
+    if inlier_class >= 0:
+        train, validation = (_of_class(part, inlier_class) for part in (train, validation))
+        if test is None or test.labels is None:
+            raise ValueError(f"inlier_class={inlier_class} needs labelled test images")
+        outside = Subset(test, np.flatnonzero(test.labels != inlier_class))
+        outside = _limited(outside, num_test_examples, split_seed, _TEST_SUBSET)
+        test = _of_class(test, inlier_class)
     train = _limited(train, num_train_examples, split_seed, _TRAIN_SUBSET)
     if test is not None:
         test = _limited(test, num_test_examples, split_seed, _TEST_SUBSET)
-    return Dataset(train, validation, test)
+    return Dataset(train, validation, test, outside)
+
+
+def _of_class(source: ImageSource, label: int) -> Subset:
+    """The images of one class, without their labels."""
+    if source.labels is None or not np.any(source.labels == label):
+        raise ValueError(f"inlier_class={label}: {source.name} has no images with that label")
+    return Subset(source, np.flatnonzero(source.labels == label), has_labels=False)
+
+
+def load_images(
+    *,
+    source: str,
+    paths: Sequence[str] = (),
+    tfds_name: str = "",
+    data_dir: str = "",
+    split: str = "test",
+    image_size: int = 0,
+    exclude_labels: Sequence[int] = (),
+    num_examples: int = 0,
+    split_seed: int = 0,
+) -> ImageSource:
+    """Loads one set of images, for instance one that is out of distribution.
+
+    Args:
+        source: `arrays`, `folder`, `tfds` or `image_list`.
+        paths: `.npz` files for `arrays`, one directory for `folder`, the list and the directory that
+            its paths start from for `image_list`.
+        tfds_name: see `TfdsSource`.
+        data_dir: see `TfdsSource`.
+        split: of `tfds`.
+        image_size: side in pixels that images read from files are resized to; 0 keeps them.
+        exclude_labels: classes to leave out, for instance those of the training set.
+        num_examples: a stratified choice by `split_seed`; 0 for all.
+        split_seed: non-negative integer.
+
+    Raises:
+        ValueError: unknown source, the wrong number of paths, classes to exclude from unlabelled
+            images, nothing left. Also whatever the source itself raises.
+    """
+    images: ImageSource
+    match source:
+        case "arrays":
+            images = arrays(paths)
+        case "folder":
+            if len(paths) != 1:
+                raise ValueError(f"source 'folder' takes one directory in paths, got {list(paths)}")
+            images = FolderSource(paths[0], image_size=image_size)
+        case "image_list":
+            if len(paths) != 2:
+                raise ValueError(
+                    f"source 'image_list' takes a list and a directory in paths, got {list(paths)}"
+                )
+            images = ImageListSource(paths[0], paths[1], image_size=image_size)
+        case "tfds":
+            images = TfdsSource(tfds_name, split, data_dir=data_dir, image_size=image_size)
+        case _:
+            raise ValueError(
+                f"unknown source {source!r}; expected arrays, folder, image_list or tfds"
+            )
+    if len(exclude_labels):
+        if images.labels is None:
+            raise ValueError(f"{images.name} has no labels: no class can be excluded")
+        images = Subset(images, np.flatnonzero(~np.isin(images.labels, list(exclude_labels))))
+    return _limited(images, num_examples, split_seed, _TEST_SUBSET)
 
 
 def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) -> None:

@@ -188,12 +188,23 @@ def _check_evaluation(settings: dict[str, Any], *, num_train_images: int) -> Non
         )
     if settings["split"] not in ("test", "validation"):
         raise ValueError(f"evaluation.split must be test or validation, got {settings['split']!r}")
+
+
+def _check_ood(settings: dict[str, Any]) -> None:
+    """Likewise for the section `ood`."""
     unknown = set(settings["corruptions"]) - corruptions.CORRUPTIONS.keys()
     if unknown:
         raise ValueError(
-            f"evaluation.corruptions may hold {sorted(corruptions.CORRUPTIONS)}, got "
-            f"{sorted(unknown)}"
+            f"ood.corruptions may hold {sorted(corruptions.CORRUPTIONS)}, got {sorted(unknown)}"
         )
+    severities = range(1, corruptions.NUM_SEVERITIES + 1)
+    if settings["corruptions"] and not set(settings["severities"]) <= set(severities):
+        raise ValueError(f"ood.severities are 1 to 5, got {settings['severities']}")
+    for name in ("num_views", "num_samples", "num_bootstrap", "num_corrupted_images"):
+        if settings[name] < 1:
+            raise ValueError(f"ood.{name} must be at least 1, got {settings[name]}")
+    if not 0 < settings["residual_share"] < 1:
+        raise ValueError(f"ood.residual_share must be in (0, 1), got {settings['residual_share']}")
 
 
 def build_experiment(config: ConfigDict) -> Experiment:
@@ -221,6 +232,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
             f"{len(view_augmentations[0].mean)} values: give mean and std one for each channel"
         )
     _check_evaluation(config.to_dict()["evaluation"], num_train_images=len(dataset.train))
+    _check_ood(config.to_dict()["ood"])
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), train.batch_size)
     num_train_steps = round(train.num_epochs * steps_per_epoch)
     if num_train_steps < 1:

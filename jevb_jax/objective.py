@@ -220,6 +220,16 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
+def _scale_diag(
+    posterior_scale: Array, untied_scale: ArrayLike | None, *, scale_units: ScaleUnits
+) -> Array:
+    """`[batch, D]`, the likelihood's scale: tied to the posterior's unless another is given."""
+    if untied_scale is not None:
+        untied = jnp.asarray(untied_scale, posterior_scale.dtype)
+        posterior_scale = jnp.broadcast_to(untied, posterior_scale.shape)
+    return likelihood_scale(posterior_scale, scale_units=scale_units)
+
+
 def _check_num_samples(num_samples: int) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -288,11 +298,7 @@ def conditional_elbo(
     target = jax.lax.stop_gradient(target)
     _check_choice("location", location, LOCATIONS)
     _check_choice("likelihood", likelihood, LIKELIHOODS)
-    if untied_scale is None:
-        scale_diag = likelihood_scale(scale, scale_units=scale_units)
-    else:
-        untied = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
-        scale_diag = likelihood_scale(untied, scale_units=scale_units)
+    scale_diag = _scale_diag(scale, untied_scale, scale_units=scale_units)
 
     def sample_terms(noise: Array) -> tuple[Array, Array]:
         return _likelihood_terms(
@@ -419,12 +425,14 @@ def importance_weighted_bound(
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
     space: distributions.Space = "log",
+    untied_scale: ArrayLike | None = None,
+    likelihood: Likelihood = "factorised",
 ) -> Array:
     """`log 1/K sum_k p(h | z_k) p(z_k) / q(z_k | h)` (docs eq. 15; Burda et al. 2016, eq. 8).
 
     Its expectation is the ELBO at `K = 1` and rises with `K` towards `log p(h)`. The scale of the
-    likelihood is the posterior's, tied, and held for all `z`. The polar Jacobian is left out, as in
-    training. No gradient is stopped.
+    likelihood, the posterior's unless it is untied, is held for all `z`. The polar Jacobian is left
+    out, as in training. No gradient is stopped.
 
     Args:
       key: one key, or `[batch]` keys; consumed.
@@ -439,6 +447,8 @@ def importance_weighted_bound(
       prior_scale: standard deviation of the prior.
       coordinates: coordinates of the directional term.
       space: space of the radial term.
+      untied_scale: of the likelihood, if it is not the posterior's.
+      likelihood: factorised or not.
 
     Returns:
       `[batch]`, nats, larger is better.
@@ -451,7 +461,8 @@ def importance_weighted_bound(
     )
     _check_posterior(embedding, mean, scale)
     _check_num_samples(num_samples)
-    scale_diag = likelihood_scale(scale, scale_units=scale_units)
+    _check_choice("likelihood", likelihood, LIKELIHOODS)
+    scale_diag = _scale_diag(scale, untied_scale, scale_units=scale_units)
 
     def log_weight(noise: Array) -> Array:
         latent = mean + scale * noise
@@ -464,6 +475,7 @@ def importance_weighted_bound(
             radial_scale=radial_scale,
             coordinates=coordinates,
             space=space,
+            likelihood=likelihood,
         )
         # log p(z) - log q(z), in which the constants of the two Gaussians cancel.
         log_ratio = (

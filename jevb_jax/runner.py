@@ -21,12 +21,27 @@ from jax import Array
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jevb_jax import augmentations, data, files, health, methods, report, training
+from jevb_jax import (
+    augmentations,
+    data,
+    files,
+    health,
+    html_report,
+    methods,
+    report,
+    run_report,
+    training,
+)
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, flatten_names
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.metrics_log import MetricsLog, ProgressLine
-from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
+from jevb_jax.networks import (
+    DirectionalPrediction,
+    JointEmbeddingModel,
+    Posterior,
+    ViewOutputs,
+)
 from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
 
 _logger = logging.getLogger(__name__)
@@ -35,6 +50,7 @@ _logger = logging.getLogger(__name__)
 CHANGEABLE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
+    "ood.",
     "input.num_workers",
     "input.prefetch_batches",
     "train.health_every_steps",
@@ -204,7 +220,7 @@ class _Batches:
 
 
 def _health_check(experiment: Experiment) -> Any:
-    """A compiled function state -> health metrics, on fixed validation images; or None."""
+    """A compiled function state -> health measures, on fixed validation images; or None."""
     settings = experiment.config["train"]
     embedding_dim = experiment.config["model"]["embedding_dim"]
     source = experiment.dataset.validation
@@ -218,6 +234,8 @@ def _health_check(experiment: Experiment) -> Any:
             embedding_dim,
             count,
         )
+    if count < 2:
+        _logger.warning("No health will be logged: it needs 2 validation images, got %d.", count)
         return None
     images = data.gather(source, np.arange(count))
     view = experiment.view_augmentations[0]
@@ -232,17 +250,35 @@ def _health_check(experiment: Experiment) -> Any:
         output: Any = experiment.model.apply(state.evaluation_variables, views, train=False)
         values = health.representation_health(output.embedding)
         if isinstance(output.prediction, Posterior):
-            summary = health.posterior_summary(
-                output.posterior_mean,
-                output.posterior_scale,
-                prior_scale=experiment.config["jevb"]["prior_scale"],
-            )
-            values |= {f"posterior_{name}": value for name, value in summary._asdict().items()}
+            values |= _posterior_values(experiment, state, output)
+        if isinstance(output.prediction, DirectionalPrediction):
+            values["concentration_mean"] = jnp.mean(output.prediction.concentration)
         if settings["health_pairs"]:
             values |= _pair_values(experiment, state, images)
         return values
 
     return functools.partial(check, images=jnp.asarray(images))
+
+
+def _posterior_values(
+    experiment: Experiment, state: training.TrainState, output: ViewOutputs
+) -> dict[str, Array]:
+    """Posteriors of the images, their scales' floor and the width of the radial likelihood."""
+    settings: methods.JevbSettings = experiment.jevb_settings
+    min_scale = experiment.config["model"]["min_scale"]
+    mean, scale = output.posterior_mean, output.posterior_scale
+    summary = health.posterior_summary(mean, scale, prior_scale=settings.prior_scale)
+    values = {f"posterior_{name}": value for name, value in summary._asdict().items()}
+    values["posterior_scale_at_floor"] = health.share_at_floor(scale, min_scale=min_scale)
+    likelihood = output.prediction.likelihood_scale
+    if likelihood is not None:  # untied: a head of its own, with the same floor
+        values["likelihood_scale_at_floor"] = health.share_at_floor(likelihood, min_scale=min_scale)
+    width: Any = experiment.model.apply(state.evaluation_variables, method="radial_scale")
+    if settings.space == "linear":  # a length there: relative to the radii
+        log_radius = health.embedding_log_radius(output.embedding)
+        width = width / (jnp.exp(log_radius) * np.sqrt(mean.shape[-1]))
+    values["radial_width"] = width
+    return values
 
 
 def _pair_values(
@@ -367,6 +403,7 @@ class _Run:
     def __init__(self, experiment: Experiment, workdir: Path, console: Console):
         self.experiment = experiment
         self.config = experiment.config
+        self.embedding_dim: int = self.config["model"]["embedding_dim"]
         self.workdir = workdir
         self.console = console
         self.log = MetricsLog(workdir)
@@ -377,6 +414,7 @@ class _Run:
             keep_best=settings["keep_best"],
         )
         self.rank: float | None = None
+        self.alarms: dict[str, str] = {}  # raised at the last health check: messages by name
         self.check_health = _health_check(experiment)
 
     def restore(self) -> training.TrainState:
@@ -388,6 +426,12 @@ class _Run:
             self.checkpointer.discard_after(step)
             self.console.print(f"Resuming {self.workdir} at step {step}.")
         self.log.truncate_after(step)
+        for record in MetricsLog.read(self.workdir / "metrics.jsonl"):
+            if values := health.logged_health(record):
+                alarms = health.health_alarms(
+                    values, step=record["step"], embedding_dim=self.embedding_dim
+                )
+                self.alarms = {alarm.name: alarm.message for alarm in alarms}
         return state
 
     def save(self, state: training.TrainState) -> None:
@@ -428,10 +472,25 @@ class _Run:
         return values
 
     def record_health(self, state: training.TrainState) -> None:
-        """Logs effective rank and the posterior's summary of a state."""
-        values = {f"health/{k}": float(v) for k, v in self.check_health(state).items()}
-        self.rank = values["health/effective_rank"]
-        self.log.write(int(state.step), values)
+        """Logs the health of a state and its alarms; says which alarms rose or cleared."""
+        step = int(state.step)
+        values = {name: float(value) for name, value in self.check_health(state).items()}
+        judged = health.judge(values, step=step, embedding_dim=self.embedding_dim)
+        self.rank = values.get("effective_rank")
+        values |= {f"alarm_{name}": float(message is not None) for name, message in judged.items()}
+        self.log.write(step, {f"health/{name}": value for name, value in values.items()})
+        raised = {name: message for name, message in judged.items() if message is not None}
+        for name, message in raised.items():
+            if name not in self.alarms:
+                self.say(f"Health alarm at step {step}, {name}: {message}")
+        for name in self.alarms:
+            if name not in raised:
+                self.say(f"Health alarm cleared at step {step}: {name}")
+        self.alarms = raised
+
+    def say(self, text: str) -> None:
+        """Prints a line in which nothing is markup, whatever the width."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def train(self, state: training.TrainState, stop: _StopRequest) -> training.TrainState:
         """Runs the loop from a state to the end of the run or to a request to stop."""
@@ -469,7 +528,8 @@ class _Run:
                 pending = _Dispatch(step, count, metrics, is_finite)
                 step += count
                 is_save = save_every and step % save_every == 0
-                is_health = health_every and step % health_every == 0
+                is_last = step == num_steps
+                is_health = health_every and (step % health_every == 0 or is_last)
                 if is_save or is_health:
                     settle(pending)
                     pending = None
@@ -481,6 +541,9 @@ class _Run:
                 settle(pending)
         self.save(state)
         self.checkpointer.wait()
+        if health_every and step == num_steps >= health.ALARM_WARMUP_STEPS:
+            lines = [f"  {name}: {message}" for name, message in self.alarms.items()]
+            self.say("\n".join([f"Health alarms at the end: {len(lines) or 'none'}", *lines]))
         return state
 
 
@@ -536,21 +599,52 @@ def _train_and_evaluate(experiment: Experiment, workdir: Path, console: Console)
             )
             return False
     report.save_curves_figure(workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl"))
-    results = protocol.evaluate(experiment, state.evaluation_variables)
-    results["step"] = int(state.step)
-    files.write_json_atomically(workdir / "results.json", results)
-    console.print(protocol.results_table(results))
+    _evaluate_and_report(experiment, workdir, state, console)
     console.print(f"Run files: {workdir}")
     return True
+
+
+def _evaluate_and_report(
+    experiment: Experiment, workdir: Path, state: training.TrainState, console: Console
+) -> dict[str, Any]:
+    """Evaluates a state; writes `results.json`, `results.csv` and `report.html`, prints the tables."""
+    step = int(state.step)
+    results, evaluation = protocol.evaluate(experiment, state.evaluation_variables)
+    results["step"] = step
+    suffix = "" if step == experiment.num_train_steps else f"_step_{step}"
+    files.write_text_atomically(workdir / f"results{suffix}.csv", protocol.results_csv(results))
+    records = MetricsLog.read(workdir / "metrics.jsonl")
+    run_report.write_run_report(
+        workdir / f"report{suffix}.html",
+        experiment=experiment,
+        evaluation=evaluation,
+        results=results,
+        records=records,
+        alarms=[
+            html_report.Alarm(*alarm)
+            for alarm in health.alarm_history(
+                records, embedding_dim=experiment.config["model"]["embedding_dim"]
+            )
+        ],
+        environment=json.loads((workdir / "environment.json").read_text(encoding="utf-8")),
+    )
+    # The last of the files: who finds it finds the others.
+    files.write_json_atomically(workdir / f"results{suffix}.json", results)
+    console.print(protocol.classification_table(results))
+    if evaluation.ood is not None:
+        console.print(protocol.detection_table(results))
+    console.print(f"Every number: results{suffix}.csv; the page: report{suffix}.html")
+    return results
 
 
 def evaluate(
     config: ConfigDict, workdir: str | Path, *, step: int | None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run and writes `results.json` beside it.
+    """Evaluates a checkpoint of a run; writes `results.json`, `results.csv` and `report.html`.
 
     Args:
-      config: the config of the run; only `evaluation.*` may differ from what it was trained with.
+      config: the config of the run; only `evaluation` and `ood` may differ from what it was trained
+        with.
       workdir: directory of the run.
       step: a checkpoint's step, or None for the latest.
       console: where people read.
@@ -570,19 +664,15 @@ def evaluate(
             restored = checkpointer.restore_latest(experiment.initial_state())
             if restored is None:
                 raise CheckpointError(f"{workdir} holds no checkpoint: train first")
-            step, state = restored
+            _, state = restored
         elif step in checkpointer.steps():
             state = checkpointer.restore(step, experiment.initial_state())
         else:
             raise CheckpointError(f"{workdir} has checkpoints {checkpointer.steps()}, not {step}")
     finally:
         checkpointer.close()
-    results = protocol.evaluate(experiment, state.evaluation_variables)
-    results["step"] = step
-    name = "results.json" if step == experiment.num_train_steps else f"results_step_{step}.json"
-    files.write_json_atomically(workdir / name, results)
-    console.print(protocol.results_table(results))
-    console.print(f"Results: {workdir / name}")
+    results = _evaluate_and_report(experiment, workdir, state, console)
+    console.print(f"Run files: {workdir}")
     return results
 
 

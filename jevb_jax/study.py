@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -130,13 +131,19 @@ class Evidence(NamedTuple):
     Attributes:
       runs: data of every seed, by name of the run.
       measures: by label.
+      averages: names of runs, by name of their average.
     """
 
     runs: Mapping[str, Sequence[RunData]]
     measures: Mapping[str, Measure]
+    averages: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
     def values(self, run: str, label: str) -> dict[int, float]:
-        """A measure by seed, of finished runs that have it."""
+        """A measure by seed, of finished runs that have it; of an average where all of them do."""
+        if run in self.averages:
+            parts = [self.values(one, label) for one in self.averages[run]]
+            seeds = set.intersection(*(set(part) for part in parts))
+            return {seed: float(np.mean([part[seed] for part in parts])) for seed in sorted(seeds)}
         pairs = ((data.seed, data.value(self.measures[label])) for data in self.runs[run])
         return {seed: value for seed, value in pairs if value is not None}
 
@@ -147,6 +154,8 @@ class Evidence(NamedTuple):
 
     def status(self, run: str) -> str:
         """What became of every seed."""
+        if run in self.averages:
+            return f"mean of {len(self.averages[run])} runs"
         seeds = self.runs[run]
         parts = [f"{sum(data.results is not None for data in seeds)} of {len(seeds)}"]
         failures: dict[str, list[str]] = {}
@@ -363,6 +372,8 @@ class Study:
       seeds: of every run.
       measures: columns of the table.
       figures: one for each claim.
+      averages: further rows of the table, each the mean of several runs seed by seed, such as those of
+        one-class detection over its classes.
     """
 
     title: str
@@ -370,13 +381,14 @@ class Study:
     seeds: Sequence[int]
     measures: Sequence[Measure]
     figures: Sequence[Figure] = ()
+    averages: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
     def __post_init__(self) -> None:
         """Refuses what does not fit, by name.
 
         Raises:
-          ValueError: no runs or seeds, names that are no file names or occur twice, figures of
-            unknown runs or measures, two runs of one config.
+          ValueError: no runs or seeds, names that are no file names or occur twice, figures or
+            averages of unknown runs or measures, two runs of one config.
         """
         labels = [measure.label for measure in self.measures]
         figure_names = [figure.name for figure in self.figures]
@@ -389,6 +401,12 @@ class Study:
         bad = [n for n in (*self.runs, *figure_names) if not re.fullmatch(r"\w[\w.=+-]*", n)]
         if bad:
             raise ValueError(f"names are file names: letters, digits and _ . = + -, got {bad}")
+        for name, runs in self.averages.items():
+            if name in self.runs or not runs or not set(runs) <= set(self.runs):
+                raise ValueError(
+                    f"average {name} needs a name of its own and runs among {[*self.runs]}, "
+                    f"got {list(runs)}"
+                )
         for figure in self.figures:
             is_sweep = isinstance(figure, Sweep)
             runs = [*figure.runs.values(), *figure.references] if is_sweep else figure.runs
@@ -689,7 +707,7 @@ def _csv_table(study: Study, evidence: Evidence) -> str:
     writer.writerow(
         ["run", "finished", *(f"{label}: {part}" for label in labels for part in parts)]
     )
-    for run in study.runs:
+    for run in (*study.runs, *study.averages):
         row: list[Any] = [run, evidence.status(run)]
         for label in labels:
             values = evidence.values(run, label)
@@ -754,7 +772,8 @@ def write_report(study: Study, out: str | Path, *, command: str) -> None:
         raise FileNotFoundError(f"--out must be the directory of a study, {out} does not exist")
     plan = _plan(study, out)
     data = {name: [run.read() for run in plan if run.name == name] for name in study.runs}
-    evidence = Evidence(data, {measure.label: measure for measure in study.measures})
+    by_label = {measure.label: measure for measure in study.measures}
+    evidence = Evidence(data, by_label, study.averages)
     labels = [measure.label for measure in study.measures]
     lines = [f"# {study.title}", "", *(f"* {fact}" for fact in _facts(study, evidence, command))]
     for run in plan:
@@ -762,9 +781,13 @@ def write_report(study: Study, out: str | Path, *, command: str) -> None:
             lines.append(f"* {run.name}, seed {run.seed} ran with {key} = {old!r}; now {new!r}")
     lines += ["", "Mean ± sample standard deviation over the finished seeds.", ""]
     lines += [f"| run | finished | {' | '.join(labels)} |", "|---" * (2 + len(labels)) + "|"]
-    for name in study.runs:
-        count = sum(one.results is not None for one in data[name])
-        cells = [_cell([*evidence.values(name, label).values()], count) for label in labels]
+    for name in (*study.runs, *study.averages):
+        seeds = [evidence.values(name, label) for label in labels]
+        is_average = name in study.averages
+        count = (
+            max(map(len, seeds)) if is_average else sum(d.results is not None for d in data[name])
+        )
+        cells = [_cell([*values.values()], count) for values in seeds]
         lines.append(f"| {' | '.join([name, evidence.status(name), *cells])} |")
     lines += ["", *(f"* {note}" for note in _footnotes(study, evidence))]
     for figure in study.figures:

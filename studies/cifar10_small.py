@@ -70,7 +70,7 @@ def method_config(method: str, **changes: Any) -> Any:
     config.evaluation.knn_k = (20,)
     config.evaluation.l2_grid = (1e-4, 1e-3, 1e-2)
     config.evaluation.labels_per_class = 0
-    config.evaluation.corruptions = ()
+    config.ood.corruptions = ()
     config.evaluation.compare_untrained = False
     for key, value in changes.items():
         section, name = key.split("__")

@@ -1,6 +1,7 @@
 """Oracles: known spectra, NumPy float64 and SciPy."""
 
 import functools
+import math
 
 import hypothesis
 import hypothesis.strategies as st
@@ -200,10 +201,40 @@ def test_posterior_summary_refuses_unequal_shapes():
 def test_representation_health_jits_and_equals_its_parts():
     embedding = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     values = jax.jit(health.representation_health)(embedding)
-    assert values.keys() == {"embedding_std", "effective_rank"}
+    assert values.keys() == {"embedding_std", "effective_rank", "embedding_log_radius"}
     for name, value in values.items():
         assert value.shape == ()
         np.testing.assert_allclose(value, getattr(health, name)(embedding), rtol=1e-5, err_msg=name)
+
+
+def test_representation_health_of_few_images_leaves_out_the_rank_alone():
+    embedding = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    assert health.representation_health(embedding).keys() == {
+        "embedding_std",
+        "embedding_log_radius",
+    }
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_log_radius_against_numpy(scale):
+    embedding = np.random.default_rng(0).normal(size=(30, 9)) * scale
+    value = health.embedding_log_radius(jnp.asarray(embedding, jnp.float32))
+    expected = np.mean(np.log(np.linalg.norm(embedding, axis=1) / 3))
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    # Zero vectors are the smallest normal number, and a NaN stays one.
+    zero = health.embedding_log_radius(jnp.zeros((4, 9)))
+    np.testing.assert_allclose(zero, np.log(np.finfo(np.float32).tiny / 3), rtol=1e-5)
+    assert np.isnan(health.embedding_log_radius(jnp.full((4, 9), jnp.nan)))
+
+
+def test_share_at_floor():
+    scale = jnp.array([[1.0, 1.09, 1.11, 7.0], [1.0, 2.0, 2.0, 2.0]])
+    assert float(health.share_at_floor(scale, min_scale=1.0)) == pytest.approx(3 / 8)
+    # Of an isotropic posterior the features of an image are at the floor together.
+    isotropic = jnp.broadcast_to(jnp.array([[0.5], [0.9]]), (2, 6))
+    assert float(health.share_at_floor(isotropic, min_scale=0.5)) == pytest.approx(1 / 2)
+    assert float(health.share_at_floor(scale, min_scale=0.0)) == 0
+    assert np.isnan(health.share_at_floor(scale.at[1, 1].set(jnp.nan), min_scale=1.0))
 
 
 def test_half_precision_is_promoted():
@@ -281,3 +312,164 @@ def test_term_gradient_norms_are_those_of_known_terms():
     # Free of the units of the representation.
     scaled = health.term_gradient_norms(lambda y: terms_of(y / 10), 10 * x)
     np.testing.assert_allclose(scaled["kl"], expected["kl"], rtol=1e-5)
+
+
+# The last checks of healthy runs (`docs/results` and the digits), by method.
+REPRESENTATION = {"embedding_std": 0.98, "effective_rank": 38.5, "embedding_log_radius": -0.1}
+JEVB = {
+    **REPRESENTATION,
+    "posterior_kl_per_dimension": 0.096,
+    "posterior_scale_at_floor": 0.0,
+    "likelihood_scale_at_floor": 0.0,
+    "radial_width": 0.55,
+}
+VI_SIMSIAM = {**REPRESENTATION, "concentration_mean": 8.5}
+
+
+def alarms(values, *, embedding_dim=128, step=100):
+    raised = health.health_alarms(values, step=step, embedding_dim=embedding_dim)
+    assert all(alarm.message.count("\n") == 0 and "Try " in alarm.message for alarm in raised)
+    return {alarm.name: alarm.message for alarm in raised}
+
+
+def test_a_method_is_judged_by_the_alarms_of_its_values():
+    def judged(values):
+        return health.judge(values, step=100, embedding_dim=128)
+
+    jevb = ("collapse", "posterior_is_prior", "scale_at_floor", "radius_drift")
+    assert judged(JEVB) == dict.fromkeys(jevb)
+    assert judged(VI_SIMSIAM) == {"collapse": None, "concentration": None}
+    assert judged(REPRESENTATION) == {"collapse": None}
+    assert judged({"effective_rank": 1.0}) == {}
+
+
+# D, embedding_std, effective rank, KL per dimension: `docs/results`; then the lowest that healthy runs of
+# smoke and digits had at any step from 20 on.
+@pytest.mark.parametrize(
+    ("dim", "std", "rank", "kl"),
+    [
+        (128, 0.9861, 41.22, 0.0967),  # prior 4
+        (128, 0.9881, 22.41, 2.5364),  # KL weight 0.03
+        (128, 0.9664, 32.45, 0.0652),  # untied
+        (128, 0.7792, 39.24, None),  # BYOL
+        (128, 0.9744, 21.50, None),  # VI-SimSiam
+        (256, 0.7812, 96.57, None),  # VICReg
+        (16, 0.8943, 8.63, 0.0581),
+        (64, 0.5322, 9.67, 0.0316),
+    ],
+)
+def test_healthy_runs_raise_nothing(dim, std, rank, kl):
+    values = {**REPRESENTATION, "embedding_std": std, "effective_rank": rank}
+    if kl is not None:
+        values = {**JEVB, **values, "posterior_kl_per_dimension": kl}
+    assert alarms(values, embedding_dim=dim) == {}
+
+
+def test_the_published_partial_collapse_is_seen():
+    # `docs/results/ablations`: the location at the posterior's mean.
+    values = {
+        "embedding_std": 0.5902,
+        "effective_rank": 5.6477,
+        "posterior_kl_per_dimension": 0.0514,
+    }
+    assert "5.65 of D = 128" in alarms({**JEVB, **values})["collapse"]
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "edges"),
+    [
+        ("embedding_std", "collapse", (0.3, None)),
+        ("effective_rank", "collapse", (6.0, None)),
+        # 0.5 nats an image, over D; 128 is a power of two, so nothing is rounded.
+        ("posterior_kl_per_dimension", "posterior_is_prior", (0.5 / 128, None)),
+        ("posterior_scale_at_floor", "scale_at_floor", (None, 0.1)),
+        ("likelihood_scale_at_floor", "scale_at_floor", (None, 0.1)),
+        ("embedding_log_radius", "radius_drift", (-math.log(5), math.log(5))),
+        ("radial_width", "radius_drift", (2e-3, 3.0)),
+        ("concentration_mean", "concentration", (0.05, None)),
+    ],
+)
+def test_thresholds_and_values_that_are_not_finite(value, name, edges):
+    healthy = VI_SIMSIAM if name == "concentration" else JEVB
+    for edge, outwards in zip(edges, (-math.inf, math.inf), strict=True):
+        if edge is not None:
+            beyond = math.nextafter(edge, outwards)
+            assert alarms({**healthy, value: edge}) == {}
+            assert alarms({**healthy, value: beyond}).keys() == {name}, beyond
+    for bad in (math.nan, math.inf, -math.inf):
+        found = alarms({**healthy, value: bad})
+        assert name in found, bad
+        assert found.keys() <= {name, "collapse"}  # a radius without limit is both
+    assert "nan" in alarms({**healthy, value: math.nan})[name]
+
+
+def test_thresholds_that_depend_on_the_dimension():
+    def rank(value, dim):
+        return alarms({**REPRESENTATION, "effective_rank": value}, embedding_dim=dim).keys()
+
+    # In few dimensions a fifth of them, else six.
+    assert rank(3.21, 16) == rank(6.01, 64) == rank(6.01, 2048) == set()
+    assert rank(3.19, 16) == rank(5.99, 64) == rank(5.99, 2048) == {"collapse"}
+
+    # The KL of an image counts, whatever the dimension.
+    def kl(value, dim):
+        values = {**JEVB, "posterior_kl_per_dimension": value}
+        return alarms(values, embedding_dim=dim).keys()
+
+    assert kl(0.001, 2048) == kl(0.1, 16) == set()
+    assert kl(0.001, 128) == kl(0.0002, 2048) == {"posterior_is_prior"}
+
+    # Mean cosine k / (D - 1 + k) of 0.999.
+    def concentration(value, dim):
+        return alarms({**VI_SIMSIAM, "concentration_mean": value}, embedding_dim=dim).keys()
+
+    assert concentration(998 * 63, 64) == concentration(1000 * 63, 128) == set()
+    assert concentration(1000 * 63, 64) == {"concentration"}
+
+
+def test_embeddings_that_shrink_to_a_point_have_collapsed():
+    # Directions may look healthy (VICReg's invariance alone: std 0.75, rank 10).
+    point = {**REPRESENTATION, "embedding_log_radius": math.log(0.0099)}
+    assert "0.0099 sqrt(D)" in alarms(point)["collapse"]
+    assert alarms({**point, "embedding_log_radius": math.log(0.0101)}) == {}
+    # Of few images, without a rank, and of logs without a radius.
+    assert alarms({"embedding_std": 0.1}).keys() == {"collapse"}
+    assert alarms({"embedding_std": 0.9}) == {}
+
+
+def test_nothing_is_judged_before_the_running_statistics_have_settled():
+    sick = {**JEVB, "embedding_std": 0.16}
+    for step in (0, 1, 19):
+        assert health.judge(sick, step=step, embedding_dim=64) == {}
+        assert health.health_alarms(sick, step=step, embedding_dim=64) == []
+    assert alarms(sick, step=20).keys() == {"collapse"}
+
+
+def test_history_has_a_period_for_every_time_an_alarm_was_raised():
+    def record(step, **changes):
+        values = {**JEVB, **changes, "alarm_collapse": 0.0}
+        return {"step": step, **{f"health/{name}": value for name, value in values.items()}}
+
+    records = [
+        record(10, embedding_std=0.1),  # too early
+        {"step": 20, "train/loss": 1.0},
+        record(20),
+        record(40, embedding_std=0.2),
+        {"step": 50, "train/loss": 1.0},
+        record(60, embedding_std=0.1, posterior_kl_per_dimension=0.0),
+        record(80, posterior_kl_per_dimension=0.0),
+        record(100, embedding_std=math.nan, posterior_kl_per_dimension=0.0),
+    ]
+    history = health.alarm_history(records, embedding_dim=128)
+    assert [(period.step, period.name) for period in history] == [
+        (40, "collapse"),
+        (60, "posterior_is_prior"),
+        (100, "collapse"),
+    ]
+    first, prior, last = (period.message for period in history)
+    assert first.startswith("embedding_std 0.2 is not above 0.3")
+    assert first.endswith(" Cleared at step 80.")
+    assert prior.startswith("KL(q || p) 0 nats")
+    assert prior.endswith(" Not cleared by the last health check.")
+    assert last.startswith("embedding_std nan")
+    assert health.alarm_history([], embedding_dim=128) == []

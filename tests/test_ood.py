@@ -1,20 +1,398 @@
+"""Scores against scikit-learn, SciPy and NumPy in float64; the threshold by simulation."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.covariance import EmpiricalCovariance
+from sklearn.neighbors import NearestNeighbors
 
 from jevb_jax.evaluation import ood
+from jevb_jax.objective import View, importance_weighted_bound
+from tests import oracles
+
+V, N, D = 3, 5, 6
+LIKELIHOOD: dict[str, Any] = {"df": 5.0, "radial_df": 4.0, "radial_scale": 0.4}
 
 
-def test_negative_kl_score_is_the_closed_form():
-    rng = np.random.default_rng(0)
-    mean, scale = rng.normal(size=(50, 16)), np.exp(rng.normal(size=(50, 16)))
-    prior = 1.7
-    kl = np.log(prior / scale) + (scale**2 + mean**2) / (2 * prior**2) - 0.5
-    found = ood.negative_kl_score(
-        mean.astype(np.float32), scale.astype(np.float32), prior_scale=prior
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def correlated(seed: int, num_images: int, dim: int = 7) -> np.ndarray:
+    """Features of unequal variances, off the origin, that depend on each other."""
+    mixing = np.random.default_rng(99).normal(size=(dim, dim)) * np.linspace(0.1, 5, dim)
+    return (normal(seed, num_images, dim) @ mixing + 3).astype(np.float32)
+
+
+def keys(count: int = N) -> jax.Array:
+    return jax.random.split(jax.random.key(3), count)
+
+
+def views(num_views: int = V) -> View:
+    e, m = normal(0, num_views, N, D), normal(1, num_views, N, D)
+    return View(*(jnp.asarray(x) for x in (e, m, np.exp(normal(2, num_views, N, D)))))
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def compute(
+    keys: jax.Array, views: View, num_samples: int = 4, untied_scale: float | None = None
+) -> ood.UncertaintyTerms:
+    return ood.uncertainty_terms(
+        keys, views, num_samples=num_samples, untied_scale=untied_scale, **LIKELIHOOD
     )
-    np.testing.assert_allclose(found, -kl.sum(axis=1), rtol=1e-5)
 
 
-def test_larger_is_nearer_to_the_prior():
-    scores = ood.negative_kl_score(np.array([[0.0], [1.0], [3.0]], np.float32), np.ones((3, 1)))
-    assert scores[0] > scores[1] > scores[2]
-    assert float(scores[0]) == 0
+@functools.cache
+def terms(num_views: int = V) -> ood.UncertaintyTerms:
+    return compute(keys(), views(num_views), num_samples=4 if num_views > 1 else 2000)
+
+
+# --- JEVB's own terms ---
+
+
+def test_terms_are_means_over_views_and_ordered_pairs():
+    # A posterior without width samples its mean, so the likelihood is one number.
+    e, m, _ = views()
+    narrow = View(e, m, jnp.full((V, N, D), 1e-6))
+    found: Any = ood.uncertainty_terms(
+        keys(), narrow, num_samples=2, untied_scale=0.8, **LIKELIHOOD
+    )
+
+    def log_likelihood(target: int, source: int) -> tuple[np.ndarray, np.ndarray]:
+        h, z = np.asarray(e[target], np.float64), np.asarray(m[source], np.float64)
+        r, rho = np.linalg.norm(h, axis=1), np.linalg.norm(z, axis=1)
+        s = np.full((N, D), 0.8 / np.sqrt(D))
+        directional = oracles.directional_log_prob(
+            h / r[:, None], z / rho[:, None], s, LIKELIHOOD["df"], "chordal"
+        )
+        x = (np.log(r) - np.log(rho)) / LIKELIHOOD["radial_scale"]
+        radial = scipy.stats.t.logpdf(x, LIKELIHOOD["radial_df"])
+        return directional, radial - np.log(LIKELIHOOD["radial_scale"] * r)
+
+    own = [log_likelihood(v, v) for v in range(V)]
+    pairs = [sum(log_likelihood(t, s)) for t in range(V) for s in range(V) if s != t]
+    tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # from the width of 1e-6, and float32
+    np.testing.assert_allclose(
+        found.directional_log_likelihood, np.mean([a for a, _ in own], axis=0), **tolerance
+    )
+    np.testing.assert_allclose(
+        found.radial_log_likelihood, np.mean([b for _, b in own], axis=0), **tolerance
+    )
+    np.testing.assert_allclose(
+        found.cross_view_log_likelihood, np.mean(np.asarray(pairs), axis=0), **tolerance
+    )
+
+
+def test_kl_and_entropy_are_scipys():
+    _, m, s = (np.asarray(x, np.float64) for x in views())
+    entropy = [[scipy.stats.norm(0, s[v, i]).entropy().sum() for i in range(N)] for v in range(V)]
+    np.testing.assert_allclose(terms().posterior_entropy, np.mean(entropy, axis=0), rtol=1e-5)
+    kl = (np.log(1 / s) + (s**2 + m**2) / 2 - 0.5).sum(axis=-1)
+    np.testing.assert_allclose(terms().kl, kl.mean(axis=0), rtol=1e-5)
+
+
+def test_terms_of_an_image_do_not_depend_on_its_neighbours():
+    order = np.array([3, 1, 4, 0, 2])
+    shuffled: Any = compute(keys()[order], View(*(x[:, order] for x in views())))
+    for name, value in terms()._asdict().items():
+        np.testing.assert_allclose(
+            getattr(shuffled, name), value[order], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
+def test_the_bounds_and_a_single_view():
+    # The importance-weighted bound is at least the ELBO, both with little noise of 2,000 samples.
+    bound = terms(1).importance_weighted_bound
+    assert np.all(bound >= -ood.negative_elbo_score(terms(1)) - 0.05)
+    assert terms(1).cross_view_log_likelihood is None
+
+
+def test_unfactorised_bound_reaches_the_exact_evidence():
+    # p(h | z) = N(z, s^2), p(z) = N(0, p^2): log p(h) is a Gaussian's.
+    h, prior, s = normal(5, N, 3), 1.5, 0.7
+    variance = 1 / (1 / prior**2 + 1 / s**2)
+    mean = jnp.asarray(variance / s**2 * h)  # the exact posterior: no Monte Carlo error at all
+    bound = importance_weighted_bound(
+        keys(), h, mean, jnp.full_like(mean, variance**0.5), num_samples=3, df=np.inf,
+        radial_df=5.0, radial_scale=1.0, scale_units="unit", prior_scale=prior, untied_scale=s,
+        likelihood="unfactorised",
+    )  # fmt: skip
+    evidence = scipy.stats.norm.logpdf(h, scale=np.hypot(prior, s)).sum(axis=1)
+    np.testing.assert_allclose(bound, evidence, rtol=1e-4)
+
+
+def test_scores_have_their_sign():
+    t = terms()
+    a, b, kl = t.directional_log_likelihood, t.radial_log_likelihood, t.kl
+    for score, value in (
+        (ood.negative_log_likelihood_score, -(a + b)),
+        (ood.directional_score, -a),
+        (ood.radial_score, -b),
+        (ood.negative_elbo_score, -(a + b - kl)),
+        (ood.importance_weighted_score, -t.importance_weighted_bound),
+        (ood.kl_score, -kl),
+        (ood.posterior_entropy_score, t.posterior_entropy),
+        (ood.cross_view_score, -np.asarray(t.cross_view_log_likelihood)),
+    ):
+        np.testing.assert_allclose(score(t), value, rtol=1e-6)
+    np.testing.assert_array_equal(ood.concentration_score(np.array([1.0, 9.0])), [-1, -9])
+    assert ood.typicality_features(t).shape == (N, 5)
+    assert ood.typicality_features(terms(1)).shape == (N, 4)
+    with pytest.raises(ValueError, match="at least 2 views"):
+        ood.cross_view_score(terms(1))
+
+
+def test_views_must_share_a_shape():
+    e, m, s = views()
+    for bad in (View(e[0], m[0], s[0]), View(e, m[:2], s)):
+        with pytest.raises(ValueError, match=r"one shape \[V, N, D\]"):
+            ood.uncertainty_terms(keys(), bad, num_samples=1, **LIKELIHOOD)
+
+
+# --- Features ---
+
+
+def test_mahalanobis_is_scikit_learns():
+    train, new = correlated(0, 400), correlated(1, 50)
+    oracle = EmpiricalCovariance().fit(train.astype(np.float64))
+    found = ood.fit_mahalanobis(train)(new)
+    np.testing.assert_allclose(found, oracle.mahalanobis(new.astype(np.float64)), rtol=1e-4)
+
+
+def test_mahalanobis_knows_no_units_and_no_dead_features():
+    train, new = correlated(0, 400), correlated(1, 50)
+    found = ood.fit_mahalanobis(train)(new)
+    units = np.geomspace(1e-3, 1e3, 7).astype(np.float32)
+    np.testing.assert_allclose(ood.fit_mahalanobis(train * units)(new * units), found, rtol=5e-3)
+    dead = functools.partial(np.pad, pad_width=((0, 0), (0, 3)))
+    np.testing.assert_allclose(ood.fit_mahalanobis(dead(train))(dead(new)), found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+def test_knn_is_scikit_learns(k):
+    train, new = normal(0, 60, 8), np.concatenate([normal(1, 150, 8), normal(0, 60, 8)[:3]])
+    unit = [x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (train, new)]
+    distances, _ = (
+        NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit[0]).kneighbors(unit[1])
+    )
+    # Where a distance is zero scikit-learn's own is the square root of a rounding error.
+    np.testing.assert_allclose(ood.fit_knn(train, k=k)(new), distances[:, -1], rtol=1e-5, atol=2e-7)
+
+
+def test_whitened_knn_is_scikit_learns_after_whitening():
+    train, new = correlated(0, 300).astype(np.float64), correlated(1, 70).astype(np.float64)
+    covariance = np.cov(train.T, bias=True)
+    oracle = NearestNeighbors(
+        n_neighbors=5, algorithm="brute", metric="mahalanobis",
+        metric_params={"VI": np.linalg.inv(covariance)},
+    ).fit(train)  # fmt: skip
+    distances, _ = oracle.kneighbors(new)
+    found = ood.fit_whitened_knn(train, k=5)(new.astype(np.float32))
+    np.testing.assert_allclose(found, distances[:, -1], rtol=1e-3)
+
+
+def test_ssd_is_a_loop_over_clusters():
+    centers = np.array([[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0]], np.float32)
+    which = np.arange(300) % 3
+    train = (centers[which] + 0.3 * normal(0, 300, 4)).astype(np.float64)
+    new = (centers[which[:40]] + normal(1, 40, 4)).astype(np.float32)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, new.astype(np.float64))]
+    distances = [
+        EmpiricalCovariance().fit(unit[0][which == c]).mahalanobis(unit[1]) for c in range(3)
+    ]
+    found = ood.fit_ssd(train, num_clusters=3)(new)
+    np.testing.assert_allclose(found, np.min(distances, axis=0), rtol=2e-3)
+    one = EmpiricalCovariance().fit(unit[0]).mahalanobis(unit[1])
+    np.testing.assert_allclose(ood.fit_ssd(train)(new), one, rtol=2e-3)
+    np.testing.assert_allclose(ood.fit_ssd(train)(7 * new), one, rtol=2e-3)
+
+
+def test_residual_is_what_the_principal_components_leave():
+    train, new = correlated(0, 400).astype(np.float64), correlated(1, 50).astype(np.float64)
+    _, _, axes = np.linalg.svd(train - train.mean(axis=0))
+    shifted = new - train.mean(axis=0)
+    expected = np.linalg.norm(shifted - shifted @ axes[:4].T @ axes[:4], axis=1)
+    found = ood.fit_residual(train, num_components=4)(new.astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_logit_scores_are_scipys():
+    logits = 30 * normal(0, 40, 10)
+    x = logits.astype(np.float64)
+    np.testing.assert_allclose(
+        ood.energy_score(logits), -np.asarray(scipy.special.logsumexp(x, axis=1)), rtol=1e-6
+    )
+    expected = -scipy.special.softmax(x, axis=1).max(axis=1)
+    np.testing.assert_allclose(ood.max_softmax_score(logits), expected, rtol=1e-5)
+    np.testing.assert_array_equal(ood.max_logit_score(logits), -logits.max(axis=1))
+    np.testing.assert_allclose(
+        ood.feature_norm_score(logits), -np.linalg.norm(x, axis=1), rtol=1e-6
+    )
+
+
+def labelled() -> tuple[np.ndarray, np.ndarray]:
+    labels = np.arange(400) % 4 * 10 + 3  # classes need not be 0, 1, ...
+    return correlated(0, 400) + 2 * normal(7, 50, 7)[labels], labels
+
+
+def test_class_mahalanobis_and_rmd_are_the_papers():
+    (train, labels), new = labelled(), correlated(1, 50)
+    x, q = train.astype(np.float64), new.astype(np.float64)
+    means = {c: x[labels == c].mean(axis=0) for c in np.unique(labels)}
+    shared = sum((x[labels == c] - m).T @ (x[labels == c] - m) for c, m in means.items()) / len(x)
+    precision = np.linalg.inv(np.asarray(shared))
+    to_classes = np.min(
+        [np.einsum("nf,fg,ng->n", q - m, precision, q - m) for m in means.values()], 0
+    )
+    np.testing.assert_allclose(ood.fit_class_mahalanobis(train, labels)(new), to_classes, rtol=1e-3)
+    relative = to_classes - EmpiricalCovariance().fit(x).mahalanobis(q)
+    found = ood.fit_relative_mahalanobis(train, labels)(new)
+    np.testing.assert_allclose(found, relative, rtol=1e-3, atol=1e-2)
+
+
+def test_vim_is_the_published_code_written_again():
+    train, new, w, b = correlated(0, 400), correlated(1, 50), normal(2, 7, 3), normal(3, 3)
+    x, q = train.astype(np.float64), new.astype(np.float64)
+    u = -np.linalg.pinv(w.T.astype(np.float64)) @ b
+    values, vectors = np.linalg.eigh(
+        EmpiricalCovariance(assume_centered=True).fit(x - u).covariance_
+    )
+    null = vectors[:, np.argsort(-values)[4:]]
+    alpha = (x @ w + b).max(axis=1).mean() / np.linalg.norm((x - u) @ null, axis=1).mean()
+    expected = np.linalg.norm((q - u) @ null, axis=1) * alpha - scipy.special.logsumexp(
+        q @ w + b, axis=1
+    )
+    score = ood.fit_vim(train, train @ w + b, origin=u, num_components=4)
+    np.testing.assert_allclose(score(new, new @ w + b), expected, rtol=1e-4, atol=1e-4)
+
+
+FITS = {
+    "knn": ood.fit_knn,
+    "whitened_knn": ood.fit_whitened_knn,
+    "mahalanobis": ood.fit_mahalanobis,
+    "ssd": functools.partial(ood.fit_ssd, num_clusters=2),
+    "residual": functools.partial(ood.fit_residual, num_components=3),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_fitted_scores_are_per_example_trees_and_refuse_bad_features(name):
+    train, new = correlated(0, 200), correlated(1, 70)
+    score = FITS[name](train)
+    found = jax.jit(lambda score, x: score(x))(score, jnp.asarray(new))
+    assert found.shape == (70,)
+    np.testing.assert_allclose(score(new[40:45]), found[40:45], rtol=1e-5, atol=1e-5)
+    assert np.all(np.isfinite(score(np.zeros((2, 7), np.float32))))
+    with pytest.raises(ValueError, match="1 of 200 rows hold NaN or inf"):
+        FITS[name](np.where(np.arange(1400).reshape(200, 7) == 9, np.nan, train))
+    for bad in (train[0], train[:1]):
+        with pytest.raises(ValueError, match=r"\[N, F\] with at least 2 images"):
+            FITS[name](bad)
+
+
+def test_settings_out_of_range_and_features_without_variance():
+    train = correlated(0, 200)
+    for fit, message in (
+        (functools.partial(ood.fit_knn, k=201), r"k must be in \[1, 200\]"),
+        (functools.partial(ood.fit_whitened_knn, k=0), r"k must be in \[1, 200\]"),
+        (functools.partial(ood.fit_residual, num_components=7), r"in \[1, 6\]"),
+        (functools.partial(ood.fit_ssd, num_clusters=101), r"in \[1, 100\]"),
+        (functools.partial(ood.fit_class_mahalanobis, labels=np.zeros(3, int)), "labels must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(train)
+    constant = np.ones((60, 3), np.float32)
+    for fit in (ood.fit_mahalanobis, ood.fit_whitened_knn, ood.fit_ssd):
+        with pytest.raises(ood.DegenerateFeaturesError, match="do not vary"):
+            fit(constant)
+
+
+def test_typicality_is_right_on_both_sides():
+    # In-distribution terms around 0; one set has too high, one too low a likelihood.
+    rng = np.random.default_rng(0)
+    inside, train = rng.normal(size=(2, 1000, 4)).astype(np.float32)
+    likely, unlikely = inside + np.float32(5), inside - np.float32(5)
+    for fit in (ood.fit_mahalanobis, ood.fit_whitened_knn):
+        score = fit(train)
+        limit = np.quantile(score(inside), 0.95)
+        assert np.mean(np.asarray(score(likely)) > limit) > 0.99
+        assert np.mean(np.asarray(score(unlikely)) > limit) > 0.99
+    assert np.mean(-likely[:, 0] > np.quantile(-inside[:, 0], 0.95)) == 0  # one side alone
+
+
+# --- Detection ---
+
+
+@pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (99, 0.07), (200, 0.1), (50, 0.5)])
+def test_threshold_keeps_its_false_alarm_rate(n, rate):
+    rng = np.random.default_rng(n)
+    draws = rng.standard_cauchy((20_000, n + 1))  # of no use of its shape is made
+    rank = int(np.ceil((n + 1) * (1 - rate) - 1e-9))
+    alarm = draws[:, -1] > np.sort(draws[:, :-1], axis=1)[:, rank - 1]
+    assert ood.conformal_threshold(draws[0, :-1], rate) == np.sort(draws[0, :-1])[rank - 1]
+    error = 4 * np.sqrt(rate * (1 - rate) / len(draws))
+    assert rate - 1 / (n + 1) - error < alarm.mean() < rate + error
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60),
+    st.floats(0.02, 0.98),
+)
+def test_at_most_the_rate_of_calibration_scores_and_a_new_one_are_above(scores, rate):
+    n = len(scores)
+    if (n + 1) * rate < 1 - 1e-9:
+        with pytest.raises(ValueError, match="needs at least"):
+            ood.conformal_threshold(scores, rate)
+        return
+    threshold = ood.conformal_threshold(scores, rate)
+    # Exchangeability: the new score is any of the n + 1, so the count above bounds the probability.
+    assert np.sum(np.asarray(scores) > threshold) + 1 <= (n + 1) * rate + 1 + 1e-6
+
+
+def test_threshold_refuses():
+    with pytest.raises(ValueError, match="needs at least 99 calibration scores, got 98"):
+        ood.conformal_threshold(np.arange(98.0), 0.01)
+    assert ood.conformal_threshold(np.arange(99.0), 0.01) == 98
+    for rate in (0.0, 1.0, np.nan):
+        with pytest.raises(ValueError, match="false_alarm_rate must be in"):
+            ood.conformal_threshold(np.arange(9.0), rate)
+    for scores in (np.array([0.0, np.nan]), np.zeros((2, 2))):
+        with pytest.raises(ValueError, match=r"must be \[n\] without NaN"):
+            ood.conformal_threshold(scores, 0.5)
+
+
+def test_detector_in_scikit_learns_manner():
+    train, held_out, new = correlated(0, 500), correlated(1, 400), correlated(2, 2000)
+    detector = ood.OODDetector(functools.partial(ood.fit_knn, k=10))
+    with pytest.raises(ValueError, match="fit the detector before"):
+        detector.score(new)
+    assert detector.fit(train) is detector
+    np.testing.assert_allclose(detector.score(new), ood.fit_knn(train, k=10)(new), rtol=1e-6)
+    with pytest.raises(ValueError, match="calibrate the detector"):
+        detector.threshold(0.05)
+    assert detector.calibrate(held_out) is detector
+    expected = ood.conformal_threshold(detector.score(held_out), 0.05)
+    assert detector.threshold(0.05) == expected
+    # Given this calibration the rate is a beta variable: mean 0.05, standard deviation 0.011.
+    assert 0.01 < detector.is_outside(new, false_alarm_rate=0.05).mean() < 0.1
+    with pytest.raises(ValueError, match="calibrate the detector"):
+        detector.fit(train).threshold(0.05)
+    for bad in (new[0], np.where(new > 1, np.nan, new)):
+        with pytest.raises(ValueError, match="features must be finite"):
+            detector.score(bad)
+
+
+def test_detector_with_labels():
+    train, labels = labelled()
+    detector = ood.OODDetector(ood.fit_class_mahalanobis).fit(train, labels)
+    expected = ood.fit_class_mahalanobis(train, labels)(train)
+    np.testing.assert_allclose(detector.score(train), expected, rtol=1e-5)

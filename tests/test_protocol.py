@@ -8,14 +8,12 @@ import chex
 import jax
 import numpy as np
 import pytest
-import scipy.stats
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from jevb_jax import augmentations, data
-from jevb_jax.evaluation import corruptions, protocol
+from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
 
 
@@ -28,7 +26,7 @@ def make_experiment(**sections: dict[str, Any]) -> Experiment:
     config.evaluation.batch_size = 64  # divides none of the splits
     config.evaluation.knn_k = (5, 20)
     config.evaluation.l2_grid = (1e-2,)
-    config.evaluation.corruptions = ("contrast",)
+    config.ood.corruptions = ()  # detection has a test module of its own
     config.evaluation.labels_per_class = 3
     for section, values in sections.items():
         for key, value in values.items():
@@ -44,7 +42,7 @@ def tiny() -> Experiment:
 @functools.cache
 def features() -> Any:
     experiment = tiny()
-    extract = protocol._extractor(experiment)
+    extract = protocol.make_extractors(experiment).plain
     variables = experiment.initial_state().evaluation_variables
     dataset: Any = experiment.dataset
     return tuple(extract(variables, s) for s in (dataset.train, dataset.validation, dataset.test))
@@ -52,7 +50,7 @@ def features() -> Any:
 
 @functools.cache
 def results() -> dict[str, Any]:
-    return protocol.evaluate(tiny(), tiny().initial_state().evaluation_variables)
+    return protocol.evaluate(tiny(), tiny().initial_state().evaluation_variables)[0]
 
 
 def value(name: str, of: str, which: str = "trained") -> float:
@@ -77,7 +75,7 @@ def test_features_are_of_every_image_once_in_order():
     expected: Any = (direct.representation, direct.embedding, direct.prediction)
     chex.assert_trees_all_close(tuple(found)[:3], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.labels, source.labels)
-    unlabelled = protocol._extractor(experiment)(variables, data.ArraySource(images[:3]))
+    unlabelled = protocol.make_extractors(experiment).plain(variables, data.ArraySource(images[:3]))
     assert unlabelled.labels is None
     np.testing.assert_allclose(unlabelled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
 
@@ -114,31 +112,13 @@ def test_linear_probe():
 
 
 @pytest.mark.slow
-def test_auroc_of_the_ood_score():
-    experiment = tiny()
-    source = experiment.dataset.test
-    assert source is not None
-    images = np.stack([source[i] for i in range(len(source))])
-    outside = data.ArraySource(corruptions.corrupt(images, "contrast", severity=4, seed=0))
-    variables = experiment.initial_state().evaluation_variables
-    scores = []
-    for f in (features()[2], protocol._extractor(experiment)(variables, outside)):
-        mean, scale = (values.astype(np.float64) for values in f.prediction[:2])
-        entropy = scipy.stats.norm.entropy(scale=scale)
-        cross = 0.5 * np.log(2 * np.pi) + (scale**2 + mean**2) / 2
-        scores.append(-(cross - entropy).sum(axis=1))
-    expected = roc_auc_score(np.repeat([0, 1], 70), np.concatenate(scores))
-    assert value("auroc_contrast", "prediction") == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.slow
 def test_every_number_has_its_protocol_and_its_untrained_pair():
     found = results()
     assert set(found) == {"split", "trained", "untrained"}
     # These variables are the untrained ones.
     assert [r["value"] for r in found["trained"]] == [r["value"] for r in found["untrained"]]
     names = [(r["name"], r["features"]) for r in found["trained"]]
-    assert len(names) == len(set(names)) == 9
+    assert len(names) == len(set(names)) == 8
     for result in found["trained"]:
         assert 0 <= result["value"] <= 1
         assert "70" in result["protocol"], result
@@ -146,7 +126,7 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
     few = [r for r in found["trained"] if "3_labels" in r["name"]]
     assert all("mean of 2 seeds" in r["protocol"] for r in few)
     console = Console(record=True, width=160)
-    console.print(protocol.results_table(found))
+    console.print(protocol.classification_table(found))
     text = console.export_text()
     assert text.count("accuracy") == 8
     assert f"{found['trained'][0]['value']:.4f}" in text
@@ -166,8 +146,3 @@ def test_validation_score_for_the_best_checkpoint():
 def test_too_large_k_is_refused_before_training():
     with pytest.raises(ValueError, match=r"evaluation\.knn_k = \(5, 151\).* 150 training images"):
         make_experiment(evaluation={"knn_k": (5, 151)})
-
-
-def test_corruptions_are_checked_before_training():
-    with pytest.raises(ValueError, match=r"evaluation\.corruptions"):
-        make_experiment(evaluation={"corruptions": ("fog",)})

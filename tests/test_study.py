@@ -621,7 +621,7 @@ def config(split_seed=0):
     made.train.health_every_steps = 0
     made.checkpoint.every_steps = 5
     made.evaluation.labels_per_class = 0
-    made.evaluation.corruptions = ()
+    made.ood.corruptions = ()
     made.evaluation.compare_untrained = False
     return made
 

@@ -1,5 +1,7 @@
 """Frozen features of every image of a source, each computed exactly once."""
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -8,27 +10,51 @@ import numpy as np
 from jax import Array
 
 from jevb_jax import augmentations, data
+from jevb_jax.evaluation.ood import UncertaintyTerms
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
 
 class Features(NamedTuple):
-    """Outputs for `N` un-augmented images, float32, on the host.
+    """Outputs for `N` un-augmented images, float32.
 
     Attributes:
       representation: `[N, F]`, of the backbone.
       embedding: `[N, D]`, of the projector.
       prediction: of the head, see `ViewOutputs`.
+      terms: of JEVB, or None where they were not asked for.
       labels: `[N]` int64, or None.
     """
 
-    representation: np.ndarray
-    embedding: np.ndarray
+    representation: Any
+    embedding: Any
     prediction: Any
+    terms: UncertaintyTerms | None
     labels: np.ndarray | None
 
 
+@dataclasses.dataclass(frozen=True)
+class TermsSettings:
+    """How JEVB's terms of an image are computed.
+
+    Attributes:
+      terms_of: `(keys [N], outputs of views [V, N, ...]) -> UncertaintyTerms`.
+      augmentation: of all views but the first, which is the un-augmented image.
+      num_views: `V`, at least 1.
+      seed: of augmentation and sampling; image `i` of a source has the key `fold_in(seed's key, i)`.
+    """
+
+    terms_of: Callable[[Any, Array, ViewOutputs], UncertaintyTerms]
+    augmentation: augmentations.ViewAugmentation
+    num_views: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_views < 1:
+            raise ValueError(f"num_views must be at least 1, got {self.num_views}")
+
+
 class FeatureExtractor:
-    """Computes features in padded batches of one size, so that it compiles once."""
+    """Computes features in padded batches of one size, so that it compiles once for a shape."""
 
     def __init__(
         self,
@@ -38,6 +64,7 @@ class FeatureExtractor:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         batch_size: int,
+        terms: TermsSettings | None = None,
     ):
         """Prepares the compiled forward pass.
 
@@ -47,30 +74,85 @@ class FeatureExtractor:
           mean: of the normalisation, one value for each channel.
           std: likewise.
           batch_size: images at a time.
+          terms: how JEVB's terms are computed; None leaves them out.
         """
         self._batch_size = batch_size
+        self._num_channels = len(mean)
 
-        def forward(variables: Any, images: Array) -> ViewOutputs:
+        def forward(variables: Any, images: Array, index: Array) -> Features:
             views = jax.vmap(
                 lambda image: augmentations.center_view(image, size=image_size, mean=mean, std=std)
             )(images)
-            return model.apply(variables, views, train=False)  # pyright: ignore[reportReturnType]
+            apply: Any = model.apply
+            if terms is None:
+                return Features(*apply(variables, views, train=False), terms=None, labels=None)
+            root = jax.random.key(terms.seed)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(root, index)
+            view_keys = jax.vmap(lambda view: jax.vmap(jax.random.fold_in, (0, None))(keys, view))(
+                jnp.arange(1, terms.num_views)
+            )
+            augmentation = terms.augmentation
+            augmented = jax.vmap(lambda k: augmentations.augment(k, images, augmentation))(
+                view_keys
+            )
+            # One batch of all views, so that the network is compiled once and not for each view.
+            stacked = jnp.concatenate([views[None], augmented])
+            flat = apply(variables, stacked.reshape(-1, *views.shape[1:]), train=False)
+            outputs: ViewOutputs = jax.tree.map(
+                lambda x: x.reshape(stacked.shape[0], -1, *x.shape[1:]), flat
+            )
+            values = terms.terms_of(
+                variables, jax.vmap(jax.random.fold_in, (0, None))(keys, 0), outputs
+            )
+            first = jax.tree.map(lambda x: x[0], outputs)
+            return Features(*first, terms=values, labels=None)
 
         self._forward = jax.jit(forward)
 
-    def __call__(self, variables: Any, source: data.ImageSource) -> Features:
-        """Features of every image of `source`, in its order.
+    def stream(
+        self, variables: Any, source: data.ImageSource
+    ) -> Iterator[tuple[Features, np.ndarray]]:
+        """Features of `source` in order, a batch at a time: memory does not grow with the source.
 
         Args:
           variables: parameters and running statistics.
-          source: images.
+          source: images, grey ones are repeated to as many channels as the network has.
+
+        Yields:
+          features: of `batch_size` images, on the device.
+          mask: bool `[batch_size]`, False where the last batch was filled up.
+
+        Raises:
+          ValueError: images of a number of channels that is neither one nor the network's.
+        """
+        channels = data.image_shape(source)[-1]
+        if channels not in (1, self._num_channels):
+            raise ValueError(
+                f"{source.name} has {channels} channels and the network was trained on "
+                f"{self._num_channels}"
+            )
+        index = np.arange(self._batch_size)
+        for batch, (images, mask) in enumerate(data.evaluation_batches(source, self._batch_size)):
+            images = np.broadcast_to(images, (*images.shape[:-1], self._num_channels))
+            offset = batch * self._batch_size
+            yield self._forward(variables, jnp.asarray(images), jnp.asarray(offset + index)), mask
+
+    def __call__(self, variables: Any, source: data.ImageSource) -> Features:
+        """Features of every image of `source`, in its order, on the host.
+
+        Args:
+          variables: parameters and running statistics.
+          source: images, see `stream`.
 
         Returns:
           The features.
+
+        Raises:
+          ValueError: as `stream`.
         """
-        parts: list[ViewOutputs] = []
-        for images, mask in data.evaluation_batches(source, self._batch_size):
-            outputs = jax.device_get(self._forward(variables, jnp.asarray(images)))
-            parts.append(jax.tree.map(lambda values: np.asarray(values)[mask], outputs))  # noqa: B023
+        parts = [
+            jax.tree.map(lambda values, mask=mask: np.asarray(values)[mask], jax.device_get(part))
+            for part, mask in self.stream(variables, source)
+        ]
         whole: Any = jax.tree.map(lambda *values: np.concatenate(values), *parts)
-        return Features(whole.representation, whole.embedding, whole.prediction, source.labels)
+        return whole._replace(labels=source.labels)

@@ -4,24 +4,45 @@ Validation data chooses (`evaluation.split`); test data reports, once. The same 
 encoder before training show what training added.
 """
 
-from collections.abc import Callable
-from typing import Any
+import csv
+import io
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
-from sklearn.metrics import roc_auc_score
 
 from jevb_jax import data
-from jevb_jax.evaluation import classification, corruptions, ood
-from jevb_jax.evaluation.features import FeatureExtractor, Features
-from jevb_jax.experiment import HEADS, Experiment
+from jevb_jax.evaluation import classification, ood_protocol, uncertainty
+from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
+from jevb_jax.evaluation.ood_metrics import OODMetrics
+from jevb_jax.evaluation.ood_protocol import OODEvaluation
+from jevb_jax.experiment import Experiment
 
 Result = dict[str, Any]
 _FEATURE_NAMES = ("representation", "embedding")
-_OOD_SEVERITY = 4
 
 
-def _extractor(experiment: Experiment) -> FeatureExtractor:
+class Extractors(NamedTuple):
+    """Compiled forward passes of an experiment, to be made once for all its encoders.
+
+    Attributes:
+      plain: of the un-augmented image.
+      with_terms: of JEVB's views too; `plain` where nothing is to be detected, and of other methods.
+    """
+
+    plain: FeatureExtractor
+    with_terms: FeatureExtractor
+
+
+def make_extractors(experiment: Experiment) -> Extractors:
+    """The forward passes that the evaluation of an experiment needs."""
+    plain = _extractor(experiment)
+    is_detecting = ood_protocol.is_asked(experiment.config)
+    terms = ood_protocol.terms_settings(experiment) if is_detecting else None
+    return Extractors(plain, plain if terms is None else _extractor(experiment, terms))
+
+
+def _extractor(experiment: Experiment, terms: TermsSettings | None = None) -> FeatureExtractor:
     view = experiment.view_augmentations[0]
     return FeatureExtractor(
         experiment.model,
@@ -29,6 +50,7 @@ def _extractor(experiment: Experiment) -> FeatureExtractor:
         mean=view.mean,
         std=view.std,
         batch_size=experiment.config["evaluation"]["batch_size"],
+        terms=terms,
     )
 
 
@@ -76,8 +98,8 @@ def _linear(
     test: Features,
     rows: np.ndarray | None,
     fitted_name: str,
-) -> tuple[float, str]:
-    """Test accuracy and protocol of one linear probe, fitted on `rows` of the training split."""
+) -> tuple[classification.LinearProbe, float, str]:
+    """A linear probe fitted on `rows` of the training split, its test accuracy and protocol."""
     if train.labels is None or validation.labels is None or test.labels is None:
         raise ValueError("a linear probe needs labels")
     x, y = getattr(train, name), train.labels
@@ -101,16 +123,18 @@ def _linear(
         evaluated=classification.Split(settings["split"], len(test.labels)),
         features=name,
     )
-    return accuracy, protocol
+    return selection.probe, accuracy, protocol
 
 
 def _linear_results(
     name: str, settings: dict[str, Any], train: Features, validation: Features, test: Features
-) -> list[Result]:
+) -> tuple[classification.LinearProbe | None, list[Result]]:
     """The probe on all labels, and the mean over seeds of probes on a few labels a class."""
     if train.labels is None:
-        return []
-    accuracy, protocol = _linear(name, settings, train, validation, test, None, "train split")
+        return None, []
+    probe, accuracy, protocol = _linear(
+        name, settings, train, validation, test, None, "train split"
+    )
     results = [_result("linear_accuracy", name, accuracy, protocol)]
     per_class = settings["labels_per_class"]
     if per_class > 0:
@@ -120,7 +144,9 @@ def _linear_results(
                 train.labels, labels_per_class=per_class, seed=seed
             )
             fitted_name = f"{per_class} labels per class of the train split, seed {seed}"
-            accuracy, protocol = _linear(name, settings, train, validation, test, rows, fitted_name)
+            _, accuracy, protocol = _linear(
+                name, settings, train, validation, test, rows, fitted_name
+            )
             accuracies.append(accuracy)
         results.append(
             _result(
@@ -131,27 +157,7 @@ def _linear_results(
                 f"{np.std(accuracies):.4f}), the last of them: {protocol}",
             )
         )
-    return results
-
-
-def _ood_score(experiment: Experiment) -> tuple[str, Callable[[Features], np.ndarray] | None]:
-    """Name and function of the method's own uncertainty, if it has one."""
-    head = HEADS[experiment.config["method"]]
-    prior_scale = experiment.config["jevb"]["prior_scale"]
-
-    def negative_kl(features: Features) -> np.ndarray:
-        mean, scale, _ = features.prediction
-        return np.asarray(ood.negative_kl_score(mean, scale, prior_scale=prior_scale))
-
-    def negative_concentration(features: Features) -> np.ndarray:
-        concentration = features.prediction.concentration
-        return np.asarray(ood.negative_concentration_score(concentration))
-
-    if head == "posterior":
-        return "-KL(q || p)", negative_kl
-    if head == "direction":
-        return "-concentration", negative_concentration
-    return "", None
+    return probe, results
 
 
 def _evaluated_split(experiment: Experiment) -> tuple[str, data.ImageSource]:
@@ -163,74 +169,264 @@ def _evaluated_split(experiment: Experiment) -> tuple[str, data.ImageSource]:
     return split, source
 
 
-def _ood_results(
-    experiment: Experiment, variables: Any, extract: FeatureExtractor, test: Features
-) -> list[Result]:
-    """AUROC of the method's own score, images against corrupted copies of them."""
-    names = experiment.config["evaluation"]["corruptions"]
-    score_name, score = _ood_score(experiment)
-    if not names or score is None:
-        return []
+class Evaluation(NamedTuple):
+    """What was measured of one encoder.
+
+    Attributes:
+      results: each a name, features (or a score), value and protocol.
+      train: features of the training split.
+      test: features of the evaluated split, with JEVB's terms if anything is to be detected.
+      probe: of the representation, or None for unlabelled data.
+      ood: out-of-distribution detection, or None where nothing is to be detected.
+    """
+
+    results: list[Result]
+    train: Features
+    test: Features
+    probe: classification.LinearProbe | None
+    ood: OODEvaluation | None
+
+
+def evaluate_variables(
+    experiment: Experiment, variables: Any, extractors: Extractors
+) -> Evaluation:
+    """k-NN, linear probes, out-of-distribution detection and the use of uncertainty.
+
+    Args:
+      experiment: data, networks and settings.
+      variables: parameters and running statistics.
+      extractors: of `make_extractors`.
+
+    Returns:
+      The evaluation.
+
+    Raises:
+      ValueError: the data set has no such split, or settings that do not fit it.
+    """
+    settings = experiment.config["evaluation"]
     split, source = _evaluated_split(experiment)
-    images = data.load_resident(source)
-    inside = score(test)
+    extract, extract_terms = extractors
+    train = extract(variables, experiment.dataset.train)
+    validation = extract(variables, experiment.dataset.validation)
+    is_same = split == "validation" and extract_terms is extract
+    test = validation if is_same else extract_terms(variables, source)
+    results: list[Result] = []
+    probes = {}
+    for name in _FEATURE_NAMES:
+        results += _knn(name, settings, train, test)
+        probes[name], linear = _linear_results(name, settings, train, validation, test)
+        results += linear
+    probe = probes["representation"]
+    found = None
+    if ood_protocol.is_asked(experiment.config):
+        found = ood_protocol.evaluate_ood(
+            experiment,
+            variables,
+            extract=extract_terms,
+            train=train,
+            inside=test,
+            inside_source=source,
+            probe=probe,
+            split=split,
+        )
+        results += _detection_results(found)
+        results += _uncertainty_results(experiment, found, train, test, probe)
+    return Evaluation(results, train, test, probe, found)
+
+
+def _detection_results(found: OODEvaluation) -> list[Result]:
+    """AUROC of every score, averaged over the sets of a group."""
+    sets: dict[str, list[str]] = {}
+    for result in found.results:
+        if result.score == found.results[0].score:
+            sets.setdefault(result.group, []).append(result.outside)
+    return [
+        _result(
+            f"auroc_{group}",
+            score,
+            value,
+            f"mean AUROC over {', '.join(sets[group])}; see results.csv for each",
+        )
+        for score, groups in ood_protocol.group_means(found.results).items()
+        for group, value in groups.items()
+    ]
+
+
+def _uncertainty_results(
+    experiment: Experiment,
+    found: OODEvaluation,
+    train: Features,
+    test: Features,
+    probe: classification.LinearProbe | None,
+) -> list[Result]:
+    """Whether each score means anything: errors, severity and human disagreement (docs/ood.md)."""
+    split = experiment.config["evaluation"]["split"]
     results = []
-    for name in names:
-        corrupted = corruptions.corrupt(images, name, severity=_OOD_SEVERITY, seed=0)
-        outside = score(extract(variables, data.ArraySource(corrupted)))
-        is_outside = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
+    errors = wrong_predictions(experiment.config["evaluation"], train, test, probe)
+    for name, scores in found.inside.items():
+        for classifier, is_error in errors.items():
+            if not 0 < is_error.sum() < len(is_error):
+                continue  # no errors, or nothing but errors: neither number exists
+            protocol = (
+                f"errors of {classifier} on {split} ({len(is_error):,}, {is_error.sum():,} errors) "
+                f"against the score; larger score = less certain"
+            )
+            curve = uncertainty.risk_coverage_curve(scores, is_error)
+            results += [
+                _result(
+                    f"error_auroc_{classifier}",
+                    name,
+                    uncertainty.error_auroc(scores, is_error),
+                    f"AUROC of {protocol}",
+                ),
+                _result(
+                    f"area_under_risk_coverage_{classifier}",
+                    name,
+                    curve.area,
+                    f"mean risk over coverages, smaller is better, of {protocol}",
+                ),
+            ]
+        results += _severity_results(experiment.config, found, name)
+    results += _disagreement_results(experiment, found)
+    return results
+
+
+def wrong_predictions(
+    settings: dict[str, Any],
+    train: Features,
+    test: Features,
+    probe: classification.LinearProbe | None,
+) -> dict[str, np.ndarray]:
+    """Which images k-NN and the linear probe of the representation get wrong.
+
+    Args:
+      settings: the section `evaluation`.
+      train: features of the training split.
+      test: features of the evaluated split.
+      probe: of the representation, or None.
+
+    Returns:
+      `[N]` bool by the name of the classifier; nothing for unlabelled data.
+    """
+    if train.labels is None or test.labels is None or probe is None:
+        return {}
+    nearest = classification.knn_predict(
+        train.representation,
+        train.labels,
+        test.representation,
+        num_classes=int(train.labels.max()) + 1,
+        k=int(settings["knn_k"][0]),
+        temperature=settings["knn_temperature"],
+    )
+    linear = np.argmax(classification.probe_logits(probe, test.representation), axis=-1)
+    return {
+        f"{settings['knn_k'][0]}_nn": np.asarray(nearest) != test.labels,
+        "linear": np.asarray(linear) != test.labels,
+    }
+
+
+def _severity_results(config: dict[str, Any], found: OODEvaluation, score: str) -> list[Result]:
+    """Whether a score grows with the severity of each corruption."""
+    results = []
+    for corruption in config["ood"]["corruptions"]:
+        sets = [f"{corruption}_{severity}" for severity in config["ood"]["severities"]]
+        corrupted = [found.outside[name][score] for name in sets]
+        scores = np.stack([found.inside[score][: len(corrupted[0])], *corrupted])
         results.append(
             _result(
-                f"auroc_{name}",
-                "prediction",
-                float(roc_auc_score(is_outside, np.concatenate([inside, outside]))),
-                f"AUROC of the score {score_name}, larger = more out of distribution; inside: {split} "
-                f"({len(inside):,}); outside: the same with {name}, severity {_OOD_SEVERITY} of 5; "
-                "no choice made on outside images",
+                f"severity_correlation_{corruption}",
+                score,
+                uncertainty.severity_correlation(scores).mean_per_image,
+                f"Spearman correlation of the score with severity (0 and {len(sets)} severities) "
+                f"within an image, mean over {scores.shape[1]:,} images",
+            )
+        )
+        results.append(
+            _result(
+                f"share_increased_{corruption}",
+                score,
+                uncertainty.share_increased(scores[0], scores[-1]),
+                f"share of {scores.shape[1]:,} images whose score grows under {sets[-1]}",
             )
         )
     return results
 
 
-def _evaluate_variables(
-    experiment: Experiment, variables: Any, extract: FeatureExtractor
-) -> list[Result]:
-    settings = experiment.config["evaluation"]
-    dataset = experiment.dataset
-    split, source = _evaluated_split(experiment)
-    train = extract(variables, dataset.train)
-    validation = extract(variables, dataset.validation)
-    test = validation if split == "validation" else extract(variables, source)
-    results: list[Result] = []
-    for name in _FEATURE_NAMES:
-        results += _knn(name, settings, train, test)
-        results += _linear_results(name, settings, train, validation, test)
-    return results + _ood_results(experiment, variables, extract, test)
+def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[Result]:
+    """Correlation of the scores with the entropy of people's votes, if the config names them."""
+    path = experiment.config["ood"]["human_counts_path"]
+    if not path:
+        return []
+    with np.load(path, allow_pickle=False) as file:
+        counts = file["cifar10h_counts"]
+    num_images = len(next(iter(found.inside.values())))
+    if len(counts) != num_images:
+        raise ValueError(
+            f"{path} holds votes for {len(counts):,} images and {num_images:,} were evaluated: they "
+            "must be the whole test set, in its order"
+        )
+    return [
+        _result(
+            "human_disagreement_correlation",
+            name,
+            uncertainty.human_disagreement_correlation(scores, counts),
+            f"Spearman correlation with the entropy of people's votes ({num_images:,} images)",
+        )
+        for name, scores in found.inside.items()
+    ]
 
 
-def evaluate(experiment: Experiment, variables: Any) -> dict[str, Any]:
-    """k-NN, linear probes and out-of-distribution AUROC of a model, and of the untrained one.
+def evaluate(experiment: Experiment, variables: Any) -> tuple[dict[str, Any], Evaluation]:
+    """`evaluate_variables` of a model, and of the untrained one.
 
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
 
     Returns:
-      JSON values: "split", and "trained" and "untrained", each a list of name, features, value and
-      protocol.
+      results: JSON values: "split"; "trained" and "untrained", each a list of name, features, value
+        and protocol; "ood", of the trained one: each score against each set, the score fixed before
+        and the one chosen on validation images.
+      evaluation: of the trained one, with its arrays.
 
     Raises:
       ValueError: the data set has no such split, or settings that do not fit it.
     """
-    extract = _extractor(experiment)
+    extractors = make_extractors(experiment)
+    found = evaluate_variables(experiment, variables, extractors)
     results: dict[str, Any] = {
         "split": experiment.config["evaluation"]["split"],
-        "trained": _evaluate_variables(experiment, variables, extract),
+        "trained": found.results,
     }
     if experiment.config["evaluation"]["compare_untrained"]:
         untrained = experiment.initial_state()._replace(ema_params=None).evaluation_variables
-        results["untrained"] = _evaluate_variables(experiment, untrained, extract)
-    return results
+        results["untrained"] = evaluate_variables(experiment, untrained, extractors).results
+    if found.ood is not None:
+        results["ood"] = _ood_json(experiment, found.ood)
+    return results, found
+
+
+def _ood_json(experiment: Experiment, found: OODEvaluation) -> dict[str, Any]:
+    return {
+        "protocol": experiment.config["ood"]["name"],
+        "default_score": found.default_score,
+        "chosen_score": found.chosen_score,
+        "choice": found.choice_protocol,
+        "with_labels": sorted(found.with_labels),
+        "left_out": found.left_out,
+        "sets": {result.outside: result.protocol for result in found.results},
+        "rows": [
+            {
+                "score": result.score,
+                "outside": result.outside,
+                "group": result.group,
+                **result.metrics._asdict(),
+                "low": result.low._asdict(),
+                "high": result.high._asdict(),
+            }
+            for result in found.results
+        ],
+    }
 
 
 def validation_knn_accuracy(experiment: Experiment, variables: Any) -> float:
@@ -263,8 +459,8 @@ def validation_knn_accuracy(experiment: Experiment, variables: Any) -> float:
     )
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """The results as a table for people, trained beside untrained.
+def classification_table(results: dict[str, Any]) -> Table:
+    """k-NN and linear accuracies as a table for people, trained beside untrained.
 
     Args:
       results: of `evaluate`.
@@ -277,8 +473,92 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_column(column)
     for column in ("untrained", "trained"):
         table.add_column(column, justify="right")
-    before = results.get("untrained")
-    for row, result in enumerate(results["trained"]):
-        untrained = "" if before is None else f"{before[row]['value']:.4f}"
-        table.add_row(result["features"], result["name"], untrained, f"{result['value']:.4f}")
+    before = {(row["features"], row["name"]): row["value"] for row in results.get("untrained", [])}
+    for row in results["trained"]:
+        if row["features"] in _FEATURE_NAMES:
+            untrained = before.get((row["features"], row["name"]))
+            table.add_row(
+                row["features"],
+                row["name"],
+                "" if untrained is None else f"{untrained:.4f}",
+                f"{row['value']:.4f}",
+            )
     return table
+
+
+def detection_table(results: dict[str, Any]) -> Table:
+    """Every score as a table for people: AUROC by group, and whether it predicts errors.
+
+    Args:
+      results: of `evaluate`, with "ood".
+
+    Returns:
+      A rich table. `*` marks the score that was fixed before, `+` the one that was chosen on validation
+      images; scores below the line were fitted with labels.
+    """
+    found = results["ood"]
+    rows: dict[str, dict[str, float]] = {}
+    for row in results["trained"]:
+        if row["name"].startswith(("auroc_", "error_auroc_")):
+            rows.setdefault(row["features"], {})[row["name"]] = row["value"]
+    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
+    table = Table(
+        title=f"{results['split']} split against {found['protocol']}",
+        caption="* fixed before, + chosen on validation images; every set in results.csv",
+    )
+    table.add_column("score", no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    with_labels = set(found["with_labels"])
+    for is_labelled in (False, True):
+        names = [name for name in rows if (name in with_labels) == is_labelled]
+        for name in names:
+            mark = ("*" if name == found["default_score"] else "") + (
+                "+" if name == found["chosen_score"] else ""
+            )
+            values = [rows[name].get(column) for column in columns]
+            table.add_row(
+                f"{name} {mark}".strip(),
+                *("" if value is None else f"{value:.3f}" for value in values),
+                end_section=name == names[-1],
+            )
+    return table
+
+
+_CSV_COLUMNS = (
+    "encoder",
+    "features_or_score",
+    "measure",
+    "set",
+    "value",
+    "low",
+    "high",
+    "protocol",
+)
+
+
+def results_csv(results: dict[str, Any]) -> str:
+    """Every number of the results in one table.
+
+    Args:
+      results: of `evaluate`.
+
+    Returns:
+      CSV text, with a header.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for encoder in ("trained", "untrained"):
+        for row in results.get(encoder, []):
+            protocol = row["protocol"]
+            writer.writerow(
+                (encoder, row["features"], row["name"], "", repr(row["value"]), "", "", protocol)
+            )
+    found = results.get("ood", {"rows": []})
+    for row in found["rows"]:
+        protocol = found["sets"][row["outside"]]
+        for metric in OODMetrics._fields:
+            values = (repr(row[metric]), repr(row["low"][metric]), repr(row["high"][metric]))
+            writer.writerow(("trained", row["score"], metric, row["outside"], *values, protocol))
+    return text.getvalue()

@@ -1,0 +1,131 @@
+"""Protocols of out-of-distribution detection: the section `ood` of a config.
+
+python evaluate.py --workdir=runs/cifar10 --ood=configs/ood.py:cifar10_arrays
+
+* `corruptions`: the evaluated images, corrupted at five severities. Needs no other data.
+* `cifar10_arrays`: CIFAR-10 against the `.npz` files of `data/` (`images` uint8 [N,H,W,C], `labels`).
+* `openood_cifar10`, `openood_cifar100`: OpenOOD v1.5, near and far, by its own lists of images in
+  `data/benchmark_imglist` with the images in `data/images_classic`.
+* `openood_cifar10_tfds`, `openood_cifar100_tfds`: the sets of OpenOOD v1.5 that TFDS has, as plain test
+  sets, not by its lists; the protocol of each number says so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+CORRUPTIONS = ("contrast", "crop", "gaussian_blur", "gaussian_noise", "patch_shuffle")
+CORRUPTIONS += ("pixelate", "rotation")
+
+# Classes of Tiny ImageNet, in the order of the sorted WordNet ids, that overlap with CIFAR-10's.
+TINY_IMAGENET_OVERLAPS = (0, 5, 11, 35, 39, 41, 64, 66, 67, 73, 78, 90)
+TINY_IMAGENET_OVERLAPS += (114, 115, 117, 131, 135, 147, 157, 182, 183, 193, 194, 196)
+
+
+def outside_set(name: str, group: str, source: str, **keywords: Any) -> dict[str, Any]:
+    """A set of `ood.outside` or `ood.choice`.
+
+    Args:
+      name: what to call it.
+      group: "near", "far", ...: AUROC is averaged over a group's sets.
+      source: arrays | folder | image_list | tfds.
+      **keywords: `paths`, `tfds_name`, `split`, `data_dir`, `image_size`, `exclude_labels`,
+        `num_examples` of `data.load_images`, and `protocol`, what the set is in words.
+
+    Returns:
+      A dict for a config.
+    """
+    return {"protocol": "", **keywords, "name": name, "group": group, "source": source}
+
+
+def _corruptions(section: Any) -> None:
+    section.name = "corruptions"
+    section.corruptions = CORRUPTIONS
+
+
+def _cifar10_arrays(section: Any) -> None:
+    """Plain test sets in files; images are resized to the network's view."""
+    section.name = "CIFAR-10 against plain test sets"
+    tiny = "Tiny ImageNet validation at 32 pixels, without 24 classes that overlap with CIFAR-10's"
+    sets = (
+        ("cifar100", "near", "CIFAR-100 test", "cifar100_test", ()),
+        ("tiny_imagenet", "near", tiny, "tinyimagenet_val_32", TINY_IMAGENET_OVERLAPS),
+        ("mnist", "far", "MNIST test", "mnist_test", ()),
+        ("fashion_mnist", "far", "Fashion-MNIST test", "fashion_mnist_test", ()),
+        ("textures", "far", "the first 10 classes of DTD at 32 pixels", "dtd10_32", ()),
+    )
+    section.outside = tuple(
+        outside_set(
+            name,
+            group,
+            "arrays",
+            paths=(f"data/{file}.npz",),
+            exclude_labels=exclude,
+            protocol=protocol,
+        )
+        for name, group, protocol, file, exclude in sets
+    )
+    section.corruptions = CORRUPTIONS
+
+
+def _openood(section: Any, inside: str) -> None:
+    """OpenOOD v1.5 (Zhang et al. 2023), by its lists; scores may be chosen on its validation set."""
+    near = {"cifar10": "cifar100", "cifar100": "cifar10"}[inside]
+    section.name = f"OpenOOD v1.5, {inside}"
+
+    def by_list(name: str, group: str, part: str) -> dict[str, Any]:
+        return outside_set(
+            name,
+            group,
+            "image_list",
+            paths=(f"data/benchmark_imglist/{inside}/{part}_{name}.txt", "data/images_classic"),
+            image_size=32,
+            protocol=f"{name}, OpenOOD v1.5's list {inside}/{part}_{name}.txt",
+        )
+
+    section.outside = tuple(by_list(name, "near", "test") for name in (near, "tin")) + tuple(
+        by_list(name, "far", "test") for name in ("mnist", "svhn", "texture", "places365")
+    )
+    section.choice = (by_list("tin", "near", "val"),)
+    section.knn_k = ({"cifar10": 50, "cifar100": 200}[inside],)
+
+
+def _openood_tfds(section: Any, inside: str) -> None:
+    """The sets of OpenOOD v1.5 that TFDS has, whole."""
+    section.name = f"the sets of OpenOOD v1.5 in TFDS, plain test sets, {inside}"
+    near = {"cifar10": "cifar100", "cifar100": "cifar10"}[inside]
+    sets = ((near, "near"), ("mnist", "far"), ("svhn_cropped", "far"), ("dtd", "far"))
+    section.outside = tuple(
+        outside_set(
+            name,
+            group,
+            "tfds",
+            tfds_name=name,
+            image_size=32,
+            protocol=f"{name}, the whole test split of TFDS, not OpenOOD's list",
+        )
+        for name, group in sets
+    )
+    section.knn_k = ({"cifar10": 50, "cifar100": 200}[inside],)
+
+
+PROTOCOLS: dict[str, Callable[[Any], None]] = {
+    "corruptions": _corruptions,
+    "cifar10_arrays": _cifar10_arrays,
+    "openood_cifar10": lambda section: _openood(section, "cifar10"),
+    "openood_cifar100": lambda section: _openood(section, "cifar100"),
+    "openood_cifar10_tfds": lambda section: _openood_tfds(section, "cifar10"),
+    "openood_cifar100_tfds": lambda section: _openood_tfds(section, "cifar100"),
+}
+
+
+def get_config(protocol: str = "corruptions") -> ConfigDict:
+    """Returns the section `ood` of a protocol, one of `PROTOCOLS`."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}, got {protocol!r}")
+    section: Any = default.get_config().ood
+    PROTOCOLS[protocol](section)
+    return section

@@ -1,0 +1,664 @@
+"""Out-of-distribution evaluation of a run: every score against every outside set, in one pass each.
+
+A set is streamed through the encoder once; the features of a batch go to all scores in one compiled
+call and are dropped. Only the scores are kept, so memory does not grow with the sets.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+
+from jevb_jax import data, methods
+from jevb_jax.evaluation import classification, corruptions, ood
+from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
+from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
+from jevb_jax.experiment import Experiment
+from jevb_jax.networks import ViewOutputs
+from jevb_jax.objective import View
+
+# Severity 0 is the image itself.
+CORRUPTED = "corrupted"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    """Settings of the feature scores.
+
+    Attributes:
+      knn_k: one score for each.
+      ssd_clusters: one score for each.
+      residual_share: of the features, in (0, 1), that the principal subspace spans.
+    """
+
+    knn_k: tuple[int, ...]
+    ssd_clusters: tuple[int, ...]
+    residual_share: float
+
+    def num_components(self, features: Any) -> int:
+        """Of the principal subspace of features `[N, F]`."""
+        return max(1, round(self.residual_share * features.shape[1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfTerms:
+    """A score of JEVB's terms."""
+
+    score: Callable[[ood.UncertaintyTerms], Array] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        terms: Any = features.terms
+        return self.score(terms)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfFeature:
+    """A fitted score of the features called `name`."""
+
+    score: Callable[[Array], Array]
+    name: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        return self.score(feature(features, self.name))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfProbe:
+    """A score of the logits of a linear probe, or of its features and its logits."""
+
+    probe: classification.LinearProbe
+    vim: ood.VirtualLogit | None = None
+    score: Callable[[Array], Array] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def standardised(self, features: Features) -> Array:
+        """`[N, F]`, what the logits are linear in."""
+        x = jnp.asarray(features.representation)
+        return (x - self.probe.feature_mean[None]) / self.probe.feature_std[None]
+
+    def logits(self, features: Features) -> Array:
+        """`[N, C]`."""
+        products = jnp.matmul(
+            self.standardised(features), self.probe.weights, precision=jax.lax.Precision.HIGHEST
+        )
+        return products + self.probe.bias[None]
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        if self.score is not None:
+            return self.score(self.logits(features))
+        vim: Any = self.vim
+        return vim(self.standardised(features), self.logits(features))
+
+
+ScoreFunction = Callable[[Features], Array]
+
+
+def feature(features: Features, name: str) -> Array:
+    """The features that a score is of.
+
+    Args:
+      features: of the extractor.
+      name: "representation", "embedding", "log_scale" (of the posterior, JEVB), "terms"
+        (`ood.typicality_features`, JEVB) or "concentration" (VI-SimSiam).
+
+    Returns:
+      `[N, F]`, or `[N]` of a concentration.
+    """
+    if name == "concentration":
+        return jnp.asarray(features.prediction.concentration)
+    if name == "log_scale":
+        return jnp.log(jnp.asarray(features.prediction.posterior_scale))
+    if name == "terms":
+        terms: Any = jax.tree.map(jnp.asarray, features.terms)
+        return ood.typicality_features(terms)
+    return getattr(features, name)
+
+
+_TERM_SCORES = {
+    "negative_log_likelihood": ood.negative_log_likelihood_score,
+    "directional": ood.directional_score,
+    "radial": ood.radial_score,
+    "negative_elbo": ood.negative_elbo_score,
+    "importance_weighted": ood.importance_weighted_score,
+    "kl": ood.kl_score,
+    "posterior_entropy": ood.posterior_entropy_score,
+    "cross_view": ood.cross_view_score,
+}
+
+
+Fits = dict[str, Callable[[], ScoreFunction]]
+
+
+def _fit_of(name: str, features: Features, fit: Callable[[Any], Any]) -> ScoreFunction:
+    return OfFeature(fit(feature(features, name)), name)
+
+
+def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
+    """Scores that only this method has."""
+    fit_of = functools.partial(_fit_of, features=train)
+    if train.terms is not None:
+        has_pairs = train.terms.cross_view_log_likelihood is not None
+        fits: Fits = {
+            f"jevb/{name}": functools.partial(OfTerms, score)
+            for name, score in _TERM_SCORES.items()
+            if has_pairs or name != "cross_view"
+        }
+        knn = functools.partial(ood.fit_whitened_knn, k=min(settings.knn_k))
+        fits["jevb/typicality_mahalanobis"] = functools.partial(
+            fit_of, "terms", fit=ood.fit_mahalanobis
+        )
+        fits["jevb/typicality_knn"] = functools.partial(fit_of, "terms", fit=knn)
+        fits["jevb/scale_mahalanobis"] = functools.partial(
+            fit_of, "log_scale", fit=ood.fit_mahalanobis
+        )
+        return fits
+    if hasattr(train.prediction, "concentration"):
+        score = Partial(ood.concentration_score)
+        return {"vi_simsiam/concentration": lambda: OfFeature(score, "concentration")}
+    return {}
+
+
+def _feature_fits(train: Features, settings: ScoreSettings) -> Fits:
+    """Label-free scores of the representation and of the embedding."""
+    fits: Fits = {}
+    for name in ("representation", "embedding"):
+        num_components = settings.num_components(feature(train, name))
+        of_feature: dict[str, Callable[[Any], Any]] = {
+            **{f"knn_{k}": functools.partial(ood.fit_knn, k=k) for k in settings.knn_k},
+            "mahalanobis": ood.fit_mahalanobis,
+            **{
+                f"ssd_{count}": functools.partial(ood.fit_ssd, num_clusters=count)
+                for count in settings.ssd_clusters
+            },
+            "residual": functools.partial(ood.fit_residual, num_components=num_components),
+            "norm": lambda _: Partial(ood.feature_norm_score),
+        }
+        fits |= {
+            f"{name}/{score}": functools.partial(_fit_of, name, train, fit)
+            for score, fit in of_feature.items()
+        }
+    return fits
+
+
+def _probe_fits(
+    train: Features, probe: classification.LinearProbe, settings: ScoreSettings
+) -> Fits:
+    """Scores through the linear probe of the representation and through the labels."""
+    labels: Any = train.labels
+    fit_of = functools.partial(_fit_of, "representation", train)
+    of_probe = OfProbe(probe)
+    weights, bias = (np.asarray(x, np.float64) for x in (probe.weights, probe.bias))
+
+    def vim() -> ScoreFunction:
+        fitted = ood.fit_vim(
+            of_probe.standardised(train),
+            of_probe.logits(train),
+            origin=-np.linalg.pinv(weights.T) @ bias,
+            num_components=settings.num_components(train.representation),
+        )
+        return OfProbe(probe, vim=fitted)
+
+    return {
+        "probe/max_softmax": functools.partial(OfProbe, probe, score=ood.max_softmax_score),
+        "probe/max_logit": functools.partial(OfProbe, probe, score=ood.max_logit_score),
+        "probe/energy": functools.partial(OfProbe, probe, score=ood.energy_score),
+        "probe/class_mahalanobis": functools.partial(
+            fit_of, functools.partial(ood.fit_class_mahalanobis, labels=labels)
+        ),
+        "probe/relative_mahalanobis": functools.partial(
+            fit_of, functools.partial(ood.fit_relative_mahalanobis, labels=labels)
+        ),
+        "probe/vim": vim,
+    }
+
+
+class Scorers(NamedTuple):
+    """Scores by name, `family/score`.
+
+    Attributes:
+      scores: `Features -> [N]`, trees of arrays.
+      with_labels: names of those that were fitted with labels.
+      left_out: why, by name: features that do not vary have no density.
+    """
+
+    scores: dict[str, ScoreFunction]
+    with_labels: frozenset[str]
+    left_out: dict[str, str]
+
+
+def make_scorers(
+    train: Features, probe: classification.LinearProbe | None, settings: ScoreSettings
+) -> Scorers:
+    """Every score that the method and the data have, fitted to training images.
+
+    Args:
+      train: features of in-distribution training images, with `terms` for JEVB.
+      probe: of the representation, or None for unlabelled data.
+      settings: of the feature scores.
+
+    Returns:
+      The scores.
+
+    Raises:
+      ValueError: settings that do not fit the features.
+    """
+    probe_fits = {} if probe is None else _probe_fits(train, probe, settings)
+    scores: dict[str, ScoreFunction] = {}
+    left_out: dict[str, str] = {}
+    for name, fit in (
+        _method_fits(train, settings) | _feature_fits(train, settings) | probe_fits
+    ).items():
+        try:
+            scores[name] = fit()
+        except ood.DegenerateFeaturesError as error:
+            left_out[name] = str(error)
+    return Scorers(scores, frozenset(probe_fits), left_out)
+
+
+@jax.jit
+def _score_batch(scores: dict[str, ScoreFunction], features: Features) -> dict[str, Array]:
+    return {name: score(features) for name, score in scores.items()}
+
+
+def score_images(
+    extract: FeatureExtractor, variables: Any, source: data.ImageSource, scorers: Scorers
+) -> dict[str, np.ndarray]:
+    """Every score of every image of a source, streamed.
+
+    Args:
+      extract: with terms for JEVB.
+      variables: parameters and running statistics.
+      source: images.
+      scorers: of `make_scorers`.
+
+    Returns:
+      `[N]` by the score's name.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in scorers.scores}
+    for features, mask in extract.stream(variables, source):
+        for name, values in jax.device_get(_score_batch(scorers.scores, features)).items():
+            parts[name].append(values[mask])
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def score_features(
+    features: Features, scorers: Scorers, *, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Every score of features that are at hand.
+
+    Args:
+      features: of `N` images, with terms for JEVB.
+      scorers: of `make_scorers`.
+      batch_size: images at a time.
+
+    Returns:
+      `[N]` by the score's name.
+    """
+    num_images = len(features.representation)
+    unlabelled = features._replace(labels=None)
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, num_images, batch_size):
+        # The last batch repeats its last row, so that everything is compiled for one size.
+        rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
+        batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabelled)
+        parts.append(jax.device_get(_score_batch(scorers.scores, batch)))
+    return {
+        name: np.concatenate([part[name] for part in parts])[:num_images] for name in scorers.scores
+    }
+
+
+class OutsideSet(NamedTuple):
+    """Images that are out of distribution.
+
+    Attributes:
+      name: what to call it; of a corruption `NAME_SEVERITY`.
+      group: "near", "far", ... over which AUROC is averaged; `CORRUPTED` for corruptions.
+      source: the images.
+      protocol: what they are.
+    """
+
+    name: str
+    group: str
+    source: data.ImageSource
+    protocol: str
+
+
+def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> OutsideSet:
+    """A set that a config describes.
+
+    Args:
+      name: what to call it.
+      group: of its average.
+      protocol: what it is, in words: which release, which split list.
+      **source: keyword arguments of `data.load_images`.
+
+    Returns:
+      The set.
+
+    Raises:
+      ValueError: as `data.load_images`.
+      FileNotFoundError: likewise.
+    """
+    images = data.load_images(**source)
+    return OutsideSet(name, group, images, protocol or f"{name}, {images.name}")
+
+
+def corrupted_sets(
+    images: np.ndarray, names: Sequence[str], severities: Sequence[int], *, of: str
+) -> Iterator[OutsideSet]:
+    """Corrupted copies of in-distribution images, made one set at a time.
+
+    Args:
+      images: `[N, h, w, c]` uint8.
+      names: of `corruptions.CORRUPTIONS`.
+      severities: 1 to 5.
+      of: what the images are, for the protocol.
+
+    Yields:
+      One set for each corruption and severity.
+    """
+    for name in names:
+        for severity in severities:
+            corrupted = corruptions.corrupt(images, name, severity=severity, seed=0)
+            yield OutsideSet(
+                f"{name}_{severity}",
+                CORRUPTED,
+                data.ArraySource(corrupted, name=f"{name}, severity {severity}"),
+                f"the first {len(images):,} images of {of} with {name}, severity {severity} of 5",
+            )
+
+
+class SetResult(NamedTuple):
+    """One score against one set.
+
+    Attributes:
+      score: its name.
+      outside: the set's name.
+      group: the set's group.
+      metrics: point estimates.
+      low: ends of their bootstrap intervals.
+      high: likewise.
+      protocol: how they were made.
+    """
+
+    score: str
+    outside: str
+    group: str
+    metrics: OODMetrics
+    low: OODMetrics
+    high: OODMetrics
+    protocol: str
+
+
+def compare(
+    inside: dict[str, np.ndarray],
+    outside: dict[str, np.ndarray],
+    outside_set: OutsideSet,
+    *,
+    inside_name: str,
+    num_bootstrap: int,
+) -> list[SetResult]:
+    """Metrics of every score for one outside set.
+
+    Args:
+      inside: scores of in-distribution images by name.
+      outside: scores of the set by name.
+      outside_set: the set.
+      inside_name: of the in-distribution images.
+      num_bootstrap: resamples of the intervals.
+
+    Returns:
+      One result for each score.
+    """
+    results = []
+    for name, scores in inside.items():
+        low, high = bootstrap_intervals(
+            scores, outside[name], num_resamples=num_bootstrap, level=0.95, seed=0
+        )
+        results.append(
+            SetResult(
+                name,
+                outside_set.name,
+                outside_set.group,
+                ood_metrics(scores, outside[name]),
+                low,
+                high,
+                f"inside: {inside_name} ({len(scores):,}); outside: {outside_set.protocol} "
+                f"({len(outside[name]):,}); larger score = more out of distribution; 95% "
+                f"bootstrap intervals over images, {num_bootstrap} resamples",
+            )
+        )
+    return results
+
+
+def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
+    """AUROC averaged over the sets of a group, as OpenOOD averages near and far.
+
+    Args:
+      results: of `compare`.
+
+    Returns:
+      By score, then by group, in the order in which the groups first appear.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        groups = values.setdefault(result.score, {})
+        groups.setdefault(result.group, []).append(result.metrics.auroc)
+    return {
+        score: {group: float(np.mean(aurocs)) for group, aurocs in groups.items()}
+        for score, groups in values.items()
+    }
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+# The score of a method where nothing may be chosen (docs/ood.md says why).
+DEFAULT_SCORES = {"jevb": "jevb/scale_mahalanobis", "vi_simsiam": "vi_simsiam/concentration"}
+_OTHER_DEFAULT_SCORE = "embedding/mahalanobis"
+
+
+class OODEvaluation(NamedTuple):
+    """What `evaluate_ood` found.
+
+    Attributes:
+      results: one for each score and set.
+      inside: scores of the evaluated images by name.
+      outside: by set, then by score.
+      default_score: fixed before any result was seen.
+      chosen_score: the best on validation images against the sets of `ood.choice`, or None.
+      choice_protocol: how it was chosen.
+      with_labels: scores that were fitted with labels.
+      left_out: why a score is missing, by name.
+    """
+
+    results: list[SetResult]
+    inside: dict[str, np.ndarray]
+    outside: dict[str, dict[str, np.ndarray]]
+    default_score: str
+    chosen_score: str | None
+    choice_protocol: str
+    with_labels: frozenset[str]
+    left_out: dict[str, str]
+
+
+def terms_settings(experiment: Experiment) -> TermsSettings | None:
+    """How the run's own terms are computed, or None for a method that has none.
+
+    Args:
+      experiment: with the section `ood` in its config.
+
+    Returns:
+      Settings for the feature extractor.
+    """
+    if experiment.config["method"] != "jevb":
+        return None
+    settings: methods.JevbSettings = experiment.jevb_settings
+    keywords = settings.keywords(experiment.num_train_steps)
+    keywords["num_samples"] = experiment.config["ood"]["num_samples"]
+
+    def terms_of(variables: Any, keys: Array, views: ViewOutputs) -> ood.UncertaintyTerms:
+        radial_scale: Any = experiment.model.apply(variables, method=experiment.model.radial_scale)
+        return ood.uncertainty_terms(
+            keys,
+            View(views.embedding, views.posterior_mean, views.posterior_scale),
+            radial_scale=radial_scale,
+            untied_scale=settings.untied_scale(views),
+            **keywords,
+        )
+
+    return TermsSettings(
+        terms_of=terms_of,
+        augmentation=experiment.view_augmentations[0],
+        num_views=experiment.config["ood"]["num_views"],
+    )
+
+
+def is_asked(config: dict[str, Any]) -> bool:
+    """Whether a config has anything to detect."""
+    settings = config["ood"]
+    return bool(
+        settings["outside"] or settings["corruptions"] or config["data"]["inlier_class"] >= 0
+    )
+
+
+def _fit_features(
+    experiment: Experiment, variables: Any, extract: FeatureExtractor, train: Features
+) -> Features:
+    """Features of the training images that scores are fitted to, with terms for JEVB."""
+    most = experiment.config["ood"]["max_fit_images"]
+    num_images = len(train.representation)
+    rows = np.arange(num_images)
+    if 0 < most < num_images:
+        rows = np.sort(np.random.default_rng(0).permutation(num_images)[:most])
+    if experiment.config["method"] == "jevb":
+        return extract(variables, data.Subset(experiment.dataset.train, rows))
+    return jax.tree.map(lambda values: values[rows], train)
+
+
+def _sets(experiment: Experiment, inside: data.ImageSource, split: str) -> Iterator[OutsideSet]:
+    """The sets of a config, each loaded or made when its turn comes."""
+    settings = experiment.config["ood"]
+    left_out = experiment.dataset.outside
+    if left_out is not None:
+        name = f"the {split} images of the other classes"
+        yield OutsideSet("other_classes", "other_classes", left_out, name)
+    for description in settings["outside"]:
+        yield load_outside_set(**description)
+    if settings["corruptions"]:
+        count = min(len(inside), settings["num_corrupted_images"])
+        images = data.load_resident(data.Subset(inside, np.arange(count)))
+        yield from corrupted_sets(images, settings["corruptions"], settings["severities"], of=split)
+
+
+def _choose(
+    experiment: Experiment, variables: Any, extract: FeatureExtractor, scorers: Scorers
+) -> tuple[str | None, str]:
+    """The label-free score with the best mean AUROC on the sets of `ood.choice`, and how."""
+    descriptions = experiment.config["ood"]["choice"]
+    if not descriptions:
+        return None, ""
+    validation = experiment.dataset.validation
+    inside = score_images(extract, variables, validation, scorers)
+    sets = [load_outside_set(**description) for description in descriptions]
+    outside = [score_images(extract, variables, one.source, scorers) for one in sets]
+    candidates = [name for name in scorers.scores if name not in scorers.with_labels]
+    mean = {
+        name: np.mean([ood_metrics(inside[name], scores[name]).auroc for scores in outside])
+        for name in candidates
+    }
+    names = ", ".join(one.protocol for one in sets)
+    return max(candidates, key=lambda name: mean[name]), (
+        f"best mean AUROC of {len(candidates)} label-free scores on validation ({len(validation):,}) "
+        f"against {names}"
+    )
+
+
+def evaluate_ood(
+    experiment: Experiment,
+    variables: Any,
+    *,
+    extract: FeatureExtractor,
+    train: Features,
+    inside: Features,
+    inside_source: data.ImageSource,
+    probe: classification.LinearProbe | None,
+    split: str,
+) -> OODEvaluation:
+    """Every score against every set of the config.
+
+    Args:
+      experiment: data, networks and settings.
+      variables: parameters and running statistics.
+      extract: with `terms_settings`.
+      train: features of the training split.
+      inside: features of the evaluated in-distribution images, with terms for JEVB.
+      inside_source: those images.
+      probe: of the representation, or None.
+      split: name of the evaluated split.
+
+    Returns:
+      The evaluation.
+
+    Raises:
+      ValueError: settings or sets that do not fit the run.
+    """
+    settings = experiment.config["ood"]
+    method = experiment.config["method"]
+    fit_features = _fit_features(experiment, variables, extract, train)
+    scorers = make_scorers(
+        fit_features,
+        probe,
+        ScoreSettings(
+            knn_k=tuple(settings["knn_k"]),
+            ssd_clusters=tuple(settings["ssd_clusters"]),
+            residual_share=settings["residual_share"],
+        ),
+    )
+    default = settings["default_score"] or DEFAULT_SCORES.get(method, _OTHER_DEFAULT_SCORE)
+    if default not in scorers.scores and default not in scorers.left_out:
+        raise ValueError(
+            f"ood.default_score must be one of {sorted(scorers.scores)}, got {default!r}"
+        )
+    inside_scores = score_features(
+        inside, scorers, batch_size=experiment.config["evaluation"]["batch_size"]
+    )
+    results: list[SetResult] = []
+    outside_scores: dict[str, dict[str, np.ndarray]] = {}
+    for outside in _sets(experiment, inside_source, split):
+        if outside.name in outside_scores:
+            raise ValueError(f"two outside sets are called {outside.name!r}")
+        scores = score_images(extract, variables, outside.source, scorers)
+        outside_scores[outside.name] = scores
+        # A corrupted image is compared with the images that were corrupted.
+        count = len(outside.source) if outside.group == CORRUPTED else None
+        results += compare(
+            {name: values[:count] for name, values in inside_scores.items()},
+            scores,
+            outside,
+            inside_name=f"{experiment.dataset.train.name}, {split}",
+            num_bootstrap=settings["num_bootstrap"],
+        )
+    chosen, choice_protocol = _choose(experiment, variables, extract, scorers)
+    return OODEvaluation(
+        results=results,
+        inside=inside_scores,
+        outside=outside_scores,
+        default_score=default,
+        chosen_score=chosen,
+        choice_protocol=choice_protocol,
+        with_labels=scorers.with_labels,
+        left_out=scorers.left_out,
+    )

@@ -1,0 +1,38 @@
+"""One-class detection on digits: ten runs, each trained on one digit, and their mean AUROC.
+
+python -m jevb_jax.study --study=studies/one_class_digits.py --out=runs/one_class_digits --num_processes=2
+
+The scores are those of `configs/ood.py`, fitted without labels; nothing is chosen on outside images.
+"""
+
+from configs import one_class
+from jevb_jax.study import Comparison, Result, Study
+
+SCORES = {
+    "scale": "jevb/scale_mahalanobis",
+    "typicality": "jevb/typicality_mahalanobis",
+    "negative ELBO": "jevb/negative_elbo",
+    "-KL": "jevb/kl",
+    "embedding k-NN": "embedding/knn_5",
+    "embedding SSD": "embedding/ssd_1",
+    "representation k-NN": "representation/knn_5",
+    "representation Mahalanobis": "representation/mahalanobis",
+}
+
+
+def get_study(data_set: str = "digits") -> Study:
+    """Ten runs and their mean."""
+    runs = {f"class_{c}": one_class.get_config(f"{data_set},{c}") for c in range(10)}
+    measures = [Result(label, "auroc_other_classes", score) for label, score in SCORES.items()]
+    measures.append(
+        Result("k-NN before training", "auroc_other_classes", "representation/knn_5", "untrained")
+    )
+    labels = tuple(measure.label for measure in measures[:4])
+    return Study(
+        title=f"One-class {data_set}, AUROC",
+        runs=runs,
+        seeds=(0,),
+        measures=measures,
+        figures=(Comparison("one_class", f"One-class {data_set}, AUROC", tuple(runs), labels),),
+        averages={"mean": tuple(runs)},
+    )

@@ -1,0 +1,333 @@
+"""The detection of a tiny run: every score again from its features, every set streamed once."""
+
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.covariance import EmpiricalCovariance
+from sklearn.metrics import roc_auc_score
+
+from jevb_jax import augmentations, data
+from jevb_jax.evaluation import corruptions, ood, ood_protocol, protocol
+from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.objective import View
+
+
+def make_config(method: str = "jevb") -> Any:
+    config: Any = importlib.import_module("configs.smoke").get_config()
+    config.method = method
+    config.data.num_train_examples = 150
+    config.data.num_test_examples = 70
+    config.train.batch_size = 32
+    config.train.health_every_steps = 0
+    config.evaluation.batch_size = 64  # divides none of the splits
+    config.evaluation.knn_k = (5,)
+    config.evaluation.l2_grid = (1e-2,)
+    config.evaluation.labels_per_class = 0
+    config.evaluation.compare_untrained = False
+    config.ood.corruptions = ("contrast",)
+    config.ood.severities = (2, 5)
+    config.ood.num_corrupted_images = 40
+    config.ood.num_bootstrap = 5
+    config.ood.max_fit_images = 120
+    config.ood.knn_k = (5,)
+    return config
+
+
+@functools.cache
+def tiny(method: str = "jevb") -> Experiment:
+    return build_experiment(make_config(method))
+
+
+@functools.cache
+def variables(method: str = "jevb") -> Any:
+    """Initial ones moved a little: at the start all posterior scales are equal."""
+    initial = tiny(method).initial_state().evaluation_variables
+    leaves, tree = jax.tree.flatten(initial["params"])
+    rng = np.random.default_rng(0)
+    moved = [x + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
+    return {**initial, "params": jax.tree.unflatten(tree, moved)}
+
+
+@functools.cache
+def evaluation(method: str = "jevb") -> tuple[dict[str, Any], protocol.Evaluation]:
+    return protocol.evaluate(tiny(method), variables(method))
+
+
+def found() -> ood_protocol.OODEvaluation:
+    result = evaluation()[1].ood
+    assert result is not None
+    return result
+
+
+def outside_features() -> Any:
+    """The first 40 test images at the worst contrast, extracted apart from the stream."""
+    test = tiny().dataset.test
+    assert test is not None
+    images = data.load_resident(test)[:40]
+    corrupted = corruptions.corrupt(images, "contrast", severity=5, seed=0)
+    extract = protocol.make_extractors(tiny()).plain
+    return extract(variables(), data.ArraySource(corrupted))
+
+
+def test_every_score_is_there_and_of_every_image():
+    expected = {f"jevb/{name}" for name in ood_protocol._TERM_SCORES}
+    expected |= {"jevb/typicality_mahalanobis", "jevb/typicality_knn", "jevb/scale_mahalanobis"}
+    scores = ("knn_5", "mahalanobis", "ssd_1", "residual", "norm")
+    expected |= {f"{f}/{score}" for f in ("representation", "embedding") for score in scores}
+    probe = {
+        "max_softmax",
+        "max_logit",
+        "energy",
+        "class_mahalanobis",
+        "relative_mahalanobis",
+        "vim",
+    }
+    expected |= {f"probe/{name}" for name in probe}
+    assert set(found().inside) | set(found().left_out) == expected
+    assert found().with_labels == {f"probe/{name}" for name in probe}
+    assert all(values.shape == (70,) for values in found().inside.values())
+    assert set(found().outside) == {"contrast_2", "contrast_5"}
+    assert all(v.shape == (40,) for scores in found().outside.values() for v in scores.values())
+    assert all(np.isfinite(v).all() for v in found().inside.values())
+
+
+def test_scores_are_those_of_features_extracted_apart():
+    outside = outside_features()
+    streamed = found().outside["contrast_5"]
+    np.testing.assert_allclose(
+        streamed["embedding/norm"], -np.linalg.norm(outside.embedding, axis=1), rtol=1e-4
+    )
+    # Fitted to 120 of the training images, in float64.
+    rows = np.sort(np.random.default_rng(0).permutation(150)[:120])
+    train = evaluation()[1].train.embedding[rows].astype(np.float64)
+    oracle = EmpiricalCovariance().fit(train)
+    expected = oracle.mahalanobis(outside.embedding.astype(np.float64))
+    np.testing.assert_allclose(streamed["embedding/mahalanobis"], expected, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_terms_are_of_the_image_and_its_augmented_views():
+    experiment = tiny()
+    test = experiment.dataset.test
+    assert test is not None
+    images = data.load_resident(test)[:3]
+    view = experiment.view_augmentations[0]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(3))
+    views = [
+        jnp.stack(
+            [
+                augmentations.center_view(x, size=view.size, mean=view.mean, std=view.std)
+                for x in images
+            ]
+        ),
+        augmentations.augment(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), images, view),
+    ]
+    outputs: Any = [experiment.model.apply(variables(), v, train=False) for v in views]
+    stacked = View(
+        *(
+            jnp.stack([getattr(o, name) for o in outputs])
+            for name in ("embedding", "posterior_mean", "posterior_scale")
+        )
+    )
+    settings = experiment.jevb_settings
+    expected = ood.uncertainty_terms(
+        jax.vmap(jax.random.fold_in, (0, None))(keys, 0),
+        stacked,
+        num_samples=2,
+        df=settings.df,
+        radial_df=settings.radial_df,
+        radial_scale=experiment.model.apply(variables(), method=experiment.model.radial_scale),
+        prior_scale=settings.prior_scale,
+    )
+    terms: Any = evaluation()[1].test.terms
+    for name, value in expected._asdict().items():
+        np.testing.assert_allclose(getattr(terms, name)[:3], value, rtol=2e-3, err_msg=name)
+
+
+def test_metrics_compare_the_corrupted_images_with_themselves():
+    (row,) = [
+        r for r in found().results if (r.score, r.outside) == ("embedding/knn_5", "contrast_5")
+    ]
+    inside = found().inside["embedding/knn_5"][:40]
+    outside = found().outside["contrast_5"]["embedding/knn_5"]
+    expected = roc_auc_score(np.repeat([0, 1], 40), np.concatenate([inside, outside]))
+    assert row.metrics.auroc == pytest.approx(expected, abs=1e-12)
+    assert row.low.auroc <= row.metrics.auroc <= row.high.auroc
+    assert "test (40)" in row.protocol
+    assert "with contrast, severity 5 of 5 (40)" in row.protocol
+
+
+def test_results_json_and_csv_hold_every_number():
+    results, _ = evaluation()
+    rows = {(r["score"], r["outside"]): r for r in results["ood"]["rows"]}
+    assert len(rows) == len(found().inside) * 2
+    assert set(results["ood"]["sets"]) == {"contrast_2", "contrast_5"}
+    assert results["ood"]["default_score"] == "jevb/scale_mahalanobis"
+    assert results["ood"]["chosen_score"] is None
+    text = protocol.results_csv(results)
+    header, *lines = text.splitlines()
+    assert header.startswith("encoder,features_or_score,measure,set,value,low,high")
+    assert len(lines) == len(results["trained"]) + 5 * len(rows)
+    value = rows["jevb/kl", "contrast_2"]["aupr_in"]
+    assert any(f"trained,jevb/kl,aupr_in,contrast_2,{value!r}," in line for line in lines)
+    (mean,) = [
+        r["value"] for r in results["trained"]
+        if (r["features"], r["name"]) == ("jevb/kl", "auroc_corrupted")
+    ]  # fmt: skip
+    both = [rows["jevb/kl", f"contrast_{s}"]["auroc"] for s in (2, 5)]
+    assert mean == pytest.approx(np.mean(both), abs=1e-12)
+
+
+def test_uncertainty_is_checked_against_errors_and_severity():
+    results, evaluated = evaluation()
+    names = {r["name"] for r in results["trained"] if r["features"] == "jevb/kl"}
+    assert {
+        "error_auroc_5_nn", "error_auroc_linear", "area_under_risk_coverage_linear",
+        "severity_correlation_contrast", "share_increased_contrast", "auroc_corrupted",
+    } <= names  # fmt: skip
+    errors = protocol.wrong_predictions(
+        tiny().config["evaluation"], evaluated.train, evaluated.test, evaluated.probe
+    )
+    accuracy = {
+        r["name"]: r["value"] for r in results["trained"] if r["features"] == "representation"
+    }
+    assert 1 - errors["5_nn"].mean() == pytest.approx(accuracy["knn_5_accuracy"])
+    assert 1 - errors["linear"].mean() == pytest.approx(accuracy["linear_accuracy"])
+    (value,) = [
+        r["value"] for r in results["trained"]
+        if (r["features"], r["name"]) == ("jevb/kl", "error_auroc_linear")
+    ]  # fmt: skip
+    assert value == pytest.approx(roc_auc_score(errors["linear"], found().inside["jevb/kl"]))
+
+
+def test_tables_show_scores_with_and_without_labels():
+    results, _ = evaluation()
+    table = protocol.detection_table(results)
+    first = [str(cell) for cell in table.columns[0].cells]
+    assert "jevb/scale_mahalanobis *" in first
+    assert first.index("jevb/kl") < first.index("probe/energy")
+    assert len(first) == len(found().inside)
+    names = [str(cell) for cell in protocol.classification_table(results).columns[0].cells]
+    assert set(names) == {"representation", "embedding"}
+
+
+@pytest.mark.slow
+def test_choice_sees_validation_images_only(tmp_path):
+    # The chosen set is uniform noise; the score chosen must be the best on validation, without labels.
+    noise = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "noise.npz", images=noise)
+    config = make_config()
+    config.ood.corruptions = ("contrast",)
+    config.ood.severities = (5,)
+    config.ood.choice = (
+        {"name": "noise", "group": "far", "protocol": "noise", "source": "arrays",
+         "paths": (str(tmp_path / "noise.npz"),)},
+    )  # fmt: skip
+    experiment = build_experiment(config)
+    extractors = protocol.make_extractors(experiment)
+    chosen = protocol.evaluate_variables(experiment, variables(), extractors).ood
+    assert chosen is not None
+    assert chosen.chosen_score is not None
+    assert chosen.chosen_score not in chosen.with_labels
+    assert "on validation" in chosen.choice_protocol
+    assert "against noise" in chosen.choice_protocol
+    assert "noise" not in chosen.outside
+
+
+def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 1), np.uint8)
+    labels = np.arange(12) % 3
+    np.savez(tmp_path / "gray.npz", images=gray, labels=labels)
+    outside = ood_protocol.load_outside_set(
+        name="gray", group="far", protocol="", source="arrays",
+        paths=(str(tmp_path / "gray.npz"),), exclude_labels=(1,),
+    )  # fmt: skip
+    assert len(outside.source) == 8
+    assert "gray.npz" in outside.protocol
+    extract = protocol.make_extractors(tiny()).plain
+    found = extract(variables(), outside.source)
+    again = extract(variables(), data.ArraySource(gray[labels != 1].repeat(3, axis=-1)))
+    np.testing.assert_allclose(found.embedding, again.embedding, rtol=1e-5)
+    four = data.ArraySource(np.zeros((2, 8, 8, 4), np.uint8))
+    with pytest.raises(ValueError, match="has 4 channels and the network was trained on 3"):
+        extract(variables(), four)
+
+
+def test_degenerate_features_leave_a_score_out_by_name():
+    train = evaluation()[1].train
+    constant = train._replace(embedding=np.ones_like(train.embedding), terms=None)
+    settings = ood_protocol.ScoreSettings(knn_k=(5,), ssd_clusters=(1,), residual_share=0.5)
+    scorers = ood_protocol.make_scorers(constant, None, settings)
+    assert "do not vary" in scorers.left_out["embedding/mahalanobis"]
+    assert "representation/mahalanobis" in scorers.scores
+
+
+def one_class() -> Experiment:
+    config = make_config()
+    config.data.num_train_examples = 0
+    config.data.source = "digits"
+    config.data.image_size = 0
+    config.data.num_test_examples = 0
+    config.data.inlier_class = 3
+    config.augmentation.mean, config.augmentation.std = (0.3,), (0.3,)
+    config.augmentation.saturation = config.augmentation.hue = 0.0
+    config.augmentation.grayscale_probability = 0.0
+    config.ood.corruptions = ()
+    return build_experiment(config)
+
+
+def test_one_class_leaves_the_other_classes_outside():
+    dataset: Any = one_class().dataset
+    assert dataset.train.labels is None
+    digits = data.digits()
+    of_three = int(np.sum(digits.labels == 3))
+    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == of_three
+    assert np.all(dataset.outside.labels != 3)
+
+
+@pytest.mark.slow
+def test_one_class_is_detected_without_labels():
+    experiment = one_class()
+    initial = experiment.initial_state().evaluation_variables
+    found = protocol.evaluate_variables(experiment, initial, protocol.make_extractors(experiment))
+    assert found.ood is not None
+    assert set(found.ood.outside) == {"other_classes"}
+    assert found.probe is None
+    assert {row["name"] for row in found.results} == {"auroc_other_classes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vi_simsiam", "simsiam"])
+def test_other_methods_have_their_scores(method):
+    results, evaluated = evaluation(method)
+    assert evaluated.ood is not None
+    assert evaluated.test.terms is None
+    assert ("vi_simsiam/concentration" in evaluated.ood.inside) == (method == "vi_simsiam")
+    assert not any(name.startswith("jevb/") for name in evaluated.ood.inside)
+    default = {"vi_simsiam": "vi_simsiam/concentration", "simsiam": "embedding/mahalanobis"}
+    assert results["ood"]["default_score"] == default[method]
+
+
+def test_settings_are_checked_before_training():
+    for key, value, message in (
+        ("corruptions", ("fog",), "ood.corruptions may hold"),
+        ("severities", (0,), "ood.severities are 1 to 5"),
+        ("num_views", 0, "ood.num_views must be at least 1"),
+        ("residual_share", 1.0, "ood.residual_share must be in"),
+    ):
+        config = make_config()
+        config.ood[key] = value
+        with pytest.raises(ValueError, match=message):
+            build_experiment(config)
+    unknown = dataclasses.replace(
+        tiny(),
+        config={**tiny().config, "ood": {**tiny().config["ood"], "default_score": "no/such"}},
+    )
+    with pytest.raises(ValueError, match=r"ood\.default_score must be one of"):
+        protocol.evaluate_variables(unknown, variables(), protocol.make_extractors(tiny()))
