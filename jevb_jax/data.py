@@ -766,7 +766,8 @@ def load_dataset(
         validation_fraction: share of the training images held out, in (0, 1).
         split_seed: non-negative integer.
         inlier_class: the one class to train on (one-class detection): the other classes' test images
-            become `outside`, and the labels of the rest, all equal, are dropped. -1: all classes.
+            become `outside`, and the labels of the rest, all equal, are dropped; numbers of examples
+            count all classes. -1: all classes.
 
     Raises:
         ValueError: unknown source, a fraction outside (0, 1) or that leaves a part empty, more
@@ -841,17 +842,16 @@ def load_dataset(
     chosen = _stratified(train, held_out, split_seed, _VALIDATION)
     validation = Subset(train, chosen)
     train = Subset(train, _complement(chosen, len(train)))
+    train = _limited(train, num_train_examples, split_seed, _TRAIN_SUBSET)
+    if test is not None:
+        test = _limited(test, num_test_examples, split_seed, _TEST_SUBSET)
     outside = None
     if inlier_class >= 0:
         train, validation = (_of_class(part, inlier_class) for part in (train, validation))
         if test is None or test.labels is None:
             raise ValueError(f"inlier_class={inlier_class} needs labelled test images")
         outside = Subset(test, np.flatnonzero(test.labels != inlier_class))
-        outside = _limited(outside, num_test_examples, split_seed, _TEST_SUBSET)
         test = _of_class(test, inlier_class)
-    train = _limited(train, num_train_examples, split_seed, _TRAIN_SUBSET)
-    if test is not None:
-        test = _limited(test, num_test_examples, split_seed, _TEST_SUBSET)
     return Dataset(train, validation, test, outside)
 
 

@@ -1119,6 +1119,7 @@ def _curve_panels(records: Sequence[Mapping[str, Any]]) -> tuple[list[_Html], li
     names = dict.fromkeys(name for record in records for name in record if name != "step")
     terms = loss_terms(records)
     gradients = [name for name in names if name.startswith("health/gradient_")]
+    alarms = [name for name in names if name.startswith("health/alarm_")]
     training = [("loss", ["train/loss"])]
     if len(terms) > 1:
         training.append(("every term of the loss", list(terms)))
@@ -1135,6 +1136,7 @@ def _curve_panels(records: Sequence[Mapping[str, Any]]) -> tuple[list[_Html], li
             ["train/embedding_std", "health/embedding_std"],
         ),
         ("gradient of each term", gradients),
+        ("alarms: 1 = raised", alarms),
     ]
     drawn = {name for _, group in training + health for name in group}
     for name in names:

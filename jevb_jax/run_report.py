@@ -215,7 +215,7 @@ def write_run_report(
     evaluation: Evaluation,
     results: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
-    alarms: Sequence[html_report.Alarm],
+    alarms: Sequence[html_report.Alarm] | None,
     environment: Mapping[str, Any],
 ) -> None:
     """Writes the page of a run, whole or not at all.
@@ -226,7 +226,7 @@ def write_run_report(
       evaluation: of the trained encoder.
       results: as `results.json` has them, with "step".
       records: lines of `metrics.jsonl`.
-      alarms: that were raised in training.
+      alarms: that were raised in training; None where nothing watched.
       environment: as `environment.json` has it.
     """
     config = experiment.config
@@ -256,6 +256,6 @@ def write_run_report(
             records=records,
             command=environment["command"],
             config=config,
-            environment=environment,
+            environment={name: value for name, value in environment.items() if name != "command"},
         ),
     )

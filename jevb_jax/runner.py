@@ -614,18 +614,18 @@ def _evaluate_and_report(
     suffix = "" if step == experiment.num_train_steps else f"_step_{step}"
     files.write_text_atomically(workdir / f"results{suffix}.csv", protocol.results_csv(results))
     records = MetricsLog.read(workdir / "metrics.jsonl")
+    embedding_dim = experiment.config["model"]["embedding_dim"]
+    alarms = [
+        html_report.Alarm(*alarm)
+        for alarm in health.alarm_history(records, embedding_dim=embedding_dim)
+    ]
     run_report.write_run_report(
         workdir / f"report{suffix}.html",
         experiment=experiment,
         evaluation=evaluation,
         results=results,
         records=records,
-        alarms=[
-            html_report.Alarm(*alarm)
-            for alarm in health.alarm_history(
-                records, embedding_dim=experiment.config["model"]["embedding_dim"]
-            )
-        ],
+        alarms=alarms if any(health.logged_health(record) for record in records) else None,
         environment=json.loads((workdir / "environment.json").read_text(encoding="utf-8")),
     )
     # The last of the files: who finds it finds the others.

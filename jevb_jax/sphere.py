@@ -65,11 +65,14 @@ def safe_norm(x: Array) -> Array:
 
 
 def safe_log(x: Array) -> Array:
-    """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient."""
+    """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient.
+
+    A NaN stays one.
+    """
     smallest = float(jnp.finfo(x.dtype).tiny)
-    is_normal = x > smallest
-    log = jnp.log(jnp.where(is_normal, x, jnp.ones_like(x)))
-    return jnp.where(is_normal, log, jnp.full_like(x, np.log(smallest)))
+    is_small = x <= smallest
+    log = jnp.log(jnp.where(is_small, jnp.ones_like(x), x))
+    return jnp.where(is_small, jnp.full_like(x, np.log(smallest)), log)
 
 
 def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:

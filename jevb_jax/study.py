@@ -381,7 +381,7 @@ class Study:
     seeds: Sequence[int]
     measures: Sequence[Measure]
     figures: Sequence[Figure] = ()
-    averages: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+    averages: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses what does not fit, by name.

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default, recipes
+from configs import default, one_class, ood, recipes
 from jevb_jax import checkpoints, experiment, runner, study
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
     path.stem
     for path in (ROOT / "configs").glob("*.py")
-    if path.stem not in ("__init__", "recipes")
+    if path.stem not in ("__init__", "ood", "recipes")
 )
 
 
@@ -41,6 +41,34 @@ def test_config_has_the_keys_of_default_and_survives_json(name, arguments, tmp_p
     assert loaded.to_dict() == config.to_dict()
     with pytest.raises(AttributeError):
         loaded.optimizer.learning_rat = 1.0
+
+
+@pytest.mark.parametrize("protocol", ood.PROTOCOLS)
+def test_protocol_of_detection_fits_the_section(protocol):
+    section: Any = ood.get_config(protocol)
+    whole: Any = default.get_config()
+    assert set(section.to_dict()) == set(whole.ood.to_dict())
+    assert section.outside or section.corruptions
+    names = [one["name"] for one in section.outside]
+    assert len(set(names)) == len(names)
+    assert all({"name", "group", "source", "protocol"} <= one.keys() for one in section.outside)
+    if "openood" in protocol:
+        assert [one["group"] for one in section.outside].count("near") == 1 + (
+            "tfds" not in protocol
+        )
+        is_by_list = all("list" in one["protocol"] for one in section.outside)
+        assert is_by_list
+        assert ("not OpenOOD's list" in section.outside[0]["protocol"]) == ("tfds" in protocol)
+
+
+def test_one_class_names_its_class():
+    config: Any = one_class.get_config("cifar10,7")
+    assert (config.data.tfds_name, config.data.inlier_class) == ("cifar10", 7)
+    for bad in ("digits", "svhn,1", "digits,x"):
+        with pytest.raises(ValueError, match="expected digits or cifar10, a comma and a class"):
+            one_class.get_config(bad)
+    with pytest.raises(ValueError, match="protocol must be one of"):
+        ood.get_config("imagenet")
 
 
 def test_digits_experiment_is_consistent():
@@ -144,7 +172,8 @@ def test_study_builds_every_run(path):
     runs: Any = study.load_study(path).runs
     small = {"source": "shapes", "image_size": 16, "num_train_examples": 300}
     for config in runs.values():
-        config.data.update(small | {"num_test_examples": 20})
+        if config.data.source != "digits":  # digits are at hand
+            config.data.update(small | {"num_test_examples": 20})
         built = experiment.build_experiment(config)
         assert built.num_train_steps > 0
         assert built.config["method"] == config.method

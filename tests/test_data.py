@@ -333,6 +333,92 @@ def test_folder_errors(tmp_path, photos):
         data.FolderSource(tmp_path / "sizes")
 
 
+# --- Sets by list, and any one set ---
+
+
+def write_images(root: Path, count: int = 4) -> list[np.ndarray]:
+    images = [np.full((6, 6, 3), 40 * i, np.uint8) for i in range(count)]
+    (root / "a b").mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(root / "a b" / f"{i}.png")
+    return images
+
+
+def test_image_list_is_read_in_its_order(tmp_path):
+    images = write_images(tmp_path)
+    lists = tmp_path / "list.txt"
+    lists.write_text("a b/2.png 7\n\na b/0.png 1\n")  # a space in the name, an empty line
+    source = data.load_images(source="image_list", paths=(str(lists), str(tmp_path)))
+    np.testing.assert_array_equal(source.labels, [7, 1])
+    np.testing.assert_array_equal(data.load_resident(source), [images[2], images[0]])
+    lists.write_text("a b/2.png -1\na b/3.png -1\n")
+    assert data.ImageListSource(lists, tmp_path).labels is None
+    assert data.ImageListSource(lists, tmp_path, image_size=3)[0].shape == (3, 3, 3)
+
+
+def test_image_list_refuses(tmp_path):
+    write_images(tmp_path)
+    lists = tmp_path / "list.txt"
+    for text, message in (
+        ("a.png\n", "line 1 of .* must be a path and an integer"),
+        ("a b/0.png 1\nb.png x\n", "line 2 of"),
+        ("\n", "names no images"),
+    ):
+        lists.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.ImageListSource(lists, tmp_path)
+    lists.write_text("a b/0.png 1\na b/9.png 1\n")
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 files of .* the first is .*9\.png"):
+        data.ImageListSource(lists, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no image list"):
+        data.ImageListSource(tmp_path / "nothing", tmp_path)
+
+
+def test_load_images_excludes_classes_and_limits(tmp_path, photos):
+    labels = np.arange(len(photos)) % 3
+    save(tmp_path / "x.npz", images=photos, labels=labels)
+    paths = (str(tmp_path / "x.npz"),)
+    kept = data.load_images(source="arrays", paths=paths, exclude_labels=(0, 2))
+    np.testing.assert_array_equal(data.load_resident(kept), photos[labels == 1])
+    assert len(data.load_images(source="arrays", paths=paths, num_examples=2)) == 2
+    save(tmp_path / "y.npz", images=photos)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        (
+            {"source": "arrays", "paths": (str(tmp_path / "y.npz"),), "exclude_labels": (1,)},
+            "no class",
+        ),
+        ({"source": "folder", "paths": ()}, "takes one directory"),
+        ({"source": "image_list", "paths": ("x",)}, "takes a list and a directory"),
+        ({"source": "web"}, "unknown source 'web'"),
+    )
+    for keywords, message in cases:
+        with pytest.raises(ValueError, match=message):
+            data.load_images(**keywords)
+
+
+def test_one_class_is_split_off_without_its_label():
+    whole, one = (
+        data.load_dataset(source="digits"),
+        data.load_dataset(source="digits", inlier_class=4),
+    )
+    assert whole.outside is None
+    parts = ((whole.train, one.train), (whole.validation, one.validation), (whole.test, one.test))
+    for before, after in parts:
+        assert before is not None
+        assert after is not None
+        assert before.labels is not None
+        assert after.labels is None
+        expected = data.load_resident(before)[before.labels == 4]
+        np.testing.assert_array_equal(data.load_resident(after), expected)
+    assert one.outside is not None
+    assert one.outside.labels is not None
+    assert whole.test is not None
+    assert len(one.outside) == int(np.sum(whole.test.labels != 4))
+    assert set(one.outside.labels) == set(range(10)) - {4}
+    with pytest.raises(ValueError, match=r"inlier_class=10: .* has no images with that label"):
+        data.load_dataset(source="digits", inlier_class=10)
+
+
 # --- Shapes ---
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jevb_jax import polar_decomposition
+from jevb_jax import polar_decomposition, sphere
 from tests import oracles
 
 # A float32 sum of 4096 squares and a square root.
@@ -95,3 +95,12 @@ def test_round_trip_of_any_vector(values):
         np.testing.assert_allclose(direction, x / expected_radius, rtol=RTOL, atol=1e-7)
     else:
         np.testing.assert_array_equal(direction, 0)
+
+
+def test_safe_log_keeps_a_nan_and_is_finite_at_zero():
+    found = sphere.safe_log(jnp.asarray([jnp.nan, 0.0, 1e-40, 2.0], jnp.float32))
+    assert np.isnan(found[0])
+    smallest = np.log(np.finfo(np.float32).tiny)
+    np.testing.assert_allclose(found[1:], [smallest, smallest, np.log(2)], rtol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(sphere.safe_log(x)))(jnp.asarray([0.0, 2.0]))
+    np.testing.assert_allclose(gradient, [0, 0.5])

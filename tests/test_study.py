@@ -1,6 +1,7 @@
 """Studies: fabricated run directories, children that are stubs, and (slow) the real thing."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -133,6 +134,29 @@ def rows(out: Path) -> dict[str, list[str]]:
     lines = (out / "table.md").read_text().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     return {row[0]: row[1:] for row in cells}
+
+
+def test_average_of_runs_is_taken_seed_by_seed(tmp_path):
+    made = Study(
+        title="One class",
+        runs={f"class_{c}": config(df=float(c)) for c in (1, 2)},
+        seeds=(0, 1),
+        measures=MEASURES[:1],
+        averages={"mean": ("class_1", "class_2")},
+    )
+    values = {("class_1", 0): 0.5, ("class_1", 1): 0.7, ("class_2", 0): 0.6}
+    for (name, seed), accuracy in values.items():
+        fabricate(tmp_path, made, name, seed, accuracy=accuracy)
+    study.write_report(made, tmp_path, command="x")
+    assert rows(tmp_path)["mean"] == ["mean of 2 runs", "0.5500 ± -"]  # seed 1 is not there yet
+    fabricate(tmp_path, made, "class_2", 1, accuracy=0.9)
+    study.write_report(made, tmp_path, command="x")
+    spread = np.std([0.55, 0.8], ddof=1)
+    assert rows(tmp_path)["mean"] == ["mean of 2 runs", f"0.6750 ± {spread:.4f}"]
+    assert "mean,mean of 2 runs,0.675" in (tmp_path / "table.csv").read_text()
+    for averages in ({"class_1": ("class_2",)}, {"mean": ("class_3",)}, {"mean": ()}):
+        with pytest.raises(ValueError, match="needs a name of its own and runs among"):
+            dataclasses.replace(made, averages=averages)
 
 
 def test_table_agrees_with_numpy(fabricated):
