@@ -9,3 +9,9 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    # Most of the default suite's time is compiling, and hardly any of it is running. The slow
+    # suite, and `-m ''`, run what users run: the optimised program.
+    jax.config.update("jax_disable_most_optimizations", config.getoption("markexpr") == "not slow")
