@@ -5,6 +5,8 @@ python -m jevb_jax.study --study=studies/one_class_digits.py --out=runs/one_clas
 The scores are those of `configs/ood.py`, fitted without labels; nothing is chosen on outside images.
 """
 
+from typing import Any
+
 from configs import one_class
 from jevb_jax.study import Comparison, Result, Study
 
@@ -13,20 +15,25 @@ SCORES = {
     "typicality": "jevb/typicality_mahalanobis",
     "negative ELBO": "jevb/negative_elbo",
     "-KL": "jevb/kl",
-    "embedding k-NN": "embedding/knn_5",
+    "embedding k-NN": "embedding/knn_K",
     "embedding SSD": "embedding/ssd_1",
-    "representation k-NN": "representation/knn_5",
+    "representation k-NN": "representation/knn_K",
     "representation Mahalanobis": "representation/mahalanobis",
 }
 
 
 def get_study(data_set: str = "digits") -> Study:
-    """Ten runs and their mean."""
-    runs = {f"class_{c}": one_class.get_config(f"{data_set},{c}") for c in range(10)}
-    measures = [Result(label, "auroc_other_classes", score) for label, score in SCORES.items()]
-    measures.append(
-        Result("k-NN before training", "auroc_other_classes", "representation/knn_5", "untrained")
-    )
+    """Ten runs of "digits" or "cifar10", and their mean."""
+    runs: dict[str, Any] = {
+        f"class_{c}": one_class.get_config(f"{data_set},{c}") for c in range(10)
+    }
+    k = runs["class_0"].ood.knn_k[0]
+
+    def auroc(label: str, score: str, encoder: Any = "trained") -> Result:
+        return Result(label, "auroc_other_classes", score.replace("K", str(k)), encoder)
+
+    measures = [auroc(label, score) for label, score in SCORES.items()]
+    measures.append(auroc("k-NN before training", "representation/knn_K", "untrained"))
     labels = tuple(measure.label for measure in measures[:4])
     return Study(
         title=f"One-class {data_set}, AUROC",

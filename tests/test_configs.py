@@ -170,10 +170,13 @@ def test_methods_that_do_not_fit_are_named(changes, message):
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.py")), ids=lambda p: p.stem)
 def test_study_builds_every_run(path):
     runs: Any = study.load_study(path).runs
-    small = {"source": "shapes", "image_size": 16, "num_train_examples": 300}
+    small = {"source": "shapes", "image_size": 16, "num_test_examples": 200}
     for config in runs.values():
         if config.data.source != "digits":  # digits are at hand
-            config.data.update(small | {"num_test_examples": 20})
+            # Of one class, still more than the 200 neighbours of its k-NN.
+            num_images = 300 if config.data.inlier_class < 0 else 4000
+            config.data.update(small | {"num_train_examples": num_images})
+            config.train.batch_size = 128
         built = experiment.build_experiment(config)
         assert built.num_train_steps > 0
         assert built.config["method"] == config.method
