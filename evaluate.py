@@ -3,7 +3,7 @@
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jevb_jax import runner
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     """Runs the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     try:
         config = runner.load_config(_WORKDIR.value)
         if _OOD.value is not None:
