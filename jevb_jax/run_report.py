@@ -9,7 +9,7 @@ import numpy as np
 from jevb_jax import data, html_report
 from jevb_jax.evaluation import classification, uncertainty
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
-from jevb_jax.evaluation.protocol import Evaluation, wrong_predictions
+from jevb_jax.evaluation.protocol import FEATURE_NAMES, Evaluation, wrong_predictions
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
 
@@ -20,6 +20,8 @@ _NUM_MAPPED = 2000
 _MOST_DRAWN_SETS = 6
 # Drawn beside the score fixed before: the one that tells where a likelihood alone goes wrong.
 _PATHOLOGY = "jevb/negative_elbo"
+# What "uncertain" means where nothing is to be detected: other methods have their default score alone.
+_UNCERTAINTY_SCORES = {"jevb": "jevb/posterior_entropy"}
 
 
 def _evaluated_source(experiment: Experiment) -> data.ImageSource:
@@ -63,7 +65,7 @@ def _rows(results: Mapping[str, Any]) -> list[html_report.ResultRow]:
             before.get((row["features"], row["name"])),
         )
         for row in results["trained"]
-        if not row["name"].startswith("auroc_")  # the tables of detection hold every set
+        if row["features"] in FEATURE_NAMES  # scores have sections of their own
     ]
 
 
@@ -101,7 +103,7 @@ def _detection(found: OODEvaluation, config: Mapping[str, Any]) -> html_report.O
     ]
     sentences = [
         f"Protocol: {config['ood']['name']}.",
-        f"Fixed before any result was seen: {found.default_score}.",
+        f"Default score of the method: {found.default_score}.",
     ]
     if found.chosen_score:
         sentences.append(f"Chosen: {found.chosen_score}, {found.choice_protocol}.")
@@ -233,7 +235,8 @@ def write_run_report(
     found = evaluation.ood
     score = None
     if found is not None:
-        score = found.default_score if found.default_score in found.inside else None
+        wanted = _UNCERTAINTY_SCORES.get(config["method"], found.default_score)
+        score = wanted if wanted in found.inside else None
     prediction = evaluation.test.prediction
     scale = None
     if isinstance(prediction, Posterior):

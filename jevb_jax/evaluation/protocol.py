@@ -6,6 +6,7 @@ encoder before training show what training added.
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
 
 Result = dict[str, Any]
-_FEATURE_NAMES = ("representation", "embedding")
+FEATURE_NAMES = ("representation", "embedding")
 
 
 class Extractors(NamedTuple):
@@ -212,7 +213,7 @@ def evaluate_variables(
     test = validation if is_same else extract_terms(variables, source)
     results: list[Result] = []
     probes = {}
-    for name in _FEATURE_NAMES:
+    for name in FEATURE_NAMES:
         results += _knn(name, settings, train, test)
         probes[name], linear = _linear_results(name, settings, train, validation, test)
         results += linear
@@ -245,11 +246,17 @@ def _detection_results(found: OODEvaluation) -> list[Result]:
             f"auroc_{group}",
             score,
             value,
-            f"mean AUROC over {', '.join(sets[group])}; see results.csv for each",
+            f"mean AUROC over {_some(sets[group])}; see results.csv for each",
         )
         for score, groups in ood_protocol.group_means(found.results).items()
         for group, value in groups.items()
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) <= 5:
+        return ", ".join(names)
+    return f"{len(names)} sets, {names[0]} to {names[-1]}"
 
 
 def _uncertainty_results(
@@ -475,7 +482,7 @@ def classification_table(results: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     before = {(row["features"], row["name"]): row["value"] for row in results.get("untrained", [])}
     for row in results["trained"]:
-        if row["features"] in _FEATURE_NAMES:
+        if row["features"] in FEATURE_NAMES:
             untrained = before.get((row["features"], row["name"]))
             table.add_row(
                 row["features"],
