@@ -290,11 +290,16 @@ class WhitenedNeighbours:
         """Distances, `[N]`."""
         shifted = jnp.asarray(features, self.bank.dtype) - self.mean[None]
 
-        def distance(query: Array) -> Array:
-            squared = jnp.sum(jnp.square(self.bank - query[None]), axis=-1)
-            return jnp.sqrt(-jax.lax.top_k(-squared, self.k)[0][-1])
+        # `b.q - |b|^2 / 2`, which falls as `|b - q|` grows, as one product.
+        half_squares = jnp.sum(jnp.square(self.bank), axis=-1, keepdims=True) / 2
+        extended = jnp.concatenate([self.bank, -half_squares], axis=-1)
 
-        return jax.lax.map(distance, _matmul(shifted, self.whitening), batch_size=32)
+        def distance(query: Array) -> Array:
+            closeness = _matmul(extended, jnp.append(query, 1.0))
+            _, index = jax.lax.top_k(closeness, self.k)
+            return sphere.safe_norm(self.bank[index[-1]] - query)
+
+        return jax.lax.map(distance, _matmul(shifted, self.whitening), batch_size=64)
 
 
 def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
