@@ -1,7 +1,7 @@
 """Images a second of every out-of-distribution score, beside the encoder's forward pass.
 
-python benchmarks/ood_scores.py --out=runs/benchmark_ood
-python benchmarks/ood_scores.py --out=runs/benchmark_ood --image_size=32 --width=64 --backbone=resnet18
+python -m benchmarks.ood_scores --out=runs/benchmark_ood
+python -m benchmarks.ood_scores --out=runs/benchmark_ood --image_size=32 --width=64 --backbone=resnet18
 
 Random weights and random images: time does not depend on them. The encoder and the scores take turns
 in one process, and each score's time is given as a ratio to the encoder's in the same round: 0.1 means
@@ -122,7 +122,7 @@ def main() -> None:
     ood_protocol.score_images(with_terms, variables, images, scorers)
     second_pass = time.perf_counter() - start
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.ood_scores", *sys.argv[1:]]),
         "machine": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),

@@ -204,6 +204,11 @@ def test_uncertainty_is_checked_against_errors_and_severity():
         if (r["features"], r["name"]) == ("jevb/kl", "error_auroc_linear")
     ]  # fmt: skip
     assert value == pytest.approx(roc_auc_score(errors["linear"], found().inside["jevb/kl"]))
+    shares = {r["name"]: r["value"] for r in results["trained"] if "log_scale" in r["name"]}
+    log_scale = np.log(np.asarray(evaluated.test.prediction.posterior_scale, np.float64))
+    between_images = log_scale.mean(axis=1).var() / log_scale.var()
+    assert shares["log_scale_image_share"] == pytest.approx(between_images, rel=1e-6)
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_tables_show_scores_with_and_without_labels():

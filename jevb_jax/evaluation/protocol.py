@@ -18,6 +18,7 @@ from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettin
 from jevb_jax.evaluation.ood_metrics import OODMetrics
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
+from jevb_jax.networks import Posterior
 
 Result = dict[str, Any]
 FEATURE_NAMES = ("representation", "embedding")
@@ -295,7 +296,26 @@ def _uncertainty_results(
             ]
         results += _severity_results(experiment.config, found, name)
     results += _disagreement_results(experiment, found)
+    results += _spectrum_results(test, split)
     return results
+
+
+def _spectrum_results(test: Features, split: str) -> list[Result]:
+    """What the anisotropy of the posterior is used for."""
+    if not isinstance(test.prediction, Posterior):
+        return []
+    scale = test.prediction.posterior_scale
+    spectrum = uncertainty.scale_spectrum(scale)
+    return [
+        _result(
+            f"log_scale_{name}",
+            "posterior_scale",
+            getattr(spectrum, name),
+            f"share of the variance of log scale over {scale.shape[0]:,} images of {split} x "
+            f"{scale.shape[1]} features",
+        )
+        for name in ("feature_share", "image_share", "interaction_share")
+    ]
 
 
 def wrong_predictions(
