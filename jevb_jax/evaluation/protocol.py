@@ -520,7 +520,7 @@ def detection_table(results: dict[str, Any]) -> Table:
       results: of `evaluate`, with "ood".
 
     Returns:
-      A rich table. `*` marks the score that was fixed before, `+` the one that was chosen on validation
+      A rich table. `*` marks the default score, `+` the one that was chosen on validation
       images; scores below the line were fitted with labels.
     """
     found = results["ood"]
@@ -531,7 +531,7 @@ def detection_table(results: dict[str, Any]) -> Table:
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
     table = Table(
         title=f"{results['split']} split against {found['protocol']}",
-        caption="* fixed before, + chosen on validation images; every set in results.csv",
+        caption="* the method's default, + chosen on validation images; every set in results.csv",
     )
     table.add_column("score", no_wrap=True)
     for column in columns:
