@@ -123,6 +123,7 @@ def get_config() -> ConfigDict:
             "num_micro_batches": 1,  # gradient accumulation; BatchNorm sees micro-batches
             "ema_decay": 0.0,  # of the parameters; 0 = off. Evaluation uses the average
             "target_decay": 0.0,  # of a target network, rising to 1; 0 = none (BYOL: 0.99)
+            "shard_optimizer_state": False,  # each device keeps its part of it only (ZeRO-1)
             "steps_per_dispatch": 0,  # steps in one compiled call (0 = 1 on the CPU, else 10)
             "log_every_steps": 10,
             "health_every_steps": 200,  # effective rank, on images of the validation split

@@ -1100,6 +1100,7 @@ def stream_batches(
     seed: int,
     num_workers: int = 0,
     prefetch_batches: int = 4,
+    rows: slice = slice(None),
 ) -> Generator[np.ndarray, None, None]:
     """Reads the batches of `num_steps` steps from `start_step` on ahead of their use, by Grain.
 
@@ -1118,10 +1119,11 @@ def stream_batches(
             where decoding dominates (Pillow lets go of the interpreter lock). The caller's main
             module must be importable, as always with processes that are spawned.
         prefetch_batches: batches read ahead, by each worker or by this process, at least 1.
+        rows: of every batch, those to read: a process's own share.
 
     Returns:
-        An iterator of uint8 `[batch_size, H, W, C]`. Closing it (or its end) stops threads and
-        workers.
+        An iterator of uint8 `[batch_size, H, W, C]`, or as many as `rows` are. Closing it (or its
+        end) stops threads and workers.
 
     Raises:
         ValueError: arguments out of range; while iterating, whatever reading an image raises.
@@ -1131,17 +1133,24 @@ def stream_batches(
         raise ValueError(
             f"expected start_step >= 0 and num_steps >= 1, got {start_step} and {num_steps}"
         )
-    read = functools.partial(_read_step, source=source, batch_size=batch_size, seed=seed)
+    read = functools.partial(_read_step, source=source, batch_size=batch_size, seed=seed, rows=rows)
     return _read_ahead(read, start_step, start_step + num_steps, num_workers, prefetch_batches)
 
 
-def _read_step(step: int, *, source: ImageSource, batch_size: int, seed: int) -> np.ndarray:
+def _read_step(
+    step: int, *, source: ImageSource, batch_size: int, seed: int, rows: slice
+) -> np.ndarray:
     indices = batch_indices(step, num_examples=len(source), batch_size=batch_size, seed=seed)
-    return gather(source, indices)
+    return gather(source, indices[rows])
 
 
 def evaluation_batches(
-    source: ImageSource, batch_size: int, *, num_workers: int = 0, prefetch_batches: int = 4
+    source: ImageSource,
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    prefetch_batches: int = 4,
+    rows: slice = slice(None),
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Visits every example exactly once, in order, in batches of one size.
 
@@ -1150,6 +1159,7 @@ def evaluation_batches(
         batch_size: examples per batch, at least 1; may exceed the number of examples.
         num_workers: as for `stream_batches`; images in memory are read directly.
         prefetch_batches: as for `stream_batches`.
+        rows: as for `stream_batches`; the mask is of the whole batch all the same.
 
     Returns:
         An iterator of images uint8 `[batch_size, H, W, C]` and mask bool `[batch_size]`, False
@@ -1161,20 +1171,25 @@ def evaluation_batches(
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     num_batches = -(-len(source) // batch_size)
-    read = functools.partial(_read_padded, source=source, batch_size=batch_size)
+    read = functools.partial(_read_padded, source=source, batch_size=batch_size, rows=rows)
     if _in_memory(source):
         return map(read, range(num_batches))
     return _read_ahead(read, 0, num_batches, num_workers, prefetch_batches)
 
 
 def _read_padded(
-    batch: int, *, source: ImageSource, batch_size: int
+    batch: int, *, source: ImageSource, batch_size: int, rows: slice
 ) -> tuple[np.ndarray, np.ndarray]:
-    indices = np.arange(batch * batch_size, min((batch + 1) * batch_size, len(source)))
-    images = gather(source, indices)
-    mask = np.arange(batch_size) < len(indices)
-    if len(indices) < batch_size:
-        padding = np.zeros((batch_size - len(indices), *images.shape[1:]), np.uint8)
+    whole = np.arange(batch * batch_size, (batch + 1) * batch_size)
+    mask = whole < len(source)
+    asked = whole[rows]
+    indices = asked[asked < len(source)]
+    # A process's share of the last batch may be all padding.
+    images = np.empty((0, *image_shape(source)), np.uint8)
+    if len(indices):
+        images = gather(source, indices)
+    if len(indices) < len(asked):
+        padding = np.zeros((len(asked) - len(indices), *images.shape[1:]), np.uint8)
         images = np.concatenate([images, padding])
     return images, mask
 

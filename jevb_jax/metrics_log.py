@@ -23,16 +23,17 @@ class MetricsLog:
     Also writes TensorBoard events under `tensorboard/` if tensorboardX is installed.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, *, is_writer: bool = True):
         """Opens the log.
 
         Args:
           workdir: directory of the run.
+          is_writer: False makes a log that writes nothing, for all processes of a run but one.
         """
         self._path = workdir / "metrics.jsonl"
         self._tensorboard_path = workdir / "tensorboard"
-        self._writer = self._open_writer()
-        self._file = self._path.open("a", encoding="utf-8")
+        self._writer = self._open_writer() if is_writer else None
+        self._file = self._path.open("a", encoding="utf-8") if is_writer else None
 
     def _open_writer(self, *, purge_step: int | None = None) -> Any:
         if importlib.util.find_spec("tensorboardX") is None:
@@ -68,6 +69,8 @@ class MetricsLog:
 
     def truncate_after(self, step: int) -> None:
         """Drops lines of steps after `step`: a resumed run writes them again."""
+        if self._file is None:
+            return
         kept = [record for record in self.read(self._path) if record["step"] <= step]
         self._file.close()
         text = "".join(json.dumps(record) + "\n" for record in kept)
@@ -84,6 +87,8 @@ class MetricsLog:
           step: number of steps done.
           values: scalars by name.
         """
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -92,7 +97,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

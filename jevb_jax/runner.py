@@ -1,23 +1,23 @@
 """The only loop: trains a config in a directory, resumes what it finds there, evaluates at the end."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import logging
 import platform
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -28,6 +28,7 @@ from jevb_jax import (
     health,
     html_report,
     methods,
+    parallel,
     report,
     run_report,
     training,
@@ -68,40 +69,21 @@ class ChangedConfigError(ValueError):
     """The directory holds a run of another config."""
 
 
+class StoppedError(RuntimeError):
+    """A signal ended an evaluation; nothing of it was written."""
+
+
 # What a person can mend: shown as one message, without a traceback.
 USER_ERRORS = (
     NonFiniteError,
     CheckpointError,
     FileNotFoundError,
+    StoppedError,
     files.DirectoryInUseError,
+    parallel.MainProcessError,
     TypeError,
     ValueError,
 )
-
-
-class _StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the loop polls; a second signal acts at once."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.signal_name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __enter__(self) -> "_StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
 
 def environment() -> dict[str, Any]:
@@ -171,9 +153,10 @@ def _steps_per_dispatch(config: dict[str, Any]) -> int:
 
 
 class _Batches:
-    """Images on the device, and row numbers into them, for the steps of one dispatch."""
+    """Images on the devices, and row numbers into them, for the steps of one dispatch."""
 
-    def __init__(self, experiment: Experiment, start_step: int):
+    def __init__(self, experiment: Experiment, start_step: int, mesh: Mesh):
+        self._over_data = parallel.over_data(mesh, axis=1)
         config = experiment.config
         settings = config["input"]
         source = experiment.dataset.train
@@ -191,7 +174,7 @@ class _Batches:
         fits = data.fits_resident(source, limit_bytes=settings["resident_limit_bytes"])
         self._resident: Array | None = None
         if placement == "resident" or (placement == "auto" and fits):
-            self._resident = jnp.asarray(data.load_resident(source))
+            self._resident = parallel.put(data.load_resident(source), parallel.replicated(mesh))
         else:
             self._stream: Iterator[np.ndarray] = iter(
                 data.stream_batches(
@@ -202,25 +185,30 @@ class _Batches:
                     seed=config["seed"],
                     num_workers=settings["num_workers"],
                     prefetch_batches=settings["prefetch_batches"],
+                    rows=parallel.local_rows(self._batch_size),
                 )
             )
 
-    def take(self, step: int, num_steps: int) -> tuple[Array, Array]:
-        """`images [N, h, w, c]` and `indices [steps_per_dispatch, batch]` of the next steps."""
-        shape = (self._chunk_steps, self._batch_size)
+    def take(self, step: int, num_steps: int) -> tuple[Array, Array | None]:
+        """What `training.make_train_chunk` takes for the next steps.
+
+        All images and `indices [steps_per_dispatch, batch]`, or the batches themselves and None.
+        """
         if self._resident is not None:
-            indices = np.zeros(shape, np.int32)
+            indices = np.zeros((self._chunk_steps, self._batch_size), np.int32)
             for row in range(num_steps):
                 indices[row] = self._batch_indices(step + row)
-            return self._resident, jnp.asarray(indices)
+            return self._resident, parallel.put(indices, self._over_data)
         batches = [next(self._stream) for _ in range(num_steps)]
         padding = [batches[-1]] * (self._chunk_steps - num_steps)
-        rows = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
-        return jnp.asarray(np.concatenate(batches + padding)), jnp.asarray(rows)
+        return parallel.put_local_rows(np.stack(batches + padding), self._over_data), None
 
 
 def _health_check(experiment: Experiment) -> Any:
-    """A compiled function state -> health measures, on fixed validation images; or None."""
+    """A compiled function state -> health measures, on fixed validation images; or None.
+
+    Every process computes it for itself, on its first device.
+    """
     settings = experiment.config["train"]
     embedding_dim = experiment.config["model"]["embedding_dim"]
     source = experiment.dataset.validation
@@ -257,7 +245,8 @@ def _health_check(experiment: Experiment) -> Any:
             values |= _pair_values(experiment, state, images)
         return values
 
-    return functools.partial(check, images=jnp.asarray(images))
+    fixed = jnp.asarray(images)
+    return lambda state: check(parallel.on_local_device(state._replace(opt_state=None)), fixed)
 
 
 def _posterior_values(
@@ -332,8 +321,10 @@ def _write_evidence(workdir: Path, experiment: Experiment, state: training.Train
     """Sets aside the state before a step that was not finite, and what its batch was."""
     step = int(state.step)
     directory = workdir / f"nonfinite_step_{step}"
+    arrays = parallel.to_host(flatten_names(state))
+    if not parallel.is_main():
+        return directory
     directory.mkdir(exist_ok=True)
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(state).items()}
     np.savez(directory / "state.npz", **arrays)  # pyright: ignore[reportArgumentType]
     settings = experiment.config
     indices = data.batch_indices(
@@ -400,13 +391,22 @@ class _Dispatch(NamedTuple):
 class _Run:
     """One process's work on a run directory."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, console: Console):
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        console: Console,
+        mesh: Mesh,
+        stop: parallel.StopRequest,
+    ):
         self.experiment = experiment
+        self.mesh = mesh
+        self.stop = stop
         self.config = experiment.config
         self.embedding_dim: int = self.config["model"]["embedding_dim"]
         self.workdir = workdir
         self.console = console
-        self.log = MetricsLog(workdir)
+        self.log = MetricsLog(workdir, is_writer=parallel.is_main())
         settings = self.config["checkpoint"]
         self.checkpointer = Checkpointer(
             workdir / "checkpoints",
@@ -417,9 +417,15 @@ class _Run:
         self.alarms: dict[str, str] = {}  # raised at the last health check: messages by name
         self.check_health = _health_check(experiment)
 
+    def shardings(self, state: training.TrainState) -> training.TrainState:
+        """How the state lies over the devices."""
+        is_cut = self.config["train"]["shard_optimizer_state"]
+        return training.state_shardings(state, self.mesh, shard_optimizer_state=is_cut)
+
     def restore(self) -> training.TrainState:
         """The latest whole checkpoint's state, or the initial one."""
         template = self.experiment.initial_state()
+        template = parallel.put(template, self.shardings(template))
         restored = self.checkpointer.restore_latest(template)
         step, state = (0, template) if restored is None else restored
         if restored is not None:
@@ -438,7 +444,9 @@ class _Run:
         """Starts a checkpoint of a state whose metrics are known to be finite."""
         score = None
         if self.config["checkpoint"]["keep_best"]:
-            score = protocol.validation_knn_accuracy(self.experiment, state.evaluation_variables)
+            score = protocol.validation_knn_accuracy(
+                self.experiment, state.evaluation_variables, mesh=self.mesh
+            )
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.checkpointer.save(int(state.step), state, config=self.config, score=score)
 
@@ -492,17 +500,21 @@ class _Run:
         """Prints a line in which nothing is markup, whatever the width."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def train(self, state: training.TrainState, stop: _StopRequest) -> training.TrainState:
+    def train(self, state: training.TrainState) -> training.TrainState:
         """Runs the loop from a state to the end of the run or to a request to stop."""
         settings = self.config["train"]
         num_steps = self.experiment.num_train_steps
         health_every = settings["health_every_steps"] if self.check_health is not None else 0
         save_every = self.config["checkpoint"]["every_steps"]
-        chunk = training.make_train_chunk(self.experiment.train_step)
+        chunk = training.make_train_chunk(
+            self.experiment.train_step, mesh=self.mesh, shardings=self.shardings(state)
+        )
         step = int(state.step)
-        batches = _Batches(self.experiment, step)
+        batches = _Batches(self.experiment, step, self.mesh)
+        key = parallel.put_key(self.experiment.key, self.mesh)
         pending: _Dispatch | None = None
-        is_finite = jnp.asarray(True)
+        is_finite = parallel.put(np.asarray(True), parallel.replicated(self.mesh))
+        is_stopping = False
         meter = _SpeedMeter()
         with ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress:
 
@@ -512,16 +524,14 @@ class _Run:
                 end = dispatch.first_step + dispatch.num_steps
                 progress.update(end, _status(values, self.rank, meter.images_per_second))
 
-            while step < num_steps and stop.signal_name is None:
+            while step < num_steps and not is_stopping:
                 count = min(_steps_per_dispatch(self.config), num_steps - step)
                 if health_every or save_every:
                     count = min(count, _next_boundary(step, health_every, save_every) - step)
                 images, indices = batches.take(step, count)
                 # After a bad step, known so far to the device only, nothing more runs.
-                allowed = jnp.where(is_finite, jnp.int32(count), 0)
-                state, metrics, is_finite = chunk(
-                    state, images, indices, allowed, self.experiment.key
-                )
+                allowed = jnp.where(is_finite, np.int32(count), np.int32(0))
+                state, metrics, is_finite = chunk(state, images, indices, allowed, key)
                 # The metrics of the dispatch before are fetched while this one computes.
                 if pending is not None:
                     settle(pending)
@@ -535,7 +545,8 @@ class _Run:
                     pending = None
                 if is_health:
                     self.record_health(state)
-                if is_save and step < num_steps and stop.signal_name is None:
+                is_stopping = self.stop.is_requested()
+                if is_save and step < num_steps and not is_stopping:
                     self.save(state)
             if pending is not None:
                 settle(pending)
@@ -565,52 +576,101 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
       CheckpointError: no checkpoint of the run can be read.
       ValueError: settings that do not fit each other.
     """
-    console = console or Console()
+    console = console or _console()
     workdir = Path(workdir).absolute()
-    if jax.device_count() > 1:
-        _logger.warning("%d devices were found; the run uses one of them.", jax.device_count())
     experiment = build_experiment(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with files.lock_directory(workdir):
-        return _train_and_evaluate(experiment, workdir, console)
+    mesh = parallel.make_mesh()
+    parallel.check_divisible(
+        experiment.config["train"]["batch_size"],
+        experiment.config["train"]["num_micro_batches"],
+        mesh,
+    )
+    with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
+
+        def prepare() -> None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.lock_directory(workdir))
+            _check_config(workdir, experiment.config)
+            files.write_json_atomically(workdir / "environment.json", environment())
+
+        parallel.on_main(prepare)
+        return _train_and_evaluate(experiment, workdir, console, mesh, stop)
 
 
-def _train_and_evaluate(experiment: Experiment, workdir: Path, console: Console) -> bool:
-    """`train` in a directory that this process holds."""
-    _check_config(workdir, experiment.config)
-    files.write_json_atomically(workdir / "environment.json", environment())
-    with _StopRequest() as stop:
-        run = _Run(experiment, workdir, console)
-        try:
-            state = run.restore()
-            if int(state.step) == 0:
-                report.save_views_figure(
-                    workdir / "views.png", experiment.dataset.train, experiment.view_augmentations
-                )
-            if int(state.step) < experiment.num_train_steps:
-                state = run.train(state, stop)
-        finally:
-            run.checkpointer.close()
-            run.log.close()
-        if stop.signal_name is not None:
-            console.print(
-                f"{stop.signal_name}: saved step {int(state.step)} of {experiment.num_train_steps} "
-                f"in {workdir}; the same command goes on from there."
+def _console() -> Console:
+    """Standard output, of one process."""
+    return Console(quiet=not parallel.is_main())
+
+
+def _train_and_evaluate(
+    experiment: Experiment,
+    workdir: Path,
+    console: Console,
+    mesh: Mesh,
+    stop: parallel.StopRequest,
+) -> bool:
+    """`train` in a directory that process 0 holds."""
+    run = _Run(experiment, workdir, console, mesh, stop)
+    try:
+        state = run.restore()
+        if int(state.step) == 0 and parallel.is_main():
+            report.save_views_figure(
+                workdir / "views.png", experiment.dataset.train, experiment.view_augmentations
             )
-            return False
-    report.save_curves_figure(workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl"))
-    _evaluate_and_report(experiment, workdir, state, console)
+        if int(state.step) < experiment.num_train_steps:
+            state = run.train(state)
+    finally:
+        run.checkpointer.close()
+        run.log.close()
+    step, last = int(state.step), experiment.num_train_steps
+    again = "the same command goes on from there."
+    if step < last:
+        run.say(f"{stop.signal_name}: saved step {step} of {last} in {workdir}; {again}")
+        return False
+    if parallel.is_main():
+        report.save_curves_figure(
+            workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl")
+        )
+    try:
+        _evaluate_and_report(experiment, workdir, state, console, mesh, stop)
+    except StoppedError:
+        run.say(f"{stop.signal_name}: trained to the end, not yet evaluated; {again}")
+        return False
     console.print(f"Run files: {workdir}")
     return True
 
 
 def _evaluate_and_report(
-    experiment: Experiment, workdir: Path, state: training.TrainState, console: Console
+    experiment: Experiment,
+    workdir: Path,
+    state: training.TrainState,
+    console: Console,
+    mesh: Mesh,
+    stop: parallel.StopRequest,
 ) -> dict[str, Any]:
     """Evaluates a state; writes `results.json`, `results.csv` and `report.html`, prints the tables."""
+
+    def check_stop() -> None:
+        if stop.is_requested():
+            raise StoppedError(f"{stop.signal_name}: the evaluation of {workdir} was stopped")
+
     step = int(state.step)
-    results, evaluation = protocol.evaluate(experiment, state.evaluation_variables)
+    results, evaluation = protocol.evaluate(
+        experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
+    )
     results["step"] = step
+    parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
+    return results
+
+
+def _write_results(
+    experiment: Experiment,
+    workdir: Path,
+    results: dict[str, Any],
+    evaluation: protocol.Evaluation,
+    console: Console,
+) -> None:
+    step = results["step"]
     suffix = "" if step == experiment.num_train_steps else f"_step_{step}"
     files.write_text_atomically(workdir / f"results{suffix}.csv", protocol.results_csv(results))
     records = MetricsLog.read(workdir / "metrics.jsonl")
@@ -634,7 +694,6 @@ def _evaluate_and_report(
     if evaluation.ood is not None:
         console.print(protocol.detection_table(results))
     console.print(f"Every number: results{suffix}.csv; the page: report{suffix}.html")
-    return results
 
 
 def evaluate(
@@ -654,24 +713,28 @@ def evaluate(
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be used.
+      StoppedError: a signal ended it.
     """
-    console = console or Console()
+    console = console or _console()
     workdir = Path(workdir).absolute()
     experiment = build_experiment(config)
+    mesh = parallel.make_mesh()
+    template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
     checkpointer = Checkpointer(workdir / "checkpoints")
     try:
         if step is None:
-            restored = checkpointer.restore_latest(experiment.initial_state())
+            restored = checkpointer.restore_latest(template)
             if restored is None:
                 raise CheckpointError(f"{workdir} holds no checkpoint: train first")
             _, state = restored
         elif step in checkpointer.steps():
-            state = checkpointer.restore(step, experiment.initial_state())
+            state = checkpointer.restore(step, template)
         else:
             raise CheckpointError(f"{workdir} has checkpoints {checkpointer.steps()}, not {step}")
     finally:
         checkpointer.close()
-    results = _evaluate_and_report(experiment, workdir, state, console)
+    with parallel.StopRequest() as stop:
+        results = _evaluate_and_report(experiment, workdir, state, console, mesh, stop)
     console.print(f"Run files: {workdir}")
     return results
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jevb_jax import augmentations, health
+from jevb_jax import augmentations, health, parallel
 from jevb_jax.methods import Method
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -445,9 +446,30 @@ def _select(is_finite: Array, new: TrainState, old: TrainState) -> TrainState:
 StepFunction = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
 
 
+def state_shardings(state: TrainState, mesh: Mesh, *, shard_optimizer_state: bool) -> TrainState:
+    """The layout of a state: on every device, but for an optimizer's state that is cut (ZeRO-1).
+
+    Args:
+      state: arrays or shapes.
+      mesh: of `parallel.make_mesh`.
+      shard_optimizer_state: whether each device keeps only its part of the optimizer's state.
+
+    Returns:
+      The same tree of shardings.
+    """
+    everywhere = jax.tree.map(lambda _: parallel.replicated(mesh), state)
+    if not shard_optimizer_state:
+        return everywhere
+    return everywhere._replace(opt_state=parallel.over_data_where_divisible(mesh, state.opt_state))
+
+
 def make_train_chunk(
-    step_fn: StepFunction, *, donate: bool = True
-) -> Callable[[TrainState, Array, Array, Array, Array], ChunkResult]:
+    step_fn: StepFunction,
+    *,
+    donate: bool = True,
+    mesh: Mesh | None = None,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Array, Array | None, Array, Array], ChunkResult]:
     """Compiles a loop of steps over images that are on the device.
 
     The number of steps is an argument of the compiled program, not a constant: one compilation serves
@@ -457,20 +479,31 @@ def make_train_chunk(
     Args:
       step_fn: `(state, images, key) -> (state, metrics)`.
       donate: reuse the memory of the state that is passed in.
+      mesh: cut every batch over it; None for one device.
+      shardings: of the state, with a mesh.
 
     Returns:
       `chunk(state, images [N, h, w, c], indices [K, batch], num_steps, key) -> ChunkResult`, which runs
       the first `num_steps <= K` rows of indices and stops early when a step is not finite. With none
-      to run, the state comes back as it was.
+      to run, the state comes back as it was. Without indices (None), the images are the batches,
+      `[K, batch, h, w, c]`.
     """
 
     def chunk(
-        state: TrainState, images: Array, indices: Array, num_steps: Array, key: Array
+        state: TrainState, images: Array, indices: Array | None, num_steps: Array, key: Array
     ) -> ChunkResult:
-        def run_step(state: TrainState, index: Array) -> tuple[TrainState, dict[str, Array]]:
-            return step_fn(state, jnp.take(images, indices[index], axis=0, mode="clip"), key)
+        steps = (images if indices is None else indices).shape[0]
 
-        if indices.shape[0] == 1:
+        def run_step(state: TrainState, index: Array) -> tuple[TrainState, dict[str, Array]]:
+            if indices is None:
+                batch = images[index]
+            else:
+                batch = jnp.take(images, indices[index], axis=0, mode="clip")
+            if mesh is not None:
+                batch = jax.lax.with_sharding_constraint(batch, parallel.over_data(mesh))
+            return step_fn(state, batch, key)
+
+        if steps == 1:
             new_state, metrics = run_step(state, jnp.zeros((), jnp.int32))
             is_finite = _is_finite(metrics)
             return ChunkResult(
@@ -480,9 +513,7 @@ def make_train_chunk(
             )
 
         metric_shapes = jax.eval_shape(run_step, state, jnp.zeros((), jnp.int32))[1]
-        buffer = jax.tree.map(
-            lambda s: jnp.zeros((indices.shape[0], *s.shape), s.dtype), metric_shapes
-        )
+        buffer = jax.tree.map(lambda s: jnp.zeros((steps, *s.shape), s.dtype), metric_shapes)
 
         def body(carry: tuple[Array, TrainState, dict[str, Array], Array]) -> Any:
             index, state, buffer, _ = carry
@@ -500,4 +531,8 @@ def make_train_chunk(
         _, state, metrics, is_finite = jax.lax.while_loop(keep_going, body, start)
         return ChunkResult(state, metrics, is_finite)
 
-    return jax.jit(chunk, donate_argnums=(0,) if donate else ())
+    keywords: dict[str, Any] = {}
+    if mesh is not None:
+        everywhere = parallel.replicated(mesh)
+        keywords["out_shardings"] = ChunkResult(shardings, everywhere, everywhere)  # pyright: ignore[reportArgumentType]
+    return jax.jit(chunk, donate_argnums=(0,) if donate else (), **keywords)

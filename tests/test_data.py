@@ -752,7 +752,7 @@ def test_order_refuses():
         {"num_workers": -1},
         {"prefetch_batches": 0},
     ):
-        arguments = {"start_step": 0, "num_steps": 1, "batch_size": 5, "seed": 0} | changed
+        arguments: Any = {"start_step": 0, "num_steps": 1, "batch_size": 5, "seed": 0} | changed
         with pytest.raises(ValueError, match=f"{next(iter(changed))} >="):
             data.stream_batches(data.digits(), **arguments)
     with pytest.raises(ValueError, match="batch_size >= 1"):

@@ -304,7 +304,8 @@ def test_one_class_is_detected_without_labels():
     assert found.ood is not None
     assert set(found.ood.outside) == {"other_classes"}
     assert found.probe is None
-    assert {row["name"] for row in found.results} == {"auroc_other_classes"}
+    shares = {f"log_scale_{name}_share" for name in ("feature", "image", "interaction")}
+    assert {row["name"] for row in found.results} == {"auroc_other_classes"} | shares
 
 
 @pytest.mark.slow

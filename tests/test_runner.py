@@ -1,5 +1,6 @@
 """Real processes: a kill, a signal, a changed setting, a loss that is not finite."""
 
+import functools
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import health, runner
+from jevb_jax import health, parallel, runner
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.metrics_log import MetricsLog
@@ -205,11 +206,14 @@ def test_other_methods_train_and_are_evaluated(tmp_path, method):
     config.evaluation.split = "validation"
     assert runner.train(config, tmp_path / "run", console=Console(quiet=True))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    names = [result["name"] for result in results["trained"]]
-    assert any(name.startswith("auroc") for name in names) == (method == "vi_simsiam")
-    assert "linear_accuracy" in names
+    protocols = {r["name"]: r["protocol"] for r in results["trained"]}
+    scores = {r["features"] for r in results["trained"] if r["name"] == "auroc_corrupted"}
+    assert "embedding/mahalanobis" in scores
+    assert ("vi_simsiam/concentration" in scores) == (method == "vi_simsiam")
+    assert not any(name.startswith("jevb/") for name in scores)
     assert results["split"] == "validation"
-    assert all("validation (" in result["protocol"] for result in results["trained"])
+    assert "validation (" in protocols["linear_accuracy"]
+    assert "errors of linear on validation (" in protocols["error_auroc_linear"]
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     # Finished: the same command trains no more, and evaluates.
     assert runner.train(config, tmp_path / "run", console=Console(quiet=True))
@@ -229,7 +233,10 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
         return out.getvalue()
 
     # A narrow console, and brackets that are no markup.
-    run = runner._Run(experiment, tmp_path, Console(file=out, width=30))
+    make = functools.partial(
+        runner._Run, experiment, tmp_path, mesh=parallel.make_mesh(), stop=parallel.StopRequest()
+    )
+    run = make(Console(file=out, width=30))
     assert check(run, 10, sick) == ""  # too early to judge
     assert check(run, 20, healthy) == ""
     said = check(run, 40, sick)
@@ -240,7 +247,7 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
 
     # A resumed run knows what was raised, and says no more than the uninterrupted one.
     monkeypatch.setattr(Experiment, "initial_state", lambda self: None)
-    resumed = runner._Run(experiment, tmp_path, Console(file=out, width=30))
+    resumed = make(Console(file=out, width=30))
     resumed.checkpointer.restore_latest = lambda template: (60, template)
     resumed.restore()
     assert resumed.alarms == run.alarms
@@ -352,9 +359,11 @@ def test_alarms_of_runs_that_cause_them(tmp_path, quick_compilation, changes, ca
     )
     experiment = build_experiment(config)
     out = io.StringIO()
-    run = runner._Run(experiment, tmp_path, Console(file=out, width=80))
-    with runner._StopRequest() as stop:
-        state = run.train(run.restore(), stop)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    run = runner._Run(
+        experiment, tmp_path, Console(file=out, width=80), mesh, parallel.StopRequest()
+    )
+    state = run.train(run.restore())
     run.checkpointer.close()
     run.log.close()
 

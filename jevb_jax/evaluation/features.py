@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from jevb_jax import augmentations, data
+from jevb_jax import augmentations, data, parallel
 from jevb_jax.evaluation.ood import UncertaintyTerms
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -65,6 +66,8 @@ class FeatureExtractor:
         std: tuple[float, ...],
         batch_size: int,
         terms: TermsSettings | None = None,
+        mesh: Mesh | None = None,
+        check_stop: Callable[[], None] = lambda: None,
     ):
         """Prepares the compiled forward pass.
 
@@ -73,10 +76,14 @@ class FeatureExtractor:
           image_size: pixels a side of the view (images are resized to it).
           mean: of the normalisation, one value for each channel.
           std: likewise.
-          batch_size: images at a time.
+          batch_size: images at a time, rounded up to a multiple of the devices.
           terms: how JEVB's terms are computed; None leaves them out.
+          mesh: devices to share a batch, of `parallel.make_mesh`; the first of this process by default.
+          check_stop: called before every batch; whatever it raises ends the work.
         """
-        self._batch_size = batch_size
+        self._mesh = parallel.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+        self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._check_stop = check_stop
         self._num_channels = len(mean)
 
         def forward(variables: Any, images: Array, index: Array) -> Features:
@@ -107,7 +114,7 @@ class FeatureExtractor:
             first = jax.tree.map(lambda x: x[0], outputs)
             return Features(*first, terms=values, labels=None)
 
-        self._forward = jax.jit(forward)
+        self._forward = jax.jit(forward, out_shardings=parallel.replicated(self._mesh))
 
     def stream(
         self, variables: Any, source: data.ImageSource
@@ -119,7 +126,7 @@ class FeatureExtractor:
           source: images, grey ones are repeated to as many channels as the network has.
 
         Yields:
-          features: of `batch_size` images, on the device.
+          features: of `batch_size` images, whole on the first device of every process.
           mask: bool `[batch_size]`, False where the last batch was filled up.
 
         Raises:
@@ -132,10 +139,20 @@ class FeatureExtractor:
                 f"{self._num_channels}"
             )
         index = np.arange(self._batch_size)
-        for batch, (images, mask) in enumerate(data.evaluation_batches(source, self._batch_size)):
+        variables = parallel.put(variables, parallel.replicated(self._mesh))
+        over_data = parallel.over_data(self._mesh)
+        is_shared = self._mesh.is_multi_process
+        rows = parallel.local_rows(self._batch_size) if is_shared else slice(None)
+        batches = data.evaluation_batches(source, self._batch_size, rows=rows)
+        for batch, (images, mask) in enumerate(batches):
+            self._check_stop()
             images = np.broadcast_to(images, (*images.shape[:-1], self._num_channels))
-            offset = batch * self._batch_size
-            yield self._forward(variables, jnp.asarray(images), jnp.asarray(offset + index)), mask
+            features = self._forward(
+                variables,
+                parallel.put_local_rows(np.ascontiguousarray(images), over_data),
+                parallel.put_local_rows((batch * self._batch_size + index)[rows], over_data),
+            )
+            yield parallel.on_local_device(features), mask
 
     def __call__(self, variables: Any, source: data.ImageSource) -> Features:
         """Features of every image of `source`, in its order, on the host.

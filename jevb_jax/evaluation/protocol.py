@@ -5,11 +5,13 @@ encoder before training show what training added.
 """
 
 import csv
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from rich.table import Table
 
 from jevb_jax import data
@@ -36,15 +38,23 @@ class Extractors(NamedTuple):
     with_terms: FeatureExtractor
 
 
-def make_extractors(experiment: Experiment) -> Extractors:
-    """The forward passes that the evaluation of an experiment needs."""
-    plain = _extractor(experiment)
+def make_extractors(
+    experiment: Experiment,
+    *,
+    mesh: Mesh | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Extractors:
+    """The forward passes that the evaluation of an experiment needs; see `FeatureExtractor`."""
+    make = functools.partial(_extractor, experiment, mesh=mesh, check_stop=check_stop)
+    plain = make()
     is_detecting = ood_protocol.is_asked(experiment.config)
     terms = ood_protocol.terms_settings(experiment) if is_detecting else None
-    return Extractors(plain, plain if terms is None else _extractor(experiment, terms))
+    return Extractors(plain, plain if terms is None else make(terms=terms))
 
 
-def _extractor(experiment: Experiment, terms: TermsSettings | None = None) -> FeatureExtractor:
+def _extractor(
+    experiment: Experiment, *, terms: TermsSettings | None = None, **placement: Any
+) -> FeatureExtractor:
     view = experiment.view_augmentations[0]
     return FeatureExtractor(
         experiment.model,
@@ -53,6 +63,7 @@ def _extractor(experiment: Experiment, terms: TermsSettings | None = None) -> Fe
         std=view.std,
         batch_size=experiment.config["evaluation"]["batch_size"],
         terms=terms,
+        **placement,
     )
 
 
@@ -403,12 +414,20 @@ def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[
     ]
 
 
-def evaluate(experiment: Experiment, variables: Any) -> tuple[dict[str, Any], Evaluation]:
+def evaluate(
+    experiment: Experiment,
+    variables: Any,
+    *,
+    mesh: Mesh | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], Evaluation]:
     """`evaluate_variables` of a model, and of the untrained one.
 
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
+      mesh: see `FeatureExtractor`.
+      check_stop: likewise.
 
     Returns:
       results: JSON values: "split"; "trained" and "untrained", each a list of name, features, value
@@ -419,7 +438,7 @@ def evaluate(experiment: Experiment, variables: Any) -> tuple[dict[str, Any], Ev
     Raises:
       ValueError: the data set has no such split, or settings that do not fit it.
     """
-    extractors = make_extractors(experiment)
+    extractors = make_extractors(experiment, mesh=mesh, check_stop=check_stop)
     found = evaluate_variables(experiment, variables, extractors)
     results: dict[str, Any] = {
         "split": experiment.config["evaluation"]["split"],
@@ -456,12 +475,15 @@ def _ood_json(experiment: Experiment, found: OODEvaluation) -> dict[str, Any]:
     }
 
 
-def validation_knn_accuracy(experiment: Experiment, variables: Any) -> float:
+def validation_knn_accuracy(
+    experiment: Experiment, variables: Any, *, mesh: Mesh | None = None
+) -> float:
     """k-NN accuracy of the representation on the validation split, bank = train split.
 
     Args:
       experiment: data, networks and settings; the first of `evaluation.knn_k` is used.
       variables: parameters and running statistics.
+      mesh: see `FeatureExtractor`.
 
     Returns:
       Accuracy in [0, 1].
@@ -470,7 +492,7 @@ def validation_knn_accuracy(experiment: Experiment, variables: Any) -> float:
       ValueError: the data have no labels.
     """
     settings = experiment.config["evaluation"]
-    extract = _extractor(experiment)
+    extract = _extractor(experiment, mesh=mesh)
     train = extract(variables, experiment.dataset.train)
     validation = extract(variables, experiment.dataset.validation)
     if train.labels is None or validation.labels is None:
