@@ -121,6 +121,7 @@ def get_config() -> ConfigDict:
             "batch_size": 512,  # images a step, global
             "num_epochs": 200,
             "num_micro_batches": 1,  # gradient accumulation; BatchNorm sees micro-batches
+            "bn_group_size": 0,  # examples that BatchNorm takes together; 0 = the global batch
             "ema_decay": 0.0,  # of the parameters; 0 = off. Evaluation uses the average
             "target_decay": 0.0,  # of a target network, rising to 1; 0 = none (BYOL: 0.99)
             "shard_optimizer_state": False,  # each device keeps its part of it only (ZeRO-1)

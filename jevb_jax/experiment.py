@@ -88,6 +88,7 @@ class Experiment:
             view_augmentations=self.view_augmentations,
             method=self.method,
             num_micro_batches=self.config["train"]["num_micro_batches"],
+            bn_group_size=self.config["train"]["bn_group_size"],
             ema_decay=self.config["train"]["ema_decay"],
             target_decay=functools.partial(
                 training.target_decay_at,
@@ -169,7 +170,7 @@ def _check_method(config: dict[str, Any]) -> None:
         raise ValueError(f"{name} has no target network: set train.target_decay to 0")
 
 
-def _check_batches(batch_size: int, num_micro_batches: int) -> None:
+def _check_batches(batch_size: int, num_micro_batches: int, bn_group_size: int) -> None:
     if batch_size < 2:
         raise ValueError(f"train.batch_size must be at least 2 (BatchNorm), got {batch_size}")
     if num_micro_batches < 1 or batch_size % num_micro_batches:
@@ -177,6 +178,8 @@ def _check_batches(batch_size: int, num_micro_batches: int) -> None:
             f"train.num_micro_batches must divide train.batch_size, got {num_micro_batches} "
             f"and {batch_size}"
         )
+    if bn_group_size:
+        training.check_bn_group_size(bn_group_size, batch_size // num_micro_batches)
 
 
 def _check_evaluation(settings: dict[str, Any], *, num_train_images: int) -> None:
@@ -222,7 +225,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     settings: Any = config  # a ConfigDict's attributes are not known to type checkers
     train, optimizer = settings.train, settings.optimizer
     _check_method(config.to_dict())
-    _check_batches(train.batch_size, train.num_micro_batches)
+    _check_batches(train.batch_size, train.num_micro_batches, train.bn_group_size)
     view_augmentations = _view_augmentations(settings.augmentation.to_dict())
     dataset = data.load_dataset(**settings.data.to_dict())
     channels = dataset.train[0].shape[-1]

@@ -278,7 +278,13 @@ def _target_part(params: Any) -> Any:
 
 
 def apply_views(
-    model: nn.Module, params: Any, batch_stats: Any, views: Sequence[Array], *, train: bool
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    views: Sequence[Array],
+    *,
+    train: bool,
+    bn_group_size: int = 0,
 ) -> tuple[list[ViewOutputs], Any]:
     """Runs each view through the networks in turn: BatchNorm normalises a view by itself.
 
@@ -288,20 +294,49 @@ def apply_views(
       batch_stats: running statistics.
       views: each `[batch, h, w, c]`, normalised.
       train: batch statistics (and their running update) or running ones.
+      bn_group_size: consecutive examples that BatchNorm takes together in training; 0 is all. Running
+        statistics take in the average of the groups' means and of their variances.
 
     Returns:
       The outputs of every view, and the updated statistics.
+
+    Raises:
+      ValueError: groups of one example, or that do not divide the batch.
     """
+
+    def apply_group(batch_stats: Any, group: Array) -> Any:
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, group, train=True, mutable=["batch_stats"])
+
     outputs = []
     for view in views:
-        variables = {"params": params, "batch_stats": batch_stats}
-        if train:
-            output, updated = model.apply(variables, view, train=True, mutable=["batch_stats"])
+        if not train:
+            variables = {"params": params, "batch_stats": batch_stats}
+            outputs.append(model.apply(variables, view, train=False))
+        elif bn_group_size == 0:
+            output, updated = apply_group(batch_stats, view)
+            outputs.append(output)
             batch_stats = updated["batch_stats"]
         else:
-            output = model.apply(variables, view, train=False)
-        outputs.append(output)
+            check_bn_group_size(bn_group_size, view.shape[0])
+            groups = view.reshape(-1, bn_group_size, *view.shape[1:])
+            output, updated = jax.vmap(apply_group, in_axes=(None, 0))(batch_stats, groups)
+            outputs.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output))
+            batch_stats = jax.tree.map(lambda x: x.mean(axis=0), updated["batch_stats"])
     return outputs, batch_stats
+
+
+def check_bn_group_size(bn_group_size: int, num_examples: int) -> None:
+    """Refuses groups of one example and groups that do not divide the examples.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    if bn_group_size < 2 or num_examples % bn_group_size:
+        raise ValueError(
+            f"train.bn_group_size = {bn_group_size} must be at least 2 and divide the {num_examples} "
+            "examples that BatchNorm sees at once (batch_size / num_micro_batches), or be 0"
+        )
 
 
 def train_step(
@@ -314,6 +349,7 @@ def train_step(
     view_augmentations: Sequence[augmentations.ViewAugmentation],
     method: Method,
     num_micro_batches: int = 1,
+    bn_group_size: int = 0,
     ema_decay: float = 0.0,
     target_decay: Callable[[Array], Array] | None = None,
     use_batch_statistics: bool = True,
@@ -330,6 +366,7 @@ def train_step(
       method: see `jevb_jax.methods`.
       num_micro_batches: equal parts whose gradients are averaged; it divides the batch. BatchNorm sees
         one part at a time.
+      bn_group_size: examples that BatchNorm takes together, see `apply_views`; 0 is all of a part.
       ema_decay: of the parameters' average, if the state has one.
       target_decay: step -> decay of the target network, if the state has one.
       use_batch_statistics: False freezes BatchNorm at its running statistics.
@@ -338,6 +375,9 @@ def train_step(
       The state after the step, and metrics of the batch: scalars, in the method's units.
     """
     batch_size = images.shape[0]
+    apply = functools.partial(
+        apply_views, model, train=use_batch_statistics, bn_group_size=bn_group_size
+    )
     example_keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
     purpose_keys = jax.vmap(functools.partial(jax.random.split, num=2))(example_keys)
 
@@ -346,14 +386,12 @@ def train_step(
         if state.target_params is None:
             return None
         target_params = {**state.params, **state.target_params}
-        return apply_views(model, target_params, batch_stats, views, train=use_batch_statistics)[0]
+        return apply(target_params, batch_stats, views)[0]
 
     def loss_fn(params: Any, batch_stats: Any, images: Array, keys: Array) -> tuple[Array, Any]:
         views = augmentations.multi_view(keys[:, 0], images, view_augmentations)
         targets = target_outputs(batch_stats, views[:2])
-        outputs, batch_stats = apply_views(
-            model, params, batch_stats, views, train=use_batch_statistics
-        )
+        outputs, batch_stats = apply(params, batch_stats, views)
         output = method(
             keys[:, 1],
             outputs,
@@ -380,8 +418,9 @@ def train_step(
             state.params, state.batch_stats, images, purpose_keys
         )
     else:
+        # Every so-manieth example, so that each part lies over all devices as the batch does.
         parts = jax.tree.map(
-            lambda x: x.reshape(num_micro_batches, batch_size // num_micro_batches, *x.shape[1:]),
+            lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1),
             (images, purpose_keys),
         )
         shapes = jax.eval_shape(loss_fn, state.params, state.batch_stats, parts[0][0], parts[1][0])

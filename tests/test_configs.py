@@ -89,6 +89,7 @@ def test_digits_experiment_is_consistent():
     [
         ("train.batch_size", 1, "at least 2"),
         ("train.num_micro_batches", 3, "must divide"),
+        ("train.bn_group_size", 100, "bn_group_size = 100 must"),
         ("augmentation.mean", (0.5, 0.5, 0.5), "one value for each"),
         ("augmentation.blur_probability", (0.5,), "each of the"),
         ("optimizer.warmup_epochs", 1000.0, "must be shorter than the run"),

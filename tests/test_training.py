@@ -134,6 +134,34 @@ def test_micro_batches_normalise_by_themselves():
     assert largest_difference(parts.params, first_step()[0].params) > 1e-5
 
 
+def test_batch_norm_in_groups_is_the_network_on_each_group():
+    state = initial_state()
+    views = [jax.random.normal(jax.random.key(seed), (32, 8, 8, 1)) for seed in range(2)]
+    outputs, batch_stats = training.apply_views(
+        model(), state.params, state.batch_stats, views, train=True, bn_group_size=8
+    )
+    expected = state.batch_stats
+    for view, output in zip(views, outputs, strict=True):
+        alone = [
+            training.apply_views(model(), state.params, expected, [group], train=True)
+            for group in jnp.split(view, 4)
+        ]
+        embeddings = np.concatenate([found[0].embedding for found, _ in alone])
+        np.testing.assert_allclose(output.embedding, embeddings, atol=1e-5)
+        scales = np.concatenate([found[0].prediction.posterior_scale for found, _ in alone])
+        np.testing.assert_allclose(output.prediction.posterior_scale, scales, rtol=1e-5)
+        expected = jax.tree.map(lambda *stats: sum(stats) / 4, *[stats for _, stats in alone])
+    assert largest_difference(batch_stats, expected) < 1e-6
+    whole, _ = training.apply_views(model(), state.params, state.batch_stats, views, train=True)
+    assert largest_difference(whole[0].embedding, outputs[0].embedding) > 0.01
+
+
+@pytest.mark.parametrize("size", [-8, 1, 5, 64])
+def test_groups_that_do_not_divide_are_refused(size):
+    with pytest.raises(ValueError, match=rf"bn_group_size = {size} .* divide the 32 examples"):
+        step_function(bn_group_size=size)(initial_state(), images(), jax.random.key(0))
+
+
 def toy_step(state: training.TrainState, batch: jax.Array, key: jax.Array):
     """A step of the right shape that compiles at once; not finite at step 2 if a pixel says so."""
     noise = jax.random.normal(jax.random.fold_in(key, state.step), (64,))
