@@ -4,10 +4,11 @@ A checkpoint holds the state as a flat mapping of names to arrays and one JSON: 
 is the position in the data), the resolved config with its hash, and a fingerprint of every array.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
 from orbax.checkpoint import checkpoint_managers
+
+from jevb_jax import files
 
 State = TypeVar("State")
 _FORMAT = 1
@@ -158,7 +161,7 @@ class Checkpointer:
             )
         self._keep_best = keep_best
         self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
+            files.to_path(directory),
             # Named here, or a process that has not saved could not read.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -191,6 +194,9 @@ class Checkpointer:
           state: pytree of arrays.
           config: resolved config, JSON values.
           score: larger is better; required when `keep_best` is above zero.
+
+        Raises:
+          CheckpointError: this save, or one started before, failed.
         """
         if step in self._manager.all_steps():
             return
@@ -201,14 +207,15 @@ class Checkpointer:
             "config_hash": config_hash(config),
             "fingerprint": fingerprint(state),
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(flatten_names(state)),  # pyright: ignore[reportCallIssue]
-                meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
-            ),
-            metrics={"score": score} if self._keep_best else None,
-        )
+        with self._failures_named():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(flatten_names(state)),  # pyright: ignore[reportCallIssue]
+                    meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+                ),
+                metrics={"score": score} if self._keep_best else None,
+            )
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON of a checkpoint: format, step, config, config_hash, fingerprint."""
@@ -308,10 +315,29 @@ class Checkpointer:
                 self._manager.delete(newer)
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until every started save is on disk.
+
+        Raises:
+          CheckpointError: one of them failed.
+        """
+        with self._failures_named():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for saves and frees the manager."""
-        self.wait()
-        self._manager.close()
+        """Waits for saves, as `wait`, and frees the manager."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        # A full disk is an OSError, a ValueError or an error of XLA, after who came upon it.
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"a checkpoint could not be saved ({type(error).__name__}: {error}); those of steps "
+                f"{self.steps()} in {self._manager.directory} are whole. Once there is room and leave "
+                "to write there, the same command goes on from the last."
+            ) from error

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from jevb_jax.files import is_remote, to_path
+
 SOURCES = ("digits", "shapes", "arrays", "folder", "tfds")
 
 # One stream of random bits per purpose: the same seed never gives two of them the same numbers.
@@ -178,6 +180,7 @@ class FolderSource:
         class_names: tuple[str, ...] | None = None,
     ):
         _check_image_size(image_size)
+        _check_local(root, "folders of images")
         root = Path(root)
         self.name = str(root)
         self.image_size = image_size
@@ -270,6 +273,7 @@ class ImageListSource:
         image_size: int = 0,
     ):
         _check_image_size(image_size)
+        _check_local(root, "lists of images")
         self.name = str(list_path)
         self.image_size = image_size
         self.class_names: tuple[str, ...] | None = None
@@ -351,9 +355,11 @@ class TfdsSource:
             "image_key": image_key,
             "label_key": label_key,
         }
-        root = Path(
-            data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        ).expanduser()
+        root = to_path(
+            os.path.expanduser(
+                data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+            )
+        )
         directory = _tfds_directory(name, root)
         # Not an import statement, because TFDS's lazy modules mislead type checkers.
         tfds: Any = importlib.import_module("tensorflow_datasets")
@@ -501,7 +507,7 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
         paths = [paths]
     if not paths:
         raise ValueError("expected at least one .npz file, got none")
-    parts = [_read_npz(Path(path)) for path in paths]
+    parts = [_read_npz(to_path(path)) for path in paths]
     first = parts[0]
     for part in parts[1:]:
         if part.images.shape[1:] != first.images.shape[1:]:
@@ -532,13 +538,14 @@ def _read_npz(path: Path) -> ArraySource:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with file:
-            keys = file.files
-            wanted = [key for key in ("images", "labels", "class_names") if key in keys]
-            entries = {key: file[key] for key in wanted}
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            with file:
+                keys = file.files
+                wanted = [key for key in ("images", "labels", "class_names") if key in keys]
+                entries = {key: file[key] for key in wanted}
     except _DAMAGED_ZIP as error:
         raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
     if "images" not in entries:
@@ -920,8 +927,8 @@ def load_images(
 
 
 def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) -> None:
-    shared = {Path(path).resolve() for path in train_paths} & {
-        Path(path).resolve() for path in test_paths
+    shared = {to_path(path).resolve() for path in train_paths} & {
+        to_path(path).resolve() for path in test_paths
     }
     if shared:
         raise ValueError(f"in both train_paths and test_paths: {sorted(map(str, shared))}")
@@ -1292,6 +1299,14 @@ def _checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
 def _check_image_size(image_size: int) -> None:
     if image_size < 0:
         raise ValueError(f"expected image_size >= 0 (0: as it is), got {image_size}")
+
+
+def _check_local(root: str | os.PathLike[str], what: str) -> None:
+    if is_remote(to_path(root)):
+        raise ValueError(
+            f"{what} are read from file systems, and {root} is an object store: take a TFDS data set "
+            "or .npz files there, or mount the store"
+        )
 
 
 def _is_image(name: str) -> bool:

@@ -1,32 +1,84 @@
-"""Files that are either whole or absent, and directories that one process uses at a time."""
+"""Paths here and in object stores, files that are whole or absent, directories of one run at a time."""
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import platform
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 class DirectoryInUseError(RuntimeError):
     """Another process works on the directory."""
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes beside the target, flushes to disk, and moves into place.
+def to_path(path: str | os.PathLike[str]) -> Path:
+    """A path with the methods of `pathlib.Path`.
+
+    Args:
+      path: of this machine, or a URL as `gs://bucket/runs/x`, which etils.epath opens.
+
+    Returns:
+      An absolute path, or the URL's.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(text).absolute()
+    from etils import epath  # needed by few, and it takes a while
+
+    remote: Any = epath.Path(text)
+    return remote
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path of `to_path` lies in an object store: no appending, no locks, whole objects."""
+    return "://" in os.fspath(path)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes beside the target, flushes to disk, and moves into place; object stores do so themselves.
 
     Args:
       path: the file; its directory exists.
-      text: its content.
+      content: of the file.
     """
+    if is_remote(path):
+        path.write_bytes(content)
+        return
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes UTF-8, as `write_bytes_atomically`.
+
+    Args:
+      path: the file.
+      text: its content.
+    """
+    write_bytes_atomically(path, text.encode())
+
+
+def write_arrays_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file, as `write_bytes_atomically`.
+
+    Args:
+      path: the file.
+      arrays: by name.
+    """
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+    write_bytes_atomically(path, content.getvalue())
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
@@ -40,28 +92,45 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def lock_directory(path: Path) -> Iterator[None]:
-    """Holds a directory for this process; the system lets go of it however the process ends.
+def lock_directory(path: Path) -> Iterator[Callable[[], None]]:
+    """Holds a directory for this process.
+
+    On this machine the system lets go of it however the process ends. An object store has no locks:
+    there the last to come holds the directory, and the one before is told by the check.
 
     Args:
       path: an existing directory; `.lock` in it says who holds it or held it last.
 
     Yields:
-      Nothing.
+      A check that this process holds the directory still; to be called before a file is written.
 
     Raises:
       DirectoryInUseError: another process, or this one, holds it.
     """
+    holder = f"process {os.getpid()} on {platform.node()}"
+    if is_remote(path):
+        holder += f", {uuid.uuid4()}"
+        (path / ".lock").write_text(holder)
+
+        def check() -> None:
+            found = (path / ".lock").read_text()
+            if found != holder:
+                raise DirectoryInUseError(
+                    f"{path} was taken over by {found}: this process writes no more there"
+                )
+
+        yield check
+        return
     with (path / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            found = file.read().strip() or "another process"
             raise DirectoryInUseError(
-                f"{path} is in use by {holder}: wait until it ends, or give another directory"
+                f"{path} is in use by {found}: wait until it ends, or give another directory"
             ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.write(f"{holder}\n")
         file.flush()
-        yield
+        yield lambda: None

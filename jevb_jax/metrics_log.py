@@ -4,10 +4,10 @@ import importlib
 import importlib.util
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,26 +20,28 @@ _PLAIN_LINE_SECONDS = 15.0
 class MetricsLog:
     """`metrics.jsonl` of a run: one JSON object a line, each with its `step`.
 
-    Also writes TensorBoard events under `tensorboard/` if tensorboardX is installed.
+    Also writes TensorBoard events under `tensorboard/` if tensorboardX is installed. In an object
+    store, which cannot append, lines wait for `flush`, and there are no TensorBoard events.
     """
 
     def __init__(self, workdir: Path, *, is_writer: bool = True):
         """Opens the log.
 
         Args:
-          workdir: directory of the run.
+          workdir: directory of the run, of `files.to_path`.
           is_writer: False makes a log that writes nothing, for all processes of a run but one.
         """
         self._path = workdir / "metrics.jsonl"
-        self._tensorboard_path = workdir / "tensorboard"
-        self._writer = self._open_writer() if is_writer else None
-        self._file = self._path.open("a", encoding="utf-8") if is_writer else None
-
-    def _open_writer(self, *, purge_step: int | None = None) -> Any:
-        if importlib.util.find_spec("tensorboardX") is None:
-            return None
-        module = importlib.import_module("tensorboardX")
-        return module.SummaryWriter(str(self._tensorboard_path), purge_step=purge_step)
+        self._is_writer = is_writer
+        self._is_remote = files.is_remote(workdir)
+        self._file: TextIO | None = None
+        self._lines: list[str] = []
+        self._events: _TensorBoardEvents | None = None
+        if is_writer and self._is_remote:
+            self._lines = _lines_of(self.read(self._path))
+        elif is_writer:
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = _TensorBoardEvents.open(workdir / "tensorboard")
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -69,38 +71,89 @@ class MetricsLog:
 
     def truncate_after(self, step: int) -> None:
         """Drops lines of steps after `step`: a resumed run writes them again."""
-        if self._file is None:
+        if not self._is_writer:
             return
-        kept = [record for record in self.read(self._path) if record["step"] <= step]
-        self._file.close()
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        files.write_text_atomically(self._path, text)
-        self._file = self._path.open("a", encoding="utf-8")
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = self._open_writer(purge_step=step + 1)
+        kept = _lines_of(record for record in self.read(self._path) if record["step"] <= step)
+        files.write_text_atomically(self._path, "".join(kept))
+        self._lines = kept if self._is_remote else []
+        if self._file is not None:
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
+        if self._events is not None:
+            self._events.forget_from(step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line, at once.
+        """Appends one line, at once; in an object store, at the next `flush`.
 
         Args:
           step: number of steps done.
           values: scalars by name.
         """
-        if self._file is None:
+        if not self._is_writer:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is None:
+            self._lines.append(line)
+            return
+        self._file.write(line)
         self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        if self._events is not None:
+            self._events.write(step, values)
+
+    def flush(self) -> None:
+        """Writes what waits, as a whole."""
+        if self._is_writer and self._is_remote:
+            files.write_text_atomically(self._path, "".join(self._lines))
 
     def close(self) -> None:
-        """Closes the files."""
+        """Flushes and closes the files."""
+        self.flush()
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _lines_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [json.dumps(record) + "\n" for record in records]
+
+
+class _TensorBoardEvents:
+    """Scalars as TensorBoard reads them, written by the thread that asks.
+
+    tensorboardX's own `SummaryWriter` writes by a thread; when that fails, as on a full disk, the
+    queue before it fills up and the run stands still for ever.
+    """
+
+    def __init__(self, directory: Path):
+        writer = importlib.import_module("tensorboardX.event_file_writer")
+        self._protocol = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._scalar = importlib.import_module("tensorboardX.summary").scalar
+        directory.mkdir(exist_ok=True)
+        self._writer = writer.EventsWriter(str(directory / "events"))
+
+    @classmethod
+    def open(cls, directory: Path) -> "_TensorBoardEvents | None":
+        """None where tensorboardX is not installed."""
+        return cls(directory) if importlib.util.find_spec("tensorboardX") is not None else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, summary=self._scalar(name, value))
+        self._writer.flush()
+
+    def forget_from(self, step: int) -> None:
+        """Hides what was written of this step and later ones."""
+        start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
+        self._write(step, session_log=start)
+        self._writer.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        event = self._protocol.Event(step=step, wall_time=time.time(), **content)
+        self._writer.write_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class ProgressLine:

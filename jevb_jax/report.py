@@ -1,5 +1,6 @@
 """Figures of a run, drawn with matplotlib without a display."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jevb_jax import augmentations, data
+from jevb_jax import augmentations, data, files
 
 
 def save_views_figure(
@@ -55,7 +56,7 @@ def save_views_figure(
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row, 0].set_ylabel(name)
-    figure.savefig(path, format="png")
+    _write_png(path, figure)
 
 
 # Of the keys of `metrics.jsonl` under `train/`, those that every method logs: the others are its terms.
@@ -145,4 +146,10 @@ def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None
         axis.set_title(title, fontsize=10)
         if len(axis.lines) > 1:
             axis.legend(fontsize=8)
-    figure.savefig(path, format="png")
+    _write_png(path, figure)
+
+
+def _write_png(path: Path, figure: Figure) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    files.write_bytes_atomically(path, content.getvalue())

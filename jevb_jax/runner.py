@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,8 @@ class StoppedError(RuntimeError):
 USER_ERRORS = (
     NonFiniteError,
     CheckpointError,
-    FileNotFoundError,
+    OSError,  # no such file, no permission, no space left
+    ImportError,  # an extra that is not installed
     StoppedError,
     files.DirectoryInUseError,
     parallel.MainProcessError,
@@ -325,7 +326,7 @@ def _write_evidence(workdir: Path, experiment: Experiment, state: training.Train
     if not parallel.is_main():
         return directory
     directory.mkdir(exist_ok=True)
-    np.savez(directory / "state.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    files.write_arrays_atomically(directory / "state.npz", arrays)
     settings = experiment.config
     indices = data.batch_indices(
         step,
@@ -398,9 +399,11 @@ class _Run:
         console: Console,
         mesh: Mesh,
         stop: parallel.StopRequest,
+        check_held: Callable[[], None],
     ):
         self.experiment = experiment
         self.mesh = mesh
+        self.check_held = check_held
         self.stop = stop
         self.config = experiment.config
         self.embedding_dim: int = self.config["model"]["embedding_dim"]
@@ -442,12 +445,14 @@ class _Run:
 
     def save(self, state: training.TrainState) -> None:
         """Starts a checkpoint of a state whose metrics are known to be finite."""
+        parallel.on_main(self.check_held)
         score = None
         if self.config["checkpoint"]["keep_best"]:
             score = protocol.validation_knn_accuracy(
                 self.experiment, state.evaluation_variables, mesh=self.mesh
             )
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
+        self.log.flush()
         self.checkpointer.save(int(state.step), state, config=self.config, score=score)
 
     def record(self, dispatch: _Dispatch, state: training.TrainState) -> dict[str, float]:
@@ -577,7 +582,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
       ValueError: settings that do not fit each other.
     """
     console = console or _console()
-    workdir = Path(workdir).absolute()
+    workdir = files.to_path(workdir)
     experiment = build_experiment(config)
     mesh = parallel.make_mesh()
     parallel.check_divisible(
@@ -586,15 +591,17 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
         mesh,
     )
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
+        check_held: Callable[[], None] = lambda: None  # noqa: E731 - of the processes beside the first
 
         def prepare() -> None:
+            nonlocal check_held
             workdir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.lock_directory(workdir))
+            check_held = held.enter_context(files.lock_directory(workdir))
             _check_config(workdir, experiment.config)
             files.write_json_atomically(workdir / "environment.json", environment())
 
         parallel.on_main(prepare)
-        return _train_and_evaluate(experiment, workdir, console, mesh, stop)
+        return _train_and_evaluate(experiment, workdir, console, mesh, stop, check_held)
 
 
 def _console() -> Console:
@@ -608,9 +615,10 @@ def _train_and_evaluate(
     console: Console,
     mesh: Mesh,
     stop: parallel.StopRequest,
+    check_held: Callable[[], None],
 ) -> bool:
     """`train` in a directory that process 0 holds."""
-    run = _Run(experiment, workdir, console, mesh, stop)
+    run = _Run(experiment, workdir, console, mesh, stop, check_held)
     try:
         state = run.restore()
         if int(state.step) == 0 and parallel.is_main():
@@ -620,8 +628,10 @@ def _train_and_evaluate(
         if int(state.step) < experiment.num_train_steps:
             state = run.train(state)
     finally:
-        run.checkpointer.close()
-        run.log.close()
+        try:
+            run.checkpointer.close()
+        finally:
+            run.log.close()
     step, last = int(state.step), experiment.num_train_steps
     again = "the same command goes on from there."
     if step < last:
@@ -716,7 +726,7 @@ def evaluate(
       StoppedError: a signal ended it.
     """
     console = console or _console()
-    workdir = Path(workdir).absolute()
+    workdir = files.to_path(workdir)
     experiment = build_experiment(config)
     mesh = parallel.make_mesh()
     template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
@@ -751,7 +761,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
     Raises:
       FileNotFoundError: no run was started there.
     """
-    path = Path(workdir) / "config.json"
+    path = files.to_path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: --workdir must be a directory of train.py")
 

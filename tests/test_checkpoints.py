@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from jevb_jax.checkpoints import (
     fingerprint,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"seed": 0, "train": {"batch_size": 4}}
 
 
@@ -106,3 +112,43 @@ def test_latest_and_best_are_kept(tmp_path):
 def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match="keep_latest"):
         Checkpointer(tmp_path, keep_latest=0)
+
+
+def test_save_on_a_full_disk_is_an_error_that_leaves_what_was_there(tmp_path):
+    # A process that may write no file above 4 KiB stands for a full disk.
+    code = """
+import resource, sys
+import jax, numpy as np
+from jevb_jax.checkpoints import Checkpointer, CheckpointError
+
+checkpointer = Checkpointer(sys.argv[1])
+state = {"w": np.random.default_rng(0).normal(size=100_000)}
+checkpointer.save(1, state, config={})
+checkpointer.wait()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+try:
+    checkpointer.save(2, state, config={})
+    checkpointer.wait()
+except CheckpointError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+again = Checkpointer(sys.argv[1])
+print(again.steps(), (again.restore(1, state)["w"] == state["w"]).all())
+again.save(2, state, config={})
+again.close()
+print(again.steps())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "checkpoints")],
+        cwd=ROOT,
+        env={**os.environ, "JAX_ENABLE_X64": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    first, *rest = ended.stdout.splitlines()
+    assert "could not be saved" in first, ended.stderr
+    assert "those of steps [1] in" in first
+    assert rest == ["[1] True", "[1, 2]"]

@@ -1,12 +1,19 @@
+import importlib
 import io
+import struct
+import subprocess
 import sys
-import types
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from jevb_jax import metrics_log
 from jevb_jax.metrics_log import MetricsLog, ProgressLine
+
+event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_log_survives_a_line_cut_short_and_forgets_steps_to_come(tmp_path):
@@ -36,42 +43,66 @@ def test_a_line_is_on_disk_at_once_and_numbers_are_exact(tmp_path):
     log.close()
 
 
-def test_tensorboard_when_installed(tmp_path, monkeypatch):
-    written = []
+def tensorboard_events(directory: Path) -> list[Any]:
+    """Events of all files, by the format: length, its checksum, the message, its checksum."""
+    events = []
+    for path in sorted(directory.iterdir()):
+        content, start = path.read_bytes(), 0
+        while start < len(content):
+            (size,) = struct.unpack_from("Q", content, start)
+            event = event_pb2.Event()
+            event.ParseFromString(content[start + 12 : start + 12 + size])
+            events.append(event)
+            start += 16 + size
+    return events
 
-    class SummaryWriter:
-        def __init__(self, directory: str, purge_step: int | None) -> None:
-            written.append((directory, purge_step))
 
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((name, value, step))
-
-        def close(self) -> None:
-            written.append("closed")
-
-    module = types.ModuleType("tensorboardX")
-    module.__dict__["SummaryWriter"] = SummaryWriter
-    monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: module)
+def test_tensorboard_events_are_written_at_once_and_hidden_on_resume(tmp_path):
     log = MetricsLog(tmp_path)
-    log.write(3, {"train/loss": 0.5})
-    log.truncate_after(2)  # a resumed run hides what it writes again
-    log.close()
-    directory = str(tmp_path / "tensorboard")
-    assert written == [
-        (directory, None),
-        ("train/loss", 0.5, 3),
-        "closed",
-        (directory, 3),
-        "closed",
+    log.write(3, {"train/loss": 0.5, "x": 2.0})
+    log.truncate_after(2)
+    log.write(3, {"train/loss": 0.25})
+    _, *events = tensorboard_events(tmp_path / "tensorboard")
+    found = [
+        (event.step, value.tag, value.simple_value)
+        for event in events
+        for value in event.summary.value
     ]
-
-
-def test_real_tensorboard_events(tmp_path):
-    log = MetricsLog(tmp_path)
-    log.write(1, {"train/loss": 0.5})
+    assert found == [(3, "train/loss", 0.5), (3, "x", 2.0), (3, "train/loss", 0.25)]
+    assert [event.session_log.status for event in events] == [0, 0, event_pb2.SessionLog.START, 0]
+    assert events[2].step == 3
     log.close()
-    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_no_tensorboard_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
+    log = MetricsLog(tmp_path)
+    log.write(1, {"x": 1.0})
+    log.truncate_after(0)
+    log.close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path):
+    # Files may grow to 4 KiB. The events' file, the longer one, is full long before the lines' is.
+    code = """
+import pathlib, resource, sys
+from jevb_jax.metrics_log import MetricsLog
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+log = MetricsLog(pathlib.Path(sys.argv[1]))
+for step in range(200):
+    log.write(step, {"x": 1.0})
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "OSError: [Errno 27] File too large" in ended.stderr
+    assert 50 < len(MetricsLog.read(tmp_path / "metrics.jsonl")) < 150
 
 
 def test_plain_lines_when_there_is_no_terminal(monkeypatch):

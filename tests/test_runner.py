@@ -234,7 +234,12 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
 
     # A narrow console, and brackets that are no markup.
     make = functools.partial(
-        runner._Run, experiment, tmp_path, mesh=parallel.make_mesh(), stop=parallel.StopRequest()
+        runner._Run,
+        experiment,
+        tmp_path,
+        mesh=parallel.make_mesh(),
+        stop=parallel.StopRequest(),
+        check_held=lambda: None,
     )
     run = make(Console(file=out, width=30))
     assert check(run, 10, sick) == ""  # too early to judge
@@ -361,7 +366,12 @@ def test_alarms_of_runs_that_cause_them(tmp_path, quick_compilation, changes, ca
     out = io.StringIO()
     mesh = parallel.make_mesh(jax.devices()[:1])
     run = runner._Run(
-        experiment, tmp_path, Console(file=out, width=80), mesh, parallel.StopRequest()
+        experiment,
+        tmp_path,
+        Console(file=out, width=80),
+        mesh,
+        parallel.StopRequest(),
+        lambda: None,
     )
     state = run.train(run.restore())
     run.checkpointer.close()

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jevb_jax import data
+from jevb_jax import data, files
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_metrics import OODMetrics
@@ -395,7 +395,7 @@ def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[
     path = experiment.config["ood"]["human_counts_path"]
     if not path:
         return []
-    with np.load(path, allow_pickle=False) as file:
+    with files.to_path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         counts = file["cifar10h_counts"]
     num_images = len(next(iter(found.inside.values())))
     if len(counts) != num_images:
