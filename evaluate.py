@@ -1,12 +1,13 @@
 """Evaluates a run's checkpoint: `python evaluate.py --workdir=runs/digits`."""
 
+import os
 import sys
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jevb_jax import runner
+from jevb_jax import parallel, runner
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest by default.")
@@ -15,6 +16,14 @@ _OOD = config_flags.DEFINE_config_file(
     None,
     "Protocol of out-of-distribution detection, in place of the run's own.",
     lock_config=True,
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where no launcher is found."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, likewise.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, likewise.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout_seconds", 100, "How long a process may be silent before the others end."
 )
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
@@ -25,6 +34,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     try:
+        parallel.start_processes(
+            os.environ,
+            coordinator_address=_COORDINATOR.value,
+            num_processes=_NUM_PROCESSES.value,
+            process_id=_PROCESS_ID.value,
+            heartbeat_timeout_seconds=_HEARTBEAT.value,
+        )
         config = runner.load_config(_WORKDIR.value)
         if _OOD.value is not None:
             config.ood = _OOD.value

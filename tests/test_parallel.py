@@ -1,0 +1,424 @@
+"""One device against eight, one process against two, and who may start several."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from jevb_jax import data, parallel, training
+from jevb_jax.checkpoints import Checkpointer
+from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.files import lock_directory
+from jevb_jax.metrics_log import MetricsLog
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
+
+
+def make_experiment(method: str = "jevb", changes: Any = None) -> Experiment:
+    config: Any = smoke.get_config()
+    config.method = method
+    config.model.projector_normalizes_output = method in ("jevb", "simsiam", "vi_simsiam")
+    config.train.target_decay = 0.9 if method == "byol" else 0.0
+    # Adam's first steps are the signs of gradients, which rounding turns where they are near zero.
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 1e-4 if method == "barlow_twins" else 0.02
+    config.update_from_flattened_dict(changes or {})
+    return build_experiment(config)
+
+
+class Stepper:
+    """One step from any state, on some devices."""
+
+    def __init__(self, experiment: Experiment, devices: list[Any]):
+        self.experiment, self.mesh = experiment, parallel.make_mesh(devices)
+        is_cut = experiment.config["train"]["shard_optimizer_state"]
+        self.shardings = training.state_shardings(
+            experiment.initial_state(), self.mesh, shard_optimizer_state=is_cut
+        )
+        self.chunk = training.make_train_chunk(
+            experiment.train_step, donate=False, mesh=self.mesh, shardings=self.shardings
+        )
+        images = data.load_resident(experiment.dataset.train)
+        self.images = parallel.put(images, parallel.replicated(self.mesh))
+
+    def __call__(self, state: training.TrainState) -> tuple[training.TrainState, float]:
+        """The state after, and the loss."""
+        indices = data.batch_indices(
+            int(state.step),
+            num_examples=len(self.images),
+            batch_size=self.experiment.config["train"]["batch_size"],
+            seed=0,
+        )
+        rows = parallel.put(indices[None], parallel.over_data(self.mesh, axis=1))
+        key = parallel.put_key(self.experiment.key, self.mesh)
+        state = parallel.put(state, self.shardings)
+        state, metrics, _ = self.chunk(state, self.images, rows, jnp.int32(1), key)
+        return state, float(metrics["loss"][0])
+
+
+def run_steps(
+    experiment: Experiment, devices: list[Any], num_steps: int, *, state: Any = None
+) -> tuple[training.TrainState, list[float]]:
+    """Steps from a state, the initial one by default, and their losses."""
+    step, losses = Stepper(experiment, devices), []
+    state = experiment.initial_state() if state is None else state
+    for _ in range(num_steps):
+        state, loss = step(state)
+        losses.append(loss)
+    return state, losses
+
+
+def distance(a: Any, b: Any, *, floor: float = 1e-3) -> float:
+    """Largest difference of a leaf relative to the leaf's own largest entry and a floor.
+
+    The floor of statistics is 0.1: a mean is rounded against the spread of what it averages, not
+    against its own size.
+    """
+    pairs = zip(
+        jax.tree.leaves(parallel.to_host(a)), jax.tree.leaves(parallel.to_host(b)), strict=True
+    )
+    return max(float(np.max(np.abs(x - y)) / (np.max(np.abs(x)) + floor)) for x, y in pairs)
+
+
+# --- Start-up and layout --------------------------------------------------------------------------
+
+
+def test_processes_are_started_by_a_launcher_and_never_on_a_laptop():
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+    for environ, tpu, expected in (
+        ({}, False, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False, None),
+        ({"SLURM_NTASKS": "4"}, False, None),  # an allocation, not a task of it
+        (slurm, False, "slurm"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None),  # a notebook in a cluster
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+            False,
+            "kubernetes",
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, True, None),
+        ({}, True, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None),
+    ):
+        assert parallel.detect_cluster(environ, has_tpu=tpu) == expected, environ
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_processes": 2}, "missing: --coordinator_address, --process_id"),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
+            r"--process_id must be in \[0, 2\), got 2",
+        ),
+    ],
+)
+def test_start_up_that_does_not_fit_is_refused(given, message, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("started"))
+    nothing = {"coordinator_address": None, "num_processes": None, "process_id": None}
+    with pytest.raises(ValueError, match=message):
+        parallel.start_processes({}, **{**nothing, **given}, heartbeat_timeout_seconds=9)
+    parallel.start_processes({}, **nothing, heartbeat_timeout_seconds=9)
+
+
+def test_batch_that_does_not_divide_names_both_numbers():
+    mesh = parallel.make_mesh()
+    parallel.check_divisible(64, 2, mesh)
+    with pytest.raises(ValueError, match=r"batch_size = 60.*global.*over 8 devices: .* of 8"):
+        parallel.check_divisible(60, 1, mesh)
+    with pytest.raises(ValueError, match=r"8 devices x train.num_micro_batches = 3: .* of 24"):
+        parallel.check_divisible(64, 3, mesh)
+
+
+def test_arrays_lie_as_asked():
+    mesh = parallel.make_mesh()
+    tree = {"a": np.zeros((3, 16)), "b": np.zeros(5), "c": np.zeros(())}
+    laid = parallel.put(tree, parallel.over_data_where_divisible(mesh, tree))
+    assert {k: v.addressable_shards[0].data.shape for k, v in laid.items()} == {
+        "a": (3, 2), "b": (5,), "c": (),
+    }  # fmt: skip
+    again = parallel.put(laid, parallel.over_data_where_divisible(mesh, tree))
+    assert all(again[name] is laid[name] for name in tree)
+    key = parallel.put_key(jax.random.key(3), mesh)
+    assert jax.random.bits(key) == jax.random.bits(jax.random.key(3))
+    assert parallel.local_rows(64) == slice(0, 64)
+
+
+# --- Equal numbers --------------------------------------------------------------------------------
+
+
+def test_two_steps_on_eight_devices_are_those_on_one():
+    experiment = make_experiment()
+    (one, losses), (eight, others) = (
+        run_steps(experiment, devices, 2) for devices in (jax.devices()[:1], jax.devices())
+    )
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
+    assert distance(one.params, eight.params) < 1e-5
+    assert distance(one.batch_stats, eight.batch_stats, floor=0.1) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method):
+    # Each from the same state: free-running, a change of 1e-7 of the first parameters on *one* device
+    # grows to 1e-2 of the loss in 20 steps of these tiny networks, as the order of sums does.
+    experiment = make_experiment(method)
+    steppers = [Stepper(experiment, devices) for devices in (jax.devices()[:1], jax.devices())]
+    state: Any = experiment.initial_state()
+    losses, errors = [], []
+    for _ in range(20):
+        (after, loss), (other, other_loss) = (stepper(state) for stepper in steppers)
+        losses.append(loss)
+        errors.append(
+            (
+                abs(loss - other_loss) / (abs(loss) + 0.1),
+                distance(after.params, other.params),
+                distance(after.batch_stats, other.batch_stats, floor=0.1),
+            )
+        )
+        state = jax.tree.map(np.asarray, after)
+    assert np.ptp(losses) > 1e-3 * abs(losses[0])  # it trains
+    worst = np.max(errors, axis=0)
+    print(f"{method}: loss {worst[0]:.1e}, parameters {worst[1]:.1e}, statistics {worst[2]:.1e}")
+    assert worst.max() < 2e-5
+
+
+@pytest.mark.slow
+def test_optimizer_state_that_is_cut_changes_no_number():
+    changes = {"optimizer.momentum": 0.9}
+    whole, _ = run_steps(make_experiment(changes=changes), jax.devices(), 5)
+    cut, _ = run_steps(
+        make_experiment(changes={**changes, "train.shard_optimizer_state": True}), jax.devices(), 5
+    )
+    assert distance(whole.params, cut.params) < 1e-6
+    assert distance(whole.opt_state, cut.opt_state) < 1e-5
+    sizes = [
+        (leaf.size, leaf.addressable_shards[0].data.size) for leaf in jax.tree.leaves(cut.opt_state)
+    ]
+    assert any(whole_size == 8 * shard for whole_size, shard in sizes)
+    assert sum(shard for _, shard in sizes) < sum(size for size, _ in sizes) / 4
+    params = jax.tree.leaves(cut.params)
+    assert all(leaf.addressable_shards[0].data.shape == leaf.shape for leaf in params)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_eight_devices_goes_on_with_one_and_four(tmp_path):
+    experiment = make_experiment()
+    state, _ = run_steps(experiment, jax.devices(), 3)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(3, state, config=experiment.config)
+    checkpointer.wait()
+    expected, losses = run_steps(experiment, jax.devices(), 3, state=state)
+    for count in (1, 4, 8):
+        mesh = parallel.make_mesh(jax.devices()[:count])
+        template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
+        restored = checkpointer.restore(3, template)
+        assert distance(restored, state) == 0
+        found, others = run_steps(experiment, jax.devices()[:count], 3, state=restored)
+        if count == 8:
+            assert losses == others
+            assert distance(found, expected) == 0
+        np.testing.assert_allclose(others, losses, rtol=1e-5)
+        assert distance(found.params, expected.params) < 1e-5
+    checkpointer.close()
+
+
+# --- Collectives ----------------------------------------------------------------------------------
+
+_BYTES = {"f32": 4, "bf16": 2, "u32": 4, "s32": 4, "u8": 1, "pred": 1, "u64": 8, "s64": 8}
+_COLLECTIVE = re.compile(
+    r" = (\(.*?\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(program: str) -> dict[str, tuple[int, int]]:
+    """`{kind: (how many, bytes of their results)}` in the text of a compiled program."""
+    found: dict[str, tuple[int, int]] = {}
+    for shapes, kind in _COLLECTIVE.findall(program):
+        size = sum(
+            _BYTES[dtype] * int(np.prod([int(n) for n in dims.split(",") if n]))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        )
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + size)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "num_statistics"),
+    [
+        ({}, 4),  # means and variances of both views, forward and backward
+        ({"train.bn_group_size": 8}, 2),  # of both views, to average the running ones
+        ({"train.num_micro_batches": 4}, 4),
+    ],
+    ids=["global", "grouped", "micro-batches"],
+)
+def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(changes, num_statistics):
+    experiment = make_experiment(changes=changes)
+    mesh = parallel.make_mesh()
+    state = experiment.initial_state()
+    shardings = training.state_shardings(state, mesh, shard_optimizer_state=False)
+    chunk: Any = training.make_train_chunk(experiment.train_step, mesh=mesh, shardings=shardings)
+    program = chunk.lower(
+        parallel.put(state, shardings),
+        parallel.put(data.load_resident(experiment.dataset.train), parallel.replicated(mesh)),
+        parallel.put(np.zeros((1, 64), np.int32), parallel.over_data(mesh, axis=1)),
+        jnp.int32(1),
+        parallel.put_key(experiment.key, mesh),
+    ).compile()
+    found = collectives(program.as_text())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    statistics = sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats))
+    print(found, "parameters", parameters, "statistics", statistics)
+    assert set(found) == {"all-reduce"}
+    _, size = found["all-reduce"]
+    # Gradients, of the two views apart or together; statistics; a few scalars. No image, activation or
+    # embedding.
+    bound = 4 * (2 * parameters + num_statistics * statistics) + 1000
+    assert 4 * parameters <= size <= bound
+
+
+# --- Two processes --------------------------------------------------------------------------------
+
+
+def start(
+    workdir: Path, port: int, tmp_path: Path, *, count: int = 2, script: str = "train.py"
+) -> list[subprocess.Popen[str]]:
+    """Processes of eight devices together, of train.py on the smoke config or of evaluate.py."""
+    config = [
+        f"--config={ROOT}/configs/smoke.py",
+        "--config.optimizer.name=sgd",
+        "--config.optimizer.learning_rate=0.02",
+    ]
+    distributed = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(8 // count),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / script),
+                f"--workdir={workdir}",
+                *(config if script == "train.py" else []),
+                *([*distributed, f"--process_id={i}"] if count > 1 else []),
+                "--heartbeat_timeout_seconds=10",
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+
+
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        if any(r["step"] >= step for r in MetricsLog.read(workdir / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached: {finish(processes)}")
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def saved(workdir: Path) -> tuple[list[int], dict[str, int]]:
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    steps = checkpointer.steps()
+    meta = checkpointer.read_meta(steps[-1])
+    checkpointer.close()
+    return steps, meta["fingerprint"]
+
+
+def values(workdir: Path) -> dict[tuple[str, str], float]:
+    results = json.loads((workdir / "results.json").read_text())
+    return {
+        (encoder, f"{row['features']} {row['name']}"): row["value"]
+        for encoder in ("trained", "untrained")
+        for row in results[encoder]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_train_evaluate_stop_and_survive_like_one(tmp_path):
+    # The reference: eight devices of one process.
+    ((code, out),) = finish(start(tmp_path / "one", 0, tmp_path, count=1))
+    assert code == 0, out
+    # Two processes of four devices, undisturbed: the numbers of one process.
+    two = tmp_path / "two"
+    done = finish(start(two, free_port(), tmp_path))
+    assert [code for code, _ in done] == [0, 0], done
+    assert "Run files" in done[0][1]
+    assert "Run files" not in done[1][1]
+    logs = [MetricsLog.read(path / "metrics.jsonl") for path in (tmp_path / "one", two)]
+    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
+    losses = [[r["train/loss"] for r in log if "train/loss" in r] for log in logs]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    # Evaluation by two processes of the run of one: no number of k-NN, probe or detection changes.
+    one_values = values(tmp_path / "one")
+    done = finish(start(tmp_path / "one", free_port(), tmp_path, script="evaluate.py"))
+    assert [code for code, _ in done] == [0, 0], done
+    assert values(tmp_path / "one") == one_values
+
+    # SIGTERM to one of them: both save the same step and stop; the same commands go on exactly.
+    stopped = tmp_path / "stopped"
+    processes = start(stopped, free_port(), tmp_path)
+    wait_for_step(stopped, 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    done = finish(processes)
+    assert [code for code, _ in done] == [0, 0], done
+    assert "SIGTERM to a process of the run: saved step" in done[0][1]
+    # SIGKILL to one: the other ends by itself, within its heartbeat.
+    processes = start(stopped, free_port(), tmp_path)
+    wait_for_step(stopped, saved(stopped)[0][-1] + 2, processes)
+    processes[1].send_signal(signal.SIGKILL)
+    done = finish(processes)
+    assert done[0][0] not in (0, None), done
+    assert re.search(r"(?i)heartbeat|unhealthy|disconnect|connection (reset|closed)", done[0][1])
+    done = finish(start(stopped, free_port(), tmp_path))
+    assert [code for code, _ in done] == [0, 0], done
+    assert saved(stopped)[1] == saved(two)[1]
+    assert values(stopped) == values(two)
+
+    # A directory in use is refused to every process of a second run.
+    with lock_directory(two):
+        refused = finish(start(two, free_port(), tmp_path))
+    assert [code for code, _ in refused] == [1, 1], refused
+    assert "is in use by process" in refused[0][1]
+    assert "MainProcessError: process 0 failed" in refused[1][1]
