@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -15,3 +16,12 @@ def pytest_configure(config):
     # Most of the default suite's time is compiling, and hardly any of it is running. The slow
     # suite, and `-m ''`, run what users run: the optimised program.
     jax.config.update("jax_disable_most_optimizations", config.getoption("markexpr") == "not slow")
+
+
+@pytest.fixture
+def quick_compilation():
+    """For slow tests whose steps take a hundredth of a second, and half a minute to optimise."""
+    previous = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", previous)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from jevb_jax import data, parallel, training
+from jevb_jax import data, networks, parallel, training
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.files import lock_directory
@@ -36,6 +36,17 @@ def make_experiment(method: str = "jevb", changes: Any = None) -> Experiment:
     config.optimizer.learning_rate = 1e-4 if method == "barlow_twins" else 0.02
     config.update_from_flattened_dict(changes or {})
     return build_experiment(config)
+
+
+@pytest.fixture
+def without_kinks(monkeypatch):
+    """Smooth networks: the same numbers on any devices, up to rounding.
+
+    Where the input of a ReLU is zero up to rounding, it is on with one order of a sum and off with
+    another, and that example's gradient differs by a share that no tolerance of rounding covers (about
+    one step in twenty of these networks, 1e-5 to 3e-4 of a bias).
+    """
+    monkeypatch.setattr(networks.nn, "relu", networks.nn.softplus)
 
 
 class Stepper:
@@ -160,7 +171,7 @@ def test_arrays_lie_as_asked():
 # --- Equal numbers --------------------------------------------------------------------------------
 
 
-def test_two_steps_on_eight_devices_are_those_on_one():
+def test_two_steps_on_eight_devices_are_those_on_one(without_kinks):
     experiment = make_experiment()
     (one, losses), (eight, others) = (
         run_steps(experiment, devices, 2) for devices in (jax.devices()[:1], jax.devices())
@@ -172,7 +183,9 @@ def test_two_steps_on_eight_devices_are_those_on_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method):
+def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(
+    method, quick_compilation, without_kinks
+):
     # Each from the same state: free-running, a change of 1e-7 of the first parameters on *one* device
     # grows to 1e-2 of the loss in 20 steps of these tiny networks, as the order of sums does.
     experiment = make_experiment(method)
@@ -197,7 +210,7 @@ def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method):
 
 
 @pytest.mark.slow
-def test_optimizer_state_that_is_cut_changes_no_number():
+def test_optimizer_state_that_is_cut_changes_no_number(quick_compilation, without_kinks):
     changes = {"optimizer.momentum": 0.9}
     whole, _ = run_steps(make_experiment(changes=changes), jax.devices(), 5)
     cut, _ = run_steps(
@@ -215,7 +228,9 @@ def test_optimizer_state_that_is_cut_changes_no_number():
 
 
 @pytest.mark.slow
-def test_checkpoint_of_eight_devices_goes_on_with_one_and_four(tmp_path):
+def test_checkpoint_of_eight_devices_goes_on_with_one_and_four(
+    tmp_path, quick_compilation, without_kinks
+):
     experiment = make_experiment()
     state, _ = run_steps(experiment, jax.devices(), 3)
     checkpointer = Checkpointer(tmp_path)

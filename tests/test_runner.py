@@ -279,14 +279,6 @@ def test_too_few_validation_images_leave_out_the_rank_alone(caplog):
     assert "No health will be logged" in caplog.text
 
 
-@pytest.fixture
-def quick_compilation():
-    """These runs take a hundredth of a second a step, and half a minute to optimise."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # What causes it, and what may be raised beside it: who trains at such rates loses axes as well.
 CAUSES = {
     "healthy": ({}, None, ()),
