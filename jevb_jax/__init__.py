@@ -1,7 +1,8 @@
 """Joint Embedding Variational Bayes: the functional API, names only.
 
 The densities and the objective are pure functions of arrays and need no network framework. The faces
-for distrax are loaded on first use, because distrax imports TensorFlow Probability.
+for distrax are loaded on first use, because distrax imports TensorFlow Probability, and so is what loads
+a trained model, because it imports Flax.
 """
 
 from typing import TYPE_CHECKING
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
         gaussian_posterior,
         gaussian_prior,
     )
+    from jevb_jax.model import Detector, Model, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Detector",
     "ElboTerms",
+    "Model",
     "PowerSpherical",
     "SphericalStudentT",
     "View",
@@ -50,6 +54,7 @@ __all__ = [
     "gaussian_prior",
     "importance_weighted_bound",
     "likelihood_scale",
+    "load",
     "multivariate_student_t_log_prob",
     "polar_decomposition",
     "power_spherical_entropy",
@@ -61,6 +66,7 @@ __all__ = [
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
+_MODEL_NAMES = ("Detector", "Model", "load")
 
 
 def __getattr__(name: str) -> object:
@@ -68,4 +74,8 @@ def __getattr__(name: str) -> object:
         from jevb_jax import distrax_faces
 
         return getattr(distrax_faces, name)
+    if name in _MODEL_NAMES:
+        from jevb_jax import model
+
+        return getattr(model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,6 @@ is the position in the data), the resolved config with its hash, and a fingerpri
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from jax import Array
 from orbax.checkpoint import checkpoint_managers
 
 from jevb_jax import files
+from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
 
 State = TypeVar("State")
 _FORMAT = 1
@@ -33,23 +32,9 @@ class CheckpointMismatchError(CheckpointError):
     """A whole checkpoint of another model."""
 
 
-def flatten_names(tree: Any) -> dict[str, Any]:
-    """Names every leaf of a pytree by its path, `params.backbone.Conv_0.kernel`.
-
-    Args:
-      tree: any pytree.
-
-    Returns:
-      Leaves by name, in the order of the tree.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON of a resolved config."""
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return files.json_sha256(config)
 
 
 def changed_keys(
@@ -112,14 +97,7 @@ def fingerprint(tree: Any) -> dict[str, int]:
 
 def _check_same_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     """Raises CheckpointMismatchError listing every missing, extra and differently shaped array."""
-    problems = [f"  missing from the checkpoint: {name}" for name in wanted if name not in saved]
-    problems += [f"  only in the checkpoint: {name}" for name in saved if name not in wanted]
-    for name in wanted:
-        if name in saved:
-            got = tuple(saved[name].shape), jnp.dtype(saved[name].dtype)
-            expected = tuple(wanted[name].shape), jnp.dtype(wanted[name].dtype)
-            if got != expected:
-                problems.append(f"  {name}: checkpoint has {got}, the model wants {expected}")
+    problems = differences(saved, wanted, where="checkpoint")
     if problems:
         raise CheckpointMismatchError(
             f"{where} does not fit the model:\n" + "\n".join(problems) + "\n"
@@ -268,8 +246,7 @@ class Checkpointer:
                 f"{where} is damaged: the bits of {len(damaged)} arrays differ from those saved, "
                 f"first {damaged[:5]}"
             )
-        leaves = [restored[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(template), leaves)
+        return unflatten_names(restored, template)
 
     def restore_latest(self, template: State) -> tuple[int, State] | None:
         """Restores the newest checkpoint that is whole, warning of every damaged one it passes.

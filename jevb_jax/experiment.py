@@ -11,18 +11,10 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from jevb_jax import augmentations, data, methods, training
+from jevb_jax import augmentations, blueprint, data, methods, training
+from jevb_jax.blueprint import HEADS
 from jevb_jax.evaluation import corruptions
-from jevb_jax.networks import HeadName, JointEmbeddingModel, make_model
-
-HEADS: dict[str, HeadName] = {
-    "jevb": "posterior",
-    "simsiam": "vector",
-    "vi_simsiam": "direction",
-    "byol": "vector",
-    "vicreg": "none",
-    "barlow_twins": "none",
-}
+from jevb_jax.networks import JointEmbeddingModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,42 +95,6 @@ def to_json_values(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _view_augmentations(
-    keywords: dict[str, Any],
-) -> tuple[augmentations.ViewAugmentation, ...]:
-    """Two full views and the small crops, each with its own probabilities of blur and solarise."""
-    size = keywords.pop("image_size")
-    num_small_crops = keywords.pop("num_small_crops")
-    small_size = keywords.pop("small_crop_size")
-    small_scale = keywords.pop("small_crop_scale")
-    blur, solarize = keywords.pop("blur_probability"), keywords.pop("solarize_probability")
-    if len(blur) != 2 or len(solarize) != 2:
-        raise ValueError(
-            "augmentation.blur_probability and solarize_probability hold one value for each of the "
-            f"two views, got {blur} and {solarize}"
-        )
-    full = tuple(
-        augmentations.ViewAugmentation(
-            size=size, blur_probability=blur[v], solarize_probability=solarize[v], **keywords
-        )
-        for v in range(2)
-    )
-    small = dataclasses.replace(full[0], size=small_size, crop_scale=small_scale)
-    return full + (small,) * num_small_crops
-
-
-def _jevb_settings(config: dict[str, Any], *, steps_per_epoch: int) -> methods.JevbSettings:
-    settings = dict(config["jevb"])
-    scale = settings.pop("likelihood_scale")
-    if scale not in ("tied", "untied", "fixed"):
-        raise ValueError(f"jevb.likelihood_scale must be tied, untied or fixed, got {scale!r}")
-    return methods.JevbSettings(
-        kl_warmup_steps=round(settings.pop("kl_warmup_epochs") * steps_per_epoch),
-        fixed_scale=config["model"]["initial_scale"] if scale == "fixed" else None,
-        **settings,
-    )
-
-
 def _method(config: dict[str, Any], jevb_settings: methods.JevbSettings) -> methods.Method:
     """The method of a config: a function, given the settings of its own section."""
     functions: dict[str, Callable[..., methods.MethodOutput]] = {
@@ -210,6 +166,47 @@ def _check_ood(settings: dict[str, Any]) -> None:
         raise ValueError(f"ood.residual_share must be in (0, 1), got {settings['residual_share']}")
 
 
+def make_optimizer(
+    settings: dict[str, Any], schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """The optimizer of the section `optimizer` with a schedule; see `training.make_optimizer`."""
+    return training.make_optimizer(
+        name=settings["name"],
+        schedule=schedule,
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+        trust_coefficient=settings["trust_coefficient"],
+        bias_rate_factor=settings["bias_rate_factor"],
+        max_gradient_norm=settings["max_gradient_norm"],
+        head_learning_rate=settings["learning_rate"] if settings["constant_head_rate"] else None,
+    )
+
+
+def state_shapes(config: dict[str, Any], view_shape: tuple[int, int, int]) -> training.TrainState:
+    """The state of a run as shapes and types, without its data.
+
+    Args:
+      config: plain values.
+      view_shape: `(height, width, channels)` of a full view.
+
+    Returns:
+      A state of `jax.ShapeDtypeStruct`s.
+    """
+    # The schedule's length follows from the data; the shape of the optimizer's state does not.
+    optimizer = make_optimizer(config["optimizer"], optax.constant_schedule(1.0))
+    return jax.eval_shape(
+        lambda key: training.init_state(
+            key,
+            blueprint.make_network(config),
+            optimizer,
+            view_shape,
+            ema_decay=config["train"]["ema_decay"],
+            target_decay=config["train"]["target_decay"],
+        ),
+        jax.random.key(0),
+    )
+
+
 def build_experiment(config: ConfigDict) -> Experiment:
     """Loads the data and makes everything else that the config describes.
 
@@ -226,13 +223,13 @@ def build_experiment(config: ConfigDict) -> Experiment:
     train, optimizer = settings.train, settings.optimizer
     _check_method(config.to_dict())
     _check_batches(train.batch_size, train.num_micro_batches, train.bn_group_size)
-    view_augmentations = _view_augmentations(settings.augmentation.to_dict())
+    views = blueprint.view_augmentations(settings.augmentation.to_dict())
     dataset = data.load_dataset(**settings.data.to_dict())
     channels = dataset.train[0].shape[-1]
-    if channels != len(view_augmentations[0].mean):
+    if channels != len(views[0].mean):
         raise ValueError(
             f"the images have {channels} channels, but augmentation.mean has "
-            f"{len(view_augmentations[0].mean)} values: give mean and std one for each channel"
+            f"{len(views[0].mean)} values: give mean and std one for each channel"
         )
     _check_evaluation(config.to_dict()["evaluation"], num_train_images=len(dataset.train))
     _check_ood(config.to_dict()["ood"])
@@ -246,27 +243,14 @@ def build_experiment(config: ConfigDict) -> Experiment:
         num_steps=num_train_steps,
         final_learning_rate=optimizer.final_learning_rate,
     )
-    jevb_settings = _jevb_settings(config.to_dict(), steps_per_epoch=steps_per_epoch)
+    jevb_settings = blueprint.jevb_settings(config.to_dict(), steps_per_epoch=steps_per_epoch)
     return Experiment(
         config=to_json_values(config),
         dataset=dataset,
-        model=make_model(
-            head=HEADS[settings.method],
-            has_likelihood_scale=settings.jevb.likelihood_scale == "untied",
-            **settings.model.to_dict(),
-        ),
-        optimizer=training.make_optimizer(
-            name=optimizer.name,
-            schedule=schedule,
-            momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            trust_coefficient=optimizer.trust_coefficient,
-            bias_rate_factor=optimizer.bias_rate_factor,
-            max_gradient_norm=optimizer.max_gradient_norm,
-            head_learning_rate=optimizer.learning_rate if optimizer.constant_head_rate else None,
-        ),
+        model=blueprint.make_network(config.to_dict()),
+        optimizer=make_optimizer(config.to_dict()["optimizer"], schedule),
         schedule=schedule,
-        view_augmentations=view_augmentations,
+        view_augmentations=views,
         method=_method(config.to_dict(), jevb_settings),
         jevb_settings=jevb_settings,
         steps_per_epoch=steps_per_epoch,

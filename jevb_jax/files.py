@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -89,6 +90,12 @@ def write_json_atomically(path: Path, value: Any) -> None:
       value: JSON values; infinities are written as `Infinity`, which Python reads back.
     """
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value, in hexadecimal digits."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -33,10 +33,11 @@ from jevb_jax import (
     run_report,
     training,
 )
-from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, flatten_names
+from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.metrics_log import MetricsLog, ProgressLine
+from jevb_jax.named_arrays import flatten_names
 from jevb_jax.networks import (
     DirectionalPrediction,
     JointEmbeddingModel,

@@ -116,6 +116,29 @@ class FeatureExtractor:
 
         self._forward = jax.jit(forward, out_shardings=parallel.replicated(self._mesh))
 
+    def of_batch(self, variables: Any, images: np.ndarray, first: int) -> Features:
+        """Features of one whole batch.
+
+        Args:
+          variables: parameters and running statistics.
+          images: `[rows, h, w, c]`, uint8, or float32 in [0, 1]: this process's rows of `batch_size`
+            images; `c` is one or the network's.
+          first: number of the batch's first image in its source, for the keys of JEVB's terms.
+
+        Returns:
+          Features, whole on the first device of every process.
+        """
+        variables = parallel.put(variables, parallel.replicated(self._mesh))
+        over_data = parallel.over_data(self._mesh)
+        rows = parallel.local_rows(self._batch_size) if self._mesh.is_multi_process else slice(None)
+        images = np.broadcast_to(images, (*images.shape[:-1], self._num_channels))
+        features = self._forward(
+            variables,
+            parallel.put_local_rows(np.ascontiguousarray(images), over_data),
+            parallel.put_local_rows((first + np.arange(self._batch_size))[rows], over_data),
+        )
+        return parallel.on_local_device(features)
+
     def stream(
         self, variables: Any, source: data.ImageSource
     ) -> Iterator[tuple[Features, np.ndarray]]:
@@ -138,21 +161,13 @@ class FeatureExtractor:
                 f"{source.name} has {channels} channels and the network was trained on "
                 f"{self._num_channels}"
             )
-        index = np.arange(self._batch_size)
         variables = parallel.put(variables, parallel.replicated(self._mesh))
-        over_data = parallel.over_data(self._mesh)
         is_shared = self._mesh.is_multi_process
         rows = parallel.local_rows(self._batch_size) if is_shared else slice(None)
         batches = data.evaluation_batches(source, self._batch_size, rows=rows)
         for batch, (images, mask) in enumerate(batches):
             self._check_stop()
-            images = np.broadcast_to(images, (*images.shape[:-1], self._num_channels))
-            features = self._forward(
-                variables,
-                parallel.put_local_rows(np.ascontiguousarray(images), over_data),
-                parallel.put_local_rows((batch * self._batch_size + index)[rows], over_data),
-            )
-            yield parallel.on_local_device(features), mask
+            yield self.of_batch(variables, images, batch * self._batch_size), mask
 
     def __call__(self, variables: Any, source: data.ImageSource) -> Features:
         """Features of every image of `source`, in its order, on the host.

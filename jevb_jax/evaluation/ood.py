@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from sklearn.cluster import KMeans
 
 from jevb_jax import sphere
 from jevb_jax.distributions import gaussian_kl_divergence
@@ -468,6 +467,8 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
     directions = _directions(values)
     cluster = np.zeros(len(directions), int)
     if num_clusters > 1:
+        from sklearn.cluster import KMeans  # one score of many, and none of a served model's
+
         cluster = KMeans(num_clusters, n_init="auto", random_state=seed).fit_predict(directions)
     sizes = np.bincount(cluster, minlength=num_clusters)
     if sizes.min() < 2:

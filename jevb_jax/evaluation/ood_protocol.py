@@ -7,7 +7,7 @@ call and are dropped. Only the scores are kept, so memory does not grow with the
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,21 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from jevb_jax import data, methods
-from jevb_jax.evaluation import classification, corruptions, ood
+from jevb_jax import augmentations, data, methods
+from jevb_jax.evaluation import corruptions, ood
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
-from jevb_jax.experiment import Experiment
-from jevb_jax.networks import ViewOutputs
+from jevb_jax.networks import (
+    DirectionalPrediction,
+    JointEmbeddingModel,
+    Posterior,
+    ViewOutputs,
+)
 from jevb_jax.objective import View
+
+if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+    from jevb_jax.evaluation import classification
+    from jevb_jax.experiment import Experiment
 
 # Severity 0 is the image itself.
 CORRUPTED = "corrupted"
@@ -44,6 +52,15 @@ class ScoreSettings:
     def num_components(self, features: Any) -> int:
         """Of the principal subspace of features `[N, F]`."""
         return max(1, round(self.residual_share * features.shape[1]))
+
+
+def score_settings(ood_settings: dict[str, Any]) -> ScoreSettings:
+    """Those of the section `ood` of a config."""
+    return ScoreSettings(
+        knn_k=tuple(ood_settings["knn_k"]),
+        ssd_clusters=tuple(ood_settings["ssd_clusters"]),
+        residual_share=ood_settings["residual_share"],
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +94,7 @@ class OfFeature:
 class OfProbe:
     """A score of the logits of a linear probe, or of its features and its logits."""
 
-    probe: classification.LinearProbe
+    probe: "classification.LinearProbe"
     vim: ood.VirtualLogit | None = None
     score: Callable[[Array], Array] | None = dataclasses.field(
         default=None, metadata={"static": True}
@@ -149,26 +166,25 @@ def _fit_of(name: str, features: Features, fit: Callable[[Any], Any]) -> ScoreFu
 def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
     """Scores that only this method has."""
     fit_of = functools.partial(_fit_of, features=train)
+    fits: Fits = {}
     if train.terms is not None:
         has_pairs = train.terms.cross_view_log_likelihood is not None
-        fits: Fits = {
-            f"jevb/{name}": functools.partial(OfTerms, score)
-            for name, score in _TERM_SCORES.items()
-            if has_pairs or name != "cross_view"
-        }
+        for name, score in _TERM_SCORES.items():
+            if has_pairs or name != "cross_view":
+                fits[f"jevb/{name}"] = functools.partial(OfTerms, score)
         knn = functools.partial(ood.fit_whitened_knn, k=min(settings.knn_k))
         fits["jevb/typicality_mahalanobis"] = functools.partial(
             fit_of, "terms", fit=ood.fit_mahalanobis
         )
         fits["jevb/typicality_knn"] = functools.partial(fit_of, "terms", fit=knn)
+    if hasattr(train.prediction, "posterior_scale"):
         fits["jevb/scale_mahalanobis"] = functools.partial(
             fit_of, "log_scale", fit=ood.fit_mahalanobis
         )
-        return fits
     if hasattr(train.prediction, "concentration"):
-        score = Partial(ood.concentration_score)
-        return {"vi_simsiam/concentration": lambda: OfFeature(score, "concentration")}
-    return {}
+        concentration = Partial(ood.concentration_score)
+        fits["vi_simsiam/concentration"] = lambda: OfFeature(concentration, "concentration")
+    return fits
 
 
 def _feature_fits(train: Features, settings: ScoreSettings) -> Fits:
@@ -193,8 +209,80 @@ def _feature_fits(train: Features, settings: ScoreSettings) -> Fits:
     return fits
 
 
+def label_free_fits(train: Features, settings: ScoreSettings) -> Fits:
+    """Every score that needs no labels, not yet fitted.
+
+    Args:
+      train: features of in-distribution images, with `terms` for JEVB.
+      settings: of the feature scores.
+
+    Returns:
+      Functions that fit, by name.
+    """
+    return _method_fits(train, settings) | _feature_fits(train, settings)
+
+
+# Made of arrays of an image alone, in whatever data.
+_NEVER_FITTED = {"vi_simsiam/concentration", "representation/norm", "embedding/norm"}
+
+
+def is_fitted(name: str) -> bool:
+    """Whether a label-free score is fitted to in-distribution images."""
+    family, _, score = name.partition("/")
+    return name not in _NEVER_FITTED and not (family == "jevb" and score in _TERM_SCORES)
+
+
+def needs_terms(name: str) -> bool:
+    """Whether a score is one of JEVB's terms, which need several views and samples."""
+    return name.startswith("jevb/") and name != "jevb/scale_mahalanobis"
+
+
+def unfitted_features(method: str, num_views: int) -> Features:
+    """Features of two imaginary images: what `label_free_fits` needs to know of a method.
+
+    Its names are those of the method, and its scores that are not fitted are whole.
+
+    Args:
+      method: of the config.
+      num_views: of JEVB's terms.
+
+    Returns:
+      Features, all zero.
+    """
+    zeros, row = np.zeros((2, 2), np.float32), np.zeros(2, np.float32)
+    terms = prediction = None
+    if method == "jevb":
+        vector = jnp.asarray(row)
+        prediction = Posterior(jnp.asarray(zeros), jnp.asarray(zeros))
+        terms = ood.UncertaintyTerms(
+            directional_log_likelihood=vector,
+            radial_log_likelihood=vector,
+            kl=vector,
+            posterior_entropy=vector,
+            importance_weighted_bound=vector,
+            cross_view_log_likelihood=vector if num_views > 1 else None,
+        )
+    elif method == "vi_simsiam":
+        prediction = DirectionalPrediction(jnp.asarray(zeros), jnp.asarray(row))
+    return Features(zeros, zeros, prediction, terms, None)
+
+
+def default_score(method: str, ood_settings: dict[str, Any]) -> str:
+    """The score of a method where nothing may be chosen, or the config's own.
+
+    Args:
+      method: of the config.
+      ood_settings: its section `ood`.
+
+    Returns:
+      The score's name.
+    """
+    own = DEFAULT_SCORES.get(method, _OTHER_DEFAULT_SCORE)
+    return ood_settings["default_score"] or own
+
+
 def _probe_fits(
-    train: Features, probe: classification.LinearProbe, settings: ScoreSettings
+    train: Features, probe: "classification.LinearProbe", settings: ScoreSettings
 ) -> Fits:
     """Scores through the linear probe of the representation and through the labels."""
     labels: Any = train.labels
@@ -240,7 +328,7 @@ class Scorers(NamedTuple):
 
 
 def make_scorers(
-    train: Features, probe: classification.LinearProbe | None, settings: ScoreSettings
+    train: Features, probe: "classification.LinearProbe | None", settings: ScoreSettings
 ) -> Scorers:
     """Every score that the method and the data have, fitted to training images.
 
@@ -258,9 +346,7 @@ def make_scorers(
     probe_fits = {} if probe is None else _probe_fits(train, probe, settings)
     scores: dict[str, ScoreFunction] = {}
     left_out: dict[str, str] = {}
-    for name, fit in (
-        _method_fits(train, settings) | _feature_fits(train, settings) | probe_fits
-    ).items():
+    for name, fit in (label_free_fits(train, settings) | probe_fits).items():
         try:
             scores[name] = fit()
         except ood.DegenerateFeaturesError as error:
@@ -494,7 +580,7 @@ class OODEvaluation(NamedTuple):
     left_out: dict[str, str]
 
 
-def terms_settings(experiment: Experiment) -> TermsSettings | None:
+def terms_settings(experiment: "Experiment") -> TermsSettings | None:
     """How the run's own terms are computed, or None for a method that has none.
 
     Args:
@@ -505,12 +591,37 @@ def terms_settings(experiment: Experiment) -> TermsSettings | None:
     """
     if experiment.config["method"] != "jevb":
         return None
-    settings: methods.JevbSettings = experiment.jevb_settings
-    keywords = settings.keywords(experiment.num_train_steps)
-    keywords["num_samples"] = experiment.config["ood"]["num_samples"]
+    return jevb_terms_settings(
+        experiment.model,
+        experiment.jevb_settings,
+        experiment.config["ood"],
+        augmentation=experiment.view_augmentations[0],
+    )
+
+
+def jevb_terms_settings(
+    model: JointEmbeddingModel,
+    settings: methods.JevbSettings,
+    ood_settings: dict[str, Any],
+    *,
+    augmentation: augmentations.ViewAugmentation,
+) -> TermsSettings:
+    """How JEVB's terms are computed.
+
+    Args:
+      model: networks.
+      settings: of the objective. The weight of the KL is in no term, nor is its warm-up.
+      ood_settings: the section `ood` of a config.
+      augmentation: of all views but the first.
+
+    Returns:
+      Settings for the feature extractor.
+    """
+    keywords = settings.keywords(0)
+    keywords["num_samples"] = ood_settings["num_samples"]
 
     def terms_of(variables: Any, keys: Array, views: ViewOutputs) -> ood.UncertaintyTerms:
-        radial_scale: Any = experiment.model.apply(variables, method=experiment.model.radial_scale)
+        radial_scale: Any = model.apply(variables, method=model.radial_scale)
         return ood.uncertainty_terms(
             keys,
             View(views.embedding, views.posterior_mean, views.posterior_scale),
@@ -520,9 +631,7 @@ def terms_settings(experiment: Experiment) -> TermsSettings | None:
         )
 
     return TermsSettings(
-        terms_of=terms_of,
-        augmentation=experiment.view_augmentations[0],
-        num_views=experiment.config["ood"]["num_views"],
+        terms_of=terms_of, augmentation=augmentation, num_views=ood_settings["num_views"]
     )
 
 
@@ -534,21 +643,32 @@ def is_asked(config: dict[str, Any]) -> bool:
     )
 
 
+def fit_rows(num_images: int, most: int) -> np.ndarray:
+    """Which training images scores are fitted to: a fixed choice, in order.
+
+    Args:
+      num_images: in the training split.
+      most: how many of them; 0 for all.
+
+    Returns:
+      `[M]` row numbers.
+    """
+    if not 0 < most < num_images:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(0).permutation(num_images)[:most])
+
+
 def _fit_features(
-    experiment: Experiment, variables: Any, extract: FeatureExtractor, train: Features
+    experiment: "Experiment", variables: Any, extract: FeatureExtractor, train: Features
 ) -> Features:
     """Features of the training images that scores are fitted to, with terms for JEVB."""
-    most = experiment.config["ood"]["max_fit_images"]
-    num_images = len(train.representation)
-    rows = np.arange(num_images)
-    if 0 < most < num_images:
-        rows = np.sort(np.random.default_rng(0).permutation(num_images)[:most])
+    rows = fit_rows(len(train.representation), experiment.config["ood"]["max_fit_images"])
     if experiment.config["method"] == "jevb":
         return extract(variables, data.Subset(experiment.dataset.train, rows))
     return jax.tree.map(lambda values: values[rows], train)
 
 
-def _sets(experiment: Experiment, inside: data.ImageSource, split: str) -> Iterator[OutsideSet]:
+def _sets(experiment: "Experiment", inside: data.ImageSource, split: str) -> Iterator[OutsideSet]:
     """The sets of a config, each loaded or made when its turn comes."""
     settings = experiment.config["ood"]
     left_out = experiment.dataset.outside
@@ -564,7 +684,7 @@ def _sets(experiment: Experiment, inside: data.ImageSource, split: str) -> Itera
 
 
 def _choose(
-    experiment: Experiment, variables: Any, extract: FeatureExtractor, scorers: Scorers
+    experiment: "Experiment", variables: Any, extract: FeatureExtractor, scorers: Scorers
 ) -> tuple[str | None, str]:
     """The label-free score with the best mean AUROC on the sets of `ood.choice`, and how."""
     descriptions = experiment.config["ood"]["choice"]
@@ -587,14 +707,14 @@ def _choose(
 
 
 def evaluate_ood(
-    experiment: Experiment,
+    experiment: "Experiment",
     variables: Any,
     *,
     extract: FeatureExtractor,
     train: Features,
     inside: Features,
     inside_source: data.ImageSource,
-    probe: classification.LinearProbe | None,
+    probe: "classification.LinearProbe | None",
     split: str,
 ) -> OODEvaluation:
     """Every score against every set of the config.
@@ -621,13 +741,9 @@ def evaluate_ood(
     scorers = make_scorers(
         fit_features,
         probe,
-        ScoreSettings(
-            knn_k=tuple(settings["knn_k"]),
-            ssd_clusters=tuple(settings["ssd_clusters"]),
-            residual_share=settings["residual_share"],
-        ),
+        score_settings(settings),
     )
-    default = settings["default_score"] or DEFAULT_SCORES.get(method, _OTHER_DEFAULT_SCORE)
+    default = default_score(method, settings)
     if default not in scorers.scores and default not in scorers.left_out:
         raise ValueError(
             f"ood.default_score must be one of {sorted(scorers.scores)}, got {default!r}"

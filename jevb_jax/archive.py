@@ -1,0 +1,138 @@
+"""The archive form of a model: weights as safetensors beside a JSON that says what they are.
+
+`model.json` holds the config, every array's shape and type, and the SHA-256 of every other file and
+of itself. It is written last: a directory that holds it holds the rest. Nothing is pickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import numpy as safetensors
+
+from jevb_jax import files
+
+FORMAT = 1
+MANIFEST = "model.json"
+WEIGHTS = "model.safetensors"
+
+
+class ArchiveError(RuntimeError):
+    """An exported model that is not what was written."""
+
+
+def is_archive(directory: Path) -> bool:
+    """Whether a directory holds an exported model."""
+    return (directory / MANIFEST).exists()
+
+
+def write_archive(
+    directory: Path,
+    *,
+    arrays: Mapping[str, np.ndarray],
+    manifest: Mapping[str, Any],
+    extra_files: Mapping[str, bytes],
+) -> None:
+    """Writes a model, each file whole or not at all, the manifest last.
+
+    Args:
+      directory: made if it does not exist; an older model in it is replaced.
+      arrays: weights by name.
+      manifest: JSON values; what it says of files and arrays is added here.
+      extra_files: contents of further files by name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Until the new manifest stands there is none, so that old and new files are never taken as one.
+    (directory / MANIFEST).unlink(missing_ok=True)
+    contents = {WEIGHTS: safetensors.save(dict(arrays)), **extra_files}
+    for name, content in contents.items():
+        files.write_bytes_atomically(directory / name, content)
+    whole = {
+        **manifest,
+        "format": FORMAT,
+        "arrays": {
+            name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+            for name, array in arrays.items()
+        },
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()
+        },
+    }
+    whole["manifest_sha256"] = files.json_sha256(whole)
+    files.write_json_atomically(directory / MANIFEST, whole)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The JSON of an exported model.
+
+    Args:
+      directory: of the model.
+
+    Returns:
+      Its values.
+
+    Raises:
+      ArchiveError: there is none, or it was changed, or it is of another version.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise ArchiveError(f"{directory} holds no {MANIFEST}: export the run again")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        asked = manifest.pop("manifest_sha256")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ArchiveError(f"{path} is damaged ({error!r}): export the run again") from error
+    if files.json_sha256(manifest) != asked:
+        raise ArchiveError(f"{path} is not what was written (SHA-256): export the run again")
+    if manifest["format"] != FORMAT:
+        raise ArchiveError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+    return manifest
+
+
+def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
+    """One file of an exported model, checked against its hash.
+
+    Args:
+      directory: of the model.
+      manifest: of `read_manifest`.
+      name: of the file.
+
+    Returns:
+      Its content.
+
+    Raises:
+      ArchiveError: the file is missing, not the model's, or not what was written.
+    """
+    if name not in manifest["files"]:
+        raise ArchiveError(f"{directory} was exported with {list(manifest['files'])}, not {name}")
+    asked = manifest["files"][name]
+    path = directory / name
+    if not path.exists():
+        raise ArchiveError(f"{path} is missing: export the run again")
+    content = path.read_bytes()
+    if len(content) != asked["bytes"] or hashlib.sha256(content).hexdigest() != asked["sha256"]:
+        raise ArchiveError(
+            f"{path} is not what was written: {len(content):,} bytes, expected {asked['bytes']:,} "
+            f"with SHA-256 {asked['sha256'][:12]}...; copy or export it again"
+        )
+    return content
+
+
+def read_arrays(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The weights of an exported model, by name, checked against their hash.
+
+    Args:
+      directory: of the model.
+      manifest: of `read_manifest`.
+
+    Returns:
+      Arrays by name.
+
+    Raises:
+      ArchiveError: as `read_file`.
+    """
+    return safetensors.load(read_file(directory, manifest, WEIGHTS))

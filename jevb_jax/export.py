@@ -1,0 +1,164 @@
+"""Exports a run: `python -m jevb_jax.export --workdir=runs/digits --out=exports/digits`.
+
+Two forms in one directory. The archive form, `model.safetensors` and `model.json`, is what
+`jevb_jax.load` reads, without the libraries of training, and what outlives this library: names, shapes,
+the config and hashes are plain. The serving form, `model.stablehlo`, is one function for CPU, CUDA and
+TPU with any size of batch, which needs JAX alone:
+
+    exported = jax.export.deserialize(pathlib.Path("exports/digits/model.stablehlo").read_bytes())
+    outputs = exported.call(images)     # uint8 [b, h, w, c] -> {"embedding": [b, D], ...}
+
+`read_serving` does the same and checks the file's hash first.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jevb_jax import archive, augmentations, blueprint, files
+from jevb_jax.model import Model, load
+from jevb_jax.named_arrays import flatten_names
+from jevb_jax.networks import Posterior
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+SERVED = "model.stablehlo"
+
+
+def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
+    """What is served, as a function of images alone.
+
+    Args:
+      model: of `load`; its weights are constants of the function.
+
+    Returns:
+      `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and of JEVB
+      "posterior_mean" and "posterior_scale", `[b, D]`; float32. As in `Model`, images of another size
+      than the network's are resized whole.
+    """
+    view = blueprint.view_augmentations(model.config["augmentation"])[0]
+
+    def serve(images: Array) -> dict[str, Array]:
+        views = jax.vmap(
+            lambda image: augmentations.center_view(
+                image, size=view.size, mean=view.mean, std=view.std
+            )
+        )(images)
+        outputs: Any = model.network.apply(model.variables, views, train=False)
+        served = {"embedding": outputs.embedding, "representation": outputs.representation}
+        if isinstance(outputs.prediction, Posterior):
+            served["posterior_mean"] = outputs.prediction.posterior_mean
+            served["posterior_scale"] = outputs.prediction.posterior_scale
+        return served
+
+    return serve
+
+
+def export_serving(model: Model, *, height: int, width: int) -> bytes:
+    """The serving form: StableHLO for every platform, any size of batch.
+
+    Args:
+      model: of `load`.
+      height: of the images that will be served, pixels.
+      width: likewise.
+
+    Returns:
+      What `jax.export.deserialize` reads.
+    """
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
+    exported = jax.export.export(jax.jit(serving_function(model)), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())
+
+
+def export_model(
+    model: Model, directory: str | Path, *, height: int | None = None, width: int | None = None
+) -> None:
+    """Writes both forms of a model.
+
+    Args:
+      model: of `load`.
+      directory: made if it does not exist; an older export in it is replaced.
+      height: of the images that will be served, pixels; the network's own by default.
+      width: likewise.
+
+    Raises:
+      ValueError: a size below one pixel, or a directory that holds a run.
+    """
+    height = model.image_size if height is None else height
+    width = model.image_size if width is None else width
+    if min(height, width) < 1:
+        raise ValueError(f"images of {height} x {width} pixels cannot be served")
+    target = files.to_path(directory)
+    if (target / "config.json").exists():
+        raise ValueError(f"{target} holds a run: give another directory for the export")
+    arrays = {
+        name: np.asarray(leaf)
+        for name, leaf in flatten_names(jax.device_get(model.variables)).items()
+    }
+    manifest = {
+        "config": model.config,
+        "step": model.step,
+        "serving": {
+            "file": SERVED,
+            "images": ["b", height, width, model.num_channels],
+            "platforms": list(PLATFORMS),
+        },
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+    served = export_serving(model, height=height, width=width)
+    archive.write_archive(target, arrays=arrays, manifest=manifest, extra_files={SERVED: served})
+
+
+def read_serving(directory: str | Path) -> jax.export.Exported:
+    """The serving form, checked against its hash.
+
+    Args:
+      directory: of an export.
+
+    Returns:
+      Call it with `.call(images)`.
+
+    Raises:
+      ArchiveError: a file is missing or not what was written.
+    """
+    source = files.to_path(directory)
+    content = archive.read_file(source, archive.read_manifest(source), SERVED)
+    return jax.export.deserialize(bytearray(content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jevb_jax.export", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
+    parser.add_argument("--out", required=True, help="directory of the export")
+    parser.add_argument("--step", help='a checkpoint\'s step or "best"; the latest by default')
+    parser.add_argument("--height", type=int, help="of served images, pixels; the network's own")
+    parser.add_argument("--width", type=int, help="likewise")
+    arguments = parser.parse_args(argv)
+    step: Any = arguments.step
+    if step is not None and step != "best":
+        if not step.isdecimal():
+            parser.error(f'--step is a number or "best", got {step!r}')
+        step = int(step)
+    try:
+        model = load(arguments.workdir, step)
+        export_model(model, arguments.out, height=arguments.height, width=arguments.width)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(f"{model} written to {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Exports: equal to the model on real images, and refused when a bit is wrong."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits as digits_config
+from jevb_jax import archive, data, export
+from jevb_jax import model as model_module
+from jevb_jax.archive import ArchiveError
+from jevb_jax.experiment import to_json_values
+from jevb_jax.model import Model, load
+
+
+def small_model(method: str = "jevb", **model: Any) -> Model:
+    config: Any = digits_config.get_config()
+    config.method = method
+    config.model.width = 4
+    config.model.projector_hidden_dims = (16,)
+    config.model.embedding_dim = 8
+    config.model.head_hidden_dim = 8
+    config.model.update(model)
+    config.jevb.df = float("inf")  # JSON must carry it
+    values = to_json_values(config)
+    leaves, tree = jax.tree.flatten(model_module.variable_shapes(values))
+    random = np.random.default_rng(0)
+    arrays = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    variables = jax.tree.unflatten(tree, arrays)
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])  # variances
+    return Model(values, variables, step=7)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model, directory = small_model(), tmp_path_factory.mktemp("exports") / "digits"
+    export.export_model(model, directory)
+    return model, directory
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    for file in exported[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_served_function_equals_the_model_on_real_digits_for_any_batch(exported):
+    model, directory = exported
+    images = data.digits().images
+    served = export.read_serving(directory)
+    assert served.platforms == export.PLATFORMS
+    # Any batch: the same program, without another export.
+    for batch in (images[:1], images[:37], images[:128]):
+        outputs: Any = served.call(batch)
+        mean, scale = model.posterior(batch)
+        expected = {
+            "embedding": model.embed(batch),
+            "representation": model.represent(batch),
+            "posterior_mean": mean,
+            "posterior_scale": scale,
+        }
+        assert outputs.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(outputs[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    # The readme's way, with JAX alone.
+    plain = jax.export.deserialize(bytearray((directory / export.SERVED).read_bytes()))
+    np.testing.assert_array_equal(
+        plain.call(images[:3])["embedding"], served.call(images[:3])["embedding"]
+    )
+
+
+def test_archive_is_the_model(exported):
+    model, directory = exported
+    loaded = load(directory)
+    assert loaded.step == 7
+    assert loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
+    manifest = json.loads((directory / archive.MANIFEST).read_text())
+    assert manifest["arrays"]["params.projector.dense_out.kernel"] == {
+        "shape": [16, 8],
+        "dtype": "float32",
+    }
+    assert {file.name for file in directory.iterdir()} == {"model.json", *manifest["files"]}
+    with pytest.raises(ValueError, match="holds one step"):
+        load(directory, 7)
+
+
+@pytest.mark.parametrize("name", [archive.WEIGHTS, export.SERVED])
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+def test_damaged_files_are_refused(copy, name, damage):
+    content = bytearray((copy / name).read_bytes())
+    if damage == "bit":
+        content[len(content) // 2] ^= 1
+    elif damage == "cut":
+        del content[-1:]
+    (copy / name).write_bytes(content)
+    if damage == "gone":
+        (copy / name).unlink()
+    read = load if name == archive.WEIGHTS else export.read_serving
+    with pytest.raises(ArchiveError, match=f"{name} is (not what was written|missing)"):
+        read(copy)
+
+
+def test_a_changed_manifest_is_refused(copy):
+    path = copy / archive.MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace('"step": 7', '"step": 8'))
+    with pytest.raises(ArchiveError, match="not what was written"):
+        load(copy)
+    path.write_text(text[:-20])
+    with pytest.raises(ArchiveError, match="is damaged"):
+        load(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither config.json"):
+        load(copy)
+
+
+def test_arrays_that_do_not_fit_the_config_are_named(tmp_path):
+    model = small_model()
+    arrays = {f"{i}": np.zeros(2, np.float32) for i in range(2)}
+    manifest = {"config": model.config, "step": 0}
+    archive.write_archive(tmp_path, arrays=arrays, manifest=manifest, extra_files={})
+    with pytest.raises(ArchiveError, match="does not fit its config") as error:
+        load(tmp_path)
+    assert "missing from the export: params.head.mean_head.bias" in str(error.value)
+    assert "only in the export: 1" in str(error.value)
+
+
+def test_an_interrupted_export_leaves_no_model(exported, copy, monkeypatch):
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(archive.files, "write_bytes_atomically", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        export.export_model(exported[0], copy)
+    assert not archive.is_archive(copy)
+
+
+def test_commands_that_cannot_work_say_so(exported, tmp_path, capsys):
+    assert export.main([f"--workdir={tmp_path}", f"--out={tmp_path}/out"]) == 1
+    assert "neither config.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export.main([f"--workdir={tmp_path}", "--out=x", "--step=last"])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run"):
+        export.export_model(exported[0], tmp_path)
+    with pytest.raises(ValueError, match="cannot be served"):
+        export.export_model(exported[0], tmp_path / "other", height=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"backbone": "resnet8"}, {"backbone": "vit_tiny", "width": 48}]
+)
+@pytest.mark.parametrize("method", ["vi_simsiam", "vicreg"])
+def test_every_kind_of_network_is_served_at_another_size(settings, method):
+    model = small_model(method, **settings)
+    served = jax.export.deserialize(bytearray(export.export_serving(model, height=12, width=20)))
+    images = np.random.default_rng(0).integers(0, 256, (5, 12, 20, 1), np.uint8)
+    outputs: Any = served.call(images)
+    assert outputs.keys() == {"embedding", "representation"}
+    np.testing.assert_allclose(outputs["embedding"], model.embed(images), rtol=1e-4, atol=1e-5)
