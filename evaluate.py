@@ -1,4 +1,7 @@
-"""Evaluates a run's checkpoint: `python evaluate.py --workdir=runs/digits`."""
+"""Evaluates a run's checkpoint: `python evaluate.py --workdir=runs/digits`.
+
+With `--data=configs/transfer.py:digits`, its encoder on other labelled data.
+"""
 
 import os
 import sys
@@ -15,6 +18,12 @@ _OOD = config_flags.DEFINE_config_file(
     "ood",
     None,
     "Protocol of out-of-distribution detection, in place of the run's own.",
+    lock_config=True,
+)
+_DATA = config_flags.DEFINE_config_file(
+    "data",
+    None,
+    "Other labelled data: k-NN and linear probes on them, and nothing else (configs/transfer.py).",
     lock_config=True,
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -42,6 +51,11 @@ def main(argv: list[str]) -> None:
             heartbeat_timeout_seconds=_HEARTBEAT.value,
         )
         config = runner.load_config(_WORKDIR.value)
+        if _DATA.value is not None:
+            if _OOD.value is not None:
+                raise ValueError("give --data or --ood: on other data nothing is detected")
+            runner.evaluate_on(config, _DATA.value, _WORKDIR.value, step=_STEP.value)
+            return
         if _OOD.value is not None:
             config.ood = _OOD.value
         runner.evaluate(config, _WORKDIR.value, step=_STEP.value)

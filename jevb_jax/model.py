@@ -101,6 +101,24 @@ class Model:
             f"images {self.image_size}x{self.image_size}x{self.num_channels})"
         )
 
+    def with_variables(self, variables: Any) -> "Model":
+        """The same networks with other weights, compiled already.
+
+        Args:
+          variables: parameters and running statistics, of the same shapes.
+
+        Returns:
+          A model that shares what was compiled and nothing that was fitted.
+        """
+        other = Model(self.config, variables, step=self.step, batch_size=self._batch_size)
+        other._extractors = self._extractors
+        return other
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """All plain features of a source at once, in batches of `batch_size`; see its class."""
+        return self._extractor(self._batch_size, False)
+
     def embed(self, images: ArrayLike) -> np.ndarray:
         """The projector's output, over which JEVB's likelihood is a density.
 

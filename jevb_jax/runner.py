@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from jevb_jax import (
     health,
     html_report,
     methods,
+    model,
     parallel,
     report,
     run_report,
@@ -35,7 +37,7 @@ from jevb_jax import (
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys
 from jevb_jax.evaluation import protocol
-from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine
 from jevb_jax.named_arrays import flatten_names
 from jevb_jax.networks import (
@@ -747,6 +749,50 @@ def evaluate(
     with parallel.StopRequest() as stop:
         results = _evaluate_and_report(experiment, workdir, state, console, mesh, stop)
     console.print(f"Run files: {workdir}")
+    return results
+
+
+def evaluate_on(
+    config: ConfigDict,
+    section: ConfigDict,
+    workdir: str | Path,
+    *,
+    step: int | None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """k-NN and linear probes of a run's encoder on other data; writes `results_on_NAME.json`, `.csv`.
+
+    Args:
+      config: of the run, for its section `evaluation`.
+      section: `data` of a config.
+      workdir: directory of the run.
+      step: a checkpoint's step, or None for the latest.
+      console: where people read.
+
+    Returns:
+      The results, as written.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be used.
+      ValueError: data that cannot be loaded, have no labels or do not fit; more than one process.
+    """
+    console = console or _console()
+    if jax.process_count() > 1:
+        raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
+    workdir = files.to_path(workdir)
+    settings = to_json_values(config)["evaluation"]
+    loaded = model.load(workdir, step)
+    dataset = data.load_dataset(**section.to_dict())
+    results = protocol.evaluate_transfer(settings, loaded.extractor, loaded.variables, dataset) | {
+        "step": loaded.step,
+        "data": to_json_values(section),
+    }
+    name = re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset.train.name).name).strip("_")
+    stem = f"results_on_{name}" + ("" if step is None else f"_step_{step}")
+    files.write_text_atomically(workdir / f"{stem}.csv", protocol.results_csv(results))
+    files.write_json_atomically(workdir / f"{stem}.json", results)
+    console.print(protocol.classification_table(results))
+    console.print(f"{workdir / stem}.json", soft_wrap=True)
     return results
 
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default, one_class, ood, recipes
+from configs import default, finetune_default, one_class, ood, recipes, transfer
 from jevb_jax import checkpoints, experiment, runner, study
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
     path.stem
     for path in (ROOT / "configs").glob("*.py")
-    if path.stem not in ("__init__", "ood", "recipes")
+    if path.stem not in ("__init__", "ood", "recipes", "transfer")
+    and not path.stem.startswith("finetune_")
 )
 
 
@@ -41,6 +42,15 @@ def test_config_has_the_keys_of_default_and_survives_json(name, arguments, tmp_p
     assert loaded.to_dict() == config.to_dict()
     with pytest.raises(AttributeError):
         loaded.optimizer.learning_rat = 1.0
+
+
+@pytest.mark.parametrize("name", ["finetune_cifar10", "finetune_digits"])
+@pytest.mark.parametrize("mode", ["full", "frozen"])
+def test_config_of_a_fine_tune_has_the_keys_of_its_default(name, mode):
+    config: Any = importlib.import_module(f"configs.{name}").get_config(mode)
+    assert names(config) == names(finetune_default.get_config())
+    assert config.init.frozen == (mode == "frozen")
+    assert names(transfer.get_config()) == names(config.data)
 
 
 @pytest.mark.parametrize("protocol", ood.PROTOCOLS)

@@ -247,6 +247,40 @@ def evaluate_variables(
     return Evaluation(results, train, test, probe, found)
 
 
+def evaluate_transfer(
+    settings: dict[str, Any], extract: FeatureExtractor, variables: Any, dataset: data.Dataset
+) -> dict[str, Any]:
+    """k-NN and linear probes of an encoder on data that it was not trained on.
+
+    Args:
+      settings: the section `evaluation` of a config.
+      extract: the encoder's forward pass.
+      variables: parameters and running statistics.
+      dataset: labelled images.
+
+    Returns:
+      As `evaluate`, without detection: "split" and "trained".
+
+    Raises:
+      ValueError: no labels, no such split, or settings that do not fit the data.
+    """
+    split = settings["split"]
+    source = getattr(dataset, split)
+    if source is None or dataset.train.labels is None:
+        lacks = "labels" if dataset.train.labels is None else f"{split} part"
+        raise ValueError(f"{dataset.train.name} has no {lacks}: nothing can be evaluated on it")
+    train = extract(variables, dataset.train)
+    validation = extract(variables, dataset.validation)
+    test = validation if split == "validation" else extract(variables, source)
+    results: list[Result] = []
+    for name in FEATURE_NAMES:
+        results += _knn(name, settings, train, test)
+        results += _linear_results(name, settings, train, validation, test)[1]
+    for result in results:
+        result["protocol"] = f"on {dataset.train.name}, other data: {result['protocol']}"
+    return {"split": split, "trained": results}
+
+
 def _detection_results(found: OODEvaluation) -> list[Result]:
     """AUROC of every score, averaged over the sets of a group."""
     sets: dict[str, list[str]] = {}

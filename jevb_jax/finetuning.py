@@ -1,0 +1,294 @@
+"""Supervised fine-tuning of a trained encoder: cross-entropy of a linear classifier, full or frozen.
+
+Small on purpose: images on the device, one process, no resuming. Validation accuracy chooses the epoch,
+before any update included; the test images are read once, at the end.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+from rich.console import Console
+from safetensors import numpy as safetensors
+
+from jevb_jax import archive, augmentations, data, files, model, training
+from jevb_jax.experiment import make_optimizer
+from jevb_jax.model import Model
+from jevb_jax.named_arrays import flatten_names
+
+CLASSIFIER = "classifier.safetensors"
+_RESULTS = "results.json"
+
+
+class Tuned(NamedTuple):
+    """What is learned.
+
+    Attributes:
+      kernel: `[F, C]`, of the classifier on standardised representations.
+      bias: `[C]`.
+      backbone: parameters of the encoder, or None where it is frozen.
+    """
+
+    kernel: Array
+    bias: Array
+    backbone: Any
+
+
+class Classifier:
+    """A fine-tuned encoder and its classifier, of `load_classifier`.
+
+    Attributes:
+      model: the encoder. Where it was tuned whole, only `represent` has a meaning: projector and head
+        belong to the encoder as it was before.
+    """
+
+    def __init__(self, encoder: Model, arrays: Mapping[str, np.ndarray]):
+        """Takes the arrays `feature_mean`, `feature_std`, `kernel` and `bias`."""
+        self.model = encoder
+        self._arrays = arrays
+
+    def logits(self, images: ArrayLike) -> np.ndarray:
+        """Class logits.
+
+        Args:
+          images: see `Model`.
+
+        Returns:
+          `[N, C]`, or `[C]` of one image.
+        """
+        standardised = self.model.represent(images) - self._arrays["feature_mean"]
+        standardised = standardised / self._arrays["feature_std"]
+        return standardised @ self._arrays["kernel"] + self._arrays["bias"]
+
+    def predict(self, images: ArrayLike) -> np.ndarray:
+        """Most likely classes, `[N]`, or `[]` of one image."""
+        return self.logits(images).argmax(axis=-1)
+
+
+def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
+    """Loads what `finetune` wrote.
+
+    Args:
+      directory: its `workdir`.
+
+    Returns:
+      The classifier.
+
+    Raises:
+      ArchiveError: a file is missing or not what was written.
+      FileNotFoundError: nothing was written there.
+    """
+    encoder = model.load(directory)
+    path = files.to_path(directory)
+    content = archive.read_file(path, archive.read_manifest(path), CLASSIFIER)
+    return Classifier(encoder, safetensors.load(content))
+
+
+def finetune(
+    config: dict[str, Any], workdir: str | os.PathLike[str], *, console: Console | None = None
+) -> dict[str, Any]:
+    """Fine-tunes the encoder of `config["init"]`; writes results, the classifier and the encoder.
+
+    Args:
+      config: plain values, see `configs/finetune_default.py`.
+      workdir: made if it does not exist; must not hold results yet.
+      console: where people read; standard output by default.
+
+    Returns:
+      The results, as written: accuracies and the sentence that says how they were made.
+
+    Raises:
+      ValueError: unlabelled data, settings that do not fit each other, results that exist.
+      FileNotFoundError: no encoder there.
+    """
+    console = console or Console()
+    path = files.to_path(workdir)
+    for name in (_RESULTS, archive.MANIFEST, "config.json"):
+        if (path / name).exists():
+            raise ValueError(f"{path} holds {name} already: give another --workdir")
+    if jax.process_count() > 1:
+        raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
+    init = config["init"]
+    if config["optimizer"]["constant_head_rate"]:
+        raise ValueError("optimizer.constant_head_rate is of pre-training: set it to False")
+    if not init["workdir"]:
+        raise ValueError("init.workdir must name a run of train.py or an export, got nothing")
+    encoder = model.load(
+        init["workdir"],
+        None if init["step"] < 0 else init["step"],
+        batch_size=config["evaluation"]["batch_size"],
+    )
+    dataset = data.load_dataset(**config["data"])
+    tuned, batch_stats, constants, accuracies = _train(config, encoder, dataset, console)
+    variables = dict(encoder.variables)
+    if tuned.backbone is not None:
+        variables["params"] = {**variables["params"], "backbone": tuned.backbone}
+        variables["batch_stats"] = {**variables["batch_stats"], "backbone": batch_stats}
+    encoder = Model(encoder.config, variables, step=encoder.step)
+    arrays = {**constants, "kernel": np.asarray(tuned.kernel), "bias": np.asarray(tuned.bias)}
+    classifier = Classifier(encoder, arrays)
+    results = _results(config, dataset, classifier, accuracies)
+    archive.write_archive(
+        path,
+        arrays={n: np.asarray(x) for n, x in flatten_names(jax.device_get(variables)).items()},
+        manifest={"config": encoder.config, "step": encoder.step, "finetuned": config},
+        extra_files={CLASSIFIER: safetensors.save(arrays)},
+    )
+    files.write_json_atomically(path / _RESULTS, results)
+    for part in ("validation", "test"):
+        if f"{part}_accuracy" in results:
+            console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
+    console.print(f"Files: {path}", soft_wrap=True)
+    return results
+
+
+def _labelled(source: data.ImageSource) -> tuple[np.ndarray, np.ndarray]:
+    if source.labels is None:
+        raise ValueError(f"fine-tuning needs labels, and {source.name} has none")
+    return data.load_resident(source), source.labels
+
+
+def _results(
+    config: dict[str, Any],
+    dataset: data.Dataset,
+    classifier: Classifier,
+    accuracies: list[float],
+) -> dict[str, Any]:
+    best = int(np.argmax(accuracies))
+    results: dict[str, Any] = {
+        "validation_accuracy": accuracies[best],
+        "epoch": best,
+        "validation_accuracies": accuracies,
+    }
+    sentence = (
+        f"{'linear classifier on the frozen' if config['init']['frozen'] else 'fine-tuned'} encoder "
+        f"of {config['init']['workdir']}, {len(dataset.train):,} labelled images of "
+        f"{dataset.train.name}, epoch {best} of {config['train']['num_epochs']} chosen on "
+        f"{len(dataset.validation):,} validation images"
+    )
+    if dataset.test is not None:
+        images, labels = _labelled(dataset.test)
+        results["test_accuracy"] = float(np.mean(classifier.predict(images) == labels))
+        sentence += f"; test images read once ({len(labels):,})"
+    return {**results, "protocol": sentence}
+
+
+def _train(
+    config: dict[str, Any], encoder: Model, dataset: data.Dataset, console: Console
+) -> tuple[Tuned, Any, dict[str, np.ndarray], list[float]]:
+    """The best epoch's parameters and statistics, the standardisation, accuracies by epoch."""
+    images, labels = _labelled(dataset.train)
+    validation_images, validation_labels = _labelled(dataset.validation)
+    settings, is_frozen = config["train"], config["init"]["frozen"]
+    steps_per_epoch = data.steps_per_epoch(len(images), settings["batch_size"])
+    num_steps = settings["num_epochs"] * steps_per_epoch
+    if num_steps < 1:
+        raise ValueError(f"train.num_epochs = {settings['num_epochs']} makes no steps")
+    backbone: Any = encoder.network.backbone
+    section: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["augmentation"].items()
+    }
+    view = augmentations.ViewAugmentation(
+        size=encoder.image_size,
+        mean=tuple(encoder.config["augmentation"]["mean"]),
+        std=tuple(encoder.config["augmentation"]["std"]),
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        **section,
+    )
+    # One learning rate then suits every encoder; fixed, so that the classifier stays linear.
+    features = encoder.represent(images)
+    std = features.std(axis=0)
+    constants = {
+        "feature_mean": features.mean(axis=0),
+        "feature_std": np.where(std > 1e-6 * np.abs(features).max(), std, 1).astype(np.float32),
+    }
+    schedule = training.make_schedule(
+        learning_rate=config["optimizer"]["learning_rate"],
+        warmup_steps=round(config["optimizer"]["warmup_epochs"] * steps_per_epoch),
+        num_steps=num_steps,
+        final_learning_rate=config["optimizer"]["final_learning_rate"],
+    )
+    optimizer = make_optimizer(config["optimizer"], schedule)
+    frozen = encoder.variables["params"]["backbone"]
+    # ViT has no BatchNorm, and so no statistics.
+    batch_stats = encoder.variables["batch_stats"].get("backbone", {})
+    num_classes = int(labels.max()) + 1
+    tuned = Tuned(
+        jnp.zeros((features.shape[1], num_classes)),
+        jnp.zeros(num_classes),
+        None if is_frozen else frozen,
+    )
+
+    def logits_of(tuned: Tuned, batch_stats: Any, views: Array, *, train: bool) -> Any:
+        params = frozen if tuned.backbone is None else tuned.backbone
+        variables = {"params": params, "batch_stats": batch_stats}
+        if train and not is_frozen:
+            found, updates = backbone.apply(variables, views, train=True, mutable=["batch_stats"])
+            batch_stats = updates.get("batch_stats", {})
+        else:
+            found = backbone.apply(variables, views, train=False)
+        found = (found - constants["feature_mean"][None]) / constants["feature_std"][None]
+        return found @ tuned.kernel + tuned.bias[None], batch_stats
+
+    @jax.jit
+    def step(tuned: Tuned, batch_stats: Any, state: Any, images: Array, labels: Array, key: Array):
+        def loss(tuned: Tuned) -> Any:
+            images_in = jnp.broadcast_to(images, (*images.shape[:-1], encoder.num_channels))
+            views = augmentations.augment(jax.random.split(key, len(images)), images_in, view)
+            logits, updated = logits_of(tuned, batch_stats, views, train=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.mean(losses), updated
+
+        (value, updated), gradients = jax.value_and_grad(loss, has_aux=True)(tuned)
+        updates, state = optimizer.update(gradients, state, tuned)
+        return optax.apply_updates(tuned, updates), updated, state, value
+
+    def accuracy(tuned: Tuned, batch_stats: Any) -> float:
+        variables = dict(encoder.variables)
+        if tuned.backbone is not None:
+            variables["params"] = {**variables["params"], "backbone": tuned.backbone}
+            variables["batch_stats"] = {**variables["batch_stats"], "backbone": batch_stats}
+        evaluated = encoder.with_variables(variables).represent(validation_images)
+        standardised = (evaluated - constants["feature_mean"]) / constants["feature_std"]
+        logits = standardised @ np.asarray(tuned.kernel) + np.asarray(tuned.bias)
+        return float(np.mean(logits.argmax(axis=-1) == validation_labels))
+
+    key = jax.random.key(config["seed"])
+    state = optimizer.init(tuned)
+    accuracies = [accuracy(tuned, batch_stats)]
+    best = tuned, batch_stats
+    order = functools.partial(
+        data.batch_indices,
+        num_examples=len(images),
+        batch_size=settings["batch_size"],
+        seed=config["seed"],
+    )
+    for number in range(num_steps):
+        rows = order(number)
+        tuned, batch_stats, state, value = step(
+            tuned, batch_stats, state, images[rows], labels[rows], jax.random.fold_in(key, number)
+        )
+        if (number + 1) % steps_per_epoch == 0:
+            loss_value = float(value)
+            if not np.isfinite(loss_value):
+                raise ValueError(
+                    f"the loss is {loss_value} at step {number + 1}: lower optimizer.learning_rate"
+                )
+            accuracies.append(accuracy(tuned, batch_stats))
+            if accuracies[-1] > max(accuracies[:-1]):
+                best = tuned, batch_stats
+            console.print(
+                f"epoch {(number + 1) // steps_per_epoch}/{settings['num_epochs']}  "
+                f"loss {loss_value:.4f}  validation accuracy {accuracies[-1]:.4f}"
+            )
+    tuned, batch_stats = best
+    return tuned, batch_stats, constants, accuracies

@@ -1,0 +1,147 @@
+"""Fine-tuning from a run or an export: what moves, what does not, what is reported."""
+
+import io
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import digits as digits_config
+from configs import finetune_digits, transfer
+from jevb_jax import data, export, finetuning, runner
+from jevb_jax import model as model_module
+from jevb_jax.evaluation import protocol
+from jevb_jax.experiment import to_json_values
+from jevb_jax.model import Model, load
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An untrained encoder of digits, as an export."""
+    config: Any = digits_config.get_config()
+    config.model.width = 4
+    config.model.projector_hidden_dims = (8,)
+    config.model.embedding_dim = 8
+    config.model.head_hidden_dim = 8
+    values = to_json_values(config)
+    shapes = model_module.variable_shapes(values)
+    network = model_module.blueprint.make_network(values)
+    variables = jax.jit(lambda key: network.init(key, jnp.zeros((2, 8, 8, 1)), train=True))(
+        jax.random.key(0)
+    )
+    assert jax.tree.structure(variables) == jax.tree.structure(shapes)
+    directory = tmp_path_factory.mktemp("encoders") / "digits"
+    export.export_model(Model(values, variables, step=0), directory)
+    return directory
+
+
+def tuned(encoder, directory, mode: str, *, num_epochs: int = 2) -> dict[str, Any]:
+    config: Any = finetune_digits.get_config(mode)
+    config.init.workdir = str(encoder)
+    config.data.num_train_examples = 256
+    config.train.num_epochs = num_epochs
+    return finetuning.finetune(to_json_values(config), directory, console=quiet())
+
+
+@pytest.mark.parametrize("mode", ["frozen", pytest.param("full", marks=pytest.mark.slow)])
+def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mode):
+    results = tuned(encoder, tmp_path / "out", mode, num_epochs=12)
+    assert len(results["validation_accuracies"]) == 13
+    assert results["validation_accuracy"] == max(results["validation_accuracies"])
+    assert results["validation_accuracies"][0] < 0.3  # zeros: the first class
+    assert results["test_accuracy"] > results["validation_accuracies"][0] + 0.2
+    classifier = finetuning.load_classifier(tmp_path / "out")
+    dataset = data.load_dataset(source="digits")
+    for part in ("validation", "test"):
+        source = getattr(dataset, part)
+        accuracy = np.mean(classifier.predict(data.load_resident(source)) == source.labels)
+        assert accuracy == pytest.approx(results[f"{part}_accuracy"], abs=1e-9)
+    before, after = load(encoder).variables, classifier.model.variables
+    moved = {
+        name: not np.array_equal(before[kind][part][layer][leaf], after[kind][part][layer][leaf])
+        for kind in before
+        for part in before[kind]
+        if part != "raw_radial_scale"
+        for layer in before[kind][part]
+        for leaf in before[kind][part][layer]
+        for name in [f"{kind}.{part}.{layer}.{leaf}"]
+    }
+    should_move = {name for name in moved if mode == "full" and ".backbone." in name}
+    assert {name for name, has_moved in moved.items() if has_moved} == should_move
+    assert ("frozen" in results["protocol"]) == (mode == "frozen")
+    assert "256 labelled images" in results["protocol"]
+
+
+def test_what_cannot_be_tuned_is_refused(encoder, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds results\.json already"):
+        tuned(encoder, tmp_path, "full")
+    with pytest.raises(FileNotFoundError, match=r"neither config.json"):
+        tuned(tmp_path / "nowhere", tmp_path / "out", "full")
+    config = to_json_values(finetune_digits.get_config())
+    with pytest.raises(ValueError, match=r"init\.workdir must name a run"):
+        finetuning.finetune(config, tmp_path / "out", console=quiet())
+    with pytest.raises(ValueError, match="must be full or frozen, got 'half'"):
+        finetune_digits.get_config("half")
+    unlabelled = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="needs labels"):
+        finetuning._labelled(unlabelled)
+
+
+@pytest.mark.slow
+def test_transfer_is_the_run_s_own_evaluation_on_its_own_data(encoder, tmp_path):
+    config: Any = digits_config.get_config()
+    config.evaluation.few_label_seeds = 1
+    config.evaluation.l2_grid = (1e-3,)
+    config.evaluation.knn_k = (20,)
+    config.lock()
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for file in encoder.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    section = transfer.get_config("digits")
+    results = runner.evaluate_on(config, section, directory, step=None, console=quiet())
+    assert json.loads((directory / "results_on_digits.json").read_text()) == results
+    assert (directory / "results_on_digits.csv").exists()
+    # By hand: cosine similarity to 20 neighbours, weighted by exp(s / 0.1).
+    dataset = data.load_dataset(source="digits")
+    assert dataset.test is not None
+    loaded = load(directory)
+    bank, queries = (loaded.represent(data.load_resident(x)) for x in (dataset.train, dataset.test))
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    similarity = queries @ bank.T
+    nearest = np.argsort(-similarity, axis=1)[:, :20]
+    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / 0.1)
+    votes = np.zeros((len(queries), 10))
+    labels: Any = dataset.train.labels
+    for row in range(len(queries)):
+        np.add.at(votes[row], labels[nearest[row]], weights[row])
+    expected = np.mean(votes.argmax(axis=1) == dataset.test.labels)
+    (found,) = (
+        row
+        for row in results["trained"]
+        if (row["name"], row["features"]) == ("knn_20_accuracy", "representation")
+    )
+    assert found["value"] == pytest.approx(expected, abs=1 / len(queries) + 1e-9)  # of one near tie
+    assert found["protocol"].startswith("on digits, other data: ")
+
+
+def test_transfer_needs_labels_and_the_split():
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    labelled = data.ArraySource(images, np.arange(4))
+    unlabelled = data.ArraySource(images, name="pictures")
+    nothing: Any = None
+    dataset = data.Dataset(unlabelled, unlabelled, unlabelled)
+    with pytest.raises(ValueError, match="pictures has no labels"):
+        protocol.evaluate_transfer({"split": "test"}, nothing, nothing, dataset)
+    dataset = data.Dataset(labelled, labelled, None)
+    with pytest.raises(ValueError, match="has no test part"):
+        protocol.evaluate_transfer({"split": "test"}, nothing, nothing, dataset)
