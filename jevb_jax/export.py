@@ -10,8 +10,8 @@ TPU with any size of batch, which needs JAX alone:
 
 `read_serving` does the same and checks the file's hash first.
 
-ONNX is not written here: the one converter of JAX that is kept, jax2onnx, would bring ONNX's libraries and
-a second translation of every operation to keep tested. It takes `serving_function` as it is, with
+ONNX is not written here: the one converter of JAX that is kept, jax2onnx, would bring ONNX's libraries
+and a second translation of every operation to keep tested. It takes `serving_function` as it is, with
 `inputs=[jax.ShapeDtypeStruct(("B", 8, 8, 1), numpy.uint8)]`: version 0.17.1 with onnxruntime 1.32 agreed
 with JAX within 2e-6 on the digits' network, though the runtime warned of shapes in its file.
 """
