@@ -13,16 +13,10 @@ def main_of(name: str) -> Any:
     return runpy.run_path(str(EXAMPLES / name))["main"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "own_encoder_linen.py",
-        pytest.param("own_encoder_nnx.py", marks=pytest.mark.slow),
-        pytest.param("own_encoder_equinox.py", marks=pytest.mark.slow),
-    ],
-)
-def test_own_encoders_learn(name):
-    before, after = main_of(name)(num_steps=60)
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
+def test_own_encoders_learn(framework):
+    before, after = main_of(f"own_encoder_{framework}.py")(num_steps=60)
     assert after < before - 0.2
 
 

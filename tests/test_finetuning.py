@@ -51,7 +51,8 @@ def tuned(encoder, directory, mode: str, *, num_epochs: int = 2) -> dict[str, An
     return finetuning.finetune(to_json_values(config), directory, console=quiet())
 
 
-@pytest.mark.parametrize("mode", ["frozen", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["frozen", "full"])
 def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mode):
     results = tuned(encoder, tmp_path / "out", mode, num_epochs=12)
     assert len(results["validation_accuracies"]) == 13
@@ -80,10 +81,10 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
     assert "256 labelled images" in results["protocol"]
 
 
-def test_what_cannot_be_tuned_is_refused(encoder, tmp_path):
+def test_what_cannot_be_tuned_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds results\.json already"):
-        tuned(encoder, tmp_path, "full")
+        tuned(tmp_path / "nowhere", tmp_path, "full")
     with pytest.raises(FileNotFoundError, match=r"neither config.json"):
         tuned(tmp_path / "nowhere", tmp_path / "out", "full")
     config = to_json_values(finetune_digits.get_config())
