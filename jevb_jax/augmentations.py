@@ -3,6 +3,10 @@
 One view is a pure function `(key, image) -> view` of a single image `[height, width, channels]`, uint8
 or float in [0, 1], of one or three channels. Everything is float32 in [0, 1] inside and can be jitted
 and vmapped. torchvision rounds to uint8 after every operation on Pillow images; here nothing is rounded.
+
+Inside an operation an image is `planes`, `[channels, height, width]`: loops over three channels that lie
+side by side cannot use the vector unit of a CPU. Two operations in a row cost no transposition, because
+XLA cancels one against the other.
 """
 
 import dataclasses
@@ -16,6 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 Interpolation = Literal["bilinear", "bicubic"]
+_Adjustment = Literal["brightness", "contrast", "saturation", "hue"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
 # ITU-R 601-2 luma, to torchvision's digits.
@@ -83,8 +88,10 @@ def _resize_weights(
 
 def _resample(image: Array, rows: Array, columns: Array, interpolation: Interpolation) -> Array:
     """Applies weights along height and width: two small matrix products, no gather."""
-    resized = jnp.einsum("ih,hwc->iwc", rows, image, precision="highest")
-    resized = jnp.einsum("jw,iwc->ijc", columns, resized, precision="highest")
+    # Channels in the middle: neither product then has to transpose what it reads or writes.
+    resized = jnp.einsum("ih,hcw->icw", rows, jnp.moveaxis(image, 2, 1), precision="highest")
+    resized = jnp.einsum("icw,jw->icj", resized, columns, precision="highest")
+    resized = jnp.moveaxis(resized, 1, 2)
     return jnp.clip(resized, 0, 1) if interpolation == "bicubic" else resized
 
 
@@ -135,36 +142,48 @@ def resized_crop(
     return _resample(image, rows, columns, interpolation)
 
 
+def _to_planes(image: Array) -> Array:
+    return jnp.moveaxis(image, -1, 0)
+
+
+def _from_planes(planes: Array) -> Array:
+    return jnp.moveaxis(planes, 0, -1)
+
+
+def _luma(planes: Array) -> Array:
+    """`[h, w]` of `[c, h, w]`; one channel is its own luma."""
+    if len(planes) == 1:
+        return planes[0]
+    return _LUMA[0] * planes[0] + _LUMA[1] * planes[1] + _LUMA[2] * planes[2]
+
+
 def to_grayscale(image: Array) -> Array:
     """Luma in every channel, `[h, w, c]`; a one-channel image is returned as it is."""
-    if image.shape[-1] == 1:
-        return image
-    luma = jnp.asarray(_LUMA, image.dtype)
-    gray = jnp.sum(image * luma[None, None, :], axis=-1, keepdims=True)
-    return jnp.broadcast_to(gray, image.shape)
+    return jnp.broadcast_to(_luma(_to_planes(image))[..., None], image.shape)
 
 
-def _blend(image: Array, other: Array, factor: ArrayLike) -> Array:
-    return jnp.clip(other + jnp.asarray(factor, image.dtype) * (image - other), 0, 1)
+def _blend(planes: Array, other: Array, factor: ArrayLike) -> Array:
+    """Blends `[c, h, w]` with `[h, w]` or a number."""
+    other = jnp.broadcast_to(other, planes.shape[1:])[None]
+    return jnp.clip(other + jnp.asarray(factor, planes.dtype) * (planes - other), 0, 1)
 
 
 def adjust_brightness(image: ArrayLike, factor: ArrayLike) -> Array:
     """Multiplies by `factor >= 0` and clips; 0 is black, 1 the image. `[h, w, c]`."""
-    image = to_float(image)
-    return _blend(image, jnp.zeros_like(image), factor)
+    planes = _to_planes(to_float(image))
+    return _from_planes(_blend(planes, jnp.zeros((), planes.dtype), factor))
 
 
 def adjust_contrast(image: ArrayLike, factor: ArrayLike) -> Array:
     """Blends with the mean of the grey image; 0 is flat grey, 1 the image. `[h, w, c]`."""
-    image = to_float(image)
-    mean = jnp.mean(to_grayscale(image)[..., 0])
-    return _blend(image, jnp.broadcast_to(mean, image.shape), factor)
+    planes = _to_planes(to_float(image))
+    return _from_planes(_blend(planes, jnp.mean(_luma(planes)), factor))
 
 
 def adjust_saturation(image: ArrayLike, factor: ArrayLike) -> Array:
     """Blends with the grey image; 0 is grey, 1 the image. `[h, w, c]`."""
-    image = to_float(image)
-    return _blend(image, to_grayscale(image), factor)
+    planes = _to_planes(to_float(image))
+    return _from_planes(_blend(planes, _luma(planes), factor))
 
 
 def adjust_hue(image: ArrayLike, shift: ArrayLike) -> Array:
@@ -173,24 +192,27 @@ def adjust_hue(image: ArrayLike, shift: ArrayLike) -> Array:
     A one-channel image is returned as it is.
     """
     image = to_float(image)
-    if image.shape[-1] == 1:
-        return image
-    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    value = jnp.max(image, axis=-1)
-    chroma = value - jnp.min(image, axis=-1)
+    return image if image.shape[-1] == 1 else _from_planes(_turn_hue(_to_planes(image), shift))
+
+
+def _turn_hue(planes: Array, shift: ArrayLike) -> Array:
+    red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     divisor = jnp.where(chroma > 0, chroma, jnp.ones_like(chroma))
     sextant = jnp.where(
         value == red,
         (green - blue) / divisor,
         jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    sextant = sextant + 6 * jnp.asarray(shift, image.dtype)
+    sextant = sextant + 6 * jnp.asarray(shift, planes.dtype)
     # HSV to RGB without branches: a channel falls from `value` by chroma times a trapezoid of the hue.
     channels = []
     for offset in (5.0, 3.0, 1.0):
-        k = jnp.mod(offset + sextant, 6.0)
+        k = offset + sextant
+        k = k - 6 * jnp.floor(k / 6)
         channels.append(value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1))
-    return jnp.stack(channels, axis=-1)
+    return jnp.stack(channels)
 
 
 def gaussian_blur(image: ArrayLike, sigma: ArrayLike, *, kernel_size: int) -> Array:
@@ -217,9 +239,10 @@ def gaussian_blur(image: ArrayLike, sigma: ArrayLike, *, kernel_size: int) -> Ar
     offsets = jnp.arange(-half, half + 1, dtype=jnp.float32)
     kernel = jnp.exp(-jnp.square(offsets / jnp.asarray(sigma, jnp.float32)) / 2)
     kernel = kernel / jnp.sum(kernel)
-    for axis in (0, 1):
+    planes = _to_planes(image)
+    for axis in (1, 2):
         # One matrix product instead of a convolution of one channel, which is slow on every backend.
-        length = image.shape[axis]
+        length = planes.shape[axis]
         reflected = np.pad(np.arange(length), half, mode="reflect")
         taps = np.stack([reflected[i : i + kernel_size] for i in range(length)])
         weights = (
@@ -227,10 +250,9 @@ def gaussian_blur(image: ArrayLike, sigma: ArrayLike, *, kernel_size: int) -> Ar
             .at[np.arange(length)[:, None], taps]
             .add(jnp.broadcast_to(kernel, taps.shape))
         )
-        image = jnp.moveaxis(
-            jnp.tensordot(weights, image, axes=(1, axis), precision="highest"), 0, axis
-        )
-    return image
+        product = "ih,chw->ciw" if axis == 1 else "jw,chw->chj"
+        planes = jnp.einsum(product, weights, planes, precision="highest")
+    return _from_planes(planes)
 
 
 def solarize(image: ArrayLike, *, threshold: float = 0.5) -> Array:
@@ -250,9 +272,10 @@ def normalize(image: ArrayLike, *, mean: Sequence[float], std: Sequence[float]) 
         raise ValueError(
             f"mean and std need one value for each of {image.shape[-1]} channels, got {mean}, {std}"
         )
-    return (image - jnp.asarray(mean, jnp.float32)[None, None, :]) / jnp.asarray(std, jnp.float32)[
-        None, None, :
-    ]
+    mean_of_plane, std_of_plane = (
+        jnp.asarray(values, jnp.float32)[:, None, None] for values in (mean, std)
+    )
+    return _from_planes((_to_planes(image) - mean_of_plane) / std_of_plane)
 
 
 def sample_crop(
@@ -355,7 +378,8 @@ def _apply_with_probability(
     changed = transform(image)
     if probability >= 1:
         return changed
-    return jnp.where(jax.random.bernoulli(key, probability), changed, image)
+    is_changed = jax.random.bernoulli(key, probability)
+    return _from_planes(jnp.where(is_changed, _to_planes(changed), _to_planes(image)))
 
 
 def random_horizontal_flip(key: Array, image: ArrayLike, *, probability: float = 0.5) -> Array:
@@ -389,33 +413,76 @@ def color_jitter(
     """
     image = to_float(image)
     key_apply, key_order, key_factors = jax.random.split(key, 3)
-    is_color = image.shape[-1] == 3
-    strengths: list[tuple[Callable[[Array, Array], Array], float, float]] = [
-        (adjust_brightness, max(0.0, 1 - brightness), 1 + brightness),
-        (adjust_contrast, max(0.0, 1 - contrast), 1 + contrast),
+    ranges: list[tuple[_Adjustment, float, float]] = [
+        ("brightness", max(0.0, 1 - brightness), 1 + brightness),
+        ("contrast", max(0.0, 1 - contrast), 1 + contrast),
+        ("saturation", max(0.0, 1 - saturation), 1 + saturation),
+        ("hue", -hue, hue),
     ]
-    if is_color:
-        strengths += [
-            (adjust_saturation, max(0.0, 1 - saturation), 1 + saturation),
-            (adjust_hue, -hue, hue),
-        ]
-    active = [strength for strength in strengths if strength[1] < strength[2]]
+    if image.shape[-1] == 1:
+        ranges = ranges[:2]
+    active = [one for one in ranges if one[1] < one[2]]
     if not active or probability <= 0:
         return image
     uniform = jax.random.uniform(key_factors, (len(active),))
-    factors = [low + uniform[i] * (high - low) for i, (_, low, high) in enumerate(active)]
+    factors = jnp.stack(
+        [low + uniform[i] * (high - low) for i, (_, low, high) in enumerate(active)]
+    )
     order = jax.random.permutation(key_order, len(active))
+    names: list[_Adjustment] = [name for name, _, _ in active]
 
     def jitter(image: Array) -> Array:
-        # Under vmap a branch computes all its arms, so a position costs every operation; a loop over
-        # positions keeps the program small, and the operations themselves are elementwise.
-        def position(index: Array, image: Array) -> Array:
-            candidates = [f(image, v) for (f, _, _), v in zip(active, factors, strict=True)]
-            return jax.lax.select_n(order[index], *candidates) if len(active) > 1 else candidates[0]
-
-        return jax.lax.fori_loop(0, len(active), position, image)
+        return _from_planes(_adjust_in_order(_to_planes(image), names, factors, order))
 
     return _apply_with_probability(key_apply, image, jitter, probability)
+
+
+def _adjust_in_order(
+    planes: Array, names: Sequence[_Adjustment], factors: Array, order: Array
+) -> Array:
+    """Adjusts colours in an order known only when it runs.
+
+    Under vmap a branch computes all its arms, so the plain way, every adjustment at every position,
+    costs 16 of them. But brightness, contrast and saturation are one blend, with black, the mean or the
+    grey image, whatever their order; and hue is turned once, between the blends before and after it.
+
+    Args:
+      planes: `[c, h, w]`.
+      names: of the adjustments, each once.
+      factors: `[len(names)]`, of each.
+      order: `[len(names)]`, the positions of `names` in the order in which they act.
+
+    Returns:
+      `[c, h, w]`.
+    """
+
+    def is_at(position: int, name: _Adjustment) -> Array | bool:
+        return order[position] == names.index(name) if name in names else False
+
+    def blend_at(planes: Array, position: int, is_active: Array | bool) -> Array:
+        """The blend at a position; a blend with black by a factor of one changes no bit."""
+        gray = _luma(planes)
+        other = jnp.where(is_at(position, "saturation"), gray, jnp.zeros_like(gray))
+        other = jnp.where(is_at(position, "contrast"), jnp.mean(gray), other)
+        return _blend(
+            planes,
+            jnp.where(is_active, other, jnp.zeros_like(other)),
+            jnp.where(is_active, factors[order[position]], jnp.ones_like(factors[0])),
+        )
+
+    last = len(names) - 1
+    if "hue" not in names:
+        for position in range(last + 1):
+            planes = blend_at(planes, position, True)
+        return planes
+    hue = names.index("hue")
+    hue_position = jnp.argmax(order == hue)
+    for position in range(last):
+        planes = blend_at(planes, position, position < hue_position)
+    planes = _turn_hue(planes, factors[hue])
+    for position in range(1, last + 1):
+        planes = blend_at(planes, position, position > hue_position)
+    return planes
 
 
 def random_grayscale(key: Array, image: ArrayLike, *, probability: float = 0.2) -> Array:

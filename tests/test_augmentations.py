@@ -365,16 +365,51 @@ def test_blur_widths_are_uniform():
     assert scipy.stats.kstest((sigma - 0.5) / 1.5, "uniform").pvalue > 1e-3
 
 
-def test_jitter_takes_every_order_equally_often(monkeypatch):
-    # Each operation appends its digit: the pixel spells the order.
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
-    for digit, name in enumerate(names, start=1):
-        monkeypatch.setattr(aug, name, lambda image, _, digit=digit: 10 * image + digit)
-    jitter = functools.partial(aug.color_jitter, probability=1.0)
-    views = jax.jit(jax.vmap(jitter, (0, None)))(keys(4800), jnp.zeros((1, 1, 3)))
-    orders, counts = np.unique(np.asarray(views)[:, 0, 0, 0], return_counts=True)
-    assert len(orders) == 24
-    assert all(sorted(str(int(order))) == list("1234") for order in orders)
+ADJUSTMENTS = {
+    "brightness": aug.adjust_brightness,
+    "contrast": aug.adjust_contrast,
+    "saturation": aug.adjust_saturation,
+    "hue": aug.adjust_hue,
+}
+
+
+@pytest.mark.parametrize(
+    "strengths", [(0.4, 0.4, 0.4, 0.1), (0.0, 0.4, 0.4, 0.1), (0.4, 0.4, 0.4, 0.0)]
+)
+def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths):
+    image = aug.to_float(photographs()[0][:6, :5])
+    settings = {n: strength for n, strength in zip(ADJUSTMENTS, strengths, strict=True) if strength}
+    half_widths = np.array(list(settings.values()))
+    centers = np.array([float(name != "hue") for name in settings])
+
+    def draws(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, key_order, key_factors = jax.random.split(key, 3)
+        uniform = jax.random.uniform(key_factors, (len(settings),))
+        return (
+            jax.random.permutation(key_order, len(settings)),
+            centers + (2 * uniform - 1) * half_widths,
+        )
+
+    def plain(order: jax.Array, factors: jax.Array) -> jax.Array:
+        """Every adjustment at every position, of which one is kept."""
+
+        def position(index: jax.Array, x: jax.Array) -> jax.Array:
+            arms = [ADJUSTMENTS[name](x, factors[i]) for i, name in enumerate(settings)]
+            return jax.lax.select_n(order[index], *arms)
+
+        return jax.lax.fori_loop(0, len(settings), position, image)
+
+    off = dict.fromkeys(ADJUSTMENTS, 0.0)
+    jitter = functools.partial(aug.color_jitter, probability=1.0, **{**off, **settings})
+    views = np.asarray(jax.jit(jax.vmap(jitter, (0, None)))(keys(1200), image))
+    orders, factors = map(np.asarray, jax.vmap(draws)(keys(1200)))
+    of_order = jax.jit(jax.vmap(plain))
+    np.testing.assert_allclose(views, of_order(orders, factors), atol=TOLERANCE)
+    # The order matters to every third view or so, so another one would have been seen.
+    others = np.asarray(of_order(orders[:, ::-1], factors))
+    assert (np.abs(views - others).max(axis=(1, 2, 3)) > 100 * TOLERANCE).mean() > 0.3
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == math.factorial(len(settings))
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
 
 
