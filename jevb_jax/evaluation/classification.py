@@ -95,6 +95,8 @@ def _nearest_neighbours(
 ) -> tuple[Array, Array]:
     num_bank = bank.shape[0]
     num_bank_chunks = -(-num_bank // bank_chunk_size)
+    # Equal chunks: otherwise the last one, moved back to be full, does again what was done before.
+    bank_chunk_size = -(-num_bank // num_bank_chunks)
 
     def of_one_query(query: Array) -> tuple[Array, Array]:
         query_direction, _ = sphere.polar_decomposition(query)
