@@ -8,7 +8,8 @@ Everything is per example, `[batch]`, in nats. The reduction over the batch belo
 Equation numbers are those of `docs/mathematics.md`.
 """
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
 Likelihood = Literal["factorised", "unfactorised"]
 LIKELIHOODS: tuple[Likelihood, ...] = ("factorised", "unfactorised")
 Location = Literal["sample", "mean"]
+_T = TypeVar("_T")
+# Noise of 2 MiB in float32, what a core's cache holds.
+_SIDE_BY_SIDE_ELEMENTS = 2**19
 LOCATIONS: tuple[Location, ...] = ("sample", "mean")
 
 
@@ -133,15 +137,16 @@ def _likelihood_terms(
 
     The directional term takes its location from `directional_latent`, if there is one.
     """
-    directional_latent = latent if directional_latent is None else directional_latent
     if likelihood == "unfactorised":
+        loc = latent if directional_latent is None else directional_latent
         joint = distributions.multivariate_student_t_log_prob(
-            target_embedding, loc=directional_latent, scale_diag=scale_diag, df=df
+            target_embedding, loc=loc, scale_diag=scale_diag, df=df
         )
         return joint, jnp.zeros_like(joint)
     direction, radius = sphere.polar_decomposition(target_embedding)
-    loc, _ = sphere.polar_decomposition(directional_latent)
-    _, latent_radius = sphere.polar_decomposition(latent)
+    loc, latent_radius = sphere.polar_decomposition(latent)
+    if directional_latent is not None:
+        loc, _ = sphere.polar_decomposition(directional_latent)
     directional = distributions.directional_log_prob(
         direction, loc=loc, scale_diag=scale_diag, df=df, coordinates=coordinates
     )
@@ -241,6 +246,26 @@ def _standard_normal(key: Array, num_samples: int, like: Array) -> Array:
     return jnp.swapaxes(draw(_example_keys(key, like.shape[0])), 0, 1)
 
 
+def _over_samples(terms: Callable[[Array], _T], noise: Array) -> _T:
+    """Stacks `terms(noise[s])` over samples, at the memory of one sample and of the noise.
+
+    Side by side, the terms and what their gradient needs are some eighteen arrays `[batch, D]` for each
+    sample. One after the other, and computed anew for the gradient, they are needed once. That is worth
+    a loop where the arrays are large; where all of them are small it is slower.
+
+    Args:
+      terms: of noise `[batch, D]`, arrays without the axis `D`.
+      noise: `[num_samples, batch, D]`.
+
+    Returns:
+      The terms, with a leading axis `[num_samples]`.
+    """
+    if noise.shape[0] == 1 or noise.size <= _SIDE_BY_SIDE_ELEMENTS:
+        return jax.vmap(terms)(noise)
+    # The loop itself keeps the compiler from merging the second computation with the first.
+    return jax.lax.map(jax.checkpoint(terms, prevent_cse=False), noise)
+
+
 def conditional_elbo(
     key: Array,
     target_embedding: ArrayLike,
@@ -314,7 +339,7 @@ def conditional_elbo(
             likelihood=likelihood,
         )
 
-    directional, radial = jax.vmap(sample_terms)(_standard_normal(key, num_samples, mean))
+    directional, radial = _over_samples(sample_terms, _standard_normal(key, num_samples, mean))
     batch_shape = mean.shape[:-1]
     return ElboTerms(
         directional_log_likelihood=jnp.mean(directional, axis=0),
@@ -483,5 +508,5 @@ def importance_weighted_bound(
         )
         return directional + radial + jnp.sum(log_ratio, axis=-1) / 2
 
-    log_weights = jax.vmap(log_weight)(_standard_normal(key, num_samples, mean))
+    log_weights = _over_samples(log_weight, _standard_normal(key, num_samples, mean))
     return jax.nn.logsumexp(log_weights, axis=0) - float(np.log(num_samples))

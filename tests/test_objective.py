@@ -16,6 +16,7 @@ from jevb_jax import (
     conditional_elbo,
     embedding_log_prob,
     importance_weighted_bound,
+    objective,
     symmetric_elbo,
 )
 from tests import oracles
@@ -283,6 +284,49 @@ def test_examples_are_independent_of_the_rest_of_the_batch(float64):
         **MODEL,
     )
     assert_terms_close(jax.tree.map(lambda x: x[0], alone), first_before)
+
+
+def test_samples_one_after_the_other_are_samples_side_by_side(float64, monkeypatch):
+    view_1, view_2 = views(11)
+    args = view_2.embedding, view_1.posterior_mean, view_1.posterior_scale
+    weights = jnp.arange(1.0, 5.0)
+
+    def values_and_gradients(side_by_side):
+        monkeypatch.setattr(objective, "_SIDE_BY_SIDE_ELEMENTS", side_by_side)
+
+        def weighted(*args):
+            keywords = {"num_samples": 3, **MODEL}
+            terms = conditional_elbo(example_keys(3), *args, **keywords)
+            bound = importance_weighted_bound(example_keys(4), *args, **keywords)
+            return jnp.sum(weights * terms.elbo) + jnp.sum(weights * bound), (terms, bound)
+
+        run = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
+        return str(jax.make_jaxpr(run)(*args)).count("scan["), jax.jit(run)(*args)
+
+    num_loops, in_turn = values_and_gradients(0)
+    num_other_loops, together = values_and_gradients(4 * 5 * 3)
+    assert num_loops >= num_other_loops + 2  # the bounds' own; sampling may have some
+    for left, right in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_each_sample_costs_the_memory_of_its_noise():
+    batch, dim = 64, 2048  # three samples exceed what is kept side by side
+    array = jax.ShapeDtypeStruct((batch, dim), jnp.float32)
+    keys = jax.eval_shape(lambda: example_keys(0, batch))
+
+    def arrays(num_samples):
+        def loss(mean, scale, target, keys):
+            terms = conditional_elbo(keys, target, mean, scale, num_samples=num_samples, **MODEL)
+            return jnp.mean(terms.elbo)
+
+        compiled = (
+            jax.jit(jax.grad(loss, argnums=(0, 1))).lower(array, array, array, keys).compile()
+        )
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * batch * dim)
+
+    # Drawing noise may take it more than once; side by side a sample costs eighteen arrays and more.
+    assert (arrays(12) - arrays(6)) / 6 < 9
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
