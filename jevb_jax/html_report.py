@@ -21,7 +21,6 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from jevb_jax import files
 from jevb_jax.report import draw_curves, line_style, loss_terms
@@ -805,6 +804,8 @@ def _histogram_figure(sample: ScoreSample, aurocs: Mapping[str, float]) -> _Html
 
 
 def _roc_figure(sample: ScoreSample, aurocs: Mapping[str, float]) -> _Html:
+    from sklearn.metrics import roc_curve  # slow to import
+
     figure = Figure(figsize=(4, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="0.8", lw=0.8, zorder=0)
@@ -822,6 +823,8 @@ def _roc_figure(sample: ScoreSample, aurocs: Mapping[str, float]) -> _Html:
 
 
 def _sample_drawings(sample: ScoreSample) -> _Html:
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     aurocs = {}
     for name, values in sample.outside.items():
         is_outside = np.repeat([0, 1], [len(sample.inside), len(values)])

@@ -57,10 +57,24 @@ def test_no_import_cycles():
         done |= free
 
 
+def test_training_starts_without_what_only_its_end_needs():
+    # scikit-learn, with SciPy's statistics, takes as long to import as everything else together.
+    code = (
+        "import sys; from jevb_jax import runner; print({'sklearn', 'scipy.stats', 'distrax', "
+        "'tensorflow_probability', 'tensorflow_datasets', 'tensorflow', 'torch', 'pandas', "
+        "'matplotlib.pyplot'} & set(sys.modules) or '')"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not out.stdout.strip(), out.stdout
+
+
 def test_import_is_light_and_lists_its_names():
     code = (
         "import sys, jevb_jax; heavy = {'tensorflow', 'torch', 'tensorflow_probability', 'distrax', "
-        "'tensorflow_datasets', 'flax', 'sklearn'} & set(sys.modules); "
+        "'tensorflow_datasets', 'flax', 'optax', 'orbax', 'sklearn', 'scipy.stats', 'matplotlib', "
+        "'tensorstore', 'PIL', 'ml_collections'} & set(sys.modules); "
         "missing = [n for n in jevb_jax.__all__ if not hasattr(jevb_jax, n)]; print(heavy or '', missing)"
     )
     out = subprocess.run(

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import roc_auc_score
 
 
 def _checked(name: str, values: ArrayLike) -> np.ndarray:
@@ -50,6 +49,8 @@ def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
             f"AUROC needs right and wrong images, got {errors.sum()} wrong of {len(errors)}"
         )
     # Ranks keep infinities apart from NaN, which scikit-learn refuses together.
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     return float(roc_auc_score(errors, _ranks(values)))
 
 
