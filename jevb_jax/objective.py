@@ -25,8 +25,8 @@ Likelihood = Literal["factorised", "unfactorised"]
 LIKELIHOODS: tuple[Likelihood, ...] = ("factorised", "unfactorised")
 Location = Literal["sample", "mean"]
 _T = TypeVar("_T")
-# Noise of 2 MiB in float32, what a core's cache holds.
-_SIDE_BY_SIDE_ELEMENTS = 2**19
+# Noise of 256 KiB in float32, what a core's cache holds with the terms.
+_SIDE_BY_SIDE_ELEMENTS = 2**16
 LOCATIONS: tuple[Location, ...] = ("sample", "mean")
 
 
@@ -247,11 +247,11 @@ def _standard_normal(key: Array, num_samples: int, like: Array) -> Array:
 
 
 def _over_samples(terms: Callable[[Array], _T], noise: Array) -> _T:
-    """Stacks `terms(noise[s])` over samples, at the memory of one sample and of the noise.
+    """Stacks `terms(noise[s])` over samples, at the memory of few samples and of drawing the noise.
 
     Side by side, the terms and what their gradient needs are some eighteen arrays `[batch, D]` for each
-    sample. One after the other, and computed anew for the gradient, they are needed once. That is worth
-    a loop where the arrays are large; where all of them are small it is slower.
+    sample. One after the other, and computed anew for the gradient, they are needed once. Where a
+    sample is small, as many as fit are taken side by side, since a loop of small steps is slow.
 
     Args:
       terms: of noise `[batch, D]`, arrays without the axis `D`.
@@ -260,10 +260,13 @@ def _over_samples(terms: Callable[[Array], _T], noise: Array) -> _T:
     Returns:
       The terms, with a leading axis `[num_samples]`.
     """
-    if noise.shape[0] == 1 or noise.size <= _SIDE_BY_SIDE_ELEMENTS:
+    num_samples = noise.shape[0]
+    at_once = max(1, _SIDE_BY_SIDE_ELEMENTS // (noise.size // num_samples))
+    if num_samples <= at_once:
         return jax.vmap(terms)(noise)
     # The loop itself keeps the compiler from merging the second computation with the first.
-    return jax.lax.map(jax.checkpoint(terms, prevent_cse=False), noise)
+    checkpointed = jax.checkpoint(terms, prevent_cse=False)
+    return jax.lax.map(checkpointed, noise, batch_size=at_once)
 
 
 def conditional_elbo(
