@@ -1,0 +1,210 @@
+"""What every benchmark needs: interleaved medians, the facts of the machine, a table.
+
+The machine is shared and noisy, so nothing is timed by itself: all candidates take turns in one process,
+`A B C A B C ...`, and a ratio is the median of the rounds' ratios.
+"""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jevb_jax import files
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Timing(NamedTuple):
+    """One candidate's times.
+
+    Attributes:
+      name: of the candidate.
+      seconds: of every round, in order.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    def ratio_to(self, other: "Timing") -> float:
+        """Median over the rounds of this one's time over the other's in the same round."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Wall time of one call, in seconds, until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def interleave(
+    timers: Mapping[str, Callable[[], float]], *, num_rounds: int, num_warmup: int = 1
+) -> dict[str, Timing]:
+    """Lets candidates take turns.
+
+    Args:
+      timers: by name; each does its work once and returns the seconds it took, so that a candidate in
+        another process can time itself. `functools.partial(seconds_of, call)` makes one of a call.
+      num_rounds: rounds that count.
+      num_warmup: rounds before them that do not (compilation, caches).
+
+    Returns:
+      The timings, by name, in the same order.
+
+    Raises:
+      ValueError: no round.
+    """
+    if num_rounds < 1 or num_warmup < 0:
+        raise ValueError(
+            f"num_rounds must be at least 1 and num_warmup at least 0, got {num_rounds} and "
+            f"{num_warmup}"
+        )
+    for _ in range(num_warmup):
+        for timer in timers.values():
+            timer()
+    rounds = [{name: timer() for name, timer in timers.items()} for _ in range(num_rounds)]
+    return {name: Timing(name, tuple(one[name] for one in rounds)) for name in timers}
+
+
+def compiled_cost(compiled: Any) -> dict[str, float]:
+    """What XLA counts in a compiled program.
+
+    Args:
+      compiled: of `jax.jit(f).lower(...).compile()`.
+
+    Returns:
+      `flops` and `bytes` (read and written by every kernel), NaN where XLA does not say. A loop's body
+      is counted once.
+    """
+    cost: Any = compiled.cost_analysis()
+    if isinstance(cost, Sequence):  # one for each partition, in older versions of JAX
+        cost = cost[0]
+    nan = float("nan")
+    return {"flops": cost.get("flops", nan), "bytes": cost.get("bytes accessed", nan)}
+
+
+def environment(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a number needs beside it.
+
+    Args:
+      command: that made it.
+      settings: all of them, by name.
+
+    Returns:
+      Command, commit, machine, devices, versions and settings, as JSON values.
+    """
+    return {
+        "command": command,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "load_average_at_start": round(os.getloadavg()[0], 1),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "settings": {name: str(value) for name, value in settings.items()},
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return "no git on this machine"
+    return done.stdout.strip() or "not a git checkout"
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def format_number(value: Any) -> str:
+    """A cell: thousands separated, three or so figures of small numbers, an empty cell for None."""
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.1e}"
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table.
+
+    Args:
+      rows: cells by column; the columns are the first row's keys.
+
+    Returns:
+      The lines, without one at the end.
+
+    Raises:
+      ValueError: no row, or a row of other columns.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("a table needs at least one row")
+    columns = list(rows[0])
+    for row in rows:
+        if list(row) != columns:
+            raise ValueError(f"every row needs the columns {columns}, got {list(row)}")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += [
+        "| " + " | ".join(format_number(cell) for cell in row.values()) + " |" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def write_results(
+    out: Path,
+    name: str,
+    facts: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> str:
+    """Writes `NAME.json` and `NAME.md`.
+
+    Args:
+      out: directory, made if it is missing.
+      name: of the benchmark.
+      facts: of `environment`, and any others.
+      tables: rows by title; a title may be "".
+
+    Returns:
+      The Markdown, to be printed.
+    """
+    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items())]
+    for title, rows in tables.items():
+        parts += ([f"### {title}"] if title else []) + [markdown_table(rows)]
+    text = "\n\n".join(parts) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json_atomically(out / f"{name}.json", {**facts, "tables": dict(tables)})
+    files.write_text_atomically(out / f"{name}.md", text)
+    return text

@@ -1,0 +1,166 @@
+"""Time and memory of the JEVB objective, beside SimSiam's loss, the encoder's step and the floor.
+
+python -m benchmarks.objective_cost --out=runs/objective_cost
+
+Forward and backward of the loss alone, from the two views' embeddings and posteriors to the gradients
+of the posteriors, against SimSiam's and against forward and backward of a ResNet with a CIFAR stem on two
+views. Bytes are XLA's count; the fewest possible reads each of six inputs `[batch, D]` once and writes
+four gradients. Writes `objective_cost.json` and `objective_cost.md`.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import measure
+from jevb_jax import baselines, objective
+from jevb_jax.networks import ResNet
+
+MODEL: dict[str, Any] = {"df": 5.0, "radial_df": 5.0, "radial_scale": 0.5}
+FEWEST_ARRAYS = 10  # six read, four written
+
+
+def compiled_losses(
+    batch: int, dim: int, num_samples: int
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Forward and backward of both losses, compiled, with their arguments, by name."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    normal = [jax.random.normal(key, (batch, dim)) for key in keys]
+    posteriors = (normal[2], normal[3], *(0.3 * jax.nn.softplus(x) + 0.01 for x in normal[4:]))
+    example_keys = jax.random.split(jax.random.key(1), batch)
+
+    def jevb(posteriors: tuple[jax.Array, ...], targets: Any, keys: jax.Array) -> jax.Array:
+        mean_1, mean_2, scale_1, scale_2 = posteriors
+        views = (
+            objective.View(targets[0], mean_1, scale_1),
+            objective.View(targets[1], mean_2, scale_2),
+        )
+        terms = objective.symmetric_elbo(keys, *views, num_samples=num_samples, **MODEL)
+        return -jnp.mean(terms.weighted_elbo) / dim
+
+    def simsiam(predictions: tuple[jax.Array, ...], targets: Any) -> jax.Array:
+        return jnp.mean(baselines.simsiam_loss(*predictions, *targets).loss)
+
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "jevb": (jevb, (posteriors, tuple(normal[:2]), example_keys)),
+        "simsiam": (simsiam, (posteriors[:2], tuple(normal[:2]))),
+    }
+    return {
+        name: (jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(), arguments)
+        for name, (loss, arguments) in calls.items()
+    }
+
+
+def compiled_encoder(batch: int, width: int) -> tuple[Any, tuple[Any, ...]]:
+    """Forward and backward of a ResNet-18 on two views of CIFAR's size, in float32."""
+    encoder = ResNet((2, 2, 2, 2), bottleneck=False, stem="cifar", width=width)
+    images = jax.random.normal(jax.random.key(0), (2, batch, 32, 32, 3))
+    variables = jax.jit(functools.partial(encoder.init, train=True))(
+        jax.random.key(0), images[0, :2]
+    )
+
+    def loss(params: Any, images: jax.Array) -> jax.Array:
+        total = jnp.zeros(())
+        for view in images:
+            output: Any = encoder.apply(
+                {**variables, "params": params}, view, train=True, mutable=["batch_stats"]
+            )[0]
+            total = total + jnp.mean(jnp.square(output))
+        return total
+
+    arguments = (variables["params"], images)
+    return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(), arguments
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dims", type=int, nargs="+", default=[128, 512, 2048, 8192])
+    parser.add_argument("--batches", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--num_samples", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--max_elements", type=int, default=2**25, help="of samples x batch x D")
+    parser.add_argument("--encoder_batch", type=int, default=512)
+    parser.add_argument("--encoder_width", type=int, default=64)
+    parser.add_argument("--num_rounds", type=int, default=5)
+    arguments = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    for batch in arguments.batches:
+        for dim in arguments.dims:
+            for num_samples in arguments.num_samples:
+                if num_samples * batch * dim > arguments.max_elements:
+                    continue
+                losses = compiled_losses(batch, dim, num_samples)
+                timings = measure.interleave(
+                    {
+                        name: functools.partial(measure.seconds_of, functools.partial(*_call(pair)))
+                        for name, pair in losses.items()
+                    },
+                    num_rounds=arguments.num_rounds,
+                )
+                jevb, _ = losses["jevb"]
+                array = 4.0 * batch * dim
+                rows.append(
+                    {
+                        "batch": batch,
+                        "D": dim,
+                        "samples": num_samples,
+                        "JEVB, ms": 1e3 * timings["jevb"].median,
+                        "JEVB / SimSiam": timings["jevb"].ratio_to(timings["simsiam"]),
+                        "ns / (batch D samples)": 1e9
+                        * timings["jevb"].median
+                        / (batch * dim * num_samples),
+                        "bytes / fewest": measure.compiled_cost(jevb)["bytes"]
+                        / (array * FEWEST_ARRAYS),
+                        "temporary, arrays [batch, D]": jevb.memory_analysis().temp_size_in_bytes
+                        / array,
+                    }
+                )
+                print(rows[-1], flush=True)
+
+    shares: list[dict[str, Any]] = []
+    if arguments.encoder_batch:
+        batch = arguments.encoder_batch
+        pairs = {
+            "encoder": compiled_encoder(batch, arguments.encoder_width),
+            **compiled_losses(batch, 512, 1),
+        }
+        timings = measure.interleave(
+            {
+                name: functools.partial(measure.seconds_of, functools.partial(*_call(pair)))
+                for name, pair in pairs.items()
+            },
+            num_rounds=max(1, min(3, arguments.num_rounds)),
+        )
+        encoder = measure.compiled_cost(pairs["encoder"][0])
+        shares = [
+            {
+                "part": name,
+                "ms": 1e3 * timing.median,
+                "share of encoder": timing.ratio_to(timings["encoder"]),
+                "FLOPs / encoder's": measure.compiled_cost(pairs[name][0])["flops"]
+                / encoder["flops"],
+                "GFLOP/s": measure.compiled_cost(pairs[name][0])["flops"] / timing.median / 1e9,
+            }
+            for name, timing in timings.items()
+        ]
+    title = f"Share of the encoder, batch {arguments.encoder_batch}, D = 512, one sample"
+    tables = {"Cost": rows, **({title: shares} if shares else {})}
+    command = "python -m benchmarks.objective_cost " + " ".join(sys.argv[1:])
+    facts = measure.environment(command, vars(arguments))
+    print(measure.write_results(arguments.out, "objective_cost", facts, tables))
+
+
+def _call(pair: tuple[Any, tuple[Any, ...]]) -> tuple[Any, ...]:
+    compiled, arguments = pair
+    return (compiled, *arguments)
+
+
+if __name__ == "__main__":
+    main()
