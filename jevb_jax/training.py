@@ -80,7 +80,7 @@ def make_schedule(
 
 
 def target_decay_at(step: ArrayLike, *, target_decay: float, num_steps: int) -> Array:
-    """Decay of the target network's average at a step (Grill et al. 2020, section 3.2).
+    """Decay of the target network's average at a step (docs eq. 18; Grill et al. 2020, section 3.2).
 
     `1 - (1 - target_decay) (cos(pi step / num_steps) + 1) / 2`: from `target_decay` to one. A function
     of the step alone, so that neither resuming nor accumulation of gradients changes it.

@@ -130,32 +130,32 @@ def _bound_settings(settings: dict[str, object]) -> dict[str, object]:
 
 
 def negative_log_likelihood_score(terms: UncertaintyTerms) -> Array:
-    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats: the embedding surprises its own posterior."""
+    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23): the embedding surprises its posterior."""
     return -(terms.directional_log_likelihood + terms.radial_log_likelihood)
 
 
 def directional_score(terms: UncertaintyTerms) -> Array:
-    """`-E_q[log p_dir]`, `[N]`, nats."""
+    """`-E_q[log p_dir]`, `[N]`, nats (docs eq. 23)."""
     return -terms.directional_log_likelihood
 
 
 def radial_score(terms: UncertaintyTerms) -> Array:
-    """`-E_q[log p_rad]`, `[N]`, nats."""
+    """`-E_q[log p_rad]`, `[N]`, nats (docs eq. 23)."""
     return -terms.radial_log_likelihood
 
 
 def negative_elbo_score(terms: UncertaintyTerms) -> Array:
-    """The negative bound, both weights one, `[N]`, nats."""
+    """The negative bound, both weights one, `[N]`, nats (docs eq. 23)."""
     return negative_log_likelihood_score(terms) + terms.kl
 
 
 def importance_weighted_score(terms: UncertaintyTerms) -> Array:
-    """The negative importance-weighted bound, `[N]`, nats."""
+    """The negative importance-weighted bound, `[N]`, nats (docs eq. 23)."""
     return -terms.importance_weighted_bound
 
 
 def kl_score(terms: UncertaintyTerms) -> Array:
-    """`-KL(q || p)`, `[N]`, nats: high where the image moves the posterior little from the prior.
+    """`-KL(q || p)`, `[N]`, nats (docs eq. 23): high where the posterior is near the prior.
 
     The sign is the one that an encoder's uncertainty suggests. It is not right for every set: see
     `typicality_features`.
@@ -164,12 +164,12 @@ def kl_score(terms: UncertaintyTerms) -> Array:
 
 
 def posterior_entropy_score(terms: UncertaintyTerms) -> Array:
-    """Differential entropy of the posterior, `[N]`, nats."""
+    """Differential entropy of the posterior, `[N]`, nats (docs eq. 23)."""
     return terms.posterior_entropy
 
 
 def cross_view_score(terms: UncertaintyTerms) -> Array:
-    """`-E_q(z | h_s)[log p(h_t | z)]` over pairs of views, `[N]`, nats: views of it disagree.
+    """`-E_q(z | h_s)[log p(h_t | z)]` over pairs of views, `[N]`, nats: they disagree (docs eq. 23).
 
     Raises:
       ValueError: terms of a single view.
@@ -180,7 +180,7 @@ def cross_view_score(terms: UncertaintyTerms) -> Array:
 
 
 def typicality_features(terms: UncertaintyTerms) -> Array:
-    """The vector of JEVB's terms, `[N, 5]` (`[N, 4]` of a single view), nats.
+    """The vector of JEVB's terms, `[N, 5]` (`[N, 4]` of a single view), nats (docs eq. 24).
 
     One term alone calls images more likely that are simpler than any in the training set (Nalisnick
     et al. 2019). A density fitted to these vectors of in-distribution images, by `fit_mahalanobis` or
@@ -198,7 +198,7 @@ def typicality_features(terms: UncertaintyTerms) -> Array:
 
 
 def concentration_score(concentration: ArrayLike) -> Array:
-    """VI-SimSiam's uncertainty, `-k` (Nakamura et al. 2023): high where the direction is unsure.
+    """VI-SimSiam's uncertainty, `-k`, high where unsure (docs eq. 23; Nakamura et al. 2023).
 
     Args:
       concentration: `[N]`, positive.
@@ -235,7 +235,7 @@ def _directions(features: np.ndarray) -> np.ndarray:
 
 
 def feature_norm_score(features: ArrayLike) -> Array:
-    """`-|x|`, `[N]`: networks answer strange images with small features (Tack et al. 2020).
+    """`-|x|`, `[N]`: networks answer strange images with small features (docs eq. 27; Tack et al. 2020).
 
     Args:
       features: `[N, F]`.
@@ -302,7 +302,7 @@ class WhitenedNeighbours:
 
 
 def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
-    """Distance between directions to the k-th nearest fitted image (Sun et al. 2022).
+    """Distance between directions to the k-th nearest fitted image (docs eq. 25; Sun et al. 2022).
 
     Args:
       features: `[M, F]`, in distribution. A zero row is at distance 1 of every direction.
@@ -320,7 +320,7 @@ def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
 
 
 def fit_whitened_knn(features: ArrayLike, *, k: int = 50) -> WhitenedNeighbours:
-    """Euclidean distance to the k-th nearest fitted image, after whitening.
+    """Euclidean distance to the k-th nearest fitted image, after whitening (docs eq. 25).
 
     For few features of different units, such as `typicality_features`.
 
@@ -416,7 +416,7 @@ def _gaussians(means: np.ndarray, whitenings: np.ndarray) -> Gaussians:
 
 
 def fit_mahalanobis(features: ArrayLike) -> Gaussians:
-    """Squared Mahalanobis distance to the fitted images, one Gaussian, no labels.
+    """Squared Mahalanobis distance to the fitted images, one Gaussian, no labels (docs eq. 24).
 
     Args:
       features: `[M, F]`, in distribution.
@@ -443,7 +443,7 @@ class DirectionGaussians(NamedTuple):
 
 
 def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> DirectionGaussians:
-    """SSD (Sehwag et al. 2021): Mahalanobis distance to the nearest cluster of directions.
+    """SSD (docs eq. 26; Sehwag et al. 2021): Mahalanobis distance to the nearest cluster of directions.
 
     Clusters come from k-means; each has a mean and a covariance of its own, over all features.
 
@@ -501,7 +501,7 @@ class Residual(NamedTuple):
 def fit_residual(
     features: ArrayLike, *, num_components: int, origin: ArrayLike | None = None
 ) -> Residual:
-    """The residual part of ViM (Wang et al. 2022, section 4.1), which needs no logits.
+    """The residual part of ViM (docs eq. 27; Wang et al. 2022, section 4.1), which needs no logits.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -531,7 +531,7 @@ def fit_residual(
 
 
 def max_softmax_score(logits: ArrayLike) -> Array:
-    """`-max_c softmax(logits)_c`, `[N]` (MSP; Hendrycks and Gimpel 2017).
+    """`-max_c softmax(logits)_c`, `[N]` (docs eq. 28; MSP; Hendrycks and Gimpel 2017).
 
     Args:
       logits: `[N, C]`.
@@ -540,7 +540,7 @@ def max_softmax_score(logits: ArrayLike) -> Array:
 
 
 def max_logit_score(logits: ArrayLike) -> Array:
-    """`-max_c logits_c`, `[N]` (Hendrycks et al. 2022).
+    """`-max_c logits_c`, `[N]` (docs eq. 28; Hendrycks et al. 2022).
 
     Args:
       logits: `[N, C]`.
@@ -549,7 +549,7 @@ def max_logit_score(logits: ArrayLike) -> Array:
 
 
 def energy_score(logits: ArrayLike) -> Array:
-    """`-log sum_c exp(logits_c)`, `[N]` (Liu et al. 2020, temperature 1).
+    """`-log sum_c exp(logits_c)`, `[N]` (docs eq. 28; Liu et al. 2020, temperature 1).
 
     Args:
       logits: `[N, C]`.
@@ -570,7 +570,7 @@ def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, n
 
 
 def fit_class_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Gaussians:
-    """Squared Mahalanobis distance to the nearest class, one shared covariance (Lee et al. 2018).
+    """Squared Mahalanobis distance to the nearest class, one covariance (docs eq. 28; Lee et al. 2018).
 
     Args:
       features: `[M, F]`, in distribution.
@@ -600,7 +600,7 @@ class RelativeMahalanobis(NamedTuple):
 
 
 def fit_relative_mahalanobis(features: ArrayLike, labels: ArrayLike) -> RelativeMahalanobis:
-    """Relative Mahalanobis distance, RMD (Ren et al. 2021).
+    """Relative Mahalanobis distance, RMD (docs eq. 28; Ren et al. 2021).
 
     Args:
       features: `[M, F]`, in distribution.
@@ -634,7 +634,7 @@ class VirtualLogit(NamedTuple):
 def fit_vim(
     features: ArrayLike, logits: ArrayLike, *, origin: ArrayLike, num_components: int
 ) -> VirtualLogit:
-    """Virtual-logit matching, ViM (Wang et al. 2022).
+    """Virtual-logit matching, ViM (docs eq. 28; Wang et al. 2022).
 
     Args:
       features: `[M, F]`, in distribution.
@@ -662,7 +662,7 @@ def fit_vim(
 
 
 def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) -> float:
-    """Threshold that a new in-distribution score exceeds with at most the asked probability.
+    """Threshold that a new inside score exceeds at most with the asked probability (docs eq. 29).
 
     Split conformal: the `ceil((n + 1)(1 - rate))`-th smallest of `n` scores. If those and the new one
     are exchangeable, the probability over both is at most `rate`, and above `rate - 1/(n + 1)` where no

@@ -1,0 +1,136 @@
+"""Hooks of MkDocs: the API reference, links out of `docs/`, and equations without a script.
+
+The Markdown of `docs/` reads well on a code host: its links lead to files of the repository, its
+equations are in LaTeX. On the site, a link to a module of the package leads into the API reference (to
+the function, when the link's text names one), a link to any other file to a page that shows it, and
+an equation is MathML, which browsers draw by themselves.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "jevb_jax"
+ROOT_PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+PAGES_WITH_EQUATIONS = ("mathematics.md",)
+
+_LINK_OUT = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>(?:\.\./)+[^)#\s]+)\)")
+_BLOCK_EQUATION = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INLINE_EQUATION = re.compile(r"\$([^$\n]+)\$")
+_equations: dict[str, str] = {}
+
+
+def _modules() -> list[str]:
+    """Dotted names of the package's modules, the package first."""
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+    return sorted(".".join(part[:-1] if part[-1] == "__init__" else part) for part in parts)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Adds the API reference and the pages of the root to the navigation."""
+    reference = [{name.removeprefix(f"{PACKAGE}."): f"api/{name}.md"} for name in _modules()]
+    nav: list[Any] = [*(config.nav or []), {"API": reference}]
+    config.nav = [*nav, {"Changelog": "changelog.md"}, {"Contributing": "contributing.md"}]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds a page for each module, for the files of the root, and for files that pages link to."""
+    pages = {
+        f"api/{name}.md": f"# `{name}`\n\n::: {name}\n"
+        + ("    options:\n      members: false\n" if name == PACKAGE else "")
+        + (_public_names() if name == PACKAGE else "")
+        for name in _modules()
+    }
+    for page, path in ROOT_PAGES.items():
+        pages[page] = (ROOT / path).read_text(encoding="utf-8")
+    for file in list(files.documentation_pages()):
+        for match in _LINK_OUT.finditer(file.content_string):
+            path = _linked_path(file.src_uri, match["path"])
+            if path and not path.startswith(f"{PACKAGE}/"):
+                pages.setdefault(f"source/{path}.md", _source_page(path))
+    for uri, content in pages.items():
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def _public_names() -> str:
+    """The names that `jevb_jax` exports, linked to where they are documented."""
+    text = (ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    origins = {}
+    for module, names in re.findall(rf"from {PACKAGE}\.(\w+) import \(?([^)]+?)(?:\)|\n\S)", text):
+        origins.update(dict.fromkeys(re.findall(r"\w+", names), module))
+    rows = [
+        f"* [`{name}`][{PACKAGE}.{module}.{name}] of `{module}`"
+        for name, module in sorted(origins.items())
+    ]
+    return "\n" + "\n".join(rows) + "\n"
+
+
+def _linked_path(page_uri: str, link: str) -> str | None:
+    """Path in the repository of a link that leads out of `docs/`, or None if it stays inside."""
+    parts: list[str] = list(PurePosixPath("docs", page_uri).parent.parts)
+    for part in PurePosixPath(link).parts:
+        parts = parts[:-1] if part == ".." else [*parts, part]
+    if parts[0] == "docs":
+        return None
+    path = "/".join(parts)
+    if not (ROOT / path).is_file():
+        raise PluginError(f"docs/{page_uri} links to {path}, which does not exist")
+    return path
+
+
+def _source_page(path: str) -> str:
+    language = {".py": "python", ".yaml": "yaml"}.get(Path(path).suffix, "bash")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if path.endswith(".md"):
+        return text
+    return f"# `{path}`\n\n````{language}\n{text}````\n"
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leads links out of `docs/` to pages of the site, and takes equations out."""
+    uri = page.file.src_uri
+    up = "../" * (len(PurePosixPath(uri).parts) - 1)
+
+    def leads_to(match: re.Match[str]) -> str:
+        path = _linked_path(uri, match["path"])
+        if path is None:
+            return match[0]
+        if not path.startswith(f"{PACKAGE}/"):
+            return f"[{match['text']}]({up}source/{path}.md)"
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        name = match["text"].strip("`").rpartition(".")[2] if "`" in match["text"] else ""
+        if not name or name == "py":
+            return f"[{match['text']}]({up}api/{module}.md)"
+        return f"[{match['text']}][{module}.{name}]"
+
+    def token(latex: str, display: str) -> str:
+        name = f"equationtoken{len(_equations)}x"
+        _equations[name] = convert(latex, display=display)
+        return name
+
+    markdown = _LINK_OUT.sub(leads_to, markdown)
+    if uri in PAGES_WITH_EQUATIONS:
+        markdown = _BLOCK_EQUATION.sub(
+            lambda match: f'<div class="equation">{token(match[1], "block")}</div>', markdown
+        )
+        markdown = _INLINE_EQUATION.sub(lambda match: token(match[1], "inline"), markdown)
+    if uri in ROOT_PAGES:
+        markdown = markdown.replace("](docs/", "](")
+        for root_page, path in ROOT_PAGES.items():
+            markdown = markdown.replace(f"]({path})", f"]({root_page})")
+    return markdown
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts the equations back."""
+    return re.sub(r"equationtoken\d+x", lambda match: _equations[match[0]], html)
