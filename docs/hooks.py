@@ -6,6 +6,7 @@ the function, when the link's text names one), a link to any other file to a pag
 an equation is MathML, which browsers draw by themselves.
 """
 
+import ast
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,9 @@ PAGES_WITH_EQUATIONS = ("mathematics.md",)
 _LINK_OUT = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>(?:\.\./)+[^)#\s]+)\)")
 _BLOCK_EQUATION = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE_EQUATION = re.compile(r"\$([^$\n]+)\$")
+_FUNCTION_WITHOUT_BRACKETS = re.compile(
+    r"<mi>(?:log|cos|tan|max|min)</mi>(?!(?:<mrow>)?<mo[^>]*>&#x00028;)"
+)
 _equations: dict[str, str] = {}
 
 
@@ -64,13 +68,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _public_names() -> str:
     """The names that `jevb_jax` exports, linked to where they are documented."""
-    text = (ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8")
-    origins = {}
-    for module, names in re.findall(rf"from {PACKAGE}\.(\w+) import \(?([^)]+?)(?:\)|\n\S)", text):
-        origins.update(dict.fromkeys(re.findall(r"\w+", names), module))
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    imports = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}.")
+    ]
+    origins = {alias.name: node.module for node in imports for alias in node.names}
     rows = [
-        f"* [`{name}`][{PACKAGE}.{module}.{name}] of `{module}`"
-        for name, module in sorted(origins.items())
+        f"* [`{name}`][{module}.{name}] of `{module}`" for name, module in sorted(origins.items())
     ]
     return "\n" + "\n".join(rows) + "\n"
 
@@ -115,7 +121,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def token(latex: str, display: str) -> str:
         name = f"equationtoken{len(_equations)}x"
-        _equations[name] = convert(latex, display=display)
+        _equations[name] = _mathml(latex, display)
         return name
 
     markdown = _LINK_OUT.sub(leads_to, markdown)
@@ -129,6 +135,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         for root_page, path in ROOT_PAGES.items():
             markdown = markdown.replace(f"]({path})", f"]({root_page})")
     return markdown
+
+
+def _mathml(latex: str, display: str) -> str:
+    """An equation as MathML; `aligned`, which code hosts want, is `align*` to the converter."""
+    text = convert(latex.replace("{aligned}", "{align*}"), display=display)
+    if "<mi>&</mi>" in text or "\\" in text:
+        raise PluginError(f"an equation was not understood: {latex}")
+    # Bars are brackets here, not relations: no space around them.
+    text = re.sub(
+        r"<mo[^>]*>(&#x0007C;|\|)</mo>", r'<mo stretchy="false" lspace="0" rspace="0">|</mo>', text
+    )
+    # A thin space after the name of a function whose argument has no brackets.
+    return _FUNCTION_WITHOUT_BRACKETS.sub(r'\g<0><mspace width="0.17em"/>', text)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
