@@ -31,6 +31,7 @@ from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.html_report import embedding_map
 
+SEVERITIES = (1, 3, 5)
 CORRUPTIONS = ("crop", "rotation", "gaussian_noise", "contrast")
 SCORES = ("jevb/posterior_entropy", "jevb/cross_view", "jevb/scale_mahalanobis")
 DETECTORS = ("jevb/negative_elbo", "jevb/scale_mahalanobis", "embedding/mahalanobis")
@@ -64,6 +65,7 @@ def evaluate(config: Any, out: Path) -> tuple[Experiment, protocol.Evaluation, n
     shapes = outside_set("shapes", "far", "arrays", paths=(str(shapes_path),))
     config.ood.outside = (shapes,)
     config.ood.corruptions = CORRUPTIONS
+    config.ood.severities = SEVERITIES
     config.ood.num_bootstrap = 2  # no intervals are drawn
     experiment = build_experiment(config)
     initial = experiment.initial_state()
@@ -113,7 +115,7 @@ def draw_uncertainty(path: Path, experiment: Experiment, found: OODEvaluation) -
     source = experiment.dataset.test
     if source is None:
         raise ValueError("the digits have a test split")
-    severities = (0, *experiment.config["ood"]["severities"])
+    severities = (0, *SEVERITIES)
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, len(CORRUPTIONS), height_ratios=(1, 4))
     shared = None
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and tells the story."""
     parser = argparse.ArgumentParser(description="JEVB on digits, in five pictures.")
     parser.add_argument("--out", type=Path, default=Path("runs/story"))
-    parser.add_argument("--num_epochs", type=int, default=100)
+    parser.add_argument("--num_epochs", type=int, default=80)
     arguments = parser.parse_args(argv)
     tell(arguments.out, num_epochs=arguments.num_epochs)
 

@@ -145,7 +145,10 @@ def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None
         draw_curves(axis, records, names)
         axis.set_title(title, fontsize=10)
         if len(axis.lines) > 1:
-            axis.legend(fontsize=8)
+            # Below the axes, where it hides no line.
+            axis.legend(
+                fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+            )
     _write_png(path, figure)
 
 
