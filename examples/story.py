@@ -154,7 +154,7 @@ def draw_detection(path: Path, found: OODEvaluation) -> None:
     """Histograms of three scores: test digits against shapes and rotated digits."""
     sets = ("shapes", "rotation_5")
     aurocs = {(r.score, r.outside): r.metrics.auroc for r in found.results}
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axis, score in zip(figure.subplots(1, len(DETECTORS)), DETECTORS, strict=True):
         values = [found.inside[score], *(found.outside[name][score] for name in sets)]
         # Outside scores have long tails: the last bin takes what lies beyond.
@@ -183,7 +183,9 @@ def draw_detection(path: Path, found: OODEvaluation) -> None:
         axis.set_title(score)
         axis.set_xlabel("score, larger = stranger")
         axis.set_ylabel("share of images")
-        axis.legend(fontsize=8)
+        axis.legend(
+            fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+        )
     figure.savefig(path, dpi=110)
 
 
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and tells the story."""
     parser = argparse.ArgumentParser(description="JEVB on digits, in five pictures.")
     parser.add_argument("--out", type=Path, default=Path("runs/story"))
-    parser.add_argument("--num_epochs", type=int, default=80)
+    parser.add_argument("--num_epochs", type=int, default=60)
     arguments = parser.parse_args(argv)
     tell(arguments.out, num_epochs=arguments.num_epochs)
 
