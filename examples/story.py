@@ -66,6 +66,8 @@ def evaluate(config: Any, out: Path) -> tuple[Experiment, protocol.Evaluation, n
     config.ood.outside = (shapes,)
     config.ood.corruptions = CORRUPTIONS
     config.ood.severities = SEVERITIES
+    config.ood.num_views = 2
+    config.ood.ssd_clusters = (1,)
     config.ood.num_bootstrap = 2  # no intervals are drawn
     experiment = build_experiment(config)
     initial = experiment.initial_state()
