@@ -11,17 +11,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-
-def pytest_configure(config):
-    # Most of the default suite's time is compiling, and hardly any of it is running. The slow
-    # suite, and `-m ''`, run what users run: the optimised program.
-    jax.config.update("jax_disable_most_optimizations", config.getoption("markexpr") == "not slow")
+# Most of the suite's time is compiling, and hardly any of it is running. What users run, the optimised
+# program, is tested by the runs of train.py that tests start, and where `optimised` asks for it.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
-def quick_compilation():
-    """For slow tests whose steps take a hundredth of a second, and half a minute to optimise."""
-    previous = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+def optimised():
+    """Compiles with XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", previous)
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -139,7 +139,7 @@ def test_recipe_builds_its_own_method(name, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_first_steps_of_every_method(method, quick_compilation):
+def test_first_steps_of_every_method(method):
     """The tiny form of each recipe: three finite steps, in which all that should learn moves."""
     config: Any = importlib.import_module("configs.cifar10").get_config(method)
     small: Any = importlib.import_module("configs.smoke").get_config()

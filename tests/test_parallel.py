@@ -183,9 +183,7 @@ def test_two_steps_on_eight_devices_are_those_on_one(without_kinks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(
-    method, quick_compilation, without_kinks
-):
+def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method, without_kinks):
     # Each from the same state: free-running, a change of 1e-7 of the first parameters on *one* device
     # grows to 1e-2 of the loss in 20 steps of these tiny networks, as the order of sums does.
     experiment = make_experiment(method)
@@ -210,7 +208,7 @@ def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(
 
 
 @pytest.mark.slow
-def test_optimizer_state_that_is_cut_changes_no_number(quick_compilation, without_kinks):
+def test_optimizer_state_that_is_cut_changes_no_number(without_kinks):
     changes = {"optimizer.momentum": 0.9}
     whole, _ = run_steps(make_experiment(changes=changes), jax.devices(), 5)
     cut, _ = run_steps(
@@ -228,9 +226,7 @@ def test_optimizer_state_that_is_cut_changes_no_number(quick_compilation, withou
 
 
 @pytest.mark.slow
-def test_checkpoint_of_eight_devices_goes_on_with_one_and_four(
-    tmp_path, quick_compilation, without_kinks
-):
+def test_checkpoint_of_eight_devices_goes_on_with_one_and_four(tmp_path, without_kinks):
     experiment = make_experiment()
     state, _ = run_steps(experiment, jax.devices(), 3)
     checkpointer = Checkpointer(tmp_path)
@@ -283,7 +279,9 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     ],
     ids=["global", "grouped", "micro-batches"],
 )
-def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(changes, num_statistics):
+def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
+    changes, num_statistics, optimised
+):
     experiment = make_experiment(changes=changes)
     mesh = parallel.make_mesh()
     state = experiment.initial_state()

@@ -331,7 +331,7 @@ CAUSES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "cause", "beside"), CAUSES.values(), ids=CAUSES)
-def test_alarms_of_runs_that_cause_them(tmp_path, quick_compilation, changes, cause, beside):
+def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     config: Any = smoke.get_config()
     config.update_from_flattened_dict(
         {

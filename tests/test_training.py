@@ -113,7 +113,7 @@ def test_ema_is_the_recursion():
 
 
 @pytest.mark.slow
-def test_micro_batches_change_nothing_when_statistics_are_frozen(quick_compilation):
+def test_micro_batches_change_nothing_when_statistics_are_frozen():
     whole, parts = (
         jax.jit(step_function(num_micro_batches=count, use_batch_statistics=False))(
             initial_state(), images(), jax.random.key(0)
@@ -128,7 +128,7 @@ def test_micro_batches_change_nothing_when_statistics_are_frozen(quick_compilati
 
 
 @pytest.mark.slow
-def test_micro_batches_normalise_by_themselves(quick_compilation):
+def test_micro_batches_normalise_by_themselves():
     step = jax.jit(step_function(num_micro_batches=4))
     parts, _ = step(initial_state(), images(), jax.random.key(0))
     assert largest_difference(parts.params, first_step()[0].params) > 1e-5
@@ -217,7 +217,7 @@ def test_a_step_that_is_not_finite_is_not_taken(chunk_steps):
 
 
 @pytest.mark.slow
-def test_small_crops_train(quick_compilation):
+def test_small_crops_train():
     crop = dataclasses.replace(VIEW, size=6)
     _, metrics = jax.jit(step_function(view_augmentations=(VIEW, VIEW, crop)))(
         initial_state(), images(), jax.random.key(0)
@@ -361,7 +361,7 @@ def test_target_decay_is_byols_schedule():
 
 
 @pytest.mark.slow
-def test_target_network_is_the_recursion_and_gives_the_targets(quick_compilation):
+def test_target_network_is_the_recursion_and_gives_the_targets():
     start = training.init_state(
         jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9
     )
@@ -386,7 +386,7 @@ def test_target_network_is_the_recursion_and_gives_the_targets(quick_compilation
 
 
 @pytest.mark.slow
-def test_accumulation_leaves_the_target_network_alone(quick_compilation):
+def test_accumulation_leaves_the_target_network_alone():
     start = training.init_state(
         jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9
     )
