@@ -56,7 +56,7 @@ def loss(encoder: Encoder, key: jax.Array, x: jax.Array) -> jax.Array:
 
 def main(num_steps: int = 300) -> tuple[float, float]:
     """Trains; returns the loss at the start and at the end, on the same views."""
-    x = jnp.asarray(load_digits().data / 16, jnp.float32)
+    x = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)
     encoder, optimizer = Encoder(x.shape[1], key=jax.random.key(0)), optax.adam(1e-3)
     state = optimizer.init(eqx.filter(encoder, eqx.is_array))
 

@@ -3,6 +3,8 @@
 python examples/own_encoder_linen.py
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,20 +27,20 @@ class Encoder(nn.Module):
         return jevb_jax.View(h, mean, nn.softplus(raw_scale) + 1e-3)
 
 
-def loss(params: optax.Params, key: jax.Array, x: jax.Array) -> jax.Array:
+def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
     """Negative bound, nats per dimension, of two noisy views of `x`."""
     view_key, sample_key = jax.random.split(key)
     noise = 0.2 * jax.random.normal(view_key, (2, *x.shape))
-    view_1, view_2 = (Encoder().apply(params, x + n) for n in noise)
+    views: Any = [Encoder().apply(params, x + n) for n in noise]
     terms = jevb_jax.symmetric_elbo(
-        sample_key, view_1, view_2, df=5.0, radial_df=5.0, radial_scale=0.5, prior_scale=2.0
+        sample_key, *views, df=5.0, radial_df=5.0, radial_scale=0.5, prior_scale=2.0
     )
     return -terms.weighted_elbo.mean() / DIM
 
 
 def main(num_steps: int = 300) -> tuple[float, float]:
     """Trains; returns the loss at the start and at the end, on the same views."""
-    x = jnp.asarray(load_digits().data / 16, jnp.float32)
+    x = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)
     params, optimizer = Encoder().init(jax.random.key(0), x[:2]), optax.adam(1e-3)
     state = optimizer.init(params)
 

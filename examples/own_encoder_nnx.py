@@ -45,7 +45,7 @@ def loss(encoder: Encoder, key: jax.Array, x: jax.Array) -> jax.Array:
 
 def main(num_steps: int = 300) -> tuple[float, float]:
     """Trains; returns the loss at the start and at the end, on the same views."""
-    x = jnp.asarray(load_digits().data / 16, jnp.float32)
+    x = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)
     encoder = Encoder(x.shape[1], rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(encoder, optax.adam(1e-3), wrt=nnx.Param)
 

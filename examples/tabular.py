@@ -6,6 +6,8 @@ A view adds noise to a row and replaces some of its measurements by those of oth
 classifier is then given the raw measurements, the embedding, or the posterior's mean, of a few labels.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,12 +42,12 @@ def noise_and_mask(key: jax.Array, x: jax.Array) -> jax.Array:
     return masked + 0.1 * jax.random.normal(noise_key, x.shape)
 
 
-def loss(params: optax.Params, key: jax.Array, x: jax.Array) -> jax.Array:
+def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
     """Negative bound, nats per dimension, of two views of `x`."""
     key_1, key_2, sample_key = jax.random.split(key, 3)
-    view_1, view_2 = (Encoder().apply(params, noise_and_mask(k, x)) for k in (key_1, key_2))
+    views: Any = [Encoder().apply(params, noise_and_mask(k, x)) for k in (key_1, key_2)]
     terms = jevb_jax.symmetric_elbo(
-        sample_key, view_1, view_2, df=5.0, radial_df=5.0, radial_scale=0.5, prior_scale=2.0
+        sample_key, *views, df=5.0, radial_df=5.0, radial_scale=0.5, prior_scale=2.0
     )
     return -terms.weighted_elbo.mean() / DIM
 
@@ -82,7 +84,8 @@ def main(num_steps: int = 1000) -> dict[str, float]:
 
     for key in jax.random.split(jax.random.key(1), num_steps):
         params, state = step(params, state, key)
-    before, after = (Encoder().apply(p, x) for p in (untrained, params))
+    outputs: Any = [Encoder().apply(p, x) for p in (untrained, params)]
+    before, after = outputs
     features = {
         "raw measurements": x,
         "embedding, untrained": before.embedding,

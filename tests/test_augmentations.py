@@ -382,7 +382,7 @@ def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths)
     half_widths = np.array(list(settings.values()))
     centers = np.array([float(name != "hue") for name in settings])
 
-    def draws(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draws(key: jax.Array) -> tuple[jax.Array, Any]:
         _, key_order, key_factors = jax.random.split(key, 3)
         uniform = jax.random.uniform(key_factors, (len(settings),))
         return (
