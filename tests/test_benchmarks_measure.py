@@ -1,0 +1,62 @@
+"""The benchmarks' own arithmetic: turns, medians, tables."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import measure
+
+
+def test_candidates_take_turns_and_warm_up_rounds_do_not_count():
+    calls, seconds = [], iter([99.0, 99.0, 1.0, 10.0, 2.0, 5.0, 30.0, 20.0])
+
+    def timer(name):
+        def call():
+            calls.append(name)
+            return next(seconds)
+
+        return call
+
+    timings = measure.interleave({"a": timer("a"), "b": timer("b")}, num_rounds=3)
+    assert "".join(calls) == "abababab"
+    assert timings["a"].seconds == (1.0, 2.0, 30.0)
+    assert timings["a"].median == 2.0
+    assert timings["b"].median == 10.0
+    # The median of 0.1, 0.4 and 1.5: not the ratio of the medians, 0.2.
+    assert timings["a"].ratio_to(timings["b"]) == pytest.approx(0.4)
+
+
+def test_interleave_refuses_no_round():
+    with pytest.raises(ValueError, match="num_rounds"):
+        measure.interleave({}, num_rounds=0)
+
+
+def test_cost_of_a_product_of_matrices():
+    shapes = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 4), jnp.float32)
+    cost = measure.compiled_cost(jax.jit(jnp.matmul).lower(*shapes).compile())
+    assert cost["flops"] == 2 * 8 * 16 * 4
+    assert cost["bytes"] >= 4 * (8 * 16 + 16 * 4 + 8 * 4)
+
+
+def test_table_and_files(tmp_path):
+    rows = [{"": "x", "views/s": 1234.5, "ratio": 0.25}, {"": "y", "views/s": None, "ratio": 1e-5}]
+    text = measure.write_results(
+        tmp_path / "new", "speed", measure.environment("cmd", {"size": 3}), {"Speed": rows}
+    )
+    assert "* command: cmd" in text
+    assert "### Speed\n\n|  | views/s | ratio |\n|---|---|---|\n| x | 1,234 | 0.250 |" in text
+    assert "| y |  | 1.0e-05 |" in text
+    assert (tmp_path / "new" / "speed.md").read_text() == text
+    written = json.loads((tmp_path / "new" / "speed.json").read_text())
+    assert written["tables"]["Speed"] == rows
+    assert written["settings"] == {"size": "3"}
+    assert written["jax"] == jax.__version__
+
+
+def test_table_refuses_no_rows_and_ragged_ones():
+    with pytest.raises(ValueError, match="at least one row"):
+        measure.markdown_table([])
+    with pytest.raises(ValueError, match="columns"):
+        measure.markdown_table([{"a": 1}, {"b": 1}])
