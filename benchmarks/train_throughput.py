@@ -1,7 +1,7 @@
 """Views a second of the whole training step, beside PyTorch's, stable-pretraining's and the floor.
 
-python -m benchmarks.train_throughput --out=runs/train_throughput --width=16 --head_dim=512 --batch_size=64 \
-    --num_cores=1 --peer_python=PEERS/bin/python --peer_modes=channels_last --spt_python=SPT/bin/python
+python -m benchmarks.train_throughput --out=runs/train_throughput --width=16 --head_dim=512 \
+    --batch_size=64 --num_cores=1 --peer_python=PEERS/bin/python --peer_modes=channels_last --spt_python=SPT/bin/python
 
 One GPU, with the peers' environments on it:
 
@@ -95,7 +95,6 @@ def make_experiment(method: str, images: Path, arguments: argparse.Namespace) ->
     config: Any = cifar10.get_config(method)
     config.data.source = "arrays"
     config.data.train_paths = (str(images),)
-    config.data.validation_fraction = 0.0
     config.evaluation.knn_k = (1,)
     config.augmentation.image_size = arguments.image_size
     config.model.width = arguments.width
@@ -157,6 +156,7 @@ class StepTimer:
         self.flops: float = cost["flops"]
 
     def __call__(self) -> float:
+        """One turn."""
         start = time.perf_counter()
         for _ in range(self._num_steps // self._chunk_steps):
             rows = [self._indices(self._step + row) for row in range(self._chunk_steps)]
