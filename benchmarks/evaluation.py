@@ -1,6 +1,7 @@
-"""Time of the evaluation: k-NN, linear probe, feature extraction, beside scikit-learn, faiss and torch.
+"""Time of k-NN, linear probe and feature extraction, beside scikit-learn, faiss and torch.
 
-python -m benchmarks.evaluation --out=runs/evaluation --num_cores=1 --width=16 --peer_python=PEERS/bin/python
+python -m benchmarks.evaluation --out=runs/evaluation --num_cores=1 --width=16 \
+    --peer_python=PEERS/bin/python
 
 Features are random: Gaussian classes, so that a probe has something to learn. k-NN is the search alone,
 the same exact neighbours by cosine on every side; how many agree is in the table. The probes minimise one

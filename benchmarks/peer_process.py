@@ -1,6 +1,7 @@
 """Our side of the conversation with a peer: a script in `benchmarks/peers`, run by another Python."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,16 @@ class PeerProcess:
         Raises:
           PeerError: it did not get ready.
         """
+        read, write = os.pipe()  # its standard output is for what its libraries print
         self._process = subprocess.Popen(
-            [python, str(PEERS / script), json.dumps(settings)],
+            [python, str(PEERS / script), json.dumps(settings), str(write)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=2,
+            pass_fds=(write,),
             text=True,
         )
+        os.close(write)
+        self._answers = os.fdopen(read)
         ready = self._answer()
         self.facts: dict[str, Any] = ready["facts"]
         self.timers: list[str] = ready["timers"]
@@ -70,6 +75,7 @@ class PeerProcess:
         """Ends it."""
         if self._process.stdin is not None:
             self._process.stdin.close()
+        self._answers.close()
         self._process.wait(timeout=60)
 
     def __enter__(self) -> "PeerProcess":
@@ -84,7 +90,7 @@ class PeerProcess:
         self.close()
 
     def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        line = self._answers.readline()
         if not line:
             raise PeerError(f"the peer ended with status {self._process.wait()}; see its output")
         answer: dict[str, Any] = json.loads(line)

@@ -1,7 +1,7 @@
 """Views a second of the whole training step, beside PyTorch's, stable-pretraining's and the floor.
 
 python -m benchmarks.train_throughput --out=runs/train_throughput --width=16 --head_dim=512 \
-    --batch_size=64 --num_cores=1 --peer_python=PEERS/bin/python --peer_modes=channels_last --spt_python=SPT/bin/python
+    --batch_size=64 --num_cores=1 --peer_python=PEERS/bin/python --spt_python=SPT/bin/python
 
 One GPU, with the peers' environments on it:
 

@@ -10,6 +10,7 @@ from serve import serve
 
 
 def make(settings: dict[str, Any]) -> Any:
+    """Facts and timers, see `serve`."""
     with np.load(settings["features"]) as arrays:
         bank, queries = arrays["bank"], arrays["queries"]
     faiss.omp_set_num_threads(settings["num_threads"])

@@ -2,8 +2,9 @@
 """torchvision's and kornia's augmentations, whole views of SimSiam and operation by operation.
 
 Timers, `LIBRARY/OPERATION`: `pillow` is torchvision on Pillow images, one at a time, as DataLoader's
-processes run it; `v2` is torchvision's v2 on uint8 tensors, one at a time; `v2 batch` on a whole batch,
-which draws once for all its images and so is no replacement; `kornia` on float batches, one draw an image.
+processes run it; `v2` is torchvision's v2 on uint8 tensors, one at a time; `v2 batch` on a
+whole batch, which draws once for all its images and so is no replacement; `kornia` on float batches,
+one draw an image.
 """
 
 import functools
@@ -22,6 +23,7 @@ from torchvision.transforms import v2
 
 
 def make(settings: dict[str, Any]) -> Any:
+    """Facts and timers, see `serve`."""
     size, kernel = settings["image_size"], settings["kernel_size"]
     mean, std = settings["mean"], settings["std"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

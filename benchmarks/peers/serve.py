@@ -18,11 +18,11 @@ def serve(make: Callable[[dict[str, Any]], tuple[dict[str, Any], Mapping[str, Ti
     """Answers until the input ends.
 
     Args:
-      make: settings of the command line, JSON -> facts, and timers by name; a timer does its work
-        `count` times and returns seconds, or a dict of JSON values.
+      make: settings, JSON values, of the first argument -> facts, and timers by name; a timer does its
+        work `count` times and returns seconds, or a dict of JSON values. The second argument is the file
+        descriptor to answer on.
     """
-    answers = os.fdopen(os.dup(1), "w")  # what libraries print must not mix with the answers
-    os.dup2(2, 1)
+    answers = os.fdopen(int(sys.argv[2]), "w")  # not stdout: libraries print
 
     def answer(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=answers, flush=True)

@@ -40,6 +40,7 @@ class NarrowResNet18(resnet.ResNet):
 
 
 def make(settings: dict[str, Any]) -> Any:
+    """Facts and timers, see `serve`."""
     images = np.load(settings["images"])["images"]
     rngs = nnx.Rngs(0)
     dtype = settings["dtype"] if settings["dtype"] != "float32" else None

@@ -54,6 +54,7 @@ class SimSiam(nn.Module):
         self.criterion = NegativeCosineSimilarity()
 
     def forward(self, view_1: torch.Tensor, view_2: torch.Tensor) -> torch.Tensor:
+        """The loss of two views."""
         z1, z2 = self.projection(self.backbone(view_1)), self.projection(self.backbone(view_2))
         p1, p2 = self.prediction(z1), self.prediction(z2)
         return (self.criterion(z1.detach(), p2) + self.criterion(z2.detach(), p1)) / 2
@@ -74,6 +75,8 @@ class Images(torch.utils.data.Dataset):
 
 
 class Worker:
+    """Builds what a timer needs at its first turn, and keeps it."""
+
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings
         self.images = np.load(settings["images"])["images"]
@@ -95,15 +98,18 @@ class Worker:
         ).to(self.device)
 
     def synchronize(self) -> None:
+        """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def autocast(self) -> Any:
+        """Mixed precision, where `dtype` asks for it."""
         is_half = self.settings["dtype"] == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
 
     @functools.cache  # noqa: B019 - one worker a process
     def model(self, mode: str) -> tuple[Any, Any, torch.memory_format]:
+        """Networks, optimizer and memory layout of a mode."""
         torch.manual_seed(0)
         model = SimSiam(self.settings["width"], self.settings["head_dim"]).to(self.device).train()
         layout = torch.contiguous_format if mode == "eager" else torch.channels_last
@@ -112,6 +118,7 @@ class Worker:
         return (torch.compile(model) if mode == "compiled" else model), optimizer, layout
 
     def step(self, mode: str, view_1: torch.Tensor, view_2: torch.Tensor) -> None:
+        """Forward, backward, update."""
         model, optimizer, layout = self.model(mode)
         views = (
             view.to(self.device, non_blocking=True, memory_format=layout)
@@ -147,12 +154,14 @@ class Worker:
         return time.perf_counter() - start
 
     def draw(self) -> torch.Tensor:
+        """A batch of the resident images, floats."""
         indices = torch.randint(
             len(self.resident), (self.settings["batch_size"],), device=self.device
         )
         return self.resident[indices].permute(0, 3, 1, 2).float() / 255
 
     def on_device(self, mode: str, count: int) -> float:
+        """Steps with views made on the device."""
         self.synchronize()
         start = time.perf_counter()
         for _ in range(count):
@@ -164,6 +173,7 @@ class Worker:
         return time.perf_counter() - start
 
     def views(self, count: int) -> float:
+        """Two views of a batch on the device, alone."""
         self.synchronize()
         start = time.perf_counter()
         for _ in range(count):
@@ -175,11 +185,13 @@ class Worker:
 
     @functools.cache  # noqa: B019
     def encoder(self, mode: str) -> tuple[Any, torch.memory_format]:
+        """The encoder and memory layout of a mode."""
         layout = torch.contiguous_format if mode == "eager" else torch.channels_last
         encoder = NarrowResNet18(self.settings["width"]).to(self.device).to(memory_format=layout)
         return (torch.compile(encoder) if mode == "compiled" else encoder), layout
 
     def encode(self, mode: str, count: int, *, train: bool) -> float:
+        """The encoder alone, on ready views."""
         encoder, layout = self.encoder(mode)
         encoder.train(train)
         num = self.settings["batch_size"] * (2 if train else 1)
@@ -197,6 +209,7 @@ class Worker:
         return time.perf_counter() - start
 
     def matmul(self, count: int) -> float:
+        """The ceiling."""
         size = self.settings["matmul_size"]
         dtype = getattr(torch, self.settings["dtype"])
         a = torch.randn(size, size, device=self.device, dtype=dtype)
@@ -209,6 +222,7 @@ class Worker:
 
 
 def make(settings: dict[str, Any]) -> Any:
+    """Facts and timers, see `serve`."""
     worker = Worker(settings)
     timers: dict[str, Any] = {"matmul": worker.matmul, "views": worker.views}
     for mode in MODES:
