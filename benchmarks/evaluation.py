@@ -263,7 +263,7 @@ def _features(
 ) -> list[dict[str, Any]]:
     config: Any = cifar10.get_config()
     config.model.width, config.model.dtype = arguments.width, arguments.dtype
-    model = make_model(head="none", **config.model.to_dict())
+    model = make_model(head="none", has_likelihood_scale=False, **config.model.to_dict())
     view = config.augmentation
     source = data.ArraySource(
         np.random.default_rng(0).integers(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import stable_pretraining.jax as spj
 from flax import nnx
 from serve import serve
@@ -48,7 +49,7 @@ def make(settings: dict[str, Any]) -> Any:
     dim = settings["head_dim"]
     module = spj.Module(
         forward=simsiam,
-        optim={"type": "SGD", "lr": 0.06, "momentum": 0.9},
+        optim=optax.sgd(0.06, momentum=0.9),
         transform=two_view_transform(settings["image_size"]),
         backbone=backbone,
         projector=spj.backbone.MLP(backbone.embed_dim, [dim, dim, dim], rngs=rngs),
@@ -57,17 +58,19 @@ def make(settings: dict[str, Any]) -> Any:
     )
     draw = np.random.default_rng(0)
 
-    def batches(count: int) -> Iterator[dict[str, np.ndarray]]:
-        for _ in range(count):
-            index = draw.integers(len(images), size=settings["batch_size"])
-            yield {"image": images[index].astype(np.float32) / 255}
-
     def train(count: int) -> float:
-        start = time.perf_counter()
-        trainer = spj.Trainer(max_epochs=1, enable_validation=False)
-        trainer.fit(module, batches(count))
+        """The clock starts after the first batch: `fit` makes an optimizer, and compiles, anew."""
+        starts = []
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            for _ in range(1 + count):
+                index = draw.integers(len(images), size=settings["batch_size"])
+                yield {"image": images[index].astype(np.float32) / 255}
+                starts.append(time.perf_counter())  # the trainer has read the loss of that step
+
+        spj.Trainer(max_epochs=1, enable_validation=False).fit(module, batches())
         jax.block_until_ready(nnx.state(module))
-        return time.perf_counter() - start
+        return time.perf_counter() - starts[0]
 
     facts = {
         "stable-pretraining": importlib.metadata.version("stable-pretraining"),
