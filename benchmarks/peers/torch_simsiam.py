@@ -179,7 +179,7 @@ class Worker:
         for _ in range(count):
             images = self.draw()
             with torch.no_grad():
-                self.device_views(images), self.device_views(images)
+                _ = self.device_views(images), self.device_views(images)
         self.synchronize()
         return time.perf_counter() - start
 
@@ -216,7 +216,7 @@ class Worker:
         self.synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            a @ a
+            _ = a @ a
         self.synchronize()
         return time.perf_counter() - start
 
