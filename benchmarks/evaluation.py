@@ -63,6 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probe_gap", type=float, default=1e-4, help="relative, of the objective")
     parser.add_argument("--num_images", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=256, help="of feature extraction")
+    parser.add_argument("--backbone", default="resnet18", help="another has no torch peer")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--num_rounds", type=int, default=3)
@@ -262,6 +263,7 @@ def _features(
     arguments: argparse.Namespace, folder: Path, facts: dict[str, Any], num_threads: int
 ) -> list[dict[str, Any]]:
     config: Any = cifar10.get_config()
+    config.model.backbone = arguments.backbone
     config.model.width, config.model.dtype = arguments.width, arguments.dtype
     model = make_model(head="none", has_likelihood_scale=False, **config.model.to_dict())
     view = config.augmentation
@@ -326,7 +328,14 @@ def main(arguments: argparse.Namespace) -> str:
 
     Returns:
       The Markdown.
+
+    Raises:
+      ValueError: a peer with another backbone than its own.
     """
+    if arguments.backbone != "resnet18" and arguments.peer_python:
+        raise ValueError(
+            f"the peer has resnet18 alone, got --backbone={arguments.backbone}: leave out --peer_python"
+        )
     if arguments.num_cores:  # before JAX and torch count the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.num_cores])
     num_threads = len(os.sched_getaffinity(0))

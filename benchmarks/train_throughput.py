@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=10_000)
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--methods", default=",".join(recipes.METHODS))
+    parser.add_argument("--backbone", default="resnet18", help="another has no peers")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--head_dim", type=int, default=PUBLISHED_HEAD_DIM)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -97,6 +98,7 @@ def make_experiment(method: str, images: Path, arguments: argparse.Namespace) ->
     config.data.train_paths = (str(images),)
     config.evaluation.knn_k = (1,)
     config.augmentation.image_size = arguments.image_size
+    config.model.backbone = arguments.backbone
     config.model.width = arguments.width
     config.model.dtype = arguments.dtype
     if method == "simsiam":  # as lightly's
@@ -269,7 +271,15 @@ def main(arguments: argparse.Namespace) -> str:
 
     Returns:
       The Markdown.
+
+    Raises:
+      ValueError: peers with another backbone than theirs.
     """
+    if arguments.backbone != "resnet18" and (arguments.peer_python or arguments.spt_python):
+        raise ValueError(
+            f"the peers have resnet18 alone, got --backbone={arguments.backbone}: leave out "
+            "--peer_python and --spt_python"
+        )
     if arguments.num_cores:  # before JAX and torch count the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.num_cores])
     num_threads = len(os.sched_getaffinity(0))

@@ -105,6 +105,13 @@ def test_steps_of_a_turn_are_whole_dispatches():
         train_throughput.StepTimer(None, num_steps=5, steps_per_dispatch=2)  # pyright: ignore[reportArgumentType]
 
 
+def test_peers_have_one_backbone():
+    for benchmark in (train_throughput, evaluation):
+        arguments = benchmark.parse(["--out=x", "--backbone=resnet8", "--peer_python=python"])
+        with pytest.raises(ValueError, match="resnet18 alone"):
+            benchmark.main(arguments)
+
+
 @pytest.mark.slow
 def test_augmentation_runs(tmp_path):
     arguments = augmentation.parse(
@@ -123,7 +130,7 @@ def test_training_and_evaluation_run(tmp_path):
     arguments = train_throughput.parse(
         [
             f"--out={tmp_path}",
-            "--methods=simsiam",
+            *("--methods=simsiam", "--backbone=resnet8"),
             *("--width=2", "--head_dim=16", "--batch_size=4", "--num_images=40", "--image_size=8"),
             *("--steps_per_turn=1", "--num_rounds=1", "--matmul_size=8"),
         ]
@@ -134,6 +141,7 @@ def test_training_and_evaluation_run(tmp_path):
             f"--out={tmp_path}",
             *("--num_bank=300", "--num_queries=20", "--dim=4", "--k=3", "--num_probe=300"),
             *("--num_images=5", "--batch_size=4", "--width=2", "--num_rounds=1"),
+            "--backbone=resnet8",
         ]
     )
     evaluation.main(arguments)
