@@ -107,7 +107,7 @@ def test_steps_of_a_turn_are_whole_dispatches():
 
 def test_peers_have_one_backbone():
     for benchmark in (train_throughput, evaluation):
-        arguments = benchmark.parse(["--out=x", "--backbone=resnet8", "--peer_python=python"])
+        arguments = benchmark.parse(["--out=x", "--backbone=convnet", "--peer_python=python"])
         with pytest.raises(ValueError, match="resnet18 alone"):
             benchmark.main(arguments)
 
@@ -130,7 +130,7 @@ def test_training_and_evaluation_run(tmp_path):
     arguments = train_throughput.parse(
         [
             f"--out={tmp_path}",
-            *("--methods=simsiam", "--backbone=resnet8"),
+            *("--methods=simsiam", "--backbone=convnet"),
             *("--width=2", "--head_dim=16", "--batch_size=4", "--num_images=40", "--image_size=8"),
             *("--steps_per_turn=1", "--num_rounds=1", "--matmul_size=8"),
         ]
@@ -141,7 +141,7 @@ def test_training_and_evaluation_run(tmp_path):
             f"--out={tmp_path}",
             *("--num_bank=300", "--num_queries=20", "--dim=4", "--k=3", "--num_probe=300"),
             *("--num_images=5", "--batch_size=4", "--width=2", "--num_rounds=1"),
-            "--backbone=resnet8",
+            "--backbone=convnet",
         ]
     )
     evaluation.main(arguments)
