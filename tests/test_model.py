@@ -120,7 +120,7 @@ def test_numbers_are_those_of_evaluate(run):
             train.labels,
             features(run.test_images),
             test.labels,
-            num_classes=9,
+            num_classes=data.num_classes(train),
             k=20,
         )
         (expected,) = (
