@@ -387,7 +387,7 @@ def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths)
         uniform = jax.random.uniform(key_factors, (len(settings),))
         return (
             jax.random.permutation(key_order, len(settings)),
-            centers + (2 * uniform - 1) * half_widths,
+            jnp.asarray(centers + (2 * uniform - 1) * half_widths),
         )
 
     def plain(order: jax.Array, factors: jax.Array) -> jax.Array:
