@@ -346,7 +346,7 @@ def start(
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -388,7 +388,7 @@ def values(workdir: Path) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_two_processes_train_evaluate_stop_and_survive_like_one(tmp_path):
     # The reference: eight devices of one process.
     ((code, out),) = finish(start(tmp_path / "one", 0, tmp_path, count=1))
