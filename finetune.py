@@ -1,32 +1,24 @@
 """Fine-tunes a trained encoder on labelled images; see `configs/finetune_digits.py`."""
 
-import sys
-
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from jevb_jax import experiment, finetuning, runner
+from jevb_jax import command_line, experiment, finetuning
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config of the fine-tune.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory to write to.", required=True)
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
+flags.adopt_module_key_flags(command_line)  # --help shows them too
 
 
 def main(argv: list[str]) -> None:
     """Runs the flags."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
-    try:
-        finetuning.finetune(experiment.to_json_values(_CONFIG.value), _WORKDIR.value)
-    except runner.USER_ERRORS as error:
-        if _TRACEBACK.value:
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    command_line.run(
+        argv,
+        lambda: finetuning.finetune(experiment.to_json_values(_CONFIG.value), _WORKDIR.value),
+    )
 
 
 if __name__ == "__main__":

@@ -36,20 +36,17 @@ def write_archive(
     manifest: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
 ) -> None:
-    """Writes a model, each file whole or not at all, the manifest last.
+    """Writes a model, the manifest last.
 
     Args:
-      directory: made if it does not exist; an older model in it is replaced.
+      directory: made if it does not exist; an older model in it is replaced, or left whole if there is
+        no room for the new one.
       arrays: weights by name.
       manifest: JSON values; what it says of files and arrays is added here.
       extra_files: contents of further files by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Until the new manifest stands there is none, so that old and new files are never taken as one.
-    (directory / MANIFEST).unlink(missing_ok=True)
     contents = {WEIGHTS: safetensors.save(dict(arrays)), **extra_files}
-    for name, content in contents.items():
-        files.write_bytes_atomically(directory / name, content)
     whole = {
         **manifest,
         "format": FORMAT,
@@ -63,7 +60,8 @@ def write_archive(
         },
     }
     whole["manifest_sha256"] = files.json_sha256(whole)
-    files.write_json_atomically(directory / MANIFEST, whole)
+    contents[MANIFEST] = files.indented_json(whole).encode()
+    files.write_together(directory, contents, last=MANIFEST)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,57 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Writes beside the target, flushes to disk, and moves into place; object stores do so themselves.
 
     Args:
-      path: the file; its directory exists.
+      path: the file; its directory exists. An error, a full disk say, leaves it as it was.
       content: of the file.
     """
     if is_remote(path):
         path.write_bytes(content)
         return
+    _write_part(path, content).replace(path)
+
+
+def _write_part(path: Path, content: bytes) -> Path:
+    """Writes what will be `path` beside it, on disk when this returns; nothing stays of a failure."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def write_together(directory: Path, contents: Mapping[str, bytes], *, last: str) -> None:
+    """Writes files that belong together: whoever finds the last of them finds its companions.
+
+    On this machine all are on disk before the first is moved into place, so a full disk leaves what
+    was there. In an object store each is replaced by itself, and until the last is, there is no last.
+
+    Args:
+      directory: exists.
+      contents: by name; files of these names are replaced.
+      last: the name of the file that says that the others are there.
+    """
+    names = [name for name in contents if name != last] + [last]
+    if is_remote(directory):
+        (directory / last).unlink(missing_ok=True)
+        for name in names:
+            (directory / name).write_bytes(contents[name])
+        return
+    parts: dict[str, Path] = {}
+    try:
+        for name in names:
+            parts[name] = _write_part(directory / name, contents[name])
+    except BaseException:
+        for part in parts.values():
+            part.unlink()
+        raise
+    (directory / last).unlink(missing_ok=True)
+    for name in names:
+        parts[name].replace(directory / name)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -82,6 +121,11 @@ def write_arrays_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_bytes_atomically(path, content.getvalue())
 
 
+def indented_json(value: Any) -> str:
+    """A value as people read it, ending with a line's end."""
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
     """Writes indented JSON, as `write_text_atomically`.
 
@@ -89,7 +133,7 @@ def write_json_atomically(path: Path, value: Any) -> None:
       path: the file.
       value: JSON values; infinities are written as `Infinity`, which Python reads back.
     """
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_text_atomically(path, indented_json(value))
 
 
 def json_sha256(value: Any) -> str:

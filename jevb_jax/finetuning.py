@@ -7,6 +7,7 @@ before any update included; the test images are read once, at the end.
 import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jevb_jax.model import Model
 from jevb_jax.named_arrays import flatten_names
 
 CLASSIFIER = "classifier.safetensors"
-_RESULTS = "results.json"
+RESULTS = "results.json"
 
 
 class Tuned(NamedTuple):
@@ -47,12 +48,13 @@ class Classifier:
     Attributes:
       model: the encoder. Where it was tuned whole, only `represent` has a meaning: projector and head
         belong to the encoder as it was before.
+      arrays: `feature_mean` and `feature_std` `[F]`, `kernel` `[F, C]`, `bias` `[C]`.
     """
 
     def __init__(self, encoder: Model, arrays: Mapping[str, np.ndarray]):
         """Takes the arrays `feature_mean`, `feature_std`, `kernel` and `bias`."""
         self.model = encoder
-        self._arrays = arrays
+        self.arrays = arrays
 
     def logits(self, images: ArrayLike) -> np.ndarray:
         """Class logits.
@@ -63,9 +65,9 @@ class Classifier:
         Returns:
           `[N, C]`, or `[C]` of one image.
         """
-        standardised = self.model.represent(images) - self._arrays["feature_mean"]
-        standardised = standardised / self._arrays["feature_std"]
-        return standardised @ self._arrays["kernel"] + self._arrays["bias"]
+        standardised = self.model.represent(images) - self.arrays["feature_mean"]
+        standardised = standardised / self.arrays["feature_std"]
+        return standardised @ self.arrays["kernel"] + self.arrays["bias"]
 
     def predict(self, images: ArrayLike) -> np.ndarray:
         """Most likely classes, `[N]`, or `[]` of one image."""
@@ -96,6 +98,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tunes the encoder of `config["init"]`; writes results, the classifier and the encoder.
 
+    All files are written together at the end.
+
     Args:
       config: plain values, see `configs/finetune_default.py`.
       workdir: made if it does not exist; must not hold results yet.
@@ -107,12 +111,12 @@ def finetune(
     Raises:
       ValueError: unlabelled data, settings that do not fit each other, results that exist.
       FileNotFoundError: no encoder there.
+      OSError: the directory cannot be written.
+      DirectoryInUseError: another process works on it.
     """
     console = console or Console()
     path = files.to_path(workdir)
-    for name in (_RESULTS, archive.MANIFEST, "config.json"):
-        if (path / name).exists():
-            raise ValueError(f"{path} holds {name} already: give another --workdir")
+    _check_new(path)
     if jax.process_count() > 1:
         raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
     init = config["init"]
@@ -126,27 +130,33 @@ def finetune(
         batch_size=config["evaluation"]["batch_size"],
     )
     dataset = data.load_dataset(**config["data"])
-    tuned, batch_stats, constants, accuracies = _train(config, encoder, dataset, console)
-    variables = dict(encoder.variables)
-    if tuned.backbone is not None:
-        variables["params"] = {**variables["params"], "backbone": tuned.backbone}
-        variables["batch_stats"] = {**variables["batch_stats"], "backbone": batch_stats}
-    encoder = Model(encoder.config, variables, step=encoder.step)
-    arrays = {**constants, "kernel": np.asarray(tuned.kernel), "bias": np.asarray(tuned.bias)}
-    classifier = Classifier(encoder, arrays)
-    results = _results(config, dataset, classifier, accuracies)
-    archive.write_archive(
-        path,
-        arrays={n: np.asarray(x) for n, x in flatten_names(jax.device_get(variables)).items()},
-        manifest={"config": encoder.config, "step": encoder.step, "finetuned": config},
-        extra_files={CLASSIFIER: safetensors.save(arrays)},
-    )
-    files.write_json_atomically(path / _RESULTS, results)
+    path.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the training
+    with files.lock_directory(path) as check_held:
+        _check_new(path)  # again: another process may have just ended there
+        classifier, accuracies = _train(config, encoder, dataset, console)
+        results = _results(config, dataset, classifier, accuracies)
+        variables = jax.device_get(classifier.model.variables)
+        check_held()
+        archive.write_archive(
+            path,
+            arrays={name: np.asarray(x) for name, x in flatten_names(variables).items()},
+            manifest={"config": encoder.config, "step": encoder.step, "finetuned": config},
+            extra_files={
+                CLASSIFIER: safetensors.save(dict(classifier.arrays)),
+                RESULTS: files.indented_json(results).encode(),
+            },
+        )
     for part in ("validation", "test"):
         if f"{part}_accuracy" in results:
             console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
     console.print(f"Files: {path}", soft_wrap=True)
     return results
+
+
+def _check_new(path: Path) -> None:
+    for name in (RESULTS, archive.MANIFEST, "config.json"):
+        if (path / name).exists():
+            raise ValueError(f"{path} holds {name} already: give another --workdir")
 
 
 def _labelled(source: data.ImageSource) -> tuple[np.ndarray, np.ndarray]:
@@ -182,8 +192,8 @@ def _results(
 
 def _train(
     config: dict[str, Any], encoder: Model, dataset: data.Dataset, console: Console
-) -> tuple[Tuned, Any, dict[str, np.ndarray], list[float]]:
-    """The best epoch's parameters and statistics, the standardisation, accuracies by epoch."""
+) -> tuple[Classifier, list[float]]:
+    """The best epoch's encoder and classifier, and validation accuracies by epoch."""
     images, labels = _labelled(dataset.train)
     validation_images, validation_labels = _labelled(dataset.validation)
     settings, is_frozen = config["train"], config["init"]["frozen"]
@@ -221,7 +231,7 @@ def _train(
     frozen = encoder.variables["params"]["backbone"]
     # ViT has no BatchNorm, and so no statistics.
     batch_stats = encoder.variables["batch_stats"].get("backbone", {})
-    num_classes = int(labels.max()) + 1
+    num_classes = data.num_classes(dataset.train)
     tuned = Tuned(
         jnp.zeros((features.shape[1], num_classes)),
         jnp.zeros(num_classes),
@@ -252,15 +262,17 @@ def _train(
         updates, state = optimizer.update(gradients, state, tuned)
         return optax.apply_updates(tuned, updates), updated, state, value
 
-    def accuracy(tuned: Tuned, batch_stats: Any) -> float:
+    def classifier_of(tuned: Tuned, batch_stats: Any) -> Classifier:
         variables = dict(encoder.variables)
         if tuned.backbone is not None:
             variables["params"] = {**variables["params"], "backbone": tuned.backbone}
             variables["batch_stats"] = {**variables["batch_stats"], "backbone": batch_stats}
-        evaluated = encoder.with_variables(variables).represent(validation_images)
-        standardised = (evaluated - constants["feature_mean"]) / constants["feature_std"]
-        logits = standardised @ np.asarray(tuned.kernel) + np.asarray(tuned.bias)
-        return float(np.mean(logits.argmax(axis=-1) == validation_labels))
+        learned = {"kernel": np.asarray(tuned.kernel), "bias": np.asarray(tuned.bias)}
+        return Classifier(encoder.with_variables(variables), {**constants, **learned})
+
+    def accuracy(tuned: Tuned, batch_stats: Any) -> float:
+        predicted = classifier_of(tuned, batch_stats).predict(validation_images)
+        return float(np.mean(predicted == validation_labels))
 
     key = jax.random.key(config["seed"])
     state = optimizer.init(tuned)
@@ -290,5 +302,4 @@ def _train(
                 f"epoch {(number + 1) // steps_per_epoch}/{settings['num_epochs']}  "
                 f"loss {loss_value:.4f}  validation accuracy {accuracies[-1]:.4f}"
             )
-    tuned, batch_stats = best
-    return tuned, batch_stats, constants, accuracies
+    return classifier_of(*best), accuracies

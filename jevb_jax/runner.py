@@ -594,7 +594,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
         mesh,
     )
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
-        check_held: Callable[[], None] = lambda: None  # noqa: E731 - of the processes beside the first
+        check_held: Callable[[], None] = _check_nothing
 
         def prepare() -> None:
             nonlocal check_held
@@ -605,6 +605,10 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
 
         parallel.on_main(prepare)
         return _train_and_evaluate(experiment, workdir, console, mesh, stop, check_held)
+
+
+def _check_nothing() -> None:
+    """The check of processes beside the first, which hold no directory."""
 
 
 def _console() -> Console:

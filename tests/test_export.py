@@ -129,14 +129,23 @@ def test_arrays_that_do_not_fit_the_config_are_named(tmp_path):
     assert "only in the export: 1" in str(error.value)
 
 
-def test_an_interrupted_export_leaves_no_model(exported, copy, monkeypatch):
-    def full_disk(*_: Any) -> None:
-        raise OSError("no space left on device")
+@pytest.mark.parametrize("failing", [1, 3])
+def test_an_export_for_which_there_is_no_room_leaves_the_one_before(
+    exported, copy, monkeypatch, failing
+):
+    calls = []
 
-    monkeypatch.setattr(archive.files, "write_bytes_atomically", full_disk)
+    def full_disk(_: int) -> None:
+        calls.append(1)
+        if len(calls) == failing:
+            raise OSError("no space left on device")
+
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    monkeypatch.setattr(archive.files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
-        export.export_model(exported[0], copy)
-    assert not archive.is_archive(copy)
+        export.export_model(small_model("simsiam"), copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert repr(load(copy)) == repr(exported[0])
 
 
 def test_commands_that_cannot_work_say_so(exported, tmp_path, capsys):

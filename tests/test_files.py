@@ -35,6 +35,45 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         files.write_text_atomically(path, "new")
     assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
+    files.write_together(tmp_path, {"a": b"1", "last": b"1", "b": b"1"}, last="last")
+    moves = []
+    replace = Path.replace
+
+    def record(self: Path, target: Path) -> Path:
+        # When the first is moved, all are there; from then until its own move there is no last.
+        moves.append(
+            (target.name, (tmp_path / "last").exists(), len(list(tmp_path.glob(".*.part"))))
+        )
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", record)
+    files.write_together(tmp_path, {"last": b"2", "a": b"2", "b": b"2"}, last="last")
+    assert moves == [("a", False, 3), ("b", False, 2), ("last", False, 1)]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"2", "b": b"2", "last": b"2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_no_room_for_one_of_several_leaves_all_as_they_were(tmp_path, monkeypatch, failing):
+    files.write_together(tmp_path, {"a": b"1", "b": b"1", "last": b"1"}, last="last")
+    calls = []
+
+    def fail(_: int) -> None:
+        calls.append(1)
+        if len(calls) == failing:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write_together(tmp_path, {"a": b"2", "b": b"2", "last": b"2"}, last="last")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"1", "b": b"1", "last": b"1",
+    }  # fmt: skip
 
 
 def test_a_directory_is_held_until_the_process_ends(tmp_path):

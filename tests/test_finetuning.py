@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +20,10 @@ from jevb_jax import data, export, finetuning, runner
 from jevb_jax import model as model_module
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import to_json_values
+from jevb_jax.files import DirectoryInUseError, lock_directory
 from jevb_jax.model import Model, load
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def quiet() -> Console:
@@ -95,6 +102,46 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
     unlabelled = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="needs labels"):
         finetuning._labelled(unlabelled)
+
+
+def test_directory_that_cannot_be_used_is_known_before_training(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "_train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        tuned(encoder, tmp_path / "file" / "out", "frozen")
+    (tmp_path / "held").mkdir()
+    with lock_directory(tmp_path / "held"), pytest.raises(DirectoryInUseError, match="in use by"):
+        tuned(encoder, tmp_path / "held", "frozen")
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "evaluate.py"])
+def test_damage_is_one_message_of_the_scripts(encoder, tmp_path, script):
+    for file in encoder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    config = json.loads((tmp_path / "model.json").read_text())["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = {
+        "finetune.py": [
+            f"--config={ROOT}/configs/finetune_digits.py",
+            f"--config.init.workdir={tmp_path}",
+            f"--workdir={tmp_path}/out",
+        ],
+        "evaluate.py": [f"--workdir={tmp_path}", f"--data={ROOT}/configs/transfer.py:digits"],
+    }
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags[script]],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    (line,) = (line for line in ended.stderr.splitlines() if "Error" in line)
+    assert line.startswith("ArchiveError: ")
+    assert "is not what was written: 1 bytes" in line
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
