@@ -274,6 +274,22 @@ def test_vim_is_the_published_code_written_again():
     np.testing.assert_allclose(score(new, new @ w + b), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_vim_origin_is_the_published_one_and_not_of_rounding_errors():
+    w, b = normal(0, 16, 10), normal(1, 10)
+    np.testing.assert_allclose(
+        ood.vim_origin(w, b), -np.linalg.pinv(w.T.astype(np.float64)) @ b, rtol=1e-12
+    )
+    # Of a softmax probe: weights and biases that sum to zero over the classes, up to rounding.
+    w, b = w - w.mean(axis=1, keepdims=True), b - b.mean()
+    origin = ood.vim_origin(w, b)
+    exact = w.astype(np.float64) - w.astype(np.float64).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(origin @ exact + b, 0, atol=1e-5)
+    np.testing.assert_allclose(origin, np.linalg.lstsq(exact.T, -b, rcond=1e-9)[0], atol=1e-5)
+    for seed in range(2, 6):
+        noisy = [(x + 1e-6 * normal(seed, *x.shape)).astype(np.float32) for x in (w, b)]
+        np.testing.assert_allclose(ood.vim_origin(*noisy), origin, atol=1e-4)
+
+
 FITS = {
     "knn": ood.fit_knn,
     "whitened_knn": ood.fit_whitened_knn,

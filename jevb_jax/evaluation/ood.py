@@ -631,6 +631,24 @@ class VirtualLogit(NamedTuple):
         return self.scale * self.residual(features) + energy_score(logits)
 
 
+def vim_origin(weights: ArrayLike, bias: ArrayLike) -> np.ndarray:
+    """`-pinv(W^T) b`, where all logits are zero, for `fit_vim` (Wang et al. 2022, section 4.1).
+
+    Softmax does not see what is added to all logits alike, so the weights of a fitted probe sum to zero
+    over the classes up to rounding. The inverse leaves that direction out: of 1e-7, it would make
+    an origin of rounding errors.
+
+    Args:
+      weights: `[F, C]` float32, `W`.
+      bias: `[C]`.
+
+    Returns:
+      `[F]` float64.
+    """
+    matrix = np.asarray(weights, np.float64).T
+    return -np.linalg.pinv(matrix, rcond=1e-5) @ np.asarray(bias, np.float64)
+
+
 def fit_vim(
     features: ArrayLike, logits: ArrayLike, *, origin: ArrayLike, num_components: int
 ) -> VirtualLogit:
@@ -639,7 +657,7 @@ def fit_vim(
     Args:
       features: `[M, F]`, in distribution.
       logits: `[M, C]` of them, linear in the features.
-      origin: `[F]`, `-pinv(W) b`, where all logits are equal.
+      origin: `[F]`, of `vim_origin`.
       num_components: of the principal subspace.
 
     Returns:

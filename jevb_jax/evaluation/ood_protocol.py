@@ -288,13 +288,12 @@ def _probe_fits(
     labels: Any = train.labels
     fit_of = functools.partial(_fit_of, "representation", train)
     of_probe = OfProbe(probe)
-    weights, bias = (np.asarray(x, np.float64) for x in (probe.weights, probe.bias))
 
     def vim() -> ScoreFunction:
         fitted = ood.fit_vim(
             of_probe.standardised(train),
             of_probe.logits(train),
-            origin=-np.linalg.pinv(weights.T) @ bias,
+            origin=ood.vim_origin(probe.weights, probe.bias),
             num_components=settings.num_components(train.representation),
         )
         return OfProbe(probe, vim=fitted)
