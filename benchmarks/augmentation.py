@@ -17,7 +17,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,15 +41,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Returns:
       The settings, by name.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=7)
+    measure.add_peer_arguments(parser, num_cores=1, needs="kornia")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--num_rounds", type=int, default=7)
-    parser.add_argument("--num_cores", type=int, default=1, help="bind all sides to them; 0: all")
-    parser.add_argument("--peer_python", default="", help="of an environment with kornia")
     return parser.parse_args(arguments)
 
 

@@ -49,10 +49,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Returns:
       The settings, by name.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=3)
+    measure.add_peer_arguments(parser, num_cores=0, needs="faiss and torch")
     parser.add_argument("--num_bank", type=int, default=50_000)
     parser.add_argument("--num_queries", type=int, default=10_000)
     parser.add_argument("--dim", type=int, default=512)
@@ -66,9 +64,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet18", help="another has no torch peer")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--num_rounds", type=int, default=3)
-    parser.add_argument("--num_cores", type=int, default=0, help="bind all sides to them; 0: all")
-    parser.add_argument("--peer_python", default="", help="of an environment with faiss and torch")
     return parser.parse_args(arguments)
 
 

@@ -4,6 +4,7 @@ The machine is shared and noisy, so nothing is timed by itself: all candidates t
 `A B C A B C ...`, and a ratio is the median of the rounds' ratios.
 """
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -94,6 +95,38 @@ def compiled_cost(compiled: Any) -> dict[str, float]:
         cost = cost[0]
     nan = float("nan")
     return {"flops": cost.get("flops", nan), "bytes": cost.get("bytes accessed", nan)}
+
+
+def make_parser(description: str | None, *, num_rounds: int) -> argparse.ArgumentParser:
+    """The command line that every benchmark has.
+
+    Args:
+      description: the benchmark's own docstring.
+      num_rounds: rounds that count, by default.
+
+    Returns:
+      A parser of `--out` and `--num_rounds`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--num_rounds", type=int, default=num_rounds)
+    return parser
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser, *, num_cores: int, needs: str) -> None:
+    """Adds `--num_cores` and `--peer_python`, of benchmarks against other libraries.
+
+    Args:
+      parser: of `make_parser`.
+      num_cores: default.
+      needs: what the other Python must have.
+    """
+    parser.add_argument(
+        "--num_cores", type=int, default=num_cores, help="bind all sides to them; 0: all"
+    )
+    parser.add_argument("--peer_python", default="", help=f"of an environment with {needs}")
 
 
 def environment(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,8 @@ views. Bytes are XLA's count; the fewest possible reads each of six inputs `[bat
 four gradients. Writes `objective_cost.json` and `objective_cost.md`.
 """
 
-import argparse
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,15 +77,13 @@ def compiled_encoder(batch: int, width: int) -> tuple[Any, tuple[Any, ...]]:
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=5)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--num_samples", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--max_elements", type=int, default=2**25, help="of samples x batch x D")
     parser.add_argument("--encoder_batch", type=int, default=512)
     parser.add_argument("--encoder_width", type=int, default=64)
-    parser.add_argument("--num_rounds", type=int, default=5)
     arguments = parser.parse_args()
 
     rows: list[dict[str, Any]] = []

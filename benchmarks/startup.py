@@ -7,7 +7,6 @@ JAX. The first step is the whole of a run of one step, killed once `metrics.json
 `startup.json` and `startup.md`.
 """
 
-import argparse
 import functools
 import os
 import shlex
@@ -82,11 +81,9 @@ def first_step_seconds(train: Sequence[str], cache: Path | None) -> float:
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=5)
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--train_flags", default="", help="more flags for train.py")
-    parser.add_argument("--num_rounds", type=int, default=5)
     arguments = parser.parse_args()
 
     imports = measure.interleave(

@@ -53,10 +53,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Returns:
       The settings, by name.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=5)
+    measure.add_peer_arguments(parser, num_cores=0, needs="lightly")
     parser.add_argument("--images", type=Path, help=".npz with `images` uint8 [N, h, w, 3]")
     parser.add_argument("--num_images", type=int, default=10_000)
     parser.add_argument("--image_size", type=int, default=32)
@@ -70,10 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--steps_per_dispatch", type=int, default=0, help="0: 1 on the CPU, 10 else"
     )
     parser.add_argument("--steps_per_turn", type=int, default=2)
-    parser.add_argument("--num_rounds", type=int, default=5)
     parser.add_argument("--matmul_size", type=int, default=1024)
-    parser.add_argument("--num_cores", type=int, default=0, help="bind all sides to them; 0: all")
-    parser.add_argument("--peer_python", default="", help="of an environment with lightly")
     parser.add_argument(
         "--peer_modes", default="channels_last", help="eager,channels_last,compiled"
     )

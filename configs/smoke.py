@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.evaluation.knn_k = (20,)
     config.evaluation.l2_grid = (1e-3, 1e-2)
     config.evaluation.few_label_seeds = 2
+    config.evaluation.compare_untrained = False
     config.ood.corruptions = ("contrast", "patch_shuffle")
     config.ood.severities = (3, 5)
     config.ood.num_views = 2

@@ -271,16 +271,16 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "num_statistics"),
+    ("changes", "num_statistics", "most"),
     [
-        ({}, 4),  # means and variances of both views, forward and backward
-        ({"train.bn_group_size": 8}, 2),  # of both views, to average the running ones
-        ({"train.num_micro_batches": 4}, 4),
+        ({}, 4, 49),  # means and variances of both views, forward and backward
+        ({"train.bn_group_size": 8}, 2, 20),  # of both views, to average the running ones
+        ({"train.num_micro_batches": 4}, 4, 41),
     ],
     ids=["global", "grouped", "micro-batches"],
 )
 def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
-    changes, num_statistics, optimised
+    changes, num_statistics, most, optimised
 ):
     experiment = make_experiment(changes=changes)
     mesh = parallel.make_mesh()
@@ -299,10 +299,11 @@ def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
     statistics = sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats))
     print(found, "parameters", parameters, "statistics", statistics)
     assert set(found) == {"all-reduce"}
-    _, size = found["all-reduce"]
+    count, size = found["all-reduce"]
+    assert count <= most  # as XLA of jaxlib 0.10.2 combines them
     # Gradients, of the two views apart or together; statistics; a few scalars. No image, activation or
     # embedding.
-    bound = 4 * (2 * parameters + num_statistics * statistics) + 1000
+    bound = 4 * (2 * parameters + num_statistics * statistics) + 200
     assert 4 * parameters <= size <= bound
 
 
@@ -378,13 +379,9 @@ def saved(workdir: Path) -> tuple[list[int], dict[str, int]]:
     return steps, meta["fingerprint"]
 
 
-def values(workdir: Path) -> dict[tuple[str, str], float]:
+def values(workdir: Path) -> dict[str, float]:
     results = json.loads((workdir / "results.json").read_text())
-    return {
-        (encoder, f"{row['features']} {row['name']}"): row["value"]
-        for encoder in ("trained", "untrained")
-        for row in results[encoder]
-    }
+    return {f"{row['features']} {row['name']}": row["value"] for row in results["trained"]}
 
 
 @pytest.mark.slow

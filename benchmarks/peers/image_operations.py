@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import kornia
-import kornia.augmentation as K  # noqa: N812
+import kornia.augmentation as kornia_augmentation
 import numpy as np
 import torch
 import torchvision
@@ -64,25 +64,25 @@ def make(settings: dict[str, Any]) -> Any:
         return operations
 
     def kornia_operations() -> dict[str, Any]:
-        crop = K.RandomResizedCrop((size, size), scale=(0.2, 1.0))
+        crop = kornia_augmentation.RandomResizedCrop((size, size), scale=(0.2, 1.0))
 
         def blur(p: float) -> Any:
-            return K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=p)
+            return kornia_augmentation.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=p)
 
         return {
             "crop and resize": crop,
-            "flip": K.RandomHorizontalFlip(p=1.0),
-            "jitter": K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0),
-            "grey": K.RandomGrayscale(p=1.0),
+            "flip": kornia_augmentation.RandomHorizontalFlip(p=1.0),
+            "jitter": kornia_augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0),
+            "grey": kornia_augmentation.RandomGrayscale(p=1.0),
             "blur": blur(1.0),
-            "solarise": K.RandomSolarize(0.0, 0.0, p=1.0),
+            "solarise": kornia_augmentation.RandomSolarize(0.0, 0.0, p=1.0),
             "view": torch.nn.Sequential(
                 crop,
-                K.RandomHorizontalFlip(p=0.5),
-                K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-                K.RandomGrayscale(p=0.2),
+                kornia_augmentation.RandomHorizontalFlip(p=0.5),
+                kornia_augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+                kornia_augmentation.RandomGrayscale(p=0.2),
                 blur(0.5),
-                K.Normalize(torch.tensor(mean), torch.tensor(std)),
+                kornia_augmentation.Normalize(torch.tensor(mean), torch.tensor(std)),
             ).to(device),
         }
 

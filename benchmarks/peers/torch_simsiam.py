@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import kornia
-import kornia.augmentation as K  # noqa: N812
+import kornia.augmentation as kornia_augmentation
 import lightly
 import numpy as np
 import torch
@@ -89,12 +89,14 @@ class Worker:
             torch.set_float32_matmul_precision("high")  # TF32, as JAX's default on this hardware
         self.resident = torch.from_numpy(self.images).to(self.device)
         self.mean, self.std = settings["mean"], settings["std"]
+        self.model = functools.cache(self._make_model)
+        self.encoder = functools.cache(self._make_encoder)
         self.device_views = nn.Sequential(
-            K.RandomResizedCrop((self.size, self.size), scale=(0.2, 1.0)),
-            K.RandomHorizontalFlip(p=0.5),
-            K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-            K.RandomGrayscale(p=0.2),
-            K.Normalize(torch.tensor(self.mean), torch.tensor(self.std)),
+            kornia_augmentation.RandomResizedCrop((self.size, self.size), scale=(0.2, 1.0)),
+            kornia_augmentation.RandomHorizontalFlip(p=0.5),
+            kornia_augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+            kornia_augmentation.RandomGrayscale(p=0.2),
+            kornia_augmentation.Normalize(torch.tensor(self.mean), torch.tensor(self.std)),
         ).to(self.device)
 
     def synchronize(self) -> None:
@@ -107,8 +109,7 @@ class Worker:
         is_half = self.settings["dtype"] == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
 
-    @functools.cache  # noqa: B019 - one worker a process
-    def model(self, mode: str) -> tuple[Any, Any, torch.memory_format]:
+    def _make_model(self, mode: str) -> tuple[Any, Any, torch.memory_format]:
         """Networks, optimizer and memory layout of a mode."""
         torch.manual_seed(0)
         model = SimSiam(self.settings["width"], self.settings["head_dim"]).to(self.device).train()
@@ -183,8 +184,7 @@ class Worker:
         self.synchronize()
         return time.perf_counter() - start
 
-    @functools.cache  # noqa: B019
-    def encoder(self, mode: str) -> tuple[Any, torch.memory_format]:
+    def _make_encoder(self, mode: str) -> tuple[Any, torch.memory_format]:
         """The encoder and memory layout of a mode."""
         layout = torch.contiguous_format if mode == "eager" else torch.channels_last
         encoder = NarrowResNet18(self.settings["width"]).to(self.device).to(memory_format=layout)
