@@ -189,6 +189,18 @@ def test_many_images_are_compiled_once_and_padding_changes_nothing(untrained, mo
     np.testing.assert_array_equal(np.concatenate(parts), embeddings[:64])
     assert len(embeddings) == 80
     assert len(traces) == 1
+    # Fewer than a batch are padded to a power of two, so that few sizes are compiled.
+    for count in (5, 6, 7, 8):
+        few = model.embed(untrained.test_images[:count])
+        np.testing.assert_allclose(few, embeddings[:count], rtol=1e-4, atol=1e-5)
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("score", ["jevb/kl", "jevb/cross_view", "embedding/norm"])
+def test_scores_that_are_not_fitted_refuse_images_to_fit(untrained, score):
+    images = untrained.test_images[:8]
+    with pytest.raises(ValueError, match=f"{score} is not fitted to images: leave out fit_images"):
+        untrained.model.ood_score(images, score, fit_images=images)
 
 
 def test_a_bar_appears_when_it_takes_long(monkeypatch):
