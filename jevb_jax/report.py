@@ -1,5 +1,6 @@
 """Figures of a run, drawn with matplotlib without a display."""
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jevb_jax import augmentations, data, files
+from jevb_jax.compilation import jit_once
 
 
 def save_views_figure(
@@ -33,7 +35,10 @@ def save_views_figure(
     count = min(num_images, len(source))
     images = data.gather(source, np.arange(count))
     keys = jax.random.split(jax.random.key(seed), count)
-    views = augmentations.multi_view(keys, images, view_augmentations)
+    # Compiled: operation by operation, the same takes twice to four times as long.
+    views = jit_once(functools.partial(augmentations.multi_view, augmentations=view_augmentations))(
+        keys, images
+    )
     rows: list[tuple[str, np.ndarray]] = [("image", images / 255.0)]
     for number, (view, augmentation) in enumerate(
         zip(views, view_augmentations, strict=True), start=1

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jevb_jax import augmentations, health, parallel
+from jevb_jax.compilation import jit_once
 from jevb_jax.methods import Method
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -259,7 +260,7 @@ def init_state(
       The state.
     """
     # Compiled: operation by operation, initialising a ResNet takes many times longer.
-    init = jax.jit(functools.partial(model.init, train=True))
+    init = jit_once(functools.partial(model.init, train=True))
     variables = init(key, jnp.zeros((2, *view_shape)))
     params = variables["params"]
     return TrainState(

@@ -23,6 +23,8 @@ from jevb_jax.files import lock_directory
 from jevb_jax.metrics_log import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
+# Colour is an image's own business, takes long to compile and has tests of its own.
+WITHOUT_COLOUR = {"augmentation.jitter_probability": 0.0, "augmentation.grayscale_probability": 0.0}
 METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
 
 
@@ -34,6 +36,7 @@ def make_experiment(method: str = "jevb", changes: Any = None) -> Experiment:
     # Adam's first steps are the signs of gradients, which rounding turns where they are near zero.
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 1e-4 if method == "barlow_twins" else 0.02
+    config.update_from_flattened_dict(WITHOUT_COLOUR)
     config.update_from_flattened_dict(changes or {})
     return build_experiment(config)
 
@@ -318,6 +321,7 @@ def start(
         f"--config={ROOT}/configs/smoke.py",
         "--config.optimizer.name=sgd",
         "--config.optimizer.learning_rate=0.02",
+        *(f"--config.{name}={value}" for name, value in WITHOUT_COLOUR.items()),
     ]
     distributed = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
     environment = {
@@ -325,6 +329,7 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(8 // count),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     return [
         subprocess.Popen(

@@ -28,6 +28,7 @@ def make_experiment(**sections: dict[str, Any]) -> Experiment:
     config.evaluation.l2_grid = (1e-2,)
     config.ood.corruptions = ()  # detection has a test module of its own
     config.evaluation.labels_per_class = 3
+    config.evaluation.compare_untrained = True
     for section, values in sections.items():
         for key, value in values.items():
             config[section][key] = value

@@ -646,7 +646,8 @@ def config(split_seed=0):
     made.checkpoint.every_steps = 5
     made.evaluation.labels_per_class = 0
     made.ood.corruptions = ()
-    made.evaluation.compare_untrained = False
+    made.augmentation.jitter_probability = 0.0
+    made.augmentation.grayscale_probability = 0.0
     return made
 
 def get_study():
@@ -654,7 +655,7 @@ def get_study():
     diverges.optimizer.name, diverges.optimizer.learning_rate = "sgd", 1e30
     diverges.optimizer.warmup_epochs = 0.0
     return Study(
-        "Killed", {"a": config(), "b": config(1), "diverges": diverges}, (0, 1),
+        "Killed", {"a": config(), "b": config(1), "diverges": diverges}, (0,),
         (Result("k-NN", "knn_20_accuracy"), Logged("loss", "train/loss")),
         (Comparison("all", "All", ("a", "b"), ("k-NN",)),
          Curves("loss", "Loss", ("a", "diverges"), ("train/loss",))),
@@ -666,7 +667,7 @@ def get_study():
 def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(STUDY)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     command = [sys.executable, "-m", "jevb_jax.study", f"--study={file}", f"--out={out}"]
     finished, killed = directory(out, "a", 0), directory(out, "b", 0)
@@ -685,13 +686,13 @@ def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "6 runs, 1 done before, 5 to do." in again.stdout
-    assert "diverges, seed 1: FAILED, NonFiniteError at step" in again.stdout
+    assert "3 runs, 1 done before, 2 to do." in again.stdout
+    assert "diverges, seed 0: FAILED, NonFiniteError at step" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     assert "Resuming" in (killed / "log.txt").read_text()
     table = rows(out)
-    assert table["a"][0] == table["b"][0] == "2 of 2"
-    assert table["diverges"][0].startswith("0 of 2; 2 failed: NonFiniteError at step")
+    assert table["a"][0] == table["b"][0] == "1 of 1"
+    assert table["diverges"][0].startswith("0 of 1; 1 failed: NonFiniteError at step")
     assert {"all.png", "loss.png", "table.csv"} <= {path.name for path in out.iterdir()}
 
     code = (

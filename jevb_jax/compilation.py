@@ -1,0 +1,30 @@
+"""Compiling what runs once."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+# LLVM's passes are most of the time that a CPU takes to compile. Other platforms name their options
+# otherwise, and keep their defaults.
+_QUICK_ON_CPU: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+def jit_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`jax.jit` for a program that runs once: on a CPU it is compiled fast and not to be fast.
+
+    Args:
+      function: of arrays; static values belong in its closure.
+
+    Returns:
+      The compiled function. Its numbers differ from those of `jax.jit` by rounding, as those of any
+      two compilations may.
+    """
+    options = _QUICK_ON_CPU if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options)
