@@ -1,9 +1,10 @@
 """Compiling what runs once."""
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax.core import Tracer
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -23,8 +24,14 @@ def jit_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
       function: of arrays; static values belong in its closure.
 
     Returns:
-      The compiled function. Its numbers differ from those of `jax.jit` by rounding, as those of any
-      two compilations may.
+      The compiled function; inside another one, or under `jax.eval_shape`, it is `jax.jit`'s. Its
+      numbers differ from those of `jax.jit` by rounding, as those of any two compilations may.
     """
-    options = _QUICK_ON_CPU if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options)
+    plain = jax.jit(function)
+    quick = jax.jit(function, compiler_options=_QUICK_ON_CPU)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
+        return (plain if is_traced or jax.default_backend() != "cpu" else quick)(*args, **kwargs)
+
+    return call

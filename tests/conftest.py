@@ -5,15 +5,17 @@ import os
 # Before JAX starts: the suite must not depend on an accelerator of the machine it runs on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Most of the suite's time is compiling, and hardly any of it is running; XLA's older code generator is
+# the quicker one at that. Processes that tests start inherit it. What users run, the optimised program,
+# is tested by the runs of train.py in `test_runner`, and where `optimised` asks for it.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Most of the suite's time is compiling, and hardly any of it is running. What users run, the optimised
-# program, is tested by the runs of train.py that tests start, and where `optimised` asks for it.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

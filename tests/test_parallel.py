@@ -329,7 +329,6 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(8 // count),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     return [
         subprocess.Popen(

@@ -40,7 +40,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     # One compile cache for the processes of a test: they run one program.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     minimum = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    return {**os.environ, "JAX_PLATFORMS": "cpu", **cache, **minimum}
+    as_users_run_it = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+    return {**os.environ, **as_users_run_it, **cache, **minimum}
 
 
 def run(tmp_path: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -667,7 +667,7 @@ def get_study():
 def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(STUDY)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     command = [sys.executable, "-m", "jevb_jax.study", f"--study={file}", f"--out={out}"]
     finished, killed = directory(out, "a", 0), directory(out, "b", 0)
