@@ -286,6 +286,7 @@ def test_examples_are_independent_of_the_rest_of_the_batch(float64):
     assert_terms_close(jax.tree.map(lambda x: x[0], alone), first_before)
 
 
+@pytest.mark.slow
 def test_samples_one_after_the_other_are_samples_side_by_side(float64, monkeypatch):
     view_1, view_2 = views(11)
     args = view_2.embedding, view_1.posterior_mean, view_1.posterior_scale

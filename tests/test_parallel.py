@@ -174,16 +174,6 @@ def test_arrays_lie_as_asked():
 # --- Equal numbers --------------------------------------------------------------------------------
 
 
-def test_two_steps_on_eight_devices_are_those_on_one(without_kinks):
-    experiment = make_experiment()
-    (one, losses), (eight, others) = (
-        run_steps(experiment, devices, 2) for devices in (jax.devices()[:1], jax.devices())
-    )
-    np.testing.assert_allclose(others, losses, rtol=1e-5)
-    assert distance(one.params, eight.params) < 1e-5
-    assert distance(one.batch_stats, eight.batch_stats, floor=0.1) < 1e-5
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method, without_kinks):
@@ -329,6 +319,9 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(8 // count),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        # The quicker code generator of `conftest` rounds otherwise for one process than for two, and
+        # ranks turn where scores are nearly tied.
+        "XLA_FLAGS": "",
     }
     return [
         subprocess.Popen(

@@ -36,18 +36,21 @@ def command(workdir: Path, *overrides: str) -> list[str]:
     ]
 
 
+# Without what `conftest` sets to compile quickly.
+AS_USERS_RUN_IT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+
+
 def environment(tmp_path: Path) -> dict[str, str]:
     # One compile cache for the processes of a test: they run one program.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     minimum = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    as_users_run_it = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
-    return {**os.environ, **as_users_run_it, **cache, **minimum}
+    return {**os.environ, **cache, **minimum}
 
 
-def run(tmp_path: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(workdir: Path, *overrides: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(workdir, *overrides),
-        env=environment(tmp_path),
+        env=env,
         capture_output=True,
         text=True,
         check=False,
@@ -75,8 +78,9 @@ def final_fingerprint(workdir: Path) -> tuple[int, dict[str, int]]:
 
 @pytest.mark.slow
 def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
+    env = environment(tmp_path) | AS_USERS_RUN_IT
     reference = tmp_path / "reference"
-    finished = run(tmp_path, reference, "train.ema_decay=0.9")
+    finished = run(reference, "train.ema_decay=0.9", env=env)
     assert finished.returncode == 0, finished.stderr
     assert "Run files" in finished.stdout
 
@@ -84,7 +88,7 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
     for kill_after, number in ((7, signal.SIGKILL), (25, signal.SIGTERM)):
         with subprocess.Popen(
             command(workdir, "train.ema_decay=0.9"),
-            env=environment(tmp_path),
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -95,7 +99,7 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
             if number == signal.SIGTERM:
                 assert process.returncode == 0, err
                 assert "SIGTERM: saved step" in out
-    resumed = run(tmp_path, workdir, "train.ema_decay=0.9")
+    resumed = run(workdir, "train.ema_decay=0.9", env=env)
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming" in resumed.stdout
 
@@ -110,18 +114,18 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
         assert (workdir / name).stat().st_size > 100, name
 
     # The run is complete; another config in its place is refused by name, and nothing changes.
-    refused = run(tmp_path, workdir, "train.ema_decay=0.5", "optimizer.learning_rate=0.5")
+    refused = run(workdir, "train.ema_decay=0.5", "optimizer.learning_rate=0.5", env=env)
     assert refused.returncode == 1
     assert "train.ema_decay: the run has 0.9, got 0.5" in refused.stderr
     assert "optimizer.learning_rate" in refused.stderr
     assert "Traceback" not in refused.stderr
     # What no number depends on may change.
-    allowed = run(tmp_path, workdir, "train.ema_decay=0.9", "evaluation.few_label_seeds=1")
+    allowed = run(workdir, "train.ema_decay=0.9", "evaluation.few_label_seeds=1", env=env)
     assert allowed.returncode == 0, allowed.stderr
 
     evaluated = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}"],
-        env=environment(tmp_path),
+        env=env,
         capture_output=True,
         text=True,
         check=False,
@@ -138,7 +142,16 @@ def test_streaming_sees_the_batches_of_the_resident_run(tmp_path):
     losses = []
     for placement in ("resident", "stream"):
         workdir = tmp_path / placement
-        finished = run(tmp_path, workdir, f"input.placement={placement}", "train.num_epochs=2")
+        finished = run(
+            workdir,
+            f"input.placement={placement}",
+            "train.num_epochs=2",
+            "augmentation.jitter_probability=0.0",  # takes long to compile
+            "augmentation.grayscale_probability=0.0",
+            "evaluation.labels_per_class=0",
+            "ood.corruptions=()",
+            env=environment(tmp_path),
+        )
         assert finished.returncode == 0, finished.stderr
         records = MetricsLog.read(workdir / "metrics.jsonl")
         losses.append([r["train/loss"] for r in records if "train/loss" in r])
@@ -149,11 +162,11 @@ def test_streaming_sees_the_batches_of_the_resident_run(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
     workdir = tmp_path / "run"
     finished = run(
-        tmp_path,
         workdir,
         "optimizer.name=sgd",
         "optimizer.learning_rate=1e30",
         "optimizer.warmup_epochs=0",
+        env=environment(tmp_path),
     )
     assert finished.returncode == 1
     assert "NonFiniteError: step" in finished.stderr

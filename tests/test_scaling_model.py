@@ -73,6 +73,7 @@ def test_what_does_not_divide_is_refused():
         scaling_model.all_reduce_seconds(1.0, 6, SWITCH)
 
 
+@pytest.mark.slow
 def test_counts_of_imagenet_are_the_published_ones():
     work = scaling_model.imagenet_workload(4096)
     # torchvision's ResNet-50: 25,557,032 parameters less the classifier's 2,049,000. Two hidden layers

@@ -597,6 +597,7 @@ def test_flags(tmp_path, capsys):
         study.main([*flags, "--num_processes=0"])
 
 
+@pytest.mark.slow
 def test_a_child_dies_with_its_study(tmp_path):
     code = (
         "import time; from jevb_jax import runner, study\n"

@@ -134,6 +134,7 @@ def test_micro_batches_normalise_by_themselves():
     assert largest_difference(parts.params, first_step()[0].params) > 1e-5
 
 
+@pytest.mark.slow
 def test_batch_norm_in_groups_is_the_network_on_each_group():
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (32, 8, 8, 1)) for seed in range(2)]
