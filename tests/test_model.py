@@ -102,11 +102,11 @@ def test_numbers_are_those_of_evaluate(run):
         "embedding/norm",
     ):
         inside, strange = (run.model.ood_score(x, score) for x in (run.test_images, outside))
-        # Another program of the same networks: of the pairs, one that is tied up to rounding may turn.
-        # As users compile it, none does.
+        # Another program of the same networks: of the pairs, a few that are tied up to rounding may
+        # turn. With the code generator that JAX takes by itself, none does.
         auroc = ood_metrics.ood_metrics(inside, strange).auroc
-        one_pair = 1 / (inside.size * strange.size)
-        assert auroc == pytest.approx(rows[score, "contrast_5"], abs=one_pair + 1e-6), score
+        few = 3 / (inside.size * strange.size)
+        assert auroc == pytest.approx(rows[score, "contrast_5"], abs=few), score
     np.testing.assert_array_equal(
         run.model.ood_score(run.test_images),
         run.model.ood_score(run.test_images, run.results["ood"]["default_score"]),
