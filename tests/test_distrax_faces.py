@@ -222,6 +222,7 @@ def test_one_location_broadcasts_over_a_batch_of_parameters():
     assert jax.eval_shape(lambda: student.sample(seed=jax.random.key(0))).shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_they_pass_through_jit_and_compose_with_distrax():
     u = unit32(1, 3, 4)
     for distribution in faces():

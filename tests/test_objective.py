@@ -466,6 +466,7 @@ def log_marginal_likelihood(embedding, scale, *, df, radial_df, radial_scale, pr
     return math.log(directional) + math.log(np.sum(weights * chi * np.exp(log_prob)))
 
 
+@pytest.mark.slow
 def test_importance_weighted_bound_rises_from_the_elbo_to_the_marginal_likelihood(float64):
     rng = np.random.default_rng(0)
     embedding, mean = np.array([0.9, -0.3, 0.5]), np.array([0.7, 0.1, 0.4])

@@ -428,6 +428,7 @@ def test_clipping_and_unknown_optimizer():
         )
 
 
+@pytest.mark.slow
 def test_batchnorm_normalises_each_view_by_itself():
     views = [jnp.asarray(np.random.default_rng(i).normal(i, 1 + i, (16, 8, 8, 1))) for i in (0, 1)]
     views = [view.astype(jnp.float32) for view in views]

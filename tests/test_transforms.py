@@ -125,6 +125,7 @@ def shards(batch):
     return jax.tree.map(lambda x: x.reshape((NUM_DEVICES, -1, *x.shape[1:])), batch)
 
 
+@pytest.mark.slow
 def test_pmap():
     outputs = jax.pmap(everything)(*shards(make_batch()))
     merged = jax.tree.map(lambda x: np.asarray(x).reshape((16, *x.shape[2:])), outputs)
@@ -162,6 +163,7 @@ def loss(parameters, keys, view_1, view_2, df, concentration):
     return -jnp.mean(terms.weighted_elbo)
 
 
+@pytest.mark.slow
 def test_gradients_agree_between_one_device_and_eight():
     batch = make_batch()
     parameters = {"mean": jnp.linspace(0.5, 1.5, DIM), "scale": jnp.linspace(-1.0, 1.0, DIM)}
