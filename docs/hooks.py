@@ -97,8 +97,9 @@ def _linked_path(page_uri: str, link: str) -> str | None:
 def _source_page(path: str) -> str:
     language = {".py": "python", ".yaml": "yaml"}.get(Path(path).suffix, "bash")
     text = (ROOT / path).read_text(encoding="utf-8")
-    if path.endswith(".md"):
-        return text
+    if path.endswith(".md"):  # its links into docs/ lead to the site's own pages
+        up = "../" * len(PurePosixPath(path).parts)
+        return re.sub(r"\]\((?:\.\./)*docs/", f"]({up}", text)
     return f"# `{path}`\n\n````{language}\n{text}````\n"
 
 
