@@ -16,6 +16,11 @@ _MAX_CHUNK_BYTES = 4 * 2**20
 _MAX_CHUNKS = 32
 
 
+def alone_on_a_cpu() -> bool:
+    """Whether one CPU device is all there is."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
 def chunk_images(num_images: int, image_bytes: int, *, max_bytes: int, max_chunks: int) -> int:
     """How many images go through a convolution at once.
 
@@ -83,6 +88,5 @@ def convolution(
 
     A batch that lies on several devices is not cut: its chunks would have to move between them.
     """
-    alone_on_a_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    convolve = chunked_convolution if alone_on_a_cpu else lax.conv_general_dilated
+    convolve = chunked_convolution if alone_on_a_cpu() else lax.conv_general_dilated
     return convolve(x, kernel, window_strides, padding, **options)

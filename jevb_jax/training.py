@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from jevb_jax import augmentations, health, parallel
 from jevb_jax.compilation import jit_once
+from jevb_jax.convolution import alone_on_a_cpu
 from jevb_jax.methods import Method
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -427,8 +428,12 @@ def train_step(
         shapes = jax.eval_shape(loss_fn, state.params, state.batch_stats, parts[0][0], parts[1][0])
         zero_metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1][1])
         zero_gradients = jax.tree.map(jnp.zeros_like, state.params)
+        # XLA's CPU convolutions are ten times slower inside a loop: there the parts are written out.
         (batch_stats, gradients, metrics), _ = jax.lax.scan(
-            accumulate, (state.batch_stats, zero_gradients, zero_metrics), parts
+            accumulate,
+            (state.batch_stats, zero_gradients, zero_metrics),
+            parts,
+            unroll=alone_on_a_cpu(),
         )
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -6,13 +6,16 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Most of the suite's time is compiling, and hardly any of it is running; XLA's older code generator is
-# the quicker one at that. Processes that tests start inherit it. What users run, the optimised program,
-# is tested by the runs of train.py in `test_runner`, and where `optimised` asks for it.
+# the quicker one at that. Processes that tests start inherit it, unless they add `AS_USERS_RUN_IT`: the
+# optimised program is tested there, and where `optimised` asks for it.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
+
+# Of a process's environment.
+AS_USERS_RUN_IT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

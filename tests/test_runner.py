@@ -22,6 +22,7 @@ from jevb_jax import health, parallel, runner
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.metrics_log import MetricsLog
+from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,10 +35,6 @@ def command(workdir: Path, *overrides: str) -> list[str]:
         f"--workdir={workdir}",
         *(f"--config.{override}" for override in overrides),
     ]
-
-
-# Without what `conftest` sets to compile quickly.
-AS_USERS_RUN_IT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
 
 
 def environment(tmp_path: Path) -> dict[str, str]:

@@ -135,6 +135,21 @@ def test_micro_batches_normalise_by_themselves():
 
 
 @pytest.mark.slow
+def test_micro_batches_are_written_out_on_one_cpu_device(monkeypatch):
+    convolutions, steps = [], []
+    for count in (8, 1):
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        step = step_function(num_micro_batches=2)
+        compiled = jax.jit(step).lower(initial_state(), images(), jax.random.key(0)).compile()
+        convolutions.append(compiled.as_text().count("convolution("))
+        steps.append(compiled(initial_state(), images(), jax.random.key(0)))
+    assert convolutions[1] == 2 * convolutions[0] > 0
+    assert largest_difference(steps[1][0].params, steps[0][0].params) < 1e-6
+    assert largest_difference(steps[1][0].batch_stats, steps[0][0].batch_stats) < 1e-6
+    np.testing.assert_allclose(steps[1][1]["loss"], steps[0][1]["loss"], rtol=2e-5)
+
+
+@pytest.mark.slow
 def test_batch_norm_in_groups_is_the_network_on_each_group():
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (32, 8, 8, 1)) for seed in range(2)]
