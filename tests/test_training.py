@@ -141,7 +141,9 @@ def test_micro_batches_are_written_out_on_one_cpu_device(monkeypatch):
         monkeypatch.setattr(jax, "device_count", lambda count=count: count)
         step = step_function(num_micro_batches=2)
         compiled = jax.jit(step).lower(initial_state(), images(), jax.random.key(0)).compile()
-        convolutions.append(compiled.as_text().count("convolution("))
+        text = compiled.as_text()
+        assert text is not None
+        convolutions.append(text.count("convolution("))
         steps.append(compiled(initial_state(), images(), jax.random.key(0)))
     assert convolutions[1] == 2 * convolutions[0] > 0
     assert largest_difference(steps[1][0].params, steps[0][0].params) < 1e-6
