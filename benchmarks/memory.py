@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks import measure
 from configs import default
 from jevb_jax import experiment
+from jevb_jax.compilation import gradient_options
 
 MIB = 2.0**20
 
@@ -48,7 +49,8 @@ def measure_step(arguments: argparse.Namespace, settings: dict[str, int]) -> dic
     size = arguments.image_size
     images = jax.ShapeDtypeStruct((settings["batch"], size, size, 3), np.uint8)
     state = jax.eval_shape(built.initial_state)
-    compiled = jax.jit(built.train_step, donate_argnums=0).lower(state, images, built.key).compile()
+    step = jax.jit(built.train_step, donate_argnums=0, compiler_options=gradient_options())
+    compiled = step.lower(state, images, built.key).compile()
     memory: Any = compiled.memory_analysis()
     row: dict[str, Any] = {
         **settings,

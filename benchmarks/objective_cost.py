@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from jevb_jax import baselines, objective
+from jevb_jax.compilation import gradient_options
 from jevb_jax.networks import ResNet
 
 MODEL: dict[str, Any] = {"df": 5.0, "radial_df": 5.0, "radial_scale": 0.5}
@@ -72,7 +73,8 @@ def compiled_encoder(batch: int, width: int) -> tuple[Any, tuple[Any, ...]]:
         return total
 
     arguments = (variables["params"], images)
-    return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(), arguments
+    gradient = jax.jit(jax.value_and_grad(loss), compiler_options=gradient_options())
+    return gradient.lower(*arguments).compile(), arguments
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10, recipes
 from jevb_jax import augmentations, data, experiment, training
+from jevb_jax.compilation import gradient_options
 
 PUBLISHED_HEAD_DIM = 2048
 
@@ -200,7 +201,10 @@ def part_timers(
     images = jnp.asarray(made.dataset.train[0])[None].repeat(arguments.batch_size, 0)
     keys = jax.random.split(made.key, arguments.batch_size)
     parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "encoder": (jax.jit(jax.grad(loss)), (variables["params"], views)),
+        "encoder": (
+            jax.jit(jax.grad(loss), compiler_options=gradient_options()),
+            (variables["params"], views),
+        ),
         "encoder, forward": (jax.jit(loss), (variables["params"], views)),
         "views": (
             jax.jit(lambda k, i: augmentations.multi_view(k, i, made.view_augmentations)),

@@ -31,8 +31,6 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jevb_jax.convolution import convolution
-
 _MIN_RADIAL_SCALE = 1e-3
 _MIN_CONCENTRATION = 1e-3
 
@@ -813,7 +811,6 @@ def _conv(features: int, size: int, stride: int, dtype: DTypeLike, name: str) ->
         use_bias=False,
         dtype=dtype,
         kernel_init=_CONV_INIT,
-        conv_general_dilated=convolution,
         name=name,
     )
 

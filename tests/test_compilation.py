@@ -1,7 +1,11 @@
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jevb_jax import compilation
 
@@ -37,3 +41,64 @@ def test_same_numbers_and_the_fast_compilation_at_the_top_only(monkeypatch):
         compilation.jit_once(draw)(key, scale)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compilation.jit_once(draw)(key, scale)["w"].shape == (4, 3)
+
+
+def convolve(x, kernel, stride):
+    padding = ((kernel.shape[0] // 2,) * 2,) * 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def gradients(x, kernel, cotangent, stride):
+    return jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)[1](cotangent)
+
+
+def by_definition(x, kernel, cotangent, stride):
+    """Both gradients of a convolution in float64, tap by tap."""
+    size, side = kernel.shape[0], cotangent.shape[1]
+    padded = np.pad(x.astype(np.float64), ((0, 0), *((size // 2,) * 2,) * 2, (0, 0)))
+    of_x, of_kernel = np.zeros_like(padded), np.zeros(kernel.shape)
+    for i in range(size):
+        for j in range(size):
+            rows, columns = (slice(k, k + stride * (side - 1) + 1, stride) for k in (i, j))
+            taps = padded[:, rows, columns]
+            of_kernel[i, j] = np.einsum("nhwi,nhwo->io", taps, cotangent)
+            of_x[:, rows, columns] += np.einsum("nhwo,io->nhwi", cotangent, kernel[i, j])
+    inner = slice(size // 2, size // 2 + x.shape[1])
+    return of_x[:, inner, inner], of_kernel
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2), (7, 2)])
+def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
+    generator = np.random.default_rng(0)
+    shapes = (5, 8, 8, 16), (size, size, 16, 32), (5, 8 // stride, 8 // stride, 32)
+    x, kernel, cotangent = (generator.normal(size=shape).astype(np.float32) for shape in shapes)
+    expected = by_definition(x, kernel, cotangent, stride)
+    options = compilation.gradient_options()
+    for compiler_options in ({}, options):
+        of_stride = functools.partial(gradients, stride=stride)
+        function = jax.jit(of_stride, compiler_options=compiler_options)
+        compiled: Any = function.lower(x, kernel, cotangent).compile()
+        found = compiled(x, kernel, cotangent)
+        for actual, exact in zip(found, expected, strict=True):
+            # Sums of up to 5 * 64 products of normal numbers, in float32.
+            np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=5e-5)
+    if options:
+        text = compiled.as_text()
+        assert text is not None
+        assert "ynn" not in text
+        assert "convolution(" in text
+
+
+def test_options_are_given_where_the_compiler_knows_them(monkeypatch):
+    (option,) = known = compilation.gradient_options()
+    monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {**known, "no_such_option": ""})
+    assert compilation.gradient_options() == known
+    # What it knows and cannot read is an error, not another version's option.
+    monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {option: "perhaps"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
+        compilation.gradient_options()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compilation.gradient_options() == {}

@@ -152,6 +152,21 @@ def test_micro_batches_are_written_out_on_one_cpu_device(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_steps_are_compiled_with_the_options_for_gradients(monkeypatch):
+    kernels = []
+    for options in (training.gradient_options(), {}):
+        monkeypatch.setattr(training, "gradient_options", lambda options=options: options)
+        chunk: Any = training.make_train_chunk(step_function())
+        rows = jnp.arange(len(images()))[None]
+        lowered = chunk.lower(initial_state(), images(), rows, jnp.int32(1), jax.random.key(0))
+        text = lowered.compile().as_text()
+        assert text is not None
+        kernels.append(text.count("ynn"))
+    assert kernels[0] == 0 < kernels[1]
+
+
+@pytest.mark.slow
 def test_batch_norm_in_groups_is_the_network_on_each_group():
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (32, 8, 8, 1)) for seed in range(2)]
