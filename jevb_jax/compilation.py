@@ -42,8 +42,8 @@ def _knows(name: str, value: str) -> bool:
 def gradient_options() -> dict[str, str]:
     """`compiler_options` of `jax.jit` with which gradients of convolutions are fast.
 
-    On a CPU; a training step of ResNet-18 with the CIFAR stem takes 0.4 of the time at width 64 and
-    a batch of 64, and a third less memory (`benchmarks/README.md`). Its numbers change by rounding.
+    On a CPU; a training step of ResNet-18 with the CIFAR stem takes 0.44 of the time at width 64
+    and a batch of 64, and a third less memory (`benchmarks/README.md`). Its numbers change by rounding.
 
     Returns:
       Options that this version of XLA knows; none on other platforms. Only for the outermost `jit`:
