@@ -42,14 +42,15 @@ def _knows(name: str, value: str) -> bool:
 def gradient_options() -> dict[str, str]:
     """`compiler_options` of `jax.jit` with which gradients of convolutions are fast.
 
-    On a CPU; a training step of ResNet-18 with the CIFAR stem takes 0.44 of the time at width 64
+    On one CPU device; a training step of ResNet-18 with the CIFAR stem takes 0.44 of the time at width 64
     and a batch of 64, and a third less memory (`benchmarks/README.md`). Its numbers change by rounding.
 
     Returns:
-      Options that this version of XLA knows; none on other platforms. Only for the outermost `jit`:
-      JAX refuses options inside another one.
+      Options that this version of XLA knows; none on other platforms, nor on several CPU devices: those
+      simulate a pod, and one process of them computes what two do. Only for the outermost
+      `jit`: JAX refuses options inside another one.
     """
-    if jax.default_backend() != "cpu":
+    if not alone_on_a_cpu():
         return {}
     return {name: value for name, value in _WITHOUT_YNNPACK.items() if _knows(name, value)}
 

@@ -43,6 +43,11 @@ def test_same_numbers_and_the_fast_compilation_at_the_top_only(monkeypatch):
     assert compilation.jit_once(draw)(key, scale)["w"].shape == (4, 3)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 def convolve(x, kernel, stride):
     padding = ((kernel.shape[0] // 2,) * 2,) * 2
     return lax.conv_general_dilated(
@@ -69,7 +74,7 @@ def by_definition(x, kernel, cotangent, stride):
     return of_x[:, inner, inner], of_kernel
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimised", "one_device")
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2), (7, 2)])
 def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
     generator = np.random.default_rng(0)
@@ -92,6 +97,7 @@ def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
         assert "convolution(" in text
 
 
+@pytest.mark.usefixtures("one_device")
 def test_options_are_given_where_the_compiler_knows_them(monkeypatch):
     (option,) = known = compilation.gradient_options()
     monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {**known, "no_such_option": ""})
@@ -101,4 +107,9 @@ def test_options_are_given_where_the_compiler_knows_them(monkeypatch):
     with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
         compilation.gradient_options()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compilation.gradient_options() == {}
+
+
+def test_several_devices_get_no_options():
+    assert jax.device_count() == 8
     assert compilation.gradient_options() == {}
