@@ -18,7 +18,7 @@ _QUICK_ON_CPU: dict[str, bool | int] = {
 }
 
 # XLA's library of CPU kernels, YNNPACK, is switched off (an empty list of what it may compute): its
-# kernel gradients of convolutions take two to ten times as long as those of XLA without it.
+# kernel gradients of convolutions take up to fifteen times as long as those of XLA without it.
 _WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
