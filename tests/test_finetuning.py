@@ -88,6 +88,15 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
     assert "256 labelled images" in results["protocol"]
 
 
+@pytest.mark.slow
+def test_a_step_is_compiled_with_the_options_for_gradients(encoder, tmp_path, monkeypatch):
+    # Which options is known by the error of the compiler that gets one that it does not know.
+    monkeypatch.setattr(finetuning, "gradient_options", lambda: {"no_such_option": ""})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        tuned(encoder, tmp_path / "out", "frozen")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_what_cannot_be_tuned_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds results\.json already"):
