@@ -1,6 +1,7 @@
 """Strict settings, where pytest sees them: eight simulated devices, no implicit rank promotion."""
 
 import os
+import tempfile
 
 # Before JAX starts: the suite must not depend on an accelerator of the machine it runs on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,6 +11,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # optimised program is tested there, and where `optimised` asks for it.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+# What one test compiled, others read: on every worker and in the processes that tests start. Workers
+# inherit the directory from pytest's own process, which deletes it at its end.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="jevb_jax_compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest

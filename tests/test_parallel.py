@@ -303,28 +303,43 @@ def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
 # --- Two processes --------------------------------------------------------------------------------
 
 
+# `without_kinks` in another process: on one rounding or another, a ReLU is on or off, and 40 steps
+# later losses differ by 5e-5.
+SMOOTH = """
+import runpy, sys
+from flax import linen
+linen.relu = linen.softplus
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def start(
-    workdir: Path, port: int, tmp_path: Path, *, count: int = 2, script: str = "train.py"
+    workdir: Path, port: int, *, count: int = 2, script: str = "train.py"
 ) -> list[subprocess.Popen[str]]:
-    """Processes of eight devices together, of train.py on the smoke config or of evaluate.py."""
-    config = [
-        f"--config={ROOT}/configs/smoke.py",
-        "--config.optimizer.name=sgd",
-        "--config.optimizer.learning_rate=0.02",
-        *(f"--config.{name}={value}" for name, value in WITHOUT_COLOUR.items()),
-    ]
+    """Processes of four devices together, of train.py on the smoke config or of evaluate.py."""
+    changes = {
+        **WITHOUT_COLOUR,
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 0.02,
+        "evaluation.labels_per_class": 0,
+        "ood.corruptions": ("contrast",),
+        "ood.severities": (5,),
+    }
+    config = [f"--config={ROOT}/configs/smoke.py"]
+    config += [f"--config.{name}={value}" for name, value in changes.items()]
     distributed = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(8 // count),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "XLA_FLAGS": "",  # the code generator that JAX takes by itself
+        "JAX_NUM_CPU_DEVICES": str(4 // count),
     }
     return [
         subprocess.Popen(
             [
                 sys.executable,
+                "-c",
+                SMOOTH,
                 str(ROOT / script),
                 f"--workdir={workdir}",
                 *(config if script == "train.py" else []),
@@ -332,6 +347,7 @@ def start(
                 "--heartbeat_timeout_seconds=10",
             ],
             env=environment,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -382,23 +398,23 @@ def values(workdir: Path) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_two_processes_train_evaluate_stop_and_survive_like_one(tmp_path):
-    # The reference: eight devices of one process.
-    ((code, out),) = finish(start(tmp_path / "one", 0, tmp_path, count=1))
+    # The reference: four devices of one process.
+    ((code, out),) = finish(start(tmp_path / "one", 0, count=1))
     assert code == 0, out
-    # Two processes of four devices, undisturbed: the numbers of one process.
+    # Two processes of two devices, undisturbed: the numbers of one process.
     two = tmp_path / "two"
-    done = finish(start(two, free_port(), tmp_path))
+    done = finish(start(two, free_port()))
     assert [code for code, _ in done] == [0, 0], done
     assert "Run files" in done[0][1]
     assert "Run files" not in done[1][1]
     logs = [MetricsLog.read(path / "metrics.jsonl") for path in (tmp_path / "one", two)]
     assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
     losses = [[r["train/loss"] for r in log if "train/loss" in r] for log in logs]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-6)
     # Evaluation by two processes of the run of one: the numbers of k-NN, probe and detection. They are
     # counts of ranks, which rounding turns where scores are nearly tied: by an image of the 200 at most.
     one_values = values(tmp_path / "one")
-    done = finish(start(tmp_path / "one", free_port(), tmp_path, script="evaluate.py"))
+    done = finish(start(tmp_path / "one", free_port(), script="evaluate.py"))
     assert [code for code, _ in done] == [0, 0], done
     assert values(tmp_path / "one") == pytest.approx(one_values, rel=0, abs=1.01 / 200)
     turned = [n for n, value in values(tmp_path / "one").items() if value != one_values[n]]
@@ -408,27 +424,27 @@ def test_two_processes_train_evaluate_stop_and_survive_like_one(tmp_path):
 
     # SIGTERM to one of them: both save the same step and stop; the same commands go on exactly.
     stopped = tmp_path / "stopped"
-    processes = start(stopped, free_port(), tmp_path)
+    processes = start(stopped, free_port())
     wait_for_step(stopped, 5, processes)
     processes[1].send_signal(signal.SIGTERM)
     done = finish(processes)
     assert [code for code, _ in done] == [0, 0], done
     assert "SIGTERM to a process of the run: saved step" in done[0][1]
     # SIGKILL to one: the other ends by itself, within its heartbeat.
-    processes = start(stopped, free_port(), tmp_path)
+    processes = start(stopped, free_port())
     wait_for_step(stopped, saved(stopped)[0][-1] + 2, processes)
     processes[1].send_signal(signal.SIGKILL)
     done = finish(processes)
     assert done[0][0] not in (0, None), done
     assert re.search(r"(?i)heartbeat|unhealthy|disconnect|connection (reset|closed)", done[0][1])
-    done = finish(start(stopped, free_port(), tmp_path))
+    done = finish(start(stopped, free_port()))
     assert [code for code, _ in done] == [0, 0], done
     assert saved(stopped)[1] == saved(two)[1]
     assert values(stopped) == values(two)
 
     # A directory in use is refused to every process of a second run.
     with lock_directory(two):
-        refused = finish(start(two, free_port(), tmp_path))
+        refused = finish(start(two, free_port()))
     assert [code for code, _ in refused] == [1, 1], refused
     assert "is in use by process" in refused[0][1]
     assert "MainProcessError: process 0 failed" in refused[1][1]

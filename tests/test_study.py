@@ -669,7 +669,6 @@ def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(STUDY)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     command = [sys.executable, "-m", "jevb_jax.study", f"--study={file}", f"--out={out}"]
     finished, killed = directory(out, "a", 0), directory(out, "b", 0)
     with subprocess.Popen(command, env=environment, cwd=ROOT) as process:
@@ -700,7 +699,6 @@ def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
         "import sys; from jevb_jax import runner, study; "
         "runner.train(study.load_study(sys.argv[1]).runs['b'], sys.argv[2])"
     )
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(out / "compile_cache")
     alone = tmp_path / "alone"
     subprocess.run(
         [sys.executable, "-c", code, str(file), str(alone)],
