@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jevb_jax import files
 
@@ -95,6 +96,33 @@ def compiled_cost(compiled: Any) -> dict[str, float]:
         cost = cost[0]
     nan = float("nan")
     return {"flops": cost.get("flops", nan), "bytes": cost.get("bytes accessed", nan)}
+
+
+def exponents(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], value: str
+) -> dict[str, float]:
+    """The powers `p` of `value ~ product of setting^p`, by least squares in logarithms.
+
+    Args:
+      rows: with positive settings and values, by column.
+      names: columns of the settings.
+      value: column of the value.
+
+    Returns:
+      A power for each name.
+
+    Raises:
+      ValueError: the settings do not vary, or not independently of each other.
+    """
+    logarithms = [[1.0, *(np.log(row[name]) for name in names)] for row in rows]
+    values = np.log([row[value] for row in rows])
+    solution, _, rank, _ = np.linalg.lstsq(np.array(logarithms), values)
+    if rank <= len(names):
+        raise ValueError(
+            f"{', '.join(names)} must vary independently to tell their powers apart: over these "
+            f"{len(rows)} rows they do not"
+        )
+    return {name: float(power) for name, power in zip(names, solution[1:], strict=True)}
 
 
 def make_parser(description: str | None, *, num_rounds: int) -> argparse.ArgumentParser:

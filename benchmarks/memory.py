@@ -1,18 +1,19 @@
-"""Memory of a training step against batch, D, views and samples, and the exponents of its growth.
+"""Memory and time of a training step against batch, D, views and samples, and how they grow.
 
 python -m benchmarks.memory --out=runs/memory
 
-One setting is varied at a time; views past the second are small crops. A step is compiled, not run:
-XLA says what it will hold at once (arguments and temporary arrays). The exponent `p` of
-`memory ~ setting^p` is fitted by least squares in logarithms, over the temporary memory; `slope` is the
-part of it that grows, per unit of the setting. On an accelerator the step is also run and the allocator's
-peak given, which only ever rises in one process.
+One setting is varied at a time; views past the second are small crops. XLA says what a step will hold
+at once (arguments and temporary arrays); on an accelerator the allocator's peak is given too, which only
+ever rises in one process. Steps of one setting's values take turns, medians. The exponents `p` of
+`memory ~ setting^p` (of the temporary memory) and `time ~ setting^p` are fitted by least squares in
+logarithms; `slope` is the part of the memory that grows, per unit of the setting.
 Writes `memory.json` and `memory.md`.
 """
 
 import argparse
+import functools
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,14 +44,23 @@ def _experiment(arguments: argparse.Namespace, settings: dict[str, int]) -> expe
     return experiment.build_experiment(config)
 
 
-def measure_step(arguments: argparse.Namespace, settings: dict[str, int]) -> dict[str, Any]:
-    """One row: what a step of these settings holds."""
+def compiled_step(
+    arguments: argparse.Namespace, settings: dict[str, int]
+) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """A row of what a step of these settings holds, and a call that takes the next step."""
     built = _experiment(arguments, settings)
     size = arguments.image_size
-    images = jax.ShapeDtypeStruct((settings["batch"], size, size, 3), np.uint8)
-    state = jax.eval_shape(built.initial_state)
+    shape = (settings["batch"], size, size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    state = built.initial_state()
     step = jax.jit(built.train_step, donate_argnums=0, compiler_options=gradient_options())
     compiled = step.lower(state, images, built.key).compile()
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, images, built.key)
+        return state, metrics
+
     memory: Any = compiled.memory_analysis()
     row: dict[str, Any] = {
         **settings,
@@ -60,30 +70,46 @@ def measure_step(arguments: argparse.Namespace, settings: dict[str, int]) -> dic
     }
     device = jax.devices()[0]
     if device.platform != "cpu":
-        zeros = np.zeros(images.shape, np.uint8)
-        jax.block_until_ready(compiled(built.initial_state(), zeros, built.key))
+        jax.block_until_ready(call())
         row["allocator's peak, MiB"] = (device.memory_stats() or {})["peak_bytes_in_use"] / MIB
-    return row
+    return row, call
+
+
+def measure_steps(
+    arguments: argparse.Namespace, settings: list[dict[str, int]]
+) -> list[dict[str, Any]]:
+    """A row for each of the settings, with seconds of a step."""
+    pairs = [compiled_step(arguments, each) for each in settings]
+    timers = {
+        str(number): functools.partial(measure.seconds_of, call)
+        for number, (_, call) in enumerate(pairs)
+    }
+    timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
+    return [
+        {**row, "step, s": timing.median}
+        for (row, _), timing in zip(pairs, timings.values(), strict=True)
+    ]
 
 
 def growth(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Exponent and slope of the temporary memory in one setting."""
-    x = np.array([row[name] for row in rows], float)
-    y = np.array([row["temporary, MiB"] for row in rows])
+    """How memory and time grow with one setting."""
+    settings = [row[name] for row in rows]
+    memory, seconds = ([row[of] for row in rows] for of in ("temporary, MiB", "step, s"))
     return {
         "setting": name,
-        "from": int(x[0]),
-        "to": int(x[-1]),
-        "exponent": float(np.polyfit(np.log(x), np.log(y), 1)[0]),
-        "slope, KiB a unit": 1024 * float(np.polyfit(x, y, 1)[0]),
-        "memory, last / first": float(y[-1] / y[0]),
+        "from": settings[0],
+        "to": settings[-1],
+        "memory's exponent": measure.exponents(rows, (name,), "temporary, MiB")[name],
+        "slope, KiB a unit": 1024 * float(np.polyfit(settings, memory, 1)[0]),
+        "memory, last / first": memory[-1] / memory[0],
+        "time's exponent": measure.exponents(rows, (name,), "step, s")[name],
+        "time, last / first": seconds[-1] / seconds[0],
     }
 
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=3)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--image_size", type=int, default=32)
@@ -102,7 +128,7 @@ def main() -> None:
     }
     tables: dict[str, list[dict[str, Any]]] = {"Growth": []}
     for name, values in varied.items():
-        rows = [measure_step(arguments, {**base, name: value}) for value in values]
+        rows = measure_steps(arguments, [{**base, name: value} for value in values])
         for row in rows:
             print(row, flush=True)
         tables[f"By {name}"] = rows

@@ -77,6 +77,33 @@ def compiled_encoder(batch: int, width: int) -> tuple[Any, tuple[Any, ...]]:
     return gradient.lower(*arguments).compile(), arguments
 
 
+def cost_of(*, batch: int, D: int, samples: int, num_rounds: int) -> dict[str, Any]:  # noqa: N803
+    """One row: the objective's time and memory, and its time over that of SimSiam's loss."""
+    losses = compiled_losses(batch, D, samples)
+    timings = measure.interleave(
+        {
+            name: functools.partial(measure.seconds_of, functools.partial(*_call(pair)))
+            for name, pair in losses.items()
+        },
+        num_rounds=num_rounds,
+    )
+    jevb, _ = losses["jevb"]
+    seconds = timings["jevb"].median
+    array = 4.0 * batch * D
+    row = {
+        "batch": batch,
+        "D": D,
+        "samples": samples,
+        "JEVB, ms": 1e3 * seconds,
+        "JEVB / SimSiam": timings["jevb"].ratio_to(timings["simsiam"]),
+        "ns / (batch D samples)": 1e9 * seconds / (batch * D * samples),
+        "bytes / fewest": measure.compiled_cost(jevb)["bytes"] / (array * FEWEST_ARRAYS),
+        "temporary, arrays [batch, D]": jevb.memory_analysis().temp_size_in_bytes / array,
+    }
+    print(row, flush=True)
+    return row
+
+
 def main() -> None:
     """Measures and writes."""
     parser = measure.make_parser(__doc__, num_rounds=5)
@@ -88,39 +115,18 @@ def main() -> None:
     parser.add_argument("--encoder_width", type=int, default=64)
     arguments = parser.parse_args()
 
-    rows: list[dict[str, Any]] = []
-    for batch in arguments.batches:
-        for dim in arguments.dims:
-            for num_samples in arguments.num_samples:
-                if num_samples * batch * dim > arguments.max_elements:
-                    continue
-                losses = compiled_losses(batch, dim, num_samples)
-                timings = measure.interleave(
-                    {
-                        name: functools.partial(measure.seconds_of, functools.partial(*_call(pair)))
-                        for name, pair in losses.items()
-                    },
-                    num_rounds=arguments.num_rounds,
-                )
-                jevb, _ = losses["jevb"]
-                array = 4.0 * batch * dim
-                rows.append(
-                    {
-                        "batch": batch,
-                        "D": dim,
-                        "samples": num_samples,
-                        "JEVB, ms": 1e3 * timings["jevb"].median,
-                        "JEVB / SimSiam": timings["jevb"].ratio_to(timings["simsiam"]),
-                        "ns / (batch D samples)": 1e9
-                        * timings["jevb"].median
-                        / (batch * dim * num_samples),
-                        "bytes / fewest": measure.compiled_cost(jevb)["bytes"]
-                        / (array * FEWEST_ARRAYS),
-                        "temporary, arrays [batch, D]": jevb.memory_analysis().temp_size_in_bytes
-                        / array,
-                    }
-                )
-                print(rows[-1], flush=True)
+    cells = [
+        {"batch": batch, "D": dim, "samples": num_samples}
+        for batch in arguments.batches
+        for dim in arguments.dims
+        for num_samples in arguments.num_samples
+        if num_samples * batch * dim <= arguments.max_elements
+    ]
+    varied = [name for name in ("batch", "D", "samples") if len({cell[name] for cell in cells}) > 1]
+    # What cannot be told apart is known before the measurement.
+    measure.exponents([{**cell, "time": 1.0} for cell in cells], varied, "time")
+    rows = [cost_of(**cell, num_rounds=arguments.num_rounds) for cell in cells]
+    powers = measure.exponents(rows, varied, "JEVB, ms")
 
     shares: list[dict[str, Any]] = []
     if arguments.encoder_batch:
@@ -149,7 +155,11 @@ def main() -> None:
             for name, timing in timings.items()
         ]
     title = f"Share of the encoder, batch {arguments.encoder_batch}, D = 512, one sample"
-    tables = {"Cost": rows, **({title: shares} if shares else {})}
+    tables = {
+        "Cost": rows,
+        "Growth of the time": [{"": "exponent", **powers}],
+        **({title: shares} if shares else {}),
+    }
     command = "python -m benchmarks.objective_cost " + " ".join(sys.argv[1:])
     facts = measure.environment(command, vars(arguments))
     print(measure.write_results(arguments.out, "objective_cost", facts, tables))

@@ -40,6 +40,17 @@ def test_cost_of_a_product_of_matrices():
     assert cost["bytes"] >= 4 * (8 * 16 + 16 * 4 + 8 * 4)
 
 
+def test_powers_of_settings():
+    rows = [
+        {"a": a, "b": b, "t": 3.0 * a**0.7 * b**-1.5} for a, b in ((1, 1), (4, 1), (1, 9), (5, 7))
+    ]
+    assert measure.exponents(rows, ("a", "b"), "t") == pytest.approx({"a": 0.7, "b": -1.5})
+    assert measure.exponents(rows[:2], ("a",), "t") == pytest.approx({"a": 0.7})
+    for few, names in ((rows[:2], ("a", "b")), (rows[:1], ("a",)), (rows[::2], ("a",))):
+        with pytest.raises(ValueError, match="must vary independently"):
+            measure.exponents(few, names, "t")
+
+
 def test_table_and_files(tmp_path):
     rows = [{"": "x", "views/s": 1234.5, "ratio": 0.25}, {"": "y", "views/s": None, "ratio": 1e-5}]
     text = measure.write_results(
