@@ -81,6 +81,47 @@ def interleave(
     return {name: Timing(name, tuple(one[name] for one in rounds)) for name in timers}
 
 
+def counted_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Operations of a function, by XLA's count of its program before it is optimised.
+
+    The program is that for a CPU, whatever the device: compiled for a GPU, convolutions are calls of a
+    library, of which XLA counts nothing, and before that its client counts nothing at all.
+
+    Args:
+      function: of arrays, compiled by `jax.jit` or not.
+      *arguments: trees of arrays or of their shapes; they are not computed on.
+
+    Returns:
+      The operations; a loop's body is counted once.
+
+    Raises:
+      RuntimeError: JAX sees no CPU (`JAX_PLATFORMS` without it).
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with jax.default_device(jax.devices("cpu")[0]):
+        # Not `jit` of `jit`: options of the compiler are refused inside another one.
+        jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+        cost: Any = jitted.lower(*shapes).cost_analysis()
+    return cost["flops"]
+
+
+def check_platform(platform: str, of: str) -> None:
+    """Refuses a comparison of two platforms.
+
+    Args:
+      platform: "cpu" or "gpu".
+      of: who computes there.
+
+    Raises:
+      ValueError: JAX here computes elsewhere.
+    """
+    if platform != jax.default_backend():
+        raise ValueError(
+            f"{of} computes on {platform} and jevb_jax on {jax.default_backend()}: install the build "
+            "for the same platform in its environment, or leave it out"
+        )
+
+
 def compiled_cost(compiled: Any) -> dict[str, float]:
     """What XLA counts in a compiled program.
 
@@ -146,6 +187,8 @@ def make_parser(description: str | None, *, num_rounds: int) -> argparse.Argumen
 def add_peer_arguments(parser: argparse.ArgumentParser, *, num_cores: int, needs: str) -> None:
     """Adds `--num_cores` and `--peer_python`, of benchmarks against other libraries.
 
+    Also has JAX take an accelerator's memory as it is needed, unless the environment says otherwise.
+
     Args:
       parser: of `make_parser`.
       num_cores: default.
@@ -155,6 +198,8 @@ def add_peer_arguments(parser: argparse.ArgumentParser, *, num_cores: int, needs
         "--num_cores", type=int, default=num_cores, help="bind all sides to them; 0: all"
     )
     parser.add_argument("--peer_python", default="", help=f"of an environment with {needs}")
+    # Two processes share an accelerator: neither may take most of its memory when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def environment(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:

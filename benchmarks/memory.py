@@ -3,10 +3,10 @@
 python -m benchmarks.memory --out=runs/memory
 
 One setting is varied at a time; views past the second are small crops. XLA says what a step will hold
-at once (arguments and temporary arrays); on an accelerator the allocator's peak is given too, which only
-ever rises in one process. Steps of one setting's values take turns, medians. The exponents `p` of
-`memory ~ setting^p` (of the temporary memory) and `time ~ setting^p` are fitted by least squares in
-logarithms; `slope` is the part of the memory that grows, per unit of the setting.
+at once (arguments and temporary arrays); on an accelerator the allocator's peak is given too, of rows
+that raise it: it never falls in one process. Steps of one setting's values take turns, medians. The
+exponents `p` of `memory ~ setting^p` (of the temporary memory) and `time ~ setting^p` are fitted by least
+squares in logarithms; `slope` is the part of the memory that grows, per unit of the setting.
 Writes `memory.json` and `memory.md`.
 """
 
@@ -68,11 +68,18 @@ def compiled_step(
         "temporary, MiB": memory.temp_size_in_bytes / MIB,
         "allocator's peak, MiB": None,
     }
-    device = jax.devices()[0]
-    if device.platform != "cpu":
+    before = _peak_bytes()
+    if before is not None:
         jax.block_until_ready(call())
-        row["allocator's peak, MiB"] = (device.memory_stats() or {})["peak_bytes_in_use"] / MIB
+        after = _peak_bytes()
+        if after is not None and after > before:
+            row["allocator's peak, MiB"] = after / MIB
     return row, call
+
+
+def _peak_bytes() -> int | None:
+    """The allocator's peak so far, where the device says it."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def measure_steps(

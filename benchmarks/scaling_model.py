@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks import measure
 from configs import imagenet
 from jevb_jax import files, networks
 
@@ -242,11 +243,10 @@ def count_workload(
 
         return jax.value_and_grad(total)(params)
 
-    lowered = jax.jit(gradient).lower(variables["params"], variables["batch_stats"], views)
-    cost: Any = lowered.cost_analysis()
+    flops = measure.counted_flops(gradient, variables["params"], variables["batch_stats"], views)
     return Workload(
         batch_size=batch_size,
-        flops_per_image=NUM_VIEWS * cost["flops"] / num_images,
+        flops_per_image=NUM_VIEWS * flops / num_images,
         num_parameters=networks.parameter_count(variables["params"]),
         num_norm_layers=len(statistics) // 2,
         num_norm_features=sum(leaf.size for leaf in statistics) // 2,

@@ -5,9 +5,9 @@ python -m benchmarks.train_throughput --out=runs/train_throughput --width=16 --h
 
 One GPU, with the peers' environments on it:
 
-python -m benchmarks.train_throughput --out=runs/train_throughput --dtype=bfloat16 --batch_size=1024 \
-    --steps_per_turn=20 --num_rounds=7 --matmul_size=8192 --peer_python=PEERS/bin/python \
-    --peer_modes=channels_last,compiled --num_data_workers=14 --spt_python=SPT/bin/python
+python -m benchmarks.train_throughput --out=runs/train_throughput --methods=jevb,simsiam \
+    --dtype=bfloat16 --batch_size=1024 --steps_per_turn=20 --num_rounds=5 --matmul_size=8192 \
+    --peer_python=PEERS/bin/python --peer_modes=channels_last,compiled --num_data_workers=14
 
 A step is: draw a batch, two augmented views an image, forward, backward, update. All methods have one
 encoder, ResNet-18 with the CIFAR stem, and the heads of their recipes, `--head_dim / 2048` as wide;
@@ -147,11 +147,9 @@ class StepTimer:
         self._step = 0
         self._chunk = training.make_train_chunk(made.train_step)
         shape = (made.config["train"]["batch_size"], *self._images.shape[1:])
-        lowered = jax.jit(made.train_step).lower(
-            self._state, jax.ShapeDtypeStruct(shape, jnp.uint8), self._key
+        self.flops = measure.counted_flops(
+            made.train_step, self._state, jax.ShapeDtypeStruct(shape, jnp.uint8), self._key
         )
-        cost: Any = lowered.cost_analysis()
-        self.flops: float = cost["flops"]
 
     def __call__(self) -> float:
         """One turn."""
@@ -197,7 +195,8 @@ def part_timers(
         )
         return jnp.mean(jnp.square(out[0].astype(jnp.float32)))
 
-    side = jnp.ones((arguments.matmul_size, arguments.matmul_size), arguments.dtype)
+    # Random: a GPU multiplies constants at a higher clock.
+    side = jax.random.normal(made.key, (arguments.matmul_size,) * 2, arguments.dtype)
     images = jnp.asarray(made.dataset.train[0])[None].repeat(arguments.batch_size, 0)
     keys = jax.random.split(made.key, arguments.batch_size)
     parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -216,10 +215,7 @@ def part_timers(
     def timer(call: Any, inputs: Any) -> float:
         return measure.seconds_of(lambda: [call(*inputs) for _ in range(arguments.steps_per_turn)])
 
-    flops = {}
-    for name, (call, inputs) in parts.items():
-        cost: Any = call.lower(*inputs).cost_analysis()
-        flops[name] = cost["flops"]
+    flops = {name: measure.counted_flops(call, *inputs) for name, (call, inputs) in parts.items()}
     return {name: functools.partial(timer, *part) for name, part in parts.items()}, flops
 
 
@@ -272,7 +268,7 @@ def main(arguments: argparse.Namespace) -> str:
       The Markdown.
 
     Raises:
-      ValueError: peers with another backbone than theirs.
+      ValueError: peers with another backbone than theirs, or on another platform.
     """
     if arguments.backbone != "resnet18" and (arguments.peer_python or arguments.spt_python):
         raise ValueError(
@@ -325,6 +321,7 @@ def main(arguments: argparse.Namespace) -> str:
                 PeerProcess(arguments.peer_python, "torch_simsiam.py", settings)
             )
             facts["torch_simsiam"] = peer.facts
+            measure.check_platform(peer.facts["platform"], "PyTorch")
             names = [
                 f"{part}/{mode}"
                 for mode in arguments.peer_modes.split(",")
@@ -338,6 +335,7 @@ def main(arguments: argparse.Namespace) -> str:
                 PeerProcess(arguments.spt_python, "stable_pretraining_simsiam.py", settings)
             )
             facts["stable_pretraining"] = spt.facts
+            measure.check_platform(spt.facts["platform"], "stable-pretraining")
             timers["stable-pretraining, JAX"] = functools.partial(spt.seconds, "train", count)
         timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
     reference = "simsiam" if "simsiam" in timings else next(iter(timings))

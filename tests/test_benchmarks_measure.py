@@ -40,6 +40,19 @@ def test_cost_of_a_product_of_matrices():
     assert cost["bytes"] >= 4 * (8 * 16 + 16 * 4 + 8 * 4)
 
 
+def test_operations_are_counted_without_computing():
+    def twice(key, x):
+        return jax.random.normal(key, ()) + x @ x
+
+    shape = jax.ShapeDtypeStruct((50_000, 50_000), jnp.float32)
+    for function in (twice, jax.jit(twice, compiler_options={"xla_embed_ir_in_executable": True})):
+        flops = measure.counted_flops(function, jax.random.key(0), shape)
+        assert flops == pytest.approx(2 * 50_000**3, rel=1e-4)
+    measure.check_platform("cpu", "a peer")
+    with pytest.raises(ValueError, match="a peer computes on gpu and jevb_jax on cpu"):
+        measure.check_platform("gpu", "a peer")
+
+
 def test_powers_of_settings():
     rows = [
         {"a": a, "b": b, "t": 3.0 * a**0.7 * b**-1.5} for a, b in ((1, 1), (4, 1), (1, 9), (5, 7))

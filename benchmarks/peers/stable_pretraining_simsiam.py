@@ -42,7 +42,7 @@ class NarrowResNet18(resnet.ResNet):
 
 def make(settings: dict[str, Any]) -> Any:
     """Facts and timers, see `serve`."""
-    images = np.load(settings["images"])["images"]
+    images = np.load(settings["images"])["images"].astype(np.float32) / 255
     rngs = nnx.Rngs(0)
     dtype = settings["dtype"] if settings["dtype"] != "float32" else None
     backbone = NarrowResNet18(settings["width"], rngs=rngs, dtype=dtype)
@@ -65,7 +65,7 @@ def make(settings: dict[str, Any]) -> Any:
         def batches() -> Iterator[dict[str, np.ndarray]]:
             for _ in range(1 + count):
                 index = draw.integers(len(images), size=settings["batch_size"])
-                yield {"image": images[index].astype(np.float32) / 255}
+                yield {"image": images[index]}
                 starts.append(time.perf_counter())  # the trainer has read the loss of that step
 
         spj.Trainer(max_epochs=1, enable_validation=False).fit(module, batches())
@@ -75,6 +75,7 @@ def make(settings: dict[str, Any]) -> Any:
     facts = {
         "stable-pretraining": importlib.metadata.version("stable-pretraining"),
         "jax": jax.__version__,
+        "platform": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
     }
     return facts, {"train": train}
