@@ -18,7 +18,8 @@ _QUICK_ON_CPU: dict[str, bool | int] = {
 }
 
 # XLA's library of CPU kernels, YNNPACK, is switched off (an empty list of what it may compute): its
-# kernel gradients of convolutions take up to fifteen times as long as those of XLA without it.
+# kernel gradients of convolutions take up to fifteen times as long as those of XLA without it, where a
+# batch outgrows the cache; where it does not, a step loses a seventh at most.
 _WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -42,8 +43,9 @@ def _knows(name: str, value: str) -> bool:
 def gradient_options() -> dict[str, str]:
     """`compiler_options` of `jax.jit` with which gradients of convolutions are fast.
 
-    On one CPU device; a training step of ResNet-18 with the CIFAR stem takes 0.44 of the time at width 64
-    and a batch of 64, and a third less memory (`benchmarks/README.md`). Its numbers change by rounding.
+    On one CPU device. By how much of the last cache a batch takes, a training step of ResNet-18 with the
+    CIFAR stem takes 0.44 to 1.14 of the time, and a third less memory (`benchmarks/README.md`). Its
+    numbers change by rounding.
 
     Returns:
       Options that this version of XLA knows; none on other platforms, nor on several CPU devices: those
