@@ -122,21 +122,19 @@ def check_platform(platform: str, of: str) -> None:
         )
 
 
-def compiled_cost(compiled: Any) -> dict[str, float]:
-    """What XLA counts in a compiled program.
+def counted_bytes(compiled: Any) -> float:
+    """Bytes that every kernel of a compiled program reads and writes, by XLA's count.
 
     Args:
       compiled: of `jax.jit(f).lower(...).compile()`.
 
     Returns:
-      `flops` and `bytes` (read and written by every kernel), NaN where XLA does not say. A loop's body
-      is counted once.
+      The bytes, NaN where XLA does not say. A loop's body is counted once.
     """
     cost: Any = compiled.cost_analysis()
     if isinstance(cost, Sequence):  # one for each partition, in older versions of JAX
         cost = cost[0]
-    nan = float("nan")
-    return {"flops": cost.get("flops", nan), "bytes": cost.get("bytes accessed", nan)}
+    return cost.get("bytes accessed", float("nan"))
 
 
 def exponents(

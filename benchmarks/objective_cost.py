@@ -76,7 +76,10 @@ def encoder_of(batch: int, width: int) -> tuple[Any, tuple[Any, ...]]:
 
 def cost_of(*, batch: int, D: int, samples: int, num_rounds: int) -> dict[str, Any]:  # noqa: N803
     """One row: the objective's time and memory, and its time over that of SimSiam's loss."""
-    losses = losses_of(batch, D, samples)
+    losses = {
+        name: (call.lower(*inputs).compile(), inputs)
+        for name, (call, inputs) in losses_of(batch, D, samples).items()
+    }
     timings = measure.interleave(
         {
             name: functools.partial(measure.seconds_of, functools.partial(*_call(pair)))
@@ -84,8 +87,7 @@ def cost_of(*, batch: int, D: int, samples: int, num_rounds: int) -> dict[str, A
         },
         num_rounds=num_rounds,
     )
-    compute, inputs = losses["jevb"]
-    jevb = compute.lower(*inputs).compile()
+    jevb, _ = losses["jevb"]
     seconds = timings["jevb"].median
     array = 4.0 * batch * D
     row = {
@@ -95,7 +97,7 @@ def cost_of(*, batch: int, D: int, samples: int, num_rounds: int) -> dict[str, A
         "JEVB, ms": 1e3 * seconds,
         "JEVB / SimSiam": timings["jevb"].ratio_to(timings["simsiam"]),
         "ns / (batch D samples)": 1e9 * seconds / (batch * D * samples),
-        "bytes / fewest": measure.compiled_cost(jevb)["bytes"] / (array * FEWEST_ARRAYS),
+        "bytes / fewest": measure.counted_bytes(jevb) / (array * FEWEST_ARRAYS),
         "temporary, arrays [batch, D]": jevb.memory_analysis().temp_size_in_bytes / array,
     }
     print(row, flush=True)

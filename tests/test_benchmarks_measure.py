@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import measure
+from benchmarks import measure, memory
 
 
 def test_candidates_take_turns_and_warm_up_rounds_do_not_count():
@@ -35,9 +35,9 @@ def test_interleave_refuses_no_round():
 
 def test_cost_of_a_product_of_matrices():
     shapes = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 4), jnp.float32)
-    cost = measure.compiled_cost(jax.jit(jnp.matmul).lower(*shapes).compile())
-    assert cost["flops"] == 2 * 8 * 16 * 4
-    assert cost["bytes"] >= 4 * (8 * 16 + 16 * 4 + 8 * 4)
+    assert measure.counted_flops(jnp.matmul, *shapes) == 2 * 8 * 16 * 4
+    compiled = jax.jit(jnp.matmul).lower(*shapes).compile()
+    assert measure.counted_bytes(compiled) >= 4 * (8 * 16 + 16 * 4 + 8 * 4)
 
 
 def test_operations_are_counted_without_computing():
@@ -62,6 +62,19 @@ def test_powers_of_settings():
     for few, names in ((rows[:2], ("a", "b")), (rows[:1], ("a",)), (rows[::2], ("a",))):
         with pytest.raises(ValueError, match="must vary independently"):
             measure.exponents(few, names, "t")
+
+
+def test_growth_by_hand():
+    rows = [
+        {"batch": batch, "temporary, MiB": 3.0 * batch, "step, s": 0.5 * batch**2}
+        for batch in (2, 4, 16)
+    ]
+    found = memory.growth("batch", rows)
+    assert [found[name] for name in ("setting", "from", "to")] == ["batch", 2, 16]
+    assert found["memory's exponent"] == pytest.approx(1)
+    assert found["slope, KiB a unit"] == pytest.approx(3 * 1024)
+    assert found["time's exponent"] == pytest.approx(2)
+    assert [found["memory, last / first"], found["time, last / first"]] == [8, 64]
 
 
 def test_table_and_files(tmp_path):

@@ -303,8 +303,8 @@ def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
 # --- Two processes --------------------------------------------------------------------------------
 
 
-# `without_kinks` in another process: on one rounding or another, a ReLU is on or off, and 40 steps
-# later losses differ by 5e-5.
+# `without_kinks` in another process: on one rounding or another, a ReLU is on or off, and after 40 steps
+# losses differ by 5e-5.
 SMOOTH = """
 import runpy, sys
 from flax import linen
