@@ -31,6 +31,8 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jevb_jax.normalization import BatchNorm
+
 _MIN_RADIAL_SCALE = 1e-3
 _MIN_CONCENTRATION = 1e-3
 
@@ -141,25 +143,26 @@ class ResidualBlock(nn.Module):
         else:
             layers = ((3, self.features, self.stride), (3, self.features, 1))
 
+        *first, (size, features, stride) = layers
         branch = x
-        for index, (size, features, stride) in enumerate(layers, start=1):
-            last = index == len(layers)
-            branch = _conv(features, size, stride, self.dtype, f"conv{index}")(branch)
-            scale_init = nn.initializers.zeros if last else nn.initializers.ones
-            branch = self._batch_norm(f"bn{index}", scale_init)(
-                branch, use_running_average=not train
-            )
-            branch = branch if last else nn.relu(branch)
+        for index, layer in enumerate(first, start=1):
+            branch = self._conv(*layer, f"conv{index}")(branch)
+            branch = self._batch_norm(f"bn{index}")(branch, train=train)
+        last = len(layers)
+        branch = self._conv(size, features, stride, f"conv{last}")(branch)
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != features:
+            shortcut = self._conv(1, features, self.stride, "shortcut_conv")(x)
+            shortcut = self._batch_norm("shortcut_bn", relu=False)(shortcut, train=train)
+        return self._batch_norm(f"bn{last}", scale_init=nn.initializers.zeros)(
+            branch, shortcut, train=train
+        )
 
-        if self.stride != 1 or x.shape[-1] != branch.shape[-1]:
-            x = _conv(branch.shape[-1], 1, self.stride, self.dtype, "shortcut_conv")(x)
-            x = self._batch_norm("shortcut_bn", nn.initializers.ones)(
-                x, use_running_average=not train
-            )
-        return nn.relu(x + branch)
+    def _conv(self, size: int, features: int, stride: int, name: str) -> nn.Conv:
+        return _conv(features, size, stride, self.dtype, name)
 
-    def _batch_norm(self, name: str, scale_init: nn.initializers.Initializer) -> nn.BatchNorm:
-        return _batch_norm(self.dtype, self.bn_momentum, self.bn_epsilon, name, scale_init)
+    def _batch_norm(self, name: str, **options: Any) -> BatchNorm:
+        return BatchNorm(self.bn_momentum, self.bn_epsilon, self.dtype, name=name, **options)
 
 
 class ResNet(nn.Module):
@@ -205,10 +208,7 @@ class ResNet(nn.Module):
         imagenet = self.stem == "imagenet"
         size, stride = (7, 2) if imagenet else (3, 1)
         x = _conv(self.width, size, stride, self.dtype, "stem_conv")(images)
-        x = _batch_norm(self.dtype, self.bn_momentum, self.bn_epsilon, "stem_bn")(
-            x, use_running_average=not train
-        )
-        x = nn.relu(x)
+        x = BatchNorm(self.bn_momentum, self.bn_epsilon, self.dtype, name="stem_bn")(x, train=train)
         if imagenet:
             # Flax annotates `padding` as a string and documents pairs, which it pads with -inf.
             padding: Any = ((1, 1), (1, 1))
@@ -285,10 +285,10 @@ class ConvNet(nn.Module):
                 suffix = f"{stage + 1}_{index + 1}"
                 stride = 2 if stage > 0 and index == 0 else 1
                 x = _conv(features, 3, stride, self.dtype, f"conv{suffix}")(x)
-                x = _batch_norm(self.dtype, self.bn_momentum, self.bn_epsilon, f"bn{suffix}")(
-                    x, use_running_average=not train
+                batch_norm = BatchNorm(
+                    self.bn_momentum, self.bn_epsilon, self.dtype, name=f"bn{suffix}"
                 )
-                x = nn.relu(x)
+                x = batch_norm(x, train=train)
         return _global_average_pool(x)
 
 
@@ -817,18 +817,6 @@ def _conv(features: int, size: int, stride: int, dtype: DTypeLike, name: str) ->
 
 def _dense(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_DENSE_INIT, name=name)
-
-
-def _batch_norm(
-    dtype: DTypeLike,
-    momentum: float,
-    epsilon: float,
-    name: str,
-    scale_init: nn.initializers.Initializer = nn.initializers.ones,
-) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        momentum=momentum, epsilon=epsilon, dtype=dtype, scale_init=scale_init, name=name
-    )
 
 
 def _mlp_batch_norm(
