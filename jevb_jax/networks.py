@@ -107,15 +107,16 @@ class ResidualBlock(nn.Module):
     """One residual block: `relu(shortcut(x) + branch(x))` (He et al. 2015, arXiv 1512.03385).
 
     Basic: 3x3 (stride), 3x3. Bottleneck: 1x1, 3x3 (stride), 1x1 to four times `features`; the
-    stride sits on the 3x3 as in torchvision ("v1.5"). The last BatchNorm of the branch starts with
-    zero scale (Goyal et al. 2017, arXiv 1706.02677), so that at the start the block is
-    `relu(shortcut(x))`. The shortcut is the identity where shapes agree, else a strided 1x1
-    convolution and BatchNorm.
+    stride sits on the 3x3 as in torchvision ("v1.5"). The shortcut is the identity where shapes
+    agree, else a strided 1x1 convolution and BatchNorm.
 
     Attributes:
         features: width of the 3x3 convolutions.
         stride: spatial stride of the block.
         bottleneck: whether to build the bottleneck form.
+        zero_init_residual: whether the last BatchNorm of the branch starts with scale zero instead
+            of one (Goyal et al. 2017, arXiv 1706.02677), so that at the start the block is
+            `relu(shortcut(x))`.
         dtype: compute type.
         bn_momentum: weight of the old running statistics.
         bn_epsilon: added to the variance.
@@ -124,6 +125,7 @@ class ResidualBlock(nn.Module):
     features: int
     stride: int
     bottleneck: bool
+    zero_init_residual: bool = False
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -154,9 +156,9 @@ class ResidualBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != features:
             shortcut = self._conv(1, features, self.stride, "shortcut_conv")(x)
             shortcut = self._batch_norm("shortcut_bn", relu=False)(shortcut, train=train)
-        return self._batch_norm(f"bn{last}", scale_init=nn.initializers.zeros)(
-            branch, shortcut, train=train
-        )
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale_init = zeros if self.zero_init_residual else ones
+        return self._batch_norm(f"bn{last}", scale_init=scale_init)(branch, shortcut, train=train)
 
     def _conv(self, size: int, features: int, stride: int, name: str) -> nn.Conv:
         return _conv(features, size, stride, self.dtype, name)
@@ -175,6 +177,7 @@ class ResNet(nn.Module):
         stem: "imagenet" (7x7 stride 2, 3x3 max-pool stride 2) or "cifar" (3x3 stride 1, no pool),
             for images of about 32 pixels, where the other would leave one pixel to the last stage.
         width: width of the stem and of the first stage.
+        zero_init_residual: see `ResidualBlock`.
         dtype: compute type.
         bn_momentum: weight of the old running statistics.
         bn_epsilon: added to the variance.
@@ -187,6 +190,7 @@ class ResNet(nn.Module):
     bottleneck: bool
     stem: str
     width: int = 64
+    zero_init_residual: bool = False
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -220,6 +224,7 @@ class ResNet(nn.Module):
                     features=self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     bottleneck=self.bottleneck,
+                    zero_init_residual=self.zero_init_residual,
                     dtype=self.dtype,
                     bn_momentum=self.bn_momentum,
                     bn_epsilon=self.bn_epsilon,
@@ -710,6 +715,7 @@ def make_model(
     has_likelihood_scale: bool,
     initial_radial_scale: float,
     dtype: str,
+    zero_init_residual: bool = False,
 ) -> JointEmbeddingModel:
     """Builds the model from plain values: the one place where names become modules.
 
@@ -731,6 +737,7 @@ def make_model(
         has_likelihood_scale: see `InferenceNetwork`.
         initial_radial_scale: radial scale at initialisation, with a posterior.
         dtype: compute type, "float32" or "bfloat16".
+        zero_init_residual: see `ResidualBlock`; read by the ResNets only.
 
     Raises:
         ValueError: an unknown name, or a value that a module refuses.
@@ -752,7 +759,9 @@ def make_model(
 
     if backbone in resnets:
         options = {"width": width} if width else {}
-        backbone_module = resnets[backbone](stem=stem, dtype=compute_dtype, **options)
+        backbone_module = resnets[backbone](
+            stem=stem, zero_init_residual=zero_init_residual, dtype=compute_dtype, **options
+        )
     elif backbone in vits:
         options = {"hidden_size": width} if width else {}
         backbone_module = vits[backbone](patch_size=patch_size, dtype=compute_dtype, **options)

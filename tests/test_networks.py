@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jevb_jax import networks
+from configs import cifar10
+from jevb_jax import blueprint, networks
 
 # float32 against float64 through at most a dozen layers of unit-sized activations.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -521,10 +522,12 @@ def test_make_model_passes_its_arguments_on():
 
 
 @pytest.mark.parametrize(("bottleneck", "stride"), [(False, 1), (True, 2)])
-def test_block_starts_as_its_shortcut(bottleneck, stride):
+def test_block_starts_as_its_shortcut_with_zero_init_residual(bottleneck, stride):
     features = 4
     channels = 4 * features if bottleneck else features
-    module = networks.ResidualBlock(features=features, stride=stride, bottleneck=bottleneck)
+    module = networks.ResidualBlock(
+        features=features, stride=stride, bottleneck=bottleneck, zero_init_residual=True
+    )
     x = normal(7, 2, 4, 4, channels)
     variables = initialise(module, x)
     out = jax.jit(functools.partial(module.apply, train=False))(variables, x)
@@ -533,6 +536,21 @@ def test_block_starts_as_its_shortcut(bottleneck, stride):
     else:
         expected = relu(Oracle(variables, False).conv_bn(x, "shortcut_conv", "shortcut_bn", 2))
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("zero_init_residual", [None, False, True])
+def test_scales_of_batch_norms_start_at_one_but_where_asked(zero_init_residual):
+    options = {} if zero_init_residual is None else {"zero_init_residual": zero_init_residual}
+    config: Any = cifar10.get_config("jevb")
+    config.model.update(backbone="resnet8", width=4, embedding_dim=4, **options)
+    config.model.update(projector_hidden_dims=(4,), head_hidden_dim=4)
+    model = blueprint.make_network(config.to_dict())
+    params = initialise(model, jnp.zeros((2, 8, 8, 3)))["params"]["backbone"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            is_zero = bool(zero_init_residual) and "bn2" in name
+            np.testing.assert_array_equal(leaf, 0 if is_zero else 1, err_msg=name)
 
 
 def test_initial_kernels_have_the_published_spread():
@@ -663,7 +681,7 @@ def test_no_parameter_is_dead(backbone):
 
         return jax.grad(loss)(params)
 
-    # Zero gammas and the zero kernel of the scale head hold back other gradients for two steps.
+    # The zero kernel of the scale head holds back other gradients for a step.
     params = variables["params"]
     for _ in range(2):
         grads = gradient(params, variables["batch_stats"])
