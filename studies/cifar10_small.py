@@ -41,6 +41,7 @@ def method_config(method: str, **changes: Any) -> Any:
     config.augmentation.image_size = 16
     config.model.backbone = "resnet8"
     config.model.width = 16
+    config.model.zero_init_residual = True  # as the published tables were made
     config.model.dtype = "float32"
     config.model.projector_hidden_dims = (256,)
     config.model.embedding_dim = 128

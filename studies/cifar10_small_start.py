@@ -1,0 +1,51 @@
+"""How residual blocks start, and the optimizer: `docs/full_size.md`.
+
+python -m jevb_jax.study --study=studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
+
+In the recipe of `cifar10_small`, with AdamW as there, and with SGD as in `configs/cifar10.py`. One seed.
+"""
+
+from typing import Any
+
+from jevb_jax.study import Comparison, Study
+from studies.cifar10_small import ACCURACIES, MEASURES, method_config
+
+# (method, optimizer, its rate, weight decay)
+RECIPES = (
+    ("simsiam", "sgd", 0.06, 5e-4),
+    ("jevb", "sgd", 0.06, 5e-4),
+    ("jevb", "sgd", 0.5, 5e-4),
+    ("jevb", "adamw", 2e-3, 1e-4),
+)
+
+
+def name(method: str, optimizer: str, rate: float, *, is_zero: bool) -> str:
+    """Name of a run."""
+    return f"{method}_{optimizer}_{rate:g}_from_{0 if is_zero else 1}"
+
+
+def config(method: str, optimizer: str, rate: float, decay: float, *, is_zero: bool) -> Any:
+    """Config of a run."""
+    return method_config(
+        method,
+        model__zero_init_residual=is_zero,
+        optimizer__name=optimizer,
+        optimizer__learning_rate=rate,
+        optimizer__weight_decay=decay,
+    )
+
+
+def get_study() -> Study:
+    """Every recipe from shut and from open blocks."""
+    cells = [(*recipe, is_zero) for recipe in RECIPES for is_zero in (True, False)]
+    runs = {
+        name(m, o, rate, is_zero=is_zero): config(m, o, rate, decay, is_zero=is_zero)
+        for m, o, rate, decay, is_zero in cells
+    }
+    return Study(
+        title="Start of residual blocks: CIFAR-10, 10,000 images at 16 pixels, ResNet-8, 8 epochs",
+        runs=runs,
+        seeds=(0,),
+        measures=MEASURES,
+        figures=(Comparison("start", "Blocks shut (0) and open (1)", tuple(runs), ACCURACIES),),
+    )
