@@ -5,9 +5,10 @@ python -m benchmarks.train_throughput --out=runs/train_throughput --width=16 --h
 
 One GPU, with the peers' environments on it:
 
-python -m benchmarks.train_throughput --out=runs/train_throughput --methods=jevb,simsiam \
-    --dtype=bfloat16 --batch_size=1024 --steps_per_turn=20 --num_rounds=5 --matmul_size=8192 \
-    --peer_python=PEERS/bin/python --peer_modes=channels_last,compiled --num_data_workers=14
+python -m benchmarks.train_throughput --out=runs/train_throughput_gpu --methods=jevb,simsiam \
+    --dtype=bfloat16 --batch_size=1024 --steps_per_turn=10 --num_rounds=3 --matmul_size=8192 \
+    --num_data_workers=14 --peer_python=PEERS/bin/python --peer_modes=channels_last,compiled \
+    --spt_python=SPT/bin/python
 
 A step is: draw a batch, two augmented views an image, forward, backward, update. All methods have one
 encoder, ResNet-18 with the CIFAR stem, and the heads of their recipes, `--head_dim / 2048` as wide;

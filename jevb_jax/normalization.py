@@ -1,10 +1,11 @@
-"""BatchNorm of images with the ReLU after it, and a backward pass that reads each array once.
+"""BatchNorm of images with the ReLU after it, and a backward pass that spares memory's bandwidth.
 
-On an accelerator a ResNet's convolutions take half of a step and the passes over its activations between
-them the other half. Differentiated term by term, BatchNorm and ReLU read and write more than they need
-to: the masked gradient is stored, and its sums are taken in two passes. Here the backward pass is
-written out, in two passes over the activations and no stored array but the result. The values are those
-of `flax.linen.BatchNorm`, `+ shortcut` and `flax.linen.relu`, bit for bit; gradients differ by rounding.
+On an accelerator a ResNet's convolutions take half of a step, and most of the other half is passes over
+its activations between them. Differentiated term by term, BatchNorm and ReLU make more of them than they
+need to: the masked gradient is stored, and its sums are taken in two passes. Here the backward pass is
+written out: one pass for both sums, one for the gradient of the input, and nothing stored between them
+but at the end of a block, where the shortcut needs the masked gradient anyway. The values are those of
+`flax.linen.BatchNorm`, `+ shortcut` and `flax.linen.relu`, bit for bit; gradients differ by rounding.
 """
 
 import functools

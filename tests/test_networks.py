@@ -518,6 +518,69 @@ def test_make_model_passes_its_arguments_on():
     assert vit == networks.vit_small(patch_size=8)
 
 
+def torch_names(name: str) -> str:
+    """torchvision's name of a part of our ResNet."""
+    name = re.sub(r"stage(\d)_block(\d)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}", name)
+    for ours, theirs in {
+        "stem_conv": "conv1",
+        "stem_bn": "bn1",
+        "shortcut_conv": "downsample.0",
+        "shortcut_bn": "downsample.1",
+        "kernel": "weight",
+        "scale": "weight",
+    }.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_resnet18_and_its_gradients_are_those_of_the_installed_torchvision():
+    torch = pytest.importorskip("torch")
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool = theirs.fc = torch.nn.Identity()
+    for parameter in theirs.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = networks.resnet18(stem="cifar")
+    images, weights = normal(20, 8, 16, 16, 3), normal(21, 8, 512)
+    out = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    (out * torch.from_numpy(weights)).sum().backward()
+
+    parameters = dict(theirs.named_parameters())
+
+    def of_torch(path: Any, leaf: Any, *, gradient: bool) -> np.ndarray:
+        found = parameters[torch_names(".".join(key.key for key in path))]
+        values = (found.grad if gradient else found).detach().numpy()
+        values = values.transpose(2, 3, 1, 0) if values.ndim == 4 else values
+        assert values.shape == leaf.shape
+        return values
+
+    variables: Any = abstract_variables(ours, images)
+    params, expected = (
+        jax.tree_util.tree_map_with_path(
+            functools.partial(of_torch, gradient=gradient), variables["params"]
+        )
+        for gradient in (False, True)
+    )
+    assert len(parameters) == len(jax.tree.leaves(params))
+    statistics = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), variables)
+
+    def loss(params: Any) -> Any:
+        state = {"params": params, "batch_stats": statistics["batch_stats"]}
+        found, _ = ours.apply(state, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(found * weights), found
+
+    gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(found, out.detach().numpy(), rtol=1e-4, atol=1e-4)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        theirs_gradient = functools.reduce(lambda tree, key: tree[key.key], path, expected)
+        # A ReLU at zero falls either way, with a whole example's gradient there.
+        error = np.linalg.norm(gradient - theirs_gradient) / np.linalg.norm(theirs_gradient)
+        assert error < 5e-3, jax.tree_util.keystr(path)
+
+
 # Initialisation
 
 
