@@ -32,6 +32,22 @@ def _affine(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilo
     return (_minus(x, mean) * _along(x, factor) + _along(x, bias)).astype(x.dtype)
 
 
+def _output(
+    x: Array,
+    shortcut: Array | None,
+    statistics: tuple[Array, Array],
+    scale: Array,
+    bias: Array,
+    epsilon: float,
+    relu: bool,
+) -> Array:
+    """`relu(BatchNorm(x) + shortcut)` with the given mean and variance."""
+    y = _affine(x, *statistics, scale, bias, epsilon)
+    if shortcut is not None:
+        y = y + shortcut
+    return nn.relu(y) if relu else y
+
+
 def _along(x: Array, channels: Array) -> Array:
     """`[channels]` in the rank of `x`."""
     return jnp.expand_dims(channels, tuple(range(x.ndim - 1)))
@@ -68,11 +84,7 @@ def _batch_norm_forward(
     x: Array, shortcut: Array | None, scale: Array, bias: Array, epsilon: float, relu: bool
 ) -> tuple[tuple[Array, Array, Array], Any]:
     mean, var = _moments(x)
-    y = _affine(x, mean, var, scale, bias, epsilon)
-    if shortcut is not None:
-        y = y + shortcut
-    if relu:
-        y = nn.relu(y)
+    y = _output(x, shortcut, (mean, var), scale, bias, epsilon, relu)
     # Without a shortcut the sign of the output is computed again from `x`, which is read anyway.
     return (y, mean, var), (x, None if shortcut is None else y, mean, var, scale, bias)
 
@@ -155,9 +167,8 @@ class BatchNorm(nn.Module):
         x = x.astype(self.dtype)
         shortcut = None if shortcut is None else shortcut.astype(self.dtype)
         if not train:
-            y = _affine(x, running_mean.value, running_var.value, scale, bias, self.epsilon)
-            y = y if shortcut is None else y + shortcut
-            return nn.relu(y) if self.relu else y
+            statistics = (running_mean.value, running_var.value)
+            return _output(x, shortcut, statistics, scale, bias, self.epsilon, self.relu)
         outputs: Any = batch_norm(x, shortcut, scale, bias, self.epsilon, self.relu)
         y, mean, var = outputs
         if not self.is_initializing():

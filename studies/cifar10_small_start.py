@@ -2,7 +2,8 @@
 
 python -m jevb_jax.study --study=studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
 
-In the recipe of `cifar10_small`, with AdamW as there, and with SGD as `configs/cifar10.py` had it. One seed.
+In the recipe of `cifar10_small`, with AdamW as there, and with SGD as `configs/cifar10.py` had it.
+One seed.
 """
 
 from typing import Any
