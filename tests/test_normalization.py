@@ -116,20 +116,20 @@ def test_channels_that_are_constant_or_scaled_by_zero_have_finite_gradients():
 
 
 @CASES
-def test_groups_by_vmap_are_the_groups_one_by_one(has_shortcut, relu):
+def test_groups_by_vmap_are_those_of_flax_one_by_one(has_shortcut, relu):
     arguments, cotangents = inputs(has_shortcut)
     x, shortcut, scale, bias = arguments
     halves = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), (x, shortcut))
 
-    def loss(x: Array, shortcut: Array | None, gradient: Array) -> Array:
-        return jnp.sum(ours(x, shortcut, scale, bias, relu=relu)[0] * gradient)
+    def loss(function: Any, x: Array, shortcut: Array | None, gradient: Array) -> Array:
+        return jnp.sum(function(x, shortcut, scale, bias, relu=relu)[0] * gradient)
 
     gradient = cotangents[0].reshape(2, 3, *SHAPE[1:])
     axes = (0, 0 if has_shortcut else None, 0)
-    together = jax.vmap(jax.grad(loss), axes)(*halves, gradient)
+    together = jax.vmap(jax.grad(functools.partial(loss, ours)), axes)(*halves, gradient)
     for index in range(2):
         one = jax.tree.map(lambda a, index=index: a[index], halves)
-        alone = jax.grad(loss)(*one, gradient[index])
+        alone = jax.grad(functools.partial(loss, plain))(*one, gradient[index])
         np.testing.assert_allclose(together[index], alone, rtol=1e-5, atol=1e-6)
 
 
