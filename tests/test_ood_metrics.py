@@ -133,6 +133,27 @@ def test_intervals_are_those_of_a_naive_bootstrap():
     assert np.all(np.array(ood_metrics(a, b)) <= np.array(high))
 
 
+@pytest.mark.parametrize("name", cases())
+def test_intervals_are_quantiles_over_resampled_images(name, monkeypatch):
+    a, b = cases()[name]
+    generators = np.random.default_rng(3).spawn(2)
+    drawn = np.array(
+        [
+            ood_metrics(
+                a[generators[0].integers(len(a), size=len(a))],
+                b[generators[1].integers(len(b), size=len(b))],
+            )
+            for _ in range(7)
+        ]
+    )
+    for chunk_numbers in (1, 2**15):
+        monkeypatch.setattr("jevb_jax.evaluation.ood_metrics._CHUNK_NUMBERS", chunk_numbers)
+        found = bootstrap_intervals(a, b, num_resamples=7, level=0.8, seed=3)
+        np.testing.assert_allclose(
+            found, np.quantile(drawn, [0.1, 0.9], axis=0), rtol=1e-13, atol=1e-15
+        )
+
+
 def test_intervals_cover():
     # Two unit normals 1 apart: AUROC = Phi(1 / sqrt 2) = 0.7602.
     rng = np.random.default_rng(2)

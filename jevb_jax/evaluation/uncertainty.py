@@ -103,11 +103,18 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's, 0 where one of the two is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt(np.sum(a**2) * np.sum(b**2))
-    return float(np.sum(a * b) / scale) if scale > 0 else 0.0
+def _ranks_in_columns(values: np.ndarray) -> np.ndarray:
+    """`_ranks` within each column of `[S, N]`, for few rows: every row is compared with every other."""
+    return np.stack(
+        [np.sum(values < row, axis=0) + (np.sum(values == row, axis=0) + 1) / 2 for row in values]
+    )
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson's along the first axis, 0 where one of the two is constant."""
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    scale = np.sqrt(np.sum(a**2, axis=0) * np.sum(b**2, axis=0))
+    return np.sum(a * b, axis=0) / np.where(scale > 0, scale, 1)
 
 
 class SeverityCorrelation(NamedTuple):
@@ -140,10 +147,10 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
         raise ValueError(f"uncertainty must be [S + 1, N] with S >= 1, got shape {values.shape}")
     _checked("uncertainty", values.ravel())
     severity = np.arange(len(values), dtype=np.float64)
-    each = [_correlation(severity, _ranks(column)) for column in values.T]
+    each = _correlation(severity[:, None], _ranks_in_columns(values))
     severities = np.repeat(severity, values.shape[1])
     return SeverityCorrelation(
-        float(np.mean(each)), _correlation(_ranks(severities), _ranks(values.ravel()))
+        float(np.mean(each)), float(_correlation(_ranks(severities), _ranks(values.ravel())))
     )
 
 
@@ -204,7 +211,7 @@ def human_disagreement_correlation(uncertainty: ArrayLike, counts: ArrayLike) ->
     values, entropy = _checked("uncertainty", uncertainty), label_entropy(counts)
     if len(values) != len(entropy):
         raise ValueError(f"{len(values)} uncertainties and votes for {len(entropy)} images")
-    return _correlation(_ranks(values), _ranks(entropy))
+    return float(_correlation(_ranks(values), _ranks(entropy)))
 
 
 class ScaleSpectrum(NamedTuple):
