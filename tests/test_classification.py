@@ -318,6 +318,51 @@ def test_lbfgs_equals_sklearn_on_digits(l2_regularization):
     assert classification.probe_accuracy(probe, *test) == oracle.score(standardised, test[1])
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1000.0])
+def test_cross_entropy_errs_relative_to_its_value(size):
+    generator = np.random.default_rng(0)
+    logits = (size * generator.normal(size=(40, 5))).astype(np.float32)
+    labels = np.where(np.arange(40) < 20, logits.argmax(axis=1), generator.integers(0, 5, 40))
+    parameters = classification._Parameters(jnp.eye(5), jnp.zeros(5))
+
+    def total(x):
+        values = classification._cross_entropy(parameters, x, jnp.asarray(labels))
+        return jnp.sum(values), values
+
+    gradient, values = jax.grad(total, has_aux=True)(jnp.asarray(logits))
+    rows = np.arange(40)
+    # Long doubles do not overflow here, and the label's own term, 1, is never added up.
+    odds = np.exp(logits.astype(np.longdouble) - logits[rows, labels][:, None])
+    odds[rows, labels] = 0
+    others = odds.sum(axis=1)
+    # A difference of logits is rounded, and the exponential multiplies that error.
+    rtol = 1e-6 + np.finfo(np.float32).eps * np.ptp(logits)
+    np.testing.assert_allclose(values, np.log1p(others).astype(float), rtol=rtol, atol=1e-37)
+    expected = odds / (1 + others)[:, None]
+    expected[rows, labels] = -others / (1 + others)
+    np.testing.assert_allclose(gradient, expected.astype(float), rtol=rtol, atol=1e-37)
+
+
+def test_few_separable_labels_are_fitted_to_the_tolerance():
+    # Ten labels a class of many features: every image is surer than float32 can tell from 1. With a
+    # cross-entropy that errs by its logits' rounding, L-BFGS stalls at the weak end of the grid.
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(10, 512)) / 8
+    labels = np.repeat(np.arange(10), 10)
+    features = (centres[labels] + generator.normal(size=(100, 512))).astype(np.float32)
+    selection = classification.select_linear_probe(
+        features, labels, features, labels, num_classes=10, l2_grid=[10.0**-n for n in range(1, 7)]
+    )
+    assert all(point.converged for point in selection.grid)
+    assert max(point.num_iterations for point in selection.grid) < 50
+    probe = classification.fit_linear_probe(
+        features, labels, num_classes=10, l2_regularization=1e-6
+    )
+    value, gradient_norm = numpy_objective(probe, features, labels, l2_regularization=1e-6)
+    assert value < 1e-3
+    np.testing.assert_allclose(probe.gradient_norm, gradient_norm, rtol=1e-3)
+
+
 def test_sgd_comes_near_lbfgs_and_is_seeded():
     (features, labels), _, test = digits_splits()
     l2_regularization = 1e-2

@@ -450,8 +450,18 @@ def _logits(parameters: _Parameters, standardised: Array) -> Array:
 
 
 def _cross_entropy(parameters: _Parameters, standardised: Array, labels: Array) -> Array:
+    """`log sum_c exp(z_c - z_y)`, `[N]`, of logits `z`, with digits however near 0 it is.
+
+    `logsumexp(z) - z_y` errs by 1e-7 of `z`, more than the value on features that separate the classes:
+    the line search of L-BFGS then finds no way down, and the fit stalls short of its tolerance.
+    """
     logits = _logits(parameters, standardised)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None]
+    margin = logits - jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
+    # Any number gives the same value and gradient; the largest margin, at least 0, does not overflow.
+    largest = jax.lax.stop_gradient(jnp.max(margin, axis=-1))
+    others = jnp.sum(jnp.where(is_label, 0, jnp.exp(margin - largest[:, None])), axis=-1)
+    return largest + jnp.log1p(others + jnp.expm1(-largest))
 
 
 def _penalty(parameters: _Parameters, l2_regularization: Array) -> Array:
