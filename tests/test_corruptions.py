@@ -1,3 +1,7 @@
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -95,17 +99,33 @@ def test_rotation_is_scipys_one_way_or_the_other(severity):
     assert set(errors.argmin(axis=1)) == {0, 1}
 
 
-def test_crop_is_a_part_of_the_image():
-    # On a ramp a crop's mean tells where it was cut, its range how large it was.
+@pytest.mark.parametrize(("severity", "side"), [(1, 29), (2, 25), (3, 20), (4, 16), (5, 12)])
+def test_crop_is_a_part_of_the_image(severity, side):
+    # On a ramp a crop's mean tells where it was cut, its range how large it was: the root of 0.8, 0.6,
+    # 0.4, 0.25, 0.15 of 32 pixels, up to the resampling's ends.
     ramp = np.broadcast_to(np.arange(0, 256, 8, dtype=np.uint8)[:, None, None], (32, 32, 3))
-    found = corruptions.corrupt(np.stack([ramp] * 50), "crop", severity=4, seed=0).astype(float)
-    span = np.ptp(found, axis=(1, 2, 3))
-    assert np.all(
-        np.abs(span - 8 * (16 - 1)) <= 2
-    )  # half of 32 pixels, up to the resampling's ends
-    assert len(set(found.mean(axis=(1, 2, 3)).round())) > 8
+    found = corruptions.corrupt(np.stack([ramp] * 50), "crop", severity=severity, seed=0)
+    span = np.ptp(found.astype(float), axis=(1, 2, 3))
+    assert np.all(np.abs(span - 8 * (side - 1)) <= 2)
+    assert len(set(found.mean(axis=(1, 2, 3)).round())) > min(8, 32 - side)
+
+
+def test_crop_needs_squares():
     with pytest.raises(ValueError, match="crop needs square images, got 30 x 32"):
         corruptions.corrupt(images()[:, :30], "crop", severity=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["contrast", "crop", "gaussian_noise", "rotation"])
+def test_a_traced_severity_gives_the_same_images(name):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(4), jnp.arange(3))
+    floats = jnp.asarray(images(), jnp.float32) / 255
+    for severity in range(1, 6):
+        one = functools.partial(corruptions.CORRUPTIONS[name], severity=severity)
+        plain = jax.jit(jax.vmap(one))
+        np.testing.assert_array_equal(
+            corruptions.corrupt(images(), name, severity=severity, seed=4),
+            jnp.round(plain(keys, floats) * 255).astype(jnp.uint8),
+        )
 
 
 # A shuffled, turned or cropped image may land on what looks alike.

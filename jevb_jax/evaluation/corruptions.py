@@ -9,6 +9,7 @@ and photographs of 32.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +30,34 @@ _DEGREES = (8.0, 16.0, 30.0, 45.0, 90.0)
 _CROP_AREA = (0.8, 0.6, 0.4, 0.25, 0.15)  # of the image's
 
 
-def _level(table: tuple[float, ...], severity: int) -> float:
+def _check_severity(severity: int) -> None:
     if not 1 <= severity <= NUM_SEVERITIES:
         raise ValueError(f"severity must be 1 to {NUM_SEVERITIES}, got {severity}")
+
+
+def _level(table: tuple[float, ...], severity: int) -> float:
+    _check_severity(severity)
     return table[severity - 1]
 
 
-def gaussian_noise(key: Array, image: Array, *, severity: int) -> Array:
+def _traced_level(table: tuple[float, ...], severity: int | Array) -> Any:
+    """`_level` of a severity that may be traced, so that one program is compiled for all five."""
+    if isinstance(severity, int):
+        return _level(table, severity)
+    return jnp.asarray(table, jnp.float32)[severity - 1]
+
+
+def gaussian_noise(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Adds independent Gaussian noise to every value."""
     noise = jax.random.normal(key, image.shape, image.dtype)
-    return jnp.clip(image + _level(_NOISE_STD, severity) * noise, 0, 1)
+    return jnp.clip(image + _traced_level(_NOISE_STD, severity) * noise, 0, 1)
 
 
-def contrast(key: Array, image: Array, *, severity: int) -> Array:
+def contrast(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Pulls every value towards the image's mean of its channel."""
     del key
     mean = jnp.mean(image, axis=(0, 1), keepdims=True)
-    return mean + _level(_CONTRAST, severity) * (image - mean)
+    return mean + _traced_level(_CONTRAST, severity) * (image - mean)
 
 
 def patch_shuffle(key: Array, image: Array, *, severity: int) -> Array:
@@ -94,9 +106,9 @@ def pixelate(key: Array, image: Array, *, severity: int) -> Array:
     return jnp.einsum("ij,jkc,lk->ilc", rows, image, columns, precision="highest")
 
 
-def rotation(key: Array, image: Array, *, severity: int) -> Array:
+def rotation(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Turns left or right about the centre, bilinear; corners are filled by reflection."""
-    degrees = _level(_DEGREES, severity) * jax.random.rademacher(key, (), image.dtype)
+    degrees = _traced_level(_DEGREES, severity) * jax.random.rademacher(key, (), image.dtype)
     cosine, sine = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
     center = [(side - 1) / 2 for side in image.shape[:2]]
     y, x = (
@@ -114,7 +126,7 @@ def rotation(key: Array, image: Array, *, severity: int) -> Array:
     return jnp.clip(jax.vmap(turn, in_axes=-1, out_axes=-1)(image), 0, 1)
 
 
-def crop(key: Array, image: Array, *, severity: int) -> Array:
+def crop(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Cuts out a square at a random place and brings it back to the image's size.
 
     Raises:
@@ -123,7 +135,8 @@ def crop(key: Array, image: Array, *, severity: int) -> Array:
     height, width = image.shape[:2]
     if height != width:
         raise ValueError(f"crop needs square images, got {height} x {width}")
-    side = max(1, round(math.sqrt(_level(_CROP_AREA, severity)) * height))
+    sides = tuple(max(1, round(math.sqrt(area) * height)) for area in _CROP_AREA)
+    side = jnp.asarray(_traced_level(sides, severity), jnp.int32)
     top, left = jax.random.randint(key, (2,), 0, height - side + 1)
     return augmentations.resized_crop(image, top, left, side, side, size=height)
 
@@ -139,13 +152,20 @@ CORRUPTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("name", "severity"))
-def _corrupt_batch(keys: Array, images: Array, *, name: str, severity: int) -> Array:
+# Of these a severity is a number in one program; of the others it is a size, compiled for each.
+_TRACED = ("contrast", "crop", "gaussian_noise", "rotation")
+
+
+def _corrupt_batch(keys: Array, images: Array, severity: int | Array, *, name: str) -> Array:
     def one(key: Array, image: Array) -> Array:
         corrupted = CORRUPTIONS[name](key, image.astype(jnp.float32) / 255, severity=severity)
         return jnp.round(corrupted * 255).astype(jnp.uint8)
 
     return jax.vmap(one)(keys, images)
+
+
+_corrupt_traced = jax.jit(_corrupt_batch, static_argnames=("name",))
+_corrupt_static = jax.jit(_corrupt_batch, static_argnames=("name", "severity"))
 
 
 def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.ndarray:
@@ -165,12 +185,14 @@ def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.nd
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"corruption must be one of {sorted(CORRUPTIONS)}, got {name!r}")
+    _check_severity(severity)
+    corrupt_batch = _corrupt_traced if name in _TRACED else _corrupt_static
     size = min(len(images), _BATCH_SIZE)
     parts = []
     for start in range(0, len(images), size):
         # The last batch repeats its last image, so that one size is compiled.
         index = np.minimum(np.arange(start, start + size), len(images) - 1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index))
-        corrupted = _corrupt_batch(keys, jnp.asarray(images[index]), name=name, severity=severity)
+        corrupted = corrupt_batch(keys, jnp.asarray(images[index]), severity, name=name)
         parts.append(np.asarray(corrupted))
     return np.concatenate(parts)[: len(images)]
