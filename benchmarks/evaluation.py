@@ -1,4 +1,4 @@
-"""Time of k-NN, linear probe and feature extraction, beside scikit-learn, faiss and torch.
+"""Time of k-NN, linear probes, detection metrics and features, beside scikit-learn, faiss and torch.
 
 python -m benchmarks.evaluation --out=runs/evaluation --num_cores=1 --width=16 \
     --peer_python=PEERS/bin/python
@@ -6,7 +6,9 @@ python -m benchmarks.evaluation --out=runs/evaluation --num_cores=1 --width=16 \
 Features are random: Gaussian classes, so that a probe has something to learn. k-NN is the search alone,
 the same exact neighbours by cosine on every side; how many agree is in the table. The probes minimise one
 objective, penalised cross-entropy of standardised features; each gets the loosest tolerance, in powers of
-ten, at which its objective is within `--probe_gap` of the best that any reached. Features are of random
+ten, at which its objective is within `--probe_gap` of the best that any reached. With few labels the
+whole grid is fitted, from the strongest penalty to the weakest, each from the solution before. Metrics of
+detection are five, with intervals from `--num_resamples` resamples of the images. Features are of random
 images: uint8 arrays here, ready float batches in torch. Writes `evaluation.json` and `evaluation.md`.
 PEERS: `python -m venv PEERS`, `PEERS/bin/pip install torch torchvision lightly kornia faiss-cpu`.
 """
@@ -27,17 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10
 from jevb_jax import data
-from jevb_jax.evaluation import classification, features
+from jevb_jax.evaluation import classification, features, ood_metrics
 from jevb_jax.networks import make_model
 
 TOLERANCES = tuple(10.0**-power for power in range(1, 7))
 MAX_ITERATIONS = 1000
+L2_GRID = tuple(10.0**-power for power in range(1, 7))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,6 +63,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_probe", type=int, default=10_000, help="examples of the probe")
     parser.add_argument("--l2_regularization", type=float, default=1e-3)
     parser.add_argument("--probe_gap", type=float, default=1e-4, help="relative, of the objective")
+    parser.add_argument("--labels_per_class", type=int, default=10, help="of the few-label probe")
+    parser.add_argument("--num_scores", type=int, nargs="+", default=[2000, 10_000])
+    parser.add_argument("--num_resamples", type=int, default=100)
     parser.add_argument("--num_images", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=256, help="of feature extraction")
     parser.add_argument("--backbone", default="resnet18", help="another has no torch peer")
@@ -254,6 +261,123 @@ def _probe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def _few_labels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    bank, labels, _ = draw_features(arguments)
+    rows = classification.labels_per_class_subset(
+        labels, labels_per_class=arguments.labels_per_class, seed=0
+    )
+    x, y = bank[rows], labels[rows]
+    held_out = np.setdiff1d(np.arange(len(bank)), rows)[: arguments.num_probe]
+    validation = bank[held_out], labels[held_out]
+    accuracies: dict[str, float] = {}
+    iterations: dict[str, int] = {}
+
+    def ours() -> None:
+        selection = classification.select_linear_probe(
+            x, y, *validation, num_classes=arguments.num_classes, l2_grid=L2_GRID
+        )
+        accuracies["jevb_jax"] = selection.validation_accuracy
+        iterations["jevb_jax"] = sum(point.num_iterations for point in selection.grid)
+
+    def by_sklearn() -> None:
+        probe = LogisticRegression(tol=1e-5, max_iter=MAX_ITERATIONS, warm_start=True)
+        mean, std = x.mean(axis=0), x.std(axis=0)
+        scores, counts = [], []
+        for l2 in sorted(L2_GRID, reverse=True):
+            probe.set_params(C=1 / (len(x) * l2)).fit((x - mean) / std, y)
+            scores.append(float(probe.score((validation[0] - mean) / std, validation[1])))
+            counts.append(int(probe.n_iter_[0]))
+        accuracies["scikit-learn"], iterations["scikit-learn"] = max(scores), sum(counts)
+
+    sides = {"jevb_jax": ours, "scikit-learn": by_sklearn}
+    timers: dict[str, Callable[[], float]] = {
+        name: functools.partial(measure.seconds_of, call) for name, call in sides.items()
+    }
+    timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
+    return [
+        {
+            "few labels": name,
+            "seconds": timing.median,
+            "time / ours": timing.ratio_to(timings["jevb_jax"]),
+            "iterations": iterations[name],
+            "validation accuracy": accuracies[name],
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def metrics_by_sklearn(inside: np.ndarray, outside: np.ndarray) -> tuple[float, ...]:
+    """The five of `ood_metrics`, in its order.
+
+    Args:
+      inside: scores `[N]`.
+      outside: scores `[M]`.
+
+    Returns:
+      The metrics.
+    """
+    is_outside = np.arange(len(inside) + len(outside)) >= len(inside)
+    scores = np.concatenate([inside, outside])
+
+    def area(positive: np.ndarray, values: np.ndarray) -> float:
+        precision, recall, _ = precision_recall_curve(positive, values)
+        return float(auc(recall, precision))
+
+    def rate(positive: np.ndarray, values: np.ndarray) -> float:
+        false, true, _ = roc_curve(positive, values, drop_intermediate=False)
+        return float(false[np.argmax(true >= 0.95)])
+
+    return (
+        float(roc_auc_score(is_outside, scores)),
+        area(is_outside, scores),
+        area(~is_outside, -scores),
+        rate(is_outside, scores),
+        rate(~is_outside, -scores),
+    )
+
+
+def _detection(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for num_scores in arguments.num_scores:
+        draw = np.random.default_rng(0)
+        inside, outside = (draw.normal(mean, size=num_scores) for mean in (0.0, 0.5))
+        found: dict[str, tuple[float, float]] = {}
+
+        def ours(inside: Any = inside, outside: Any = outside, found: Any = found) -> None:
+            low, high = ood_metrics.bootstrap_intervals(
+                inside, outside, num_resamples=arguments.num_resamples, seed=0
+            )
+            found["jevb_jax"] = low.auroc, high.auroc
+
+        def by_sklearn(inside: Any = inside, outside: Any = outside, found: Any = found) -> None:
+            draw = np.random.default_rng(0)
+            values = [
+                metrics_by_sklearn(
+                    draw.choice(inside, len(inside)), draw.choice(outside, len(outside))
+                )
+                for _ in range(arguments.num_resamples)
+            ]
+            found["scikit-learn"] = tuple(np.quantile(np.array(values)[:, 0], (0.025, 0.975)))
+
+        timers: dict[str, Callable[[], float]] = {
+            "jevb_jax": functools.partial(measure.seconds_of, ours),
+            "scikit-learn": functools.partial(measure.seconds_of, by_sklearn),
+        }
+        timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
+        rows += [
+            {
+                "metrics and intervals": name,
+                "images inside and outside": num_scores,
+                "seconds": timing.median,
+                "time / ours": timing.ratio_to(timings["jevb_jax"]),
+                "AUROC from": found[name][0],
+                "to": found[name][1],
+            }
+            for name, timing in timings.items()
+        ]
+    return rows
+
+
 def _features(
     arguments: argparse.Namespace, folder: Path, facts: dict[str, Any], num_threads: int
 ) -> list[dict[str, Any]]:
@@ -343,6 +467,8 @@ def main(arguments: argparse.Namespace) -> str:
         tables = {
             "k-NN": _knn(arguments, folder, facts, num_threads),
             "Linear probe": _probe(arguments),
+            "Few labels": _few_labels(arguments),
+            "Detection": _detection(arguments),
             "Feature extraction": _features(arguments, folder, facts, num_threads),
         }
     return measure.write_results(arguments.out, "evaluation", facts, tables)

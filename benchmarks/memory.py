@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import measure
 from configs import default
 from jevb_jax import experiment
-from jevb_jax.compilation import gradient_options
+from jevb_jax.compilation import network_options
 
 MIB = 2.0**20
 
@@ -53,7 +53,7 @@ def compiled_step(
     shape = (settings["batch"], size, size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     state = built.initial_state()
-    step = jax.jit(built.train_step, donate_argnums=0, compiler_options=gradient_options())
+    step = jax.jit(built.train_step, donate_argnums=0, compiler_options=network_options())
     compiled = step.lower(state, images, built.key).compile()
 
     def call() -> Any:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from jevb_jax import baselines, objective
-from jevb_jax.compilation import gradient_options
+from jevb_jax.compilation import network_options
 from jevb_jax.networks import ResNet
 
 MODEL: dict[str, Any] = {"df": 5.0, "radial_df": 5.0, "radial_scale": 0.5}
@@ -71,7 +71,7 @@ def encoder_of(batch: int, width: int) -> tuple[Any, tuple[Any, ...]]:
         return total
 
     arguments = (variables["params"], images)
-    return jax.jit(jax.value_and_grad(loss), compiler_options=gradient_options()), arguments
+    return jax.jit(jax.value_and_grad(loss), compiler_options=network_options()), arguments
 
 
 def cost_of(*, batch: int, D: int, samples: int, num_rounds: int) -> dict[str, Any]:  # noqa: N803

@@ -41,7 +41,7 @@ from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10, recipes
 from jevb_jax import augmentations, data, experiment, training
-from jevb_jax.compilation import gradient_options
+from jevb_jax.compilation import network_options
 
 PUBLISHED_HEAD_DIM = 2048
 
@@ -202,7 +202,7 @@ def part_timers(
     keys = jax.random.split(made.key, arguments.batch_size)
     parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "encoder": (
-            jax.jit(jax.grad(loss), compiler_options=gradient_options()),
+            jax.jit(jax.grad(loss), compiler_options=network_options()),
             (variables["params"], views),
         ),
         "encoder, forward": (jax.jit(loss), (variables["params"], views)),

@@ -1,4 +1,4 @@
-"""How programs are compiled: those that run once, and those of gradients."""
+"""How programs are compiled: those that run once, and those that run networks."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _QUICK_ON_CPU: dict[str, bool | int] = {
 
 # XLA's library of CPU kernels, YNNPACK, is switched off (an empty list of what it may compute): its
 # kernel gradients of convolutions take up to fifteen times as long as those of XLA without it, where a
-# batch outgrows the cache; where it does not, a step loses a seventh at most.
+# batch outgrows the cache; where it does not, a step loses a seventh at most. Forward passes gain too.
 _WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -40,12 +40,12 @@ def _knows(name: str, value: str) -> bool:
     return True
 
 
-def gradient_options() -> dict[str, str]:
-    """`compiler_options` of `jax.jit` with which gradients of convolutions are fast.
+def network_options() -> dict[str, str]:
+    """`compiler_options` of `jax.jit` with which networks are fast, their gradients above all.
 
     On one CPU device. By how much of the last cache a batch takes, a training step of ResNet-18 with the
-    CIFAR stem takes 0.44 to 1.14 of the time, and a third less memory (`benchmarks/README.md`). Its
-    numbers change by rounding.
+    CIFAR stem takes 0.44 to 1.14 of the time, and a third less memory, its forward pass alone 0.6 to 1.0
+    (`benchmarks/README.md`). Numbers change by rounding.
 
     Returns:
       Options that this version of XLA knows; none on other platforms, nor on several CPU devices: those

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors import numpy as safetensors
 
 from jevb_jax import archive, augmentations, data, files, model, training
-from jevb_jax.compilation import gradient_options
+from jevb_jax.compilation import network_options
 from jevb_jax.experiment import make_optimizer
 from jevb_jax.model import Model
 from jevb_jax.named_arrays import flatten_names
@@ -250,7 +250,7 @@ def _train(
         found = (found - constants["feature_mean"][None]) / constants["feature_std"][None]
         return found @ tuned.kernel + tuned.bias[None], batch_stats
 
-    @functools.partial(jax.jit, compiler_options=gradient_options())
+    @functools.partial(jax.jit, compiler_options=network_options())
     def step(tuned: Tuned, batch_stats: Any, state: Any, images: Array, labels: Array, key: Array):
         def loss(tuned: Tuned) -> Any:
             images_in = jnp.broadcast_to(images, (*images.shape[:-1], encoder.num_channels))

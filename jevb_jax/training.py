@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jevb_jax import augmentations, health, parallel
-from jevb_jax.compilation import alone_on_a_cpu, gradient_options, jit_once
+from jevb_jax.compilation import alone_on_a_cpu, jit_once, network_options
 from jevb_jax.methods import Method
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -575,7 +575,7 @@ def make_train_chunk(
         _, state, metrics, is_finite = jax.lax.while_loop(keep_going, body, start)
         return ChunkResult(state, metrics, is_finite)
 
-    keywords: dict[str, Any] = {"compiler_options": gradient_options()}
+    keywords: dict[str, Any] = {"compiler_options": network_options()}
     if mesh is not None:
         everywhere = parallel.replicated(mesh)
         keywords["out_shardings"] = ChunkResult(shardings, everywhere, everywhere)  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import augmentation, evaluation, measure, peer_process, train_throughput
+from jevb_jax.evaluation.ood_metrics import ood_metrics
 
 ECHO = """
 from serve import serve
@@ -90,6 +91,11 @@ def test_evaluation_measures_by_hand():
     assert found == pytest.approx(1e-3)
     with pytest.raises(ValueError, match="no tolerance"):
         evaluation.loosest(lambda t: 3.0, best=2.0, gap=1e-4)
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=30), rng.normal(1, 1, size=20)
+    np.testing.assert_allclose(
+        evaluation.metrics_by_sklearn(*scores), ood_metrics(*scores), rtol=1e-13
+    )
     uniform = evaluation.probe_objective(
         np.zeros((3, 4)), np.zeros(4), np.ones((2, 3)), np.array([0, 3]), 1.0
     )
@@ -141,10 +147,13 @@ def test_training_and_evaluation_run(tmp_path):
             f"--out={tmp_path}",
             *("--num_bank=300", "--num_queries=20", "--dim=4", "--k=3", "--num_probe=300"),
             *("--num_images=5", "--batch_size=4", "--width=2", "--num_rounds=1"),
-            "--backbone=convnet",
+            *("--backbone=convnet", "--labels_per_class=3", "--num_scores", "30", "40"),
         ]
     )
     evaluation.main(arguments)
     tables = json.loads((tmp_path / "evaluation.json").read_text())["tables"]
     assert all(row["same neighbours"] == 1 for row in tables["k-NN"])
     assert all(row["objective / best - 1"] < 1e-4 for row in tables["Linear probe"])
+    assert [row["images inside and outside"] for row in tables["Detection"]] == [30, 30, 40, 40]
+    few = tables["Few labels"]
+    assert few[0]["validation accuracy"] == pytest.approx(few[1]["validation accuracy"], abs=0.02)

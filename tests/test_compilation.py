@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jevb_jax import compilation
+from configs import smoke
+from jevb_jax import compilation, data
+from jevb_jax.evaluation import features
+from jevb_jax.networks import make_model
 
 
 def draw(key, scale):
@@ -81,7 +84,7 @@ def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
     shapes = (5, 8, 8, 16), (size, size, 16, 32), (5, 8 // stride, 8 // stride, 32)
     x, kernel, cotangent = (generator.normal(size=shape).astype(np.float32) for shape in shapes)
     expected = by_definition(x, kernel, cotangent, stride)
-    for compiler_options in ({}, compilation.gradient_options()):
+    for compiler_options in ({}, compilation.network_options()):
         of_stride = functools.partial(gradients, stride=stride)
         function = jax.jit(of_stride, compiler_options=compiler_options)
         compiled: Any = function.lower(x, kernel, cotangent).compile()
@@ -97,17 +100,28 @@ def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
 
 @pytest.mark.usefixtures("one_device")
 def test_options_are_given_where_the_compiler_knows_them(monkeypatch):
-    (option,) = known = compilation.gradient_options()
+    (option,) = known = compilation.network_options()
     monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {**known, "no_such_option": ""})
-    assert compilation.gradient_options() == known
+    assert compilation.network_options() == known
     # What it knows and cannot read is an error, not another version's option.
     monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {option: "perhaps"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
-        compilation.gradient_options()
+        compilation.network_options()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compilation.gradient_options() == {}
+    assert compilation.network_options() == {}
 
 
 def test_several_devices_get_no_options():
     assert jax.device_count() == 8
-    assert compilation.gradient_options() == {}
+    assert compilation.network_options() == {}
+
+
+def test_features_are_extracted_with_the_options(monkeypatch):
+    # Which options is known by the error of the compiler that gets one that it does not know.
+    monkeypatch.setattr(features, "network_options", lambda: {"no_such_option": ""})
+    config: Any = smoke.get_config()
+    model = make_model(head="none", has_likelihood_scale=False, **config.model.to_dict())
+    extract = features.FeatureExtractor(model, image_size=8, mean=(0.5,), std=(0.5,), batch_size=2)
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        extract(variables, data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8)))

@@ -89,9 +89,9 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_step_is_compiled_with_the_options_for_gradients(encoder, tmp_path, monkeypatch):
+def test_a_step_is_compiled_with_the_options_for_networks(encoder, tmp_path, monkeypatch):
     # Which options is known by the error of the compiler that gets one that it does not know.
-    monkeypatch.setattr(finetuning, "gradient_options", lambda: {"no_such_option": ""})
+    monkeypatch.setattr(finetuning, "network_options", lambda: {"no_such_option": ""})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         tuned(encoder, tmp_path / "out", "frozen")
     assert not (tmp_path / "out" / "results.json").exists()

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jevb_jax import augmentations, data, parallel
+from jevb_jax.compilation import network_options
 from jevb_jax.evaluation.ood import UncertaintyTerms
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -114,7 +115,11 @@ class FeatureExtractor:
             first = jax.tree.map(lambda x: x[0], outputs)
             return Features(*first, terms=values, labels=None)
 
-        self._forward = jax.jit(forward, out_shardings=parallel.replicated(self._mesh))
+        self._forward = jax.jit(
+            forward,
+            out_shardings=parallel.replicated(self._mesh),
+            compiler_options=network_options(),
+        )
 
     def of_batch(self, variables: Any, images: np.ndarray, first: int) -> Features:
         """Features of one whole batch.
