@@ -131,8 +131,8 @@ def nearest_neighbours(
     query_features: ArrayLike,
     *,
     k: int,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 16384,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 65536,
 ) -> tuple[Array, Array]:
     """The `k` rows of a bank with the largest cosine to each query, exact.
 
@@ -210,8 +210,8 @@ def knn_class_scores(
     num_classes: int,
     k: int | Sequence[int],
     temperature: float = 0.1,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 16384,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 65536,
 ) -> Array:
     """Share of the votes of the `k` nearest neighbours for each class.
 
@@ -269,8 +269,8 @@ def knn_predict(
     num_classes: int,
     k: int | Sequence[int],
     temperature: float = 0.1,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 16384,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 65536,
 ) -> Array:
     """Class with the most votes in `knn_class_scores`, the lowest of them on a tie.
 
@@ -343,8 +343,8 @@ def knn_accuracy(
     num_classes: int,
     k: int | Sequence[int],
     temperature: float = 0.1,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 16384,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 65536,
 ) -> float | tuple[float, ...]:
     """Share of the test rows that `knn_predict` gets right.
 
