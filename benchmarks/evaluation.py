@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,10 @@ def draw_features(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray
     return bank, labels, some(arguments.num_queries)[0]
 
 
+def _timers(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], float]]:
+    return {name: functools.partial(measure.seconds_of, call) for name, call in calls.items()}
+
+
 def overlap(mine: np.ndarray, theirs: np.ndarray) -> float:
     """Share of neighbours that two searches have in common, query by query.
 
@@ -168,9 +172,7 @@ def _knn(
         f"scikit-learn, {metric}": functools.partial(by_sklearn, metric=metric)
         for metric in ("cosine", "euclidean")
     }
-    timers: dict[str, Callable[[], float]] = {
-        name: functools.partial(measure.seconds_of, call) for name, call in calls.items()
-    }
+    timers = _timers(calls)
     with contextlib.ExitStack() as stack:
         if arguments.peer_python:
             np.savez(folder / "features.npz", bank=bank, queries=queries)
@@ -243,11 +245,8 @@ def _probe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         name: loosest(lambda t, at=at: at(t)[0], best=best, gap=arguments.probe_gap)
         for name, (_, at) in sides.items()
     }
-    timers: dict[str, Callable[[], float]] = {
-        name: functools.partial(measure.seconds_of, functools.partial(fit, chosen[name]))
-        for name, (fit, _) in sides.items()
-    }
-    timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
+    calls = {name: functools.partial(fit, chosen[name]) for name, (fit, _) in sides.items()}
+    timings = measure.interleave(_timers(calls), num_rounds=arguments.num_rounds)
     return [
         {
             "linear probe": name,
@@ -289,11 +288,8 @@ def _few_labels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             counts.append(int(probe.n_iter_[0]))
         accuracies["scikit-learn"], iterations["scikit-learn"] = max(scores), sum(counts)
 
-    sides = {"jevb_jax": ours, "scikit-learn": by_sklearn}
-    timers: dict[str, Callable[[], float]] = {
-        name: functools.partial(measure.seconds_of, call) for name, call in sides.items()
-    }
-    timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
+    calls = {"jevb_jax": ours, "scikit-learn": by_sklearn}
+    timings = measure.interleave(_timers(calls), num_rounds=arguments.num_rounds)
     return [
         {
             "few labels": name,
@@ -306,12 +302,15 @@ def _few_labels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def metrics_by_sklearn(inside: np.ndarray, outside: np.ndarray) -> tuple[float, ...]:
+def metrics_by_sklearn(
+    inside: np.ndarray, outside: np.ndarray, *, tpr: float = 0.95
+) -> tuple[float, ...]:
     """The five of `ood_metrics`, in its order.
 
     Args:
-      inside: scores `[N]`.
+      inside: scores `[N]`, finite.
       outside: scores `[M]`.
+      tpr: of the two rates.
 
     Returns:
       The metrics.
@@ -325,7 +324,7 @@ def metrics_by_sklearn(inside: np.ndarray, outside: np.ndarray) -> tuple[float, 
 
     def rate(positive: np.ndarray, values: np.ndarray) -> float:
         false, true, _ = roc_curve(positive, values, drop_intermediate=False)
-        return float(false[np.argmax(true >= 0.95)])
+        return float(false[np.argmax(true >= tpr)])
 
     return (
         float(roc_auc_score(is_outside, scores)),
@@ -359,11 +358,8 @@ def _detection(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             ]
             found["scikit-learn"] = tuple(np.quantile(np.array(values)[:, 0], (0.025, 0.975)))
 
-        timers: dict[str, Callable[[], float]] = {
-            "jevb_jax": functools.partial(measure.seconds_of, ours),
-            "scikit-learn": functools.partial(measure.seconds_of, by_sklearn),
-        }
-        timings = measure.interleave(timers, num_rounds=arguments.num_rounds)
+        calls = {"jevb_jax": ours, "scikit-learn": by_sklearn}
+        timings = measure.interleave(_timers(calls), num_rounds=arguments.num_rounds)
         rows += [
             {
                 "metrics and intervals": name,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from benchmarks import augmentation, evaluation, measure, peer_process, train_throughput
-from jevb_jax.evaluation.ood_metrics import ood_metrics
 
 ECHO = """
 from serve import serve
@@ -91,11 +90,6 @@ def test_evaluation_measures_by_hand():
     assert found == pytest.approx(1e-3)
     with pytest.raises(ValueError, match="no tolerance"):
         evaluation.loosest(lambda t: 3.0, best=2.0, gap=1e-4)
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=30), rng.normal(1, 1, size=20)
-    np.testing.assert_allclose(
-        evaluation.metrics_by_sklearn(*scores), ood_metrics(*scores), rtol=1e-13
-    )
     uniform = evaluation.probe_objective(
         np.zeros((3, 4)), np.zeros(4), np.ones((2, 3)), np.array([0, 3]), 1.0
     )

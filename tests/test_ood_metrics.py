@@ -6,31 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
 
-from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
+from benchmarks.evaluation import metrics_by_sklearn
+from jevb_jax.evaluation.ood_metrics import bootstrap_intervals, ood_metrics
 
 
-def oracle(inside: np.ndarray, outside: np.ndarray, tpr: float = 0.95) -> OODMetrics:
+def oracle(inside: np.ndarray, outside: np.ndarray, tpr: float = 0.95) -> tuple[float, ...]:
     """scikit-learn, on ranks: it refuses infinities."""
     _, ranks = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    is_outside = np.arange(len(ranks)) >= len(inside)
-
-    def area(positive: np.ndarray, scores: np.ndarray) -> float:
-        precision, recall, _ = precision_recall_curve(positive, scores)
-        return float(auc(recall, precision))
-
-    def rate(positive: np.ndarray, scores: np.ndarray) -> float:
-        false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
-        return float(false[np.argmax(true >= tpr)])
-
-    return OODMetrics(
-        float(roc_auc_score(is_outside, ranks)),
-        area(is_outside, ranks),
-        area(~is_outside, -ranks),
-        rate(is_outside, ranks),
-        rate(~is_outside, -ranks),
-    )
+    return metrics_by_sklearn(ranks[: len(inside)], ranks[len(inside) :], tpr=tpr)
 
 
 def cases() -> dict[str, tuple[Any, Any]]:

@@ -35,29 +35,25 @@ def _check_severity(severity: int) -> None:
         raise ValueError(f"severity must be 1 to {NUM_SEVERITIES}, got {severity}")
 
 
-def _level(table: tuple[float, ...], severity: int) -> float:
-    _check_severity(severity)
-    return table[severity - 1]
-
-
-def _traced_level(table: tuple[float, ...], severity: int | Array) -> Any:
-    """`_level` of a severity that may be traced, so that one program is compiled for all five."""
+def _level(table: tuple[float, ...], severity: int | Array) -> Any:
+    """A number, or an array of a severity that is traced: one program is then compiled for all five."""
     if isinstance(severity, int):
-        return _level(table, severity)
+        _check_severity(severity)
+        return table[severity - 1]
     return jnp.asarray(table, jnp.float32)[severity - 1]
 
 
 def gaussian_noise(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Adds independent Gaussian noise to every value."""
     noise = jax.random.normal(key, image.shape, image.dtype)
-    return jnp.clip(image + _traced_level(_NOISE_STD, severity) * noise, 0, 1)
+    return jnp.clip(image + _level(_NOISE_STD, severity) * noise, 0, 1)
 
 
 def contrast(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Pulls every value towards the image's mean of its channel."""
     del key
     mean = jnp.mean(image, axis=(0, 1), keepdims=True)
-    return mean + _traced_level(_CONTRAST, severity) * (image - mean)
+    return mean + _level(_CONTRAST, severity) * (image - mean)
 
 
 def patch_shuffle(key: Array, image: Array, *, severity: int) -> Array:
@@ -108,7 +104,7 @@ def pixelate(key: Array, image: Array, *, severity: int) -> Array:
 
 def rotation(key: Array, image: Array, *, severity: int | Array) -> Array:
     """Turns left or right about the centre, bilinear; corners are filled by reflection."""
-    degrees = _traced_level(_DEGREES, severity) * jax.random.rademacher(key, (), image.dtype)
+    degrees = _level(_DEGREES, severity) * jax.random.rademacher(key, (), image.dtype)
     cosine, sine = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
     center = [(side - 1) / 2 for side in image.shape[:2]]
     y, x = (
@@ -136,7 +132,7 @@ def crop(key: Array, image: Array, *, severity: int | Array) -> Array:
     if height != width:
         raise ValueError(f"crop needs square images, got {height} x {width}")
     sides = tuple(max(1, round(math.sqrt(area) * height)) for area in _CROP_AREA)
-    side = jnp.asarray(_traced_level(sides, severity), jnp.int32)
+    side = jnp.asarray(_level(sides, severity), jnp.int32)
     top, left = jax.random.randint(key, (2,), 0, height - side + 1)
     return augmentations.resized_crop(image, top, left, side, side, size=height)
 
