@@ -74,6 +74,8 @@ def get_config() -> ConfigDict:
             "projector_hidden_dims": (2048, 2048),
             "projector_normalizes_output": True,  # ends with BatchNorm
             "embedding_dim": 512,  # D
+            # direction | embedding | direction_and_radius: seen by the head of jevb and vi_simsiam
+            "head_input": "direction",
             "head_hidden_dim": 512,  # of the inference network or the predictor
             "initial_scale": 1.0,  # posterior standard deviation at the start
             "min_scale": 1e-3,  # its floor

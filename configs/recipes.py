@@ -25,6 +25,7 @@ def _set_heads(
     config.model.embedding_dim = embedding
     config.model.head_hidden_dim = head
     config.model.projector_normalizes_output = norm
+    config.model.head_input = "embedding"  # the published heads see it whole
 
 
 def _set_optimizer(

@@ -31,12 +31,15 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jevb_jax import sphere
 from jevb_jax.normalization import BatchNorm
 
 _MIN_RADIAL_SCALE = 1e-3
 _MIN_CONCENTRATION = 1e-3
 
 HeadName = Literal["posterior", "vector", "direction", "none"]
+HeadInput = Literal["direction", "embedding", "direction_and_radius"]
+HEAD_INPUTS: tuple[HeadInput, ...] = ("direction", "embedding", "direction_and_radius")
 
 # He initialisation. Convolutions as torchvision (kaiming_normal, fan_out); MLPs by fan_in, which
 # keeps the forward variance when hidden widths differ.
@@ -606,6 +609,39 @@ class InferenceNetwork(_Head):
         return jnp.broadcast_to(scale, (x.shape[0], self.dim))
 
 
+def head_features(embedding: jax.Array, head_input: HeadInput) -> jax.Array:
+    """What a head that states an uncertainty sees of an embedding (docs eq. 30).
+
+    The direction is `sqrt(D) h / |h|`, so that its features are of the size of the embedding's. A
+    head that sees it alone says the same of `h` and of `10 h`: the radius reaches the radial term
+    and nothing else, as the factorised likelihood promises.
+
+    Args:
+        embedding: `[batch, D]`.
+        head_input: "direction"; "embedding", `h` as it is, by which flat images, whose embeddings
+            are long, get sure posteriors (docs/ood.md); or "direction_and_radius", the direction and
+            `sqrt(D) (r^2 - D) / (r^2 + D)`, a bounded function of the radius that is zero at its
+            usual size.
+
+    Returns:
+        `[batch, D]`, or `[batch, D + 1]`.
+
+    Raises:
+        ValueError: unknown `head_input`.
+    """
+    if head_input not in HEAD_INPUTS:
+        raise ValueError(f"head_input must be one of {HEAD_INPUTS}, got {head_input!r}")
+    if head_input == "embedding":
+        return embedding
+    root_dim = math.sqrt(embedding.shape[-1])
+    direction, radius = sphere.polar_decomposition(embedding)
+    if head_input == "direction":
+        return root_dim * direction
+    # The tanh of log(r / sqrt(D)), written so that no radius overflows.
+    log_radius = sphere.safe_log(radius) - math.log(root_dim)
+    return root_dim * jnp.concatenate([direction, jnp.tanh(log_radius)[:, None]], axis=-1)
+
+
 class Predictor(_Head):
     """Bottleneck MLP from one view's embedding to the other's (SimSiam, arXiv 2011.10566; BYOL).
 
@@ -649,6 +685,7 @@ class JointEmbeddingModel(nn.Module):
         backbone: images to representations.
         projector: representations to embeddings.
         head: embeddings to a prediction, or None.
+        head_input: what the head sees of the embedding, see `head_features`.
         initial_radial_scale: value of `radial_scale()` at initialisation, above 1e-3; None for a
             method without a radial likelihood.
 
@@ -660,6 +697,7 @@ class JointEmbeddingModel(nn.Module):
     projector: nn.Module
     head: nn.Module | None
     initial_radial_scale: float | None = 0.5
+    head_input: HeadInput = "embedding"
 
     def __post_init__(self) -> None:
         self._initial_raw_radial_scale()
@@ -683,7 +721,9 @@ class JointEmbeddingModel(nn.Module):
         """
         representation = self.backbone(images, train=train)
         embedding = self.projector(representation, train=train)
-        prediction = None if self.head is None else self.head(embedding, train=train)
+        if self.head is None:
+            return ViewOutputs(representation, embedding, None)
+        prediction = self.head(head_features(embedding, self.head_input), train=train)
         return ViewOutputs(representation, embedding, prediction)
 
     def radial_scale(self) -> jax.Array:
@@ -708,6 +748,7 @@ def make_model(
     projector_normalizes_output: bool,
     embedding_dim: int,
     head: HeadName,
+    head_input: HeadInput,
     head_hidden_dim: int,
     initial_scale: float,
     min_scale: float,
@@ -730,6 +771,8 @@ def make_model(
         projector_normalizes_output: whether the projector ends with BatchNorm.
         embedding_dim: width of embedding and prediction.
         head: "posterior" (JEVB), "vector" (SimSiam, BYOL), "direction" (VI-SimSiam) or "none".
+        head_input: see `head_features`; read by "posterior" and "direction". A head that predicts a
+            vector sees the embedding, as published.
         head_hidden_dim: width of the head's hidden layer.
         initial_scale: of a posterior, at initialisation.
         min_scale: its lower bound.
@@ -806,6 +849,7 @@ def make_model(
         projector=projector,
         head=head_module,
         initial_radial_scale=initial_radial_scale if head == "posterior" else None,
+        head_input=head_input if head in ("posterior", "direction") else "embedding",
     )
 
 

@@ -47,6 +47,7 @@ def model():
         projector_normalizes_output=True,
         embedding_dim=8,
         head="posterior",
+        head_input="direction",
         head_hidden_dim=8,
         initial_scale=1.0,
         min_scale=1e-3,
