@@ -719,7 +719,10 @@ class JointEmbeddingModel(nn.Module):
                 `apply`) or the running ones, in which case no output depends on the other images of
                 the batch.
         """
-        representation = self.backbone(images, train=train)
+        return self.outputs_of(self.backbone(images, train=train), train=train)
+
+    def outputs_of(self, representation: jax.Array, *, train: bool) -> ViewOutputs:
+        """Maps representations `[batch, features]` to `ViewOutputs`; `train` as in a call."""
         embedding = self.projector(representation, train=train)
         if self.head is None:
             return ViewOutputs(representation, embedding, None)

@@ -42,7 +42,6 @@ from jevb_jax.metrics_log import MetricsLog, ProgressLine
 from jevb_jax.named_arrays import flatten_names
 from jevb_jax.networks import (
     DirectionalPrediction,
-    JointEmbeddingModel,
     Posterior,
     ViewOutputs,
 )
@@ -286,14 +285,8 @@ def _pair_values(
     apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)
     source, target = (apply(view, train=False) for view in views)
 
-    def heads(model: JointEmbeddingModel, representation: Array) -> ViewOutputs:
-        projector, head = model.projector, model.head
-        embedding: Any = projector(representation, train=False)
-        prediction = None if head is None else head(embedding, train=False)
-        return ViewOutputs(representation, embedding, prediction)
-
     def terms_of(representation: Array) -> ElboTerms:
-        view = apply(representation, method=heads)
+        view = apply(representation, train=False, method="outputs_of")
         return conditional_elbo(
             key,
             target.embedding,
