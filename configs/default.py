@@ -92,6 +92,8 @@ def get_config() -> ConfigDict:
             "prior_scale": 2.0,  # the likelihood's width against the prior's noise; docs/study.md
             "coordinates": "chordal",  # chordal | stereographic
             "space": "log",  # log | linear
+            "tails": "joint",  # joint | feature: one Student-t of the direction, or one a feature
+            "normalized": False,  # divides the directional density by its mass on the sphere
             "num_samples": 1,
             "kl_weight": 1.0,
             "kl_warmup_epochs": 0.0,  # linear from zero

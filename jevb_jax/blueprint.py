@@ -19,6 +19,25 @@ HEADS: dict[str, HeadName] = {
     "barlow_twins": "none",
 }
 
+# Settings that came after the first runs, with the value that runs had before them.
+_BEFORE: dict[str, dict[str, Any]] = {
+    "model": {"zero_init_residual": True, "head_input": "embedding"},
+    "jevb": {"tails": "joint", "normalized": False},
+}
+
+
+def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with the settings that did not exist yet when it was saved.
+
+    Args:
+      config: plain values.
+
+    Returns:
+      A new config: each missing setting has the value by which that run was trained.
+    """
+    added = {name: {**before, **config[name]} for name, before in _BEFORE.items() if name in config}
+    return {**config, **added}
+
 
 def make_network(config: Mapping[str, Any]) -> JointEmbeddingModel:
     """The networks that a config describes.

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import special, sphere
+from jevb_jax import mass, special, sphere
 
 Space = Literal["log", "linear"]
 SPACES: tuple[Space, ...] = ("log", "linear")
@@ -53,8 +53,10 @@ def directional_log_prob(
     scale_diag: ArrayLike,
     df: ArrayLike,
     coordinates: sphere.Coordinates = "chordal",
+    tails: mass.Tails = "joint",
+    normalized: bool = False,
 ) -> Array:
-    """Heavy-tailed, anisotropic von Mises-Fisher-style log-density of a direction (docs eq. 4).
+    """Heavy-tailed, anisotropic von Mises-Fisher-style log-density of a direction (docs eq. 4, 33).
 
     The Student-t density of the tangent coordinates of `direction` at `loc`, whose precision is the
     compression of `diag(scale_diag^-2)` to the tangent space. With equal scales and `df -> inf` it has
@@ -65,30 +67,47 @@ def directional_log_prob(
       loc: `[..., D]` unit vectors `m`.
       scale_diag: `[..., D]`, positive; on the unit sphere, so 1 is about one radian.
       df: degrees of freedom, positive, `inf` for the Gaussian limit; broadcasts against `[...]`.
-      coordinates: "chordal" (eq. 2) is a sub-density on the sphere: its mass is at most one, and near
-        one when the scale is small. "stereographic" (eq. 3) has mass one exactly; with equal scales
-        and `df = D - 1` it is the spherical Cauchy.
+      coordinates: "chordal" (eq. 2) is a sub-density on the sphere: its mass is at most one, near
+        one when the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.
+        "stereographic" (eq. 3) has mass one exactly; with equal scales and `df = D - 1` it is the
+        spherical Cauchy.
+      tails: "joint" is one Student-t of the whole tangent vector; "feature" is a product of a
+        Student-t for each coordinate (eq. 33), chordal only. They share the Gaussian limit.
+      normalized: divides by the mass (eq. 31), so that the density has mass one.
 
     Returns:
       `[...]`, nats. At the antipode of `loc` the tangent direction is undefined; the squared length
       there is its mean over tangent directions (exact when the scales are equal).
 
     Raises:
-      ValueError: `D < 3`, where the chordal bound fails, or unknown `coordinates`.
+      ValueError: `D < 3`, where the chordal bound fails, `df <= 0`, unknown `coordinates` or `tails`,
+        feature-wise tails in stereographic coordinates.
     """
+    mass.check_tails(tails, coordinates)
+    mass.check_df(df)
     u, m, s, df = sphere.at_least_float32(direction, loc, scale_diag, df)
     u, m, s = jnp.broadcast_arrays(*_equal_rank(u, m, s))
     dim = u.shape[-1]
     _require_sphere(dim, 3, "directional_log_prob")
     n = dim - 1
     df = jnp.broadcast_to(df, u.shape[:-1])
-    squared_length, log_volume = sphere.scaled_tangent_squared_length(
-        u, m, s, coordinates=coordinates
-    )
+    squares, log_volume = sphere.scaled_tangent_squares(u, m, s, coordinates=coordinates)
     # A latent of exactly zero has no direction; the guard keeps its value and gradient finite.
     log_determinant = sphere.safe_log(sphere.safe_norm(m * s)) - jnp.sum(jnp.log(s), axis=-1)
-    log_prob = _student_t_log_kernel_and_normalizer(squared_length, df, n) + log_determinant
-    return log_prob + n * log_volume if coordinates == "stereographic" else log_prob
+    if tails == "joint":
+        squared_length = jnp.sum(squares, axis=-1)
+        log_prob = _student_t_log_kernel_and_normalizer(squared_length, df, n)
+    else:
+        of_features = jnp.broadcast_to(df[..., None], squares.shape)
+        factors = _student_t_log_kernel_and_normalizer(squares, of_features, 1)
+        # D factors, and a hyperplane of n dimensions: the Gaussian along m is divided out.
+        log_prob = jnp.sum(factors, axis=-1) + float(np.log(2 * np.pi)) / 2
+    log_prob = log_prob + log_determinant
+    if coordinates == "stereographic":
+        return log_prob + n * log_volume
+    if normalized:
+        log_prob = log_prob - mass.directional_log_mass(s, loc=m, df=df, tails=tails)
+    return log_prob
 
 
 def _equal_rank(*values: Array) -> tuple[Array, ...]:

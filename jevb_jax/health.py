@@ -322,7 +322,8 @@ class Alarm(NamedTuple):
     """A value that left the band of healthy runs.
 
     Attributes:
-      name: `collapse`, `posterior_is_prior`, `scale_at_floor`, `radius_drift` or `concentration`.
+      name: `collapse`, `posterior_is_prior`, `scale_at_floor`, `radius_drift`, `concentration` or
+        `no_information`.
       message: one line: what was measured, the threshold, what it means and what to try.
     """
 
@@ -439,6 +440,18 @@ def _concentration(values: Mapping[str, float], embedding_dim: int) -> str | Non
     )
 
 
+def _no_information(values: Mapping[str, float], embedding_dim: int) -> str | None:
+    del embedding_dim
+    information = values["predictive_information"]
+    if not _is_outside(information, 0.0):
+        return None
+    return (
+        f"predictive information {information:.3g} nats an image is below zero: the likelihood of a "
+        "view given the other is worse than the uniform density, so its nats say nothing. Train "
+        "longer; for jevb try a lower jevb.kl_weight or jevb.prior_scale, with jevb.df = inf."
+    )
+
+
 # By the alarm's name: the value without which it is not judged, and the judgement.
 _ALARMS: dict[str, tuple[str, Callable[[Mapping[str, float], int], str | None]]] = {
     "collapse": ("embedding_std", _collapse),
@@ -446,6 +459,7 @@ _ALARMS: dict[str, tuple[str, Callable[[Mapping[str, float], int], str | None]]]
     "scale_at_floor": ("posterior_scale_at_floor", _scale_at_floor),
     "radius_drift": ("radial_width", _radius_drift),
     "concentration": ("concentration_mean", _concentration),
+    "no_information": ("predictive_information", _no_information),
 }
 
 
@@ -456,7 +470,8 @@ def judge(values: Mapping[str, float], *, step: int, embedding_dim: int) -> dict
       values: of a health check, by name: those of `representation_health` for all methods; for JEVB
         also `posterior_kl_per_dimension`, `posterior_scale_at_floor`, `radial_width` (of the radial
         likelihood, relative to the radius) and, where it is untied, `likelihood_scale_at_floor`; for
-        VI-SimSiam `concentration_mean`. A value that is not finite raises its alarm.
+        VI-SimSiam `concentration_mean`; for both `predictive_information`. A value that is not
+        finite raises its alarm.
       step: of the check.
       embedding_dim: D.
 

@@ -12,6 +12,7 @@ What a method does not need it ignores. The caller averages over examples.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import baselines, objective
+from jevb_jax import baselines, mass, objective
 from jevb_jax.networks import ViewOutputs
 
 
@@ -67,6 +68,8 @@ class JevbSettings:
     prior_scale: float
     coordinates: Any
     space: Any
+    tails: mass.Tails
+    normalized: bool
     num_samples: int
     kl_weight: float
     radial_weight: float
@@ -162,8 +165,19 @@ def jevb(
         "kl": terms.kl,
         "posterior_scale": jnp.mean(views[0].posterior_scale, axis=-1),
         "radial_scale": radial_scale,
-    }
+    } | _information(terms.predictive_information, terms.directional_log_mass)
     return MethodOutput(-terms.weighted_elbo / targets[0].embedding.shape[-1], metrics)
+
+
+def _information(predictive: Array | None, log_mass: Array | None) -> dict[str, Array]:
+    """What a likelihood on the sphere knows of the other view, in nats and bits, and its log mass."""
+    if predictive is None or log_mass is None:
+        return {}
+    return {
+        "predictive_information": predictive,
+        "predictive_information_bits": predictive / math.log(2),
+        "directional_log_mass": log_mass,
+    }
 
 
 def simsiam(
@@ -202,7 +216,12 @@ def vi_simsiam(
         targets[0].embedding,
         targets[1].embedding,
     )
-    metrics = {"log_likelihood": -terms.loss, "concentration": prediction_1.concentration}
+    predictive = -terms.loss - mass.uniform_log_prob(targets[0].embedding.shape[-1])
+    metrics = {
+        "log_likelihood": -terms.loss,
+        "concentration": prediction_1.concentration,
+        **_information(predictive, jnp.zeros_like(predictive)),  # power spherical: of mass one
+    }
     return MethodOutput(terms.loss, metrics)
 
 

@@ -519,7 +519,7 @@ def variable_shapes(config: Mapping[str, Any]) -> Any:
 
 def _load_archive(directory: Path, batch_size: int | None) -> Model:
     manifest = archive.read_manifest(directory)
-    config = manifest["config"]
+    config = blueprint.completed_config(manifest["config"])
     _checked_config(config, directory)
     wanted = variable_shapes(config)
     arrays = archive.read_arrays(directory, manifest)
@@ -535,7 +535,8 @@ def _load_run(directory: Path, step: int | str | None, batch_size: int | None) -
     from jevb_jax.checkpoints import Checkpointer, CheckpointError
     from jevb_jax.experiment import state_shapes
 
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = blueprint.completed_config(saved)
     _checked_config(config, directory)
     if not (directory / "checkpoints").exists():
         raise CheckpointError(f"{directory} holds no checkpoint: train first")

@@ -759,7 +759,7 @@ def make_model(
     has_likelihood_scale: bool,
     initial_radial_scale: float,
     dtype: str,
-    zero_init_residual: bool = False,
+    zero_init_residual: bool,
 ) -> JointEmbeddingModel:
     """Builds the model from plain values: the one place where names become modules.
 

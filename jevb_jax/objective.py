@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, sphere
+from jevb_jax import distributions, mass, sphere
 
 ScaleUnits = Literal["sphere", "unit"]
 SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
@@ -40,6 +40,11 @@ class ElboTerms(NamedTuple):
       kl: `KL(q || p)`, at least zero.
       radial_weight: weight of the radial term in the training objective.
       kl_weight: weight of the KL in the training objective.
+      directional_log_mass: `E_q[log M]`, the mass of the density before any division by it (docs eq.
+        31). Without a gradient unless the density is normalised. None if unfactorised.
+      predictive_information: `E_q[log p_norm(u_t | z)]` of the density divided by its mass, minus the
+        uniform log-density (docs eq. 34): its mean over images is a lower bound, in nats, of what a
+        view tells of the other. Negative: worse than not looking. None if unfactorised.
     """
 
     directional_log_likelihood: Array
@@ -47,6 +52,8 @@ class ElboTerms(NamedTuple):
     kl: Array
     radial_weight: Array
     kl_weight: Array
+    directional_log_mass: Array | None = None
+    predictive_information: Array | None = None
 
     @property
     def log_likelihood(self) -> Array:
@@ -132,8 +139,10 @@ def _likelihood_terms(
     space: distributions.Space,
     directional_latent: Array | None = None,
     likelihood: Likelihood = "factorised",
-) -> tuple[Array, Array]:
-    """`log p_dir(u | m, s)` and `log p_rad(r | rho)`, each `[...]`, of targets given latents.
+    tails: mass.Tails = "joint",
+    normalized: bool = False,
+) -> tuple[Array, Array, Array]:
+    """`log p_dir(u | m, s)`, `log p_rad(r | rho)` and `log M(m, s)`, `[...]`, of targets given latents.
 
     The directional term takes its location from `directional_latent`, if there is one.
     """
@@ -142,18 +151,21 @@ def _likelihood_terms(
         joint = distributions.multivariate_student_t_log_prob(
             target_embedding, loc=loc, scale_diag=scale_diag, df=df
         )
-        return joint, jnp.zeros_like(joint)
+        return joint, jnp.zeros_like(joint), jnp.zeros_like(joint)
     direction, radius = sphere.polar_decomposition(target_embedding)
     loc, latent_radius = sphere.polar_decomposition(latent)
     if directional_latent is not None:
         loc, _ = sphere.polar_decomposition(directional_latent)
+    density = {"df": df, "coordinates": coordinates, "tails": tails}
     directional = distributions.directional_log_prob(
-        direction, loc=loc, scale_diag=scale_diag, df=df, coordinates=coordinates
+        direction, loc=loc, scale_diag=scale_diag, **density
     )
+    held = (lambda x: x) if normalized else jax.lax.stop_gradient
+    log_mass = mass.directional_log_mass(held(scale_diag), loc=held(loc), **density)
     radial = distributions.radial_log_prob(
         radius, loc=latent_radius, scale=radial_scale, df=radial_df, space=space
     )
-    return directional, radial
+    return directional - log_mass if normalized else directional, radial, log_mass
 
 
 def embedding_log_prob(
@@ -166,6 +178,8 @@ def embedding_log_prob(
     radial_scale: ArrayLike,
     coordinates: sphere.Coordinates = "chordal",
     space: distributions.Space = "log",
+    tails: mass.Tails = "joint",
+    normalized: bool = False,
 ) -> Array:
     """`log p(h | z)` as a density in `R^D`, with the polar Jacobian `-(D - 1) log r` (docs eq. 12).
 
@@ -180,12 +194,14 @@ def embedding_log_prob(
       radial_scale: scale of the radial term.
       coordinates: see `directional_log_prob`.
       space: see `radial_log_prob`.
+      tails: see `directional_log_prob`.
+      normalized: see `directional_log_prob`.
 
     Returns:
       `[...]`, nats.
     """
     embedding, latent, scale_diag = sphere.at_least_float32(embedding, latent, scale_diag)
-    directional, radial = _likelihood_terms(
+    directional, radial, _ = _likelihood_terms(
         embedding,
         latent,
         scale_diag,
@@ -194,6 +210,8 @@ def embedding_log_prob(
         radial_scale=radial_scale,
         coordinates=coordinates,
         space=space,
+        tails=tails,
+        normalized=normalized,
     )
     log_radius = sphere.safe_log(sphere.safe_norm(embedding))
     return directional + radial - (embedding.shape[-1] - 1) * log_radius
@@ -282,6 +300,8 @@ def conditional_elbo(
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
     space: distributions.Space = "log",
+    tails: mass.Tails = "joint",
+    normalized: bool = False,
     num_samples: int = 1,
     kl_weight: ArrayLike = 1.0,
     radial_weight: ArrayLike = 1.0,
@@ -305,6 +325,8 @@ def conditional_elbo(
       prior_scale: standard deviation of the prior.
       coordinates: see `directional_log_prob`.
       space: see `radial_log_prob`.
+      tails: see `directional_log_prob`.
+      normalized: see `directional_log_prob`.
       num_samples: reparameterised draws of `z` averaged over.
       kl_weight: weight of the KL in `weighted_elbo`, a number or `[batch]`.
       radial_weight: weight of the radial term in `weighted_elbo`, a number or `[batch]`.
@@ -328,7 +350,7 @@ def conditional_elbo(
     _check_choice("likelihood", likelihood, LIKELIHOODS)
     scale_diag = _scale_diag(scale, untied_scale, scale_units=scale_units)
 
-    def sample_terms(noise: Array) -> tuple[Array, Array]:
+    def sample_terms(noise: Array) -> tuple[Array, Array, Array]:
         return _likelihood_terms(
             target,
             mean + scale * noise,
@@ -338,18 +360,29 @@ def conditional_elbo(
             radial_scale=radial_scale,
             coordinates=coordinates,
             space=space,
+            tails=tails,
+            normalized=normalized,
             directional_latent=mean if location == "mean" else None,
             likelihood=likelihood,
         )
 
-    directional, radial = _over_samples(sample_terms, _standard_normal(key, num_samples, mean))
+    directional, radial, log_mass = (
+        jnp.mean(values, axis=0)
+        for values in _over_samples(sample_terms, _standard_normal(key, num_samples, mean))
+    )
     batch_shape = mean.shape[:-1]
+    is_factorised = likelihood == "factorised"
+    information = directional - mass.uniform_log_prob(mean.shape[-1])
     return ElboTerms(
-        directional_log_likelihood=jnp.mean(directional, axis=0),
-        radial_log_likelihood=jnp.mean(radial, axis=0),
+        directional_log_likelihood=directional,
+        radial_log_likelihood=radial,
         kl=distributions.gaussian_kl_divergence(mean, scale, prior_scale=prior_scale),
         radial_weight=jnp.broadcast_to(jnp.asarray(radial_weight, mean.dtype), batch_shape),
         kl_weight=jnp.broadcast_to(jnp.asarray(kl_weight, mean.dtype), batch_shape),
+        directional_log_mass=log_mass if is_factorised else None,
+        predictive_information=(
+            (information if normalized else information - log_mass) if is_factorised else None
+        ),
     )
 
 
@@ -365,6 +398,8 @@ def symmetric_elbo(
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
     space: distributions.Space = "log",
+    tails: mass.Tails = "joint",
+    normalized: bool = False,
     num_samples: int = 1,
     kl_weight: ArrayLike = 1.0,
     radial_weight: ArrayLike = 1.0,
@@ -388,6 +423,8 @@ def symmetric_elbo(
       prior_scale: standard deviation of the prior.
       coordinates: coordinates of the directional term.
       space: space of the radial term.
+      tails: joint or feature-wise.
+      normalized: whether the directional density is divided by its mass.
       num_samples: draws for each posterior.
       kl_weight: weight of the KL in `weighted_elbo`.
       radial_weight: weight of the radial term in `weighted_elbo`.
@@ -426,6 +463,8 @@ def symmetric_elbo(
             prior_scale=prior_scale,
             coordinates=coordinates,
             space=space,
+            tails=tails,
+            normalized=normalized,
             num_samples=num_samples,
             kl_weight=kl_weight,
             radial_weight=radial_weight,
@@ -453,6 +492,8 @@ def importance_weighted_bound(
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
     space: distributions.Space = "log",
+    tails: mass.Tails = "joint",
+    normalized: bool = False,
     untied_scale: ArrayLike | None = None,
     likelihood: Likelihood = "factorised",
 ) -> Array:
@@ -475,6 +516,8 @@ def importance_weighted_bound(
       prior_scale: standard deviation of the prior.
       coordinates: coordinates of the directional term.
       space: space of the radial term.
+      tails: joint or feature-wise.
+      normalized: whether the directional density is divided by its mass.
       untied_scale: of the likelihood, if it is not the posterior's.
       likelihood: factorised or not.
 
@@ -494,7 +537,7 @@ def importance_weighted_bound(
 
     def log_weight(noise: Array) -> Array:
         latent = mean + scale * noise
-        directional, radial = _likelihood_terms(
+        directional, radial, _ = _likelihood_terms(
             embedding,
             latent,
             scale_diag,
@@ -503,6 +546,8 @@ def importance_weighted_bound(
             radial_scale=radial_scale,
             coordinates=coordinates,
             space=space,
+            tails=tails,
+            normalized=normalized,
             likelihood=likelihood,
         )
         # log p(z) - log q(z), in which the constants of the two Gaussians cancel.

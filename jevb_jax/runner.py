@@ -24,6 +24,7 @@ from rich.console import Console
 
 from jevb_jax import (
     augmentations,
+    blueprint,
     data,
     files,
     health,
@@ -132,7 +133,8 @@ def _check_config(workdir: Path, config: dict[str, Any]) -> None:
     if not path.exists():
         files.write_json_atomically(path, config)
         return
-    changes = changed_keys(json.loads(path.read_text(encoding="utf-8")), config)
+    saved = blueprint.completed_config(json.loads(path.read_text(encoding="utf-8")))
+    changes = changed_keys(saved, config)
     refused = {
         key: values for key, values in changes.items() if not key.startswith(CHANGEABLE_ON_RESUME)
     }
@@ -244,6 +246,8 @@ def _health_check(experiment: Experiment) -> Any:
             values |= _posterior_values(experiment, state, output)
         if isinstance(output.prediction, DirectionalPrediction):
             values["concentration_mean"] = jnp.mean(output.prediction.concentration)
+        if isinstance(output.prediction, Posterior | DirectionalPrediction):
+            values |= _information_values(experiment, state, images)
         if settings["health_pairs"]:
             values |= _pair_values(experiment, state, images)
         return values
@@ -273,17 +277,40 @@ def _posterior_values(
     return values
 
 
-def _pair_values(
+def _two_views(
     experiment: Experiment, state: training.TrainState, images: Array
-) -> dict[str, Array]:
-    """What JEVB's objective sees of two augmented views of the images, always the same two."""
-    settings: methods.JevbSettings = experiment.jevb_settings
-    key = jax.random.key(0)
+) -> tuple[ViewOutputs, ViewOutputs]:
+    """Outputs of two augmented views of the images, always the same two."""
     views = augmentations.multi_view(
-        jax.random.split(key, len(images)), images, experiment.view_augmentations[:2]
+        jax.random.split(jax.random.key(0), len(images)), images, experiment.view_augmentations[:2]
     )
     apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)
     source, target = (apply(view, train=False) for view in views)
+    return source, target
+
+
+def _information_values(
+    experiment: Experiment, state: training.TrainState, images: Array
+) -> dict[str, Array]:
+    """What one view tells of the other by the method's likelihood, and the likelihood's mass."""
+    views = _two_views(experiment, state, images)
+    radial_scale: Any = None
+    if experiment.model.initial_radial_scale is not None:
+        radial_scale = experiment.model.apply(state.evaluation_variables, method="radial_scale")
+    keys = jax.random.split(jax.random.key(0), len(images))
+    output = experiment.method(keys, views, views, step=state.step, radial_scale=radial_scale)
+    names = ("predictive_information", "directional_log_mass")
+    return {name: jnp.mean(output.metrics[name]) for name in names if name in output.metrics}
+
+
+def _pair_values(
+    experiment: Experiment, state: training.TrainState, images: Array
+) -> dict[str, Array]:
+    """What JEVB's objective sees of two augmented views of the images."""
+    settings: methods.JevbSettings = experiment.jevb_settings
+    key = jax.random.key(0)
+    source, target = _two_views(experiment, state, images)
+    apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)
 
     def terms_of(representation: Array) -> ElboTerms:
         view = apply(representation, train=False, method="outputs_of")
@@ -814,6 +841,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
             return {key: tuples(item) for key, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
-    config = ConfigDict(tuples(json.loads(path.read_text(encoding="utf-8"))))
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    config = ConfigDict(tuples(blueprint.completed_config(saved)))
     config.lock()
     return config

@@ -55,6 +55,16 @@ def _stirling_correction(inverse: Array) -> Array:
     return inverse * jnp.polyval(jnp.asarray(_STIRLING[::-1], inverse.dtype), jnp.square(inverse))
 
 
+def log_gamma_remainder(z: Array) -> Array:
+    """`lgamma(z) - z log(z) + z` for `z > 0`: what Stirling's leading terms leave, small and smooth."""
+    is_large = z >= _STIRLING_SHIFT
+    large = jnp.where(is_large, z, jnp.full_like(z, _STIRLING_SHIFT))
+    small = jnp.where(is_large, jnp.ones_like(z), z)
+    series = float(np.log(2 * np.pi)) / 2 - jnp.log(large) / 2 + _stirling_correction(1 / large)
+    direct = jax.lax.lgamma(small) - small * jnp.log(small) + small
+    return jnp.where(is_large, series, direct)
+
+
 def log_gamma_ratio(a: Array, b: Array) -> Array:
     """`lgamma(a + b) - lgamma(a) - b log(a)`, which tends to zero as `a -> inf`.
 

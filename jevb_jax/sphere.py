@@ -107,16 +107,16 @@ def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:
     return one_minus, one_plus
 
 
-def scaled_tangent_squared_length(
+def scaled_tangent_squares(
     direction: ArrayLike, loc: ArrayLike, scale_diag: ArrayLike, *, coordinates: Coordinates
 ) -> tuple[Array, Array]:
-    """`Q = sum_i (y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`.
+    """`(y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`; their sum is `Q`.
 
     Chordal (Lambert) coordinates have `|y| = |u - m|`, stereographic ones `|y| = 2 tan(angle / 2)`
     (docs eq. 2 and 3). Both are `u - c m` times a factor of the angle.
 
-    At the antipode `u = -m` every tangent direction is as good as any other, so `Q` there is its mean
-    over them. A guard of one squared rounding error joins the two smoothly; it keeps
+    At the antipode `u = -m` every tangent direction is as good as any other, so each square there is
+    its mean over them. A guard of one squared rounding error joins the two smoothly; it keeps
     `|y|^2 = 2 (1 - c)` exactly, whatever the angle.
 
     Args:
@@ -126,7 +126,7 @@ def scaled_tangent_squared_length(
       coordinates: "chordal" or "stereographic".
 
     Returns:
-      squared_length: `[...]`, `Q`.
+      squares: `[..., D]`.
       log_volume: `[...]`, `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalises
         stereographic coordinates on the sphere.
 
@@ -148,11 +148,18 @@ def scaled_tangent_squared_length(
     mean_direction = (1 - jnp.square(m)) / n  # the average of e_i^2 over unit tangents e
     squares = jnp.square(residual) + guard * one_minus[..., None] * mean_direction
     # Divided twice: the slope in s of a division by s^2 has a factor s^-4, which overflows.
-    squared_length = jnp.sum(
-        squares / s / s * (2 / (one_plus + guard))[..., None],
-        axis=-1,
-    )
-    log_volume = jnp.log(2 / (one_plus + guard))
+    stretch = 2 / (one_plus + guard)
+    scaled = squares / s / s * stretch[..., None]
     if coordinates == "stereographic":
-        squared_length = squared_length * (2 / (one_plus + guard))
-    return squared_length, log_volume
+        scaled = scaled * stretch[..., None]
+    return scaled, jnp.log(stretch)
+
+
+def scaled_tangent_squared_length(
+    direction: ArrayLike, loc: ArrayLike, scale_diag: ArrayLike, *, coordinates: Coordinates
+) -> tuple[Array, Array]:
+    """`Q = sum_i (y_i / s_i)^2`, `[...]`, and the log-volume; see `scaled_tangent_squares`."""
+    squares, log_volume = scaled_tangent_squares(
+        direction, loc, scale_diag, coordinates=coordinates
+    )
+    return jnp.sum(squares, axis=-1), log_volume

@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jevb_jax import files, runner
+from jevb_jax.blueprint import completed_config
 from jevb_jax.checkpoints import changed_keys, config_hash
 from jevb_jax.experiment import to_json_values
 from jevb_jax.metrics_log import MetricsLog
@@ -473,7 +474,9 @@ class _Run(NamedTuple):
     def changes(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from those of the run in the directory."""
         saved = _read_json(self.directory / "config.json")
-        return {} if saved is None else changed_keys(saved, to_json_values(self.config))
+        if saved is None:
+            return {}
+        return changed_keys(completed_config(saved), to_json_values(self.config))
 
     def read(self) -> RunData:
         """Everything that the directory holds."""

@@ -11,6 +11,7 @@ from typing import Any
 from studies import cifar10_ood
 
 NARROW = {"jevb__kl_weight": 0.1, "jevb__prior_scale": 1.0}
+GAUSSIAN = {"jevb__df": math.inf}
 
 
 def run_config(method: str, **changes: Any) -> Any:
@@ -25,12 +26,22 @@ def run_config(method: str, **changes: Any) -> Any:
 
 def runs() -> dict[str, Any]:
     """Every run, by name."""
+    unit_prior = {"jevb__prior_scale": 1.0}
+    feature = {"jevb__tails": "feature", **unit_prior}
+    normalized = {"jevb__normalized": True}
     return {
         "direction": run_config("jevb", model__head_input="direction"),
         "embedding": run_config("jevb", model__head_input="embedding"),
-        "gaussian_narrow": run_config("jevb", jevb__df=math.inf, **NARROW),
+        "both": run_config("jevb", model__head_input="direction_and_radius"),
+        "gaussian_narrow": run_config("jevb", **GAUSSIAN, **NARROW),
+        "gaussian_narrow_normalized": run_config("jevb", **GAUSSIAN, **NARROW, **normalized),
+        "feature": run_config("jevb", **feature),
+        "feature_normalized": run_config("jevb", **feature, **normalized),
+        "feature_normalized_narrow": run_config(
+            "jevb", **feature, **normalized, jevb__kl_weight=0.1
+        ),
+        "normalized_narrow": run_config("jevb", **NARROW, **normalized),
         "simsiam": run_config("simsiam"),
         "vi_simsiam": run_config("vi_simsiam"),
-        "both": run_config("jevb", model__head_input="direction_and_radius"),
         "vi_simsiam_direction": run_config("vi_simsiam", model__head_input="direction"),
     }

@@ -1,0 +1,339 @@
+"""Mass on the sphere of the directional densities, which without it are sub-densities.
+
+A directional density of `distributions` is a density of tangent coordinates `y` at `m`. In chordal
+coordinates the sphere holds only a part of it (docs eq. 31):
+
+    M = E[ 1{|y| < 2} (1 - |y|^2 / 4)^((D - 3) / 2) ]
+
+At the scales that a model learns `log M` is tens of nats, and it depends on the scales: no likelihood
+can be read without it.
+
+With equal scales `M` is one integral over the angle, and exact here. With unequal scales the squared
+length `T = |y|^2` is a weighted sum of squares. It is tilted by `exp(-theta T)` to where the
+integrand lies, and there replaced by the multiple of a chi-square that has its mean and variance:
+the sum of the tilt's exact normaliser and of one integral over the angle.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import special, sphere
+
+Tails = Literal["joint", "feature"]
+TAILS: tuple[Tails, ...] = ("joint", "feature")
+
+# The integrand over the angle has a peak of unit width and at worst exponential tails; nodes spaced
+# by sinh reach both.
+_ANGLE_NODES = np.linspace(-4.2, 4.2, 97)
+# The same for log(chi-square / df), whose left tail is the longer one.
+_MIXTURE_NODES = np.linspace(-4.4, 2.6, 41)
+_TILT_STEPS = 6
+
+
+def uniform_log_prob(dim: int) -> float:
+    """Log-density of the uniform distribution on the sphere `S^(D - 1)` (docs eq. 32).
+
+    Args:
+      dim: embedding dimension `D`, at least 1.
+
+    Returns:
+      `lgamma(D/2) - log 2 - (D/2) log pi`, nats: 127.05 at `D = 128`.
+
+    Raises:
+      ValueError: `dim < 1`.
+    """
+    if dim < 1:
+        raise ValueError(f"the embedding dimension D must be at least 1, got {dim}")
+    return math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
+
+
+def _nodes(values: np.ndarray, like: Array) -> Array:
+    """`[1, ..., K]`: nodes `[K]` with an axis of length one for each axis of `like`."""
+    return jnp.asarray(values.reshape((1,) * like.ndim + (-1,)), like.dtype)
+
+
+class _Features(NamedTuple):
+    """The features `y_i` under the tilt, before `<m, y> = 0` is asked of them.
+
+    Attributes:
+      log_normalizer: `[...]`, `sum_i log E[exp(-theta y_i^2)]`.
+      second: `[..., D]`, `E[y_i^2]`.
+      half_variance: `[..., D]`, half the variance of `y_i^2`; of a Gaussian the square of `second`.
+    """
+
+    log_normalizer: Array
+    second: Array
+    half_variance: Array
+
+
+class _ChiSquare(NamedTuple):
+    """`T = sum_i y_i^2` under the tilt, as `width` times a chi-square with `dof` degrees of freedom.
+
+    Attributes:
+      log_tilt: `[...]`, `log E[exp(-theta T)]`.
+      width: `[...]`.
+      dof: `[...]`.
+    """
+
+    log_tilt: Array
+    width: Array
+    dof: Array
+
+
+def _on_hyperplane(features: _Features, loc_squares: Array, log_along: Array) -> _ChiSquare:
+    """`T` given `<m, y> = 0`: exact moments for Gaussian features, else the constraint as for those.
+
+    Args:
+      features: under the tilt.
+      loc_squares: `[..., D]`, `m_i^2`.
+      log_along: `[...]`, log of the scale along `m` that the density was divided by, squared.
+    """
+    second = features.second
+    along = jnp.sum(loc_squares * second, axis=-1)
+    lost = jnp.sum(loc_squares * jnp.square(second), axis=-1) / along
+    lost_twice = jnp.sum(loc_squares * second**3, axis=-1) / along
+    mean = jnp.sum(second, axis=-1) - lost
+    half_variance = jnp.sum(features.half_variance, axis=-1) - 2 * lost_twice + jnp.square(lost)
+    log_tilt = features.log_normalizer - (jnp.log(along) - log_along) / 2
+    return _ChiSquare(log_tilt, half_variance / mean, jnp.square(mean) / half_variance)
+
+
+def _gaussian_features(squared_scale: Array, tilt: Array) -> _Features:
+    """Features `N(0, s_i^2)` tilted by `exp(-tilt y_i^2)`: Gaussians again."""
+    excess = 2 * tilt[..., None] * squared_scale
+    second = squared_scale / (1 + excess)
+    return _Features(-jnp.sum(jnp.log1p(excess), axis=-1) / 2, second, jnp.square(second))
+
+
+def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features:
+    """Features `s_i t_df` tilted by `exp(-tilt y_i^2)`, as mixtures of Gaussians `N(0, s_i^2 w)`.
+
+    `df / w` is a chi-square with `df` degrees of freedom: one sum over its logarithm.
+    """
+    nodes = _nodes(_MIXTURE_NODES, df)
+    is_infinite = jnp.isinf(df)
+    finite = jnp.where(is_infinite, 1.0, df)
+    deviation = jnp.where(is_infinite, 0.0, jnp.sqrt(2 / finite))
+    log_share = deviation[..., None] * jnp.sinh(nodes)
+    log_density = (finite / 2)[..., None] * (log_share - jnp.expm1(log_share))
+    log_density = jnp.where(is_infinite[..., None], 0.0, log_density)
+    weight = jax.nn.softmax(log_density + jnp.log(jnp.cosh(nodes)), axis=-1)
+    mixing = jnp.exp(-log_share)
+
+    def add(sums: tuple[Array, ...], node: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        weight, mixing = node
+        root = jax.lax.rsqrt(1 + 2 * (tilt * mixing)[..., None] * squared_scale)
+        variance = mixing[..., None] * jnp.square(root)
+        zeroth = weight[..., None] * root
+        first = zeroth * variance
+        return (sums[0] + zeroth, sums[1] + first, sums[2] + first * variance), None
+
+    zero = jnp.zeros_like(squared_scale)
+    over_nodes = (jnp.moveaxis(weight, -1, 0), jnp.moveaxis(mixing, -1, 0))
+    (total, first, second), _ = jax.lax.scan(add, (zero, zero, zero), over_nodes)
+    mean = squared_scale * first / total
+    fourth = 3 * jnp.square(squared_scale) * second / total
+    return _Features(jnp.sum(jnp.log(total), axis=-1), mean, (fourth - jnp.square(mean)) / 2)
+
+
+def _peak(rate: Array, dof: Array, inverse_df: Array, n: int) -> Array:
+    """Where the integrand over `logit(|y|^2 / 4)` is largest, as a share in (0, 1).
+
+    The smaller root of `dof - (dof + n + B) x + B (1 - n/df) x^2`, `B` being `rate`.
+    """
+    # In units of 1 + B, so that no square overflows.
+    unit = 1 + rate
+    part = (rate + n - dof) / unit
+    root = jnp.sqrt(jnp.square(part) + 4 * n * (dof / unit) * ((1 + rate * inverse_df) / unit))
+    return 2 * (dof / unit) / ((dof + n + rate) / unit + root)
+
+
+def _log_angle_integral(
+    log_width: Array, rate: Array, dof: Array, df: Array, inverse_df: Array, n: int
+) -> Array:
+    """`log E[(1 - |y|^2/4)_+^((n - 2)/2)]` for `|y|^2 = w T`, `T` of the width and `dof` given.
+
+    With `v = logit(|y|^2 / 4)` the integrand is `x^(dof/2) (1 - x)^(n/2) (1 + B x / df)^(-(df + dof)/2)`,
+    analytic in `v`. It is written relative to its peak, so that nothing cancels.
+
+    Args:
+      log_width: `[...]`, of `T` under the tilt, for the normaliser.
+      rate: `[...]`, `B`: four over the width of `T` with the tilt taken back.
+      dof: `[...]`.
+      df: `[...]`, of the mixing variable `w`.
+      inverse_df: `[...]`, zero at `df = inf`.
+      n: `D - 1`.
+    """
+    # The value does not depend on the point that it is written about.
+    share = jax.lax.stop_gradient(_peak(rate, dof, inverse_df, n))
+    growth = 1 + rate * inverse_df * share
+    rest = 1 - share
+    kernel_rest = rest / growth  # 1 - q, with q the share in units of the kernel
+    kernel_share = share * (1 + rate * inverse_df) / growth
+    gap = share * rest * rate / growth  # df (q - x)
+    tail = 1 + dof * inverse_df
+    curvature = (dof + n) / 2 * share * rest + tail * gap * (kernel_rest - share) / 2
+    deviation = jax.lax.stop_gradient(1 / jnp.sqrt(curvature))
+
+    nodes = _nodes(_ANGLE_NODES, share)
+    step = deviation[..., None] * jnp.sinh(nodes)
+    is_right = nodes > 0
+    decay = jnp.exp(-jnp.abs(step))
+    change = jnp.expm1(-jnp.abs(step))
+
+    def of_nodes(value: Array) -> Array:
+        return value[..., None]
+
+    # To the right about 1 - x, to the left about x: sums of positive numbers either way.
+    near = jnp.where(is_right, of_nodes(rest), of_nodes(share))
+    far = jnp.where(is_right, of_nodes(share), of_nodes(rest))
+    kernel_near, kernel_far = of_nodes(kernel_share), of_nodes(kernel_rest)
+    log_far = jnp.where(
+        decay > 0.5, jnp.log1p(near * jnp.minimum(change, 0.0)), jnp.log(far + near * decay)
+    )
+    denominator = jnp.where(is_right, far + near * decay, kernel_far + kernel_near * decay)
+    excess = -of_nodes(gap) * change / denominator
+    kernel = of_nodes(tail) * excess * special.log1p_ratio(excess * of_nodes(inverse_df)) / 2
+    linear = jnp.where(is_right, -n / 2, of_nodes(dof) / 2) * step
+    relative = (
+        linear
+        - of_nodes(dof + n) / 2 * log_far
+        + jnp.where(is_right, -kernel, kernel)
+        + jnp.log(jnp.cosh(nodes))
+    )
+    spacing = float(_ANGLE_NODES[1] - _ANGLE_NODES[0])
+    log_integral = jax.nn.logsumexp(relative, axis=-1) + jnp.log(deviation * spacing)
+
+    half = dof / 2
+    at_peak = (
+        half * (1 + jnp.log(4 * share / dof) - log_width)
+        + n / 2 * jnp.log1p(-share)
+        - tail / 2 * rate * share * special.log1p_ratio(rate * share * inverse_df)
+    )
+    normalizer = special.log_gamma_ratio(df / 2, half) - special.log_gamma_remainder(half)
+    return normalizer + at_peak + log_integral
+
+
+def directional_log_mass(
+    scale_diag: ArrayLike,
+    *,
+    loc: ArrayLike,
+    df: ArrayLike,
+    tails: Tails = "joint",
+    coordinates: sphere.Coordinates = "chordal",
+) -> Array:
+    """Log of the mass that a directional density has on the sphere (docs eq. 31).
+
+    Args:
+      scale_diag: `[..., D]`, positive, `D >= 3`; in units of the sphere.
+      loc: `[..., D]` unit vectors `m`.
+      df: degrees of freedom, positive, `inf` for the Gaussian; broadcasts against `[...]`.
+      tails: of the density, see `distributions.directional_log_prob`.
+      coordinates: of the density. Stereographic ones fill the sphere: zero.
+
+    Returns:
+      `[...]`, nats. Joint tails: at most zero; exact to quadrature where the scales are equal,
+      otherwise an approximation whose error `docs/mathematics.md` states. Finite for scales from
+      1e-15 to 1e15.
+
+    Raises:
+      ValueError: `D < 3`, `df <= 0`, unknown `tails` or `coordinates`, feature-wise tails in
+        stereographic coordinates.
+    """
+    check_tails(tails, coordinates)
+    check_df(df)
+    s, m, df = sphere.at_least_float32(scale_diag, loc, df)
+    rank = max(s.ndim, m.ndim)
+    s, m = jnp.broadcast_arrays(*(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (s, m)))
+    dim = s.shape[-1]
+    if dim < 3:
+        raise ValueError(
+            f"directional_log_mass needs an embedding dimension D >= 3 (the last axis), got D = {dim}"
+        )
+    df = jnp.broadcast_to(df, s.shape[:-1])
+    if coordinates == "stereographic":
+        return jnp.zeros_like(df)
+    n = dim - 1
+    is_infinite = jnp.isinf(df)
+    inverse_df = jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, df))
+    # Scales relative to the largest, so that no square of them overflows.
+    log_largest = jnp.log(jnp.max(s, axis=-1))
+    squares = jnp.square(s / jnp.exp(log_largest)[..., None])
+    loc_squares = jnp.square(m)
+    log_along = sphere.safe_log(jnp.sum(loc_squares * squares, axis=-1))
+    is_joint = tails == "joint"
+    infinite_df, zero = jnp.full_like(df, jnp.inf), jnp.zeros_like(df)
+    kernel_df, kernel_inverse_df = (df, inverse_df) if is_joint else (infinite_df, zero)
+
+    def rate_of(square: _ChiSquare, tilt: Array) -> Array:
+        """`4 / width` with the tilt taken back; positive also where the two moments say otherwise."""
+        untilted = jnp.maximum(1 / square.width - 2 * tilt, 1e-6 / square.width)
+        # Past 1e16 the mass is one, and its square would overflow.
+        return jnp.minimum(4 * untilted * jnp.exp(jnp.minimum(-2 * log_largest, 60.0)), 1e16)
+
+    def tilted(tilt: Array, features_of: Callable[[Array, Array], _Features]) -> _ChiSquare:
+        return _on_hyperplane(features_of(squares, tilt), loc_squares, log_along)
+
+    def next_tilt(
+        tilt: Array, features_of: Callable[[Array, Array], _Features], inverse_df: Array
+    ) -> Array:
+        """Towards the tilt whose mean of `T` is where the integrand has its peak."""
+        square = tilted(tilt, features_of)
+        rate = rate_of(square, tilt)
+        share = _peak(rate, square.dof, inverse_df, n)
+        # Given |y|^2 = w T the mixing variable is a Gamma: E[1/w] = (df + dof) / (df + B share).
+        mixing = (1 + square.dof * inverse_df) / (1 + rate * share * inverse_df)
+        target = 4 * share * mixing * jnp.exp(jnp.minimum(-2 * log_largest, 60.0))
+        step = (square.width * square.dof / target - 1) / (2 * square.width)
+        return jnp.maximum(tilt + step, 0.0)
+
+    def student(squares: Array, tilt: Array) -> _Features:
+        return _student_features(squares, tilt, df)
+
+    tilt = zero
+    for _ in range(_TILT_STEPS):
+        tilt = next_tilt(tilt, _gaussian_features, kernel_inverse_df)
+    if not is_joint:
+        for _ in range(2):
+            tilt = next_tilt(tilt, student, kernel_inverse_df)
+    tilt = jax.lax.stop_gradient(tilt)  # any tilt would do: this one makes the error small
+    square = tilted(tilt, _gaussian_features if is_joint else student)
+    return square.log_tilt + _log_angle_integral(
+        jnp.log(square.width) + 2 * log_largest,
+        rate_of(square, tilt),
+        square.dof,
+        kernel_df,
+        kernel_inverse_df,
+        n,
+    )
+
+
+def check_tails(tails: str, coordinates: str) -> None:
+    """Refuses tails that do not exist.
+
+    Raises:
+      ValueError: unknown `tails`, or feature-wise ones in stereographic coordinates.
+    """
+    if tails not in TAILS:
+        raise ValueError(f"tails must be one of {TAILS}, got {tails!r}")
+    if coordinates not in sphere.COORDINATES:
+        raise ValueError(f"coordinates must be one of {sphere.COORDINATES}, got {coordinates!r}")
+    if tails == "feature" and coordinates != "chordal":
+        raise ValueError('tails = "feature" needs coordinates = "chordal": it has no other mass')
+
+
+def check_df(df: ArrayLike) -> None:
+    """Refuses degrees of freedom that are not positive, where their values are known.
+
+    Raises:
+      ValueError: a number or a NumPy array that is not positive everywhere.
+    """
+    if isinstance(df, (int, float, np.ndarray, np.generic)) and not np.all(np.asarray(df) > 0):
+        raise ValueError(f"df must be positive, inf for the Gaussian, got {df}")
