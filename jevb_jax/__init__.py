@@ -17,6 +17,7 @@ from jevb_jax.distributions import (
     student_t_log_prob,
     von_mises_fisher_log_prob,
 )
+from jevb_jax.mass import directional_log_mass, uniform_log_prob
 from jevb_jax.objective import (
     ElboTerms,
     View,
@@ -47,6 +48,7 @@ __all__ = [
     "SphericalStudentT",
     "View",
     "conditional_elbo",
+    "directional_log_mass",
     "directional_log_prob",
     "embedding_log_prob",
     "gaussian_kl_divergence",
@@ -62,6 +64,7 @@ __all__ = [
     "radial_log_prob",
     "student_t_log_prob",
     "symmetric_elbo",
+    "uniform_log_prob",
     "von_mises_fisher_log_prob",
 ]
 

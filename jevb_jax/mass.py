@@ -35,6 +35,11 @@ _ANGLE_NODES = np.linspace(-4.2, 4.2, 97)
 # The same for log(chi-square / df), whose left tail is the longer one.
 _MIXTURE_NODES = np.linspace(-4.4, 2.6, 41)
 _TILT_STEPS = 6
+# Narrower than this, the mass is taken at this width. Wider, the density is flat on the sphere, and
+# the mass falls as scale^-(D - 1).
+_LOG_SCALE_LIMITS = (math.log(1e-6), math.log(1e3))
+# Gaussians wider than e^11 add nothing under the tilt, and the powers of their width would overflow.
+_LEAST_LOG_SHARE = -22.0
 
 
 def uniform_log_prob(dim: int) -> float:
@@ -122,10 +127,10 @@ def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features
     finite = jnp.where(is_infinite, 1.0, df)
     deviation = jnp.where(is_infinite, 0.0, jnp.sqrt(2 / finite))
     log_share = deviation[..., None] * jnp.sinh(nodes)
+    mixing = jnp.exp(-jnp.maximum(log_share, _LEAST_LOG_SHARE))
     log_density = (finite / 2)[..., None] * (log_share - jnp.expm1(log_share))
     log_density = jnp.where(is_infinite[..., None], 0.0, log_density)
     weight = jax.nn.softmax(log_density + jnp.log(jnp.cosh(nodes)), axis=-1)
-    mixing = jnp.exp(-log_share)
 
     def add(sums: tuple[Array, ...], node: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
         weight, mixing = node
@@ -240,8 +245,8 @@ def directional_log_mass(
 
     Returns:
       `[...]`, nats. Joint tails: at most zero; exact to quadrature where the scales are equal,
-      otherwise an approximation whose error `docs/mathematics.md` states. Finite for scales from
-      1e-15 to 1e15.
+      otherwise an approximation whose error `docs/mathematics.md` states. A largest scale under 1e-6
+      counts as 1e-6.
 
     Raises:
       ValueError: `D < 3`, `df <= 0`, unknown `tails` or `coordinates`, feature-wise tails in
@@ -264,8 +269,11 @@ def directional_log_mass(
     is_infinite = jnp.isinf(df)
     inverse_df = jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, df))
     # Scales relative to the largest, so that no square of them overflows.
-    log_largest = jnp.log(jnp.max(s, axis=-1))
-    squares = jnp.square(s / jnp.exp(log_largest)[..., None])
+    largest = jnp.max(s, axis=-1)
+    squares = jnp.square(s / largest[..., None])
+    log_scale = jnp.log(largest)
+    log_largest = jnp.clip(log_scale, *_LOG_SCALE_LIMITS)
+    beyond = jnp.maximum(log_scale - _LOG_SCALE_LIMITS[1], 0.0)
     loc_squares = jnp.square(m)
     log_along = sphere.safe_log(jnp.sum(loc_squares * squares, axis=-1))
     is_joint = tails == "joint"
@@ -275,8 +283,7 @@ def directional_log_mass(
     def rate_of(square: _ChiSquare, tilt: Array) -> Array:
         """`4 / width` with the tilt taken back; positive also where the two moments say otherwise."""
         untilted = jnp.maximum(1 / square.width - 2 * tilt, 1e-6 / square.width)
-        # Past 1e16 the mass is one, and its square would overflow.
-        return jnp.minimum(4 * untilted * jnp.exp(jnp.minimum(-2 * log_largest, 60.0)), 1e16)
+        return 4 * untilted * jnp.exp(-2 * log_largest)
 
     def tilted(tilt: Array, features_of: Callable[[Array, Array], _Features]) -> _ChiSquare:
         return _on_hyperplane(features_of(squares, tilt), loc_squares, log_along)
@@ -290,7 +297,7 @@ def directional_log_mass(
         share = _peak(rate, square.dof, inverse_df, n)
         # Given |y|^2 = w T the mixing variable is a Gamma: E[1/w] = (df + dof) / (df + B share).
         mixing = (1 + square.dof * inverse_df) / (1 + rate * share * inverse_df)
-        target = 4 * share * mixing * jnp.exp(jnp.minimum(-2 * log_largest, 60.0))
+        target = 4 * share * mixing * jnp.exp(-2 * log_largest)
         step = (square.width * square.dof / target - 1) / (2 * square.width)
         return jnp.maximum(tilt + step, 0.0)
 
@@ -305,7 +312,7 @@ def directional_log_mass(
             tilt = next_tilt(tilt, student, kernel_inverse_df)
     tilt = jax.lax.stop_gradient(tilt)  # any tilt would do: this one makes the error small
     square = tilted(tilt, _gaussian_features if is_joint else student)
-    return square.log_tilt + _log_angle_integral(
+    log_integral = _log_angle_integral(
         jnp.log(square.width) + 2 * log_largest,
         rate_of(square, tilt),
         square.dof,
@@ -313,6 +320,7 @@ def directional_log_mass(
         kernel_inverse_df,
         n,
     )
+    return square.log_tilt + log_integral - n * beyond
 
 
 def check_tails(tails: str, coordinates: str) -> None:

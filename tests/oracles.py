@@ -9,7 +9,7 @@ import math
 
 import mpmath
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 
 def unit(x):
@@ -227,3 +227,122 @@ def gaussian_quadrature(mean, scale, num_nodes=24):
     nodes = np.stack(np.meshgrid(*[x] * len(mean), indexing="ij"), -1).reshape(-1, len(mean))
     weights = np.stack(np.meshgrid(*[w / w.sum()] * len(mean), indexing="ij"), -1).prod(-1)
     return mean + scale * nodes, weights.ravel()
+
+
+def equal_scale_log_mass(dim, scale, df, num_nodes=200_000):
+    """Mass on the sphere of the chordal density with equal scales: one integral over the angle."""
+    n = dim - 1
+    # Dense in the logarithm of the angle and of its distance to pi.
+    near, far = np.geomspace(1e-9, np.pi / 2, num_nodes), np.geomspace(1e-12, np.pi / 2, num_nodes)
+    theta = np.concatenate([near, np.pi - far[-2::-1]])
+    squared_length = np.square(2 * np.sin(theta / 2) / scale)
+    log_density = student_t_log_density(squared_length, np.full_like(theta, df), n)
+    sine = np.concatenate([np.sin(near), np.sin(far[-2::-1])])
+    with np.errstate(divide="ignore"):
+        log_integrand = log_density - n * math.log(scale) + (n - 1) * np.log(sine)
+    largest = log_integrand.max()
+    integral = np.trapezoid(np.exp(log_integrand - largest), theta)
+    return log_sphere_area(n) + largest + math.log(integral)
+
+
+def _on_hyperplane_log_mass(rng, scale, loc, num_draws):
+    """Gaussian features: drawn on the hyperplane, closer to zero than they are, and weighed."""
+    exponent = (len(scale) - 3) / 2
+    squares = scale**2
+
+    def imbalance(log_tilt):
+        total = np.sum(squares / (1 + 2 * math.exp(log_tilt) * squares))
+        return log_tilt - math.log(exponent / 4 / max(1 - total / 4, 1e-9))
+
+    tilt = math.exp(optimize.brentq(imbalance, -30, 40))
+    tilted = squares / (1 + 2 * tilt * squares)
+    y = rng.standard_normal((num_draws, len(scale))) * np.sqrt(tilted)
+    along = np.sum(loc**2 * tilted)
+    y = y - np.outer(y @ loc, loc * tilted) / along
+    total = np.sum(y**2, axis=1)
+    inside = np.minimum(total, 4 * (1 - 1e-15))
+    log_weight = tilt * total + exponent * np.log1p(-inside / 4)
+    log_weight = np.where(total < 4, log_weight, -np.inf)
+    largest = log_weight.max()
+    weight = np.exp(log_weight - largest)
+    log_mass = (
+        largest
+        + math.log(weight.mean())
+        - np.sum(np.log1p(2 * tilt * squares)) / 2
+        - math.log(along / np.sum(loc**2 * squares)) / 2
+    )
+    return log_mass, weight.std() / weight.mean() / math.sqrt(num_draws)
+
+
+def joint_log_mass(rng, scale, loc, df, num_draws=2000, num_nodes=60):
+    """Mass of the chordal density and its standard error: Gaussians of every width, by Monte Carlo."""
+    if math.isinf(df):
+        return _on_hyperplane_log_mass(rng, scale, loc, 20 * num_draws)
+
+    def nodes(low, high, count, draws):
+        """Log of the integrand over log(chi-square), and the relative error of each value."""
+        u = np.linspace(low, high, count)
+        log_density = df / 2 * u - np.exp(u) / 2 - math.lgamma(df / 2) - df / 2 * math.log(2)
+        parts = [
+            _on_hyperplane_log_mass(rng, scale * math.sqrt(df / math.exp(x)), loc, draws) for x in u
+        ]
+        return u, log_density + np.array([v for v, _ in parts]), np.array([e for _, e in parts])
+
+    u, values, _ = nodes(
+        math.log(df) - 60 / df - 6, math.log(df) + math.log(2 + 200 / df) + 2, 300, 60
+    )
+    kept = u[values > values.max() - 18]
+    u, values, errors = nodes(kept[0], kept[-1], num_nodes, num_draws)
+    weight = np.exp(values - values.max()) * (u[1] - u[0])
+    error = math.sqrt(np.sum((weight * errors) ** 2)) / weight.sum()
+    return values.max() + math.log(weight.sum()), error
+
+
+def feature_log_mass(rng, scale, loc, df, num_draws=20_000):
+    """Mass of the feature-wise density and its standard error, by Monte Carlo.
+
+    All features but one are drawn from their tilted Student-t by its numerical inverse; the last one
+    puts the vector on the hyperplane.
+    """
+    dim, exponent = len(scale), (len(scale) - 3) / 2
+    z = np.sinh(np.linspace(-9, 9, 4001)) / 20
+    log_factor = stats.t.logpdf(z, df)
+
+    def tilted(tilt):
+        density = np.exp(log_factor - tilt * np.outer(scale**2, z**2))
+        total = np.trapezoid(density, z, axis=1)
+        return density, total, np.trapezoid(density * z**2, z, axis=1) / total * scale**2
+
+    def imbalance(log_tilt):
+        second = tilted(math.exp(log_tilt))[2].sum()
+        return log_tilt - math.log(exponent / 4 / max(1 - second / 4, 1e-9))
+
+    tilt = math.exp(optimize.brentq(imbalance, -8, 25, xtol=1e-3))
+    density, total, _ = tilted(tilt)
+    steps = (density[:, 1:] + density[:, :-1]) / 2 * np.diff(z)
+    cumulative = np.concatenate([np.zeros((dim, 1)), np.cumsum(steps, axis=1)], axis=1)
+    cumulative = cumulative / cumulative[:, -1:]
+    last = int(np.argmax(np.abs(loc) * scale))
+    others = np.arange(dim) != last
+    y = np.empty((num_draws, dim))
+    for i in np.flatnonzero(others):
+        y[:, i] = np.interp(rng.random(num_draws), cumulative[i], z) * scale[i]
+    y[:, last] = -(y[:, others] @ loc[others]) / loc[last]
+    squared = np.sum(y**2, axis=1)
+    inside = np.minimum(squared, 4 * (1 - 1e-15))
+    log_weight = (
+        tilt * np.sum(y[:, others] ** 2, axis=1)
+        + stats.t.logpdf(y[:, last] / scale[last], df)
+        + exponent * np.log1p(-inside / 4)
+    )
+    log_weight = np.where(squared < 4, log_weight, -np.inf)
+    largest = log_weight.max()
+    weight = np.exp(log_weight - largest)
+    log_mass = (
+        np.log(total[others]).sum()
+        + math.log(2 * math.pi * np.sum((loc * scale) ** 2)) / 2
+        - math.log(scale[last] * abs(loc[last]))
+        + largest
+        + math.log(weight.mean())
+    )
+    return log_mass, weight.std() / weight.mean() / math.sqrt(num_draws)

@@ -1,0 +1,539 @@
+"""Likelihood of an embedding under the posteriors of the training images, all of them at once.
+
+The aggregated posterior in the prior's place (VampPrior; Tomczak and Welling 2018), read in the space
+of embeddings: every training image `n` lays a kernel around its own direction, as wide as its own
+posterior says.
+
+    log p(h) = log 1/N sum_n p(u | m_n, s_n) p(r | rho_n)
+
+Here `m_n` and `rho_n` are direction and radius of the posterior mean, `s_n` is a bandwidth times the
+likelihood scale, and the directional density is divided by its mass on the sphere (docs eq. 4 and 31).
+The bandwidth matters most. It is found without labels and without outside data, by the
+leave-one-out likelihood of training images (Duin 1976).
+
+A score costs four matrix products, `N` columns wide, where a search for neighbors costs one.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import distributions, mass, sphere
+from jevb_jax.evaluation.ood import DegenerateFeaturesError
+
+# As in `ood`: a bfloat16 product would reorder images on an accelerator.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+# Queries at a time: as many rows of `[N]` are in memory, as in a search for neighbors.
+_BATCH_SIZE = 64
+# Components at a time where their masses are computed.
+_MASS_BATCH_SIZE = 1024
+# Components of largest density whose distance is computed again without cancellation. Of further copies
+# of an image the distance is zero up to rounding, 1e-7 / scale^2.
+_NUM_EXACT = 4
+# Scales that the mass and float32 can hold.
+_SCALE_LIMITS = (1e-15, 1e15)
+
+# Bandwidths that are tried, as powers of the root of two: 1/8 to 2, and where to stop at last.
+_FIRST_STEPS = range(-6, 3)
+_STEP_LIMITS = (-18, 14)
+
+
+def _student_t_kernel(squared_length: Array, df: float, n: int) -> Array:
+    """`((df + n)/2) log(1 + Q/df)`, which is `Q/2` at `df = inf`."""
+    if np.isinf(df):
+        return squared_length / 2
+    return (df + n) / 2 * jnp.log1p(squared_length / df)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RadialComponents:
+    """The radial densities of the training images (docs eq. 6).
+
+    Attributes:
+      log_radius: `[N]`, `log rho`, of the posterior means.
+      scale: `[]`, relative width.
+      df: degrees of freedom, static.
+    """
+
+    log_radius: Array
+    scale: Array
+    df: float = dataclasses.field(metadata={"static": True})
+
+    def log_peak(self, radius: Array) -> Array:
+        """Log-densities at these radii of components that have the same, `[...]`, nats."""
+        return distributions.radial_log_prob(
+            radius, loc=radius, scale=self.scale, df=self.df, space="log"
+        )
+
+    def kernels(self, log_radius: Array) -> Array:
+        """`log_peak` less the log-densities `[N]` of one radius `[]`."""
+        distance = (log_radius[None] - self.log_radius) / self.scale
+        return _student_t_kernel(jnp.square(distance), self.df, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingMixture:
+    """Negative log-likelihood under the training images; see `fit_training_mixture`.
+
+    A tree of arrays that can be passed through `jax.jit`. What depends on the components alone is
+    computed once, by the fit.
+
+    Attributes:
+      location: `[N, D]`, directions `m` of the posterior means.
+      precision: `[N, D]`, `w = s^-2`, bandwidth included.
+      weighted_location: `[N, D]`, `m w`.
+      location_precision: `[N]`, `sum_i m_i^2 w_i`.
+      least_precision: `[N]`, smallest `w`.
+      greatest_precision: `[N]`, largest `w`.
+      mean_precision: `[N]`, mean of `w` over unit tangent directions at `m`.
+      log_mass: `[N]`, nats, of the directional density on the sphere.
+      log_weight: `[N]`, nats: the directional log-density at `m` itself, less `log_mass`.
+      bandwidth: `[]`, that the likelihood scales were multiplied by.
+      df: degrees of freedom of the directional density, static.
+      radial: None leaves the radial density out.
+      leave_one_out: `[]`, nats: mean leave-one-out log-likelihood of training images at this bandwidth;
+        None if the fit was given no embeddings.
+    """
+
+    location: Array
+    precision: Array
+    weighted_location: Array
+    location_precision: Array
+    least_precision: Array
+    greatest_precision: Array
+    mean_precision: Array
+    log_mass: Array
+    log_weight: Array
+    bandwidth: Array
+    df: float = dataclasses.field(metadata={"static": True})
+    radial: RadialComponents | None = None
+    leave_one_out: Array | None = None
+
+    def __call__(self, embedding: ArrayLike) -> Array:
+        """`-log 1/N sum_n p(h | n)`, larger is more out of distribution.
+
+        Args:
+          embedding: `[M, D]`. A zero row has no direction: its score is finite and means nothing.
+            A row with NaN scores NaN.
+
+        Returns:
+          `[M]`, nats.
+
+        Raises:
+          ValueError: not `[M, D]`.
+        """
+        return float(np.log(len(self.location))) - self._log_sum(embedding, None)
+
+    def _log_sum(self, embedding: ArrayLike, own: Array | None) -> Array:
+        """`log sum_n p(h | n)`, `[M]`; of row `i` component `own[i]` is left out."""
+        h = jnp.asarray(embedding, self.location.dtype)
+        num_components, dim = self.location.shape
+        if h.ndim != 2 or h.shape[1] != dim:
+            raise ValueError(f"embedding must be [M, {dim}], as the fitted images, got {h.shape}")
+        direction, radius = sphere.polar_decomposition(h)
+
+        def of_query(query: tuple[Array, Array, Array | None]) -> Array:
+            direction, log_radius, own = query
+            log_prob = self._log_probs(direction)
+            radial = None if self.radial is None else self.radial.kernels(log_radius)
+            if radial is not None:
+                log_prob = log_prob - radial
+            if own is not None:
+                log_prob = jnp.where(jnp.arange(num_components) == own, -jnp.inf, log_prob)
+            _, nearest = jax.lax.top_k(log_prob, min(_NUM_EXACT, num_components))
+            exact = self._exact_log_probs(direction, nearest)
+            if radial is not None:
+                exact = exact - radial[nearest]
+            if own is not None:
+                exact = jnp.where(nearest == own, -jnp.inf, exact)
+            return jax.nn.logsumexp(log_prob.at[nearest].set(exact))
+
+        queries = (direction, sphere.safe_log(radius), own)
+        log_sum = jax.lax.map(of_query, queries, batch_size=_BATCH_SIZE)
+        return log_sum if self.radial is None else log_sum + self.radial.log_peak(radius)
+
+    def _log_probs(self, direction: Array) -> Array:
+        """Directional log-densities `[N]` of one direction `[D]` under all components.
+
+        `Q = 2/(1 + c) sum_i w_i (u_i - c m_i)^2`, multiplied out.
+        """
+        # This way round XLA has nothing to transpose, which cost as much as all the rest.
+        cosine = jnp.clip(_matmul(direction, self.location.T), -1, 1)
+        squared = (
+            _matmul(jnp.square(direction), self.precision.T)
+            - 2 * cosine * _matmul(direction, self.weighted_location.T)
+            + jnp.square(cosine) * self.location_precision
+        )
+        # At the antipode of `m` the quotient is 0 / 0, and every tangent direction as good as any other.
+        is_antipode = 1 + cosine < float(jnp.finfo(cosine.dtype).eps) ** 0.5
+        squared = 2 * squared / jnp.where(is_antipode, 1.0, 1 + cosine)
+        squared_chord = 2 * (1 - cosine)
+        squared = jnp.where(is_antipode, squared_chord * self.mean_precision, squared)
+        # True on paper. Rounding would break it near `m`, to below zero and NaN, and near the antipode.
+        squared = jnp.clip(
+            squared,
+            squared_chord * self.least_precision,
+            squared_chord * self.greatest_precision,
+        )
+        return self.log_weight - _student_t_kernel(squared, self.df, self.location.shape[1] - 1)
+
+    def _exact_log_probs(self, direction: Array, index: Array) -> Array:
+        """`_log_probs(direction)[index]` free of cancellation, for near duplicates in float32."""
+        log_prob = distributions.directional_log_prob(
+            direction[None],
+            loc=self.location[index],
+            scale_diag=1 / jnp.sqrt(self.precision[index]),
+            df=self.df,
+        )
+        return log_prob - self.log_mass[index]
+
+
+class BandwidthChoice(NamedTuple):
+    """What `choose_bandwidth` found.
+
+    Attributes:
+      bandwidth: that of the largest log-likelihood.
+      log_likelihood: nats, mean over training images, there.
+      grid: `[G]`, all bandwidths that were tried, ascending.
+      log_likelihoods: `[G]`, nats, of each.
+    """
+
+    bandwidth: float
+    log_likelihood: float
+    grid: np.ndarray
+    log_likelihoods: np.ndarray
+
+
+def fit_training_mixture(
+    posterior_mean: ArrayLike,
+    scale_diag: ArrayLike,
+    *,
+    df: float,
+    bandwidth: float | None = None,
+    embedding: ArrayLike | None = None,
+    radial_scale: float | None = None,
+    radial_df: float | None = None,
+    num_queries: int = 2000,
+    seed: int = 0,
+) -> TrainingMixture:
+    """Likelihood under the posteriors of the training images (VampPrior; Tomczak and Welling 2018).
+
+    Args:
+      posterior_mean: `[N, D]`, of in-distribution images, `D >= 3`, not zero.
+      scale_diag: `[N, D]`, scales of the directional likelihood, in units of the sphere, positive.
+      df: degrees of freedom of the directional density, positive; `inf` is the Gaussian.
+      bandwidth: multiplies the scales, positive. None: as `choose_bandwidth` finds.
+      embedding: `[N, D]` of the same images, in their order. Needed without a bandwidth; with one, it
+        is for `leave_one_out` alone.
+      radial_scale: relative width of the radius, positive; None leaves the radial density out.
+      radial_df: its degrees of freedom, positive; needed with `radial_scale` and only then.
+      num_queries: training images whose leave-one-out likelihood is taken, at most.
+      seed: of their draw, where there are more.
+
+    Returns:
+      A score, embeddings `[M, D]` to `[M]`, nats.
+
+    Raises:
+      ValueError: no images, shapes that differ, `D < 3`, values that are not finite, means of zero,
+        scales, `df` or bandwidth that are not positive or leave 1e-15 to 1e15, and as
+        `choose_bandwidth` where embeddings are needed or given.
+    """
+    components = _Components.of(posterior_mean, scale_diag, df, radial_scale, radial_df)
+    if bandwidth is None:
+        if embedding is None:
+            raise ValueError(
+                "give the embeddings of the training images, to choose a bandwidth by, or a bandwidth"
+            )
+        choice = _choose_bandwidth(components, embedding, num_queries, seed)
+        bandwidth, leave_one_out = choice.bandwidth, choice.log_likelihood
+        mixture = components.at(bandwidth)
+    else:
+        mixture = components.at(bandwidth)
+        if embedding is None:
+            return mixture
+        h, own = _queries(components, embedding, num_queries, seed)
+        leave_one_out = _mean_leave_one_out(mixture, h, own)
+    return dataclasses.replace(
+        mixture, leave_one_out=jnp.asarray(leave_one_out, mixture.location.dtype)
+    )
+
+
+def choose_bandwidth(
+    posterior_mean: ArrayLike,
+    scale_diag: ArrayLike,
+    embedding: ArrayLike,
+    *,
+    df: float,
+    radial_scale: float | None = None,
+    radial_df: float | None = None,
+    num_queries: int = 2000,
+    seed: int = 0,
+) -> BandwidthChoice:
+    """Bandwidth of the largest leave-one-out likelihood, without labels or outside data (Duin 1976).
+
+    Half octaves from 1/8 to 2 are tried, and on from there while the largest is at an end: down to
+    2^-9, where copies among the images are the cause, and up to 2^7, where the density is uniform.
+
+    Args:
+      posterior_mean: as for `fit_training_mixture`.
+      scale_diag: as for `fit_training_mixture`.
+      embedding: `[N, D]` of the same images, in their order.
+      df: as for `fit_training_mixture`.
+      radial_scale: as for `fit_training_mixture`.
+      radial_df: as for `fit_training_mixture`.
+      num_queries: images whose likelihood is taken, at most; every image stays a component.
+      seed: of their draw, where there are more.
+
+    Returns:
+      `BandwidthChoice`.
+
+    Raises:
+      ValueError: as `fit_training_mixture`; fewer than 2 images; `num_queries < 1`.
+      DegenerateFeaturesError: the likelihood still rises at a bandwidth of 2^-9.
+    """
+    components = _Components.of(posterior_mean, scale_diag, df, radial_scale, radial_df)
+    return _choose_bandwidth(components, embedding, num_queries, seed)
+
+
+def leave_one_out_log_likelihood(
+    mixture: TrainingMixture, embedding: ArrayLike, own: ArrayLike
+) -> Array:
+    """`log 1/(N - 1) sum_(n != own) p(h | n)`, of each row without the component of its own image.
+
+    Args:
+      mixture: of at least 2 images.
+      embedding: `[M, D]`, of images of the fit.
+      own: `[M]` integers in `[0, N)`, the place of each in the fit.
+
+    Returns:
+      `[M]`, nats.
+
+    Raises:
+      ValueError: fewer than 2 images, an embedding that is not `[M, D]`, places that are not integers
+        `[M]` or out of range.
+    """
+    num_components = _at_least_two(len(mixture.location))
+    rows = jnp.shape(embedding)[:1]
+    place = np.asarray(own)
+    if place.shape != rows or not np.issubdtype(place.dtype, np.integer):
+        raise ValueError(
+            f"own must be integers {list(rows)}, one for each row of embedding, got {place.dtype} "
+            f"{place.shape}"
+        )
+    if place.size and not (place.min() >= 0 and place.max() < num_components):
+        raise ValueError(
+            f"own must be in [0, {num_components}), the fitted images, got {place.min()} to "
+            f"{place.max()}"
+        )
+    return _leave_one_out(mixture, jnp.asarray(embedding), jnp.asarray(place, jnp.int32))
+
+
+@jax.jit
+def _leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) -> Array:
+    return mixture._log_sum(embedding, own) - float(np.log(len(mixture.location) - 1))
+
+
+def _mean_leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) -> float:
+    return float(np.mean(np.asarray(_leave_one_out(mixture, embedding, own), np.float64)))
+
+
+def _at_least_two(num_images: int) -> int:
+    if num_images < 2:
+        raise ValueError(
+            f"leave-one-out needs at least 2 training images, got {num_images}: give a bandwidth and "
+            "no embeddings"
+        )
+    return num_images
+
+
+def _queries(
+    components: "_Components", embedding: ArrayLike, num_queries: int, seed: int
+) -> tuple[Array, Array]:
+    """Embeddings `[M, D]` of drawn training images, and their places `[M]`."""
+    h = _finite_matrix("embedding", embedding)
+    if h.shape != components.location.shape:
+        raise ValueError(
+            f"embedding must be {components.location.shape} as the posterior means, got {h.shape}"
+        )
+    num_images = _at_least_two(len(h))
+    if num_queries < 1:
+        raise ValueError(f"num_queries must be at least 1, got {num_queries}")
+    own = np.arange(num_images)
+    if num_queries < num_images:
+        drawn = np.random.default_rng(seed).choice(num_images, num_queries, replace=False)
+        own = np.sort(drawn)
+    return jnp.asarray(h[own], components.dtype), jnp.asarray(own, jnp.int32)
+
+
+def _choose_bandwidth(
+    components: "_Components", embedding: ArrayLike, num_queries: int, seed: int
+) -> BandwidthChoice:
+    h, own = _queries(components, embedding, num_queries, seed)
+
+    def log_likelihood(step: int) -> float:
+        return _mean_leave_one_out(components.at(2 ** (step / 2)), h, own)
+
+    values = {step: log_likelihood(step) for step in _FIRST_STEPS}
+    lowest, highest = _STEP_LIMITS
+    while True:
+        best = max(values, key=values.__getitem__)
+        if best == min(values) and best > lowest:
+            values[best - 1] = log_likelihood(best - 1)
+        elif best == max(values) and best < highest:
+            values[best + 1] = log_likelihood(best + 1)
+        else:
+            break
+    if best == lowest:
+        raise DegenerateFeaturesError(
+            f"the leave-one-out likelihood still rises at a bandwidth of {2 ** (best / 2):.2g}: are "
+            "training images copies of each other, or has the encoder collapsed? Leave copies out, or "
+            "give a bandwidth"
+        )
+    steps = sorted(values)
+    return BandwidthChoice(
+        2 ** (best / 2),
+        values[best],
+        2 ** (np.array(steps) / 2),
+        np.array([values[step] for step in steps]),
+    )
+
+
+class _Components(NamedTuple):
+    """Checked components in float64, before a bandwidth is known.
+
+    Attributes:
+      location: `[N, D]`, directions.
+      radius: `[N]`.
+      scale_diag: `[N, D]`.
+      df: positive.
+      radial_scale: or None.
+      radial_df: or None.
+      dtype: of the mixture.
+    """
+
+    location: np.ndarray
+    radius: np.ndarray
+    scale_diag: np.ndarray
+    df: float
+    radial_scale: float | None
+    radial_df: float | None
+    dtype: np.dtype
+
+    @classmethod
+    def of(
+        cls,
+        posterior_mean: ArrayLike,
+        scale_diag: ArrayLike,
+        df: float,
+        radial_scale: float | None,
+        radial_df: float | None,
+    ) -> "_Components":
+        """Checks the arguments of `fit_training_mixture`."""
+        mean = _finite_matrix("posterior_mean", posterior_mean)
+        scale = _finite_matrix("scale_diag", scale_diag)
+        if mean.shape != scale.shape:
+            raise ValueError(
+                f"posterior_mean and scale_diag must share one shape [N, D], got {mean.shape} and "
+                f"{scale.shape}"
+            )
+        if mean.shape[1] < 3:
+            raise ValueError(
+                f"the embedding dimension D must be at least 3 (the last axis), got {mean.shape[1]}"
+            )
+        num_zero = int(np.sum(~np.any(mean, axis=1)))
+        if num_zero:
+            raise ValueError(
+                f"a posterior mean of zero has no direction: leave {num_zero} of {len(mean)} rows out"
+            )
+        if not np.all(scale > 0):
+            raise ValueError(f"scale_diag must be positive, got {scale.min()}")
+        _require_positive("df", df, may_be_infinite=True)
+        if (radial_scale is None) != (radial_df is None):
+            raise ValueError(
+                "give both radial_scale and radial_df, or neither to leave the radial density out, "
+                f"got {radial_scale} and {radial_df}"
+            )
+        if radial_scale is not None and radial_df is not None:
+            _require_positive("radial_scale", radial_scale)
+            _require_positive("radial_df", radial_df, may_be_infinite=True)
+            radial_scale, radial_df = float(radial_scale), float(radial_df)
+        radius = np.linalg.norm(mean, axis=1)
+        dtype = sphere.at_least_float32(posterior_mean, scale_diag)[0].dtype
+        location = mean / radius[:, None]
+        return cls(location, radius, scale, float(df), radial_scale, radial_df, dtype)
+
+    def at(self, bandwidth: float) -> TrainingMixture:
+        """The mixture with all scales multiplied by `bandwidth`."""
+        _require_positive("bandwidth", bandwidth)
+        scale = bandwidth * self.scale_diag
+        smallest, largest = _SCALE_LIMITS
+        if scale.min() < smallest or scale.max() > largest:
+            raise ValueError(
+                f"scale_diag times bandwidth must be in [{smallest}, {largest}], got "
+                f"[{scale.min()}, {scale.max()}]"
+            )
+        precision = scale**-2
+        location_precision = np.sum(np.square(self.location) * precision, axis=1)
+        tangent_dim = scale.shape[1] - 1
+        as_array = functools.partial(jnp.asarray, dtype=self.dtype)
+        location = as_array(self.location)
+        log_peak, log_mass = _log_peak_and_mass(location, as_array(scale), as_array(self.df))
+        radial = None
+        if self.radial_scale is not None and self.radial_df is not None:
+            radial = RadialComponents(
+                as_array(np.log(self.radius)), as_array(self.radial_scale), self.radial_df
+            )
+        return TrainingMixture(
+            location=location,
+            precision=as_array(precision),
+            weighted_location=as_array(self.location * precision),
+            location_precision=as_array(location_precision),
+            least_precision=as_array(precision.min(axis=1)),
+            greatest_precision=as_array(precision.max(axis=1)),
+            mean_precision=as_array((precision.sum(axis=1) - location_precision) / tangent_dim),
+            log_mass=log_mass,
+            log_weight=log_peak - log_mass,
+            bandwidth=as_array(bandwidth),
+            df=self.df,
+            radial=radial,
+        )
+
+
+@jax.jit
+def _log_peak_and_mass(location: Array, scale_diag: Array, df: Array) -> tuple[Array, Array]:
+    """Of the directional densities: logarithm at the location and of the mass, each `[N]`, nats."""
+
+    def of_component(component: tuple[Array, Array]) -> tuple[Array, Array]:
+        m, s = component
+        log_peak = distributions.directional_log_prob(m, loc=m, scale_diag=s, df=df)
+        return log_peak, mass.directional_log_mass(s, loc=m, df=df)
+
+    return jax.lax.map(of_component, (location, scale_diag), batch_size=_MASS_BATCH_SIZE)
+
+
+def _finite_matrix(name: str, values: ArrayLike) -> np.ndarray:
+    """`[N, D]` float64, finite, at least one row."""
+    matrix = np.asarray(values, np.float64)
+    if matrix.ndim != 2 or len(matrix) < 1:
+        raise ValueError(
+            f"{name} must be [N, D] with at least 1 training image, got shape {matrix.shape}"
+        )
+    num_bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
+    if num_bad:
+        raise ValueError(f"{name} must be finite: {num_bad} of {len(matrix)} rows hold NaN or inf")
+    return matrix
+
+
+def _require_positive(name: str, value: float, *, may_be_infinite: bool = False) -> None:
+    if np.ndim(value) or not value > 0 or (np.isinf(value) and not may_be_infinite):
+        finite = "" if may_be_infinite else "finite "
+        raise ValueError(f"{name} must be one positive {finite}number, got {value}")

@@ -1,0 +1,225 @@
+"""The mass of the directional densities: against quadrature over the angle, and Monte Carlo."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+
+from jevb_jax import directional_log_mass, directional_log_prob, uniform_log_prob
+from tests import oracles
+
+DIMS = (3, 4, 5, 16, 128, 512, 4096)
+DFS = (0.5, 1.0, 5.0, 127.0, 1e4, math.inf)
+SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0])
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.partial(jax.jit, static_argnames="tails")
+def log_mass(scale_diag, loc, df, tails="joint"):
+    return directional_log_mass(scale_diag, loc=loc, df=df, tails=tails)
+
+
+def random_case(rng, dim, *, sigma, spread):
+    """Scales with a spread of that factor about `sigma / sqrt(D)`, and a location."""
+    logs = rng.uniform(-0.5, 0.5, dim) * math.log(spread)
+    return np.exp(logs) * sigma / math.sqrt(dim), oracles.random_units(rng, dim)
+
+
+def equal_scales(dim, df, dtype):
+    scale = np.broadcast_to(SCALES[:, None], (len(SCALES), dim)).astype(dtype)
+    loc = oracles.random_units(np.random.default_rng(dim), len(SCALES), dim).astype(dtype)
+    return log_mass(scale, loc, np.full(len(SCALES), df, dtype))
+
+
+@pytest.mark.parametrize("df", DFS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_equal_scales_agree_with_quadrature_over_the_angle(dim, df, float64):
+    expected = [oracles.equal_scale_log_mass(dim, scale, df) for scale in SCALES]
+    np.testing.assert_allclose(equal_scales(dim, df, np.float64), expected, atol=1e-6, rtol=1e-9)
+
+
+@pytest.mark.parametrize("df", DFS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_float32_keeps_an_error_of_a_few_roundings_for_each_dimension(dim, df):
+    expected = [oracles.equal_scale_log_mass(dim, scale, df, 50_000) for scale in SCALES]
+    np.testing.assert_allclose(
+        equal_scales(dim, df, np.float32), expected, atol=3e-6 + 1e-6 * dim, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("df", "expected"), [(5.0, -16.637), (127.0, -36.2), (math.inf, -42.4)])
+def test_values_of_the_design(df, expected, float64):
+    # D = 128 at sigma = 1.76, computed apart from this project.
+    loc = np.eye(128)[0]
+    actual = log_mass(np.full(128, 1.76 / math.sqrt(128)), loc, df)
+    np.testing.assert_allclose(actual, expected, atol=0.05 if df > 5 else 2e-3)
+
+
+def test_the_gaussian_mass_is_the_normaliser_of_von_mises_and_fisher(float64):
+    dim, scale = 32, 0.2
+    k = 1 / mpmath.mpf(scale) ** 2
+    order = mpmath.mpf(dim) / 2 - 1
+    # The density at its peak is (2 pi s^2)^(-n/2); that of von Mises and Fisher has mass one.
+    log_bessel = mpmath.log(mpmath.besseli(order, k)) - k
+    log_peak = order * mpmath.log(k) - (order + 1) * mpmath.log(2 * mpmath.pi) - log_bessel
+    expected = -(dim - 1) / mpmath.mpf(2) * mpmath.log(2 * mpmath.pi * scale**2) - log_peak
+    actual = log_mass(np.full(dim, scale), np.eye(dim)[3], math.inf)
+    np.testing.assert_allclose(actual, float(expected), rtol=1e-10)
+
+
+# Stated in docs/mathematics.md: the largest errors of the approximation, in nats.
+JOINT_ERROR = 0.012
+FEATURE_ERROR = {16: 0.2, 64: 0.06, 128: 0.03}
+
+
+@pytest.mark.parametrize("df", [1.0, 5.0, math.inf])
+@pytest.mark.parametrize("dim", [4, 8, 32, 128])
+def test_unequal_scales_agree_with_monte_carlo(dim, df, float64):
+    rng = np.random.default_rng(dim)
+    for spread, sigma in ((3.0, 1.0), (10.0, 0.3), (10.0, 2.0)):
+        scale, loc = random_case(rng, dim, sigma=sigma, spread=spread)
+        expected, error = oracles.joint_log_mass(rng, scale, loc, df, num_draws=600, num_nodes=40)
+        assert error < 0.01
+        actual = float(log_mass(scale, loc, df))
+        assert abs(actual - expected) < JOINT_ERROR + 4 * error
+
+
+@pytest.mark.parametrize("df", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("dim", FEATURE_ERROR)
+def test_feature_wise_tails_agree_with_monte_carlo(dim, df, float64):
+    rng = np.random.default_rng(dim)
+    for spread, sigma in ((1.0, 1.0), (10.0, 0.3), (10.0, 2.0)):
+        scale, loc = random_case(rng, dim, sigma=sigma, spread=spread)
+        expected, error = oracles.feature_log_mass(rng, scale, loc, df, num_draws=10_000)
+        assert error < 0.03
+        actual = float(log_mass(scale, loc, df, tails="feature"))
+        assert abs(actual - expected) < FEATURE_ERROR[dim] + 4 * error
+
+
+def test_both_tails_share_their_gaussian_limit(float64):
+    rng = np.random.default_rng(0)
+    scale, loc = random_case(rng, 32, sigma=1.0, spread=10)
+    np.testing.assert_allclose(
+        log_mass(scale, loc, math.inf, tails="feature"), log_mass(scale, loc, math.inf), rtol=1e-12
+    )
+    for tails in ("joint", "feature"):
+        near = log_mass(scale, loc, 1e7, tails=tails)
+        np.testing.assert_allclose(near, log_mass(scale, loc, math.inf, tails=tails), atol=1e-4)
+
+
+@pytest.mark.parametrize("df", [1.0, 5.0, math.inf])
+def test_the_normalised_density_integrates_to_one(df, float64):
+    rng = np.random.default_rng(0)
+    loc = oracles.random_units(rng, 3)
+    for scale, tolerance in ((np.full(3, 0.4), 1e-6), (np.array([0.2, 0.5, 1.0]), 0.015)):
+        points, weights = oracles.two_sphere_quadrature(loc, 1e-3)
+        log_prob = directional_log_prob(points, loc=loc, scale_diag=scale, df=df, normalized=True)
+        np.testing.assert_allclose(np.sum(weights * np.exp(log_prob)), 1, atol=tolerance)
+
+
+@pytest.mark.parametrize("df", [0.5, 5.0, math.inf])
+@pytest.mark.parametrize("dim", [3, 16, 512])
+def test_gradient_in_a_common_scale_is_that_of_the_quadrature(dim, df, float64):
+    loc = oracles.random_units(np.random.default_rng(0), dim)
+    scale, step = 0.15, 1e-4
+
+    def of_log_scale(log_scale):
+        return directional_log_mass(jnp.full(dim, jnp.exp(log_scale)), loc=loc, df=df)
+
+    ends = [
+        oracles.equal_scale_log_mass(dim, scale * math.exp(change), df) for change in (step, -step)
+    ]
+    slope = (ends[0] - ends[1]) / (2 * step)
+    np.testing.assert_allclose(jax.grad(of_log_scale)(math.log(scale)), slope, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tails", ["joint", "feature"])
+def test_gradient_is_that_of_the_value_though_the_tilt_is_held(tails, float64):
+    # The value hardly depends on the tilt, which has no gradient: they differ by its error alone.
+    rng = np.random.default_rng(1)
+    scale, loc = random_case(rng, 64, sigma=1.0, spread=10)
+    direction = rng.normal(size=64)
+    gradient = jax.grad(lambda log_s: log_mass(jnp.exp(log_s), loc, 5.0, tails=tails))(
+        np.log(scale)
+    )
+    step = 1e-4
+    ends = [log_mass(scale * np.exp(s * step * direction), loc, 5.0, tails) for s in (1, -1)]
+    slope = float(ends[0] - ends[1]) / (2 * step)
+    size = np.linalg.norm(gradient) * np.linalg.norm(direction)
+    assert abs(gradient @ direction - slope) < 5e-3 * size
+
+
+@pytest.mark.parametrize("tails", ["joint", "feature"])
+@pytest.mark.parametrize("df", [0.5, 5.0, 1e8, math.inf])
+@pytest.mark.parametrize("dim", [3, 128, 4096])
+def test_values_and_gradients_are_finite_over_the_domain(dim, df, tails):
+    rng = np.random.default_rng(dim)
+    widths = np.array([1e-15, 1e-6, 1e-2, 1.0, 1e3, 1e15])
+    spread = np.exp(rng.uniform(-1, 1, (len(widths), dim)))
+    scale = jnp.asarray(widths[:, None] * spread / spread.max(), jnp.float32)
+    loc = jnp.asarray(oracles.random_units(rng, len(widths), dim), jnp.float32)
+    axis = jnp.zeros_like(loc).at[:, 0].set(1.0)
+
+    def total(scale, loc):
+        return jnp.sum(log_mass(scale, loc, jnp.float32(df), tails=tails))
+
+    for location in (loc, axis):
+        values = log_mass(scale, location, jnp.float32(df), tails=tails)
+        assert np.all(np.isfinite(values))
+        for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(scale, location):
+            assert np.all(np.isfinite(gradient))
+
+
+def test_batches_broadcast_and_rows_are_independent():
+    rng = np.random.default_rng(0)
+    scale = jnp.asarray(rng.uniform(0.05, 0.5, (5, 7, 16)), jnp.float32)
+    loc = jnp.asarray(oracles.random_units(rng, 7, 16), jnp.float32)
+    df = jnp.asarray([0.5, 1, 2, 5, 30, 1e4, np.inf], jnp.float32)
+    whole = log_mass(scale, loc, df)
+    assert whole.shape == (5, 7)
+    np.testing.assert_allclose(log_mass(scale[2, 3], loc[3], df[3]), whole[2, 3], rtol=1e-5)
+
+
+def test_stereographic_density_fills_the_sphere():
+    mass = directional_log_mass(
+        np.full((2, 4), 0.3), loc=np.eye(4)[:2], df=5.0, coordinates="stereographic"
+    )
+    np.testing.assert_array_equal(mass, np.zeros(2))
+
+
+def test_uniform_log_prob():
+    np.testing.assert_allclose(uniform_log_prob(128), 127.05, atol=0.005)
+    for dim in (1, 2, 3, 512):
+        np.testing.assert_allclose(uniform_log_prob(dim), -oracles.log_sphere_area(dim), rtol=1e-12)
+
+
+def test_bad_input_is_refused():
+    scale, loc = np.full(8, 0.1), np.eye(8)[0]
+    with pytest.raises(ValueError, match="D >= 3"):
+        directional_log_mass(scale[:2], loc=loc[:2], df=5.0)
+    for df in (0.0, -1.0, np.array([1.0, -2.0])):
+        with pytest.raises(ValueError, match="df must be positive"):
+            directional_log_mass(scale, loc=loc, df=df)
+    with pytest.raises(ValueError, match="tails must be one of"):
+        directional_log_mass(scale, loc=loc, df=5.0, tails="heavy")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="coordinates must be one of"):
+        directional_log_mass(scale, loc=loc, df=5.0, coordinates="polar")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="feature"):
+        directional_log_mass(scale, loc=loc, df=5.0, tails="feature", coordinates="stereographic")
+    with pytest.raises(ValueError, match="at least 1"):
+        uniform_log_prob(0)
