@@ -81,7 +81,9 @@ def main() -> None:
     scorers = ood_protocol.make_scorers(
         train,
         probe,
-        ood_protocol.ScoreSettings(knn_k=(50,), ssd_clusters=(1, 10), residual_share=0.5),
+        ood_protocol.ScoreSettings(
+            knn_k=(50,), ssd_clusters=(1, 10), residual_share=0.5, mixture_df=5.0
+        ),
     )
     pixels = np.random.default_rng(0).integers(
         0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 3), np.uint8

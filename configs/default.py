@@ -171,6 +171,7 @@ def get_config() -> ConfigDict:
             "max_fit_images": 10_000,  # of the training split, for the feature scores; 0 = all
             "knn_k": (50,),
             "ssd_clusters": (1, 10),
+            "mixture_df": 5.0,  # tails of the kernels of jevb/mixture; inf is the Gaussian
             "residual_share": 0.5,  # of the features: dimension of the principal subspace
             "num_bootstrap": 100,  # resamples of an interval
             "human_counts_path": "",  # .npz with `cifar10h_counts`, votes by test image and class

@@ -23,6 +23,7 @@ HEADS: dict[str, HeadName] = {
 _BEFORE: dict[str, dict[str, Any]] = {
     "model": {"zero_init_residual": True, "head_input": "embedding"},
     "jevb": {"tails": "joint", "normalized": False},
+    "ood": {"mixture_df": 5.0},
 }
 
 

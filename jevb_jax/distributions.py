@@ -56,7 +56,7 @@ def directional_log_prob(
     tails: mass.Tails = "joint",
     normalized: bool = False,
 ) -> Array:
-    """Heavy-tailed, anisotropic von Mises-Fisher-style log-density of a direction (docs eq. 4, 33).
+    """Heavy-tailed, anisotropic von Mises-Fisher-style log-density of a direction (docs eq. 4 and 33).
 
     The Student-t density of the tangent coordinates of `direction` at `loc`, whose precision is the
     compression of `diag(scale_diag^-2)` to the tangent space. With equal scales and `df -> inf` it has

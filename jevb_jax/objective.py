@@ -40,11 +40,12 @@ class ElboTerms(NamedTuple):
       kl: `KL(q || p)`, at least zero.
       radial_weight: weight of the radial term in the training objective.
       kl_weight: weight of the KL in the training objective.
-      directional_log_mass: `E_q[log M]`, the mass of the density before any division by it (docs eq.
-        31). Without a gradient unless the density is normalised. None if unfactorised.
+      directional_log_mass: `E_q[log M]`, the mass of the density before any division by it
+        (docs eq. 31). Without a gradient unless the density is normalised. None if unfactorised.
       predictive_information: `E_q[log p_norm(u_t | z)]` of the density divided by its mass, minus the
-        uniform log-density (docs eq. 34): its mean over images is a lower bound, in nats, of what a
-        view tells of the other. Negative: worse than not looking. None if unfactorised.
+        uniform log-density (docs eq. 34). Below zero the view explains the other worse than chance.
+        It bounds what one view tells of the other only while directions fill the sphere: a collapse
+        raises it too. None if unfactorised.
     """
 
     directional_log_likelihood: Array

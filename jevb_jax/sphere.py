@@ -158,7 +158,7 @@ def scaled_tangent_squares(
 def scaled_tangent_squared_length(
     direction: ArrayLike, loc: ArrayLike, scale_diag: ArrayLike, *, coordinates: Coordinates
 ) -> tuple[Array, Array]:
-    """`Q = sum_i (y_i / s_i)^2`, `[...]`, and the log-volume; see `scaled_tangent_squares`."""
+    """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and the log-volume; see `scaled_tangent_squares`."""
     squares, log_volume = scaled_tangent_squares(
         direction, loc, scale_diag, coordinates=coordinates
     )

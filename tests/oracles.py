@@ -6,6 +6,7 @@ its determinant, 40 digits.
 """
 
 import math
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -254,7 +255,8 @@ def _on_hyperplane_log_mass(rng, scale, loc, num_draws):
         total = np.sum(squares / (1 + 2 * math.exp(log_tilt) * squares))
         return log_tilt - math.log(exponent / 4 / max(1 - total / 4, 1e-9))
 
-    tilt = math.exp(optimize.brentq(imbalance, -30, 40))
+    log_tilt: Any = optimize.brentq(imbalance, -30, 40)
+    tilt = math.exp(log_tilt)
     tilted = squares / (1 + 2 * tilt * squares)
     y = rng.standard_normal((num_draws, len(scale))) * np.sqrt(tilted)
     along = np.sum(loc**2 * tilted)
@@ -317,7 +319,8 @@ def feature_log_mass(rng, scale, loc, df, num_draws=20_000):
         second = tilted(math.exp(log_tilt))[2].sum()
         return log_tilt - math.log(exponent / 4 / max(1 - second / 4, 1e-9))
 
-    tilt = math.exp(optimize.brentq(imbalance, -8, 25, xtol=1e-3))
+    root: Any = optimize.brentq(imbalance, -8, 25, xtol=1e-3)
+    tilt = math.exp(root)
     density, total, _ = tilted(tilt)
     steps = (density[:, 1:] + density[:, :-1]) / 2 * np.diff(z)
     cumulative = np.concatenate([np.zeros((dim, 1)), np.cumsum(steps, axis=1)], axis=1)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def float64():
 
 
 @functools.partial(jax.jit, static_argnames="tails")
-def log_mass(scale_diag, loc, df, tails="joint"):
+def log_mass(scale_diag, loc, df, tails: Any = "joint"):
     return directional_log_mass(scale_diag, loc=loc, df=df, tails=tails)
 
 

@@ -115,6 +115,7 @@ SCORES = (
     "jevb/cross_view",
     "jevb/typicality_mahalanobis",
     "jevb/scale_mahalanobis",
+    "jevb/mixture_and_residual",
     "embedding/mahalanobis",
     "representation/ssd_1",
     "embedding/norm",

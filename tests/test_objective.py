@@ -163,6 +163,7 @@ def test_terms_add_up(float64):
     ):
         assert isinstance(terms, ElboTerms)
         for value in (*terms, terms.log_likelihood, terms.elbo, terms.weighted_elbo):
+            assert value is not None
             assert value.shape == (4,)
             assert value.dtype == jnp.float64
         directional, radial = terms.directional_log_likelihood, terms.radial_log_likelihood

@@ -80,6 +80,7 @@ def outside_features() -> Any:
 def test_every_score_is_there_and_of_every_image():
     expected = {f"jevb/{name}" for name in ood_protocol._TERM_SCORES}
     expected |= {"jevb/typicality_mahalanobis", "jevb/typicality_knn", "jevb/scale_mahalanobis"}
+    expected |= {"jevb/mixture", "jevb/residual_mahalanobis", "jevb/mixture_and_residual"}
     scores = ("knn_5", "mahalanobis", "ssd_1", "residual", "norm")
     expected |= {f"{f}/{score}" for f in ("representation", "embedding") for score in scores}
     probe = {
@@ -170,7 +171,7 @@ def test_results_json_and_csv_hold_every_number():
     rows = {(r["score"], r["outside"]): r for r in results["ood"]["rows"]}
     assert len(rows) == len(found().inside) * 2
     assert set(results["ood"]["sets"]) == {"contrast_2", "contrast_5"}
-    assert results["ood"]["default_score"] == "jevb/scale_mahalanobis"
+    assert results["ood"]["default_score"] == "jevb/mixture_and_residual"
     assert results["ood"]["chosen_score"] is None
     text = protocol.results_csv(results)
     header, *lines = text.splitlines()
@@ -217,7 +218,7 @@ def test_tables_show_scores_with_and_without_labels():
     results, _ = evaluation()
     table = protocol.detection_table(results)
     first = [str(cell) for cell in table.columns[0].cells]
-    assert "jevb/scale_mahalanobis *" in first
+    assert "jevb/mixture_and_residual *" in first
     assert first.index("jevb/kl") < first.index("probe/energy")
     assert len(first) == len(found().inside)
     names = [str(cell) for cell in protocol.classification_table(results).columns[0].cells]
@@ -269,7 +270,9 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
 def test_degenerate_features_leave_a_score_out_by_name():
     train = evaluation()[1].train
     constant = train._replace(embedding=np.ones_like(train.embedding), terms=None)
-    settings = ood_protocol.ScoreSettings(knn_k=(5,), ssd_clusters=(1,), residual_share=0.5)
+    settings = ood_protocol.ScoreSettings(
+        knn_k=(5,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0
+    )
     scorers = ood_protocol.make_scorers(constant, None, settings)
     assert "do not vary" in scorers.left_out["embedding/mahalanobis"]
     assert "representation/mahalanobis" in scorers.scores

@@ -225,7 +225,9 @@ def fit_training_mixture(
     num_queries: int = 2000,
     seed: int = 0,
 ) -> TrainingMixture:
-    """Likelihood under the posteriors of the training images (VampPrior; Tomczak and Welling 2018).
+    """Likelihood under the posteriors of the training images (docs eq. 35).
+
+    The VampPrior of Tomczak and Welling 2018, read as a density of embeddings.
 
     Args:
       posterior_mean: `[N, D]`, of in-distribution images, `D >= 3`, not zero.

@@ -16,7 +16,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from jevb_jax import augmentations, data, methods
-from jevb_jax.evaluation import corruptions, ood
+from jevb_jax.evaluation import corruptions, mixture, ood
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
 from jevb_jax.networks import (
@@ -25,7 +25,7 @@ from jevb_jax.networks import (
     Posterior,
     ViewOutputs,
 )
-from jevb_jax.objective import View
+from jevb_jax.objective import View, likelihood_scale
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
     from jevb_jax.evaluation import classification
@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, whi
 
 # Severity 0 is the image itself.
 CORRUPTED = "corrupted"
+# Training images whose leave-one-out likelihood chooses the mixture's bandwidth.
+_NUM_LEFT_OUT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,13 @@ class ScoreSettings:
       knn_k: one score for each.
       ssd_clusters: one score for each.
       residual_share: of the features, in (0, 1), that the principal subspace spans.
+      mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
     """
 
     knn_k: tuple[int, ...]
     ssd_clusters: tuple[int, ...]
     residual_share: float
+    mixture_df: float
 
     def num_components(self, features: Any) -> int:
         """Of the principal subspace of features `[N, F]`."""
@@ -60,6 +64,7 @@ def score_settings(ood_settings: dict[str, Any]) -> ScoreSettings:
         knn_k=tuple(ood_settings["knn_k"]),
         ssd_clusters=tuple(ood_settings["ssd_clusters"]),
         residual_share=ood_settings["residual_share"],
+        mixture_df=ood_settings["mixture_df"],
     )
 
 
@@ -87,6 +92,22 @@ class OfFeature:
     def __call__(self, features: Features) -> Array:
         """Scores, `[N]`."""
         return self.score(feature(features, self.name))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfMixtureAndResidual:
+    """Where the embedding lies, and how its posterior errs: two negative log-densities (docs eq. 36).
+
+    Half a squared Mahalanobis distance is a Gaussian's negative log-density, up to a constant.
+    """
+
+    mixture: OfFeature
+    residual: OfFeature
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        return self.mixture(features) + self.residual(features) / 2
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +149,8 @@ def feature(features: Features, name: str) -> Array:
 
     Args:
       features: of the extractor.
-      name: "representation", "embedding", "log_scale" (of the posterior, JEVB), "terms"
+      name: "representation", "embedding", "log_scale" (of the posterior, JEVB), "posterior_residual"
+        (of the embedding against its posterior, in standard deviations, JEVB), "terms"
         (`ood.typicality_features`, JEVB) or "concentration" (VI-SimSiam).
 
     Returns:
@@ -138,6 +160,9 @@ def feature(features: Features, name: str) -> Array:
         return jnp.asarray(features.prediction.concentration)
     if name == "log_scale":
         return jnp.log(jnp.asarray(features.prediction.posterior_scale))
+    if name == "posterior_residual":
+        mean, scale = (jnp.asarray(x) for x in features.prediction[:2])
+        return (jnp.asarray(features.embedding) - mean) / scale
     if name == "terms":
         terms: Any = jax.tree.map(jnp.asarray, features.terms)
         return ood.typicality_features(terms)
@@ -159,8 +184,24 @@ _TERM_SCORES = {
 Fits = dict[str, Callable[[], ScoreFunction]]
 
 
-def _fit_of(name: str, features: Features, fit: Callable[[Any], Any]) -> ScoreFunction:
+def _fit_of(name: str, features: Features, fit: Callable[[Any], Any]) -> OfFeature:
     return OfFeature(fit(feature(features, name)), name)
+
+
+def _fit_mixture(
+    train: Features, settings: ScoreSettings, embedding: Array
+) -> mixture.TrainingMixture:
+    """The training posteriors as a density. Units of the scales cancel in its bandwidth."""
+    posterior: Posterior = train.prediction
+    tied = posterior.likelihood_scale is None
+    scale: Any = posterior.posterior_scale if tied else posterior.likelihood_scale
+    return mixture.fit_training_mixture(
+        posterior.posterior_mean,
+        likelihood_scale(scale),
+        df=settings.mixture_df,
+        embedding=embedding,
+        num_queries=_NUM_LEFT_OUT,
+    )
 
 
 def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
@@ -180,6 +221,15 @@ def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
     if hasattr(train.prediction, "posterior_scale"):
         fits["jevb/scale_mahalanobis"] = functools.partial(
             fit_of, "log_scale", fit=ood.fit_mahalanobis
+        )
+        of_mixture = functools.partial(
+            fit_of, "embedding", fit=functools.partial(_fit_mixture, train, settings)
+        )
+        of_residual = functools.partial(fit_of, "posterior_residual", fit=ood.fit_mahalanobis)
+        fits["jevb/mixture"] = of_mixture
+        fits["jevb/residual_mahalanobis"] = of_residual
+        fits["jevb/mixture_and_residual"] = lambda: OfMixtureAndResidual(
+            of_mixture(), of_residual()
         )
     if hasattr(train.prediction, "concentration"):
         concentration = Partial(ood.concentration_score)
@@ -222,6 +272,13 @@ def label_free_fits(train: Features, settings: ScoreSettings) -> Fits:
     return _method_fits(train, settings) | _feature_fits(train, settings)
 
 
+# Of the un-augmented image and its posterior's parameters alone.
+_OF_POSTERIOR = {
+    "jevb/scale_mahalanobis",
+    "jevb/mixture",
+    "jevb/residual_mahalanobis",
+    "jevb/mixture_and_residual",
+}
 # Made of arrays of an image alone, in whatever data.
 _NEVER_FITTED = {"vi_simsiam/concentration", "representation/norm", "embedding/norm"}
 
@@ -234,7 +291,7 @@ def is_fitted(name: str) -> bool:
 
 def needs_terms(name: str) -> bool:
     """Whether a score is one of JEVB's terms, which need several views and samples."""
-    return name.startswith("jevb/") and name != "jevb/scale_mahalanobis"
+    return name.startswith("jevb/") and name not in _OF_POSTERIOR
 
 
 def unfitted_features(method: str, num_views: int) -> Features:
@@ -551,7 +608,7 @@ def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
 # --- A run ----------------------------------------------------------------------------------------
 
 # The score of a method where nothing may be chosen (docs/ood.md says why).
-DEFAULT_SCORES = {"jevb": "jevb/scale_mahalanobis", "vi_simsiam": "vi_simsiam/concentration"}
+DEFAULT_SCORES = {"jevb": "jevb/mixture_and_residual", "vi_simsiam": "vi_simsiam/concentration"}
 _OTHER_DEFAULT_SCORE = "embedding/mahalanobis"
 
 
