@@ -3,7 +3,7 @@
 python -m jevb_jax.study --study=studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty
 
 The recipe of `cifar10_ood` on 20,000 images (1,248 steps) with residual blocks open. Detection is
-measured on the 10,000 test images against 2,000 images of each outside set (1,200 textures), which are
+measured on the 10,000 test images against 1,000 images of each outside set, which are
 the `.npz` files that `configs/ood.py` names.
 """
 
@@ -34,7 +34,7 @@ def run_config(method: str, **changes: Any) -> Any:
     config.model.zero_init_residual = False
     config.train.health_every_steps = 156
     config.ood.corruptions = ()
-    config.ood.outside = tuple({**one, "num_examples": 2000} for one in config.ood.outside)
+    config.ood.outside = tuple({**one, "num_examples": 1000} for one in config.ood.outside)
     config.ood.max_fit_images = 6000
     config.ood.num_views = 2
     config.ood.num_samples = 4
