@@ -447,8 +447,8 @@ def _no_information(values: Mapping[str, float], embedding_dim: int) -> str | No
         return None
     return (
         f"predictive information {information:.3g} nats an image is below zero: the likelihood of a "
-        "view given the other is worse than the uniform density, so its nats say nothing. Train "
-        "longer; for jevb try a lower jevb.kl_weight or jevb.prior_scale, with jevb.df = inf."
+        "view given the other is worse than the uniform density, so its nats say nothing. Try a longer "
+        "run, for jevb a lower jevb.kl_weight and jevb.prior_scale with jevb.df = inf."
     )
 
 

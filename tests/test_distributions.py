@@ -876,3 +876,79 @@ def test_power_spherical_entropy_matches_monte_carlo(float64):
     standard_error = log_prob.std() / math.sqrt(num_samples)
     entropy = power_spherical_h(np.float64(k), dim=dim)
     assert abs(log_prob.mean() + float(entropy)) <= 4 * standard_error
+
+
+# Tails and mass.
+
+
+def feature_log_prob(direction, loc, scale_diag, df):
+    """The product over tangent coordinates in the space around the sphere, by SciPy."""
+    y = tangent_vector(direction, loc)
+    factors = stats.norm.logpdf(y, scale=scale_diag)
+    if not np.isinf(df):
+        factors = stats.t.logpdf(y, df, scale=scale_diag)
+    along = np.sum(np.square(loc * scale_diag))
+    return np.sum(factors) - stats.norm.logpdf(0, scale=math.sqrt(along))
+
+
+def tangent_vector(direction, loc):
+    """Chordal coordinates as a vector of the space around the sphere."""
+    basis = oracles.tangent_basis(loc)
+    return basis @ oracles.tangent_coordinates(direction, loc, "chordal", basis)
+
+
+@pytest.mark.parametrize("dim", [3, 8, 40])
+def test_feature_wise_tails_match_scipy(float64, dim):
+    rng = np.random.default_rng(dim)
+    u, m = oracles.random_units(rng, 2, 6, dim)
+    scale = np.exp(rng.normal(size=(6, dim)))
+    df = np.array([0.1, 1, 5, 300, 1e6, np.inf])
+    expected = [feature_log_prob(*row) for row in zip(u, m, scale, df, strict=True)]
+    actual = directional_log_prob(u, loc=m, scale_diag=scale, df=df, tails="feature")
+    assert_close(actual, expected, 1e-10)
+
+
+def test_both_tails_share_their_gaussian_limit(float64):
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 5, 16)
+    scale = np.exp(rng.normal(size=(5, 16)))
+    joint, feature = (
+        directional_log_prob(u, loc=m, scale_diag=scale, df=math.inf, tails=tails)
+        for tails in ("joint", "feature")
+    )
+    np.testing.assert_allclose(joint, feature, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("tails", "force"), [("joint", 5 / 15), ("feature", 5.0)])
+def test_force_that_holds_a_scale_up_far_in_the_tail(float64, tails, force):
+    # A common scale far below the residuals: the slope in its logarithm, for each tangent dimension.
+    rng = np.random.default_rng(0)
+    u, m = oracles.random_units(rng, 2, 16)
+
+    def log_prob(log_scale):
+        scale = jnp.full(16, jnp.exp(log_scale))
+        return directional_log_prob(u, loc=m, scale_diag=scale, df=5.0, tails=tails)
+
+    slope = jax.grad(log_prob)(math.log(1e-7)) / 15
+    # Feature-wise there are D factors, and the hyperplane gives one power of the scale back.
+    expected = (16 * 5 + 1) / 15 if tails == "feature" else force
+    np.testing.assert_allclose(slope, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tails", ["joint", "feature"])
+def test_values_and_gradients_of_normalised_densities_are_finite(tails):
+    rng = np.random.default_rng(0)
+    for dim in (3, 128):
+        u, m = (jnp.asarray(x, jnp.float32) for x in oracles.random_units(rng, 2, 3, dim))
+        u = u.at[1].set(m[1]).at[2].set(-m[2])
+        for df in (0.5, 5.0, 1e8, math.inf):
+            for width in (1e-4, 1.0, 1e4):
+                scale = jnp.full((3, dim), width, jnp.float32)
+
+                def total(u, m, s, df=df):
+                    density = {"df": df, "tails": tails, "normalized": True}
+                    return jnp.sum(directional_log_prob(u, loc=m, scale_diag=s, **density))
+
+                value, gradients = jax.value_and_grad(total, argnums=(0, 1, 2))(u, m, scale)
+                assert np.isfinite(value)
+                assert all(np.all(np.isfinite(gradient)) for gradient in gradients)

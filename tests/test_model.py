@@ -16,7 +16,7 @@ from rich.console import Console
 
 import jevb_jax
 from configs import smoke
-from jevb_jax import augmentations, data
+from jevb_jax import augmentations, data, runner
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
 from jevb_jax.checkpoints import CheckpointError, CheckpointMismatchError
@@ -360,6 +360,27 @@ def test_steps_are_found_or_named(run):
 
 
 @pytest.mark.slow
+def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(run.directory / "checkpoints")
+    config = json.loads((run.directory / "config.json").read_text())
+    for section, name in (
+        ("model", "head_input"),
+        ("model", "zero_init_residual"),
+        ("jevb", "tails"),
+        ("jevb", "normalized"),
+        ("ood", "mixture_df"),
+    ):
+        del config[section][name]
+    (copy / "config.json").write_text(json.dumps(config))
+    old = load(copy)
+    assert old.network.head_input == "embedding"
+    assert (old.config["jevb"]["tails"], old.config["jevb"]["normalized"]) == ("joint", False)
+    loaded: Any = runner.load_config(copy)
+    assert loaded.model.head_input == "embedding"
+
+
 def test_another_config_or_method_is_refused_by_name(run, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()

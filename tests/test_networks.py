@@ -454,6 +454,7 @@ def arguments(**changes):
         "embedding_dim": 12,
         "projector_normalizes_output": True,
         "head": "posterior",
+        "head_input": "direction",
         "head_hidden_dim": 8,
         "initial_scale": 0.7,
         "min_scale": 0.01,
@@ -461,6 +462,7 @@ def arguments(**changes):
         "has_likelihood_scale": False,
         "initial_radial_scale": 0.3,
         "dtype": "float32",
+        "zero_init_residual": False,
         **changes,
     }
 
@@ -499,6 +501,45 @@ def test_make_model_shapes_and_types(backbone, width, features):
     )
     for leaf in jax.tree.leaves((variables, outputs, updates)):
         assert leaf.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("head", ["posterior", "direction"])
+@pytest.mark.parametrize("head_input", networks.HEAD_INPUTS)
+def test_a_head_that_sees_the_direction_says_the_same_of_every_radius(head, head_input):
+    model = networks.make_model(**arguments(head=head, head_input=head_input))
+    variables: Any = random_variables(model, jnp.zeros((2, 8, 8, 1)))
+    embedding = normal(0, 5, 12)
+
+    def prediction(embedding):
+        bound: Any = model.bind(variables)
+        features = networks.head_features(embedding, model.head_input)
+        return jax.tree.leaves(bound.head(features, train=False))
+
+    near, far = prediction(embedding), prediction(1e3 * embedding)
+    equal = [np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(near, far, strict=True)]
+    assert all(equal) if head_input == "direction" else not any(equal)
+
+
+def test_head_features_against_numpy_and_at_the_edges():
+    h = np.random.default_rng(0).normal(size=(4, 9)) * np.array([[1e-20], [1.0], [3.0], [1e20]])
+    radius = np.linalg.norm(h, axis=1, keepdims=True)
+    features = networks.head_features(jnp.asarray(h, jnp.float32), "direction_and_radius")
+    expected = [3 * h / radius, 3 * (radius**2 - 9) / (radius**2 + 9)]
+    np.testing.assert_allclose(features, np.concatenate(expected, axis=1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(
+        networks.head_features(jnp.asarray(h), "embedding"), jnp.asarray(h)
+    )
+
+    def total(x):
+        return jnp.sum(networks.head_features(x, "direction_and_radius"))
+
+    assert np.all(np.isfinite(jax.grad(total)(jnp.zeros((2, 9)))))
+    with pytest.raises(ValueError, match="head_input must be one of"):
+        networks.head_features(jnp.asarray(h), "radius")  # pyright: ignore[reportArgumentType]
+
+
+def test_heads_that_predict_a_vector_see_the_embedding():
+    assert networks.make_model(**arguments(head="vector")).head_input == "embedding"
 
 
 def test_make_model_passes_its_arguments_on():

@@ -723,3 +723,64 @@ def test_bad_input_is_refused():
         trace(conditional_elbo, key, *(x[:, :2] for x in args))
     with pytest.raises(ValueError, match="4"):
         trace(conditional_elbo, example_keys(0, 3), *args)
+
+
+# Mass and information.
+
+
+@pytest.mark.parametrize("tails", ["joint", "feature"])
+def test_normalised_terms_differ_by_the_mass_and_share_the_information(float64, tails):
+    view_1, view_2 = views(0, dim=16)
+    target, mean, scale = view_2.embedding, view_1.posterior_mean, view_1.posterior_scale
+    key = jax.random.key(0)
+    plain, divided = (
+        conditional_elbo(key, target, mean, scale, tails=tails, normalized=normalized, **MODEL)
+        for normalized in (False, True)
+    )
+    log_mass: Any = plain.directional_log_mass
+    difference = divided.directional_log_likelihood - plain.directional_log_likelihood
+    np.testing.assert_allclose(difference, -log_mass, rtol=1e-10)
+    uniform = -oracles.log_sphere_area(16)
+    for terms in (plain, divided):
+        information: Any = terms.predictive_information
+        np.testing.assert_allclose(
+            information, divided.directional_log_likelihood - uniform, rtol=1e-10
+        )
+
+
+def test_a_posterior_that_says_nothing_has_no_information(float64):
+    # Targets uniform on the sphere, apart from the latents: by Gibbs not above zero, in the mean.
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.normal(size=(4000, 8)))
+    zero, one = jnp.zeros_like(target), jnp.ones_like(target)
+    for sigma in (0.3, 1.0, 30.0):
+        terms = conditional_elbo(jax.random.key(0), target, zero, sigma * one, **MODEL)
+        information = np.asarray(terms.predictive_information)
+        assert information.mean() < 4 * information.std() / math.sqrt(len(information)) + 1e-9
+    np.testing.assert_allclose(information.mean(), 0, atol=0.02)  # so wide that it is uniform
+
+
+def test_information_of_an_unfactorised_likelihood_is_left_out(float64):
+    view_1, view_2 = views(0)
+    terms = symmetric(jax.random.key(0), view_1, view_2, likelihood="unfactorised", **MODEL)
+    assert terms.predictive_information is None
+    assert terms.directional_log_mass is None
+
+
+def test_the_mass_has_a_gradient_only_where_it_is_divided_by(float64):
+    view_1, view_2 = views(0, dim=8)
+
+    def log_mass(scale, normalized):
+        terms: Any = conditional_elbo(
+            jax.random.key(0),
+            view_2.embedding,
+            view_1.posterior_mean,
+            scale,
+            normalized=normalized,
+            **MODEL,
+        )
+        return jnp.sum(terms.directional_log_mass)
+
+    scale = view_1.posterior_scale
+    assert not np.any(jax.grad(log_mass)(scale, False))
+    assert np.all(jax.grad(log_mass)(scale, True))
