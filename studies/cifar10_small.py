@@ -42,6 +42,7 @@ def method_config(method: str, **changes: Any) -> Any:
     config.model.backbone = "resnet8"
     config.model.width = 16
     config.model.zero_init_residual = True  # as the published tables were made
+    config.model.head_input = "embedding"  # likewise
     config.model.dtype = "float32"
     config.model.projector_hidden_dims = (256,)
     config.model.embedding_dim = 128

@@ -29,7 +29,8 @@ SCORES = {
 
 def run_config(method: str, **changes: Any) -> Any:
     """The recipe for a method, with changes as `cifar10_small.method_config` takes them."""
-    config = cifar10_ood.run_config(method, **changes)
+    head_input = "direction" if method == "jevb" else "embedding"
+    config = cifar10_ood.run_config(method, **{"model__head_input": head_input, **changes})
     config.data.num_train_examples = 20_000
     config.model.zero_init_residual = False
     config.train.health_every_steps = 156
