@@ -101,7 +101,9 @@ def _on_hyperplane(features: _Features, loc_squares: Array, log_along: Array) ->
       log_along: `[...]`, log of the scale along `m` that the density was divided by, squared.
     """
     second = features.second
-    along = jnp.sum(loc_squares * second, axis=-1)
+    # A latent of exactly zero has no direction; the guard keeps its value and gradient finite.
+    smallest = float(jnp.finfo(second.dtype).tiny) ** 0.5
+    along = jnp.maximum(jnp.sum(loc_squares * second, axis=-1), smallest)
     lost = jnp.sum(loc_squares * jnp.square(second), axis=-1) / along
     lost_twice = jnp.sum(loc_squares * second**3, axis=-1) / along
     mean = jnp.sum(second, axis=-1) - lost

@@ -196,6 +196,18 @@ def test_batches_broadcast_and_rows_are_independent():
     np.testing.assert_allclose(log_mass(scale[2, 3], loc[3], df[3]), whole[2, 3], rtol=1e-5)
 
 
+@pytest.mark.parametrize("tails", ["joint", "feature"])
+def test_a_location_without_a_direction_is_finite(tails):
+    scale, zero = jnp.full((1, 16), 0.3, jnp.float32), jnp.zeros((1, 16), jnp.float32)
+
+    def total(scale, loc):
+        return jnp.sum(log_mass(scale, loc, jnp.float32(5.0), tails=tails))
+
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(scale, zero)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
 def test_stereographic_density_fills_the_sphere():
     mass = directional_log_mass(
         np.full((2, 4), 0.3), loc=np.eye(4)[:2], df=5.0, coordinates="stereographic"
