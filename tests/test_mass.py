@@ -48,12 +48,13 @@ def equal_scales(dim, df, dtype):
 
 
 @pytest.mark.parametrize("df", DFS)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", [3, 5, 16, 128, 4096])
 def test_equal_scales_agree_with_quadrature_over_the_angle(dim, df, float64):
-    expected = [oracles.equal_scale_log_mass(dim, scale, df) for scale in SCALES]
+    expected = [oracles.equal_scale_log_mass(dim, scale, df, 100_000) for scale in SCALES]
     np.testing.assert_allclose(equal_scales(dim, df, np.float64), expected, atol=1e-6, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", DFS)
 @pytest.mark.parametrize("dim", DIMS)
 def test_float32_keeps_an_error_of_a_few_roundings_for_each_dimension(dim, df):
@@ -89,7 +90,7 @@ FEATURE_ERROR = {16: 0.2, 64: 0.06, 128: 0.03}
 
 
 @pytest.mark.parametrize("df", [1.0, 5.0, math.inf])
-@pytest.mark.parametrize("dim", [4, 8, 32, 128])
+@pytest.mark.parametrize("dim", [8, 128])
 def test_unequal_scales_agree_with_monte_carlo(dim, df, float64):
     rng = np.random.default_rng(dim)
     for spread, sigma in ((3.0, 1.0), (10.0, 0.3), (10.0, 2.0)):
@@ -100,6 +101,7 @@ def test_unequal_scales_agree_with_monte_carlo(dim, df, float64):
         assert abs(actual - expected) < JOINT_ERROR + 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", [1.0, 5.0, 20.0])
 @pytest.mark.parametrize("dim", FEATURE_ERROR)
 def test_feature_wise_tails_agree_with_monte_carlo(dim, df, float64):
@@ -149,6 +151,7 @@ def test_gradient_in_a_common_scale_is_that_of_the_quadrature(dim, df, float64):
     np.testing.assert_allclose(jax.grad(of_log_scale)(math.log(scale)), slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tails", ["joint", "feature"])
 def test_gradient_is_that_of_the_value_though_the_tilt_is_held(tails, float64):
     # The value hardly depends on the tilt, which has no gradient: they differ by its error alone.
@@ -165,6 +168,7 @@ def test_gradient_is_that_of_the_value_though_the_tilt_is_held(tails, float64):
     assert abs(gradient @ direction - slope) < 5e-3 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tails", ["joint", "feature"])
 @pytest.mark.parametrize("df", [0.5, 5.0, 1e8, math.inf])
 @pytest.mark.parametrize("dim", [3, 128, 4096])

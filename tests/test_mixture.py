@@ -117,6 +117,7 @@ def test_score_is_the_double_loop(float64, df, scale, radial):
     np.testing.assert_allclose(fitted.log_mass, log_mass, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", DFS)
 def test_float32_is_near_float64(df):
     for scale, dim in ((0.03, 6), (0.3, 6), (3.0, 6), (0.06, 32)):
@@ -136,6 +137,7 @@ def test_float32_is_near_float64(df):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", DFS)
 @pytest.mark.parametrize("width", [0.05, 0.4, 2.0])
 def test_mass_of_equal_scales_is_a_quadrature_over_the_angle(float64, df, width):
@@ -279,6 +281,7 @@ def test_gradients_are_finite(df):
 
 
 # Three: so few that the own image, too, is among those whose distance is computed a second time.
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [3, 9])
 @pytest.mark.parametrize("df", [0.5, np.inf])
 @pytest.mark.parametrize("radial", [None, RADIAL])
@@ -292,6 +295,7 @@ def test_leave_one_out_is_the_loop_without_the_own_image(float64, df, radial, nu
 
 
 # Scales that are right, forty times too narrow or too wide: inside the grid and beyond its ends.
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 1 / 40, 40.0])
 def test_bandwidth_is_the_best_of_the_loops(float64, factor):
     # Three clusters: the other images of one's own explain an embedding.
@@ -336,6 +340,7 @@ def test_bandwidth_from_a_seeded_draw_of_images(float64):
     np.testing.assert_allclose(found[0], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_bandwidth_of_copies_and_of_noise():
     mean, s, _ = images()
     copies = np.repeat(mean[:1], 9, axis=0)
