@@ -25,6 +25,8 @@ from jevb_jax.objective import ElboTerms
 # step. Before this step more than 12% of their arbitrary start is left: healthy runs then show
 # directions all alike (embedding_std 0.16) and radii 16 times too small.
 ALARM_WARMUP_STEPS = 20
+# A young likelihood is below the uniform density in healthy runs too: smoke runs of 48 steps end there.
+INFORMATION_WARMUP_STEPS = 200
 # The mean direction has a share 1 - std^2 = 0.91 of the energy. Healthy runs stay above 0.5; a
 # projector without BatchNorm has 0.8, because ReLU leaves a common offset.
 MIN_EMBEDDING_STD = 0.3
@@ -477,14 +479,15 @@ def judge(values: Mapping[str, float], *, step: int, embedding_dim: int) -> dict
 
     Returns:
       The message by the alarm's name, None where the value is healthy. Alarms of values that are not
-      there are left out; before `ALARM_WARMUP_STEPS` it is empty.
+      there are left out, `no_information` also before `INFORMATION_WARMUP_STEPS`; before
+      `ALARM_WARMUP_STEPS` it is empty.
     """
     if step < ALARM_WARMUP_STEPS:
         return {}
     return {
         name: message_of(values, embedding_dim)
         for name, (needed, message_of) in _ALARMS.items()
-        if needed in values
+        if needed in values and not (name == "no_information" and step < INFORMATION_WARMUP_STEPS)
     }
 
 

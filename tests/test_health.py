@@ -341,12 +341,14 @@ def test_a_method_is_judged_by_the_alarms_of_its_values():
     assert judged(VI_SIMSIAM) == {"collapse": None, "concentration": None}
     assert judged(REPRESENTATION) == {"collapse": None}
     assert judged({"effective_rank": 1.0}) == {}
-    assert judged({"predictive_information": 0.5}) == {"no_information": None}
+    information = {"predictive_information": 0.5}
+    assert judged(information) == {}  # too early
+    assert health.judge(information, step=200, embedding_dim=128) == {"no_information": None}
 
 
 @pytest.mark.parametrize("value", [-0.1, -50.0, math.nan])
 def test_a_likelihood_below_the_uniform_density_raises_an_alarm(value):
-    raised = alarms({**VI_SIMSIAM, "predictive_information": value})
+    raised = alarms({**VI_SIMSIAM, "predictive_information": value}, step=200)
     assert set(raised) == {"no_information"}
     assert "below zero" in raised["no_information"]
 
