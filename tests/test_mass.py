@@ -15,6 +15,8 @@ from tests import oracles
 
 DIMS = (3, 4, 5, 16, 128, 512, 4096)
 DFS = (0.5, 1.0, 5.0, 127.0, 1e4, math.inf)
+# Long to compile, and between others that the default suite has.
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0])
 
 
@@ -48,7 +50,7 @@ def equal_scales(dim, df, dtype):
 
 
 @pytest.mark.parametrize("df", DFS)
-@pytest.mark.parametrize("dim", [3, 5, 16, 128, 4096])
+@pytest.mark.parametrize("dim", DIMS)
 def test_equal_scales_agree_with_quadrature_over_the_angle(dim, df, float64):
     expected = [oracles.equal_scale_log_mass(dim, scale, df, 100_000) for scale in SCALES]
     np.testing.assert_allclose(equal_scales(dim, df, np.float64), expected, atol=1e-6, rtol=1e-9)
@@ -90,7 +92,7 @@ FEATURE_ERROR = {16: 0.2, 64: 0.06, 128: 0.03}
 
 
 @pytest.mark.parametrize("df", [1.0, 5.0, math.inf])
-@pytest.mark.parametrize("dim", [8, 128])
+@pytest.mark.parametrize("dim", [slow(4), 8, slow(32), 128])
 def test_unequal_scales_agree_with_monte_carlo(dim, df, float64):
     rng = np.random.default_rng(dim)
     for spread, sigma in ((3.0, 1.0), (10.0, 0.3), (10.0, 2.0)):
