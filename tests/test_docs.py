@@ -92,6 +92,16 @@ def test_links_lead_to_files(page: Path):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+def test_every_page_is_in_the_navigation():
+    """The build is strict about it too, but it comes last and is not part of this suite."""
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(
+        re.findall(r"^ +- [^:\n]+: ([\w/]+\.md)$", config.split("\nnav:\n")[1], re.MULTILINE)
+    )
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == listed
+
+
 def test_changelog_and_citation_have_the_package_version():
     version = re.search(r'__version__ = "([^"]+)"', (PACKAGE / "__init__.py").read_text())
     assert version is not None
