@@ -14,8 +14,8 @@ integrand lies, and there replaced by the multiple of a chi-square that has its 
 the sum of the tilt's exact normaliser and of one integral over the angle.
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -267,59 +267,107 @@ def directional_log_mass(
     df = jnp.broadcast_to(df, s.shape[:-1])
     if coordinates == "stereographic":
         return jnp.zeros_like(df)
-    n = dim - 1
-    is_infinite = jnp.isinf(df)
-    inverse_df = jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, df))
+    return _chordal_log_mass(s, m, df, is_joint=tails == "joint")
+
+
+class _Problem(NamedTuple):
+    """What the mass is a function of, in units in which nothing overflows.
+
+    Attributes:
+      squares: `[..., D]`, squared scales, relative to the largest.
+      log_largest: `[...]`, log of the largest scale.
+      loc_squares: `[..., D]`, `m_i^2`.
+      log_along: `[...]`, log of the relative scale along `m`, squared.
+      feature_df: `[...]`, of the features' own tails; `inf` where the tails are joint.
+      kernel_df: `[...]`, of the whole vector's tail; `inf` where the tails are feature-wise.
+    """
+
+    squares: Array
+    log_largest: Array
+    loc_squares: Array
+    log_along: Array
+    feature_df: Array
+    kernel_df: Array
+
+    @property
+    def inverse_kernel_df(self) -> Array:
+        """`[...]`, zero at `inf`; the slope there is zero too."""
+        is_infinite = jnp.isinf(self.kernel_df)
+        return jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, self.kernel_df))
+
+    def tilted(self, tilt: Array, *, of_students: bool) -> _ChiSquare:
+        """The squared length under a tilt, of features that are Student-t or Gaussians."""
+        if of_students:
+            features = _student_features(self.squares, tilt, self.feature_df)
+        else:
+            features = _gaussian_features(self.squares, tilt)
+        return _on_hyperplane(features, self.loc_squares, self.log_along)
+
+    def rate(self, square: _ChiSquare, tilt: Array) -> Array:
+        """`4 / width` with the tilt taken back; positive also where the two moments say otherwise."""
+        untilted = jnp.maximum(1 / square.width - 2 * tilt, 1e-6 / square.width)
+        return 4 * untilted * jnp.exp(-2 * self.log_largest)
+
+    def next_tilt(self, tilt: Array, *, of_students: bool) -> Array:
+        """Towards the tilt whose mean of `T` is where the integrand has its peak."""
+        square = self.tilted(tilt, of_students=of_students)
+        rate, inverse_df = self.rate(square, tilt), self.inverse_kernel_df
+        share = _peak(rate, square.dof, inverse_df, self.squares.shape[-1] - 1)
+        # Given |y|^2 = w T the mixing variable is a Gamma: E[1/w] = (df + dof) / (df + B share).
+        mixing = (1 + square.dof * inverse_df) / (1 + rate * share * inverse_df)
+        target = 4 * share * mixing * jnp.exp(-2 * self.log_largest)
+        step = (square.width * square.dof / target - 1) / (2 * square.width)
+        return jnp.maximum(tilt + step, 0.0)
+
+
+def _tilt(problem: _Problem, *, is_joint: bool) -> Array:
+    """`[...]`, the tilt to where the integrand lies.
+
+    Any tilt would do, this one makes the error small: so it has no gradient. Its steps are a loop,
+    which compiles several times faster than the same steps written out.
+    """
+    held = jax.lax.stop_gradient(problem)
+    tilt = jax.lax.fori_loop(
+        0,
+        _TILT_STEPS,
+        lambda _, tilt: held.next_tilt(tilt, of_students=False),
+        jnp.zeros_like(held.log_largest),
+    )
+    if is_joint:
+        return tilt
+    return jax.lax.fori_loop(0, 2, lambda _, tilt: held.next_tilt(tilt, of_students=True), tilt)
+
+
+@functools.partial(jax.jit, static_argnames="is_joint")
+def _chordal_log_mass(s: Array, m: Array, df: Array, *, is_joint: bool) -> Array:
+    """`directional_log_mass` of `s` and `m` `[..., D]` and `df` `[...]`, compiled as one program.
+
+    It is some hundreds of small operations: called one by one, each is compiled for each shape.
+    """
+    n = s.shape[-1] - 1
     # Scales relative to the largest, so that no square of them overflows.
     largest = jnp.max(s, axis=-1)
     squares = jnp.square(s / largest[..., None])
     log_scale = jnp.log(largest)
-    log_largest = jnp.clip(log_scale, *_LOG_SCALE_LIMITS)
     beyond = jnp.maximum(log_scale - _LOG_SCALE_LIMITS[1], 0.0)
     loc_squares = jnp.square(m)
-    log_along = sphere.safe_log(jnp.sum(loc_squares * squares, axis=-1))
-    is_joint = tails == "joint"
-    infinite_df, zero = jnp.full_like(df, jnp.inf), jnp.zeros_like(df)
-    kernel_df, kernel_inverse_df = (df, inverse_df) if is_joint else (infinite_df, zero)
-
-    def rate_of(square: _ChiSquare, tilt: Array) -> Array:
-        """`4 / width` with the tilt taken back; positive also where the two moments say otherwise."""
-        untilted = jnp.maximum(1 / square.width - 2 * tilt, 1e-6 / square.width)
-        return 4 * untilted * jnp.exp(-2 * log_largest)
-
-    def tilted(tilt: Array, features_of: Callable[[Array, Array], _Features]) -> _ChiSquare:
-        return _on_hyperplane(features_of(squares, tilt), loc_squares, log_along)
-
-    def next_tilt(
-        tilt: Array, features_of: Callable[[Array, Array], _Features], inverse_df: Array
-    ) -> Array:
-        """Towards the tilt whose mean of `T` is where the integrand has its peak."""
-        square = tilted(tilt, features_of)
-        rate = rate_of(square, tilt)
-        share = _peak(rate, square.dof, inverse_df, n)
-        # Given |y|^2 = w T the mixing variable is a Gamma: E[1/w] = (df + dof) / (df + B share).
-        mixing = (1 + square.dof * inverse_df) / (1 + rate * share * inverse_df)
-        target = 4 * share * mixing * jnp.exp(-2 * log_largest)
-        step = (square.width * square.dof / target - 1) / (2 * square.width)
-        return jnp.maximum(tilt + step, 0.0)
-
-    def student(squares: Array, tilt: Array) -> _Features:
-        return _student_features(squares, tilt, df)
-
-    tilt = zero
-    for _ in range(_TILT_STEPS):
-        tilt = next_tilt(tilt, _gaussian_features, kernel_inverse_df)
-    if not is_joint:
-        for _ in range(2):
-            tilt = next_tilt(tilt, student, kernel_inverse_df)
-    tilt = jax.lax.stop_gradient(tilt)  # any tilt would do: this one makes the error small
-    square = tilted(tilt, _gaussian_features if is_joint else student)
+    infinite = jnp.full_like(df, jnp.inf)
+    problem = _Problem(
+        squares=squares,
+        log_largest=jnp.clip(log_scale, *_LOG_SCALE_LIMITS),
+        loc_squares=loc_squares,
+        log_along=sphere.safe_log(jnp.sum(loc_squares * squares, axis=-1)),
+        feature_df=infinite if is_joint else df,
+        kernel_df=df if is_joint else infinite,
+    )
+    tilt = _tilt(problem, is_joint=is_joint)
+    square = problem.tilted(tilt, of_students=not is_joint)
     log_integral = _log_angle_integral(
-        jnp.log(square.width) + 2 * log_largest,
-        rate_of(square, tilt),
+        jnp.log(square.width) + 2 * problem.log_largest,
+        problem.rate(square, tilt),
         square.dof,
-        kernel_df,
-        kernel_inverse_df,
+        problem.kernel_df,
+        problem.inverse_kernel_df,
         n,
     )
     return square.log_tilt + log_integral - n * beyond
