@@ -3,6 +3,8 @@
 With `--data=configs/transfer.py:digits`, its encoder on other labelled data.
 """
 
+from typing import Any
+
 import jax
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,12 +25,17 @@ _DATA = config_flags.DEFINE_config_file(
     "Other labelled data: k-NN and linear probes on them, and nothing else (configs/transfer.py).",
     lock_config=True,
 )
+_ACCEPT = flags.DEFINE_bool(
+    "accept_changed_data",
+    False,
+    "Evaluates although the data are not those that the run started on; the results say so.",
+)
 flags.adopt_module_key_flags(command_line)  # --help shows them too
 
 
 def evaluate() -> None:
     """Evaluates the run on its own data, or on others."""
-    config = runner.load_config(_WORKDIR.value)
+    config: Any = runner.load_config(_WORKDIR.value)
     if _DATA.value is not None:
         if _OOD.value is not None:
             raise ValueError("give --data or --ood: on other data nothing is detected")
@@ -36,6 +43,7 @@ def evaluate() -> None:
         return
     if _OOD.value is not None:
         config.ood = _OOD.value
+    config.input.accept_changed_data = _ACCEPT.value
     runner.evaluate(config, _WORKDIR.value, step=_STEP.value)
 
 

@@ -15,13 +15,14 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "source": "arrays",  # digits | shapes | arrays | folder | tfds
-            "train_paths": (),  # arrays: .npz files; folder: directories
+            "train_paths": (),  # arrays: .npz files; folder: one directory of pictures
             "test_paths": (),
             "tfds_name": "",  # tfds: name or name:version, prepared as array_record
             "data_dir": "",  # tfds: directory that holds the prepared sets ("" = tfds' default)
             "train_split": "train",  # tfds
             "test_split": "test",  # tfds
             "image_size": 0,  # folder, shapes: pixels a side (0 = as stored; shapes: 32)
+            "max_image_pixels": 89_478_485,  # folder, tfds: larger pictures are refused (Pillow's limit)
             "num_train_examples": 0,  # 0 = all; otherwise a seeded, stratified subset
             "num_test_examples": 0,
             "validation_fraction": 0.1,  # carved from train; every choice is made on it
@@ -36,6 +37,9 @@ def get_config() -> ConfigDict:
             "resident_limit_bytes": 4_000_000_000,
             "num_workers": 0,  # stream: processes that decode (0 = threads of this one)
             "prefetch_batches": 4,  # stream
+            # A run whose data are no longer those that it started on (data.json) is refused; True goes
+            # on with the data as they are now: order, schedule and splits change with them.
+            "accept_changed_data": False,
         }
     )
     config.augmentation = ConfigDict(

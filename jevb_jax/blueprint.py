@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jevb_jax import augmentations, methods
+from jevb_jax import augmentations, methods, pictures
 from jevb_jax.networks import HeadName, JointEmbeddingModel, make_model
 
 HEADS: dict[str, HeadName] = {
@@ -21,6 +21,8 @@ HEADS: dict[str, HeadName] = {
 
 # Settings that came after the first runs, with the value that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
+    "data": {"max_image_pixels": pictures.MAX_PIXELS},
+    "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},

@@ -9,13 +9,15 @@ scikit-learn, Pillow, Grain and TensorFlow Datasets are imported by the function
 TensorFlow is never imported.
 """
 
+import contextlib
 import functools
 import importlib
 import io
+import itertools
+import logging
 import math
 import os
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -25,7 +27,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from jevb_jax import pictures
 from jevb_jax.files import is_remote, to_path
+
+_logger = logging.getLogger(__name__)
 
 SOURCES = ("digits", "shapes", "arrays", "folder", "tfds")
 
@@ -34,11 +39,8 @@ _ORDER, _VALIDATION, _TRAIN_SUBSET, _TEST_SUBSET, _DIGITS_TEST, _SHAPES = range(
 
 _T = TypeVar("_T")
 
-# What NumPy and zipfile raise on damaged files, and Pillow on damaged images.
+# What NumPy and zipfile raise on damaged files.
 _DAMAGED_ZIP = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-_DAMAGED_IMAGE = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error)
-
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class ImageSource(Protocol):
@@ -91,7 +93,7 @@ class ArraySource:
     name: str = "arrays"
 
     def __post_init__(self) -> None:
-        _check_images(self.images, where=self.name)
+        _check_images(self.images.shape, self.images.dtype, where=self.name)
         if self.labels is not None:
             labels = _checked_labels(
                 self.labels, len(self.images), self.class_names, where=self.name
@@ -149,13 +151,68 @@ class Subset:
         return self.source[int(self.indices[index])]
 
 
-class FolderSource:
-    """PNG and JPEG files in a directory, read and resized when asked for.
+class _FileSource:
+    """Pictures that are files, read when asked for.
+
+    Attributes:
+        paths: of the files.
+        names: of the files from the set's own directory on: the same wherever the set lies.
+        image_size: see `pictures.read`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[str],
+        names: Sequence[str],
+        *,
+        image_size: int,
+        max_image_pixels: int,
+    ):
+        self.name = name
+        self.paths = tuple(paths)
+        self.names = tuple(names)
+        self.image_size = image_size
+        self._max_pixels = max_image_pixels
+        self.labels: np.ndarray | None = None
+        self.class_names: tuple[str, ...] | None = None
+        if image_size == 0:
+            self._check_equal_sizes()
+
+    def _check_equal_sizes(self) -> None:
+        first = None
+        for index, path in enumerate(self.paths):
+            where = f"image {index}, {path}"
+            size = pictures.size(path, max_pixels=self._max_pixels, where=where)
+            first = first or size
+            if size != first:
+                raise ValueError(
+                    f"images of differing size: {self.paths[0]} is {first[0]}x{first[1]}, "
+                    f"{where} is {size[0]}x{size[1]}; set image_size to resize them on load"
+                )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        path = self.paths[index]
+        return pictures.read(
+            path,
+            mode="RGB",
+            image_size=self.image_size,
+            max_pixels=self._max_pixels,
+            where=f"image {index}, {path}",
+        )
+
+
+class FolderSource(_FileSource):
+    """Picture files in a directory, read and resized when asked for.
 
     Two layouts. Class-per-folder: `root/<class>/**/<file>`, labels in the sorted order of the
-    folder names. Flat: `root/<file>`, no labels. Files with other suffixes and hidden folders are
-    ignored; links are followed. Images are converted to RGB (alpha is dropped, EXIF orientation is
-    ignored, as torchvision's ImageFolder does).
+    folder names. Flat: `root/<file>`, no labels. Read are the endings of `pictures.SUFFIXES`, in
+    capitals or not; what colors, transparency and orientation become, says `pictures.read`. Other
+    files, hidden ones, and links to folders that are read anyway are left out, and a warning says
+    how many there are; other links are followed.
 
     Args:
         root: the directory.
@@ -164,12 +221,14 @@ class FolderSource:
             are; their headers are then read once, now, to see that they have the same size.
         class_names: the classes of another folder (the training set's), so that labels mean the
             same here. None takes the folder names.
+        max_image_pixels: a picture of more pixels is refused before it is decoded.
 
     Raises:
         FileNotFoundError: no such directory.
         ValueError: no images, both layouts at once, a class without images, a folder that is not in
-            `class_names`, or images of differing size with `image_size=0`. Reading an image raises
-            ValueError with the file's name and index when it cannot be decoded.
+            `class_names`, a link to nothing, or images of differing size with `image_size=0`.
+            Reading an image raises ValueError with the file's name and index when it cannot be
+            decoded.
     """
 
     def __init__(
@@ -178,91 +237,75 @@ class FolderSource:
         *,
         image_size: int = 0,
         class_names: tuple[str, ...] | None = None,
+        max_image_pixels: int = pictures.MAX_PIXELS,
     ):
-        _check_image_size(image_size)
+        pictures.check_limits(image_size, max_image_pixels)
         _check_local(root, "folders of images")
         root = Path(root)
-        self.name = str(root)
-        self.image_size = image_size
         if not root.is_dir():
             raise FileNotFoundError(f"no image directory at {root}")
-        entries = sorted(root.iterdir())
-        files = [str(path) for path in entries if _is_image(path.name) and path.is_file()]
-        classes = {
-            path.name: _images_below(path)
-            for path in entries
-            if path.is_dir() and not path.name.startswith(".")
-        }
+        listing = pictures.list_folder(root)
+        files, classes = listing.files, listing.classes
+        remarks = listing.remarks()
         if files and any(classes.values()):
             raise ValueError(
                 f"{root} holds images both directly ({len(files)}) and in class folders: "
                 "use one folder per class, or a flat folder without labels"
             )
-        self.class_names: tuple[str, ...] | None = None
-        self.labels: np.ndarray | None = None
+        labels, names = None, None
         if classes and not files:
-            self.class_names = tuple(classes) if class_names is None else class_names
-            unknown = sorted(set(classes) - set(self.class_names))
+            names = tuple(classes) if class_names is None else class_names
+            unknown = sorted(set(classes) - set(names))
             if unknown:
                 raise ValueError(
                     f"{root} has class folders {unknown} that are not among the known classes "
-                    f"{list(self.class_names)}"
+                    f"{list(names)}"
                 )
             empty = [name for name, members in classes.items() if not members]
             if empty:
                 raise ValueError(
-                    f"class folders without PNG or JPEG files in {root}: {empty}; "
-                    "remove or fill them"
+                    "; ".join([f"class folders without pictures in {root}: {empty}", *remarks])
+                    + "; remove or fill them"
                 )
             sizes = [len(members) for members in classes.values()]
-            numbers = [self.class_names.index(name) for name in classes]
-            self.labels = np.repeat(np.asarray(numbers, np.int64), sizes)
+            numbers = [names.index(name) for name in classes]
+            labels = np.repeat(np.asarray(numbers, np.int64), sizes)
             files = [path for members in classes.values() for path in members]
         if not files:
             raise ValueError(
-                f"no PNG or JPEG files in {root}: expected {root}/<class>/<file> or, "
-                f"unlabelled, {root}/<file>"
+                "; ".join([f"no pictures in {root}", *remarks])
+                + f"; expected {root}/<class>/<file> or, unlabelled, {root}/<file>, with endings "
+                f"{' '.join(pictures.SUFFIXES)}"
             )
-        self.paths = tuple(files)
-        if image_size == 0:
-            self._check_equal_sizes()
-
-    def _check_equal_sizes(self) -> None:
-        first = None
-        for index, path in enumerate(self.paths):
-            with _open_image(path, where=f"image {index}, {path}") as image:
-                first = first or image.size
-                if image.size != first:
-                    raise ValueError(
-                        f"images of differing size: {self.paths[0]} is {first[0]}x{first[1]}, "
-                        f"image {index}, {path} is {image.size[0]}x{image.size[1]}; "
-                        "set image_size to resize them on load"
-                    )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        path = self.paths[index]
-        return _decode_image(
-            path, mode="RGB", image_size=self.image_size, where=f"image {index}, {path}"
+        for remark in remarks:
+            _logger.warning("%s: %s", root, remark)
+        super().__init__(
+            str(root),
+            files,
+            [path[len(os.path.join(root, "")) :] for path in files],
+            image_size=image_size,
+            max_image_pixels=max_image_pixels,
         )
+        self.labels, self.class_names = labels, names
 
 
-class ImageListSource:
-    """PNG and JPEG files named, with a label each, by the lines of a text file.
+class ImageListSource(_FileSource):
+    """Picture files named, with a label each, by the lines of a text file.
 
     The format of OpenOOD's benchmark lists: `relative/path.png LABEL` a line. A file of which any
-    label is negative, as those of outlier sets are, counts as unlabelled.
+    label is negative, as those of outlier sets are, counts as unlabelled. Pictures become what
+    `pictures.read` says; a warning tells of pictures that are named more than once.
 
     Args:
         list_path: the text file.
         root: directory that its paths start from.
-        image_size: as for `FolderSource`; 0 takes the files to be of one size.
+        image_size: as for `FolderSource`.
+        max_image_pixels: as for `FolderSource`.
 
     Raises:
         FileNotFoundError: no such list, or a file of it is missing (the first one is named).
-        ValueError: no lines, or a line that is not a path and an integer, with its number.
+        ValueError: no lines, or a line that is not a path and an integer, with its number; and as
+            `FolderSource`.
     """
 
     def __init__(
@@ -271,45 +314,42 @@ class ImageListSource:
         root: str | os.PathLike[str],
         *,
         image_size: int = 0,
+        max_image_pixels: int = pictures.MAX_PIXELS,
     ):
-        _check_image_size(image_size)
+        pictures.check_limits(image_size, max_image_pixels)
         _check_local(root, "lists of images")
-        self.name = str(list_path)
-        self.image_size = image_size
-        self.class_names: tuple[str, ...] | None = None
         if not Path(list_path).is_file():
             raise FileNotFoundError(f"no image list at {list_path}")
-        paths, labels = [], []
-        lines = Path(list_path).read_text(encoding="utf-8").splitlines()
+        names, labels = [], []
+        lines = Path(list_path).read_text(encoding="utf-8-sig").splitlines()
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            path, _, label = line.strip().rpartition(" ")
-            if not path or not label.lstrip("-").isdigit():
+            name, _, label = line.strip().rpartition(" ")
+            if not name or not re.fullmatch(r"-?[0-9]+", label):
                 raise ValueError(
                     f"line {number} of {list_path} must be a path and an integer, got {line!r}"
                 )
-            paths.append(Path(root) / path)
+            names.append(name)
             labels.append(int(label))
-        if not paths:
+        if not names:
             raise ValueError(f"{list_path} names no images")
-        missing = [path for path in paths if not path.is_file()]
+        paths = [os.path.join(root, name) for name in names]
+        missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(paths)} files of {list_path} are missing, the first is "
                 f"{missing[0]}"
             )
-        self.paths = tuple(map(str, paths))
-        self.labels = None if min(labels) < 0 else np.asarray(labels, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        path = self.paths[index]
-        return _decode_image(
-            path, mode="RGB", image_size=self.image_size, where=f"image {index}, {path}"
+        repeated = len(names) - len(set(names))
+        if repeated:
+            _logger.warning(
+                "%s: %d lines name a picture that another line names", list_path, repeated
+            )
+        super().__init__(
+            str(list_path), paths, names, image_size=image_size, max_image_pixels=max_image_pixels
         )
+        self.labels = None if min(labels) < 0 else np.asarray(labels, np.int64)
 
 
 class TfdsSource:
@@ -326,6 +366,7 @@ class TfdsSource:
         data_dir: the directory above the data set's; empty for TFDS's own (`$TFDS_DATA_DIR`, else
             `~/tensorflow_datasets`).
         image_size: as for `FolderSource`; needed where the data set's images differ in size.
+        max_image_pixels: as for `FolderSource`.
         image_key: the feature with the image.
         label_key: the feature with the class label; a data set without it is unlabelled.
 
@@ -343,15 +384,17 @@ class TfdsSource:
         *,
         data_dir: str | os.PathLike[str] = "",
         image_size: int = 0,
+        max_image_pixels: int = pictures.MAX_PIXELS,
         image_key: str = "image",
         label_key: str = "label",
     ):
-        _check_image_size(image_size)
+        pictures.check_limits(image_size, max_image_pixels)
         self._arguments: dict[str, Any] = {
             "name": name,
             "split": split,
             "data_dir": data_dir,
             "image_size": image_size,
+            "max_image_pixels": max_image_pixels,
             "image_key": image_key,
             "label_key": label_key,
         }
@@ -432,14 +475,23 @@ class TfdsSource:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
-        where = f"record {index} of {self.name}"
-        try:
-            encoded = self._records[index][self._arguments["image_key"]]
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"cannot read {where}: {error}") from error
-        return _decode_image(
-            io.BytesIO(encoded), mode=self._mode, image_size=self.image_size, where=where
+        return pictures.read(
+            io.BytesIO(self.encoded(index)),
+            mode=self._mode,
+            image_size=self.image_size,
+            max_pixels=self._arguments["max_image_pixels"],
+            where=self._where(index),
         )
+
+    def encoded(self, index: int) -> bytes:
+        """Returns image `index` as it is stored."""
+        try:
+            return self._records[index][self._arguments["image_key"]]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"cannot read {self._where(index)}: {error}") from error
+
+    def _where(self, index: int) -> str:
+        return f"record {index} of {self.name}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -507,6 +559,10 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
         paths = [paths]
     if not paths:
         raise ValueError("expected at least one .npz file, got none")
+    real = [to_path(path).resolve() for path in paths]
+    repeated = sorted({str(path) for path in real if real.count(path) > 1})
+    if repeated:
+        raise ValueError(f"files given more than once: {repeated}; their images would be doubled")
     parts = [_read_npz(to_path(path)) for path in paths]
     first = parts[0]
     for part in parts[1:]:
@@ -537,17 +593,24 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
 def _read_npz(path: Path) -> ArraySource:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
-    try:
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
-            with file:
-                keys = file.files
-                wanted = [key for key in ("images", "labels", "class_names") if key in keys]
-                entries = {key: file[key] for key in wanted}
-    except _DAMAGED_ZIP as error:
-        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
+    with _damage_named(path), path.open("rb") as stream:
+        magic = np.lib.format.MAGIC_PREFIX
+        if stream.read(len(magic)) == magic:
+            raise ValueError("it holds a single array; save it by `np.savez(path, images=array)`")
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as file:
+            keys = file.files
+            wanted = [key for key in ("images", "labels", "class_names") if key in keys]
+            headers = {key: _entry_header(file.zip, key) for key in wanted}
+    # Before memory is taken, which other types need much of.
+    if "images" in headers and not headers["images"][1].hasobject:
+        _check_images(*headers["images"], where=str(path))
+    with (
+        _damage_named(path),
+        path.open("rb") as stream,
+        np.load(stream, allow_pickle=False) as file,
+    ):
+        entries = {key: file[key] for key in wanted}
     if "images" not in entries:
         raise ValueError(
             f"{path} has no entry `images` (uint8 [N, H, W, C]); its entries are {keys}"
@@ -558,6 +621,46 @@ def _read_npz(path: Path) -> ArraySource:
             item.decode() if isinstance(item, bytes) else str(item) for item in names.tolist()
         )
     return ArraySource(entries["images"], entries.get("labels"), names, name=str(path))
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGED_ZIP as error:
+        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
+    except MemoryError as error:
+        raise ValueError(
+            f"there is no memory for the arrays of {path} ({error}): give fewer images, or a folder of "
+            "pictures or a TFDS set, which need not be in memory together"
+        ) from error
+
+
+def _entry_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an entry; refuses one that claims more than there is, before it is read."""
+    name = key if key in archive.namelist() else f"{key}.npy"
+    entry = archive.getinfo(name)
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format
+        shape, _, dtype = (
+            read.read_array_header_1_0(stream)
+            if version == (1, 0)
+            else read.read_array_header_2_0(stream)
+        )
+        held = entry.file_size - stream.tell()
+    claimed = math.prod(shape) * dtype.itemsize
+    # Deflate makes a byte of at most 1032; what is stored as it is has its own size.
+    possible = entry.compress_size * (1032 if entry.compress_type == zipfile.ZIP_DEFLATED else 1)
+    if not dtype.hasobject and (claimed > held or entry.file_size > possible > 0):
+        raise ValueError(
+            f"its entry `{key}` claims {claimed:,} bytes, an array of shape {shape}, and holds at most "
+            f"{min(held, possible):,}: it is damaged"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if claimed > memory:
+        raise MemoryError(f"{key} needs {claimed:,} bytes of {memory:,}")
+    return shape, dtype
 
 
 # --- Procedural shapes ---
@@ -743,6 +846,7 @@ def load_dataset(
     train_split: str = "train",
     test_split: str = "test",
     image_size: int = 0,
+    max_image_pixels: int = pictures.MAX_PIXELS,
     num_train_examples: int = 0,
     num_test_examples: int = 0,
     validation_fraction: float = 0.1,
@@ -767,6 +871,8 @@ def load_dataset(
         image_size: side in pixels of the images of `folder` and `tfds`, which are resized on load,
             and of `shapes` (0: 32). 0 keeps images as they are. Images in memory are not resized:
             they must have this size.
+        max_image_pixels: pictures of `folder` and `tfds` that have more pixels are refused before they
+            are decoded.
         num_train_examples: how many images remain for training, a stratified choice by
             `split_seed`; 0 for all (`shapes`: 9,000).
         num_test_examples: likewise for the test images (`shapes`: 2,000).
@@ -786,7 +892,7 @@ def load_dataset(
         raise ValueError(f"unknown data source {source!r}; expected one of {', '.join(SOURCES)}")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"expected validation_fraction in (0, 1), got {validation_fraction}")
-    _check_image_size(image_size)
+    pictures.check_limits(image_size, max_image_pixels)
     if isinstance(train_paths, str) or isinstance(test_paths, str):
         raise ValueError("train_paths and test_paths are sequences of paths, not one string")
     if num_train_examples < 0 or num_test_examples < 0:
@@ -821,9 +927,10 @@ def load_dataset(
                     f"test_paths, got {list(train_paths)} and {list(test_paths)}"
                 )
             _check_paths_apart(train_paths, test_paths)
-            train = FolderSource(train_paths[0], image_size=image_size)
+            sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
+            train = FolderSource(train_paths[0], **sizes)
             test = (
-                FolderSource(test_paths[0], image_size=image_size, class_names=train.class_names)
+                FolderSource(test_paths[0], class_names=train.class_names, **sizes)
                 if test_paths
                 else None
             )
@@ -832,12 +939,15 @@ def load_dataset(
                 raise ValueError("source 'tfds' needs tfds_name, for example 'cifar10'")
             if train_split == test_split:
                 raise ValueError(f"train_split and test_split are both {train_split!r}")
-            train = TfdsSource(tfds_name, train_split, data_dir=data_dir, image_size=image_size)
-            test = (
-                TfdsSource(tfds_name, test_split, data_dir=data_dir, image_size=image_size)
-                if test_split
-                else None
+            read = functools.partial(
+                TfdsSource,
+                tfds_name,
+                data_dir=data_dir,
+                image_size=image_size,
+                max_image_pixels=max_image_pixels,
             )
+            train = read(train_split)
+            test = read(test_split) if test_split else None
     _check_train_and_test(train, test, image_size)
 
     held_out = round(validation_fraction * len(train))
@@ -877,6 +987,7 @@ def load_images(
     data_dir: str = "",
     split: str = "test",
     image_size: int = 0,
+    max_image_pixels: int = pictures.MAX_PIXELS,
     exclude_labels: Sequence[int] = (),
     num_examples: int = 0,
     split_seed: int = 0,
@@ -891,6 +1002,7 @@ def load_images(
         data_dir: see `TfdsSource`.
         split: of `tfds`.
         image_size: side in pixels that images read from files are resized to; 0 keeps them.
+        max_image_pixels: pictures in files that have more pixels are refused before they are decoded.
         exclude_labels: classes to leave out, for instance those of the training set.
         num_examples: a stratified choice by `split_seed`; 0 for all.
         split_seed: non-negative integer.
@@ -900,21 +1012,22 @@ def load_images(
             images, nothing left. Also whatever the source itself raises.
     """
     images: ImageSource
+    sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
     match source:
         case "arrays":
             images = arrays(paths)
         case "folder":
             if len(paths) != 1:
                 raise ValueError(f"source 'folder' takes one directory in paths, got {list(paths)}")
-            images = FolderSource(paths[0], image_size=image_size)
+            images = FolderSource(paths[0], **sizes)
         case "image_list":
             if len(paths) != 2:
                 raise ValueError(
                     f"source 'image_list' takes a list and a directory in paths, got {list(paths)}"
                 )
-            images = ImageListSource(paths[0], paths[1], image_size=image_size)
+            images = ImageListSource(paths[0], paths[1], **sizes)
         case "tfds":
-            images = TfdsSource(tfds_name, split, data_dir=data_dir, image_size=image_size)
+            images = TfdsSource(tfds_name, split, data_dir=data_dir, **sizes)
         case _:
             raise ValueError(
                 f"unknown source {source!r}; expected arrays, folder, image_list or tfds"
@@ -927,11 +1040,16 @@ def load_images(
 
 
 def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) -> None:
-    shared = {to_path(path).resolve() for path in train_paths} & {
-        to_path(path).resolve() for path in test_paths
-    }
+    train, test = ([to_path(path).resolve() for path in p] for p in (train_paths, test_paths))
+    shared = set(train) & set(test)
     if shared:
         raise ValueError(f"in both train_paths and test_paths: {sorted(map(str, shared))}")
+    for inner, outer in [*itertools.product(train, test), *itertools.product(test, train)]:
+        if inner.is_relative_to(outer):
+            raise ValueError(
+                f"{inner} lies in {outer}, so the one's images would be the other's too: give "
+                "train_paths and test_paths that lie side by side"
+            )
 
 
 def _check_train_and_test(train: ImageSource, test: ImageSource | None, image_size: int) -> None:
@@ -1072,7 +1190,15 @@ def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
         source, indices = source.source, source.indices[indices]
     if isinstance(source, ArraySource):
         return source.images[indices]
-    return np.stack([source[int(index)] for index in indices])
+    images = [source[int(index)] for index in indices]
+    for index, image in zip(indices, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"images of differing size in {source.name}: image {indices[0]} is "
+                f"{images[0].shape}, image {index} is {image.shape}; set image_size to resize them on "
+                "load"
+            )
+    return np.stack(images)
 
 
 def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
@@ -1244,21 +1370,30 @@ def _read_ahead(
 # --- Reading and checking ---
 
 
-def _check_images(images: np.ndarray, *, where: str) -> None:
-    if images.dtype != np.uint8:
+def _check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
+    if dtype != np.uint8:
         raise TypeError(
-            f"{where}: expected uint8 images, got {images.dtype}; "
+            f"{where}: expected uint8 images, got {dtype}; "
             "scale them to 0..255 and convert them with `.astype(np.uint8)`"
         )
-    if images.ndim == 3:
+    if len(shape) == 3:
+        one = "; or, where this is one image, a first axis: `images[None]`" * (shape[-1] in (3, 4))
         raise ValueError(
-            f"{where}: expected images of shape [N, H, W, C], got {images.shape}; "
-            "add a channel axis: `images[..., None]`"
+            f"{where}: expected images of shape [N, H, W, C], got {shape}; "
+            f"add a channel axis: `images[..., None]`{one}"
         )
-    if images.ndim != 4:
-        raise ValueError(f"{where}: expected images of shape [N, H, W, C], got {images.shape}")
-    if images.size == 0:
-        raise ValueError(f"{where}: no images, the array has shape {images.shape}")
+    if len(shape) != 4:
+        raise ValueError(f"{where}: expected images of shape [N, H, W, C], got {shape}")
+    if 0 in shape:
+        raise ValueError(f"{where}: no images, the array has shape {shape}")
+    _, first, height, width = shape
+    # Images of one to four rows and as many channels as columns, or more than fifteen, are none.
+    if first <= 4 < width and (height == width or width > 15):
+        raise ValueError(
+            f"{where}: these look like {first} x {height} x {width} arrays with the channels first "
+            f"([N, C, H, W], PyTorch's order), got shape {shape}; expected [N, H, W, C]: give "
+            "`np.moveaxis(images, 1, -1)`"
+        )
 
 
 def _checked_labels(
@@ -1266,11 +1401,19 @@ def _checked_labels(
 ) -> np.ndarray:
     labels = np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"{where}: expected integer labels, got {labels.dtype}")
+        advice = "give `labels.argmax(1)`, if they are one-hot"
+        if labels.ndim != 2:
+            advice = "convert them with `.astype(np.int64)`, if they are numbers of classes"
+        raise TypeError(f"{where}: expected integer labels, got {labels.dtype}; {advice}")
     if labels.shape != (num_examples,):
+        advice = ""
+        if labels.ndim == 2 and len(labels) == num_examples:
+            advice = "; give `labels.ravel()`"
+            if labels.shape[1] != 1:
+                advice = "; give `labels.argmax(1)`, if they are one-hot"
         raise ValueError(
             f"{where}: expected one label for each of the {num_examples} images, "
-            f"got labels of shape {labels.shape}"
+            f"got labels of shape {labels.shape}{advice}"
         )
     limit = np.iinfo(np.int64).max if class_names is None else len(class_names)
     wrong = (labels < 0) | (labels >= limit)
@@ -1296,67 +1439,12 @@ def _checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def _check_image_size(image_size: int) -> None:
-    if image_size < 0:
-        raise ValueError(f"expected image_size >= 0 (0: as it is), got {image_size}")
-
-
 def _check_local(root: str | os.PathLike[str], what: str) -> None:
     if is_remote(to_path(root)):
         raise ValueError(
             f"{what} are read from file systems, and {root} is an object store: take a TFDS data set "
             "or .npz files there, or mount the store"
         )
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def _images_below(root: Path) -> list[str]:
-    """All image files under `root`, in an order that does not depend on the file system."""
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [os.path.join(folder, name) for name in sorted(files) if _is_image(name)]
-    return found
-
-
-def _open_image(file: str | io.BytesIO, *, where: str) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(file)
-    except (*_DAMAGED_IMAGE, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {where}: {error}") from error
-
-
-def _decode_image(file: str | io.BytesIO, *, mode: str, image_size: int, where: str) -> np.ndarray:
-    """uint8 `[H, W, C]`; with `image_size`, resized and centre-cropped as torchvision does."""
-    from PIL import Image
-
-    with _open_image(file, where=where) as image:
-        if image.mode.startswith(
-            ("I", "F")
-        ):  # Pillow would clip 16-bit levels to 255 without a word
-            raise ValueError(
-                f"cannot read {where}: expected 8 bits per channel, got mode {image.mode}"
-            )
-        try:
-            image = image.convert(mode)
-        except _DAMAGED_IMAGE as error:
-            raise ValueError(f"cannot read {where}: {error}") from error
-    width, height = image.size
-    if image_size:
-        shorter = min(width, height)
-        if shorter != image_size:
-            # The shorter side is exact, the longer is cut to an integer.
-            width, height = width * image_size // shorter, height * image_size // shorter
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-        image = image.crop((left, top, left + image_size, top + image_size))
-    pixels = np.asarray(image, np.uint8)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _tfds_directory(name: str, root: Path) -> Path:

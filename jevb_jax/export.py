@@ -112,6 +112,7 @@ def export_model(
     manifest = {
         "config": model.config,
         "step": model.step,
+        "recorded_data": model.recorded_data,
         "serving": {
             "file": SERVED,
             "images": ["b", height, width, model.num_channels],

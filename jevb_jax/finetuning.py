@@ -141,7 +141,12 @@ def finetune(
         archive.write_archive(
             path,
             arrays={name: np.asarray(x) for name, x in flatten_names(variables).items()},
-            manifest={"config": encoder.config, "step": encoder.step, "finetuned": config},
+            manifest={
+                "config": encoder.config,
+                "step": encoder.step,
+                "recorded_data": encoder.recorded_data,
+                "finetuned": config,
+            },
             extra_files={
                 CLASSIFIER: safetensors.save(dict(classifier.arrays)),
                 RESULTS: files.indented_json(results).encode(),

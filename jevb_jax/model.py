@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
-from jevb_jax import archive, blueprint, data, files
+from jevb_jax import archive, blueprint, data, data_record, files
 from jevb_jax.evaluation import ood, ood_protocol
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
@@ -64,10 +64,17 @@ class Model:
       network: the Flax module.
       image_size: pixels a side that the network sees.
       num_channels: of its images.
+      recorded_data: what the run remembers of its data (`data_record.read`), or None.
     """
 
     def __init__(
-        self, config: dict[str, Any], variables: Any, *, step: int, batch_size: int | None = None
+        self,
+        config: dict[str, Any],
+        variables: Any,
+        *,
+        step: int,
+        batch_size: int | None = None,
+        recorded_data: Mapping[str, Any] | None = None,
     ):
         """Prepares the forward pass; `load` is the usual way here.
 
@@ -76,6 +83,7 @@ class Model:
           variables: parameters and running statistics.
           step: that they are from.
           batch_size: images at a time; the config's `evaluation.batch_size` by default.
+          recorded_data: of `data_record.read`, that the run's own data are held to.
 
         Raises:
           ValueError: a batch size below one.
@@ -94,6 +102,7 @@ class Model:
         self._fit_features: dict[bool, Features] = {}
         self._scorers: dict[str, ood_protocol.ScoreFunction] = {}
         self._dataset: data.Dataset | None = None
+        self.recorded_data = recorded_data
 
     def __repr__(self) -> str:
         return (
@@ -110,7 +119,13 @@ class Model:
         Returns:
           A model that shares what was compiled and nothing that was fitted.
         """
-        other = Model(self.config, variables, step=self.step, batch_size=self._batch_size)
+        other = Model(
+            self.config,
+            variables,
+            step=self.step,
+            batch_size=self._batch_size,
+            recorded_data=self.recorded_data,
+        )
         other._extractors = self._extractors
         return other
 
@@ -288,12 +303,16 @@ class Model:
         """The run's own data; an error names the argument that makes them needless."""
         if self._dataset is None:
             try:
-                self._dataset = data.load_dataset(**self.config["data"])
+                dataset = data.load_dataset(**self.config["data"])
             except (OSError, ImportError, ValueError, TypeError) as error:
                 raise ValueError(
                     f"the run's own images ({self.config['data']['source']}) cannot be loaded here "
                     f"({type(error).__name__}: {error}): pass {argument}= with in-distribution images"
                 ) from error
+            if self.recorded_data is not None:
+                instead = f"{argument}=, images that are like those of its training"
+                data_record.check_loaded(self.recorded_data, dataset, instead=instead)
+            self._dataset = dataset
         return self._dataset
 
     # --- Images ---
@@ -527,7 +546,13 @@ def _load_archive(directory: Path, batch_size: int | None) -> Model:
     if problems:
         raise archive.ArchiveError(f"{directory} does not fit its config:\n" + "\n".join(problems))
     variables = unflatten_names(arrays, wanted)
-    return Model(config, variables, step=manifest["step"], batch_size=batch_size)
+    return Model(
+        config,
+        variables,
+        step=manifest["step"],
+        batch_size=batch_size,
+        recorded_data=manifest.get("recorded_data"),  # of exports from before it, there is none
+    )
 
 
 def _load_run(directory: Path, step: int | str | None, batch_size: int | None) -> Model:
@@ -570,4 +595,10 @@ def _load_run(directory: Path, step: int | str | None, batch_size: int | None) -
             raise CheckpointError(f'{directory} has checkpoints {steps}, not {step!r}; or "best"')
     finally:
         checkpointer.close()
-    return Model(config, state.evaluation_variables, step=found, batch_size=batch_size)
+    return Model(
+        config,
+        state.evaluation_variables,
+        step=found,
+        batch_size=batch_size,
+        recorded_data=data_record.read(directory),
+    )

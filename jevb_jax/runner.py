@@ -26,6 +26,7 @@ from jevb_jax import (
     augmentations,
     blueprint,
     data,
+    data_record,
     files,
     health,
     html_report,
@@ -55,6 +56,7 @@ CHANGEABLE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
     "ood.",
+    "input.accept_changed_data",
     "input.num_workers",
     "input.prefetch_batches",
     "train.health_every_steps",
@@ -127,10 +129,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _check_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes the config of a new run; refuses one that changed, by name."""
+def _check_config(workdir: Path, config: dict[str, Any], check_data: Callable[[], None]) -> None:
+    """Writes the config of a new run; refuses one that changed, by name, then data that did."""
     path = workdir / "config.json"
     if not path.exists():
+        check_data()
         files.write_json_atomically(path, config)
         return
     saved = blueprint.completed_config(json.loads(path.read_text(encoding="utf-8")))
@@ -147,6 +150,7 @@ def _check_config(workdir: Path, config: dict[str, Any]) -> None:
             "Give the same settings to resume it, or another --workdir to start anew. Only "
             f"{', '.join(CHANGEABLE_ON_RESUME)} may change."
         )
+    check_data()
     if changes:
         files.write_json_atomically(path, config)
 
@@ -599,6 +603,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
 
     Raises:
       ChangedConfigError: the directory holds a run of another config.
+      ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
       DirectoryInUseError: another process works on the directory.
       NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
       CheckpointError: no checkpoint of the run can be read.
@@ -615,16 +620,25 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     )
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
         check_held: Callable[[], None] = _check_nothing
+        data_changes: list[str] = []
+
+        def check_data() -> None:
+            accept = experiment.config["input"]["accept_changed_data"]
+            data_changes.extend(
+                data_record.check_training(workdir, experiment.dataset, accept_change=accept)
+            )
 
         def prepare() -> None:
             nonlocal check_held
             workdir.mkdir(parents=True, exist_ok=True)
             check_held = held.enter_context(files.lock_directory(workdir))
-            _check_config(workdir, experiment.config)
+            _check_config(workdir, experiment.config, check_data)
             files.write_json_atomically(workdir / "environment.json", environment())
 
         parallel.on_main(prepare)
-        return _train_and_evaluate(experiment, workdir, console, mesh, stop, check_held)
+        return _train_and_evaluate(
+            experiment, workdir, console, mesh, stop, check_held, data_changes
+        )
 
 
 def _check_nothing() -> None:
@@ -643,6 +657,7 @@ def _train_and_evaluate(
     mesh: Mesh,
     stop: parallel.StopRequest,
     check_held: Callable[[], None],
+    data_changes: list[str],
 ) -> bool:
     """`train` in a directory that process 0 holds."""
     run = _Run(experiment, workdir, console, mesh, stop, check_held)
@@ -669,7 +684,7 @@ def _train_and_evaluate(
             workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl")
         )
     try:
-        _evaluate_and_report(experiment, workdir, state, console, mesh, stop)
+        _evaluate_and_report(experiment, workdir, state, console, mesh, stop, data_changes)
     except StoppedError:
         run.say(f"{stop.signal_name}: trained to the end, not yet evaluated; {again}")
         return False
@@ -684,6 +699,7 @@ def _evaluate_and_report(
     console: Console,
     mesh: Mesh,
     stop: parallel.StopRequest,
+    data_changes: list[str],
 ) -> dict[str, Any]:
     """Evaluates a state; writes `results.json`, `results.csv` and `report.html`, prints the tables."""
 
@@ -696,6 +712,8 @@ def _evaluate_and_report(
         experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
     )
     results["step"] = step
+    if data_changes:
+        results["data_changes"] = data_changes
     parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
     return results
 
@@ -739,8 +757,8 @@ def evaluate(
     """Evaluates a checkpoint of a run; writes `results.json`, `results.csv` and `report.html`.
 
     Args:
-      config: the config of the run; only `evaluation` and `ood` may differ from what it was trained
-        with.
+      config: the config of the run; only `evaluation`, `ood` and `input` may differ from what it was
+        trained with.
       workdir: directory of the run.
       step: a checkpoint's step, or None for the latest.
       console: where people read.
@@ -750,11 +768,17 @@ def evaluate(
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be used.
+      ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
       StoppedError: a signal ended it.
     """
     console = console or _console()
     workdir = files.to_path(workdir)
     experiment = build_experiment(config)
+    data_changes = data_record.check_evaluation(
+        workdir,
+        experiment.dataset,
+        accept_change=experiment.config["input"]["accept_changed_data"],
+    )
     mesh = parallel.make_mesh()
     template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
     checkpointer = Checkpointer(workdir / "checkpoints")
@@ -771,7 +795,9 @@ def evaluate(
     finally:
         checkpointer.close()
     with parallel.StopRequest() as stop:
-        results = _evaluate_and_report(experiment, workdir, state, console, mesh, stop)
+        results = _evaluate_and_report(
+            experiment, workdir, state, console, mesh, stop, data_changes
+        )
     console.print(f"Run files: {workdir}")
     return results
 
