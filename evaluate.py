@@ -12,7 +12,9 @@ from ml_collections import config_flags
 from jevb_jax import command_line, runner
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the latest by default.")
+_STEP = flags.DEFINE_integer(
+    "step", None, "Step of the checkpoint; the latest by default.", lower_bound=0
+)
 _OOD = config_flags.DEFINE_config_file(
     "ood",
     None,
@@ -54,4 +56,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.config_with_absl()
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -21,4 +21,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
     jax.config.config_with_absl()
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -5,7 +5,6 @@ of itself. It is written last: a directory that holds it holds the rest. Nothing
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise ArchiveError(f"{directory} holds no {MANIFEST}: export the run again")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = files.read_json(path)
         asked = manifest.pop("manifest_sha256")
     except (ValueError, KeyError, AttributeError) as error:
         raise ArchiveError(f"{path} is damaged ({error!r}): export the run again") from error

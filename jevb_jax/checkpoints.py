@@ -6,6 +6,7 @@ is the position in the data), the resolved config with its hash, and a fingerpri
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,6 +106,20 @@ def _check_same_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], w
         )
 
 
+def _link_without_patterns(directory: Path) -> tempfile.TemporaryDirectory[str] | None:
+    """A temporary directory with the link `checkpoints`, where the directory's own name is a pattern.
+
+    Orbax looks for its own parts by `glob` of the whole path: under a directory called `sweep[lr=0.1]`
+    it finds none, and writes checkpoints that cannot be read.
+    """
+    if files.is_remote(directory) or not any(sign in str(directory) for sign in "*?["):
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    above = tempfile.TemporaryDirectory(prefix="jevb_jax_link_", ignore_cleanup_errors=True)
+    (Path(above.name) / "checkpoints").symlink_to(directory, target_is_directory=True)
+    return above
+
+
 class Checkpointer:
     """Saves and restores a run's state in `directory`, asynchronously.
 
@@ -138,8 +153,10 @@ class Checkpointer:
                 )
             )
         self._keep_best = keep_best
+        self._directory = files.to_path(directory)
+        self._link = _link_without_patterns(self._directory)
         self._manager = ocp.CheckpointManager(
-            files.to_path(directory),
+            self._directory if self._link is None else Path(self._link.name) / "checkpoints",
             # Named here, or a process that has not saved could not read.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -306,6 +323,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
+            if self._link is not None:
+                self._link.cleanup()
 
     @contextlib.contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -315,6 +334,6 @@ class Checkpointer:
         except Exception as error:
             raise CheckpointError(
                 f"a checkpoint could not be saved ({type(error).__name__}: {error}); those of steps "
-                f"{self.steps()} in {self._manager.directory} are whole. Once there is room and leave "
+                f"{self.steps()} in {self._directory} are whole. Once there is room and leave "
                 "to write there, the same command goes on from the last."
             ) from error

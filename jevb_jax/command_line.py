@@ -1,15 +1,23 @@
 """What the scripts share: flags of several processes, and errors that a person can mend.
 
-For scripts alone: importing it defines its flags.
+For scripts alone: importing it defines its flags. `app.run(main, flags_parser=parse_flags)` reads the
+command line: a mistake in it is one message and exit status 2.
 """
 
+import difflib
+import importlib.util
+import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
+from ml_collections.config_flags import config_flags
 
-from jevb_jax import archive, parallel, runner
+from jevb_jax import messages, parallel
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where no launcher is found."
@@ -21,6 +29,11 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
+USAGE_STATUS = 2
+# Reads a saved `config.json` as a config file.
+_SAVED = Path(__file__).resolve().parent.parent / "configs" / "saved.py"
+_MODULE = "_config_of_the_command_line"
+
 
 def run(argv: list[str], work: Callable[[], object]) -> None:
     """Joins the processes of the run and does the work; what a person can mend is one message.
@@ -30,11 +43,12 @@ def run(argv: list[str], work: Callable[[], object]) -> None:
       work: reads the script's own flags.
 
     Raises:
-      SystemExit: the work failed; with --traceback, the error itself.
+      SystemExit: the work failed for a reason that a person can mend, said on standard error; status
+        1. With --traceback, the error itself. A fault of the program keeps its frames.
       UsageError: arguments that are no flags.
     """
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}", exitcode=USAGE_STATUS)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     try:
         parallel.start_processes(
@@ -45,8 +59,148 @@ def run(argv: list[str], work: Callable[[], object]) -> None:
             heartbeat_timeout_seconds=_HEARTBEAT.value,
         )
         work()
-    except (*runner.USER_ERRORS, archive.ArchiveError) as error:
-        if _TRACEBACK.value:
+    except Exception as error:
+        message = messages.for_person(error)
+        if message is None or _TRACEBACK.value:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(message, file=sys.stderr)
+        if messages.is_out_of_memory(error):
+            print("--traceback shows where.", file=sys.stderr)
         sys.exit(1)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; for `app.run(flags_parser=...)`.
+
+    A config flag takes a Python file, or the `config.json` that a run saved. Each is loaded once
+    before, so that what is wrong with it, or with an override, is said in one message.
+
+    Args:
+      argv: of the process, the script's name first.
+
+    Returns:
+      The arguments that are no flags, the script's name first.
+
+    Raises:
+      SystemExit: the command line is wrong; status 2. A fault in a config file keeps its frames.
+    """
+    argv = list(argv)
+    try:
+        for name in [n for n in flags.FLAGS if config_flags.is_config_flag(flags.FLAGS[n])]:
+            argv = _with_saved_config(argv, name)
+            given = _value(argv, name)
+            if given is not None:
+                _check_overrides(argv, name, _load_config(name, given))
+        try:
+            return flags.FLAGS(argv)
+        # What ml_collections raises of the value of an override.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise flags.Error(str(error)) from error
+    except flags.Error as error:
+        print(f"{error}\n--help shows the flags.", file=sys.stderr)
+    sys.exit(USAGE_STATUS)
+
+
+def _flags_of(argv: Sequence[str], name: str) -> Iterator[tuple[int, str | None]]:
+    """Places of `--name` in the command line and its value where it stands there too."""
+    for index, argument in enumerate(argv[1:], start=1):
+        if argument == "--":
+            return
+        if match := re.fullmatch(rf"--?{re.escape(name)}(=(.*))?", argument, re.DOTALL):
+            yield index, match[2]
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """The last value of a flag on the command line, or None."""
+    found = None
+    for index, value in _flags_of(argv, name):
+        following = argv[index + 1] if index + 1 < len(argv) else None
+        found = following if value is None else value
+    return found
+
+
+def _with_saved_config(argv: Sequence[str], name: str) -> list[str]:
+    """The command line in which `--name=FILE.json` is what ml_collections reads."""
+    argv = list(argv)
+    for index, value in _flags_of(argv, name):
+        if value is not None and value.endswith(".json"):
+            argv[index] = f"--{name}={_SAVED}:{value}"
+        elif value is None and index + 1 < len(argv) and argv[index + 1].endswith(".json"):
+            argv[index + 1] = f"{_SAVED}:{argv[index + 1]}"
+    return argv
+
+
+def _load_config(name: str, given: str) -> Any:
+    """The config of `--name=FILE.py:ARGUMENT`.
+
+    Raises:
+      Error: of absl's flags: there is no such config. What goes wrong inside the file is its own error.
+    """
+    file, *argument = given.split(":", 1)
+    path = Path(file)
+    if not path.is_file():
+        hint = ""
+        if (path / "config.json").is_file():
+            hint = f"; the config of that run is {path / 'config.json'}"
+        raise flags.Error(f"--{name} must name a config file, and there is none at {file!r}{hint}")
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    if spec is None or spec.loader is None:
+        raise flags.Error(f"--{name} must name a Python file or a config.json, got {file!r}")
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise flags.Error(f"{file} is no config: it defines no get_config()")
+        try:
+            inspect.signature(module.get_config).bind(*argument)
+        except TypeError as error:
+            what = f"no argument {argument[0]!r}" if argument else "one: FILE.py:ARGUMENT"
+            raise flags.Error(f"the config {file} takes {what}") from error
+        config = module.get_config(*argument)
+    except Exception as error:
+        message = messages.for_person(error, packages=("jevb_jax", "configs", _MODULE))
+        if message is None or isinstance(error, flags.Error):
+            raise
+        raise flags.Error(f"--{name}={given}: {message}") from error
+    finally:
+        del sys.modules[_MODULE]
+    if config is None:
+        raise flags.Error(f"get_config() of {file} returns nothing")
+    return config
+
+
+def _dotted(config: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all sections and settings."""
+    names = []
+    for key, value in config.items():
+        names.append(f"{prefix}{key}")
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            names += _dotted(value, f"{prefix}{key}.")
+    return names
+
+
+def _check_overrides(argv: Sequence[str], name: str, config: Any) -> None:
+    """Refuses settings that the config does not have, with those that are meant.
+
+    Raises:
+      Error: of absl's flags, naming the setting.
+    """
+    known = _dotted(config)
+    for argument in argv[1:]:
+        if argument == "--":
+            return
+        match = re.match(rf"--?(no)?{re.escape(name)}\.([^=\[]+)(\[|=|$)", argument)
+        if match is None or match[2] in known:
+            continue
+        leaf = match[2].rpartition(".")[2]
+        leaves = {one.rpartition(".")[2]: one for one in known}
+        near = [
+            *difflib.get_close_matches(match[2], known, n=3),
+            *(leaves[one] for one in difflib.get_close_matches(leaf, leaves, n=3)),
+        ]
+        where = ", ".join(f"--{name}.{one}" for one in dict.fromkeys(near))
+        raise flags.Error(
+            f"--{name}.{match[2]}: the config has no such setting"
+            + (f"; did you mean {where}?" if where else "")
+        )

@@ -6,7 +6,6 @@ python -m jevb_jax.detection_report RUN_DIRECTORY... --out=DIRECTORY
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from jevb_jax import files
+from jevb_jax import files, messages
 from jevb_jax.evaluation.ood_protocol import CORRUPTED
 
 _USES = "uses"  # of uncertainty: measures of one score, not of a set
@@ -55,7 +54,7 @@ def read_run(directory: Path) -> DetectionRun:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give directories of finished runs")
     results, environment, config = (
-        json.loads((directory / name).read_text(encoding="utf-8"))
+        files.read_json(directory / name)
         for name in ("results.json", "environment.json", "config.json")
     )
     if "ood" not in results:
@@ -262,15 +261,18 @@ def write_detection_report(runs: Sequence[DetectionRun], out: Path, *, command: 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("runs", nargs="+", type=files.to_path)
+    parser.add_argument("--out", required=True, type=files.to_path)
     arguments = parser.parse_args(argv)
     command = f"python -m jevb_jax.detection_report {' '.join(sys.argv[1:])}"
     try:
         runs = [read_run(directory) for directory in arguments.runs]
         write_detection_report(runs, arguments.out, command=command)
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(1, f"{type(error).__name__}: {error}\n")
+    except Exception as error:
+        message = messages.for_person(error)
+        if message is None:
+            raise
+        parser.exit(1, f"{message}\n")
 
 
 if __name__ == "__main__":

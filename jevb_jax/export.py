@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jevb_jax import archive, augmentations, blueprint, files
+from jevb_jax import archive, augmentations, blueprint, files, messages
 from jevb_jax.model import Model, load
 from jevb_jax.named_arrays import flatten_names
 from jevb_jax.networks import Posterior
@@ -159,8 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = load(arguments.workdir, step)
         export_model(model, arguments.out, height=arguments.height, width=arguments.width)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        message = messages.for_person(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
         return 1
     print(f"{model} written to {arguments.out}")
     return 0

@@ -5,14 +5,20 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
+
+# Object stores that etils.epath opens.
+STORES = ("gs", "s3", "az", "hf")
 
 
 class DirectoryInUseError(RuntimeError):
@@ -23,14 +29,42 @@ def to_path(path: str | os.PathLike[str]) -> Path:
     """A path with the methods of `pathlib.Path`.
 
     Args:
-      path: of this machine, or a URL as `gs://bucket/runs/x`, which etils.epath opens.
+      path: of this machine, where `~` is the home directory and `file:///x` is `/x`; or a URL as
+        `gs://bucket/runs/x`, which etils.epath opens.
 
     Returns:
       An absolute path, or the URL's.
+
+    Raises:
+      ValueError: no path at all, the home of a user who is not known, a URL of another kind.
     """
     text = os.fspath(path)
+    if not text.strip():
+        raise ValueError(
+            f"a path must name a file or a directory, got {text!r}: a variable of the shell that is "
+            "not set leaves nothing; for the current directory give ."
+        )
+    if text.startswith("file:/"):
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"{text} is on another machine: write file:///path, or the path alone")
+        text = unquote(parts.path)
+        if not text:
+            raise ValueError(f"a path must name a file or a directory, got {os.fspath(path)!r}")
     if "://" not in text:
-        return Path(text).absolute()
+        expanded = os.path.expanduser(text)
+        if expanded.startswith("~"):
+            raise ValueError(
+                f"{text}: there is no home directory of that name; a directory that is called so "
+                f"is ./{text}"
+            )
+        return Path(expanded).absolute()
+    scheme = text.partition("://")[0]
+    if scheme not in STORES:
+        raise ValueError(
+            f"{text}: paths are of this machine or begin with "
+            f"{' or '.join(f'{store}://' for store in STORES)}, not with {scheme}://"
+        )
     from etils import epath  # needed by few, and it takes a while
 
     remote: Any = epath.Path(text)
@@ -121,9 +155,97 @@ def write_arrays_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_bytes_atomically(path, content.getvalue())
 
 
+# JSON has no numbers for these; they are written as these strings, as Protocol Buffers write them.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# A text that could be taken for one of them is written with one more of these before it.
+_TEXT_MARK = "="
+_MARKED = re.compile(f"{_TEXT_MARK}*({'|'.join(_NOT_FINITE)})")
+
+
+def _to_strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to_strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and _MARKED.fullmatch(value):
+        return _TEXT_MARK + value
+    return value
+
+
+def _from_strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_strict(item) for item in value]
+    if isinstance(value, str) and _MARKED.fullmatch(value):
+        is_text = value.startswith(_TEXT_MARK)
+        return value.removeprefix(_TEXT_MARK) if is_text else _NOT_FINITE[value]
+    return value
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON that every reader takes: RFC 8259, without bare words for infinities and NaN.
+
+    Args:
+      value: JSON values, and floats that are not finite: they become the strings `"Infinity"`,
+        `"-Infinity"` and `"NaN"`. A text that is one of these words gets a `=` before it.
+      indent: spaces a level; None for one line.
+
+    Returns:
+      Text that `from_json` reads back to the same value; tuples become lists.
+
+    Raises:
+      TypeError: a value that JSON does not know.
+    """
+    return json.dumps(_to_strict(value), indent=indent, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """The value that `to_json` wrote; bare `Infinity` and `NaN`, as files had them before, too.
+
+    Args:
+      text: JSON.
+
+    Returns:
+      Its value.
+
+    Raises:
+      ValueError: no JSON.
+    """
+    bare: list[str] = []
+
+    def constant(word: str) -> float:
+        bare.append(word)
+        return _NOT_FINITE[word]
+
+    value = json.loads(text, parse_constant=constant)
+    return value if bare else _from_strict(value)  # with bare words, every text is itself
+
+
+def read_json(path: Path) -> Any:
+    """The value of a file that `write_json_atomically` wrote.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its value.
+
+    Raises:
+      ValueError: the file is not JSON; the message names it.
+      FileNotFoundError: there is no such file.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or damaged: {error}") from error
+
+
 def indented_json(value: Any) -> str:
-    """A value as people read it, ending with a line's end."""
-    return json.dumps(value, indent=2) + "\n"
+    """A value as people read it, ending with a line's end; see `to_json`."""
+    return to_json(value, indent=2) + "\n"
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
@@ -131,13 +253,17 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
     Args:
       path: the file.
-      value: JSON values; infinities are written as `Infinity`, which Python reads back.
+      value: see `to_json`.
     """
     write_text_atomically(path, indented_json(value))
 
 
 def json_sha256(value: Any) -> str:
-    """SHA-256 of the canonical JSON of a value, in hexadecimal digits."""
+    """SHA-256 of the canonical JSON of a value, in hexadecimal digits.
+
+    Floats that are not finite stand in it as the bare words `Infinity` and `NaN`: hashes of before
+    stay as they are.
+    """
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, augmentations, data, files, model, training
+from jevb_jax import archive, augmentations, data, files, messages, model, schema, training
 from jevb_jax.compilation import network_options
 from jevb_jax.experiment import make_optimizer
 from jevb_jax.model import Model
@@ -117,20 +117,21 @@ def finetune(
     """
     console = console or Console()
     path = files.to_path(workdir)
+    config = schema.plain(config)
+    schema.check_finetune(config)
     _check_new(path)
     if jax.process_count() > 1:
         raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
     init = config["init"]
-    if config["optimizer"]["constant_head_rate"]:
-        raise ValueError("optimizer.constant_head_rate is of pre-training: set it to False")
-    if not init["workdir"]:
-        raise ValueError("init.workdir must name a run of train.py or an export, got nothing")
     encoder = model.load(
         init["workdir"],
         None if init["step"] < 0 else init["step"],
         batch_size=config["evaluation"]["batch_size"],
     )
     dataset = data.load_dataset(**config["data"])
+    for part in dataset[:3]:  # read once more at the end: refused before the training
+        if part is not None and part.labels is None:
+            raise ValueError(f"fine-tuning needs labels, and {part.name} has none")
     path.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the training
     with files.lock_directory(path) as check_held:
         _check_new(path)  # again: another process may have just ended there
@@ -155,7 +156,7 @@ def finetune(
     for part in ("validation", "test"):
         if f"{part}_accuracy" in results:
             console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
-    console.print(f"Files: {path}", soft_wrap=True)
+    messages.say(console, f"Files: {path}")
     return results
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ _PLAIN_LINE_SECONDS = 15.0
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run: one JSON object a line, each with its `step`.
+    """`metrics.jsonl` of a run: one JSON object a line, each with its `step`; see `files.to_json`.
 
     Also writes TensorBoard events under `tensorboard/` if tensorboardX is installed. In an object
     store, which cannot append, lines wait for `flush`, and there are no TensorBoard events.
@@ -62,8 +61,8 @@ class MetricsLog:
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                records.append(files.from_json(line))
+            except ValueError as error:
                 if number == len(lines) and not line.endswith("\n"):
                     break
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
@@ -91,7 +90,7 @@ class MetricsLog:
         """
         if not self._is_writer:
             return
-        line = json.dumps({"step": step, **values}) + "\n"
+        line = files.to_json({"step": step, **values}) + "\n"
         if self._file is None:
             self._lines.append(line)
             return
@@ -115,7 +114,7 @@ class MetricsLog:
 
 
 def _lines_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [json.dumps(record) + "\n" for record in records]
+    return [files.to_json(record) + "\n" for record in records]
 
 
 class _TensorBoardEvents:

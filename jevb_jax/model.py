@@ -5,7 +5,6 @@ libraries of training. Weights are checked against what was saved, bit by bit; n
 """
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -560,7 +559,7 @@ def _load_run(directory: Path, step: int | str | None, batch_size: int | None) -
     from jevb_jax.checkpoints import Checkpointer, CheckpointError
     from jevb_jax.experiment import state_shapes
 
-    saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    saved = files.read_json(directory / "config.json")
     config = blueprint.completed_config(saved)
     _checked_config(config, directory)
     if not (directory / "checkpoints").exists():

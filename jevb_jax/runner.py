@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.metadata
-import json
 import logging
 import platform
 import re
@@ -30,15 +29,17 @@ from jevb_jax import (
     files,
     health,
     html_report,
+    messages,
     methods,
     model,
     parallel,
     report,
     run_report,
+    schema,
     training,
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys
-from jevb_jax.evaluation import protocol
+from jevb_jax.evaluation import protocol, readiness
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine
 from jevb_jax.named_arrays import flatten_names
@@ -136,7 +137,7 @@ def _check_config(workdir: Path, config: dict[str, Any], check_data: Callable[[]
         check_data()
         files.write_json_atomically(path, config)
         return
-    saved = blueprint.completed_config(json.loads(path.read_text(encoding="utf-8")))
+    saved = blueprint.completed_config(files.read_json(path))
     changes = changed_keys(saved, config)
     refused = {
         key: values for key, values in changes.items() if not key.startswith(CHANGEABLE_ON_RESUME)
@@ -460,7 +461,7 @@ class _Run:
         step, state = (0, template) if restored is None else restored
         if restored is not None:
             self.checkpointer.discard_after(step)
-            self.console.print(f"Resuming {self.workdir} at step {step}.")
+            self.say(f"Resuming {self.workdir} at step {step}.")
         self.log.truncate_after(step)
         for record in MetricsLog.read(self.workdir / "metrics.jsonl"):
             if values := health.logged_health(record):
@@ -495,7 +496,7 @@ class _Run:
             step = first_step + row + 1
             values = {f"train/{name}": float(array[row]) for name, array in metrics.items()}
             is_bad = not is_finite and row == rows - 1
-            if step % every == 0 or step == self.experiment.num_train_steps or is_bad:
+            if (every and step % every == 0) or step == self.experiment.num_train_steps or is_bad:
                 values["train/learning_rate"] = float(
                     np.asarray(self.experiment.schedule(step - 1))
                 )
@@ -530,7 +531,7 @@ class _Run:
 
     def say(self, text: str) -> None:
         """Prints a line in which nothing is markup, whatever the width."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        messages.say(self.console, text)
 
     def train(self, state: training.TrainState) -> training.TrainState:
         """Runs the loop from a state to the end of the run or to a request to stop."""
@@ -612,6 +613,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     console = console or _console()
     workdir = files.to_path(workdir)
     experiment = build_experiment(config)
+    readiness.check(experiment)
     mesh = parallel.make_mesh()
     parallel.check_divisible(
         experiment.config["train"]["batch_size"],
@@ -688,7 +690,7 @@ def _train_and_evaluate(
     except StoppedError:
         run.say(f"{stop.signal_name}: trained to the end, not yet evaluated; {again}")
         return False
-    console.print(f"Run files: {workdir}")
+    messages.say(console, f"Run files: {workdir}")
     return True
 
 
@@ -741,7 +743,7 @@ def _write_results(
         results=results,
         records=records,
         alarms=alarms if any(health.logged_health(record) for record in records) else None,
-        environment=json.loads((workdir / "environment.json").read_text(encoding="utf-8")),
+        environment=files.read_json(workdir / "environment.json"),
     )
     # The last of the files: who finds it finds the others.
     files.write_json_atomically(workdir / f"results{suffix}.json", results)
@@ -779,6 +781,7 @@ def evaluate(
         experiment.dataset,
         accept_change=experiment.config["input"]["accept_changed_data"],
     )
+    readiness.check(experiment)
     mesh = parallel.make_mesh()
     template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
     checkpointer = Checkpointer(workdir / "checkpoints")
@@ -798,7 +801,7 @@ def evaluate(
         results = _evaluate_and_report(
             experiment, workdir, state, console, mesh, stop, data_changes
         )
-    console.print(f"Run files: {workdir}")
+    messages.say(console, f"Run files: {workdir}")
     return results
 
 
@@ -830,10 +833,13 @@ def evaluate_on(
     if jax.process_count() > 1:
         raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
     workdir = files.to_path(workdir)
-    settings = to_json_values(config)["evaluation"]
+    schema.check_data_section(to_json_values(section))
+    evaluation = to_json_values(config)["evaluation"]
     loaded = model.load(workdir, step)
-    dataset = data.load_dataset(**section.to_dict())
-    results = protocol.evaluate_transfer(settings, loaded.extractor, loaded.variables, dataset) | {
+    dataset = data.load_dataset(**to_json_values(section))
+    results = protocol.evaluate_transfer(
+        evaluation, loaded.extractor, loaded.variables, dataset
+    ) | {
         "step": loaded.step,
         "data": to_json_values(section),
     }
@@ -842,7 +848,7 @@ def evaluate_on(
     files.write_text_atomically(workdir / f"{stem}.csv", protocol.results_csv(results))
     files.write_json_atomically(workdir / f"{stem}.json", results)
     console.print(protocol.classification_table(results))
-    console.print(f"{workdir / stem}.json", soft_wrap=True)
+    messages.say(console, f"{workdir / stem}.json")
     return results
 
 
@@ -861,13 +867,33 @@ def load_config(workdir: str | Path) -> ConfigDict:
     path = files.to_path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: --workdir must be a directory of train.py")
+    config = read_config(path)
+    config.lock()
+    return config
+
+
+def read_config(path: str | Path) -> ConfigDict:
+    """The config that a run saved, to be changed and given again.
+
+    Args:
+      path: a `config.json`.
+
+    Returns:
+      The config, not locked. Lists are tuples again, and settings that did not exist yet are as they
+      were then.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a config.
+    """
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    config = ConfigDict(tuples(blueprint.completed_config(saved)))
-    config.lock()
-    return config
+    path = files.to_path(path)
+    saved = files.read_json(path)
+    if not isinstance(saved, dict) or "method" not in saved:
+        raise ValueError(f"{path} holds no config of a run: train.py writes config.json")
+    return ConfigDict(tuples(blueprint.completed_config(saved)))

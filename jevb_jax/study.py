@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import importlib.util
 import io
-import json
 import math
 import os
 import pickle
@@ -36,7 +35,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jevb_jax import files, runner
+from jevb_jax import files, messages, runner, schema
 from jevb_jax.blueprint import completed_config
 from jevb_jax.checkpoints import changed_keys, config_hash
 from jevb_jax.experiment import to_json_values
@@ -391,6 +390,12 @@ class Study:
           ValueError: no runs or seeds, names that are no file names or occur twice, figures or
             averages of unknown runs or measures, two runs of one config.
         """
+        # Read once: an iterator would be empty the second time. ConfigDict takes no NumPy integers.
+        for field in ("seeds", "measures", "figures"):
+            object.__setattr__(self, field, tuple(schema.plain(tuple(getattr(self, field)))))
+        bad_seeds = [seed for seed in self.seeds if not schema.RUN["seed"].accepts(seed)]
+        if bad_seeds:
+            raise ValueError(f"every seed must be {schema.RUN['seed'].says}, got {bad_seeds}")
         labels = [measure.label for measure in self.measures]
         figure_names = [figure.name for figure in self.figures]
         if not self.runs or not self.seeds:
@@ -444,7 +449,7 @@ def load_study(path: str | Path) -> Study:
       TypeError: it makes no study.
       ValueError: the study does not fit together.
     """
-    path = Path(path)
+    path = files.to_path(path)
     root = str(Path(__file__).resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
@@ -459,8 +464,24 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
+def check_settings(study: Study) -> None:
+    """Refuses a study of which any run would be refused for its settings; loads no data.
+
+    Args:
+      study: what will be run.
+
+    Raises:
+      ValueError: the name of the run and its settings, as `schema.check_run`.
+    """
+    for name, config in study.runs.items():
+        try:
+            schema.check_run(to_json_values(config))
+        except ValueError as error:
+            raise ValueError(f"run {name}: {error}") from error
+
+
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return files.read_json(path) if path.exists() else None
 
 
 class _Run(NamedTuple):
@@ -612,6 +633,12 @@ def run_child() -> int:
             return _BUSY_STATUS  # says nothing of the run
         run.write_failure(type(error).__name__, str(error))
         return 1
+    except Exception as error:
+        if not messages.is_out_of_memory(error):
+            raise  # a crash: the study says so
+        traceback.print_exc()
+        run.write_failure("OutOfMemory", str(messages.for_person(error)))
+        return 1
     return 0
 
 
@@ -668,12 +695,11 @@ def _execute(todo: Sequence[_Run], out: Path, *, num_processes: int, console: Co
                 run, cores, start = active.pop(process)
                 free.append(cores)
                 outcome = _settle(run, process.returncode, is_stopping=bool(received))
-                console.print(
+                messages.say(
+                    console,
                     f"[{len(todo) - len(waiting) - len(active)}/{len(todo)}] {run.name}, seed "
                     f"{run.seed}: {outcome}, {(time.monotonic() - start) / 60:.1f} min; "
                     f"{len(waiting) + len(active)} remain",
-                    soft_wrap=True,
-                    markup=False,
                 )
     finally:
         for process in active:
@@ -759,6 +785,13 @@ def _footnotes(study: Study, evidence: Evidence) -> list[str]:
     return lines
 
 
+def _local_directory(out: str | Path) -> Path:
+    path = files.to_path(out)
+    if files.is_remote(path):
+        raise ValueError(f"a study is run in a directory of this machine, got {path}")
+    return path
+
+
 def write_report(study: Study, out: str | Path, *, command: str) -> None:
     """Writes `table.md`, `table.csv` and a PNG for each figure, from the run directories alone.
 
@@ -770,7 +803,7 @@ def write_report(study: Study, out: str | Path, *, command: str) -> None:
     Raises:
       FileNotFoundError: there is no such directory.
     """
-    out = Path(out)
+    out = _local_directory(out)
     if not out.is_dir():
         raise FileNotFoundError(f"--out must be the directory of a study, {out} does not exist")
     plan = _plan(study, out)
@@ -829,7 +862,7 @@ def run_study(
       ValueError: more processes than cores.
     """
     console = console or Console()
-    out = Path(out).absolute()
+    out = _local_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     with files.lock_directory(out):
         plan = _plan(study, out)
@@ -837,11 +870,11 @@ def run_study(
         console.print(f"{len(plan)} runs, {len(plan) - len(todo)} done before, {len(todo)} to do.")
         number = _execute(todo, out, num_processes=num_processes, console=console)
         write_report(study, out, command=command)
-    console.print(f"Report: {out / 'table.md'}", soft_wrap=True)
+    messages.say(console, f"Report: {out / 'table.md'}")
     if number:
-        console.print(
+        messages.say(
+            console,
             f"{signal.Signals(number).name}: stopped. The same command goes on from there:\n{command}",
-            soft_wrap=True,
         )
         return 128 + number
     ends = [run.read() for run in plan]
@@ -877,6 +910,7 @@ def main(arguments: Sequence[str]) -> int:
         if flags.report_only:
             write_report(study, flags.out, command=f"{command} --report_only")
             return 0
+        check_settings(study)
         return run_study(
             study,
             flags.out,
@@ -884,10 +918,11 @@ def main(arguments: Sequence[str]) -> int:
             num_processes=flags.num_processes,
             retry_failed=flags.retry_failed,
         )
-    except runner.USER_ERRORS as error:
-        if flags.traceback:
+    except Exception as error:
+        message = messages.for_person(error)
+        if message is None or flags.traceback:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(message, file=sys.stderr)
         return 1
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
     path.stem
     for path in (ROOT / "configs").glob("*.py")
-    if path.stem not in ("__init__", "ood", "recipes", "transfer")
+    if path.stem not in ("__init__", "ood", "recipes", "saved", "transfer")
     and not path.stem.startswith("finetune_")
 )
 

@@ -104,7 +104,9 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither config.json"):
         tuned(tmp_path / "nowhere", tmp_path / "out", "full")
     config = to_json_values(finetune_digits.get_config())
-    with pytest.raises(ValueError, match=r"init\.workdir must name a run"):
+    with pytest.raises(
+        ValueError, match=r"init\.workdir must be a text that is not empty \(a run of train"
+    ):
         finetuning.finetune(config, tmp_path / "out", console=quiet())
     with pytest.raises(ValueError, match="must be full or frozen, got 'half'"):
         finetune_digits.get_config("half")

@@ -327,10 +327,18 @@ def test_other_methods_have_their_scores(method):
 
 def test_settings_are_checked_before_training():
     for key, value, message in (
-        ("corruptions", ("fog",), "ood.corruptions may hold"),
-        ("severities", (0,), "ood.severities are 1 to 5"),
-        ("num_views", 0, "ood.num_views must be at least 1"),
-        ("residual_share", 1.0, "ood.residual_share must be in"),
+        (
+            "corruptions",
+            ("fog",),
+            "ood.corruptions must be a tuple of values, each one of contrast",
+        ),
+        (
+            "severities",
+            (0,),
+            "ood.severities must be a tuple of values, each an integer from 1 to 5",
+        ),
+        ("num_views", 0, "ood.num_views must be an integer of at least 1"),
+        ("residual_share", 1.0, "ood.residual_share must be a number in"),
     ):
         config = make_config()
         config.ood[key] = value

@@ -369,6 +369,24 @@ def _probe_fits(
     }
 
 
+def score_names(method: str, ood_settings: dict[str, Any], *, has_labels: bool) -> list[str]:
+    """Every score that a run will have, those that degenerate features leave out too.
+
+    Args:
+      method: of the config.
+      ood_settings: its section `ood`.
+      has_labels: of the training images.
+
+    Returns:
+      Names.
+    """
+    features = unfitted_features(method, ood_settings["num_views"])
+    settings = score_settings(ood_settings)
+    no_probe: Any = None  # only names are asked for: nothing is fitted
+    fits = label_free_fits(features, settings)
+    return [*fits, *(_probe_fits(features, no_probe, settings) if has_labels else ())]
+
+
 class Scorers(NamedTuple):
     """Scores by name, `family/score`.
 

@@ -1,0 +1,15 @@
+"""The settings that a run saved, to be given again: `--config=runs/digits/config.json`.
+
+python train.py --config=runs/digits/config.json --workdir=runs/again --config.seed=1
+
+The scripts read a `--config` that ends in .json by this file.
+"""
+
+from ml_collections import ConfigDict
+
+from jevb_jax import runner
+
+
+def get_config(path: str) -> ConfigDict:
+    """Returns the settings of a `config.json`; those it does not have are as they were then."""
+    return runner.read_config(path)

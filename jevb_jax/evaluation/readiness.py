@@ -1,0 +1,105 @@
+"""Whether a run can be evaluated as its config asks, found out before its first step.
+
+Training takes hours, and its evaluation reads files and settings that training does not: what would
+stop it there is refused here. What the data cannot give is left out by the evaluation itself.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jevb_jax import data, files
+from jevb_jax.evaluation import corruptions, ood_protocol
+from jevb_jax.experiment import Experiment
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses what the evaluation at the end would refuse; loads each outside set once.
+
+    Args:
+      experiment: of `build_experiment`.
+
+    Raises:
+      ValueError: a setting that does not fit the networks or the data, by its name.
+      FileNotFoundError: a file of `ood.outside`, `ood.choice` or `ood.human_counts_path` is missing.
+    """
+    jax.eval_shape(experiment.initial_state)  # what the networks refuse of the views
+    config, dataset = experiment.config, experiment.dataset
+    if config["checkpoint"]["keep_best"] and dataset.train.labels is None:
+        raise ValueError(
+            f"checkpoint.keep_best = {config['checkpoint']['keep_best']} needs labels, and the images "
+            "have none: set it to 0"
+        )
+    if ood_protocol.is_asked(config):
+        _check_detection(experiment)
+
+
+def _check_detection(experiment: Experiment) -> None:
+    config, dataset = experiment.config, experiment.dataset
+    settings = config["ood"]
+    num_fitted = len(ood_protocol.fit_rows(len(dataset.train), settings["max_fit_images"]))
+    for name in ("knn_k", "ssd_clusters"):
+        if max(settings[name], default=0) > num_fitted:
+            raise ValueError(
+                f"ood.{name} = {tuple(settings[name])} asks for more than the {num_fitted:,} images "
+                "that scores are fitted to (the training images, at most ood.max_fit_images)"
+            )
+    names = ood_protocol.score_names(
+        config["method"], settings, has_labels=dataset.train.labels is not None
+    )
+    if settings["default_score"] and settings["default_score"] not in names:
+        raise ValueError(
+            f"ood.default_score must be one of {sorted(names)}, got {settings['default_score']!r}"
+        )
+    for part in ("outside", "choice"):
+        for number, description in enumerate(settings[part]):
+            _check_outside_set(f"ood.{part}[{number}]", description, experiment)
+    evaluated = getattr(dataset, config["evaluation"]["split"])
+    if evaluated is None:
+        return
+    shape = data.image_shape(evaluated)
+    for name in settings["corruptions"]:
+        # What an image is too small for at any severity, it is too small for at the largest.
+        _check_corruption(name, settings["severities"][-1], shape)
+    if settings["human_counts_path"]:
+        _check_human_counts(settings["human_counts_path"], len(evaluated))
+
+
+def _check_outside_set(where: str, description: dict[str, Any], experiment: Experiment) -> None:
+    try:
+        source = ood_protocol.load_outside_set(**description).source
+        channels = data.image_shape(source)[-1]
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise type(error)(f"{where}, {description['name']!r}: {error}") from error
+    wanted = experiment.view_shape[-1]
+    if channels not in (1, wanted):
+        raise ValueError(
+            f"{where}, {description['name']!r}, has images of {channels} channels, and the network "
+            f"takes {wanted}"
+        )
+
+
+def _check_corruption(name: str, severity: int, shape: tuple[int, int, int]) -> None:
+    def corrupt(key: Any, image: Any) -> Any:
+        return corruptions.CORRUPTIONS[name](key, image, severity=severity)
+
+    try:
+        jax.eval_shape(corrupt, jax.random.key(0), jax.ShapeDtypeStruct(shape, np.float32))
+    except ValueError as error:
+        raise ValueError(f"ood.corruptions, {name}, severity {severity}: {error}") from error
+
+
+def _check_human_counts(path: str, num_images: int) -> None:
+    try:
+        with files.to_path(path).open("rb") as stream, np.load(stream) as arrays:
+            shape = arrays["cifar10h_counts"].shape
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"ood.human_counts_path = {path!r} must be an .npz file with `cifar10h_counts`: {error}"
+        ) from error
+    if len(shape) != 2 or shape[0] != num_images:
+        raise ValueError(
+            f"ood.human_counts_path = {path!r} holds votes of shape {shape} and {num_images:,} images "
+            "are evaluated: they must be the whole test set, in its order"
+        )

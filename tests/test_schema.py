@@ -1,0 +1,297 @@
+"""Every setting has a domain, and what is outside of it is refused before anything is loaded."""
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs import default, finetune_default, ood, smoke, transfer
+from jevb_jax import checkpoints, data, experiment, finetuning, runner, schema
+from jevb_jax.evaluation import readiness
+
+INF, NAN = math.inf, math.nan
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """Plain values of the default config, whose data are made rather than read."""
+    config.data.source = "shapes"
+    return experiment.to_json_values(config)
+
+
+RUN = values_of(default.get_config())
+LEAVES = {key: pair[1] for key, pair in checkpoints.changed_keys({}, RUN).items()}
+
+
+def changed(**settings: Any) -> dict[str, Any]:
+    """The config with `section__key` set; not made plain, as nothing but `plain` would."""
+    config = copy.deepcopy(RUN)
+    for name, value in settings.items():
+        *sections, key = name.split("__")
+        where = config
+        for section in sections:
+            where = where[section]
+        where[key] = value
+    return config
+
+
+def test_every_setting_is_in_the_table():
+    assert set(schema.RUN) == set(LEAVES)
+    for mode in ("full", "frozen"):
+        tuned = experiment.to_json_values(finetune_default.get_config(mode))
+        assert set(schema.FINETUNE) == set(checkpoints.changed_keys({}, tuned))
+    schema.check_run(RUN)
+    schema.check_data_section(experiment.to_json_values(transfer.get_config("digits")))
+    used = {key for p in ood.PROTOCOLS for one in ood.get_config(p).outside for key in one}
+    assert used <= set(schema.OUTSIDE_SET)
+
+
+# Wrong whatever the setting is, by the type of its default.
+HOSTILE: dict[type, list[Any]] = {
+    bool: [None, 0, 1, "True", [True]],
+    int: [None, True, 2.5, NAN, INF, -2, "3", [3], 3 + 0j],
+    float: [None, True, NAN, -INF, -1e-9, "0.5", [0.5], 10**400],
+    str: [None, 1, ["a"], b"a"],
+    list: [None, 0.5, "ab", [None], [NAN], [True], [[1]], iter([1]), {1, 2}],
+}
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_what_cannot_be_meant_is_refused_by_name(key):
+    hostile = HOSTILE[type(LEAVES[key])]
+    if key == "train.num_epochs":  # parts of an epoch may be meant
+        hostile = [value for value in hostile if value != 2.5]
+    for value in hostile:
+        with pytest.raises(ValueError, match=rf"^{key.replace('.', '[.]')} must be .*, got "):
+            schema.check_run(schema.plain(changed(**{key.replace(".", "__"): value})))
+
+
+# Borders that the types do not give: accepted, refused.
+BORDERS = {
+    "seed": ([0, 2**32 - 1], [-1, 2**32, 2**64]),
+    "train.ema_decay": ([0, 0.0, 0.9999], [1, 1.0, 1.5]),
+    "train.target_decay": ([0, 0.99], [1.0]),
+    "train.batch_size": ([2], [0, 1]),
+    "train.log_every_steps": ([0, 1], [-1]),
+    "train.health_every_steps": ([0], [-1]),
+    "train.num_epochs": ([0.6, 20.5, 1000], [0, 0.0, INF]),
+    "optimizer.momentum": ([0, 0.99], [1.0]),
+    "optimizer.learning_rate": ([0, 1e-5, 3.2], [INF]),
+    "optimizer.max_gradient_norm": ([0, 1.5], [INF]),
+    "augmentation.crop_scale": ([[0.2, 1], [1, 1]], [[1, 0.2], [0, 1], [0.2, 1.1], [0.5], 0.5]),
+    "augmentation.crop_ratio": ([[0.5, 2]], [[2, 0.5], [0, 1], [1, INF], [1, 2, 3]]),
+    "augmentation.blur_kernel_size": ([0, 1, 9], [2]),
+    "augmentation.hue": ([0, 0.5], [0.51]),
+    "augmentation.flip_probability": ([0, 1], [1.01]),
+    "augmentation.solarize_probability": ([[0, 1]], [[0, 2], [0.5], [], 0.5]),
+    "augmentation.std": ([[0.2, 0.3, 0.4]], [[0.2, 0, 0.4], [0.2, 0.3], []]),
+    "augmentation.mean": ([[0, -1, 0.4]], [[0.1, 0.2], [0.1, 0.2, INF]]),
+    "data.validation_fraction": ([0.01, 0.99], [0, 1, 0.0, 1.0]),
+    "data.inlier_class": ([-1, 0, 9], [-2]),
+    "model.projector_hidden_dims": ([[1]], [[], [0], [2.0]]),
+    "model.initial_radial_scale": ([0.5], [1e-3, 0]),
+    "jevb.df": ([0.5, 5, INF], [0, 0.0]),
+    "jevb.prior_scale": ([0.1], [0, INF]),
+    "evaluation.knn_k": ([[1], [20, 200]], [[], [0], [20.0], [-1, 5], 20]),
+    "evaluation.l2_grid": ([[0, 1e-3]], [[], [-1e-3], [INF]]),
+    "evaluation.batch_size": ([1], [0]),
+    "evaluation.labels_per_class": ([0, 1], [-1]),
+    "evaluation.knn_temperature": ([0.07], [0, INF]),
+    "ood.severities": ([[1, 3, 5], [5]], [[5, 1], [2, 2], [0], [6]]),
+    "ood.residual_share": ([0.01], [0, 1]),
+    "ood.mixture_df": ([INF, 1], [0]),
+    "ood.corruptions": ([[], ["contrast"]], [["fog"], "contrast"]),
+    "checkpoint.keep_latest": ([1, 5], [0]),
+    "checkpoint.every_steps": ([0], [-1]),
+    "input.prefetch_batches": ([1], [0]),
+}
+
+
+@pytest.mark.parametrize("key", BORDERS)
+def test_borders_of_a_domain(key):
+    good, bad = BORDERS[key]
+    assert all(schema.RUN[key].accepts(value) for value in good)
+    assert not any(schema.RUN[key].accepts(value) for value in bad)
+
+
+def test_off_is_said_where_it_is_not_minus_one():
+    for key, off in (("train.ema_decay", "0 = off"), ("checkpoint.keep_best", "0 = off"),
+                     ("ood.max_fit_images", "0 = all"), ("optimizer.max_gradient_norm", "0 = no"),
+                     ("train.bn_group_size", "0 = the global batch")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{key} .*{off}.*got -1$"):
+            schema.check_run(changed(**{key.replace(".", "__"): -1}))
+
+
+def test_numpys_values_are_plain_ones():
+    given = changed(
+        train__batch_size=np.int64(64),
+        train__ema_decay=np.float32(0.5),
+        train__health_pairs=np.bool_(True),
+        evaluation__knn_k=np.array([5, 10]),
+        evaluation__l2_grid=(np.float64(0.1), np.float32(0.5)),
+        ood__severities=range(1, 4),
+    )
+    plain = schema.plain(given)
+    schema.check_run(plain)
+    assert plain["evaluation"] | {"knn_k": [5, 10], "l2_grid": [0.1, 0.5]} == plain["evaluation"]
+    kinds = [type(plain["train"][k]) for k in ("batch_size", "ema_decay", "health_pairs")]
+    assert kinds == [int, float, bool]
+    assert plain["ood"]["severities"] == [1, 2, 3]
+
+
+def test_all_mistakes_are_in_one_message():
+    with pytest.raises(ValueError, match=r"^2 settings cannot be used:") as error:
+        schema.check_run(changed(train__ema_decay=2.0, jevb__df=-1.0))
+    assert "train.ema_decay" in str(error.value)
+    assert "jevb.df" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train__health_pairs": True, "method": "vicreg"}, "health_pairs needs method jevb"),
+        ({"train__batch_size": 2, "train__num_micro_batches": 2}, "leaves 1 example"),
+        ({"augmentation__std": [0.2]}, "one value for each channel, got 3 and 1"),
+        ({"model__backbone": "vit_tiny", "model__patch_size": 5}, "patch_size = 5 must divide"),
+        ({"model__min_scale": 1.0}, "min_scale = 1.0 must be below model.initial_scale"),
+        ({"jevb__tails": "feature", "jevb__coordinates": "stereographic"}, "chordal"),
+        ({"jevb__normalized": True, "model__embedding_dim": 2}, "at least 3"),
+        ({"optimizer__warmup_epochs": 200}, "must be shorter than the run"),
+        ({"ood__corruptions": ["crop"], "ood__severities": []}, "ood.severities is empty"),
+        ({"ood__corruptions": ["crop", "crop"]}, "names one twice"),
+        ({"data__source": "arrays"}, "data.train_paths must name .npz files"),
+        ({"data__source": "tfds"}, "data.tfds_name must name"),
+        ({"augmentation__blur_kernel_size": 65, "augmentation__blur_probability": [0, 1]}, "wide"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_wrong_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        schema.check_run(changed(**settings))
+
+
+def outside(**keys: Any) -> dict[str, Any]:
+    return ood.outside_set("a", "far", "arrays", paths=("a.npz",)) | keys
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([outside(), outside()], "two sets are called 'a'"),
+        ([outside(group="corrupted")], "group of the corrupted images"),
+        ([outside(name="crop_3")], "the evaluation makes itself"),
+        ([outside(path="a.npz")], "has path, which no set has"),
+        ([{"name": "a", "source": "arrays"}], "lacks group, protocol"),
+        ([outside(source="digits")], r"ood.outside\[0\].source must be one of"),
+        ([outside(num_examples=-1)], r"ood.outside\[0\].num_examples must be an integer"),
+        (["a.npz"], "ood.outside must be a tuple of outside sets"),
+    ],
+)
+def test_outside_sets_are_checked_key_by_key(sets, message):
+    with pytest.raises(ValueError, match=message):
+        schema.check_run(schema.plain(changed(ood__outside=sets)))
+
+
+def test_keys_are_those_of_the_script():
+    tuned: Any = finetune_default.get_config()
+    with pytest.raises(ValueError, match=r"a config of finetune\.py, and train\.py needs one"):
+        experiment.build_experiment(tuned)
+    with pytest.raises(ValueError, match=r"a config of train\.py, and finetune\.py needs one"):
+        finetuning.finetune(RUN, "unused")
+    with pytest.raises(
+        ValueError, match=r"train.batchsize is no setting; did you mean train.batch_"
+    ):
+        schema.check_run(changed(train__batchsize=3))
+    without = copy.deepcopy(RUN)
+    del without["train"]["ema_decay"]
+    with pytest.raises(ValueError, match=r"the config lacks train\.ema_decay"):
+        schema.check_run(without)
+    with pytest.raises(ValueError, match=r"data\.method is no setting"):
+        schema.check_data_section(RUN)
+    full: Any = experiment.to_json_values(tuned) | {"seed": -1}
+    full["data"]["source"] = "digits"
+    with pytest.raises(
+        ValueError, match=r"seed must be(.|\n)*init.workdir must be a text that is not"
+    ):
+        finetuning.finetune(full, "unused")
+
+
+@pytest.fixture(scope="module")
+def built() -> experiment.Experiment:
+    config: Any = smoke.get_config()
+    config.data.update({"num_train_examples": 160, "num_test_examples": 40})
+    return experiment.build_experiment(config)
+
+
+def with_settings(built: experiment.Experiment, section: str, **keys: Any) -> experiment.Experiment:
+    changed_section = built.config[section] | keys
+    return dataclasses.replace(built, config=built.config | {section: changed_section})
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "error", "message"),
+    [
+        ("ood", {"default_score": "jevb/klx"}, ValueError, "ood.default_score must be one of"),
+        ("ood", {"knn_k": [161]}, ValueError, r"ood.knn_k = \(161,\) asks for more than the 160"),
+        ("ood", {"ssd_clusters": [99], "max_fit_images": 60}, ValueError, "ssd_clusters .* the 60 im"),
+        ("ood", {"outside": [outside()]}, FileNotFoundError, r"ood.outside\[0\], 'a': no file at"),
+        ("ood", {"choice": [outside()]}, FileNotFoundError, r"ood.choice\[0\], 'a': no file at"),
+        ("ood", {"human_counts_path": "no.npz"}, FileNotFoundError, r"no\.npz"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_would_fail_is_refused_before_training(
+    built, tmp_path, monkeypatch, section, keys, error, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        readiness.check(with_settings(built, section, **keys))
+
+
+@pytest.mark.parametrize(("size", "severities"), [(20, [1, 5]), (18, [3]), (9, [1])])
+def test_images_that_a_corruption_cannot_divide_are_refused(built, size, severities):
+    images = data.ArraySource(np.zeros((2, size, size, 3), np.uint8))
+    test = dataclasses.replace(built, dataset=built.dataset._replace(test=images))
+    asked = {"corruptions": ["contrast", "patch_shuffle"], "severities": severities}
+    with pytest.raises(ValueError, match=rf"patch_shuffle, severity {severities[-1]}: .* divides"):
+        readiness.check(with_settings(test, "ood", **asked))
+    readiness.check(with_settings(test, "ood", **asked | {"corruptions": ["contrast"]}))
+
+
+def test_outside_images_and_votes_fit_the_run(built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = with_settings(built, "ood", default_score="probe/energy", outside=[outside()])
+    np.savez("a.npz", images=np.zeros((3, 20, 20, 1), np.uint8))
+    readiness.check(good)  # other sizes and grey images are brought to the network's
+    np.savez("votes.npz", cifar10h_counts=np.ones((39, 10)))
+    with pytest.raises(ValueError, match="40 images are evaluated"):
+        readiness.check(with_settings(built, "ood", human_counts_path="votes.npz"))
+    np.savez("votes.npz", other=np.ones((40, 10)))
+    with pytest.raises(ValueError, match="with `cifar10h_counts`"):
+        readiness.check(with_settings(built, "ood", human_counts_path="votes.npz"))
+
+
+def unlabelled(built: experiment.Experiment, **parts: Any) -> experiment.Experiment:
+    dataset = built.dataset._replace(
+        train=dataclasses.replace(built.dataset.train, has_labels=False),  # pyright: ignore[reportArgumentType]
+        **parts,
+    )
+    return dataclasses.replace(built, dataset=dataset)
+
+
+def test_the_best_checkpoints_need_labels(built):
+    readiness.check(unlabelled(built))
+    with pytest.raises(ValueError, match="keep_best = 1 needs labels"):
+        readiness.check(with_settings(unlabelled(built), "checkpoint", keep_best=1))
+
+
+def test_refused_settings_leave_nothing_behind(tmp_path):
+    config: Any = smoke.get_config()
+    config.ood.outside = (outside(paths=(str(tmp_path / "no.npz"),)),)
+    config.data.update({"num_train_examples": 160, "num_test_examples": 40})
+    with pytest.raises(FileNotFoundError, match=r"ood\.outside"):
+        runner.train(config, tmp_path / "run")
+    config.train.ema_decay = 1.0
+    with pytest.raises(ValueError, match="ema_decay"):
+        runner.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
