@@ -1,0 +1,236 @@
+"""What collapses heavy tails below full weight of the KL: the scale, or the weights of the pairs?
+
+python -m studies.collapse --out=runs/collapse
+
+A Student-t does two things that its Gaussian limit does not. It lets the *scale* shrink, since far in the
+tail a smaller scale costs next to nothing. And it *weighs pairs*: one whose squared length is `Q` pulls
+with `w = (df + n) / (df + Q)`, so pairs that agree already pull hardest. Here each is switched by
+itself, with the gradient of the other taken from the Gaussian: the directional term is
+
+    log p_A(u | m, held(s)) + log p_B(u | held(m), s)
+
+whose first part moves directions and whose second moves scales. `m` is the sampled direction, so
+the first also reaches the scale through the noise. Recipe: `studies/cifar10_uncertainty.py`, KL weight
+0.1, unit prior, the first third of its 1,248 steps. Nothing is evaluated: a collapse shows in the
+spread of the directions of a batch (1 is uniform, 0 one point).
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from matplotlib.figure import Figure
+
+from jevb_jax import (
+    data,
+    distributions,
+    experiment,
+    files,
+    health,
+    methods,
+    objective,
+    report,
+    sphere,
+    training,
+)
+from jevb_jax.networks import ViewOutputs
+from studies import cifar10_uncertainty
+
+DF = 5.0
+KL_WEIGHT = 0.1
+NUM_STEPS = 416
+EVERY_STEPS = 16
+# Name of an arm: what moves the directions, what moves the scale.
+ARMS = {
+    "Student-t": ("student", "student"),
+    "Gaussian": ("gaussian", "gaussian"),
+    "directions Student-t, scale Gaussian": ("student", "gaussian"),
+    "directions Gaussian, scale Student-t": ("gaussian", "student"),
+    "weights of pairs with mean one, scale Gaussian": ("relative", "gaussian"),
+    "one mean weight for all pairs, scale Gaussian": ("mean", "gaussian"),
+}
+
+
+def pair_weights(squared_length: Array, *, df: float, n: int) -> Array:
+    """`w = (df + n) / (df + Q)`, the pull of a pair beside the Gaussian's, `[batch]`.
+
+    Args:
+      squared_length: `[batch]`, `Q`.
+      df: degrees of freedom.
+      n: dimension of the tangent space.
+    """
+    return (df + n) / (df + squared_length)
+
+
+def split_log_prob(u: Array, m: Array, s: Array, *, directions: str, scale: str) -> Array:
+    """The directional term, its gradients in the directions and in the scale of different densities.
+
+    Args:
+      u: `[batch, D]`, directions of the targets.
+      m: `[batch, D]`, sampled directions.
+      s: `[batch, D]`, scales.
+      directions: "gaussian"; "student"; or the Gaussian with the Student-t's weights of the pairs
+        divided by their mean in the batch ("relative"), or with that "mean" for all pairs.
+      scale: "gaussian" or "student".
+
+    Returns:
+      `[batch]`. Only its gradients mean something.
+    """
+    df = {"student": DF, "gaussian": math.inf}
+    held_s, held_m = jax.lax.stop_gradient(s), jax.lax.stop_gradient(m)
+    of_scale = distributions.directional_log_prob(u, loc=held_m, scale_diag=s, df=df[scale])
+    of_directions = distributions.directional_log_prob(
+        u, loc=m, scale_diag=held_s, df=df.get(directions, math.inf)
+    )
+    if directions in ("relative", "mean"):
+        squared_length, _ = sphere.scaled_tangent_squared_length(
+            u, m, held_s, coordinates="chordal"
+        )
+        weights = pair_weights(squared_length, df=DF, n=u.shape[-1] - 1)
+        mean = jnp.mean(weights)
+        weights = weights / mean if directions == "relative" else jnp.full_like(weights, mean)
+        # The Gaussian holds -Q/2: this makes it -w Q/2 and leaves the determinant alone.
+        of_directions += (1 - jax.lax.stop_gradient(weights)) * squared_length / 2
+    return of_scale + of_directions
+
+
+def split_jevb(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    step: Any,
+    radial_scale: Array | None,
+    directions: str,
+    scale: str,
+) -> methods.MethodOutput:
+    """`methods.jevb` with `split_log_prob` as its directional term; see there and the module."""
+    del step
+    if radial_scale is None:
+        raise ValueError("needs the radial scale of a model whose head gives a posterior")
+    keys = jax.vmap(functools.partial(jax.random.split, num=2))(key)
+    losses, weights = [], []
+    for view, target, pair_keys in zip(views, targets[::-1], keys.T, strict=True):
+        u, radius = sphere.polar_decomposition(jax.lax.stop_gradient(target.embedding))
+        noise = jax.vmap(functools.partial(jax.random.normal, shape=u.shape[-1:]))(pair_keys)
+        m, rho = sphere.polar_decomposition(view.posterior_mean + view.posterior_scale * noise)
+        s = objective.likelihood_scale(view.posterior_scale)
+        directional = split_log_prob(u, m, s, directions=directions, scale=scale)
+        radial = distributions.radial_log_prob(radius, loc=rho, scale=radial_scale, df=DF)
+        kl = distributions.gaussian_kl_divergence(view.posterior_mean, view.posterior_scale)
+        losses.append((KL_WEIGHT * kl - directional - radial) / u.shape[-1])
+        squared_length, _ = sphere.scaled_tangent_squared_length(u, m, s, coordinates="chordal")
+        weights.append(pair_weights(squared_length, df=DF, n=u.shape[-1] - 1))
+    weight = jnp.concatenate(weights)
+    both = jnp.concatenate([target.embedding for target in targets])
+    metrics = {
+        "posterior_scale": jnp.mean(views[0].posterior_scale),
+        "kl": jnp.mean(kl),
+        "effective_rank": health.effective_rank(jax.lax.stop_gradient(both)),
+        "mean_weight": jnp.mean(weight),
+        "share_of_pairs": jnp.square(jnp.mean(weight)) / jnp.mean(jnp.square(weight)),
+    }
+    return methods.MethodOutput((losses[0] + losses[1]) / 2, metrics)
+
+
+def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
+    """Trains an arm and gives its metrics every `EVERY_STEPS` steps.
+
+    Args:
+      arm: a key of `ARMS`.
+      seed: of the run.
+      num_steps: steps to take.
+
+    Returns:
+      One row a logged step.
+    """
+    config = cifar10_uncertainty.run_config("jevb", jevb__prior_scale=1.0)
+    config.seed = seed
+    directions, scale = ARMS[arm]
+    method = functools.partial(split_jevb, directions=directions, scale=scale)
+    setup = dataclasses.replace(experiment.build_experiment(config), method=method)
+    images = jax.device_put(data.load_resident(setup.dataset.train))
+    chunk = training.make_train_chunk(setup.train_step)
+    state, rows = setup.initial_state(), []
+    for step in range(num_steps):
+        indices = data.batch_indices(
+            step,
+            num_examples=len(setup.dataset.train),
+            batch_size=setup.config["train"]["batch_size"],
+            seed=seed,
+        )
+        result = chunk(state, images, indices[None], jnp.asarray(1), setup.key)
+        if not result.is_finite:
+            raise FloatingPointError(f"{arm}, seed {seed}: step {step} is not finite")
+        state = result.state
+        if (step + 1) % EVERY_STEPS == 0:
+            values = {name: float(value[0]) for name, value in result.metrics.items()}
+            rows.append({"arm": arm, "seed": seed, "step": step + 1, **values})
+    return rows
+
+
+def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Spread of the directions, effective rank and posterior scale by step, of the first seed."""
+    panels = {
+        "embedding_std": "spread of the directions (1 = uniform)",
+        "effective_rank": "effective rank",
+        "posterior_scale": "posterior scale",
+    }
+    drawn = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = drawn.subplots(1, len(panels))
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        for index, arm in enumerate(ARMS):
+            mine = [row for row in rows if row["arm"] == arm and row["seed"] == rows[0]["seed"]]
+            axis.plot(
+                [row["step"] for row in mine],
+                [row[name] for row in mine],
+                label=arm,
+                lw=1.2,
+                **report.line_style(index),
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return drawn
+
+
+def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Writes `collapse.csv` and `collapse.png`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_text_atomically(out / "collapse.csv", text.getvalue())
+    drawing = io.BytesIO()
+    figure(rows).savefig(drawing, format="png", dpi=110)
+    files.write_bytes_atomically(out / "collapse.png", drawing.getvalue())
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--num_steps", type=int, default=NUM_STEPS)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        for arm in ARMS:
+            rows += run(arm, seed, num_steps=arguments.num_steps)
+            write(rows, arguments.out)
+            print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
