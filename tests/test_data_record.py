@@ -223,6 +223,7 @@ def test_train_evaluate_and_a_loaded_model_refuse_before_any_work(tmp_path, capl
     config.data.update({"num_train_examples": 0, "num_test_examples": 0})
     config.train.batch_size = 8
     config.evaluation.knn_k = (5,)
+    config.ood.knn_k = (5,)
     workdir.mkdir()
     data_record.check_training(workdir, dataset, accept_change=False)
     begun(workdir)
