@@ -118,7 +118,7 @@ def split_jevb(
     if radial_scale is None:
         raise ValueError("needs the radial scale of a model whose head gives a posterior")
     keys = jax.vmap(functools.partial(jax.random.split, num=2))(key)
-    losses, weights = [], []
+    losses, weights, divergences = [], [], []
     for view, target, pair_keys in zip(views, targets[::-1], keys.T, strict=True):
         u, radius = sphere.polar_decomposition(jax.lax.stop_gradient(target.embedding))
         noise = jax.vmap(functools.partial(jax.random.normal, shape=u.shape[-1:]))(pair_keys)
@@ -127,6 +127,7 @@ def split_jevb(
         directional = split_log_prob(u, m, s, directions=directions, scale=scale)
         radial = distributions.radial_log_prob(radius, loc=rho, scale=radial_scale, df=DF)
         kl = distributions.gaussian_kl_divergence(view.posterior_mean, view.posterior_scale)
+        divergences.append(kl)
         losses.append((KL_WEIGHT * kl - directional - radial) / u.shape[-1])
         squared_length, _ = sphere.scaled_tangent_squared_length(u, m, s, coordinates="chordal")
         weights.append(pair_weights(squared_length, df=DF, n=u.shape[-1] - 1))
@@ -134,7 +135,7 @@ def split_jevb(
     both = jnp.concatenate([target.embedding for target in targets])
     metrics = {
         "posterior_scale": jnp.mean(views[0].posterior_scale),
-        "kl": jnp.mean(kl),
+        "kl": jnp.mean(divergences[-1]),
         "effective_rank": health.effective_rank(jax.lax.stop_gradient(both)),
         "mean_weight": jnp.mean(weight),
         "share_of_pairs": jnp.square(jnp.mean(weight)) / jnp.mean(jnp.square(weight)),
@@ -168,7 +169,7 @@ def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
             batch_size=setup.config["train"]["batch_size"],
             seed=seed,
         )
-        result = chunk(state, images, indices[None], jnp.asarray(1), setup.key)
+        result = chunk(state, images, jnp.asarray(indices)[None], jnp.asarray(1), setup.key)
         if not result.is_finite:
             raise FloatingPointError(f"{arm}, seed {seed}: step {step} is not finite")
         state = result.state

@@ -44,7 +44,8 @@ def test_every_setting_is_in_the_table():
         assert set(schema.FINETUNE) == set(checkpoints.changed_keys({}, tuned))
     schema.check_run(RUN)
     schema.check_data_section(experiment.to_json_values(transfer.get_config("digits")))
-    used = {key for p in ood.PROTOCOLS for one in ood.get_config(p).outside for key in one}
+    sections: list[Any] = [ood.get_config(protocol) for protocol in ood.PROTOCOLS]
+    used = {key for section in sections for one in section.outside for key in one}
     assert used <= set(schema.OUTSIDE_SET)
 
 
