@@ -12,6 +12,13 @@ def get_config() -> ConfigDict:
     config.method = "jevb"  # jevb | simsiam | vi_simsiam | byol | vicreg | barlow_twins
     config.seed = 0  # parameters, order of the data, augmentation and sampling all follow from it
 
+    # Weights to start from, optimizer and schedules anew; `train.extend` goes on instead.
+    config.init = ConfigDict(
+        {
+            "workdir": "",  # another run of train.py, or an export; "" = weights drawn by the seed
+            "step": -1,  # of that run's checkpoint; -1 = the latest
+        }
+    )
     config.data = ConfigDict(
         {
             "source": "arrays",  # digits | shapes | arrays | folder | tfds
@@ -129,6 +136,10 @@ def get_config() -> ConfigDict:
         {
             "batch_size": 512,  # images a step, global
             "num_epochs": 200,
+            # Allows a run in its directory to be made longer, by a larger num_epochs. From where it
+            # stands on, learning rate and target decay are those of a run of the new length at that
+            # step: after the end of the shorter run the rate jumps up (docs/faq.md).
+            "extend": False,
             "num_micro_batches": 1,  # gradient accumulation; BatchNorm sees micro-batches
             "bn_group_size": 0,  # examples that BatchNorm takes together; 0 = the global batch
             "ema_decay": 0.0,  # of the parameters; 0 = off. Evaluation uses the average

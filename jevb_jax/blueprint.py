@@ -26,7 +26,10 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "model": {"zero_init_residual": True, "head_input": "embedding"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
+    "train": {"extend": False},
 }
+# Likewise, of sections that came later.
+_SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}
 
 
 def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +42,8 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
       A new config: each missing setting has the value by which that run was trained.
     """
     added = {name: {**before, **config[name]} for name, before in _BEFORE.items() if name in config}
-    return {**config, **added}
+    sections = _SECTIONS_BEFORE if "train" in config else {}  # not a part of a config
+    return {**sections, **config, **added}
 
 
 def make_network(config: Mapping[str, Any]) -> JointEmbeddingModel:

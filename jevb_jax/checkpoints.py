@@ -7,7 +7,7 @@ is the position in the data), the resolved config with its hash, and a fingerpri
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +69,18 @@ def changed_keys(
     }
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of whole checkpoints, ascending, by the names of a directory alone.
+
+    Args:
+      directory: of a `Checkpointer`; may not exist.
+
+    Returns:
+      The steps.
+    """
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
 @jax.jit
 def _fingerprints(flat: dict[str, Array]) -> dict[str, Array]:
     def fingerprint(leaf: Array) -> Array:
@@ -127,7 +139,14 @@ class Checkpointer:
     by the metric given to `save`.
     """
 
-    def __init__(self, directory: str | Path, *, keep_latest: int = 2, keep_best: int = 0):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_latest: int = 2,
+        keep_best: int = 0,
+        keep_steps: Sequence[int] = (),
+    ):
         """Opens or makes the directory.
 
         Args:
@@ -135,6 +154,7 @@ class Checkpointer:
           keep_latest: number of most recent checkpoints kept, at least 1; 2 or more leave a
             predecessor to a damaged one.
           keep_best: number of best checkpoints kept beside them.
+          keep_steps: steps kept in any case, such as the end of a run before it was extended.
 
         Raises:
           ValueError: `keep_latest < 1` or `keep_best < 0`.
@@ -152,6 +172,8 @@ class Checkpointer:
                     get_metric_fn=lambda metrics: metrics["score"], n=keep_best, reverse=False
                 )
             )
+        if keep_steps:
+            policies.append(checkpoint_managers.CustomSteps(steps=keep_steps))
         self._keep_best = keep_best
         self._directory = files.to_path(directory)
         self._link = _link_without_patterns(self._directory)

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ def run(argv: list[str], work: Callable[[], object]) -> None:
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}", exitcode=USAGE_STATUS)
+    # A script needs no frames of a Ctrl-C, and the second one, of a run that saves, is to end it even
+    # while XLA compiles.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     try:
         parallel.start_processes(

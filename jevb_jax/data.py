@@ -20,14 +20,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from jevb_jax import pictures
+from jevb_jax import pictures, workers
 from jevb_jax.files import is_remote, to_path
 
 _logger = logging.getLogger(__name__)
@@ -1234,7 +1234,7 @@ def stream_batches(
     num_workers: int = 0,
     prefetch_batches: int = 4,
     rows: slice = slice(None),
-) -> Generator[np.ndarray, None, None]:
+) -> workers.ReadAhead[np.ndarray]:
     """Reads the batches of `num_steps` steps from `start_step` on ahead of their use, by Grain.
 
     The pipeline runs over step numbers, each mapped to `gather(source, batch_indices(step, ...))`:
@@ -1250,7 +1250,8 @@ def stream_batches(
         seed: of the order, see `batch_indices`.
         num_workers: worker processes; 0 reads in up to 16 threads of this process, which is enough
             where decoding dominates (Pillow lets go of the interpreter lock). The caller's main
-            module must be importable, as always with processes that are spawned.
+            module must be importable without doing its work, as always with processes that are
+            spawned: a script needs `if __name__ == "__main__":`.
         prefetch_batches: batches read ahead, by each worker or by this process, at least 1.
         rows: of every batch, those to read: a process's own share.
 
@@ -1260,6 +1261,7 @@ def stream_batches(
 
     Raises:
         ValueError: arguments out of range; while iterating, whatever reading an image raises.
+        WorkerError: while iterating, a worker process could not start or was killed.
     """
     steps_per_epoch(len(source), batch_size)
     if start_step < 0 or num_steps < 1:
@@ -1335,36 +1337,35 @@ def _in_memory(source: ImageSource) -> bool:
 
 def _read_ahead(
     read: Callable[[int], _T], start: int, stop: int, num_workers: int, prefetch_batches: int
-) -> Generator[_T, None, None]:
-    """Yields `read(start), ..., read(stop - 1)`, computed ahead by threads or by processes."""
+) -> workers.ReadAhead[_T]:
+    """Gives `read(start), ..., read(stop - 1)`, computed ahead by threads or by processes."""
     if num_workers < 0 or prefetch_batches < 1:
         raise ValueError(
             "expected num_workers >= 0 and prefetch_batches >= 1, "
             f"got {num_workers} and {prefetch_batches}"
         )
+    workers.check_not_starting()
     import grain
     from absl import flags
 
-    steps = grain.MapDataset.range(start, stop).map(read)
+    steps = grain.MapDataset.range(start, stop)
     if num_workers == 0:
         threads = min(prefetch_batches, 16)
-        pipeline = steps.to_iter_dataset(grain.ReadOptions(threads, prefetch_batches))
-    else:
-        if not flags.FLAGS.is_parsed():
-            # Grain's workers read absl flags, which only `app.run` parses: elsewhere, defaults.
-            flags.FLAGS.mark_as_parsed()
-        pipeline = steps.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=prefetch_batches)
+        pipeline = steps.map(read).to_iter_dataset(grain.ReadOptions(threads, prefetch_batches))
+        return workers.ReadAhead(iter(pipeline), num_workers)
+    if not flags.FLAGS.is_parsed():
+        # Grain's workers read absl flags, which only `app.run` parses: elsewhere, defaults.
+        flags.FLAGS.mark_as_parsed()
+    carried = workers.Carried(read)
+    pipeline = (
+        steps.map(carried)
+        .to_iter_dataset(grain.ReadOptions(1, 1))
+        .mp_prefetch(
+            grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=prefetch_batches),
+            worker_init_fn=workers.start_worker,
         )
-
-    def batches() -> Generator[_T, None, None]:
-        iterator = iter(pipeline)
-        try:
-            yield from iterator
-        finally:
-            iterator.close()
-
-    return batches()
+    )
+    return workers.ReadAhead(iter(pipeline), num_workers, carried)
 
 
 # --- Reading and checking ---

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Experiment:
       jevb_settings: of the objective, used or not.
       steps_per_epoch: whole batches in the training split.
       num_train_steps: steps of the run.
+      earlier: lengths that the run was to have before it was extended.
     """
 
     config: dict[str, Any]
@@ -41,6 +42,7 @@ class Experiment:
     jevb_settings: methods.JevbSettings
     steps_per_epoch: int
     num_train_steps: int
+    earlier: tuple[training.EarlierLength, ...] = ()
 
     @property
     def key(self) -> Array:
@@ -83,7 +85,30 @@ class Experiment:
                 training.target_decay_at,
                 target_decay=self.config["train"]["target_decay"],
                 num_steps=self.num_train_steps,
+                earlier=self.earlier,
             ),
+        )
+
+    def extended(self, earlier: Sequence[training.EarlierLength]) -> "Experiment":
+        """This experiment as the last part of a run that was shorter before.
+
+        Args:
+          earlier: lengths before this one, the first one first.
+
+        Returns:
+          The experiment with the schedules of every part.
+        """
+        if not earlier:
+            return self
+        schedule = _schedule(
+            self.config["optimizer"],
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=self.num_train_steps,
+            earlier=earlier,
+        )
+        optimizer = make_optimizer(self.config["optimizer"], schedule)
+        return dataclasses.replace(
+            self, schedule=schedule, optimizer=optimizer, earlier=tuple(earlier)
         )
 
 
@@ -111,6 +136,23 @@ def _check_neighbours(knn_k: list[int], *, num_train_images: int) -> None:
             f"evaluation.knn_k = {tuple(knn_k)} asks for more neighbours than the "
             f"{num_train_images:,} training images"
         )
+
+
+def _schedule(
+    settings: dict[str, Any],
+    *,
+    steps_per_epoch: int,
+    num_steps: int,
+    earlier: Sequence[training.EarlierLength] = (),
+) -> optax.Schedule:
+    """The learning rate of the section `optimizer`."""
+    return training.make_schedule(
+        learning_rate=settings["learning_rate"],
+        warmup_steps=round(settings["warmup_epochs"] * steps_per_epoch),
+        num_steps=num_steps,
+        final_learning_rate=settings["final_learning_rate"],
+        earlier=earlier,
+    )
 
 
 def make_optimizer(
@@ -182,12 +224,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     num_train_steps = round(train["num_epochs"] * steps_per_epoch)
     if num_train_steps < 1:
         raise ValueError(f"train.num_epochs = {train['num_epochs']} makes a run of no steps")
-    schedule = training.make_schedule(
-        learning_rate=optimizer["learning_rate"],
-        warmup_steps=round(optimizer["warmup_epochs"] * steps_per_epoch),
-        num_steps=num_train_steps,
-        final_learning_rate=optimizer["final_learning_rate"],
-    )
+    schedule = _schedule(optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_train_steps)
     jevb_settings = blueprint.jevb_settings(values, steps_per_epoch=steps_per_epoch)
     return Experiment(
         config=values,

@@ -30,6 +30,7 @@ import numpy as np
 from jax import Array
 
 from jevb_jax import archive, augmentations, blueprint, files, messages
+from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Model, load
 from jevb_jax.named_arrays import flatten_names
 from jevb_jax.networks import Posterior
@@ -96,7 +97,8 @@ def export_model(
       width: likewise.
 
     Raises:
-      ValueError: a size below one pixel, or a directory that holds a run.
+      ValueError: a size below one pixel, or a directory that holds a run or what was fine-tuned.
+      ArchiveError: a damaged export is in the way.
     """
     height = model.image_size if height is None else height
     width = model.image_size if width is None else width
@@ -105,6 +107,10 @@ def export_model(
     target = files.to_path(directory)
     if (target / "config.json").exists():
         raise ValueError(f"{target} holds a run: give another directory for the export")
+    if archive.is_archive(target) and "finetuned" in archive.read_manifest(target):
+        raise ValueError(
+            f"{target} holds a fine-tuned classifier: give another directory for the export"
+        )
     arrays = {
         name: np.asarray(leaf)
         for name, leaf in flatten_names(jax.device_get(model.variables)).items()
@@ -165,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(message, file=sys.stderr)
         return 1
-    print(f"{model} written to {arguments.out}")
+    console = standard_output()
+    with unbroken(console):
+        console.print(f"{model} written to {arguments.out}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -19,9 +19,10 @@ from jax.typing import ArrayLike
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, augmentations, data, files, messages, model, schema, training
+from jevb_jax import archive, augmentations, data, files, messages, model, schema, training, workers
 from jevb_jax.compilation import network_options
 from jevb_jax.experiment import make_optimizer
+from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Model
 from jevb_jax.named_arrays import flatten_names
 
@@ -115,7 +116,8 @@ def finetune(
       OSError: the directory cannot be written.
       DirectoryInUseError: another process works on it.
     """
-    console = console or Console()
+    workers.check_not_starting()
+    console = console or standard_output()
     path = files.to_path(workdir)
     config = schema.plain(config)
     schema.check_finetune(config)
@@ -133,7 +135,8 @@ def finetune(
         if part is not None and part.labels is None:
             raise ValueError(f"fine-tuning needs labels, and {part.name} has none")
     path.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the training
-    with files.lock_directory(path) as check_held:
+    # Who reads the lines may leave before the end; nothing is saved before it, so it goes on.
+    with files.lock_directory(path) as check_held, unbroken(console):
         _check_new(path)  # again: another process may have just ended there
         classifier, accuracies = _train(config, encoder, dataset, console)
         results = _results(config, dataset, classifier, accuracies)
@@ -153,10 +156,10 @@ def finetune(
                 RESULTS: files.indented_json(results).encode(),
             },
         )
-    for part in ("validation", "test"):
-        if f"{part}_accuracy" in results:
-            console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
-    messages.say(console, f"Files: {path}")
+        for part in ("validation", "test"):
+            if f"{part}_accuracy" in results:
+                console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
+        messages.say(console, f"Files: {path}")
     return results
 
 

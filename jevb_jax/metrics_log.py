@@ -1,9 +1,16 @@
-"""Where metrics go: JSON lines always, TensorBoard when installed, and a progress line for people."""
+"""Where metrics go: JSON lines always, TensorBoard when installed, and lines for people.
 
+People may stop reading: `| head` has enough, or Ctrl-C ends `| tee` before the run. `unbroken` keeps
+that from ending the work.
+"""
+
+import contextlib
 import importlib
 import importlib.util
+import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -153,6 +160,84 @@ class _TensorBoardEvents:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def standard_output(*, quiet: bool = False) -> Console:
+    """Standard output for people; says nothing where a process has none (`>&-`, a service)."""
+    return Console(quiet=quiet or sys.stdout is None)
+
+
+class _UnbrokenFile:
+    """A text file for writing; from the first failure on, what is written is dropped."""
+
+    def __init__(self, file: Any, on_closed: Callable[[Exception], None]):
+        self._file = file
+        self._on_closed = on_closed
+        self._is_closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._file.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._file.flush)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self._is_closed:
+            return
+        try:
+            action()
+        except UnicodeError:  # a ValueError too, but of the text
+            raise
+        except (OSError, ValueError) as error:  # a broken pipe, a full disk; a closed file
+            self._is_closed = True
+            _drop_what_waits(self._file)
+            self._on_closed(error)
+
+
+def _drop_what_waits(file: Any) -> None:
+    """Leads standard output nowhere, and standard error where it is the same file.
+
+    Python flushes both at its end, and would fail: exit status 120.
+    """
+    standard = (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)
+    if not any(file is one for one in standard) or file.closed:
+        return
+    with contextlib.suppress(OSError):  # no file of the system, as under a notebook
+        broken = os.fstat(file.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            with contextlib.suppress(OSError):  # closed
+                if os.path.samestat(os.fstat(number), broken):
+                    os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def unbroken(
+    console: Console, on_closed: Callable[[Exception], None] = lambda _: None
+) -> Iterator[None]:
+    """Keeps a console whose reader went away from ending the work: it falls silent.
+
+    Args:
+      console: of the work; its file is its own again afterwards.
+      on_closed: told once, with the error, when something could not be written: an OSError, or the
+        ValueError of a closed file.
+
+    Yields:
+      Nothing.
+    """
+    changed: Any = console  # takes None as its file: the standard output of the moment
+    file = changed.file
+    is_standard = file is (sys.stderr if console.stderr else sys.stdout)
+    changed.file = _UnbrokenFile(file, on_closed)
+    try:
+        yield
+    finally:
+        changed.file = None if is_standard else file
 
 
 class ProgressLine:

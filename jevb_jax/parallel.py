@@ -5,10 +5,12 @@ equal, consecutive parts as there are devices, in the order of processes. What c
 (BatchNorm, VICReg, Barlow Twins) is written for the global batch, and XLA adds the collectives.
 """
 
+import contextlib
 import glob
 import importlib.util
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,10 @@ DATA_AXIS = "data"
 
 class MainProcessError(RuntimeError):
     """Process 0 failed and says why."""
+
+
+class StoppedError(RuntimeError):
+    """A signal ended work of which nothing was written."""
 
 
 # --- Start-up -------------------------------------------------------------------------------------
@@ -261,27 +267,54 @@ def on_main(action: Callable[[], None]) -> None:
 class StopRequest:
     """Turns a signal into a flag that long work polls.
 
-    Of one process, SIGTERM and SIGINT; a second signal acts at once. Of several, SIGTERM to any one of
-    them, which JAX's preemption service tells the others, so that all stop at the same poll: each must
-    poll as often as the others do.
+    Of one process, SIGTERM, SIGINT and, where nobody chose to outlive a terminal (nohup), SIGHUP; a
+    second signal acts at once. Of several, SIGTERM to any one of them, which JAX's preemption service
+    tells the others, so that all stop at the same poll: each must poll as often as the others do.
+
+    Python lets none but the main thread handle signals. In another one nothing is handled, and
+    signals do what they did before.
 
     Attributes:
       signal_name: why to stop, or None.
+      is_heeding: whether signals are noticed, from entering on.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.is_heeding = False
         self._previous: dict[int, Any] = {}
         self._num_polls = 0
+        self._is_interrupting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.signal_name = signal.Signals(number).name
         self._restore()
+        self._raise_if_interrupting()
+
+    def _raise_if_interrupting(self) -> None:
+        if self._is_interrupting and self.signal_name is not None:
+            self._is_interrupting = False
+            raise StoppedError(f"{self.signal_name}: stopped before anything was written")
 
     def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def request(self, reason: str) -> bool:
+        """Asks to stop for another reason than a signal; the first reason counts.
+
+        Args:
+          reason: becomes `signal_name`.
+
+        Returns:
+          False where it cannot be asked: of several processes, which must stop together.
+        """
+        if jax.process_count() > 1:
+            return False
+        if self.signal_name is None:
+            self.signal_name = reason
+        return True
 
     def is_requested(self) -> bool:
         """Polls; once True, always True."""
@@ -291,11 +324,37 @@ class StopRequest:
                 self.signal_name = "SIGTERM to a process of the run"
         return self.signal_name is not None
 
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within, a signal does not wait for a poll: for waits, and for work that writes nothing.
+
+        Raises:
+          StoppedError: out of the body, a signal came or had come. Of several processes and in other
+            threads than the main one, never.
+        """
+        self._is_interrupting = self.is_heeding and jax.process_count() == 1
+        try:
+            self._raise_if_interrupting()
+            yield
+        finally:
+            self._is_interrupting = False
+
     def __enter__(self) -> "StopRequest":
-        # Of several processes, JAX's own handler of SIGTERM must stay.
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
-            self._previous[number] = signal.signal(number, self._handle)
+        if jax.process_count() > 1:  # JAX's own handler of SIGTERM must stay
+            self.is_heeding = True
+        elif threading.current_thread() is threading.main_thread():
+            self.is_heeding = True
+            for number in _stopping_signals():
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+def _stopping_signals() -> list[int]:
+    """Signals to handle; those that another language handles stay as they are."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    return [number for number in numbers if signal.getsignal(number) is not None]

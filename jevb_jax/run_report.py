@@ -210,6 +210,14 @@ def _map(experiment: Experiment, evaluation: Evaluation, score: str | None) -> h
     )
 
 
+def _extended_at(results: Mapping[str, Any]) -> str:
+    """Where a run that was to be shorter was extended, for its subtitle."""
+    if "earlier_lengths" not in results:
+        return ""
+    steps = ", ".join(f"{length['until_step']:,}" for length in results["earlier_lengths"])
+    return f", extended at step {steps}"
+
+
 def write_run_report(
     path: Path,
     *,
@@ -247,7 +255,7 @@ def write_run_report(
         path,
         html_report.RunReport(
             title=f"{config['method']} on {experiment.dataset.train.name}",
-            subtitle=f"step {results['step']:,}, {results['split']} split",
+            subtitle=f"step {results['step']:,}, {results['split']} split" + _extended_at(results),
             headline=_headline(results),
             alarms=alarms,
             results=_rows(results),

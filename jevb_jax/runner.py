@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jevb_jax import (
+    archive,
     augmentations,
     blueprint,
     data,
@@ -37,18 +38,20 @@ from jevb_jax import (
     run_report,
     schema,
     training,
+    workers,
 )
-from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys
+from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
 from jevb_jax.evaluation import protocol, readiness
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
-from jevb_jax.metrics_log import MetricsLog, ProgressLine
-from jevb_jax.named_arrays import flatten_names
+from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
+from jevb_jax.named_arrays import differences, flatten_names
 from jevb_jax.networks import (
     DirectionalPrediction,
     Posterior,
     ViewOutputs,
 )
 from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
+from jevb_jax.parallel import StoppedError
 
 _logger = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ CHANGEABLE_ON_RESUME = (
     "input.accept_changed_data",
     "input.num_workers",
     "input.prefetch_batches",
+    "train.extend",
     "train.health_every_steps",
     "train.health_pairs",
     "train.health_num_images",
@@ -75,10 +79,6 @@ class ChangedConfigError(ValueError):
     """The directory holds a run of another config."""
 
 
-class StoppedError(RuntimeError):
-    """A signal ended an evaluation; nothing of it was written."""
-
-
 # What a person can mend: shown as one message, without a traceback.
 USER_ERRORS = (
     NonFiniteError,
@@ -88,6 +88,7 @@ USER_ERRORS = (
     StoppedError,
     files.DirectoryInUseError,
     parallel.MainProcessError,
+    workers.WorkerError,
     TypeError,
     ValueError,
 )
@@ -130,30 +131,168 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _check_config(workdir: Path, config: dict[str, Any], check_data: Callable[[], None]) -> None:
-    """Writes the config of a new run; refuses one that changed, by name, then data that did."""
-    path = workdir / "config.json"
+def refused_changes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that a run in its directory may not change.
+
+    Args:
+      saved: the config of the run, completed.
+      config: the config asked for.
+
+    Returns:
+      `{dotted key: (saved, asked for)}`; a larger `train.num_epochs` is none of them where
+      `train.extend` allows it.
+    """
+    refused = {
+        key: values
+        for key, values in changed_keys(saved, config).items()
+        if not key.startswith(CHANGEABLE_ON_RESUME)
+    }
+    if _is_longer(refused) and config["train"]["extend"]:
+        del refused["train.num_epochs"]
+    return refused
+
+
+def _is_longer(changes: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether a run is to have more epochs than it has."""
+    if "train.num_epochs" not in changes:
+        return False
+    saved, asked = changes["train.num_epochs"]
+    return asked > saved
+
+
+def _check_config(workdir: Path, experiment: Experiment, check_data: Callable[[], None]) -> None:
+    """Writes the config of a new run; of an old one, refuses what changed, and makes it longer."""
+    path, config = workdir / "config.json", experiment.config
     if not path.exists():
         check_data()
         files.write_json_atomically(path, config)
         return
     saved = blueprint.completed_config(files.read_json(path))
-    changes = changed_keys(saved, config)
-    refused = {
-        key: values for key, values in changes.items() if not key.startswith(CHANGEABLE_ON_RESUME)
-    }
+    refused = refused_changes(saved, config)
     if refused:
         lines = [
             f"  {key}: the run has {old!r}, got {new!r}" for key, (old, new) in refused.items()
         ]
+        longer = ""
+        if _is_longer(refused):
+            longer = (
+                "\nTo train this run longer, set train.extend to True beside train.num_epochs "
+                "(--config.train.extend=True): from where it stands on, its learning rate is that of "
+                "a run of the new length."
+            )
         raise ChangedConfigError(
             f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
             "Give the same settings to resume it, or another --workdir to start anew. Only "
-            f"{', '.join(CHANGEABLE_ON_RESUME)} may change."
+            f"{', '.join(CHANGEABLE_ON_RESUME)} may change.{longer}"
         )
     check_data()
+    changes = changed_keys(saved, config)
+    if _is_longer(changes):
+        _extend(workdir, round(saved["train"]["num_epochs"] * experiment.steps_per_epoch))
     if changes:
         files.write_json_atomically(path, config)
+
+
+_EXTENSIONS = "extensions.json"
+
+
+def _extend(workdir: Path, num_steps: int) -> None:
+    """Records where a run that becomes longer stands, and keeps what was written of the shorter one.
+
+    Args:
+      workdir: of the run.
+      num_steps: of the shorter run.
+    """
+    stands = max(saved_steps(workdir / "checkpoints"), default=0)
+    earlier: list[training.EarlierLength] = []
+    start = 0
+    for length in (*read_extensions(workdir), training.EarlierLength(num_steps, stands)):
+        until = min(length.until_step, stands)
+        if until > start:  # a length that no saved step had is none
+            earlier.append(length._replace(until_step=until))
+            start = until
+    if not earlier:  # killed before its first save: it starts anew
+        return
+    for name in ("config", "environment"):
+        kept = workdir / f"{name}_until_step_{stands}.json"
+        if not kept.exists():
+            files.write_bytes_atomically(kept, (workdir / f"{name}.json").read_bytes())
+    rename_results(workdir, "", f"_step_{stands}")
+    if (workdir / "curves.png").exists():
+        (workdir / "curves.png").replace(workdir / f"curves_step_{stands}.png")
+    files.write_json_atomically(workdir / _EXTENSIONS, [length._asdict() for length in earlier])
+
+
+def read_extensions(workdir: Path) -> list[training.EarlierLength]:
+    """Lengths that a run was to have before it was extended, the first one first.
+
+    Args:
+      workdir: directory of the run, of `files.to_path`.
+
+    Returns:
+      The lengths; none of a run that was never extended.
+    """
+    path = workdir / _EXTENSIONS
+    if not path.exists():
+        return []
+    return [training.EarlierLength(**one) for one in files.read_json(path)]
+
+
+def _result_files(workdir: Path, suffix: str) -> list[Path]:
+    """Where the results of one evaluation are; JSON, which tells of the others, last."""
+    names = (f"results{suffix}.csv", f"report{suffix}.html", f"results{suffix}.json")
+    return [workdir / name for name in names]
+
+
+def rename_results(workdir: Path, suffix: str, new_suffix: str) -> None:
+    """Gives the results of one evaluation other names.
+
+    Args:
+      workdir: directory of the run, of `files.to_path`.
+      suffix: of the names now: "" is `results.json`.
+      new_suffix: of the new ones.
+    """
+    new = _result_files(workdir, new_suffix)
+    for path, new_path in zip(_result_files(workdir, suffix), new, strict=True):
+        if path.exists():
+            path.replace(new_path)
+
+
+def keep_other_results(workdir: Path, suffix: str, settings_sha256: str) -> None:
+    """Copies results that those of other settings are about to replace.
+
+    The copies have a part of their settings' hash in their names: `results_1a2b3c4d.json`.
+
+    Args:
+      workdir: directory of the run, of `files.to_path`.
+      suffix: of the names of the new results.
+      settings_sha256: of the new results' settings; older ones of the same are not kept.
+    """
+    path = workdir / f"results{suffix}.json"
+    if not path.exists():
+        return
+    found = files.read_json(path)
+    # Older versions wrote no hash: that of the numbers does as well.
+    older = found["settings_sha256"] if "settings_sha256" in found else files.json_sha256(found)
+    if older == settings_sha256:
+        return
+    copies = _result_files(workdir, f"{suffix}_{older[:8]}")
+    for path, copy in zip(_result_files(workdir, suffix), copies, strict=True):
+        if path.exists():
+            files.write_bytes_atomically(copy, path.read_bytes())
+
+
+def settings_sha256(config: dict[str, Any]) -> str:
+    """A hash of the settings that results depend on beside the trained encoder.
+
+    Args:
+      config: of the run, plain values.
+
+    Returns:
+      Hexadecimal digits.
+    """
+    sections = {name: config[name] for name in ("evaluation", "ood") if name in config}
+    return files.json_sha256(sections)
 
 
 def _steps_per_dispatch(config: dict[str, Any]) -> int:
@@ -163,7 +302,10 @@ def _steps_per_dispatch(config: dict[str, Any]) -> int:
 
 
 class _Batches:
-    """Images on the devices, and row numbers into them, for the steps of one dispatch."""
+    """Images on the devices, and row numbers into them, for the steps of one dispatch.
+
+    Nothing is read before the first `take`.
+    """
 
     def __init__(self, experiment: Experiment, start_step: int, mesh: Mesh):
         self._over_data = parallel.over_data(mesh, axis=1)
@@ -182,36 +324,43 @@ class _Batches:
         if placement not in ("auto", "resident", "stream"):
             raise ValueError(f"input.placement must be auto, resident or stream, got {placement!r}")
         fits = data.fits_resident(source, limit_bytes=settings["resident_limit_bytes"])
+        self._is_resident = placement == "resident" or (placement == "auto" and fits)
+        self._load = lambda: parallel.put(data.load_resident(source), parallel.replicated(mesh))
+        self._open = functools.partial(
+            data.stream_batches,
+            source,
+            start_step=start_step,
+            num_steps=experiment.num_train_steps - start_step,
+            batch_size=self._batch_size,
+            seed=config["seed"],
+            num_workers=settings["num_workers"],
+            prefetch_batches=settings["prefetch_batches"],
+            rows=parallel.local_rows(self._batch_size),
+        )
         self._resident: Array | None = None
-        if placement == "resident" or (placement == "auto" and fits):
-            self._resident = parallel.put(data.load_resident(source), parallel.replicated(mesh))
-        else:
-            self._stream: Iterator[np.ndarray] = iter(
-                data.stream_batches(
-                    source,
-                    start_step=start_step,
-                    num_steps=experiment.num_train_steps - start_step,
-                    batch_size=self._batch_size,
-                    seed=config["seed"],
-                    num_workers=settings["num_workers"],
-                    prefetch_batches=settings["prefetch_batches"],
-                    rows=parallel.local_rows(self._batch_size),
-                )
-            )
+        self._stream: workers.ReadAhead[np.ndarray] | None = None
 
     def take(self, step: int, num_steps: int) -> tuple[Array, Array | None]:
         """What `training.make_train_chunk` takes for the next steps.
 
         All images and `indices [steps_per_dispatch, batch]`, or the batches themselves and None.
         """
-        if self._resident is not None:
+        if self._is_resident:
+            resident = self._resident = self._load() if self._resident is None else self._resident
             indices = np.zeros((self._chunk_steps, self._batch_size), np.int32)
             for row in range(num_steps):
                 indices[row] = self._batch_indices(step + row)
-            return self._resident, parallel.put(indices, self._over_data)
+            return resident, parallel.put(indices, self._over_data)
+        if self._stream is None:
+            self._stream = self._open()
         batches = [next(self._stream) for _ in range(num_steps)]
         padding = [batches[-1]] * (self._chunk_steps - num_steps)
         return parallel.put_local_rows(np.stack(batches + padding), self._over_data), None
+
+    def close(self) -> None:
+        """Ends threads and workers that read ahead."""
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _health_check(experiment: Experiment) -> Any:
@@ -428,8 +577,10 @@ class _Run:
         mesh: Mesh,
         stop: parallel.StopRequest,
         check_held: Callable[[], None],
+        start: dict[str, Any] | None = None,
     ):
         self.experiment = experiment
+        self.start = start
         self.mesh = mesh
         self.check_held = check_held
         self.stop = stop
@@ -443,6 +594,7 @@ class _Run:
             workdir / "checkpoints",
             keep_latest=settings["keep_latest"],
             keep_best=settings["keep_best"],
+            keep_steps=[length.until_step for length in experiment.earlier],
         )
         self.rank: float | None = None
         self.alarms: dict[str, str] = {}  # raised at the last health check: messages by name
@@ -469,6 +621,9 @@ class _Run:
                     values, step=record["step"], embedding_dim=self.embedding_dim
                 )
                 self.alarms = {alarm.name: alarm.message for alarm in alarms}
+        if restored is None and self.start is not None:
+            state = parallel.put(_started_from(template, self.start), self.shardings(template))
+            self.save(state)  # whatever becomes of the other run, this one starts here
         return state
 
     def save(self, state: training.TrainState) -> None:
@@ -549,7 +704,10 @@ class _Run:
         is_finite = parallel.put(np.asarray(True), parallel.replicated(self.mesh))
         is_stopping = False
         meter = _SpeedMeter()
-        with ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress:
+        with (
+            contextlib.closing(batches),
+            ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress,
+        ):
 
             def settle(dispatch: _Dispatch) -> None:
                 values = self.record(dispatch, state)
@@ -561,7 +719,11 @@ class _Run:
                 count = min(_steps_per_dispatch(self.config), num_steps - step)
                 if health_every or save_every:
                     count = min(count, _next_boundary(step, health_every, save_every) - step)
-                images, indices = batches.take(step, count)
+                try:
+                    with self.stop.interrupting():
+                        images, indices = batches.take(step, count)
+                except StoppedError:
+                    break
                 # After a bad step, known so far to the device only, nothing more runs.
                 allowed = jnp.where(is_finite, np.int32(count), np.int32(0))
                 state, metrics, is_finite = chunk(state, images, indices, allowed, key)
@@ -583,12 +745,52 @@ class _Run:
                     self.save(state)
             if pending is not None:
                 settle(pending)
-        self.save(state)
-        self.checkpointer.wait()
+            # Before the workers are ended, which may take them a while.
+            self.save(state)
+            self.checkpointer.wait()
         if health_every and step == num_steps >= health.ALARM_WARMUP_STEPS:
             lines = [f"  {name}: {message}" for name, message in self.alarms.items()]
             self.say("\n".join([f"Health alarms at the end: {len(lines) or 'none'}", *lines]))
         return state
+
+
+def _start_variables(experiment: Experiment) -> dict[str, Any]:
+    """Parameters and statistics of the encoder that `init.workdir` names.
+
+    Raises:
+      ValueError: they are those of another network; every difference is named.
+    """
+    settings = experiment.config["init"]
+    loaded = model.load(settings["workdir"], None if settings["step"] < 0 else settings["step"])
+    shapes = jax.eval_shape(experiment.initial_state)
+    wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    problems = differences(
+        flatten_names(loaded.variables), flatten_names(wanted), where="init.workdir"
+    )
+    if problems:
+        raise ValueError(
+            f"init.workdir = {settings['workdir']} holds another network:\n"
+            + "\n".join(problems)
+            + "\nGive the method and the section model of that run, or leave init.workdir empty."
+        )
+    return loaded.variables
+
+
+def _started_from(state: training.TrainState, variables: dict[str, Any]) -> training.TrainState:
+    """A state before the first step with the weights of another run, averages likewise."""
+
+    def copied(tree: Any) -> Any:  # each its own memory: a step gives away what it is passed
+        return jax.tree.map(jnp.copy, tree)
+
+    params = variables["params"]
+    return state._replace(
+        params=copied(params),
+        batch_stats=copied(variables["batch_stats"]),
+        ema_params=None if state.ema_params is None else copied(params),
+        target_params=None
+        if state.target_params is None
+        else copied({name: params[name] for name in state.target_params}),
+    )
 
 
 def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = None) -> bool:
@@ -610,8 +812,13 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
       CheckpointError: no checkpoint of the run can be read.
       ValueError: settings that do not fit each other.
     """
+    workers.check_not_starting()
     console = console or _console()
     workdir = files.to_path(workdir)
+    if archive.is_archive(workdir):
+        raise ValueError(
+            f"{workdir} holds an export or a fine-tuned encoder: give another --workdir to the run"
+        )
     experiment = build_experiment(config)
     readiness.check(experiment)
     mesh = parallel.make_mesh()
@@ -620,6 +827,9 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
         experiment.config["train"]["num_micro_batches"],
         mesh,
     )
+    start = None
+    if experiment.config["init"]["workdir"] and not saved_steps(workdir / "checkpoints"):
+        start = _start_variables(experiment)
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
         check_held: Callable[[], None] = _check_nothing
         data_changes: list[str] = []
@@ -634,12 +844,29 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
             nonlocal check_held
             workdir.mkdir(parents=True, exist_ok=True)
             check_held = held.enter_context(files.lock_directory(workdir))
-            _check_config(workdir, experiment.config, check_data)
+            _check_config(workdir, experiment, check_data)
             files.write_json_atomically(workdir / "environment.json", environment())
 
+        def stop_unread(error: Exception) -> None:
+            if stop.signal_name is not None:  # the reader was stopped too
+                return
+            outcome = "It goes on; metrics.jsonl has every number."
+            if stop.request("closed output"):
+                outcome = "It saves its state and stops; the same command goes on from there."
+            _logger.warning(
+                "What this run prints cannot be written any more (%r). %s", error, outcome
+            )
+
+        held.enter_context(unbroken(console, stop_unread))
         parallel.on_main(prepare)
+        if not stop.is_heeding:
+            console.print(
+                "This is not the main thread: SIGTERM and Ctrl-C will not save the state of the run. "
+                "After them, the same command goes on from the last checkpoint."
+            )
+        extended = experiment.extended(read_extensions(workdir))
         return _train_and_evaluate(
-            experiment, workdir, console, mesh, stop, check_held, data_changes
+            extended, workdir, console, mesh, stop, check_held, data_changes, start
         )
 
 
@@ -649,7 +876,7 @@ def _check_nothing() -> None:
 
 def _console() -> Console:
     """Standard output, of one process."""
-    return Console(quiet=not parallel.is_main())
+    return standard_output(quiet=not parallel.is_main())
 
 
 def _train_and_evaluate(
@@ -660,11 +887,14 @@ def _train_and_evaluate(
     stop: parallel.StopRequest,
     check_held: Callable[[], None],
     data_changes: list[str],
+    start: dict[str, Any] | None,
 ) -> bool:
     """`train` in a directory that process 0 holds."""
-    run = _Run(experiment, workdir, console, mesh, stop, check_held)
+    run = _Run(experiment, workdir, console, mesh, stop, check_held, start)
     try:
         state = run.restore()
+        for length in experiment.earlier:
+            run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
         if int(state.step) == 0 and parallel.is_main():
             report.save_views_figure(
                 workdir / "views.png", experiment.dataset.train, experiment.view_augmentations
@@ -707,15 +937,23 @@ def _evaluate_and_report(
 
     def check_stop() -> None:
         if stop.is_requested():
-            raise StoppedError(f"{stop.signal_name}: the evaluation of {workdir} was stopped")
+            raise StoppedError
 
-    step = int(state.step)
-    results, evaluation = protocol.evaluate(
-        experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
-    )
-    results["step"] = step
+    try:
+        with stop.interrupting():
+            results, evaluation = protocol.evaluate(
+                experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
+            )
+    except StoppedError as error:
+        raise StoppedError(
+            f"{stop.signal_name}: the evaluation of {workdir} was stopped"
+        ) from error
+    results["step"] = int(state.step)
     if data_changes:
         results["data_changes"] = data_changes
+    if earlier := read_extensions(workdir):
+        results["earlier_lengths"] = [length._asdict() for length in earlier]
+    results["settings_sha256"] = settings_sha256(experiment.config)
     parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
     return results
 
@@ -729,6 +967,7 @@ def _write_results(
 ) -> None:
     step = results["step"]
     suffix = "" if step == experiment.num_train_steps else f"_step_{step}"
+    keep_other_results(workdir, suffix, results["settings_sha256"])
     files.write_text_atomically(workdir / f"results{suffix}.csv", protocol.results_csv(results))
     records = MetricsLog.read(workdir / "metrics.jsonl")
     embedding_dim = experiment.config["model"]["embedding_dim"]
@@ -747,6 +986,8 @@ def _write_results(
     )
     # The last of the files: who finds it finds the others.
     files.write_json_atomically(workdir / f"results{suffix}.json", results)
+    for copy in _result_files(workdir, f"{suffix}_{results['settings_sha256'][:8]}"):
+        copy.unlink(missing_ok=True)  # of the same settings, from before others took the name
     console.print(protocol.classification_table(results))
     if evaluation.ood is not None:
         console.print(protocol.detection_table(results))
@@ -757,6 +998,8 @@ def evaluate(
     config: ConfigDict, workdir: str | Path, *, step: int | None, console: Console | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run; writes `results.json`, `results.csv` and `report.html`.
+
+    Results of other settings that have these names are kept under others (`keep_other_results`).
 
     Args:
       config: the config of the run; only `evaluation`, `ood` and `input` may differ from what it was
@@ -773,6 +1016,7 @@ def evaluate(
       ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
       StoppedError: a signal ended it.
     """
+    workers.check_not_starting()
     console = console or _console()
     workdir = files.to_path(workdir)
     experiment = build_experiment(config)
@@ -797,11 +1041,11 @@ def evaluate(
             raise CheckpointError(f"{workdir} has checkpoints {checkpointer.steps()}, not {step}")
     finally:
         checkpointer.close()
-    with parallel.StopRequest() as stop:
+    with parallel.StopRequest() as stop, unbroken(console):
         results = _evaluate_and_report(
             experiment, workdir, state, console, mesh, stop, data_changes
         )
-    messages.say(console, f"Run files: {workdir}")
+        messages.say(console, f"Run files: {workdir}")
     return results
 
 
@@ -814,6 +1058,10 @@ def evaluate_on(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """k-NN and linear probes of a run's encoder on other data; writes `results_on_NAME.json`, `.csv`.
+
+    Where that name is taken by results of other data (files in two directories may have one name),
+    another step or other settings, a part of a hash of these is added to it. The same call again
+    replaces its own files.
 
     Args:
       config: of the run, for its section `evaluation`.
@@ -829,6 +1077,7 @@ def evaluate_on(
       CheckpointError: there is no such checkpoint, or it cannot be used.
       ValueError: data that cannot be loaded, have no labels or do not fit; more than one process.
     """
+    workers.check_not_starting()
     console = console or _console()
     if jax.process_count() > 1:
         raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
@@ -837,19 +1086,31 @@ def evaluate_on(
     evaluation = to_json_values(config)["evaluation"]
     loaded = model.load(workdir, step)
     dataset = data.load_dataset(**to_json_values(section))
-    results = protocol.evaluate_transfer(
-        evaluation, loaded.extractor, loaded.variables, dataset
-    ) | {
-        "step": loaded.step,
-        "data": to_json_values(section),
-    }
+    with parallel.StopRequest() as stop, stop.interrupting():
+        results = protocol.evaluate_transfer(
+            evaluation, loaded.extractor, loaded.variables, dataset
+        )
+    results |= {"step": loaded.step, "data": to_json_values(section), "evaluation": evaluation}
+    made_of = {name: results[name] for name in ("step", "data", "evaluation")}
+    results["settings_sha256"] = files.json_sha256(made_of)
     name = re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset.train.name).name).strip("_")
     stem = f"results_on_{name}" + ("" if step is None else f"_step_{step}")
+    if not _is_own(workdir / f"{stem}.json", results["settings_sha256"]):
+        stem += f"_{results['settings_sha256'][:8]}"
     files.write_text_atomically(workdir / f"{stem}.csv", protocol.results_csv(results))
     files.write_json_atomically(workdir / f"{stem}.json", results)
-    console.print(protocol.classification_table(results))
-    messages.say(console, f"{workdir / stem}.json")
+    with unbroken(console):
+        console.print(protocol.classification_table(results))
+        messages.say(console, f"{workdir / stem}.json")
     return results
+
+
+def _is_own(path: Path, settings_sha256: str) -> bool:
+    """Whether results of these settings may be written to a path: nothing there, or the same's."""
+    if not path.exists():
+        return True
+    found = files.read_json(path)
+    return "settings_sha256" in found and found["settings_sha256"] == settings_sha256
 
 
 def load_config(workdir: str | Path) -> ConfigDict:

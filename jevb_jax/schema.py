@@ -214,6 +214,10 @@ _OPTIMIZER = {
     "max_gradient_norm": number(0, note="0 = no clipping"),
 }
 _SECTIONS: dict[str, dict[str, Domain]] = {
+    "init": {
+        "workdir": text(note='"" = weights drawn by the seed'),
+        "step": integer(-1, note="-1 = the latest"),
+    },
     "data": _DATA,
     "input": {
         "placement": choice("auto", "resident", "stream"),
@@ -291,6 +295,7 @@ _SECTIONS: dict[str, dict[str, Domain]] = {
     "train": {
         "batch_size": integer(2, note="BatchNorm needs at least 2"),
         "num_epochs": number(0, low_open=True),
+        "extend": BOOLEAN,
         "num_micro_batches": integer(1),
         "bn_group_size": integer(0, note="0 = the global batch"),
         "ema_decay": number(0, 1, high_open=True, note="0 = off"),

@@ -39,7 +39,7 @@ from jevb_jax import files, messages, runner, schema
 from jevb_jax.blueprint import completed_config
 from jevb_jax.checkpoints import changed_keys, config_hash
 from jevb_jax.experiment import to_json_values
-from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.metrics_log import MetricsLog, standard_output, unbroken
 
 _BUSY_STATUS = 75  # of a child whose directory another process uses
 _COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito
@@ -499,6 +499,13 @@ class _Run(NamedTuple):
             return {}
         return changed_keys(completed_config(saved), to_json_values(self.config))
 
+    def refused_changes(self) -> dict[str, tuple[Any, Any]]:
+        """Those of them with which the run cannot go on."""
+        saved = _read_json(self.directory / "config.json")
+        if saved is None:
+            return {}
+        return runner.refused_changes(completed_config(saved), to_json_values(self.config))
+
     def read(self) -> RunData:
         """Everything that the directory holds."""
         results, failure, environment = (
@@ -543,9 +550,8 @@ def _select(runs: Sequence[_Run], *, retry_failed: bool) -> list[_Run]:
     changes = [run.changes() for run in runs]
     refused = [
         f"  {run.directory}, {key}: the run has {old!r}, got {new!r}"
-        for run, changed in zip(runs, changes, strict=True)
-        for key, (old, new) in changed.items()
-        if not key.startswith(runner.CHANGEABLE_ON_RESUME)
+        for run in runs
+        for key, (old, new) in run.refused_changes().items()
     ]
     if refused:
         raise runner.ChangedConfigError(
@@ -556,7 +562,9 @@ def _select(runs: Sequence[_Run], *, retry_failed: bool) -> list[_Run]:
     for run, changed in zip(runs, changes, strict=True):
         data = run.read()
         is_done = data.results is not None
-        if is_done and not any(key.startswith("evaluation.") for key in changed):
+        # Of other evaluations, or of a shorter run.
+        is_old = any(key.startswith(("evaluation.", "train.num_epochs")) for key in changed)
+        if is_done and not is_old:
             continue
         current = config_hash(to_json_values(run.config))
         known = not is_done and data.failure is not None and data.failure["config_hash"] == current
@@ -589,8 +597,15 @@ def _child_command(directory: Path) -> list[str]:
 def _start(run: _Run, cores: set[int] | None, environment: dict[str, str]) -> subprocess.Popen:
     """Starts a run; the child reads its config from the pipe and lives as long as that is open."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    for name in ("failure.json", "results.json"):  # results: of another evaluation
-        (run.directory / name).unlink(missing_ok=True)
+    (run.directory / "failure.json").unlink(missing_ok=True)
+    # Results of a shorter run or of another evaluation stay, under another name.
+    results = _read_json(run.directory / "results.json")
+    if results is not None and "train.num_epochs" in run.changes():
+        runner.rename_results(run.directory, "", f"_step_{results['step']}")
+    elif results is not None:
+        wanted = runner.settings_sha256(to_json_values(run.config))
+        runner.keep_other_results(run.directory, "", wanted)
+        (run.directory / "results.json").unlink()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((run.directory / "log.txt").open("a", encoding="utf-8"))
         if cores is not None and sys.platform == "linux":
@@ -673,13 +688,20 @@ def _execute(todo: Sequence[_Run], out: Path, *, num_processes: int, console: Co
     waiting = collections.deque(todo)
     active: dict[subprocess.Popen, tuple[_Run, set[int] | None, float]] = {}
     received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
 
     def stop(number: int, _: Any) -> None:
         received.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)  # a second signal acts at once
+        restore()  # a second signal acts at once
 
-    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    # Python lets no other thread handle signals: there they do what they did before.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, stop)
     try:
         while active or (waiting and not received):
             while waiting and free and not received:
@@ -705,8 +727,7 @@ def _execute(todo: Sequence[_Run], out: Path, *, num_processes: int, console: Co
         for process in active:
             process.kill()
             process.communicate()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()
     return received[0] if received else 0
 
 
@@ -861,22 +882,24 @@ def run_study(
       DirectoryInUseError: another process works on `out`.
       ValueError: more processes than cores.
     """
-    console = console or Console()
+    console = console or standard_output()
     out = _local_directory(out)
     out.mkdir(parents=True, exist_ok=True)
-    with files.lock_directory(out):
+    # Who reads the lines may leave before the study ends: the report has everything.
+    with files.lock_directory(out), unbroken(console):
         plan = _plan(study, out)
         todo = _select(plan, retry_failed=retry_failed)
         console.print(f"{len(plan)} runs, {len(plan) - len(todo)} done before, {len(todo)} to do.")
         number = _execute(todo, out, num_processes=num_processes, console=console)
         write_report(study, out, command=command)
-    messages.say(console, f"Report: {out / 'table.md'}")
-    if number:
-        messages.say(
-            console,
-            f"{signal.Signals(number).name}: stopped. The same command goes on from there:\n{command}",
-        )
-        return 128 + number
+        messages.say(console, f"Report: {out / 'table.md'}")
+        if number:
+            messages.say(
+                console,
+                f"{signal.Signals(number).name}: stopped. The same command goes on from there:\n"
+                f"{command}",
+            )
+            return 128 + number
     ends = [run.read() for run in plan]
     is_missing = (
         d.results is None and (d.failure is None or d.failure["error"] != "NonFiniteError")

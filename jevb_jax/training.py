@@ -49,8 +49,25 @@ class TrainState(NamedTuple):
         return {"params": params, "batch_stats": self.batch_stats}
 
 
+class EarlierLength(NamedTuple):
+    """A length that a run was to have before it was extended.
+
+    Attributes:
+      num_steps: of the run as it was then.
+      until_step: steps done in that way: schedules of later steps are those of the next length.
+    """
+
+    num_steps: int
+    until_step: int
+
+
 def make_schedule(
-    *, learning_rate: float, warmup_steps: int, num_steps: int, final_learning_rate: float
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    num_steps: int,
+    final_learning_rate: float,
+    earlier: Sequence[EarlierLength] = (),
 ) -> optax.Schedule:
     """Linear warm-up from zero, then a cosine; a function of the step alone.
 
@@ -59,6 +76,9 @@ def make_schedule(
       warmup_steps: steps of the warm-up, less than `num_steps`.
       num_steps: steps of the run.
       final_learning_rate: value at the end.
+      earlier: lengths before the run was extended, the first one first. From the step of an extension
+        on the rate is that of a run of the new length from its start: where the shorter cosine had
+        come down, it jumps up.
 
     Returns:
       step -> learning rate.
@@ -71,16 +91,43 @@ def make_schedule(
             f"the warm-up of {warmup_steps} steps must be shorter than the run of {num_steps} "
             "steps: lower optimizer.warmup_epochs or raise train.num_epochs"
         )
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup_steps else learning_rate,
-        learning_rate,
-        warmup_steps,
-        num_steps,
-        final_learning_rate,
-    )
+
+    def of_length(num_steps: int) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if warmup_steps else learning_rate,
+            learning_rate,
+            warmup_steps,
+            num_steps,
+            final_learning_rate,
+        )
+
+    if not earlier:
+        return of_length(num_steps)
+    rates = [*(of_length(one.num_steps) for one in earlier), of_length(num_steps)]
+
+    def schedule(step: ArrayLike) -> Array:
+        return _by_length(step, [rate(step) for rate in rates], earlier)
+
+    return schedule
 
 
-def target_decay_at(step: ArrayLike, *, target_decay: float, num_steps: int) -> Array:
+def _by_length(
+    step: ArrayLike, values: Sequence[ArrayLike], earlier: Sequence[EarlierLength]
+) -> Array:
+    """The value of the length that holds at a step: one for each earlier length, and the last."""
+    chosen = jnp.asarray(values[-1])
+    for value, length in zip(values[-2::-1], earlier[::-1], strict=True):
+        chosen = jnp.where(jnp.asarray(step) < length.until_step, value, chosen)
+    return chosen
+
+
+def target_decay_at(
+    step: ArrayLike,
+    *,
+    target_decay: float,
+    num_steps: int,
+    earlier: Sequence[EarlierLength] = (),
+) -> Array:
     """Decay of the target network's average at a step (docs eq. 18; Grill et al. 2020, section 3.2).
 
     `1 - (1 - target_decay) (cos(pi step / num_steps) + 1) / 2`: from `target_decay` to one. A function
@@ -90,11 +137,15 @@ def target_decay_at(step: ArrayLike, *, target_decay: float, num_steps: int) -> 
       step: steps done.
       target_decay: at the start.
       num_steps: steps of the run.
+      earlier: as of `make_schedule`: where the shorter run had come to one, the decay falls back.
 
     Returns:
       `[]`.
     """
-    share = jnp.asarray(step, jnp.float32) / num_steps
+    length: ArrayLike = num_steps
+    if earlier:
+        length = _by_length(step, [*(one.num_steps for one in earlier), num_steps], earlier)
+    share = jnp.asarray(step, jnp.float32) / jnp.asarray(length, jnp.float32)
     return 1 - (1 - target_decay) * (jnp.cos(jnp.pi * share) + 1) / 2
 
 

@@ -14,6 +14,7 @@ from jevb_jax.checkpoints import (
     changed_keys,
     config_hash,
     fingerprint,
+    saved_steps,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,3 +153,12 @@ print(again.steps())
     assert "could not be saved" in first, ended.stderr
     assert "those of steps [1] in" in first
     assert rest == ["[1] True", "[1, 2]"]
+
+
+def test_steps_that_are_kept_in_any_case(tmp_path):
+    assert saved_steps(tmp_path / "checkpoints") == []
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep_latest=1, keep_steps=(2, 7))
+    for step in (1, 2, 3, 4):
+        checkpointer.save(step, state(step), config=CONFIG)
+    checkpointer.close()
+    assert saved_steps(tmp_path / "checkpoints") == [2, 4]

@@ -1,5 +1,7 @@
+import errno
 import importlib
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from jevb_jax import metrics_log
-from jevb_jax.metrics_log import MetricsLog, ProgressLine
+from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 
 event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,3 +129,81 @@ def test_bar_on_a_terminal():
         line.update(10, "loss 0.25")
     assert "10/10" in out.getvalue()
     assert "loss 0.25" in out.getvalue()
+
+
+class Broken(io.StringIO):
+    """Takes one text; after that, its reader is gone."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        if self.getvalue():
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError(errno.EIO, "the terminal is gone"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("I/O operation on closed file"),
+    ],
+)
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_reader_that_leaves_ends_nothing_and_is_told_once(monkeypatch, error, is_terminal):
+    monkeypatch.setattr(metrics_log, "_PLAIN_LINE_SECONDS", 0.0)
+    file, told = Broken(error), []
+    console = Console(file=file, width=80, force_terminal=is_terminal)
+    with (
+        unbroken(console, told.append),
+        ProgressLine(console, total_steps=9, initial_step=0) as line,
+    ):
+        for step in range(1, 10):
+            line.update(step, "loss")
+        console.print("more")
+    assert told == [error]
+    assert len(file.getvalue().splitlines()) <= 2
+    assert console.file is file
+
+
+def test_a_text_that_cannot_be_encoded_is_an_error_still():
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80)
+    with unbroken(console), pytest.raises(UnicodeEncodeError):
+        console.print("\N{INFINITY}")
+
+
+def test_a_console_of_standard_output_stays_one(monkeypatch):
+    console = standard_output()
+    with unbroken(console):
+        pass
+    other = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", other)
+    console.print("where it is now")
+    assert other.getvalue() == "where it is now\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    standard_output().print("nowhere")
+
+
+@pytest.mark.slow
+def test_standard_output_whose_reader_is_gone_ends_with_the_status_of_the_work():
+    code = """
+import sys
+from jevb_jax.metrics_log import standard_output, unbroken
+console = standard_output()
+with unbroken(console):
+    for number in range(1000):
+        console.print("line", number)
+print("to standard error, the same pipe", file=sys.stderr)
+sys.exit(7)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=writer
+    ) as process:
+        os.close(writer)
+        assert process.wait(120) == 7

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,74 @@ def without_kinks(monkeypatch):
 
     monkeypatch.setattr(normalization, "batch_norm", smooth)  # it has a ReLU of its own
     monkeypatch.setattr(networks.nn, "relu", networks.nn.softplus)
+
+
+def wait_for_a_signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+
+
+def test_a_signal_is_a_flag_and_ends_waits_and_a_second_one_acts_at_once():
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        mine = handlers()
+        with parallel.StopRequest() as stop:
+            assert stop.is_heeding
+            with stop.interrupting():
+                pass
+            with pytest.raises(parallel.StoppedError, match="SIGTERM"), stop.interrupting():
+                wait_for_a_signal()
+            assert stop.is_requested()
+            with pytest.raises(parallel.StoppedError), stop.interrupting():
+                raise AssertionError("a wait that begins after the signal does not begin")
+            assert handlers() == mine
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert told == [signal.SIGTERM]
+        with parallel.StopRequest() as stop:  # outside a wait, nothing is raised
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stop.signal_name, told) == ("SIGTERM", [signal.SIGTERM])
+            assert stop.request("later")
+            assert stop.signal_name == "SIGTERM"
+        assert handlers() == mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_stops_unless_the_process_is_to_outlive_it(handler):
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with parallel.StopRequest() as stop:
+            if handler == signal.SIG_DFL:
+                os.kill(os.getpid(), signal.SIGHUP)
+            else:
+                assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert stop.signal_name == ("SIGHUP" if handler == signal.SIG_DFL else None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_handles_no_signals_and_changes_none():
+    found: list[Any] = []
+    before = handlers()
+
+    def work() -> None:
+        with parallel.StopRequest() as stop:
+            with stop.interrupting():
+                found.append((stop.is_heeding, stop.is_requested(), handlers()))
+            stop.request("closed output")
+            with stop.interrupting():
+                found.append(stop.is_requested())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, False, before), True]
 
 
 class Stepper:

@@ -4,9 +4,11 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -17,10 +19,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import smoke
-from jevb_jax import health, parallel, runner
+from configs import smoke, transfer
+from jevb_jax import data, health, parallel, runner, training
 from jevb_jax.checkpoints import Checkpointer
-from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog
 from tests.conftest import AS_USERS_RUN_IT
 
@@ -407,3 +409,310 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
         values[i] == 1 and not values[i - 1] for values in flags.values() for i in range(1, 5)
     )
     assert rises == len(history)
+
+
+# --- Running, stopping, going on ---
+
+
+def short_config(**changes: Any) -> Any:
+    """Two epochs of 10 steps; the learning rate does not depend on the length of the run."""
+    config: Any = smoke.get_config()
+    config.update_from_flattened_dict(
+        {
+            **{one.split("=")[0]: 0.0 for one in WITHOUT_COLOUR},
+            "optimizer.warmup_epochs": 0.0,
+            "optimizer.final_learning_rate": config.optimizer.learning_rate,
+            "train.num_epochs": 2,
+            "train.health_every_steps": 15,
+            "checkpoint.every_steps": 0,
+            "evaluation.labels_per_class": 0,
+            "evaluation.l2_grid": (1e-3,),
+            "ood.corruptions": (),
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+    )
+    return config
+
+
+def text_console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console: Console) -> str:
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def as_experiment(config: Any) -> Any:
+    """What the check of a directory reads of an experiment."""
+    return types.SimpleNamespace(config=to_json_values(config), steps_per_epoch=10)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_run_may_train_in_any_thread_and_says_what_that_means(tmp_path, monkeypatch, is_main):
+    monkeypatch.setattr(runner, "_train_and_evaluate", lambda *_: True)
+    console, found = text_console(), []
+
+    def work() -> None:
+        found.append(runner.train(short_config(), tmp_path, console=console))
+
+    if is_main:
+        work()
+    else:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [True]
+    assert ("This is not the main thread" in said(console)) == (not is_main)
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_batch_is_waited_for_saves_and_ends(tmp_path, monkeypatch):
+    def take(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(300)  # a worker that does not answer
+
+    monkeypatch.setattr(runner._Batches, "take", take)
+    console = text_console()
+    config = short_config(train__health_every_steps=0)
+    assert not runner.train(config, tmp_path, console=console)
+    assert "SIGTERM: saved step 0 of 20" in said(console)
+    assert (tmp_path / "checkpoints" / "0").is_dir()
+
+
+def test_output_that_nobody_reads_any_more_asks_a_run_to_stop(tmp_path, monkeypatch, caplog):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def train(_: Any, __: Any, console: Console, ___: Any, stop: Any, *____: Any) -> bool:
+        assert not stop.is_requested()
+        console.print("step 1")
+        console.print("step 2")
+        return not stop.is_requested()
+
+    monkeypatch.setattr(runner, "_train_and_evaluate", train)
+    assert not runner.train(short_config(), tmp_path, console=Console(file=Gone()))
+    assert caplog.text.count("It saves its state and stops") == 1
+
+
+def results_of(directory: Path, suffix: str, sha256: str | None) -> None:
+    for name in (f"results{suffix}.csv", f"report{suffix}.html"):
+        (directory / name).write_text(f"{name} of {sha256}")
+    found = {"step": 16, "trained": [], "made by": sha256}
+    if sha256 is not None:
+        found["settings_sha256"] = sha256
+    (directory / f"results{suffix}.json").write_text(json.dumps(found))
+
+
+def names_of(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_results_of_other_settings_are_kept_and_those_of_the_same_are_not(tmp_path):
+    runner.keep_other_results(tmp_path, "", "a" * 64)  # nothing there
+    results_of(tmp_path, "", "a" * 64)
+    before = names_of(tmp_path)
+    runner.keep_other_results(tmp_path, "", "a" * 64)
+    assert names_of(tmp_path) == before == ["report.html", "results.csv", "results.json"]
+    runner.keep_other_results(tmp_path, "", "b" * 64)
+    kept = {f"{name.split('.')[0]}_aaaaaaaa.{name.split('.')[1]}" for name in before}
+    assert set(names_of(tmp_path)) == {*before, *kept}
+    for name in before:
+        stem, kind = name.split(".")
+        copy = (tmp_path / f"{stem}_aaaaaaaa.{kind}").read_text()
+        assert copy == (tmp_path / name).read_text()
+    # Of a version that wrote no hash, and of a step.
+    results_of(tmp_path, "_step_8", None)
+    runner.keep_other_results(tmp_path, "_step_8", "b" * 64)
+    (copy,) = tmp_path.glob("results_step_8_*.json")
+    assert copy.read_text() == (tmp_path / "results_step_8.json").read_text()
+
+
+def started_run(directory: Path, config: Any, *steps: int) -> None:
+    """A directory as a run of a config leaves it that has saved some steps."""
+    directory.mkdir(exist_ok=True)
+    for name in ("config", "environment"):
+        text = json.dumps(to_json_values(config) if name == "config" else {"command": []})
+        (directory / f"{name}.json").write_text(text)
+    for step in steps:
+        (directory / "checkpoints" / str(step)).mkdir(parents=True)
+
+
+def test_a_longer_run_is_refused_with_the_setting_that_allows_it(tmp_path):
+    experiment = as_experiment(short_config(train__num_epochs=4))
+    started_run(tmp_path, short_config(), 20)
+    before = names_of(tmp_path)
+    with pytest.raises(runner.ChangedConfigError) as caught:
+        runner._check_config(tmp_path, experiment)
+    assert "train.num_epochs: the run has 2, got 4" in str(caught.value)
+    assert "--config.train.extend=True" in str(caught.value)
+    for refused in (
+        {"train__num_epochs": 1, "train__extend": True},
+        {"train__num_epochs": 4, "train__extend": True, "seed": 1},
+    ):
+        changed = as_experiment(short_config(**refused))
+        with pytest.raises(runner.ChangedConfigError) as caught:
+            runner._check_config(tmp_path, changed)
+        assert "--config.train.extend=True" not in str(caught.value)
+    assert names_of(tmp_path) == before
+    runner._check_config(tmp_path, as_experiment(short_config(train__extend=True)))
+    assert "extensions.json" not in names_of(tmp_path)  # no longer than it was
+
+
+def test_extensions_are_recorded_and_what_was_before_them_is_kept(tmp_path):
+    def extend(num_epochs: int) -> list[tuple[int, int]]:
+        config = short_config(train__num_epochs=num_epochs, train__extend=True)
+        runner._check_config(tmp_path, as_experiment(config))
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["train"]["num_epochs"] == num_epochs
+        return [(one.num_steps, one.until_step) for one in runner.read_extensions(tmp_path)]
+
+    started_run(tmp_path, short_config())
+    assert extend(3) == []  # killed before its first save: nothing of it counts
+    started_run(tmp_path, short_config(), 8, 20)  # finished
+    results_of(tmp_path, "", "a" * 64)
+    (tmp_path / "curves.png").write_bytes(b"curves")
+    assert extend(4) == [(20, 20)]
+    assert not (tmp_path / "results.json").exists()  # the longer run is not finished
+    assert json.loads((tmp_path / "results_step_20.json").read_text())["made by"] == "a" * 64
+    kept = json.loads((tmp_path / "config_until_step_20.json").read_text())
+    assert kept["train"]["num_epochs"] == 2
+    expected = {"report_step_20.html", "curves_step_20.png", "environment_until_step_20.json"}
+    assert expected <= set(names_of(tmp_path))
+    assert extend(5) == [(20, 20)]  # stopped before a save of its own
+    (tmp_path / "checkpoints" / "30").mkdir()
+    assert extend(6) == [(20, 20), (50, 30)]  # stopped on the way
+    # Its later checkpoints are lost: what is done again follows the schedules that held there.
+    for step in ("20", "30"):
+        (tmp_path / "checkpoints" / step).rmdir()
+    assert extend(7) == [(20, 8)]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """Two epochs, trained and evaluated in a thread, as a server would."""
+    directory = tmp_path_factory.mktemp("short") / "run"
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(runner.train(short_config(), directory, console=text_console()))
+    )
+    thread.start()
+    thread.join()
+    assert found == [True]
+    return directory
+
+
+def copy_of(run: Path, directory: Path) -> Path:
+    shutil.copytree(run, directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_extended_run_is_the_longer_one_bit_for_bit(finished_run, tmp_path, monkeypatch):
+    """Where the rate does not depend on the length, nothing tells the two apart."""
+    whole = tmp_path / "whole"
+    assert runner.train(short_config(train__num_epochs=4), whole, console=text_console())
+    extended, console = copy_of(finished_run, tmp_path / "extended"), text_console()
+    longer = short_config(train__num_epochs=4, train__extend=True)
+    # Stopped once on the way, and gone on by the same command.
+    record_health = runner._Run.record_health
+
+    def stop_at_30(run: Any, state: training.TrainState) -> None:
+        record_health(run, state)
+        if int(state.step) == 30:
+            run.stop.request("the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._Run, "record_health", stop_at_30)
+        assert not runner.train(longer, extended, console=console)
+    assert "A run of 20 steps until step 20, extended." in said(console)
+    assert "the test: saved step 30 of 40" in said(console)
+    assert runner.train(longer, extended, console=console)
+    assert final_fingerprint(extended) == final_fingerprint(whole)
+    losses = [
+        [
+            (r["step"], r["train/loss"])
+            for r in MetricsLog.read(path / "metrics.jsonl")
+            if "train/loss" in r
+        ]
+        for path in (extended, whole)
+    ]
+    assert losses[0] == losses[1]
+    results = [json.loads((path / "results.json").read_text()) for path in (extended, whole)]
+    assert results[0]["trained"] == results[1]["trained"]
+    assert results[0]["earlier_lengths"] == [{"num_steps": 20, "until_step": 20}]
+    short = json.loads((finished_run / "results.json").read_text())
+    assert json.loads((extended / "results_step_20.json").read_text()) == short
+    checkpointer = Checkpointer(extended / "checkpoints")
+    assert 20 in checkpointer.steps()
+    checkpointer.close()
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
+    config = short_config(train__num_epochs=1, seed=5, init__workdir=str(finished_run))
+    workdir = tmp_path / "run"
+    assert runner.train(config, workdir, console=text_console())
+    start, end = Checkpointer(workdir / "checkpoints"), Checkpointer(finished_run / "checkpoints")
+    saved, given = start.read_meta(0)["fingerprint"], end.read_meta(20)["fingerprint"]
+    start.close()
+    end.close()
+    names = [name for name in given if name.startswith(("params", "batch_stats"))]
+    assert len(names) > 10
+    assert all(saved[name] == given[name] for name in names)
+    assert saved["step"] != given["step"]
+    other = short_config(init__workdir=str(finished_run), model__embedding_dim=8)
+    with pytest.raises(ValueError, match=r"init\.workdir = .* holds another network:\n"):
+        runner.train(other, tmp_path / "other", console=text_console())
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_transfer_results_of_files_of_one_name_stand_side_by_side(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "run")
+    generator = np.random.default_rng(0)
+    config = runner.load_config(run)
+
+    def evaluate(name: str, num_train_examples: int = 0) -> None:
+        section: Any = transfer.get_config()
+        section.train_paths = (str(tmp_path / name / "train.npz"),)
+        section.test_paths = (str(tmp_path / name / "test.npz"),)
+        section.num_train_examples = num_train_examples
+        runner.evaluate_on(config, section, run, step=None, console=text_console())
+
+    def found() -> dict[str, str]:
+        return {path.name: path.read_text() for path in run.glob("results_on_*.json")}
+
+    for name in ("flowers", "birds"):
+        (tmp_path / name).mkdir()
+        for part in ("train", "test"):
+            images = generator.integers(0, 256, (60, 16, 16, 3)).astype(np.uint8)
+            np.savez(tmp_path / name / f"{part}.npz", images=images, labels=np.arange(60) % 5)
+    evaluate("flowers")
+    (first,) = found()
+    evaluate("birds")
+    evaluate("birds", num_train_examples=50)
+    both = found()
+    assert len(both) == 3
+    assert len(list(run.glob("results_on_*.csv"))) == 3
+    assert "flowers" in both[first]
+    evaluate("flowers")
+    evaluate("birds")
+    assert found() == both
+
+
+def test_a_run_is_not_trained_where_an_export_lies(tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an export"):
+        runner.train(short_config(), tmp_path)
+    assert names_of(tmp_path) == ["model.json"]
+
+
+def test_batches_are_those_of_a_longer_run_from_any_step():
+    """Order does not depend on how many steps a run has."""
+    source = data.ArraySource(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1))
+    whole = data.stream_batches(source, start_step=0, num_steps=12, batch_size=8, seed=3)
+    first = data.stream_batches(source, start_step=0, num_steps=7, batch_size=8, seed=3)
+    rest = data.stream_batches(source, start_step=7, num_steps=5, batch_size=8, seed=3)
+    np.testing.assert_array_equal([*first, *rest], [*whole])

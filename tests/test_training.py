@@ -483,3 +483,34 @@ def test_batchnorm_normalises_each_view_by_itself():
     together, _ = training.apply_views(model(), state.params, state.batch_stats, views, train=True)
     alone, _ = training.apply_views(model(), state.params, state.batch_stats, views[1:], train=True)
     np.testing.assert_allclose(together[1].embedding, alone[0].embedding, rtol=1e-6, atol=1e-6)
+
+
+EARLIER = (training.EarlierLength(100, 60), training.EarlierLength(150, 150))
+
+
+def length_at(step: int) -> int:
+    """Stopped at 60 of 100 steps and extended to 150, finished, and extended to 400."""
+    return 100 if step < 60 else 150 if step < 150 else 400
+
+
+@pytest.mark.parametrize("earlier", [(), EARLIER])
+def test_schedules_of_an_extended_run_are_those_of_each_length_at_its_steps(earlier):
+    schedule = training.make_schedule(
+        learning_rate=0.3,
+        warmup_steps=20,
+        num_steps=400,
+        final_learning_rate=0.02,
+        earlier=earlier,
+    )
+    steps = range(401)
+    rates = np.asarray(schedule(jnp.arange(401)))
+    decays = np.asarray(
+        training.target_decay_at(jnp.arange(401), target_decay=0.96, num_steps=400, earlier=earlier)
+    )
+    for step in steps:
+        length = length_at(step) if earlier else 400
+        share = (step - 20) / (length - 20)
+        rate = 0.3 * step / 20 if step < 20 else 0.02 + 0.14 * (1 + np.cos(np.pi * share))
+        assert rates[step] == pytest.approx(rate, abs=1e-7)
+        decay = 1 - 0.04 * (np.cos(np.pi * step / length) + 1) / 2
+        assert decays[step] == pytest.approx(decay, abs=1e-7)
