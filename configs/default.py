@@ -101,7 +101,8 @@ def get_config() -> ConfigDict:
             "radial_df": 5.0,
             "scale_units": "sphere",  # sphere | unit
             "prior_scale": 2.0,  # the likelihood's width against the prior's noise; docs/study.md
-            "coordinates": "chordal",  # chordal | stereographic
+            # chordal | stereographic (mass one; unbounded at the antipode where df < embedding_dim - 1)
+            "coordinates": "chordal",
             "space": "log",  # log | linear
             "tails": "joint",  # joint | feature: one Student-t of the direction, or one a feature
             "normalized": False,  # divides the directional density by its mass on the sphere

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, sphere
+from jevb_jax import distributions, domain, sphere
 
 # Accelerators multiply float32 matrices in TensorFloat-32 or bfloat16 unless told otherwise.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -118,8 +118,11 @@ class BarlowTwinsTerms(NamedTuple):
         return self.invariance + self.redundancy_weight * self.redundancy
 
 
-def _matrices(minimum_batch: int = 1, **values: ArrayLike) -> list[Array]:
-    """The arguments as arrays `[batch, D]` of one shape, float32 or wider."""
+def _matrices(minimum_batch: int = 0, **values: ArrayLike) -> list[Array]:
+    """The arguments as arrays `[batch, D]` of one shape, float32 or wider.
+
+    Losses for each example take a batch of none, and give none.
+    """
     arrays = sphere.at_least_float32(*values.values())
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) > 1 or arrays[0].ndim != 2 or arrays[0].shape[0] < minimum_batch:
@@ -213,12 +216,15 @@ def vi_simsiam_loss(
       `VISimSiamTerms`, nats.
 
     Raises:
-      ValueError: shapes that differ, or `D < 2`.
+      ValueError: shapes that differ, `D < 2`, or a known concentration that is negative or not finite.
+        Traced ones have the value NaN.
     """
     m_1, m_2, t_1, t_2 = _matrices(
         direction_1=direction_1, direction_2=direction_2, target_1=target_1, target_2=target_2
     )
     k_1, k_2 = sphere.at_least_float32(concentration_1, concentration_2)
+    k_1 = domain.concentration("concentration_1", concentration_1, k_1)
+    k_2 = domain.concentration("concentration_2", concentration_2, k_2)
     if not k_1.shape == k_2.shape == m_1.shape[:1]:
         raise ValueError(
             f"concentration_1 and concentration_2 must be [batch] = {m_1.shape[:1]}, got {k_1.shape} "
@@ -263,9 +269,15 @@ def vicreg_loss(
       `VICRegTerms`.
 
     Raises:
-      ValueError: shapes that differ or are not `[batch, D]`; a batch of one.
+      ValueError: shapes that differ or are not `[batch, D]`; a batch of one or none; a known weight,
+        `epsilon` or `target_std` that is negative or not finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
+    domain.weight("invariance_weight", invariance_weight)
+    domain.weight("variance_weight", variance_weight)
+    domain.weight("covariance_weight", covariance_weight)
+    domain.weight("target_std", target_std)
+    domain.weight("epsilon", epsilon)
     batch, dim = views[0].shape
     variance, covariance = [], []
     for view in views:
@@ -305,9 +317,12 @@ def barlow_twins_loss(
       `BarlowTwinsTerms`.
 
     Raises:
-      ValueError: shapes that differ or are not `[batch, D]`; a batch of one.
+      ValueError: shapes that differ or are not `[batch, D]`; a batch of one or none; a known weight or
+        `epsilon` that is negative or not finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
+    domain.weight("redundancy_weight", redundancy_weight)
+    domain.weight("epsilon", epsilon)
     normalized = []
     for view in views:
         centered = view - jnp.mean(view, axis=0, keepdims=True)

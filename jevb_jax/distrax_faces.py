@@ -1,19 +1,149 @@
 """The densities as `distrax.Distribution`s, so that they compose with distrax and TFP.
 
-Only these classes need distrax; the pure functions do not.
+Only these classes need distrax; the pure functions do not. Each holds arrays and no shapes, so that it
+passes through `jit` and `vmap` either way, and can be indexed along its batch.
 """
+
+import math
+from typing import Any
 
 import distrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from tensorflow_probability.substrates import jax as tfp
 
-from jevb_jax import distributions, sphere
+from jevb_jax import distributions, domain, special, sphere
+
+
+def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[Array]:
+    """`array[index]` along the batch alone, for arrays `[*batch_shape, ...]`.
+
+    NumPy's rules, by way of positions: an index that is out of range is an error, where JAX clips it.
+    """
+    size = math.prod(batch_shape)
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(index))
+    positions = (jnp if is_traced else np).arange(size).reshape(batch_shape)
+    try:
+        positions = positions[index]
+    except IndexError as error:
+        raise IndexError(f"index {index!r} does not fit the batch shape {batch_shape}") from error
+    return [x.reshape((size, *x.shape[len(batch_shape) :]))[positions] for x in arrays]
+
+
+class _DiagonalGaussian(distrax.MultivariateNormalDiag):
+    """`distrax.MultivariateNormalDiag` in the float type of its parameters, of any batch.
+
+    Its parent keeps its shapes as data that `vmap` cannot change, and its unit scale in float64 where
+    x64 is enabled. What the parent builds from its parameters is built here when it is asked for.
+    """
+
+    def __init__(self, loc: Array, scale_diag: Array):
+        """Initialises the distribution.
+
+        Args:
+          loc: `[..., D]`.
+          scale_diag: `[..., D]`, of the same shape and type.
+        """
+        # Not the parent's, see above.
+        self._loc = loc
+        self._scale_diag = scale_diag
+
+    def _parent(self) -> distrax.MultivariateNormalDiag:
+        return distrax.MultivariateNormalDiag(self._loc, self._scale_diag)
+
+    @property
+    def distribution(self) -> Any:
+        """The standard normal that is transformed."""
+        return self._parent().distribution
+
+    @property
+    def bijector(self) -> Any:
+        """What it is transformed by."""
+        return self._parent().bijector
+
+    @property
+    def scale(self) -> Any:
+        """The scale as a bijector."""
+        return self._parent().scale
+
+    @property
+    def loc(self) -> Array:
+        """Mean, `[..., D]`."""
+        return self._loc
+
+    @property
+    def scale_diag(self) -> Array:
+        """Standard deviations, `[..., D]`."""
+        return self._scale_diag
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """`(D,)`."""
+        return self._loc.shape[-1:]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """`[...]`."""
+        return self._loc.shape[:-1]
+
+    @property
+    def dtype(self) -> Any:
+        """Of the samples: that of the parameters."""
+        return self._loc.dtype
+
+    def log_prob(self, value: ArrayLike) -> Array:
+        """Log-density in nats, `[...]`."""
+        x, loc, scale = sphere.at_least_float32(value, self._loc, self._scale_diag)
+        x, loc, scale = domain.broadcast({"value": x, "loc": loc, "scale_diag": scale}, {})
+        squares = jnp.square((x - loc) / scale)
+        constant = self._loc.shape[-1] / 2 * math.log(2 * math.pi)
+        return -jnp.sum(squares / 2 + jnp.log(scale), axis=-1) - constant
+
+    def entropy(self) -> Array:
+        """Differential entropy in nats, `[...]`."""
+        constant = self._loc.shape[-1] / 2 * math.log(2 * math.pi * math.e)
+        return jnp.sum(jnp.log(self._scale_diag), axis=-1) + constant
+
+    def variance(self) -> Array:
+        """Variances, `[..., D]`."""
+        return jnp.square(self._scale_diag)
+
+    def stddev(self) -> Array:
+        """Standard deviations, `[..., D]`."""
+        return self._scale_diag
+
+    def _sample_n(self, key: Array, n: int) -> Array:
+        shape = (n, *self._loc.shape)
+        loc, scale = (jnp.broadcast_to(x, shape) for x in (self._loc, self._scale_diag))
+        return loc + scale * jax.random.normal(key, shape, self._loc.dtype)
+
+    def _sample_n_and_log_prob(self, key: Array, n: int) -> tuple[Array, Array]:
+        sample = self._sample_n(key, n)
+        return sample, self.log_prob(sample)
+
+    def __getitem__(self, index: Any) -> "_DiagonalGaussian":
+        return _DiagonalGaussian(*_indexed(self.batch_shape, index, self._loc, self._scale_diag))
+
+
+@tfp.distributions.RegisterKL(_DiagonalGaussian, _DiagonalGaussian)
+def _gaussian_kl(
+    first: _DiagonalGaussian, second: _DiagonalGaussian, name: str | None = None
+) -> Array:
+    del name
+    means = sphere.at_least_float32(first.loc, second.loc)
+    first_loc, second_loc = domain.broadcast(
+        {"loc of the first": means[0], "loc of the second": means[1]}, {}
+    )
+    return distributions.gaussian_kl_divergence(
+        first_loc - second_loc, first.scale_diag, prior_scale=second.scale_diag
+    )
 
 
 def gaussian_posterior(
-    posterior_mean: Array, posterior_scale: Array
+    posterior_mean: ArrayLike, posterior_scale: ArrayLike
 ) -> distrax.MultivariateNormalDiag:
     """`q(z | h) = N(mean, diag(scale^2))`.
 
@@ -22,27 +152,42 @@ def gaussian_posterior(
       posterior_scale: `[..., D]`, standard deviations, positive.
 
     Returns:
-      A distribution over `[D]` of batch shape `[...]`.
+      A distribution over `[D]` of batch shape `[...]`, which `jit` and `vmap` take and return.
+
+    Raises:
+      ValueError: a known scale that is not positive, shapes that do not broadcast. Traced scales that
+        are not positive become NaN.
     """
-    return distrax.MultivariateNormalDiag(posterior_mean, posterior_scale)
+    mean, scale = sphere.at_least_float32(posterior_mean, posterior_scale)
+    scale = domain.positive("posterior_scale", posterior_scale, scale)
+    mean, scale = domain.broadcast({"posterior_mean": mean}, {}, {"posterior_scale": scale})
+    return _DiagonalGaussian(mean, scale)
 
 
-def gaussian_prior(dim: int, prior_scale: float = 1.0) -> distrax.MultivariateNormalDiag:
+def gaussian_prior(dim: int, prior_scale: ArrayLike = 1.0) -> distrax.MultivariateNormalDiag:
     """`p(z) = N(0, prior_scale^2 I)`.
 
     Args:
       dim: `D`.
-      prior_scale: standard deviation, positive.
+      prior_scale: standard deviation, positive: a number, or `[...]` for a batch of priors.
 
     Returns:
-      A distribution over `[D]`.
+      A distribution over `[D]` of batch shape `[...]`.
+
+    Raises:
+      ValueError: `dim` is no whole number above zero, a known scale that is not positive.
     """
-    return distrax.MultivariateNormalDiag(jnp.zeros(dim), jnp.full(dim, prior_scale))
+    dim = domain.whole_number("dim", dim, 1)
+    (scale,) = sphere.at_least_float32(prior_scale)
+    scale = domain.positive("prior_scale", prior_scale, scale)
+    scale = jnp.broadcast_to(scale[..., None], (*scale.shape, dim))
+    return _DiagonalGaussian(jnp.zeros_like(scale), scale)
 
 
-def _unit_sphere_check(loc: Array, minimum_dim: int, name: str) -> None:
+def _unit_sphere_check(given: ArrayLike, loc: Array, minimum_dim: int, name: str) -> None:
     if loc.ndim < 1 or loc.shape[-1] < minimum_dim:
         raise ValueError(f"{name} needs loc [..., D] with D >= {minimum_dim}, got {loc.shape}")
+    domain.unit_vectors("loc", given)
 
 
 class PowerSpherical(distrax.Distribution):
@@ -53,17 +198,17 @@ class PowerSpherical(distrax.Distribution):
 
         Args:
           loc: `[..., D]` unit vectors, the mean direction, `D >= 2`.
-          concentration: at least zero (zero is uniform); broadcasts against `[...]`.
+          concentration: at least zero (zero is uniform), finite; broadcasts against `[...]`.
 
         Raises:
-          ValueError: `D < 2`.
+          ValueError: `D < 2`, a known `loc` that is no unit vector, a known concentration that is
+            negative or not finite, shapes that do not broadcast. Traced concentrations become NaN.
         """
         super().__init__()
-        self._loc, concentration = sphere.at_least_float32(loc, concentration)
-        _unit_sphere_check(self._loc, 2, "PowerSpherical")
-        batch_shape = jnp.broadcast_shapes(self._loc.shape[:-1], concentration.shape)
-        self._loc = jnp.broadcast_to(self._loc, (*batch_shape, self._loc.shape[-1]))
-        self._concentration = jnp.broadcast_to(concentration, batch_shape)
+        m, k = sphere.at_least_float32(loc, concentration)
+        _unit_sphere_check(loc, m, 2, "PowerSpherical")
+        k = domain.concentration("concentration", concentration, k)
+        self._loc, self._concentration = domain.broadcast({"loc": m}, {"concentration": k})
 
     @property
     def loc(self) -> Array:
@@ -85,7 +230,15 @@ class PowerSpherical(distrax.Distribution):
         """`[...]`."""
         return self._concentration.shape
 
-    def log_prob(self, value: Array) -> Array:
+    @property
+    def dtype(self) -> Any:
+        """Of the samples: that of the parameters."""
+        return self._loc.dtype
+
+    def __getitem__(self, index: Any) -> "PowerSpherical":
+        return PowerSpherical(*_indexed(self.batch_shape, index, self._loc, self._concentration))
+
+    def log_prob(self, value: ArrayLike) -> Array:
         """See `power_spherical_log_prob`."""
         return distributions.power_spherical_log_prob(
             value, loc=self._loc, concentration=self._concentration
@@ -99,6 +252,10 @@ class PowerSpherical(distrax.Distribution):
         """Mean vector, `k / (D - 1 + k)` times the mean direction, `[..., D]`."""
         length = self._concentration / (self._loc.shape[-1] - 1 + self._concentration)
         return length[..., None] * self._loc
+
+    def mode(self) -> Array:
+        """The mean direction, `[..., D]`; at concentration zero every direction is as good."""
+        return self._loc
 
     def _sample_n(self, key: Array, n: int) -> Array:
         key_near, key_far, key_tangent = jax.random.split(key, 3)
@@ -118,10 +275,62 @@ class PowerSpherical(distrax.Distribution):
         return loc - 2 * half_one_minus[..., None] * loc + sine[..., None] * tangent
 
 
+@tfp.distributions.RegisterKL(PowerSpherical, PowerSpherical)
+def _power_spherical_kl(
+    first: PowerSpherical, second: PowerSpherical, name: str | None = None
+) -> Array:
+    """`KL(first || second)` where `second` is uniform or has the mean direction of `first`.
+
+    The mean of `log(1 + c)` is known for the cosine `c` to its own mean direction only. Elsewhere: an
+    error, and NaN where the values are traced.
+    """
+    del name
+    first_loc, second_loc, k, other = sphere.at_least_float32(
+        first.loc, second.loc, first.concentration, second.concentration
+    )
+    first_loc, second_loc, k, other = domain.broadcast(
+        {"loc of the first": first_loc, "loc of the second": second_loc},
+        {"concentration of the first": k, "concentration of the second": other},
+    )
+    is_known = (other == 0) | jnp.all(first_loc == second_loc, axis=-1)
+    if not isinstance(is_known, jax.core.Tracer) and not np.all(is_known):
+        raise NotImplementedError(
+            "KL between power spherical distributions is known in closed form where the second is "
+            "uniform (concentration zero) or both have the same loc; elsewhere estimate it as the mean "
+            "of first.log_prob(x) - second.log_prob(x) over samples x of the first"
+        )
+    half = jnp.full_like(k, (first_loc.shape[-1] - 1) / 2)
+
+    def log_base(k: Array) -> Array:
+        return special.log_gamma_ratio(half + k, half) + half * jnp.log(half + k)
+
+    # The mean of log((1 + c)/2) is that of the logarithm of a Beta variable.
+    mean_log = -special.digamma_difference(half + k, half)
+    divergence = log_base(k) - log_base(other) + (k - other) * mean_log
+    # Rounding could take a difference of nearly equal numbers below zero.
+    return jnp.where(is_known, jnp.maximum(divergence, 0.0), jnp.full_like(k, jnp.nan))
+
+
+@tfp.distributions.RegisterKL(PowerSpherical, tfp.distributions.SphericalUniform)
+def _power_spherical_kl_to_uniform(
+    first: PowerSpherical, second: Any, name: str | None = None
+) -> Array:
+    del name
+    if tuple(second.event_shape) != first.event_shape:
+        raise ValueError(
+            f"both must be on one sphere, got event shapes {first.event_shape} and "
+            f"{tuple(second.event_shape)}"
+        )
+    uniform = PowerSpherical(first.loc, jnp.zeros_like(first.concentration))
+    shape = jnp.broadcast_shapes(first.batch_shape, tuple(second.batch_shape))
+    return jnp.broadcast_to(_power_spherical_kl(first, uniform), shape)
+
+
 class SphericalStudentT(distrax.Distribution):
     """The directional term as a distribution: Student-t in tangent coordinates of the sphere.
 
-    "stereographic" coordinates make it a distribution, sampled exactly. "chordal" ones make it a
+    "stereographic" coordinates make it a distribution, sampled exactly. With `df < D - 1` its density is
+    unbounded: a pole at the antipode of `loc`, above the density at `loc`. "chordal" ones make it a
     sub-density, which has a `log_prob` but no exact sampler.
     """
 
@@ -136,24 +345,27 @@ class SphericalStudentT(distrax.Distribution):
 
         Args:
           loc: `[..., D]` unit vectors, `D >= 3`.
-          scale_diag: `[..., D]`, positive.
+          scale_diag: `[..., D]`, positive. A number or `[..., 1]` is the same for all features.
           df: degrees of freedom, positive, may be `inf`; broadcasts against `[...]`.
-          coordinates: "chordal" or "stereographic".
+          coordinates: "chordal" or "stereographic", which has a pole where `df < D - 1`.
 
         Raises:
-          ValueError: `D < 3` or unknown coordinates.
+          ValueError: `D < 3`, a known `loc` that is no unit vector, a known scale or `df` that is not
+            positive, shapes that do not broadcast, unknown coordinates. Traced scales and `df` that
+            are not positive become NaN.
         """
         super().__init__()
         if coordinates not in sphere.COORDINATES:
             raise ValueError(
                 f"coordinates must be one of {sphere.COORDINATES}, got {coordinates!r}"
             )
-        loc, scale_diag, df = sphere.at_least_float32(loc, scale_diag, df)
-        _unit_sphere_check(loc, 3, "SphericalStudentT")
-        batch_shape = jnp.broadcast_shapes(loc.shape[:-1], scale_diag.shape[:-1], df.shape)
-        self._loc = jnp.broadcast_to(loc, (*batch_shape, loc.shape[-1]))
-        self._scale_diag = jnp.broadcast_to(scale_diag, self._loc.shape)
-        self._df = jnp.broadcast_to(df, batch_shape)
+        m, s, nu = sphere.at_least_float32(loc, scale_diag, df)
+        _unit_sphere_check(loc, m, 3, "SphericalStudentT")
+        s = domain.positive("scale_diag", scale_diag, s)
+        nu = domain.degrees_of_freedom("df", df, nu)
+        self._loc, self._scale_diag, self._df = domain.broadcast(
+            {"loc": m}, {"df": nu}, {"scale_diag": s}
+        )
         self._coordinates: sphere.Coordinates = coordinates
 
     @property
@@ -181,7 +393,16 @@ class SphericalStudentT(distrax.Distribution):
         """`[...]`."""
         return self._df.shape
 
-    def log_prob(self, value: Array) -> Array:
+    @property
+    def dtype(self) -> Any:
+        """Of the samples: that of the parameters."""
+        return self._loc.dtype
+
+    def __getitem__(self, index: Any) -> "SphericalStudentT":
+        arrays = _indexed(self.batch_shape, index, self._loc, self._scale_diag, self._df)
+        return SphericalStudentT(*arrays, coordinates=self._coordinates)
+
+    def log_prob(self, value: ArrayLike) -> Array:
         """See `directional_log_prob`."""
         return distributions.directional_log_prob(
             value,
@@ -189,6 +410,63 @@ class SphericalStudentT(distrax.Distribution):
             scale_diag=self._scale_diag,
             df=self._df,
             coordinates=self._coordinates,
+        )
+
+    def mode(self) -> Array:
+        """Where the density is largest, `[..., D]`: `loc`, or NaN where that is not so.
+
+        Chordal densities have their mode at `loc`. Stereographic ones have it there if `df >= D - 1` and
+        the largest variance of a tangent coordinate is at most `2 (1/n + 1/df)`, `n = D - 1`. Wider
+        ones are largest on both sides of `loc`; those with `df < D - 1` have a pole at its antipode.
+        """
+        if self._coordinates == "chordal":
+            return self._loc
+        n = self._loc.shape[-1] - 1
+        largest = jnp.max(self._scale_diag, axis=-1, keepdims=True)
+        scale = self._scale_diag / largest
+        along, _ = sphere.polar_decomposition(scale * self._loc)
+        # The covariance given <m, y> = 0: S (1 - w w^T) S with w along S m.
+        projection = jnp.eye(n + 1, dtype=scale.dtype) - along[..., None] * along[..., None, :]
+        covariance = scale[..., None] * projection * scale[..., None, :]
+        widest = jnp.max(jnp.linalg.eigvalsh(covariance), axis=-1) * jnp.square(largest[..., 0])
+        # Rounding of the scales and of the eigenvalue, where the limit is met exactly.
+        limit = 2 * (1 / n + 1 / self._df) * (1 + 1e-5)
+        is_mode = (self._df >= n) & (widest <= limit)
+        return jnp.where(is_mode[..., None], self._loc, jnp.full_like(self._loc, jnp.nan))
+
+    def mean(self) -> Array:
+        """Not known in closed form.
+
+        Raises:
+          NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "the mean of SphericalStudentT has no closed form: in stereographic coordinates take the "
+            "mean of samples, which lies along loc"
+        )
+
+    def entropy(self) -> Array:
+        """Not known in closed form.
+
+        Raises:
+          NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "the entropy of SphericalStudentT has no closed form: in stereographic coordinates take "
+            "minus the mean of log_prob over samples"
+        )
+
+    def kl_divergence(self, other_dist: Any, **kwargs: Any) -> Array:
+        """Not known in closed form.
+
+        Raises:
+          NotImplementedError: always.
+        """
+        del kwargs
+        raise NotImplementedError(
+            f"the KL of SphericalStudentT to {type(other_dist).__name__} has no closed form: in "
+            "stereographic coordinates take the mean of log_prob(x) - other.log_prob(x) over samples x; "
+            "the uniform log-density is uniform_log_prob(D)"
         )
 
     def _sample_n(self, key: Array, n: int) -> Array:
@@ -202,21 +480,42 @@ class SphericalStudentT(distrax.Distribution):
         dtype = self._loc.dtype
         loc = jnp.broadcast_to(self._loc, shape)
         scale_diag = jnp.broadcast_to(self._scale_diag, shape)
-        normal = scale_diag * jax.random.normal(key_normal, shape, dtype)
         # N(0, S^2) conditioned on <m, x> = 0 has the compression of S^-2 to the tangent space as its
-        # precision: x - S^2 m <m, x> / <m, S^2 m>.
-        variance_loc = jnp.square(scale_diag) * loc
-        along = jnp.sum(normal * loc, axis=-1) / jnp.sum(variance_loc * loc, axis=-1)
-        tangent = normal - along[..., None] * variance_loc
-        is_gaussian = jnp.broadcast_to(jnp.isinf(self._df), shape[:-1])
-        finite_df = jnp.where(is_gaussian, 1.0, jnp.broadcast_to(self._df, shape[:-1]))
-        chi_square_per_df = jax.random.gamma(key_gamma, finite_df / 2) / (finite_df / 2)
-        heavy_tail = jnp.where(is_gaussian, 1.0, jax.lax.rsqrt(chi_square_per_df))
-        length = sphere.safe_norm(tangent) * heavy_tail
+        # precision. With x = S g the condition is that g is orthogonal to S m.
+        along, _ = sphere.polar_decomposition(scale_diag * loc)
+        normal = jax.random.normal(key_normal, shape, dtype)
+        normal = normal - jnp.sum(normal * along, axis=-1, keepdims=True) * along
+        tangent = scale_diag * normal
+        log_tail = _log_heavy_tail(key_gamma, jnp.broadcast_to(self._df, shape[:-1]))
+        # Inverse stereographic projection: t = tan(angle / 2) is half the length, and may overflow. Past
+        # one its reciprocal stands for it.
+        half = sphere.safe_norm(tangent) / 2
+        is_zero = half == 0
+        half = jnp.where(is_zero, 1.0, half)
+        is_far = ~is_zero & (log_tail > -jnp.log(half))
+        near = half * jnp.exp(jnp.where(is_far, 0.0, log_tail))
+        far = jnp.exp(-jnp.where(is_far, log_tail, 0.0)) / half
+        tangens = jnp.where(is_zero, 0.0, jnp.where(is_far, far, near))
+        square = jnp.square(tangens)
+        cosine = jnp.where(is_far, square - 1, 1 - square) / (1 + square)
+        sine = 2 * tangens / (1 + square)
         tangent = _unit_tangent(tangent, loc)
-        # Inverse stereographic projection: |y| = 2 tan(angle / 2).
-        angle = 2 * jnp.arctan(length / 2)
-        return jnp.cos(angle)[..., None] * loc + jnp.sin(angle)[..., None] * tangent
+        return cosine[..., None] * loc + sine[..., None] * tangent
+
+
+def _log_heavy_tail(key: Array, df: Array) -> Array:
+    """Log of `sqrt(df / chi-square)`, the width of a Student-t, with a finite gradient at every `df`.
+
+    A gamma variable of a shape below one underflows. There it is one of that shape plus one, times
+    `U^(1 / shape)` with `U` uniform (Marsaglia and Tsang 2000, section 6), in logarithms.
+    """
+    is_gaussian = jnp.isinf(df)
+    shape = jnp.where(is_gaussian, 1.0, df / 2)
+    is_small = shape < 1
+    log_gamma = jax.random.loggamma(key, jnp.where(is_small, shape + 1, shape), dtype=df.dtype)
+    exponential = jax.random.exponential(jax.random.fold_in(key, 1), df.shape, df.dtype)
+    log_gamma = log_gamma - jnp.where(is_small, exponential / jnp.where(is_small, shape, 1.0), 0.0)
+    return jnp.where(is_gaussian, 0.0, (jnp.log(shape) - log_gamma) / 2)
 
 
 def _unit_tangent(x: Array, loc: Array) -> Array:
@@ -224,6 +523,7 @@ def _unit_tangent(x: Array, loc: Array) -> Array:
 
     Projected twice: where `x` is nearly parallel to `loc`, rounding in the first leaves a rest.
     """
+    x, _ = sphere.polar_decomposition(x)
     for _ in range(2):
         x = x - jnp.sum(x * loc, axis=-1, keepdims=True) * loc
         x, _ = sphere.polar_decomposition(x)

@@ -7,12 +7,13 @@ those of `docs/mathematics.md`.
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import mass, special, sphere
+from jevb_jax import domain, mass, special, sphere
 
 Space = Literal["log", "linear"]
 SPACES: tuple[Space, ...] = ("log", "linear")
@@ -25,24 +26,60 @@ def _require_sphere(dim: int, minimum: int, name: str) -> None:
         )
 
 
-def _student_t_log_kernel_and_normalizer(squared_length: Array, df: Array, n: int) -> Array:
+def _student_t_log_kernel_and_normalizer(
+    squared_length: Array,
+    df: Array,
+    n: int,
+    *,
+    log_unit: Array,
+    longest_gaussian: float | None = None,
+) -> Array:
     """Student-t log-density in `R^n` at squared length `Q`, unit scale, `df = inf` included.
 
-    Written in `1 / df`, so that the Gaussian is the value at zero of the same smooth expression:
-    `((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)`.
+    Up to `Q = df` it is written in `1 / df`, so that the Gaussian is the value at zero of the same
+    smooth expression: `((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)`. Beyond, the
+    slope of that form is a difference of two numbers which are nearly equal, and it is written as it is.
+
+    Args:
+      squared_length: `Q exp(-log_unit)`.
+      df: of its shape.
+      n: dimension.
+      log_unit: of its shape, zero but where `Q` would overflow.
+      longest_gaussian: `Q` is held at this at `df = inf`.
     """
     # Selected and not divided: at `inf` the slope in df is zero, even where the slope in 1/df overflows.
     is_infinite = jnp.isinf(df)
-    inverse_df = jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, df))
-    # At the antipode stereographic coordinates are 1e23 scales away in float32. Past this length the
-    # Gaussian is as good as zero; its square would overflow and the gradient be NaN.
-    longest = float(jnp.finfo(df.dtype).max) ** 0.45
-    squared_length = jnp.where(is_infinite, jnp.minimum(squared_length, longest), squared_length)
+    finite = jnp.where(is_infinite, 1.0, df)
+    inverse_df = jnp.where(is_infinite, 0.0, 1 / finite)
     half_n = jnp.full_like(df, n / 2)
     log_normalizer = special.log_gamma_ratio(df / 2, half_n) - half_n * float(np.log(2 * np.pi))
-    kernel = (
-        (1 + n * inverse_df) / 2 * squared_length * special.log1p_ratio(squared_length * inverse_df)
+
+    # No branch sees what only another can hold, lest its gradient be NaN.
+    zero = jnp.zeros_like(squared_length)
+    is_extreme = log_unit > 0
+    log_length = sphere.safe_log(squared_length) + log_unit
+    is_far = is_extreme & ~is_infinite & (log_length >= jnp.log(finite))
+    log_ratio = jnp.where(is_far, log_length - jnp.log(finite), zero)
+    far = jnp.where(is_far, log_ratio + jnp.log1p(jnp.exp(-log_ratio)), zero)
+
+    is_exponentiated = is_extreme & ~is_far & (squared_length > float(jnp.finfo(df.dtype).tiny))
+    log_length = jnp.where(is_exponentiated, log_length, zero)
+    if longest_gaussian is not None:
+        held = jnp.minimum(log_length, float(np.log(longest_gaussian)))
+        log_length = jnp.where(is_infinite, held, log_length)
+    # A scale of NaN has a `log_unit` of zero, and stays in here.
+    squared_length = jnp.where(
+        is_extreme, jnp.where(is_exponentiated, jnp.exp(log_length), zero), squared_length
     )
+    if longest_gaussian is not None:
+        held = jnp.minimum(squared_length, longest_gaussian)
+        squared_length = jnp.where(is_infinite, held, squared_length)
+
+    is_long = ~is_infinite & ~is_extreme & (squared_length >= df)
+    long = jnp.log1p(jnp.where(is_long, squared_length, zero) * inverse_df)
+    short = jnp.where(is_long | is_far, zero, squared_length)
+    ratio = special.log1p_ratio(jnp.where(is_infinite, zero, short) * inverse_df)
+    kernel = (1 + n * inverse_df) / 2 * short * ratio + (finite + n) / 2 * (long + far)
     return log_normalizer - kernel
 
 
@@ -63,43 +100,59 @@ def directional_log_prob(
     the von Mises-Fisher kernel of concentration `scale^-2`.
 
     Args:
-      direction: `[..., D]` unit vectors `u`, `D >= 3`.
+      direction: `[..., D]` unit vectors `u`, `D >= 3`; all arguments broadcast.
       loc: `[..., D]` unit vectors `m`.
-      scale_diag: `[..., D]`, positive; on the unit sphere, so 1 is about one radian.
-      df: degrees of freedom, positive, `inf` for the Gaussian limit; broadcasts against `[...]`.
+      scale_diag: `[..., D]`, positive; on the unit sphere, so 1 is about one radian. A number or
+        `[..., 1]` is the same for all features.
+      df: degrees of freedom, positive, `inf` for the Gaussian limit; `[...]`.
       coordinates: "chordal" (eq. 2) is a sub-density on the sphere: its mass is at most one, near
         one when the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.
         "stereographic" (eq. 3) has mass one exactly; with equal scales and `df = D - 1` it is the
-        spherical Cauchy.
+        spherical Cauchy. With `df < D - 1` it is unbounded: a pole at the antipode of `loc`, of
+        little mass where the scale is small, is above the density at `loc` itself.
       tails: "joint" is one Student-t of the whole tangent vector; "feature" is a product of a
         Student-t for each coordinate (eq. 33), chordal only. They share the Gaussian limit.
       normalized: divides by the mass (eq. 31), so that the density has mass one.
 
     Returns:
       `[...]`, nats. At the antipode of `loc` the tangent direction is undefined; the squared length
-      there is its mean over tangent directions (exact when the scales are equal).
+      there is its mean over tangent directions (exact when the scales are equal). There, in
+      stereographic coordinates, `Q` of the Gaussian is held at 2e22 in float32.
 
     Raises:
-      ValueError: `D < 3`, where the chordal bound fails, `df <= 0`, unknown `coordinates` or `tails`,
-        feature-wise tails in stereographic coordinates.
+      ValueError: `D < 3`, where the chordal bound fails, a known scale or `df` that is not positive,
+        known directions that are no unit vectors, shapes that do not broadcast, unknown `coordinates`
+        or `tails`, feature-wise tails in stereographic coordinates. Traced scales and `df` that are
+        not positive have the value NaN.
     """
     mass.check_tails(tails, coordinates)
-    mass.check_df(df)
-    u, m, s, df = sphere.at_least_float32(direction, loc, scale_diag, df)
-    u, m, s = jnp.broadcast_arrays(*_equal_rank(u, m, s))
+    u, m, s, df_array = sphere.at_least_float32(direction, loc, scale_diag, df)
+    s = domain.positive("scale_diag", scale_diag, s)
+    df = domain.degrees_of_freedom("df", df, df_array)
+    u, m, s, df = domain.broadcast({"direction": u, "loc": m}, {"df": df}, {"scale_diag": s})
     dim = u.shape[-1]
     _require_sphere(dim, 3, "directional_log_prob")
+    domain.unit_vectors("direction", direction)
+    domain.unit_vectors("loc", loc)
     n = dim - 1
-    df = jnp.broadcast_to(df, u.shape[:-1])
-    squares, log_volume = sphere.scaled_tangent_squares(u, m, s, coordinates=coordinates)
+    squares, log_unit, log_volume = sphere.bounded_tangent_squares(u, m, s, coordinates=coordinates)
     # A latent of exactly zero has no direction; the guard keeps its value and gradient finite.
     log_determinant = sphere.safe_log(sphere.safe_norm(m * s)) - jnp.sum(jnp.log(s), axis=-1)
     if tails == "joint":
         squared_length = jnp.sum(squares, axis=-1)
-        log_prob = _student_t_log_kernel_and_normalizer(squared_length, df, n)
+        # At the antipode stereographic coordinates are 1e23 scales away in float32. Past this length
+        # the Gaussian is as good as zero, and the gradient would overflow.
+        longest = float(jnp.finfo(df.dtype).max) ** 0.58
+        log_prob = _student_t_log_kernel_and_normalizer(
+            squared_length,
+            df,
+            n,
+            log_unit=log_unit,
+            longest_gaussian=longest if coordinates == "stereographic" else None,
+        )
     else:
-        of_features = jnp.broadcast_to(df[..., None], squares.shape)
-        factors = _student_t_log_kernel_and_normalizer(squares, of_features, 1)
+        of_features, unit = (jnp.broadcast_to(x[..., None], squares.shape) for x in (df, log_unit))
+        factors = _student_t_log_kernel_and_normalizer(squares, of_features, 1, log_unit=unit)
         # D factors, and a hyperplane of n dimensions: the Gaussian along m is divided out.
         log_prob = jnp.sum(factors, axis=-1) + float(np.log(2 * np.pi)) / 2
     log_prob = log_prob + log_determinant
@@ -110,31 +163,44 @@ def directional_log_prob(
     return log_prob
 
 
-def _equal_rank(*values: Array) -> tuple[Array, ...]:
-    """Prepends axes of length one, so that arrays broadcast without implicit rank promotion."""
-    rank = max(value.ndim for value in values)
-    return tuple(value.reshape((1,) * (rank - value.ndim) + value.shape) for value in values)
-
-
 def student_t_log_prob(x: ArrayLike, *, df: ArrayLike, loc: ArrayLike, scale: ArrayLike) -> Array:
     """Log-density of the one-dimensional Student-t, accurate for every `df` (docs eq. 5).
 
     `jax.scipy.stats.t.logpdf` in float32 is off by 0.02 at df = 1e5 and by 0.9 at 1e7.
 
     Args:
-      x: `[...]`.
+      x: `[...]`; all arguments broadcast.
       df: degrees of freedom, positive; `inf` is the Gaussian.
-      loc: broadcasts against `x`.
-      scale: positive, broadcasts against `x`.
+      loc: `[...]`.
+      scale: `[...]`, positive.
 
     Returns:
       `[...]`, nats.
+
+    Raises:
+      ValueError: a known scale or `df` that is not positive, shapes that do not broadcast. Traced ones
+        that are not positive have the value NaN.
     """
-    x, df, loc, scale = jnp.broadcast_arrays(
-        *_equal_rank(*sphere.at_least_float32(x, df, loc, scale))
-    )
-    squared = jnp.square((x - loc) / scale)
-    return _student_t_log_kernel_and_normalizer(squared, df, 1) - jnp.log(scale)
+    x, nu, m, s = sphere.at_least_float32(x, df, loc, scale)
+    nu = domain.degrees_of_freedom("df", df, nu)
+    s = domain.positive("scale", scale, s)
+    x, nu, m, s = domain.broadcast({}, {"x": x, "df": nu, "loc": m, "scale": s})
+    log_length, is_extreme = _log_length(sphere.safe_log(jnp.abs(x - m)) - jnp.log(s), nu)
+    one = jnp.ones_like(s)
+    squared = jnp.square((x - m) / jnp.where(is_extreme, one, s))
+    squared = jnp.where(is_extreme, one, squared)
+    log_prob = _student_t_log_kernel_and_normalizer(squared, nu, 1, log_unit=log_length)
+    return log_prob - jnp.log(s)
+
+
+def _log_length(log_distance: Array, df: Array) -> tuple[Array, Array]:
+    """Log of the squared distance where the square would overflow, else zero; and whether it would.
+
+    The slope of the Gaussian, twice the distance, does not overflow: its square may.
+    """
+    threshold = 0.34 * float(np.log(jnp.finfo(df.dtype).max))
+    is_extreme = (log_distance > threshold) & ~jnp.isinf(df)
+    return jnp.where(is_extreme, 2 * log_distance, jnp.zeros_like(df)), is_extreme
 
 
 def radial_log_prob(
@@ -143,9 +209,9 @@ def radial_log_prob(
     """Student-t log-density of an embedding's radius (docs eq. 6).
 
     Args:
-      radius: `[...]`, positive. Zero is read as the smallest normal number: the density of "log"
-        grows without limit there.
-      loc: radius of the latent, positive, broadcasts against `radius`.
+      radius: `[...]`, positive; all arguments broadcast. Zero is read as the smallest normal number:
+        the density of "log" grows without limit there.
+      loc: radius of the latent, positive.
       scale: positive: relative width in "log", a length in "linear".
       df: degrees of freedom, positive; `inf` is the Gaussian.
       space: "log": `log r` is Student-t about `log loc`, exactly normalised on `r > 0`. "linear": `r`
@@ -155,16 +221,20 @@ def radial_log_prob(
       `[...]`, nats (per unit of radius).
 
     Raises:
-      ValueError: unknown `space`.
+      ValueError: unknown `space`, a known radius below zero, a known scale or `df` that is not
+        positive, shapes that do not broadcast. Traced ones have the value NaN.
     """
     if space not in SPACES:
         raise ValueError(f"space must be one of {SPACES}, got {space!r}")
-    radius, loc, scale, df = sphere.at_least_float32(radius, loc, scale, df)
+    r, rho, s, nu = sphere.at_least_float32(radius, loc, scale, df)
+    r, rho = domain.radius("radius", radius, r), domain.radius("loc", loc, rho)
+    s, nu = domain.positive("scale", scale, s), domain.degrees_of_freedom("df", df, nu)
+    r, rho, s, nu = domain.broadcast({}, {"radius": r, "loc": rho, "scale": s, "df": nu})
     if space == "linear":
-        return student_t_log_prob(radius, df=df, loc=loc, scale=scale)
-    log_radius, log_loc = sphere.safe_log(radius), sphere.safe_log(loc)
-    log_prob = student_t_log_prob(log_radius, df=df, loc=log_loc, scale=scale)
-    return log_prob - jnp.broadcast_to(log_radius, log_prob.shape)
+        return student_t_log_prob(r, df=nu, loc=rho, scale=s)
+    log_radius, log_loc = sphere.safe_log(r), sphere.safe_log(rho)
+    log_prob = student_t_log_prob(log_radius, df=nu, loc=log_loc, scale=s)
+    return log_prob - log_radius
 
 
 def multivariate_student_t_log_prob(
@@ -176,20 +246,35 @@ def multivariate_student_t_log_prob(
     the ablation.
 
     Args:
-      value: `[..., D]`.
+      value: `[..., D]`; all arguments broadcast.
       loc: `[..., D]`.
-      scale_diag: `[..., D]`, positive; at `df = inf` the standard deviations.
-      df: degrees of freedom, positive, `inf` is the Gaussian; broadcasts against `[...]`.
+      scale_diag: `[..., D]`, positive; at `df = inf` the standard deviations. A number or `[..., 1]` is
+        the same for all features.
+      df: degrees of freedom, positive, `inf` is the Gaussian; `[...]`.
 
     Returns:
       `[...]`, nats. Source: Kotz and Nadarajah 2004, eq. 1.1.
+
+    Raises:
+      ValueError: a known scale or `df` that is not positive, shapes that do not broadcast. Traced ones
+        that are not positive have the value NaN.
     """
-    x, mean, scale, df = sphere.at_least_float32(value, loc, scale_diag, df)
-    x, mean, scale = jnp.broadcast_arrays(*_equal_rank(x, mean, scale))
+    x, mean, scale, nu = sphere.at_least_float32(value, loc, scale_diag, df)
+    scale = domain.positive("scale_diag", scale_diag, scale)
+    nu = domain.degrees_of_freedom("df", df, nu)
+    x, mean, scale, nu = domain.broadcast(
+        {"value": x, "loc": mean}, {"df": nu}, {"scale_diag": scale}
+    )
     dim = x.shape[-1]
-    df = jnp.broadcast_to(df, x.shape[:-1])
-    quadratic = jnp.sum(jnp.square((x - mean) / scale), axis=-1)
-    log_normalized = _student_t_log_kernel_and_normalizer(quadratic, df, dim)
+    # A power of two at or below the smallest scale, so that the quotients cannot overflow.
+    unit = jnp.maximum(jnp.min(scale, axis=-1) / 2, float(jnp.finfo(scale.dtype).tiny))
+    unit = jax.lax.reduce_precision(jax.lax.stop_gradient(unit), jnp.finfo(scale.dtype).nexp, 0)
+    distance = sphere.safe_norm((x - mean) / (scale / unit[..., None]))
+    log_length, is_extreme = _log_length(sphere.safe_log(distance) - jnp.log(unit), nu)
+    deviation = (x - mean) / jnp.where(is_extreme[..., None], jnp.ones_like(scale), scale)
+    quadratic = jnp.sum(jnp.square(deviation), axis=-1)
+    quadratic = jnp.where(is_extreme, jnp.ones_like(quadratic), quadratic)
+    log_normalized = _student_t_log_kernel_and_normalizer(quadratic, nu, dim, log_unit=log_length)
     return log_normalized - jnp.sum(jnp.log(scale), axis=-1)
 
 
@@ -200,14 +285,23 @@ def gaussian_kl_divergence(
 
     Args:
       posterior_mean: `[..., D]`.
-      posterior_scale: `[..., D]`, standard deviations, positive.
+      posterior_scale: `[..., D]`, standard deviations, positive. A number or `[..., 1]` is the same for
+        all features.
       prior_scale: standard deviation of the prior, positive; a number, or broadcasts against `[..., D]`.
 
     Returns:
       `[...]`, nats, at least zero, and zero only where the two are equal.
+
+    Raises:
+      ValueError: a known scale that is not positive, shapes that do not broadcast. Traced scales that
+        are not positive have the value NaN.
     """
     mean, scale, prior = sphere.at_least_float32(posterior_mean, posterior_scale, prior_scale)
-    mean, scale, prior = jnp.broadcast_arrays(*_equal_rank(mean, scale, prior))
+    scale = domain.positive("posterior_scale", posterior_scale, scale)
+    prior = domain.positive("prior_scale", prior_scale, prior)
+    mean, scale, prior = domain.broadcast(
+        {"posterior_mean": mean}, {}, {"posterior_scale": scale, "prior_scale": prior}
+    )
     ratio = scale / prior
     # t^2 - 1 - log t^2 from v = t^2 - 1: each summand stays non-negative near t = 1.
     excess = (ratio - 1) * (ratio + 1)
@@ -218,6 +312,19 @@ def gaussian_kl_divergence(
     return jnp.sum(jnp.square(mean / prior) + variance_term, axis=-1) / 2
 
 
+def _on_sphere(
+    direction: ArrayLike, loc: ArrayLike, concentration: ArrayLike, name: str
+) -> tuple[Array, Array, Array]:
+    """Both directions `[..., D]` and the concentration `[...]`, within their domain."""
+    u, m, k = sphere.at_least_float32(direction, loc, concentration)
+    k = domain.concentration("concentration", concentration, k)
+    u, m, k = domain.broadcast({"direction": u, "loc": m}, {"concentration": k})
+    _require_sphere(u.shape[-1], 2, name)
+    domain.unit_vectors("direction", direction)
+    domain.unit_vectors("loc", loc)
+    return u, m, k
+
+
 def von_mises_fisher_log_prob(
     direction: ArrayLike, *, loc: ArrayLike, concentration: ArrayLike
 ) -> Array:
@@ -226,23 +333,21 @@ def von_mises_fisher_log_prob(
     Args:
       direction: `[..., D]` unit vectors, `D >= 2`.
       loc: `[..., D]` unit vectors, the mean direction.
-      concentration: at least zero (zero is uniform), finite; broadcasts against `[...]`.
+      concentration: at least zero (zero is uniform), finite; `[...]`, and all three broadcast.
 
     Returns:
       `[...]`, nats. Source: Mardia and Jupp, Directional Statistics, eq. 9.3.4.
 
     Raises:
-      ValueError: `D < 2`.
+      ValueError: `D < 2`, a known concentration that is negative or not finite, known directions that
+        are no unit vectors, shapes that do not broadcast. Traced concentrations have the value NaN.
     """
-    u, m, concentration = sphere.at_least_float32(direction, loc, concentration)
-    u, m = jnp.broadcast_arrays(*_equal_rank(u, m))
+    u, m, k = _on_sphere(direction, loc, concentration, "von_mises_fisher_log_prob")
     dim = u.shape[-1]
-    _require_sphere(dim, 2, "von_mises_fisher_log_prob")
-    concentration = jnp.broadcast_to(concentration, u.shape[:-1])
     one_minus, _ = sphere.cosine_complements(u, m)
     # k c + log C(k), with k taken out of both: k (c - 1) - log( I(k) e^-k / k^order ) - ...
-    log_bessel = special.log_scaled_bessel_i(dim / 2 - 1, concentration)
-    return -concentration * one_minus - log_bessel - dim / 2 * float(np.log(2 * np.pi))
+    log_bessel = special.log_scaled_bessel_i(dim / 2 - 1, k)
+    return -k * one_minus - log_bessel - dim / 2 * float(np.log(2 * np.pi))
 
 
 def _power_spherical_shapes(concentration: Array, dim: int) -> tuple[Array, Array]:
@@ -265,19 +370,17 @@ def power_spherical_log_prob(
     Args:
       direction: `[..., D]` unit vectors, `D >= 2`.
       loc: `[..., D]` unit vectors, the mean direction.
-      concentration: at least zero (zero is uniform), finite; broadcasts against `[...]`.
+      concentration: at least zero (zero is uniform), finite; `[...]`, and all three broadcast.
 
     Returns:
       `[...]`, nats; at the antipode of `loc`, where the density is zero, a large negative number.
 
     Raises:
-      ValueError: `D < 2`.
+      ValueError: `D < 2`, a known concentration that is negative or not finite, known directions that
+        are no unit vectors, shapes that do not broadcast. Traced concentrations have the value NaN.
     """
-    u, m, concentration = sphere.at_least_float32(direction, loc, concentration)
-    u, m = jnp.broadcast_arrays(*_equal_rank(u, m))
+    u, m, k = _on_sphere(direction, loc, concentration, "power_spherical_log_prob")
     dim = u.shape[-1]
-    _require_sphere(dim, 2, "power_spherical_log_prob")
-    concentration = jnp.broadcast_to(concentration, u.shape[:-1])
     one_minus, one_plus = sphere.cosine_complements(u, m)
     is_near = one_minus < 1
     log_half_one_plus = jnp.where(
@@ -285,8 +388,8 @@ def power_spherical_log_prob(
         jnp.log1p(-jnp.where(is_near, one_minus, jnp.zeros_like(one_minus)) / 2),
         sphere.safe_log(one_plus / 2),
     )
-    alpha, beta = _power_spherical_shapes(concentration, dim)
-    return _power_spherical_log_base(alpha, beta) + concentration * log_half_one_plus
+    alpha, beta = _power_spherical_shapes(k, dim)
+    return _power_spherical_log_base(alpha, beta) + k * log_half_one_plus
 
 
 def power_spherical_entropy(concentration: ArrayLike, *, dim: int) -> Array:
@@ -300,10 +403,11 @@ def power_spherical_entropy(concentration: ArrayLike, *, dim: int) -> Array:
       `[...]`, nats; the logarithm of the sphere's area at concentration zero.
 
     Raises:
-      ValueError: `dim < 2`.
+      ValueError: `dim < 2` or no whole number, a known concentration that is negative or not finite.
     """
-    _require_sphere(dim, 2, "power_spherical_entropy")
-    (concentration,) = sphere.at_least_float32(concentration)
+    dim = domain.whole_number("dim", dim, 2)
+    (k,) = sphere.at_least_float32(concentration)
+    concentration = domain.concentration("concentration", concentration, k)
     alpha, beta = _power_spherical_shapes(concentration, dim)
     expected = -special.digamma_difference(alpha, beta)  # E[ log((1 + c)/2) ], a Beta's mean log
     return -_power_spherical_log_base(alpha, beta) - concentration * expected

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import special, sphere
+from jevb_jax import domain, special, sphere
 
 Tails = Literal["joint", "feature"]
 TAILS: tuple[Tails, ...] = ("joint", "feature")
@@ -52,10 +52,9 @@ def uniform_log_prob(dim: int) -> float:
       `lgamma(D/2) - log 2 - (D/2) log pi`, nats: 127.05 at `D = 128`.
 
     Raises:
-      ValueError: `dim < 1`.
+      ValueError: `dim < 1`, or no whole number.
     """
-    if dim < 1:
-        raise ValueError(f"the embedding dimension D must be at least 1, got {dim}")
+    dim = domain.whole_number("the embedding dimension D", dim, 1)
     return math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
 
 
@@ -239,9 +238,10 @@ def directional_log_mass(
     """Log of the mass that a directional density has on the sphere (docs eq. 31).
 
     Args:
-      scale_diag: `[..., D]`, positive, `D >= 3`; in units of the sphere.
+      scale_diag: `[..., D]`, positive, `D >= 3`; in units of the sphere. A number or `[..., 1]` is the
+        same for all features.
       loc: `[..., D]` unit vectors `m`.
-      df: degrees of freedom, positive, `inf` for the Gaussian; broadcasts against `[...]`.
+      df: degrees of freedom, positive, `inf` for the Gaussian; `[...]`, and all three broadcast.
       tails: of the density, see `distributions.directional_log_prob`.
       coordinates: of the density. Stereographic ones fill the sphere: zero.
 
@@ -251,22 +251,24 @@ def directional_log_mass(
       counts as 1e-6.
 
     Raises:
-      ValueError: `D < 3`, `df <= 0`, unknown `tails` or `coordinates`, feature-wise tails in
-        stereographic coordinates.
+      ValueError: `D < 3`, a known scale or `df` that is not positive, a `loc` that is no unit vector,
+        shapes that do not broadcast, unknown `tails` or `coordinates`, feature-wise tails in
+        stereographic coordinates. Traced scales and `df` that are not positive have the value NaN.
     """
     check_tails(tails, coordinates)
-    check_df(df)
-    s, m, df = sphere.at_least_float32(scale_diag, loc, df)
-    rank = max(s.ndim, m.ndim)
-    s, m = jnp.broadcast_arrays(*(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (s, m)))
+    s, m, df_array = sphere.at_least_float32(scale_diag, loc, df)
+    s = domain.positive("scale_diag", scale_diag, s)
+    df = domain.degrees_of_freedom("df", df, df_array)
+    m, s, df = domain.broadcast({"loc": m}, {"df": df}, {"scale_diag": s})
     dim = s.shape[-1]
     if dim < 3:
         raise ValueError(
             f"directional_log_mass needs an embedding dimension D >= 3 (the last axis), got D = {dim}"
         )
-    df = jnp.broadcast_to(df, s.shape[:-1])
+    domain.unit_vectors("loc", loc)
     if coordinates == "stereographic":
-        return jnp.zeros_like(df)
+        is_nan = jnp.isnan(df) | jnp.any(jnp.isnan(s), axis=-1)
+        return jnp.where(is_nan, jnp.full_like(df, jnp.nan), jnp.zeros_like(df))
     return _chordal_log_mass(s, m, df, is_joint=tails == "joint")
 
 
@@ -385,13 +387,3 @@ def check_tails(tails: str, coordinates: str) -> None:
         raise ValueError(f"coordinates must be one of {sphere.COORDINATES}, got {coordinates!r}")
     if tails == "feature" and coordinates != "chordal":
         raise ValueError('tails = "feature" needs coordinates = "chordal": it has no other mass')
-
-
-def check_df(df: ArrayLike) -> None:
-    """Refuses degrees of freedom that are not positive, where their values are known.
-
-    Raises:
-      ValueError: a number or a NumPy array that is not positive everywhere.
-    """
-    if isinstance(df, (int, float, np.ndarray, np.generic)) and not np.all(np.asarray(df) > 0):
-        raise ValueError(f"df must be positive, inf for the Gaussian, got {df}")

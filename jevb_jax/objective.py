@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, mass, sphere
+from jevb_jax import distributions, domain, mass, sphere
 
 ScaleUnits = Literal["sphere", "unit"]
 SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
@@ -121,10 +121,14 @@ def likelihood_scale(posterior_scale: ArrayLike, *, scale_units: ScaleUnits = "s
       `[..., D]`.
 
     Raises:
-      ValueError: unknown `scale_units`.
+      ValueError: unknown `scale_units`, a known scale that is not positive. A traced one that is not
+        positive has the value NaN.
     """
     _check_choice("scale_units", scale_units, SCALE_UNITS)
     (scale,) = sphere.at_least_float32(posterior_scale)
+    scale = domain.positive("posterior_scale", posterior_scale, scale)
+    if scale.ndim < 1:
+        raise ValueError(f"posterior_scale must be [..., D], got the number {posterior_scale}")
     return scale / float(np.sqrt(scale.shape[-1])) if scale_units == "sphere" else scale
 
 
@@ -187,7 +191,7 @@ def embedding_log_prob(
     The training objective leaves the Jacobian out: it is constant in the parameters.
 
     Args:
-      embedding: `[..., D]`, `h`, not the zero vector.
+      embedding: `[..., D]`, `h`, not the zero vector; all arguments broadcast.
       latent: `[..., D]`, `z`.
       scale_diag: `[..., D]`, scale of the directional term, in units of the sphere.
       df: degrees of freedom of the directional term.
@@ -200,8 +204,22 @@ def embedding_log_prob(
 
     Returns:
       `[...]`, nats.
+
+    Raises:
+      ValueError: as `directional_log_prob` and `radial_log_prob`.
     """
-    embedding, latent, scale_diag = sphere.at_least_float32(embedding, latent, scale_diag)
+    h, z, s, nu, radial_nu, width = sphere.at_least_float32(
+        embedding, latent, scale_diag, df, radial_df, radial_scale
+    )
+    s = domain.positive("scale_diag", scale_diag, s)
+    nu = domain.degrees_of_freedom("df", df, nu)
+    radial_nu = domain.degrees_of_freedom("radial_df", radial_df, radial_nu)
+    width = domain.positive("radial_scale", radial_scale, width)
+    embedding, latent, scale_diag, df, radial_df, radial_scale = domain.broadcast(
+        {"embedding": h, "latent": z},
+        {"df": nu, "radial_df": radial_nu, "radial_scale": width},
+        {"scale_diag": s},
+    )
     directional, radial, _ = _likelihood_terms(
         embedding,
         latent,
@@ -250,13 +268,44 @@ def _scale_diag(
     """`[batch, D]`, the likelihood's scale: tied to the posterior's unless another is given."""
     if untied_scale is not None:
         untied = jnp.asarray(untied_scale, posterior_scale.dtype)
+        untied = domain.positive("untied_scale", untied_scale, untied)
         posterior_scale = jnp.broadcast_to(untied, posterior_scale.shape)
     return likelihood_scale(posterior_scale, scale_units=scale_units)
 
 
-def _check_num_samples(num_samples: int) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+class _Density(NamedTuple):
+    """The numbers of the likelihood and the prior, of one float type."""
+
+    df: Array
+    radial_df: Array
+    radial_scale: Array
+    prior_scale: Array
+
+
+def _in_one_type(
+    embedding: ArrayLike,
+    posterior_mean: ArrayLike,
+    posterior_scale: ArrayLike,
+    **numbers: ArrayLike,
+) -> tuple[Array, Array, Array, _Density]:
+    """All arguments of a bound, checked and in one float type, lest its terms differ in theirs."""
+    names = ("df", "radial_df", "radial_scale", "prior_scale")
+    embedding, mean, scale, *rest = sphere.at_least_float32(
+        embedding, posterior_mean, posterior_scale, *(numbers[name] for name in names)
+    )
+    _check_posterior(embedding, mean, scale)
+    scale = domain.positive("posterior_scale", posterior_scale, scale)
+    checks = (
+        domain.degrees_of_freedom,
+        domain.degrees_of_freedom,
+        domain.positive,
+        domain.positive,
+    )
+    checked = [
+        check(name, numbers[name], cast)
+        for check, name, cast in zip(checks, names, rest, strict=True)
+    ]
+    return embedding, mean, scale, _Density(*checked)
 
 
 def _standard_normal(key: Array, num_samples: int, like: Array) -> Array:
@@ -280,7 +329,8 @@ def _over_samples(terms: Callable[[Array], _T], noise: Array) -> _T:
       The terms, with a leading axis `[num_samples]`.
     """
     num_samples = noise.shape[0]
-    at_once = max(1, _SIDE_BY_SIDE_ELEMENTS // (noise.size // num_samples))
+    # A batch of no examples has no noise.
+    at_once = max(1, _SIDE_BY_SIDE_ELEMENTS // max(1, noise.size // num_samples))
     if num_samples <= at_once:
         return jax.vmap(terms)(noise)
     # The loop itself keeps the compiler from merging the second computation with the first.
@@ -329,8 +379,8 @@ def conditional_elbo(
       tails: see `directional_log_prob`.
       normalized: see `directional_log_prob`.
       num_samples: reparameterised draws of `z` averaged over.
-      kl_weight: weight of the KL in `weighted_elbo`, a number or `[batch]`.
-      radial_weight: weight of the radial term in `weighted_elbo`, a number or `[batch]`.
+      kl_weight: weight of the KL in `weighted_elbo`, at least zero, a number or `[batch]`.
+      radial_weight: weight of the radial term in `weighted_elbo`, likewise.
       untied_scale: a scale of the likelihood in the latent's units, a number or `[batch, D]`, in place
         of the posterior's; None ties the two. `scale_units` applies to it.
       location: of the directional term: the "sample" of `z`, or the posterior "mean", which is no
@@ -338,14 +388,25 @@ def conditional_elbo(
       likelihood: "factorised", or "unfactorised": one Student-t about `z` in `R^D` (docs eq. 16).
 
     Returns:
-      `ElboTerms` of `[batch]` arrays.
+      `ElboTerms` of `[batch]` arrays, of one float type.
 
     Raises:
-      ValueError: shapes that differ, `D < 3`, `num_samples < 1`, a setting that does not exist.
+      ValueError: shapes that differ, `D < 3`, `num_samples < 1`, a setting that does not exist; known
+        scales or degrees of freedom that are not positive, known weights that are negative. Traced
+        scales and degrees of freedom that are not positive have the value NaN.
     """
-    target, mean, scale = sphere.at_least_float32(target_embedding, posterior_mean, posterior_scale)
-    _check_posterior(target, mean, scale)
-    _check_num_samples(num_samples)
+    target, mean, scale, density = _in_one_type(
+        target_embedding,
+        posterior_mean,
+        posterior_scale,
+        df=df,
+        radial_df=radial_df,
+        radial_scale=radial_scale,
+        prior_scale=prior_scale,
+    )
+    num_samples = domain.whole_number("num_samples", num_samples, 1)
+    domain.weight("kl_weight", kl_weight)
+    domain.weight("radial_weight", radial_weight)
     target = jax.lax.stop_gradient(target)
     _check_choice("location", location, LOCATIONS)
     _check_choice("likelihood", likelihood, LIKELIHOODS)
@@ -356,9 +417,9 @@ def conditional_elbo(
             target,
             mean + scale * noise,
             scale_diag,
-            df=df,
-            radial_df=radial_df,
-            radial_scale=radial_scale,
+            df=density.df,
+            radial_df=density.radial_df,
+            radial_scale=density.radial_scale,
             coordinates=coordinates,
             space=space,
             tails=tails,
@@ -377,7 +438,7 @@ def conditional_elbo(
     return ElboTerms(
         directional_log_likelihood=directional,
         radial_log_likelihood=radial,
-        kl=distributions.gaussian_kl_divergence(mean, scale, prior_scale=prior_scale),
+        kl=distributions.gaussian_kl_divergence(mean, scale, prior_scale=density.prior_scale),
         radial_weight=jnp.broadcast_to(jnp.asarray(radial_weight, mean.dtype), batch_shape),
         kl_weight=jnp.broadcast_to(jnp.asarray(kl_weight, mean.dtype), batch_shape),
         directional_log_mass=log_mass if is_factorised else None,
@@ -528,23 +589,29 @@ def importance_weighted_bound(
     Raises:
       ValueError: as `conditional_elbo`.
     """
-    embedding, mean, scale, prior_scale = sphere.at_least_float32(
-        embedding, posterior_mean, posterior_scale, prior_scale
+    target, mean, scale, density = _in_one_type(
+        embedding,
+        posterior_mean,
+        posterior_scale,
+        df=df,
+        radial_df=radial_df,
+        radial_scale=radial_scale,
+        prior_scale=prior_scale,
     )
-    _check_posterior(embedding, mean, scale)
-    _check_num_samples(num_samples)
+    prior = jnp.broadcast_to(density.prior_scale, mean.shape)
+    num_samples = domain.whole_number("num_samples", num_samples, 1)
     _check_choice("likelihood", likelihood, LIKELIHOODS)
     scale_diag = _scale_diag(scale, untied_scale, scale_units=scale_units)
 
     def log_weight(noise: Array) -> Array:
         latent = mean + scale * noise
         directional, radial, _ = _likelihood_terms(
-            embedding,
+            target,
             latent,
             scale_diag,
-            df=df,
-            radial_df=radial_df,
-            radial_scale=radial_scale,
+            df=density.df,
+            radial_df=density.radial_df,
+            radial_scale=density.radial_scale,
             coordinates=coordinates,
             space=space,
             tails=tails,
@@ -552,9 +619,7 @@ def importance_weighted_bound(
             likelihood=likelihood,
         )
         # log p(z) - log q(z), in which the constants of the two Gaussians cancel.
-        log_ratio = (
-            jnp.square(noise) - jnp.square(latent / prior_scale) + 2 * jnp.log(scale / prior_scale)
-        )
+        log_ratio = jnp.square(noise) - jnp.square(latent / prior) + 2 * jnp.log(scale / prior)
         return directional + radial + jnp.sum(log_ratio, axis=-1) / 2
 
     log_weights = _over_samples(log_weight, _standard_normal(key, num_samples, mean))

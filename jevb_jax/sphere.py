@@ -4,13 +4,15 @@
 Every function promotes bfloat16 and float16 to float32 and keeps float64.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+
+from jevb_jax import domain
 
 Coordinates = Literal["chordal", "stereographic"]
 COORDINATES: tuple[Coordinates, ...] = ("chordal", "stereographic")
@@ -35,20 +37,33 @@ def at_least_float32(*values: ArrayLike) -> tuple[Array, ...]:
 
 
 def _scaled(x: Array) -> tuple[Array, Array, Array]:
-    """`x / scale`, its norm (one at the zero vector), and `scale`, the largest entry's size.
+    """`x` scaled, its norm then (one at the zero vector), and the radius of `x`.
 
     Neither the squares of the scaled vector nor the derivatives of its norm overflow or underflow,
     whatever the size of `x`.
     """
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"vectors [..., D] with D >= 1 are needed, got shape {x.shape}")
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
     is_zero = largest == 0
-    scaled = x / jnp.where(is_zero, jnp.ones_like(largest), largest)[..., None]
+    # Usually the largest entry's size. The reciprocal of that, or its product with a cotangent, is lost
+    # near the ends of the float type: there, a fixed power of two, from which both ends are far.
+    limits = jnp.finfo(x.dtype)
+    power = round(0.7 * limits.maxexp)
+    is_long = largest > float(limits.max) ** 0.75
+    is_short = largest < float(limits.tiny) ** 0.75
+    one = jnp.ones_like(largest)
+    lift = jnp.where(is_long, 2.0**-power, jnp.where(is_short, 2.0**power, one))
+    lowered = jnp.where(is_long, 2.0**power, jnp.where(is_short, 2.0**-power, one))
+    divisor = jnp.where(is_long | is_short, one, largest)
+    scaled = x * lift[..., None] / divisor[..., None]
     # Without the barrier XLA takes the constant factors of a constant `x` out of the sum of squares,
     # which brings the overflow back.
     scaled = jax.lax.optimization_barrier(scaled)
     squared = jnp.sum(jnp.square(scaled), axis=-1)
     # The untaken branch gets a harmless argument, lest its gradient be NaN.
-    return scaled, jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared)), largest
+    norm = jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared))
+    return scaled, norm, jnp.where(is_zero, jnp.zeros_like(largest), divisor) * norm * lowered
 
 
 def safe_norm(x: Array) -> Array:
@@ -60,19 +75,20 @@ def safe_norm(x: Array) -> Array:
     Returns:
       `[...]`, zero (with zero gradient) at the zero vector.
     """
-    _, norm, scale = _scaled(*at_least_float32(x))
-    return scale * norm
+    _, _, radius = _scaled(*at_least_float32(x))
+    return radius
 
 
 def safe_log(x: Array) -> Array:
     """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient.
 
-    A NaN stays one.
+    A NaN stays one, and of a negative number it is NaN.
     """
     smallest = float(jnp.finfo(x.dtype).tiny)
     is_small = x <= smallest
     log = jnp.log(jnp.where(is_small, jnp.ones_like(x), x))
-    return jnp.where(is_small, jnp.full_like(x, np.log(smallest)), log)
+    log = jnp.where(is_small, jnp.full_like(x, np.log(smallest)), log)
+    return jnp.where(x < 0, jnp.full_like(x, jnp.nan), log)
 
 
 def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
@@ -85,8 +101,8 @@ def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
       direction: `[..., D]`, norm one; the zero vector at `x = 0`, where no direction exists.
       radius: `[...]`, at least zero. Gradients of both are finite everywhere.
     """
-    scaled, norm, scale = _scaled(*at_least_float32(x))
-    return scaled / norm[..., None], scale * norm
+    scaled, norm, radius = _scaled(*at_least_float32(x))
+    return scaled / norm[..., None], radius
 
 
 def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:
@@ -105,6 +121,20 @@ def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:
     one_minus = jnp.sum(jnp.square(direction - loc), axis=-1) / 2
     one_plus = jnp.sum(jnp.square(direction + loc), axis=-1) / 2
     return one_minus, one_plus
+
+
+class TangentSquares(NamedTuple):
+    """`(y_i / s_i)^2`, in a unit that keeps them from overflow.
+
+    Attributes:
+      squares: `[..., D]`; times `exp(log_unit)` they are `(y_i / s_i)^2`.
+      log_unit: `[...]`, exactly zero where none of them can overflow.
+      log_volume: `[...]`, see `scaled_tangent_squares`.
+    """
+
+    squares: Array
+    log_unit: Array
+    log_volume: Array
 
 
 def scaled_tangent_squares(
@@ -131,11 +161,58 @@ def scaled_tangent_squares(
         stereographic coordinates on the sphere.
 
     Raises:
+      ValueError: `coordinates` is not one of the two, a known scale is not positive, or shapes do not
+        broadcast. Traced scales that are not positive have the value NaN.
+    """
+    u, m, s = at_least_float32(direction, loc, scale_diag)
+    s = domain.positive("scale_diag", scale_diag, s)
+    u, m, s = domain.broadcast({"direction": u, "loc": m}, {}, {"scale_diag": s})
+    residual_squares, stretch = _tangent_squares(u, m, coordinates)
+    # Divided twice: the slope in s of a division by s^2 has a factor s^-4, which overflows.
+    scaled = residual_squares / s / s * stretch[..., None]
+    if coordinates == "stereographic":
+        scaled = scaled * stretch[..., None]
+    return scaled, jnp.log(stretch)
+
+
+def bounded_tangent_squares(
+    direction: Array, loc: Array, scale_diag: Array, *, coordinates: Coordinates
+) -> TangentSquares:
+    """`scaled_tangent_squares`, which at tiny scales or near the antipode would overflow.
+
+    Args:
+      direction: `[..., D]` unit vectors `u`.
+      loc: `[..., D]` unit vectors `m`.
+      scale_diag: `[..., D]`, positive.
+      coordinates: "chordal" or "stereographic".
+
+    Raises:
       ValueError: `coordinates` is not one of the two.
     """
+    squares, stretch = _tangent_squares(direction, loc, coordinates)
+    num_factors = 2 if coordinates == "stereographic" else 1
+    limits = jnp.finfo(scale_diag.dtype)
+    # A power of two at or below the smallest scale: exact to divide by, and without a gradient.
+    smallest = jax.lax.stop_gradient(jnp.min(scale_diag, axis=-1)) / 2
+    smallest = jnp.clip(smallest, float(limits.tiny), 1.0)
+    unit = jax.lax.reduce_precision(smallest, limits.nexp, 0)
+    log_volume = jnp.log(stretch)
+    log_unit = num_factors * log_volume - 2 * jnp.log(unit)
+    is_extreme = log_unit > 0.68 * float(np.log(limits.max))
+    log_unit = jnp.where(is_extreme, log_unit, jnp.zeros_like(log_unit))
+    one = jnp.ones_like(stretch)
+    s = scale_diag / jnp.where(is_extreme, unit, one)[..., None]
+    factor = jnp.where(is_extreme, one, stretch)[..., None]
+    scaled = squares / s / s * factor
+    if coordinates == "stereographic":
+        scaled = scaled * factor
+    return TangentSquares(scaled, log_unit, log_volume)
+
+
+def _tangent_squares(u: Array, m: Array, coordinates: Coordinates) -> tuple[Array, Array]:
+    """Squares `[..., D]` of `u - c m`, and `2 / (1 + c)`, `[...]`."""
     if coordinates not in COORDINATES:
         raise ValueError(f"coordinates must be one of {COORDINATES}, got {coordinates!r}")
-    u, m, s = at_least_float32(direction, loc, scale_diag)
     n = u.shape[-1] - 1
     one_minus, one_plus = cosine_complements(u, m)
     guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** 2, u.dtype)
@@ -147,12 +224,7 @@ def scaled_tangent_squares(
     )
     mean_direction = (1 - jnp.square(m)) / n  # the average of e_i^2 over unit tangents e
     squares = jnp.square(residual) + guard * one_minus[..., None] * mean_direction
-    # Divided twice: the slope in s of a division by s^2 has a factor s^-4, which overflows.
-    stretch = 2 / (one_plus + guard)
-    scaled = squares / s / s * stretch[..., None]
-    if coordinates == "stereographic":
-        scaled = scaled * stretch[..., None]
-    return scaled, jnp.log(stretch)
+    return squares, 2 / (one_plus + guard)
 
 
 def scaled_tangent_squared_length(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
-PURE = ("special", "sphere", "distributions", "objective", "baselines")
+PURE = ("domain", "special", "sphere", "distributions", "mass", "objective", "baselines")
 CONFIG_DOORS = ("command_line", "experiment", "runner", "study")
 
 

@@ -379,3 +379,37 @@ def test_bad_shapes_are_refused():
         baselines.vi_simsiam_loss(x[0], k[:4], x[1], k, x[2], x[3])
     with pytest.raises(ValueError, match="D >= 2"):
         baselines.vi_simsiam_loss(x[0][:, :1], k, x[1][:, :1], k, x[2][:, :1], x[3][:, :1])
+
+
+def test_a_batch_of_no_examples():
+    x, k = np.zeros((4, 0, 5), np.float32), np.zeros(0, np.float32)
+    losses = [function(*x).loss for function in PAIRED.values()]
+    losses.append(baselines.vi_simsiam_loss(x[0], k, x[1], k, x[2], x[3]).loss)
+    assert [loss.shape for loss in losses] == [(0,)] * 3
+    for function in COUPLED.values():
+        with pytest.raises(ValueError, match="batch >= 2"):
+            function(x[0], x[1])
+
+
+def test_settings_outside_of_their_domain_are_refused():
+    x, k = normal(0, 4, 5, 3), np.ones(5, np.float32)
+    for value in (-1.0, np.nan, np.inf):
+        for name in ("invariance", "variance", "covariance"):
+            with pytest.raises(ValueError, match=f"{name}_weight must be at least zero"):
+                baselines.vicreg_loss(x[0], x[1], **{f"{name}_weight": value})
+        with pytest.raises(ValueError, match="redundancy_weight must be at least zero"):
+            baselines.barlow_twins_loss(x[0], x[1], redundancy_weight=value)
+        for function in COUPLED.values():
+            with pytest.raises(ValueError, match="epsilon must be at least zero"):
+                function(x[0], x[1], epsilon=value)
+        with pytest.raises(ValueError, match="concentration_2 must be at least zero"):
+            baselines.vi_simsiam_loss(x[0], k, x[1], value * k, x[2], x[3])
+    traced = jax.jit(baselines.vi_simsiam_loss)(x[0], k, x[1], -k, x[2], x[3])
+    assert np.all(np.isnan(traced.log_likelihood_1_given_2))
+    assert np.all(np.isfinite(traced.log_likelihood_2_given_1))
+
+
+def test_float32_stays_float32_where_x64_is_enabled():
+    with jax.enable_x64(True):
+        found = jax.eval_shape(every_loss, normal(0, 4, 5, 3), np.ones(5, np.float32))
+    assert {loss.dtype for loss in found.values()} == {jnp.dtype("float32")}

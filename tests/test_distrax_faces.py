@@ -273,3 +273,232 @@ def test_posterior_and_prior_are_distrax_gaussians():
                 jevb_jax.gaussian_kl_divergence(mean, scale, **settings),
                 rtol=1e-5,
             )
+
+
+# Domain, types, indexing.
+
+
+def gaussians():
+    rng = np.random.default_rng(3)
+    mean, scale = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    return jevb_jax.gaussian_posterior(mean, np.exp(scale))
+
+
+def arrays_of(distribution):
+    names = ("loc", "scale_diag", "df", "concentration")
+    return [getattr(distribution, name) for name in names if hasattr(distribution, name)]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [0, -1, slice(2), slice(None, None, -2), Ellipsis, None, np.array([2, 0]), [True, False, True]],
+    ids=repr,
+)
+def test_indexing_is_that_of_the_parameters_along_the_batch(index):
+    u = unit32(1, 3, 4)
+    for distribution in (*faces(), gaussians()):
+        part: Any = distribution[index]
+        assert type(part) is type(distribution)
+        for whole, found in zip(arrays_of(distribution), arrays_of(part), strict=True):
+            np.testing.assert_array_equal(found, np.asarray(whole)[index])
+        expected = np.asarray(distribution.log_prob(u))[index]
+        np.testing.assert_allclose(part.log_prob(u[index]), expected, rtol=1e-5)
+        assert part.batch_shape == expected.shape
+
+
+def test_indexing_of_two_axes_of_an_empty_batch_and_beyond_it():
+    loc = np.broadcast_to(unit32(0, 4), (2, 3, 4))
+    k = np.arange(6, dtype=np.float32).reshape(2, 3)
+    both = jevb_jax.PowerSpherical(loc, k)
+    np.testing.assert_array_equal(both[..., -1].concentration, k[..., -1])
+    np.testing.assert_array_equal(both[1, None, ::2].concentration, k[1, None, ::2])
+    traced = jax.jit(lambda d, i: d[i])(both, 1)
+    np.testing.assert_array_equal(traced.concentration, k[1])
+    assert traced.event_shape == (4,)
+    # JAX's own indexing would give the last one.
+    for index in (2, (0, 3), (0, 0, 0)):
+        with pytest.raises(IndexError, match=r"batch shape \(2, 3\)"):
+            both[index]
+    empty = jevb_jax.PowerSpherical(loc[:0], k[:0])
+    assert empty[:1].batch_shape == (0, 3)
+    assert empty.sample(seed=jax.random.key(0)).shape == (0, 3, 4)
+    with pytest.raises(IndexError):
+        empty[0]
+
+
+def test_float32_stays_float32_where_x64_is_enabled():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        for distribution in (*faces(), gaussians(), jevb_jax.gaussian_prior(4, 0.5)):
+            assert distribution.dtype == jnp.float32
+            sample, log_prob = distribution.sample_and_log_prob(
+                seed=jax.random.key(0), sample_shape=(2,)
+            )
+            assert sample.dtype == log_prob.dtype == jnp.float32
+        for distribution in (faces()[0], gaussians()):
+            assert distribution.entropy().dtype == distribution.mean().dtype == jnp.float32
+        divergence = gaussians().kl_divergence(jevb_jax.gaussian_prior(4))
+        assert divergence.dtype == jnp.float32
+        wide = jevb_jax.SphericalStudentT(np.eye(4)[0], np.ones(4), 3.0, "stereographic")
+        assert wide.sample(seed=jax.random.key(0)).dtype == wide.dtype == jnp.float64
+    assert jevb_jax.SphericalStudentT(np.eye(4)[0], np.ones(4), 3.0).dtype == jnp.float32
+
+
+def test_parameters_outside_of_their_domain_are_refused_and_nan_where_traced():
+    axis, one = np.eye(4, dtype=np.float32)[0], np.ones(4, np.float32)
+    builders: list[tuple[str, Any]] = [
+        ("scale_diag", lambda v: jevb_jax.SphericalStudentT(axis, v * one, 5.0)),
+        ("df", lambda v: jevb_jax.SphericalStudentT(axis, one, v)),
+        ("concentration", lambda v: jevb_jax.PowerSpherical(axis, v)),
+        ("posterior_scale", lambda v: jevb_jax.gaussian_posterior(axis, v * one)),
+        ("prior_scale", lambda v: jevb_jax.gaussian_prior(4, v)),
+    ]
+    for name, build in builders:
+        for value in (-1.0, np.nan, np.float32(-0.5)):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                build(value)
+        assert np.isnan(jax.vmap(lambda v, b=build: b(v).log_prob(axis))(np.float32([-1.0])))
+    with pytest.raises(ValueError, match="unit vectors"):
+        jevb_jax.PowerSpherical(2 * axis, 1.0)
+    with pytest.raises(ValueError, match="unit vectors"):
+        jevb_jax.SphericalStudentT(2 * axis, one, 1.0)
+    with pytest.raises(ValueError, match="dim must be a whole number"):
+        jevb_jax.gaussian_prior(0)
+
+
+def test_gaussians_pass_through_vmap_and_jit_either_way():
+    rng = np.random.default_rng(0)
+    mean, scale = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    scale = np.exp(scale)
+    whole = jevb_jax.gaussian_posterior(mean, scale)
+    prior = jevb_jax.gaussian_prior(6, 0.5)
+    expected = np.sum(stats.norm.logpdf(mean + 1, mean, np.float64(scale)), -1)
+    made = jax.vmap(jevb_jax.gaussian_posterior)(mean, scale)
+    taken = jax.vmap(lambda q, x: q.log_prob(x))(whole, mean + 1)
+    made_in_jit = jax.jit(jevb_jax.gaussian_posterior)(mean, scale)
+    for found in (made.log_prob(mean + 1), taken, made_in_jit.log_prob(mean + 1)):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert made.batch_shape == made_in_jit.batch_shape == (3,)
+    assert made.sample(seed=jax.random.key(0), sample_shape=(2,)).shape == (2, 3, 6)
+    priors = jax.vmap(functools.partial(jevb_jax.gaussian_prior, 6))(np.float32([0.5, 1, 2]))
+    divergence = oracles.gaussian_kl_divergence(mean, np.float64(scale), 0.5)
+    np.testing.assert_allclose(whole.kl_divergence(prior), divergence, rtol=1e-5)
+    np.testing.assert_allclose(made[0].kl_divergence(priors[0]), divergence[0], rtol=1e-5)
+    of_each = jax.vmap(lambda q: q.kl_divergence(prior))(whole)
+    np.testing.assert_allclose(of_each, divergence, rtol=1e-5)
+    # What is inherited is still there.
+    np.testing.assert_allclose(whole.covariance()[1], np.diag(scale[1] ** 2), rtol=1e-5)
+    np.testing.assert_allclose(whole.stddev(), scale)
+    entropy = np.sum(stats.norm.entropy(0, np.float64(scale)), -1)
+    np.testing.assert_allclose(whole.entropy(), entropy, rtol=1e-5)
+    draws = np.asarray(whole.sample(seed=jax.random.key(1), sample_shape=(4000,)))
+    z = (draws - mean) / scale
+    assert stats.kstest(z.ravel(), "norm").pvalue > SIGNIFICANCE
+
+
+# Mode, divergence, gradients of samples.
+
+
+def test_modes():
+    loc = unit32(0, 5)
+    np.testing.assert_array_equal(jevb_jax.PowerSpherical(loc, 3.0).mode(), loc)
+    np.testing.assert_array_equal(jevb_jax.SphericalStudentT(loc, 0.3, 0.5).mode(), loc)
+    directions = unit32(1, 4000, 5)
+    near = oracles.unit(loc + 0.05 * directions[:500]).astype(np.float32)
+    points = np.concatenate([directions, near, -near])
+    base = np.float32([1, 0.3, 0.5, 0.2, 0.8])
+    for df in (2.0, 4.0, 9.0, np.inf):
+        for width in (0.3, 0.7, 0.9, 1.1, 3.0):
+            density = jevb_jax.SphericalStudentT(loc, width * base, df, "stereographic")
+            peak, others = float(density.log_prob(loc)), np.asarray(density.log_prob(points))
+            mode = np.asarray(density.mode())
+            is_pole = df < 4
+            # Near the limit the points need not show which side of it the scale is on.
+            if np.isnan(mode).all():
+                assert is_pole or np.max(others) > peak - 1e-3
+            else:
+                np.testing.assert_array_equal(mode, loc)
+                assert not is_pole
+                assert np.max(others) <= peak + 1e-5
+    pole = jevb_jax.SphericalStudentT(loc, 0.3, 2.0, "stereographic")
+    assert pole.log_prob(-loc) > pole.log_prob(loc)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 64])
+def test_divergence_of_power_spherical_to_uniform_and_to_its_own_kind(dim):
+    loc = np.eye(dim, dtype=np.float32)[0]
+    k = np.float32([0, 1e-3, 0.5, 20, 1e4])
+    found = jevb_jax.PowerSpherical(loc, k)
+    exact = np.array([[oracles.power_spherical(0.0, dim, v)[1] for v in k]])
+    exact = oracles.log_sphere_area(dim) - exact[0]
+    uniform = jevb_jax.PowerSpherical(np.roll(loc, 1), 0.0)
+    np.testing.assert_allclose(found.kl_divergence(uniform), exact, rtol=1e-5, atol=3e-5)
+    assert np.all(np.asarray(found.kl_divergence(uniform)) >= 0)
+    tfp: Any = pytest.importorskip("tensorflow_probability.substrates.jax")
+    of_tfp = tfp.distributions.SphericalUniform(dimension=dim)
+    np.testing.assert_allclose(found.kl_divergence(of_tfp), exact, rtol=1e-5, atol=3e-5)
+    # To the same direction: by the Beta variable of which both are.
+    b = (dim - 1) / 2
+    for other in (0.5, 30.0):
+        a, c = b + np.float64(k), b + other
+        expected = (
+            special.betaln(c, b)
+            - special.betaln(a, b)
+            + (a - c) * special.digamma(a)
+            - (a - c) * special.digamma(a + b)
+        )
+        second = jevb_jax.PowerSpherical(loc, other)
+        np.testing.assert_allclose(found.kl_divergence(second), expected, rtol=1e-4, atol=3e-5)
+    elsewhere = jevb_jax.PowerSpherical(np.roll(loc, 1), 3.0)
+    with pytest.raises(NotImplementedError, match="closed form"):
+        found.kl_divergence(elsewhere)
+    assert np.all(np.isnan(jax.jit(lambda p, q: p.kl_divergence(q))(found, elsewhere)))
+    if dim > 2:
+        student = jevb_jax.SphericalStudentT(loc, 0.3, 5.0, "stereographic")
+        with pytest.raises(NotImplementedError, match="closed form"):
+            student.kl_divergence(uniform)
+        with pytest.raises(NotImplementedError, match="closed form"):
+            student.mean()
+
+
+def test_gradient_of_samples_in_df_is_that_of_the_mean_cosine():
+    # |y|^2 / n is Fisher-distributed with equal scales; E[cos] by quadrature in its logarithm.
+    scale, dim = 0.3, 5
+    n = dim - 1
+    u = np.linspace(-400, 400, 400_001)
+
+    def mean_cosine(df):
+        log_density = stats.f(n, df).logpdf(np.exp(u)) + u
+        t = np.exp(u) * n * scale**2 / 4
+        cosine = np.where(u > 100, -1.0, (1 - np.minimum(t, 1e30)) / (1 + np.minimum(t, 1e30)))
+        return np.trapezoid(np.exp(log_density) * cosine, u)
+
+    loc = unit32(0, dim)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    @jax.value_and_grad
+    def sampled(df, key):
+        density = jevb_jax.SphericalStudentT(loc, scale, df, coordinates="stereographic")
+        return jnp.mean(density.sample(seed=key, sample_shape=(2000,)) @ loc)
+
+    keys = jax.random.split(jax.random.key(0), 10)
+    for df in (4.0, 1.0, 0.3, 0.1):
+        for values, exact in zip(
+            sampled(df, keys),
+            (mean_cosine(df), (mean_cosine(df * 1.001) - mean_cosine(df / 1.001)) / (df * 0.002)),
+            strict=True,
+        ):
+            error = np.std(values) / 3
+            assert error < 0.1
+            assert abs(np.mean(values) - exact) < 5 * error + 2e-3
+    # Far smaller ones, far narrower scales, and a location along the narrow axis.
+    narrow = np.float32([1e-25, 1, 1, 1e-3, 1])
+
+    def one(df, scale, loc):
+        density = jevb_jax.SphericalStudentT(loc, scale, df, coordinates="stereographic")
+        return jnp.sum(density.sample(seed=jax.random.key(0)) * np.float32([1, 2, 3, 4, 5]))
+
+    gradients = jax.jit(jax.vmap(jax.grad(one, argnums=(0, 1, 2)), in_axes=(0, None, None)))(
+        np.float32([1e-3, 0.01, 1.9, 2, 1e6]), narrow, np.eye(5, dtype=np.float32)[0]
+    )
+    assert all(np.all(np.isfinite(x)) for x in gradients)

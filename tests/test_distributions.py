@@ -17,6 +17,7 @@ from scipy import integrate, stats
 from jevb_jax import (
     directional_log_prob,
     gaussian_kl_divergence,
+    mass,
     multivariate_student_t_log_prob,
     power_spherical_entropy,
     power_spherical_log_prob,
@@ -503,7 +504,7 @@ def test_directional_refuses_bad_input():
     for dim in (1, 2):
         flat = jnp.eye(dim)[0]
         with pytest.raises(ValueError, match="3"):
-            directional_log_prob(flat, loc=flat, scale_diag=flat, df=1.0)
+            directional_log_prob(flat, loc=flat, scale_diag=flat + 1, df=1.0)
     with pytest.raises(ValueError, match=r"chordal.*stereographic") as error:
         directional_log_prob(u, loc=u, scale_diag=u + 1, df=1.0, coordinates="polar")  # type: ignore[arg-type]
     assert "polar" in str(error.value)
@@ -960,3 +961,291 @@ def test_values_and_gradients_of_normalised_densities_are_finite(tails):
             gradients, values = values_and_gradients(direction, m, scale)
             assert np.all(np.isfinite(values))
             assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
+# Far tails.
+
+
+def mp_student_t(x, df, loc, scale):
+    """Value and derivatives in all four, by hand, in sixty digits."""
+    with mpmath.workdps(60):
+        x, nu, loc, s = (mpmath.mpf(float(v)) for v in (x, df, loc, scale))
+        z = (x - loc) / s
+        if mpmath.isinf(nu):
+            value = -(z**2) / 2 - mpmath.log(2 * mpmath.pi) / 2 - mpmath.log(s)
+            return [float(v) for v in (value, -z / s, 0, z / s, (z**2 - 1) / s)]
+        q = z**2 / nu
+        pull = (nu + 1) / nu * z / (1 + q)
+        value = (
+            mpmath.loggamma((nu + 1) / 2)
+            - mpmath.loggamma(nu / 2)
+            - mpmath.log(nu * mpmath.pi) / 2
+            - (nu + 1) / 2 * mpmath.log1p(q)
+            - mpmath.log(s)
+        )
+        of_df = (
+            mpmath.digamma((nu + 1) / 2)
+            - mpmath.digamma(nu / 2)
+            - 1 / nu
+            - mpmath.log1p(q)
+            + (nu + 1) / nu * q / (1 + q)
+        ) / 2
+        return [float(v) for v in (value, -pull / s, of_df, pull / s, (z * pull - 1) / s)]
+
+
+def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
+    distances = (0.0, 0.9, 1.1, 30.0, 1e4, 1e9, 1e13, 3e15, 1e18, 3e19, 1e30)
+    rows = [
+        (distance, df, 0.0, scale)
+        for distance in distances
+        for df in (0.2, 1.0, 5.0, 1e3, 1e8, np.inf)
+        for scale in (1.0, 1e-6)
+        # The square of a Gaussian deviation, and its derivatives, overflow where they should.
+        if np.isfinite(df) or distance / scale < 1e14
+    ]
+    arguments = np.array(rows, np.float32).T
+
+    @jax.jit
+    @jax.vmap
+    def found(x, df, loc, scale):
+        def f(x, df, loc, scale):
+            return student_t_log_prob(x, df=df, loc=loc, scale=scale)
+
+        value, gradients = jax.value_and_grad(f, argnums=(0, 1, 2, 3))(x, df, loc, scale)
+        return jnp.stack([value, *gradients])
+
+    actual = np.float64(found(*arguments))
+    expected = np.array([mp_student_t(*row) for row in arguments.T])
+    for name, index in (("value", 0), ("x", 1), ("df", 2), ("loc", 3), ("scale", 4)):
+        # Of value, df and scale what is added may cancel: roundings of its size.
+        added = {0: 10.0, 2: 1 / arguments[1] + 1e-37, 4: 1 / arguments[3]}.get(index, 1e-37)
+        size = np.maximum(np.abs(expected[:, index]), added)
+        error = np.abs(actual[:, index] - expected[:, index]) / size
+        assert np.max(error) < 3e-5, (name, arguments[:, np.argmax(error)], np.max(error))
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
+    # Scales at a model's floor and far below it, across from the location and next to its antipode.
+    m = np.eye(4, dtype=np.float32)[0]
+    across = np.float32([0, 0.6, 0.8, 0])
+    beyond = np.float32([-1, 1e-4, 2e-4, 0])  # nearer, the guard of the antipode shows
+    ratios = np.float32([1, 0.5, 2, 1])
+    rows = [
+        (u, width, df)
+        for u in (across, beyond)
+        for width in (1e-4, 1e-12, 1e-20, 1e-30)
+        for df in (0.5, 5.0)
+    ]
+    u = np.stack([row[0] for row in rows])
+    scale = np.stack([np.float32(row[1]) * ratios for row in rows])
+    df = np.array([row[2] for row in rows], np.float32)
+    value, gradients = directional_with_gradients(
+        u, np.broadcast_to(m, u.shape), scale, df, coordinates
+    )
+    actual = np.stack([value, np.sum(gradients[2] * scale, -1), gradients[3] * df], -1)
+    with mpmath.workdps(90):
+        h = mpmath.mpf(10) ** -25
+        for i, found in enumerate(actual):
+            point, scales = ([mpmath.mpf(float(x)) for x in v] for v in (u[i], scale[i]))
+
+            def shifted(of_scale, of_df, i=i, point=point, scales=scales):
+                return oracles.mp_directional_log_prob(
+                    point,
+                    [mpmath.mpf(float(x)) for x in m],
+                    [s * mpmath.exp(of_scale) for s in scales],
+                    mpmath.mpf(float(df[i])) * mpmath.exp(of_df),
+                    coordinates,
+                )
+
+            expected = [
+                shifted(0, 0),
+                (shifted(h, 0) - shifted(-h, 0)) / (2 * h),
+                (shifted(0, h) - shifted(0, -h)) / (2 * h),
+            ]
+            np.testing.assert_allclose(found, [float(v) for v in expected], rtol=2e-5, atol=2e-4)
+    for gradient in gradients:
+        assert np.all(np.isfinite(gradient))
+
+
+def test_multivariate_student_t_far_in_the_tail():
+    x = np.float32([[3e25, -1e25, 0], [1e37, 2e37, 1e37], [2e4, 1, 1]])
+    scale = np.float32([[1, 2, 1e-3], [1e-10, 1e-10, 1e-5], [1e-3, 1, 5]])
+    df = np.float32(3.0)
+
+    def total(x, scale, df):
+        return jnp.sum(multivariate_student_t_log_prob(x, loc=0 * x, scale_diag=scale, df=df))
+
+    found = multivariate_student_t_log_prob(x, loc=0 * x, scale_diag=scale, df=df)
+    of_x, of_scale, of_df = jax.grad(total, argnums=(0, 1, 2))(x, scale, df)
+    z = [
+        [mpmath.mpf(float(a)) / mpmath.mpf(float(b)) for a, b in zip(*r, strict=True)]
+        for r in zip(x, scale, strict=True)
+    ]
+    q = [mpmath.fsum(v**2 for v in row) / 3 for row in z]
+    exact = [
+        mpmath.loggamma(3)
+        - mpmath.loggamma(1.5)
+        - 1.5 * mpmath.log(3 * mpmath.pi)
+        - 3 * mpmath.log1p(v)
+        - mpmath.fsum(mpmath.log(float(s)) for s in row)
+        for v, row in zip(q, scale, strict=True)
+    ]
+    np.testing.assert_allclose(found, [float(v) for v in exact], rtol=2e-6)
+    pull = np.array([[float(2 * v / (1 + w)) for v in row] for row, w in zip(z, q, strict=True)])
+    np.testing.assert_allclose(of_x * scale, -pull, rtol=2e-5, atol=1e-37)
+    stretch = np.array(
+        [[float(2 * v**2 / (1 + w)) for v in row] for row, w in zip(z, q, strict=True)]
+    )
+    np.testing.assert_allclose(of_scale * scale, stretch - 1, rtol=1e-4, atol=1e-5)
+    slope = mpmath.fsum(
+        (mpmath.digamma(3) - mpmath.digamma(1.5) - 1 - mpmath.log1p(v) + 2 * v / (1 + v)) / 2
+        for v in q
+    )
+    np.testing.assert_allclose(of_df, float(slope), rtol=1e-5)
+
+
+# The domain.
+
+AXIS = np.eye(4, dtype=np.float32)[0]
+ONES = np.ones(4, np.float32)
+# Every argument that has a domain: a call, and what is not allowed beside NaN.
+GUARDED: dict[str, tuple[Any, tuple[float, ...]]] = {
+    "directional scale_diag": (
+        lambda v: directional_log_prob(AXIS, loc=AXIS, scale_diag=v * ONES, df=3.0),
+        (0.0, -1.0, np.inf),
+    ),
+    "directional df": (
+        lambda v: directional_log_prob(AXIS, loc=AXIS, scale_diag=ONES, df=v),
+        (0.0, -2.0),
+    ),
+    "student df": (lambda v: student_t_log_prob(1.0, df=v, loc=0.0, scale=1.0), (0.0, -2.0)),
+    "student scale": (
+        lambda v: student_t_log_prob(1.0, df=5.0, loc=0.0, scale=v),
+        (0.0, -1.0, np.inf),
+    ),
+    "radial radius": (lambda v: radial_log_prob(v, loc=1.0, scale=1.0, df=3.0), (-1.0,)),
+    "radial linear radius": (
+        lambda v: radial_log_prob(v, loc=1.0, scale=1.0, df=3.0, space="linear"),
+        (-1.0,),
+    ),
+    "radial loc": (lambda v: radial_log_prob(1.0, loc=v, scale=1.0, df=3.0), (-1.0,)),
+    "radial scale": (lambda v: radial_log_prob(1.0, loc=1.0, scale=v, df=3.0), (0.0, -1.0)),
+    "radial df": (lambda v: radial_log_prob(1.0, loc=1.0, scale=1.0, df=v), (0.0, -1.0)),
+    "multivariate scale_diag": (
+        lambda v: multivariate_student_t_log_prob(AXIS, loc=ONES, scale_diag=v * ONES, df=3.0),
+        (0.0, -1.0),
+    ),
+    "multivariate df": (
+        lambda v: multivariate_student_t_log_prob(AXIS, loc=ONES, scale_diag=ONES, df=v),
+        (0.0, -1.0),
+    ),
+    "kl posterior_scale": (
+        lambda v: gaussian_kl_divergence(AXIS, v * ONES),
+        (0.0, -0.9, -1.0, -2.0, np.inf),
+    ),
+    "kl prior_scale": (
+        lambda v: gaussian_kl_divergence(AXIS, ONES, prior_scale=v),
+        (0.0, -1.0, np.inf),
+    ),
+    "fisher concentration": (
+        lambda v: von_mises_fisher_log_prob(AXIS, loc=AXIS, concentration=v),
+        (-0.5, np.inf),
+    ),
+    "spherical concentration": (
+        lambda v: power_spherical_log_prob(AXIS, loc=AXIS, concentration=v),
+        (-0.5, np.inf),
+    ),
+    "entropy concentration": (lambda v: power_spherical_entropy(v, dim=4), (-0.5, np.inf)),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_outside_of_the_domain_is_refused_and_nan_where_traced(name):
+    call, outside = GUARDED[name]
+    argument = name.split()[-1]
+    is_data = argument in ("radius", "loc")
+    for value in (*outside, *(() if is_data else (np.nan,))):
+        for known in (np.float32(value), jnp.float32(value)):
+            with pytest.raises(ValueError, match=f"{argument} must be"):
+                call(known)
+    values = jnp.asarray([*outside, np.nan, 1.5], jnp.float32)
+    found = jax.jit(jax.vmap(call))(values)
+    assert np.all(np.isnan(found[:-1]))
+    np.testing.assert_allclose(found[-1], call(np.float32(1.5)), rtol=1e-5)
+
+
+def test_directions_must_have_norm_one_where_they_are_known():
+    long = np.float32([3, 0, 0, 0])
+    for call in (
+        lambda u, m: directional_log_prob(u, loc=m, scale_diag=ONES, df=1.0),
+        lambda u, m: von_mises_fisher_log_prob(u, loc=m, concentration=1.0),
+        lambda u, m: power_spherical_log_prob(u, loc=m, concentration=1.0),
+    ):
+        for name, pair in (("direction", (long, AXIS)), ("loc", (AXIS, long))):
+            with pytest.raises(ValueError, match=f"{name} must be unit vectors.*norm 3"):
+                call(*pair)
+        assert np.isfinite(call(0 * AXIS, AXIS))  # the direction of a zero embedding
+    with pytest.raises(ValueError, match=r"last axis.*\(4,\).*\(1,\)"):
+        directional_log_prob(AXIS, loc=AXIS[:1], scale_diag=ONES, df=1.0)
+    with pytest.raises(ValueError, match=r"last axis"):
+        gaussian_kl_divergence(np.zeros((5, 1), np.float32), np.ones((5, 7), np.float32))
+    with pytest.raises(ValueError, match=r"broadcast.*df \(3,\)"):
+        directional_log_prob(
+            np.tile(AXIS, (2, 1)), loc=AXIS, scale_diag=ONES, df=np.ones(3, np.float32)
+        )
+
+
+def test_every_argument_broadcasts_against_the_batch():
+    rng = np.random.default_rng(0)
+    u = oracles.random_units(rng, 2, 1, 4).astype(np.float32)
+    m = oracles.random_units(rng, 3, 4).astype(np.float32)
+    scale = np.exp(rng.normal(size=(5, 1, 1, 4))).astype(np.float32)
+    k = np.float32([0.5, 3, 40])
+
+    def apart(function, *arrays, last):
+        """One call for each element of the batch `[5, 2, 3]`."""
+        shape = (5, 2, 3)
+        full = [
+            np.broadcast_to(x, (*shape, x.shape[-1]) if is_vector else shape)
+            for x, is_vector in zip(arrays, last, strict=True)
+        ]
+        flat = [x.reshape(30, *x.shape[3:]) for x in full]
+        return np.asarray(function(*flat)).reshape(shape)
+
+    def directional(u, m, s, df):
+        return directional_log_prob(u, loc=m, scale_diag=s, df=df)
+
+    def multivariate(u, m, s, df):
+        return multivariate_student_t_log_prob(u, loc=m, scale_diag=s, df=df)
+
+    for function in (directional, multivariate):
+        whole = function(u, m, scale, k)
+        expected = apart(function, u, m, scale, k, last=(True, True, True, False))
+        np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+        # One scale for all features, as a number and as a column.
+        same = function(u, m, 0.5, k)
+        np.testing.assert_allclose(same, function(u, m, 0.5 * ONES, k), rtol=1e-6)
+        np.testing.assert_allclose(same, function(u, m, 0.5 * ONES[:1], k), rtol=1e-6)
+    for log_prob in (von_mises_fisher_log_prob, power_spherical_log_prob):
+        whole = log_prob(u[0, 0], loc=m[0], concentration=k)
+        single = [log_prob(u[0, 0], loc=m[0], concentration=v) for v in k]
+        np.testing.assert_allclose(whole, single, rtol=1e-5)
+        assert log_prob(u, loc=m, concentration=k[:, None, None]).shape == (3, 2, 3)
+    assert radial_log_prob(2.0, loc=k, scale=1.0, df=k[:, None]).shape == (3, 3)
+    assert student_t_log_prob(2.0, loc=k, scale=1.0, df=k[:, None]).shape == (3, 3)
+
+
+def test_float32_stays_float32_where_x64_is_enabled():
+    with jax.enable_x64(True):
+        for name, (call, _) in GUARDED.items():
+            value, slope = jax.eval_shape(jax.value_and_grad(call), jnp.float32(1.5))
+            assert value.dtype == slope.dtype == jnp.float32, name
+        for tails in mass.TAILS:
+
+            def of_scale(s, tails=tails):
+                density = {"loc": AXIS, "df": 3.0, "tails": tails, "normalized": True}
+                return directional_log_prob(AXIS, scale_diag=s, **density)
+
+            value, slope = jax.eval_shape(jax.value_and_grad(of_scale), ONES)
+            assert value.dtype == slope.dtype == jnp.float32

@@ -260,3 +260,24 @@ def test_bad_input_is_refused():
         directional_log_mass(scale, loc=loc, df=5.0, tails="feature", coordinates="stereographic")
     with pytest.raises(ValueError, match="at least 1"):
         uniform_log_prob(0)
+
+
+def test_scales_that_are_not_positive_are_refused_and_nan_where_traced():
+    loc, one = np.eye(4, dtype=np.float32)[0], np.ones(4, np.float32)
+    for value in (0.0, -0.5, np.nan, np.inf):
+        with pytest.raises(ValueError, match="scale_diag must be positive"):
+            directional_log_mass(np.float32(value) * one, loc=loc, df=5.0)
+    with pytest.raises(ValueError, match="unit vectors"):
+        directional_log_mass(one, loc=2 * loc, df=5.0)
+    with pytest.raises(ValueError, match="whole number"):
+        uniform_log_prob(3.5)  # pyright: ignore[reportArgumentType]
+    bad = np.stack([-one, one * np.float32([1, 1, -1, 1]), one])
+    found = log_mass(bad, loc, np.float32([5, 5, -1]))
+    assert found.shape == (3,)
+    assert np.all(np.isnan(found))
+    stereographic = jax.jit(
+        lambda s: directional_log_mass(s, loc=loc, df=5.0, coordinates="stereographic")
+    )
+    np.testing.assert_array_equal(stereographic(bad), [np.nan, np.nan, 0])
+    of_df = directional_log_mass(one, loc=loc, df=np.float32([1, 5]))
+    np.testing.assert_allclose(of_df[1], directional_log_mass(one, loc=loc, df=5.0), rtol=1e-6)

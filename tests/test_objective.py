@@ -790,3 +790,106 @@ def test_the_mass_has_a_gradient_only_where_it_is_divided_by(float64):
     gradient = jax.jit(jax.grad(log_mass), static_argnums=1)
     assert not np.any(gradient(scale, False))
     assert np.all(gradient(scale, True))
+
+
+# Empty batches, one float type, the domain.
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_batch_of_no_examples_has_no_terms(num_samples):
+    view_1, view_2 = (View(*(jnp.zeros((0, 5), jnp.float32) for _ in range(3))) for _ in range(2))
+    args = (view_2.embedding, *view_1[1:])
+    key = jax.random.key(0)
+    settings: dict[str, Any] = {**MODEL, "num_samples": num_samples}
+    for ablation in ({}, {"likelihood": "unfactorised"}, {"untied_scale": 0.5}):
+        terms = conditional_elbo(key, *args, **settings, **ablation)
+        assert terms.elbo.shape == terms.weighted_elbo.shape == (0,)
+    assert symmetric_elbo(key, view_1, view_2, **settings).elbo.shape == (0,)
+    assert importance_weighted_bound(key, *args, **settings).shape == (0,)
+    empty = jnp.zeros((0, 5), jnp.float32)
+    assert embedding_log_prob(empty, empty, scale_diag=empty, **MODEL).shape == (0,)
+    total = jax.grad(lambda x: jnp.sum(conditional_elbo(key, x, x, x, **settings).elbo))(empty)
+    assert total.shape == (0, 5)
+
+
+def test_terms_share_the_widest_type_that_was_given():
+    view_1, view_2 = views(0, dtype=jnp.float32)
+    args = (view_2.embedding, *view_1[1:])
+    with jax.enable_x64(True):
+
+        def dtypes(**settings):
+            bound = functools.partial(importance_weighted_bound, num_samples=2)
+            both = jax.eval_shape(
+                lambda *args: (
+                    conditional_elbo(jax.random.key(0), *args, **settings),
+                    bound(jax.random.key(0), *args, **settings),
+                ),
+                *args,
+            )
+            return {x.dtype for x in jax.tree.leaves(both)}
+
+        assert dtypes(**MODEL) == {jnp.dtype("float32")}
+        for name in ("df", "radial_df", "radial_scale", "prior_scale"):
+            assert dtypes(**{**MODEL, name: np.float64(1.5)}) == {jnp.dtype("float64")}
+
+
+def test_arguments_outside_of_their_domain_are_refused_and_nan_where_traced():
+    view_1, view_2 = views(0, dtype=jnp.float32)
+    target, mean, scale = view_2.embedding, *view_1[1:]
+    key = jax.random.key(0)
+
+    def of_setting(name, value):
+        return conditional_elbo(key, target, mean, scale, **{**MODEL, name: value})
+
+    settings = ("df", "radial_df", "radial_scale", "prior_scale", "untied_scale")
+    for name in settings:
+        for value in (0.0, -1.0, np.nan, jnp.float32(-2.0)):
+            with pytest.raises(ValueError, match=f"{name} must be positive"):
+                of_setting(name, value)
+    for name in ("kl_weight", "radial_weight"):
+        for value in (-0.1, np.nan, np.inf):
+            with pytest.raises(ValueError, match=f"{name} must be at least zero"):
+                of_setting(name, value)
+    for bad in (-scale, scale.at[2, 1].set(jnp.nan), scale.at[0, 0].set(0.0)):
+        for function in (
+            lambda bad: conditional_elbo(key, target, mean, bad, **MODEL),
+            lambda bad: importance_weighted_bound(key, target, mean, bad, num_samples=2, **MODEL),
+            lambda bad: objective.likelihood_scale(bad),
+        ):
+            with pytest.raises(ValueError, match="posterior_scale must be positive"):
+                function(bad)
+    for value in (0, 1.5, "two"):
+        with pytest.raises(ValueError, match="num_samples must be a whole number"):
+            of_setting("num_samples", value)
+    assert of_setting("num_samples", np.int64(1)).elbo.shape == (4,)
+
+    @jax.jit
+    def traced(values, scale):
+        weighed = [of_setting(name, values[i]).weighted_elbo for i, name in enumerate(settings)]
+        terms = conditional_elbo(key, target, mean, scale, **MODEL)
+        bound = importance_weighted_bound(key, target, mean, scale, num_samples=2, **MODEL)
+        return [*weighed, terms.weighted_elbo, terms.kl, bound]
+
+    for found in traced(-np.ones(len(settings), np.float32), -scale):
+        assert np.all(np.isnan(found))
+    for found in traced(np.ones(len(settings), np.float32), scale):
+        assert np.all(np.isfinite(found))
+
+
+def test_embedding_log_prob_broadcasts():
+    rng = np.random.default_rng(0)
+    embedding, latent = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    df = np.float32([[1.0], [5.0]])
+    whole = embedding_log_prob(
+        embedding[0], latent, scale_diag=0.5, df=df, radial_df=3.0, radial_scale=df[:, 0, None]
+    )
+    assert whole.shape == (2, 3)
+    single = embedding_log_prob(
+        embedding[0],
+        latent[1],
+        scale_diag=np.full(4, 0.5, np.float32),
+        df=5.0,
+        radial_df=3.0,
+        radial_scale=5.0,
+    )
+    np.testing.assert_allclose(whole[1, 1], single, rtol=1e-5)

@@ -90,3 +90,24 @@ def test_log1p_ratios():
     np.testing.assert_allclose(special.log1p_second_ratio(jnp.asarray(x)), second, rtol=5e-7)
     assert float(jax.grad(special.log1p_ratio)(0.0)) == pytest.approx(-0.5)
     assert float(jax.grad(special.log1p_second_ratio)(0.0)) == pytest.approx(1 / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", [0.5, 31.0])
+def test_log_scaled_bessel_where_squares_overflow_and_in_the_type_of_its_argument(order):
+    x = np.array([1e10, 3e15, 1e20, 1e37], np.float32)
+    with mpmath.workdps(40):
+        expected = [
+            float(
+                mpmath.log(mpmath.besseli(order, v)) - v - order * mpmath.log(v)
+                if v < 1e16
+                # DLMF 10.40.1, whose next term is (4 order^2 - 1) / (8 x).
+                else -(order + 0.5) * mpmath.log(v) - mpmath.log(2 * mpmath.pi) / 2
+            )
+            for v in map(mpmath.mpf, x.tolist())
+        ]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        found = special.log_scaled_bessel_i(order, jnp.asarray(x))
+        slope = jax.grad(lambda v: special.log_scaled_bessel_i(order, v))(jnp.float32(1e20))
+    assert found.dtype == slope.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=5e-6)
+    np.testing.assert_allclose(slope, -(order + 0.5) / 1e20, rtol=1e-5)

@@ -104,3 +104,44 @@ def test_safe_log_keeps_a_nan_and_is_finite_at_zero():
     np.testing.assert_allclose(found[1:], [smallest, smallest, np.log(2)], rtol=1e-6)
     gradient = jax.grad(lambda x: jnp.sum(sphere.safe_log(x)))(jnp.asarray([0.0, 2.0]))
     np.testing.assert_allclose(gradient, [0, 0.5])
+
+
+ENDS = np.array([1.2e-38, 3e-38, 1e-34, 1e-28, 1e28, 1e34, 1e38, 1.5e38])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 0), (1, -0.5, 0.25, 1e-4)])
+def test_vectors_at_the_ends_of_float32_keep_direction_radius_and_gradients(shape):
+    x = (ENDS[:, None] * np.array(shape)).astype(np.float32)
+    x[np.abs(x) < np.finfo(np.float32).tiny] = 0
+    direction, radius = polar(x)
+    expected = np.linalg.norm(np.float64(x), axis=-1)
+    np.testing.assert_allclose(radius, expected, rtol=RTOL)
+    np.testing.assert_allclose(direction, oracles.unit(x), rtol=RTOL, atol=1e-7)
+    jacobian = polar_jacobian(x)
+    np.testing.assert_allclose(jacobian[1], oracles.unit(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: jnp.sum(sphere.safe_norm(x)))(x), oracles.unit(x), rtol=1e-5, atol=1e-6
+    )
+    unit = oracles.unit(x)
+    scaled = np.float64(jacobian[0]) * expected[:, None, None]
+    projection = np.eye(4) - unit[:, :, None] * unit[:, None, :]
+    # Above, entries of the gradient are subnormal; at the smallest they overflow.
+    rows = (expected > 1e-37) & (expected < 1e30)
+    np.testing.assert_allclose(scaled[rows], projection[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_a_negative_number_has_no_logarithm_and_no_vector_no_direction():
+    assert np.isnan(jax.jit(sphere.safe_log)(jnp.float32(-1.0)))
+    with pytest.raises(ValueError, match="D >= 1"):
+        polar_decomposition(np.float32(3.0))
+
+
+def test_tangent_squares_take_positive_scales_only():
+    axis = np.eye(3, dtype=np.float32)[0]
+
+    def length(scale):
+        return sphere.scaled_tangent_squared_length(axis, axis, scale, coordinates="chordal")[0]
+
+    with pytest.raises(ValueError, match="scale_diag must be positive"):
+        length(np.float32([1, -1, 1]))
+    assert np.isnan(jax.jit(length)(np.float32([1, -1, 1])))

@@ -1,0 +1,163 @@
+"""The domain of every density: what an argument may be, asked in one place.
+
+A value that is known, outside of `jit`, `vmap` and `grad`, is refused with its name. A traced value
+cannot be refused: outside of its domain it is read as NaN, so that no wrong number is plausible.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+# The rounding of bfloat16 vectors is 0.004; whoever forgot to normalize is further off.
+_UNIT_TOLERANCE = 0.02
+
+
+def _known(value: ArrayLike) -> np.ndarray | None:
+    """The value as NumPy has it, or None where it is traced or lies on other hosts."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        return None
+    if not getattr(value, "is_fully_addressable", True):
+        return None
+    return np.asarray(value)
+
+
+def _within(
+    name: str, given: ArrayLike, cast: Array, meaning: str, is_valid: Callable[..., ArrayLike]
+) -> Array:
+    known = _known(given)
+    if known is None:
+        return jnp.where(is_valid(cast), cast, jnp.full_like(cast, jnp.nan))
+    with np.errstate(over="ignore", invalid="ignore"):
+        known = known.astype(cast.dtype)
+        wrong = ~np.asarray(is_valid(known))
+    if wrong.any():
+        raise ValueError(
+            f"{name} must be {meaning}, got {known[wrong].flat[0]}"
+            + (f" ({wrong.sum()} of {wrong.size} values are not)" if wrong.size > 1 else "")
+        )
+    return cast
+
+
+def positive(name: str, given: ArrayLike, cast: Array) -> Array:
+    """A scale: positive and finite, and no smaller than the smallest normal number.
+
+    Args:
+      name: of the argument, for the error.
+      given: as the caller gave it.
+      cast: the same as an array of a float type.
+
+    Returns:
+      `cast`; where it is traced, with NaN for what is outside.
+
+    Raises:
+      ValueError: a known value is not positive and finite.
+    """
+    least, most = float(jnp.finfo(cast.dtype).tiny), float(jnp.finfo(cast.dtype).max)
+    return _within(name, given, cast, "positive and finite", lambda x: (x >= least) & (x <= most))
+
+
+def degrees_of_freedom(name: str, given: ArrayLike, cast: Array) -> Array:
+    """Degrees of freedom: positive, `inf` included. Arguments and errors as of `positive`."""
+    least = float(jnp.finfo(cast.dtype).tiny)
+    return _within(name, given, cast, "positive (inf is the Gaussian)", lambda x: x >= least)
+
+
+def concentration(name: str, given: ArrayLike, cast: Array) -> Array:
+    """A concentration: at least zero and finite. Arguments and errors as of `positive`."""
+    most = float(jnp.finfo(cast.dtype).max)
+    return _within(name, given, cast, "at least zero and finite", lambda x: (x >= 0) & (x <= most))
+
+
+def radius(name: str, given: ArrayLike, cast: Array) -> Array:
+    """A radius: not negative. It is data, so a NaN passes. Arguments and errors as of `positive`."""
+    return _within(name, given, cast, "at least zero", lambda x: ~(x < 0))
+
+
+def weight(name: str, given: ArrayLike) -> None:
+    """Refuses a known weight that is negative or not finite. A traced one is used as it is.
+
+    Raises:
+      ValueError: so.
+    """
+    if _known(given) is not None:
+        concentration(name, given, jnp.zeros((), jnp.float32))
+
+
+def unit_vectors(name: str, given: ArrayLike) -> None:
+    """Refuses known vectors whose norm is neither one nor, for want of a direction, zero.
+
+    Raises:
+      ValueError: a norm that is off by more than 0.02, or no vector at all.
+    """
+    known = _known(given)
+    if known is None:
+        return
+    if known.ndim < 1:
+        raise ValueError(f"{name} must be vectors [..., D], got the number {known}")
+    if known.dtype.kind != "f" or known.dtype.itemsize < 4:
+        known = known.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = np.sqrt(np.einsum("...i,...i->...", known, known))
+        wrong = (np.abs(norm - 1) > _UNIT_TOLERANCE) & (norm != 0)
+    if wrong.any():
+        raise ValueError(
+            f"{name} must be unit vectors along the last axis, got one of norm "
+            f"{norm[wrong].flat[0]:.4g} ({wrong.sum()} of {wrong.size} are not): normalize them, by "
+            "polar_decomposition for example"
+        )
+
+
+def whole_number(name: str, value: float, minimum: int) -> int:
+    """A count, as a Python int. NumPy's integers and floats without a fraction are taken.
+
+    Raises:
+      ValueError: it has a fraction, or is below `minimum`.
+    """
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    if not is_number or not float(value).is_integer() or value < minimum:
+        raise ValueError(f"{name} must be a whole number, at least {minimum}, got {value!r}")
+    return int(value)
+
+
+def broadcast(
+    vectors: dict[str, Array], numbers: dict[str, Array], scales: dict[str, Array] | None = None
+) -> tuple[Array, ...]:
+    """One batch shape for vectors and for numbers of examples, and one width for the vectors.
+
+    Args:
+      vectors: by name, `[..., D]`.
+      numbers: by name, `[...]`.
+      scales: by name, `[..., D]`, or a number, or `[..., 1]`: the same for all features.
+
+    Returns:
+      The vectors and the scales `[..., D]`, then the numbers `[...]`, each in its order.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    scales = {name: x if x.ndim else x[None] for name, x in (scales or {}).items()}
+    shapes = ", ".join(f"{k} {v.shape}" for k, v in {**vectors, **scales, **numbers}.items())
+    if any(x.ndim < 1 for x in vectors.values()):
+        raise ValueError(f"vectors [..., D] are needed, got {shapes}")
+    width = next(iter(vectors.values())).shape[-1] if vectors else 1
+    if any(x.shape[-1] != width for x in vectors.values()) or any(
+        x.shape[-1] not in (1, width) for x in scales.values()
+    ):
+        raise ValueError(f"the last axis D must be the same for all vectors, got {shapes}")
+    try:
+        batch = jnp.broadcast_shapes(
+            *(x.shape[:-1] for x in (*vectors.values(), *scales.values())),
+            *(x.shape for x in numbers.values()),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"arguments must broadcast against one batch shape [...], got {shapes}"
+        ) from error
+    return (
+        *(jnp.broadcast_to(x, (*batch, width)) for x in (*vectors.values(), *scales.values())),
+        *(jnp.broadcast_to(x, batch) for x in numbers.values()),
+    )
