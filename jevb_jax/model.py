@@ -428,9 +428,9 @@ class Detector:
           images: see `Model`.
 
         Returns:
-          bool `[N]`, or `[]` of one image.
+          bool `[N]`, or `[]` of one image; true of a score that is no finite number.
         """
-        return self.score(images) > self.threshold
+        return ood.exceeds(self.score(images), self.threshold)
 
 
 @jax.jit

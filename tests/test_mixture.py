@@ -374,6 +374,7 @@ NAN = np.where(np.arange(6) == 2, np.nan, MEAN)
         ({"scale_diag": 1e-16 * SCALE}, r"scale_diag times bandwidth must be in \[1e-15"),
         ({"df": 0.0}, "df must be one positive number, got 0"),
         ({"df": np.nan}, "df must be one positive number"),
+        ({"df": True}, "df must be one positive number, got True"),
         ({"bandwidth": 0.0}, "bandwidth must be one positive finite number, got 0"),
         ({"bandwidth": np.inf}, "bandwidth must be one positive finite number, got inf"),
         ({"bandwidth": np.nan}, "bandwidth must be one positive finite number"),
@@ -385,6 +386,7 @@ NAN = np.where(np.arange(6) == 2, np.nan, MEAN)
         ({"embedding": NAN}, "embedding must be finite"),
         ({"embedding": EMBEDDING[:3]}, r"embedding must be \(9, 6\) as the posterior means"),
         ({"embedding": EMBEDDING, "num_queries": 0}, "num_queries must be at least 1, got 0"),
+        ({"embedding": EMBEDDING, "num_queries": 5.0}, "num_queries must be an integer, got 5.0"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -398,6 +400,12 @@ def test_bad_queries():
     for bad in (EMBEDDING[:, :5], EMBEDDING[0]):
         with pytest.raises(ValueError, match=r"embedding must be \[M, 6\]"):
             fitted(bad)
+    # No images have no scores; what float32 cannot hold is infinitely far, and NaN stays NaN.
+    assert fitted(EMBEDDING[:0]).shape == (0,)
+    far = fitted(np.float32([[np.inf] * 6, [np.nan] * 6, [1] * 6]))
+    assert np.isposinf(far[0])
+    assert np.isnan(far[1])
+    assert np.isfinite(far[2])
     for own in (np.arange(3), np.arange(9.0)):
         with pytest.raises(ValueError, match=r"own must be integers \[9\]"):
             mixture.leave_one_out_log_likelihood(fitted, EMBEDDING, own)

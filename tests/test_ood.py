@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
-from jevb_jax.evaluation import ood
+from jevb_jax.evaluation import ood, ood_metrics
 from jevb_jax.objective import View, importance_weighted_bound
 from tests import oracles
 
@@ -230,8 +230,9 @@ def test_logit_scores_are_scipys():
     np.testing.assert_allclose(
         ood.energy_score(logits), -np.asarray(scipy.special.logsumexp(x, axis=1)), rtol=1e-6
     )
-    expected = -scipy.special.softmax(x, axis=1).max(axis=1)
-    np.testing.assert_allclose(ood.max_softmax_score(logits), expected, rtol=1e-5)
+    expected = scipy.special.softmax(x, axis=1).max(axis=1)
+    found = np.asarray(ood.max_softmax_score(logits), np.float64)
+    np.testing.assert_allclose(-np.expm1(found), expected, rtol=1e-5)
     np.testing.assert_array_equal(ood.max_logit_score(logits), -logits.max(axis=1))
     np.testing.assert_allclose(
         ood.feature_norm_score(logits), -np.linalg.norm(x, axis=1), rtol=1e-6
@@ -344,7 +345,299 @@ def test_typicality_is_right_on_both_sides():
     assert np.mean(-likely[:, 0] > np.quantile(-inside[:, 0], 0.95)) == 0  # one side alone
 
 
+# --- Few images, and what leaves their span ---
+
+
+def left_out(x: np.ndarray) -> np.ndarray:
+    """The shrunk inverse covariance `[F, F]`: every image left out in turn, one share at a time."""
+    std = x.std(axis=0)
+    z = x / std
+
+    def covariance(rows: np.ndarray, share: float) -> np.ndarray:
+        return (1 - share) * np.cov(rows.T, bias=True) + share * np.eye(x.shape[1])
+
+    def log_likelihood(share: float) -> float:
+        return sum(
+            scipy.stats.multivariate_normal.logpdf(z[i], rest.mean(axis=0), covariance(rest, share))
+            for i in range(len(z))
+            for rest in [np.delete(z, i, axis=0)]
+        )
+
+    best = max(np.geomspace(1e-9, 1, 91)[20:], key=log_likelihood)
+    return np.linalg.inv(covariance(z, best)) / np.outer(std, std)
+
+
+@pytest.mark.parametrize("num_images", [20, 5])
+@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.ood.FewImagesWarning")
+def test_few_images_are_shrunk_by_what_explains_images_left_out(num_images):
+    train, new = correlated(0, num_images).astype(np.float64), correlated(1, 50).astype(np.float64)
+    shifted = new - train.mean(axis=0)
+    expected = np.einsum("nf,fg,ng->n", shifted, left_out(train), shifted)
+    np.testing.assert_allclose(ood.fit_mahalanobis(train)(new), expected, rtol=1e-3)
+    # Copies say nothing new.
+    copies = np.tile(train, (40, 1))
+    np.testing.assert_allclose(ood.fit_mahalanobis(copies)(new), expected, rtol=1e-3)
+
+
+DENSITIES = {
+    "mahalanobis": ood.fit_mahalanobis,
+    "class": lambda x: ood.fit_class_mahalanobis(x, np.arange(len(x)) % 2),
+    "relative": lambda x: ood.fit_relative_mahalanobis(x, np.arange(len(x)) % 2),
+    "whitened_knn": functools.partial(ood.fit_whitened_knn, k=2),
+    "ssd": ood.fit_ssd,
+    "clusters": functools.partial(ood.fit_ssd, num_clusters=2),
+    "residual": functools.partial(ood.fit_residual, num_components=12),
+}
+
+
+def spectrum(num_images: int, rng: np.random.Generator, factor: float = 1.0) -> np.ndarray:
+    """24 features with variances over three decades; a factor on the smaller half is strange."""
+    std = np.geomspace(1, 0.03, 24) * np.where(np.arange(24) < 12, 1, factor)
+    turn = np.linalg.qr(np.random.default_rng(5).normal(size=(24, 24)))[0]
+    return (rng.normal(size=(num_images, 24)) * std) @ turn + 0.3
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_as_few_images_as_features_tell_strange_ones(name):
+    rng = np.random.default_rng(0)
+    train, inside, outside = (spectrum(*x) for x in ((24, rng), (200, rng), (200, rng, 4.0)))
+    with pytest.warns(ood.FewImagesWarning) as caught:
+        score = DENSITIES[name](train)
+    assert caught[0].filename == __file__
+    found = np.asarray(score(inside)), np.asarray(score(outside))
+    assert ood_metrics.ood_metrics(*found).auroc > 0.9
+
+
+@pytest.mark.parametrize("num_images", [300, 9])
+@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.ood.FewImagesWarning")
+def test_what_leaves_the_span_is_strange(name, num_images):
+    # Seven features that a plane of three spans, a copy, a dead one and one that never moves.
+    plane = normal(3, 3, 7)
+
+    def on_the_plane(seed: int, count: int) -> np.ndarray:
+        x = normal(seed, count, 3) @ plane
+        return np.concatenate([x, x[:, :1], np.zeros((count, 1)), np.full((count, 1), 4)], axis=1)
+
+    fit = functools.partial(ood.fit_residual, num_components=5)
+    score = (DENSITIES | {"residual": fit})[name](on_the_plane(0, num_images))
+    off = np.linalg.svd(plane)[2][-1]
+    directions = [*np.eye(10)[7:], np.append(off, [off[0], 0, 0])]
+    if name in ("ssd", "clusters"):
+        del directions[2]  # a direction of the same plane, of a shorter image
+    inside = on_the_plane(1, 64)
+    strange = [inside + size * one for one in directions for size in (1, 1e3, 1e30)]
+    found = np.asarray(score(np.concatenate([inside, *strange]).astype(np.float32))).reshape(-1, 64)
+    assert np.all(found[1:].min(axis=1) > found[0].max())
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "whitened_knn", "residual"])
+def test_dead_features_change_nothing_where_they_are_dead(name):
+    train, new = correlated(0, 400), correlated(1, 50)
+    dead = functools.partial(np.pad, pad_width=((0, 0), (0, 3)), constant_values=2)
+    found = (
+        DENSITIES[name]
+        if name != "residual"
+        else functools.partial(ood.fit_residual, num_components=4)
+    )
+    np.testing.assert_allclose(found(dead(train))(dead(new)), found(train)(new), rtol=1e-4)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    train = correlated(0, 40)
+    equal = np.repeat(train[:2], 20, axis=0)
+    for fit in (
+        functools.partial(ood.fit_ssd, num_clusters=2),
+        functools.partial(ood.fit_class_mahalanobis, labels=np.repeat([0, 1], 20)),
+        functools.partial(ood.fit_relative_mahalanobis, labels=np.repeat([0, 1], 20)),
+    ):
+        with pytest.raises(ood.DegenerateFeaturesError, match=r"are all equal|do not vary"):
+            fit(equal)
+    with pytest.raises(ood.DegenerateFeaturesError, match="at least 2 features"):
+        ood.fit_residual(train[:, :1], num_components=1)
+
+
+@pytest.mark.parametrize("offset", [0, 300])
+def test_neighbours_are_found_under_an_offset_and_among_near_duplicates(offset):
+    train, new = ((0.3 * normal(seed, 400, 16) + offset).astype(np.float32) for seed in (0, 1))
+    unit = [np.asarray(x, np.float64) for x in (train, new)]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in unit]
+    distances = np.sort(np.linalg.norm(unit[0][None] - unit[1][:, None], axis=-1), axis=1)
+    # A direction has a rounding error of 1e-7 itself.
+    for k in (1, 7):
+        np.testing.assert_allclose(
+            ood.fit_knn(train, k=k)(new), distances[:, k - 1], rtol=1e-5, atol=4e-7
+        )
+
+
+# --- Logits ---
+
+
+def test_max_softmax_keeps_the_order_of_sure_networks():
+    mpmath = pytest.importorskip("mpmath")
+    margins = np.array([0, 1e-3, 1, 5, 17, 28, 90, 99.5, 1e3, 1e4], np.float32)
+    logits = np.stack([margins, np.zeros_like(margins), np.full_like(margins, -3)], axis=1) + 7
+    found = np.asarray(ood.max_softmax_score(logits), np.float64)
+    with mpmath.workdps(50):
+        for row, score in zip(logits, found, strict=True):
+            first, *rest = sorted((mpmath.mpf(float(x)) for x in row), reverse=True)
+            others = mpmath.fsum(mpmath.exp(x - first) for x in rest)
+            assert score == pytest.approx(float(mpmath.log(others / (1 + others))), rel=1e-6)
+    assert np.all(np.diff(found) < 0)
+
+
+LOGIT_SCORES = (ood.max_softmax_score, ood.max_logit_score, ood.energy_score)
+
+
+@pytest.mark.parametrize("score", LOGIT_SCORES)
+def test_logits_of_every_type_are_promoted(score):
+    logits = np.array([[3, 0, 2], [101, 100, 7], [120, 2, 1], [9, 9, 9]])
+    for values in (
+        logits.astype(np.int8), logits.astype(np.uint8), logits.astype(np.int64),
+        jnp.asarray(logits, jnp.bfloat16), logits.astype(np.float16),
+    ):  # fmt: skip
+        found = score(values)
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, score(logits.astype(np.float32)))
+    assert score(np.zeros((0, 3), np.float32)).shape == (0,)
+    for bad in (logits > 3, logits + 1j):
+        with pytest.raises(TypeError, match="logits must be real numbers"):
+            score(bad)
+    with pytest.raises(ValueError, match="logits must be"):
+        score(np.zeros((4, 0), np.float32))
+
+
+def test_half_precision_features_and_terms_are_promoted():
+    half = jnp.asarray(correlated(0, 60), jnp.bfloat16)
+    whole = np.asarray(half, np.float32)
+    for fit in (*FITS.values(), lambda _: ood.feature_norm_score):
+        np.testing.assert_array_equal(fit(half)(half), fit(whole)(whole))
+    np.testing.assert_array_equal(ood.concentration_score(np.uint8([3, 5])), [-3, -5])
+    assert ood.concentration_score(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32
+    found = ood.uncertainty_terms(
+        keys(), View(*(x.astype(jnp.bfloat16) for x in views())), num_samples=1, **LIKELIHOOD
+    )
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+
+
+def test_log_probabilities_are_no_logits():
+    train, w, b = correlated(0, 200), normal(2, 7, 3), normal(3, 3)
+    logits = train @ w + b
+    sure = np.asarray(jax.nn.log_softmax(logits))
+    fit = functools.partial(ood.fit_vim, train, origin=ood.vim_origin(w, b), num_components=4)
+    for values, message in (
+        (sure, "not log-probabilities"),
+        (np.exp(sure), "got probabilities"),
+        (logits[:1], "one row for each image"),
+        (np.where(logits > 1, np.nan, logits), "logits must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(values)
+    with pytest.raises(ValueError, match="before log_softmax"):
+        ood.energy_score(sure)
+    with pytest.raises(ValueError, match="before log_softmax"):
+        ood.energy_score(jnp.asarray(sure, jnp.bfloat16))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        ood.max_softmax_score(logits[:, :1])
+    with pytest.raises(ValueError, match="one row for each image"):
+        fit(logits)(train, logits[:1])
+    for origin in (np.zeros(1), np.full(7, np.nan)):
+        with pytest.raises(ValueError, match=r"origin must be finite \[7\]"):
+            ood.fit_residual(train, num_components=4, origin=origin)
+    with pytest.raises(ValueError, match="one number for each class"):
+        ood.vim_origin(w, b[:1])
+
+
+def test_vim_weighs_few_images_as_many():
+    # Alpha is of images that the subspace was not fitted to; its own leave it nothing.
+    rng = np.random.default_rng(0)
+    w, b = rng.normal(size=(24, 3)), np.array([4.0, 4, 4])
+    alpha = []
+    for count in (2000, 30):
+        x = spectrum(count, rng)
+        score = ood.fit_vim(x, x @ w + b, origin=np.full(24, 0.3), num_components=20)
+        alpha.append(float(score.scale))
+    assert alpha[1] == pytest.approx(alpha[0], rel=0.4)
+    flat = normal(0, 90, 3) @ normal(1, 3, 24)
+    with pytest.raises(ood.DegenerateFeaturesError, match="explains every feature"):
+        ood.fit_vim(flat, flat @ w + b, origin=np.zeros(24), num_components=20)
+
+
+# --- What is no count, no number, or of another width ---
+
+
+@pytest.mark.parametrize("bad", [7.0, np.float32(7), True, np.True_, "7", None])
+def test_counts_are_integers_and_a_wrong_one_spoils_no_right_one(bad):
+    train = normal(0, 60, 8)
+    for fit, name in (
+        (ood.fit_knn, "k"),
+        (ood.fit_whitened_knn, "k"),
+        (ood.fit_residual, "num_components"),
+        (ood.fit_ssd, "num_clusters"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be an integer"):
+            fit(train, **{name: bad})
+    for k in (np.int64(7), 7):
+        assert np.all(np.isfinite(ood.fit_knn(train, k=k)(train[:2])))
+
+
+@pytest.mark.parametrize("name", [*DENSITIES, "knn"])
+def test_features_of_another_width_are_refused_and_no_images_have_no_scores(name):
+    train = correlated(0, 40, 14)
+    score = (DENSITIES | {"knn": functools.partial(ood.fit_knn, k=2)})[name](train)
+    for bad in (
+        train[:, :1],
+        train[:, :13],
+        np.pad(train, ((0, 0), (0, 1))),
+        train[0],
+        train[None],
+    ):
+        with pytest.raises(ValueError, match=r"features must be \[N, 14\]"):
+            score(bad)
+    assert score(train[:0]).shape == (0,)
+    with pytest.raises(TypeError, match="real numbers"):
+        score(train + 1j)
+    far = np.asarray(score(1e37 * train[:3]))
+    assert not np.isnan(far).any()
+
+
 # --- Detection ---
+
+
+def test_a_score_that_is_no_number_is_an_alarm():
+    train, held_out = correlated(0, 200), correlated(1, 100)
+    for fit in (*FITS.values(), functools.partial(ood.fit_knn, k=3)):
+        detector = ood.OODDetector(fit).fit(train).calibrate(held_out)
+        for bad in (1e39, -1e300):
+            with pytest.raises(ValueError, match="finite as float32"):
+                detector.is_outside(np.full((1, 7), bad), false_alarm_rate=0.05)
+        assert detector.score(held_out[:0]).shape == (0,)
+        assert detector.is_outside(held_out[:0], false_alarm_rate=0.05).shape == (0,)
+        with pytest.raises(ValueError, match=r"features must be \[N, 7\]"):
+            detector.score(held_out[:, :1])
+        with pytest.raises(ValueError, match=r"beyond|must lie within"):
+            fit(np.where(np.arange(7) == 2, 1e39, train.astype(np.float64)))
+    mahalanobis = ood.OODDetector(ood.fit_mahalanobis).fit(train).calibrate(held_out)
+    assert mahalanobis.is_outside(np.full((2, 7), [[3e38], [-3e38]]), false_alarm_rate=0.05).all()
+
+    own = ood.OODDetector(lambda _: jax.tree_util.Partial(lambda x: jnp.log(x[:, 0]))).fit(train)
+    own.calibrate(np.abs(held_out) + 1)
+    values = np.array([[-1.0], [0.0], [1.5]]) * np.ones(7)  # NaN, -inf, and a number
+    assert own.is_outside(values, false_alarm_rate=0.05).tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="without NaN or -inf: 2 of 3"):
+        own.calibrate(values)
+    wrong = ood.OODDetector(lambda _: jax.tree_util.Partial(lambda x: x)).fit(train)
+    with pytest.raises(ValueError, match="one number for each of 100 images"):
+        wrong.score(held_out)
+
+
+def test_threshold_of_infinite_scores():
+    scores = np.append(np.arange(97.0), [np.inf] * 3)
+    assert ood.conformal_threshold(scores, 0.05) == 95
+    with pytest.raises(ValueError, match="3 of 100 calibration scores are infinite"):
+        ood.conformal_threshold(scores, 0.02)
+    found = ood.exceeds([1.0, 95.0, 95.5, np.inf, -np.inf, np.nan], 95.0)
+    assert found.tolist() == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (99, 0.07), (200, 0.1), (50, 0.5)])
@@ -378,10 +671,10 @@ def test_threshold_refuses():
     with pytest.raises(ValueError, match="needs at least 99 calibration scores, got 98"):
         ood.conformal_threshold(np.arange(98.0), 0.01)
     assert ood.conformal_threshold(np.arange(99.0), 0.01) == 98
-    for rate in (0.0, 1.0, np.nan):
+    for rate in (0.0, 1.0, np.nan, True, "0.1", [0.1]):
         with pytest.raises(ValueError, match="false_alarm_rate must be in"):
             ood.conformal_threshold(np.arange(9.0), rate)
-    for scores in (np.array([0.0, np.nan]), np.zeros((2, 2))):
+    for scores in (np.array([0.0, np.nan]), np.array([0.0, -np.inf]), np.zeros((2, 2))):
         with pytest.raises(ValueError, match=r"must be \[n\] without NaN"):
             ood.conformal_threshold(scores, 0.5)
 

@@ -1,9 +1,12 @@
-"""Metrics against scikit-learn, pytorch-ood and a naive bootstrap."""
+"""Metrics against scikit-learn and pytorch-ood; intervals derived again with SciPy, and by simulation."""
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,66 +105,159 @@ def test_equal_to_the_installed_pytorch_ood():
 # --- Intervals ---
 
 
-def test_intervals_are_those_of_a_naive_bootstrap():
-    a, b = (np.round(x, 1) for x in cases()["continuous"])
-    rng = np.random.default_rng(1)
-    naive = np.array(
-        [ood_metrics(rng.choice(a, len(a)), rng.choice(b, len(b))) for _ in range(2000)]
+def auroc_interval(a: np.ndarray, b: np.ndarray, level: float) -> tuple[float, float]:
+    """Image by image: the score interval's ends as roots, and DeLong's variance from placements."""
+    n, m = len(a), len(b)
+    above = (b[None, :] > a[:, None]) + 0.5 * (b[None, :] == a[:, None])
+    found = above.mean()
+    z = scipy.stats.norm.ppf((1 + level) / 2)
+
+    def excess(t: float) -> float:
+        pairs = ((n + m) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
+        variance = t * (1 - t) * ((1 + pairs) / (n * m) if min(n, m) > 1 else 1)
+        return (found - t) ** 2 - z**2 * variance
+
+    grid = np.linspace(0, 1, 40_001)
+    inside = grid[np.array([excess(t) for t in grid]) <= 1e-15]
+    low, high = min(inside.min(), found), max(inside.max(), found)
+    if min(n, m) < 2 or above.mean(axis=0).std() + above.mean(axis=1).std() == 0:
+        return low, high
+    parts = [above.mean(axis=1).var(ddof=1) / n, above.mean(axis=0).var(ddof=1) / m]
+    df = sum(parts) ** 2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1))
+    width = scipy.stats.t.ppf((1 + level) / 2, max(df, 1)) * np.sqrt(sum(parts))
+    ends = scipy.special.logit(found) + np.array([-1, 1]) * width / found / (1 - found)
+    return min(low, scipy.special.expit(ends[0])), max(high, scipy.special.expit(ends[1]))
+
+
+def rate_interval(positive: np.ndarray, negative: np.ndarray, level: float) -> tuple[float, float]:
+    """Of the negative images at least as high as the threshold that 95% of the positive ones reach."""
+    n, m = len(negative), len(positive)
+    missed = scipy.stats.binom(m, 0.05)
+    # A threshold with fewer images below it, or more, is too unlikely.
+    fewest, most = (int(missed.ppf(q)) for q in ((1 - level) / 2, (1 + level) / 2))
+    ordered = np.sort(positive)
+    highest = 1.0 if fewest == 0 else np.mean(negative >= ordered[fewest - 1])
+    lowest = 0.0 if most >= m else np.mean(negative >= ordered[most])
+    needed = next(count for count in range(m + 1) if count / m >= 0.95)
+    count = int(np.sum(negative >= ordered[m - needed]))
+    rate = count / n
+    share = scipy.stats.binomtest(count, n).proportion_ci(level, "exact")
+    return (
+        max(0, rate - np.hypot(rate - share.low, rate - lowest)),
+        min(1, rate + np.hypot(share.high - rate, highest - rate)),
     )
-    low, high = bootstrap_intervals(a, b, num_resamples=2000, seed=0)
-    spread = naive.std(axis=0)
-    for found, q in ((low, 0.025), (high, 0.975)):
-        # A quantile of 2,000 draws in the tail has a standard error of about 0.06 deviations.
-        assert np.all(np.abs(np.array(found) - np.quantile(naive, q, axis=0)) < 0.35 * spread)
-    assert np.all(np.array(low) <= np.array(ood_metrics(a, b)))
-    assert np.all(np.array(ood_metrics(a, b)) <= np.array(high))
 
 
 @pytest.mark.parametrize("name", cases())
-def test_intervals_are_quantiles_over_resampled_images(name, monkeypatch):
+def test_intervals_of_auroc_and_rates_are_derived_again(name):
     a, b = cases()[name]
-    generators = np.random.default_rng(3).spawn(2)
-    drawn = np.array(
-        [
+    low, high = bootstrap_intervals(a, b, num_resamples=1, level=0.8, seed=3)
+    found = [(lo, hi) for lo, hi in zip(low, high, strict=True)]
+    np.testing.assert_allclose(found[0], auroc_interval(a, b, 0.8), atol=3e-5)  # of the grid
+    np.testing.assert_allclose(found[3], rate_interval(b, a, 0.8), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found[4], rate_interval(-a, -b, 0.8), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_intervals_of_areas_are_of_resampled_images(name, monkeypatch):
+    a, b = cases()[name]
+    generators = np.random.default_rng(3).spawn(4)
+
+    def drawn(a: np.ndarray, b: np.ndarray, first: Any, second: Any) -> list[tuple[float, float]]:
+        return [
             ood_metrics(
-                a[generators[0].integers(len(a), size=len(a))],
-                b[generators[1].integers(len(b), size=len(b))],
-            )
+                a[first.integers(len(a), size=len(a))], b[second.integers(len(b), size=len(b))]
+            )[1:3]
             for _ in range(7)
         ]
-    )
+
+    falling = [np.sort(x)[::-1] for x in (a, b)]
+    more = [np.append(x, y[len(y) // 2]) for x, y in ((a, falling[1]), (b, falling[0]))]
+    both = np.array([drawn(a, b, *generators[:2]), drawn(*more, *generators[2:])])
+    few, tail = min(len(a), len(b)), 0.0
+    if few > 1:
+        t = scipy.stats.t.ppf(0.1, few - 1)
+        tail = float(scipy.stats.norm.cdf(t * np.sqrt(few / (few - 1))))
+    ends = np.quantile(both, [tail, 1 - tail], axis=1)
+    itself = ood_metrics(a, b)[1:3]
     for chunk_numbers in (1, 2**15):
         monkeypatch.setattr("jevb_jax.evaluation.ood_metrics._CHUNK_NUMBERS", chunk_numbers)
-        found = bootstrap_intervals(a, b, num_resamples=7, level=0.8, seed=3)
-        np.testing.assert_allclose(
-            found, np.quantile(drawn, [0.1, 0.9], axis=0), rtol=1e-13, atol=1e-15
-        )
+        low, high = bootstrap_intervals(a, b, num_resamples=7, level=0.8, seed=3)
+        np.testing.assert_allclose(low[1:3], np.minimum(ends[0].min(axis=0), itself), rtol=1e-12)
+        np.testing.assert_allclose(high[1:3], np.maximum(ends[1].max(axis=0), itself), rtol=1e-12)
 
 
-def test_intervals_cover():
-    # Two unit normals 1 apart: AUROC = Phi(1 / sqrt 2) = 0.7602.
-    rng = np.random.default_rng(2)
-    covered = 0
-    for seed in range(200):
+def held(
+    num_inside: int,
+    num_outside: int,
+    auroc: float,
+    *,
+    spread: float = 1.0,
+    num_tests: int = 150,
+    num_resamples: int = 1,
+) -> np.ndarray:
+    """Share of 95% intervals that hold the true metrics: normal scores of inside and outside images."""
+    shift = np.hypot(1, spread) * scipy.stats.norm.ppf(auroc)
+    rng = np.random.default_rng(num_inside + num_outside)
+    level = scipy.stats.norm.ppf(0.95)
+    # In a set of many images of the same shares, which decide the areas.
+    many = [rng.normal(size=50 * num_inside), shift + spread * rng.normal(size=50 * num_outside)]
+    true = np.array(
+        [
+            auroc,
+            *ood_metrics(*many)[1:3],
+            scipy.stats.norm.sf(shift - spread * level),
+            scipy.stats.norm.cdf((level - shift) / spread),
+        ]
+    )
+    hits = np.zeros(5)
+    for seed in range(num_tests):
         low, high = bootstrap_intervals(
-            rng.normal(size=150),
-            rng.normal(1, 1, size=150),
-            num_resamples=200,
-            level=0.9,
+            rng.normal(size=num_inside),
+            shift + spread * rng.normal(size=num_outside),
+            num_resamples=num_resamples,
             seed=seed,
         )
-        covered += low.auroc <= 0.76025 <= high.auroc
-    assert 0.9 - 4 * 0.021 < covered / 200 < 0.9 + 4 * 0.021
+        wide = np.array(low) < np.array(high)  # however well they are told apart
+        assert wide[0]
+        assert wide[3:].all()
+        hits += (np.array(low) <= true) & (true <= np.array(high))
+    return hits / num_tests
+
+
+@pytest.mark.parametrize(
+    ("num_inside", "num_outside", "auroc"), [(10, 10, 0.998), (100, 20, 0.95), (20, 100, 0.76)]
+)
+def test_intervals_hold_the_truth(num_inside, num_outside, auroc):
+    # Of 150 intervals that hold it in 95%, fewer than 88% hold it once in two thousand draws.
+    assert np.all(held(num_inside, num_outside, auroc)[[0, 3, 4]] > 0.88)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [1.0, 3.0, 0.3])
+@pytest.mark.parametrize("auroc", [0.76, 0.9, 0.98, 0.998])
+@pytest.mark.parametrize(
+    ("num_inside", "num_outside"), [(10, 10), (100, 100), (1000, 1000), (10, 1000), (1000, 10)]
+)
+def test_intervals_hold_the_truth_of_every_size(num_inside, num_outside, auroc, spread):
+    share = held(num_inside, num_outside, auroc, spread=spread, num_tests=100, num_resamples=60)
+    assert np.all(share > [0.86, 0.75, 0.75, 0.84, 0.84])
 
 
 def test_intervals_follow_their_seed():
     a, b = cases()["many ties"]
     first = bootstrap_intervals(a, b, num_resamples=30, seed=5)
     assert first == bootstrap_intervals(a, b, num_resamples=30, seed=5)
-    assert first != bootstrap_intervals(a, b, num_resamples=30, seed=6)
+    other = bootstrap_intervals(a, b, num_resamples=30, seed=6)
+    for these, those in zip(first, other, strict=True):
+        assert these[0] == those[0]  # no draw in it
+        assert these[1:3] != those[1:3]
     assert all(0 <= x <= y <= 1 for x, y in zip(*first, strict=True))
-    one = bootstrap_intervals([0.0, 1.0], [2.0], num_resamples=5, seed=0)
-    assert one[0].auroc == one[1].auroc == 1
+
+
+def test_bfloat16_scores_are_ranked_as_they_are():
+    half = [jnp.asarray(x, jnp.bfloat16) for x in cases()["continuous"]]
+    assert ood_metrics(*half) == ood_metrics(*(np.asarray(x, np.float32) for x in half))
 
 
 # --- Errors ---
@@ -188,5 +284,7 @@ def test_refuses():
             ood_metrics(good, good, **keywords)
     with pytest.raises(ValueError, match="level must be in"):
         bootstrap_intervals(good, good, num_resamples=2, seed=0, level=0.0)
-    with pytest.raises(ValueError, match="num_resamples must be at least 1"):
-        bootstrap_intervals(good, good, num_resamples=0, seed=0)
+    for num_resamples, message in ((0, "at least 1"), (20.0, "an integer"), (True, "an integer")):
+        with pytest.raises(ValueError, match=f"num_resamples must be {message}"):
+            bootstrap_intervals(good, good, num_resamples=num_resamples, seed=0)
+    bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)

@@ -278,6 +278,69 @@ def test_degenerate_features_leave_a_score_out_by_name():
     assert "representation/mahalanobis" in scorers.scores
 
 
+def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
+    numbers, row = np.arange(4.0), np.array([0, np.nan, 2, 3])
+    scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers}
+    scorers = ood_protocol.Scorers(dict.fromkeys(scored, lambda x: x), frozenset(), {})
+    sets = [
+        ood_protocol.OutsideSet(name, "far", data.ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
+        for name in ("first", "second")
+    ]
+    outside = iter(
+        [scored | {"a/inside": numbers}, scored | {"a/inside": numbers, "a/outside": row}]
+    )
+    for name, value in (
+        ("_fit_features", None),
+        ("make_scorers", scorers),
+        ("score_features", scored),
+        ("_sets", sets),
+        ("_choose", (None, "")),
+    ):
+        monkeypatch.setattr(ood_protocol, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(ood_protocol, "score_images", lambda *_: next(outside))
+    config = {**tiny().config, "ood": {**tiny().config["ood"], "default_score": "a/good"}}
+    unused: Any = None
+    found = ood_protocol.evaluate_ood(
+        dataclasses.replace(tiny(), config=config), unused, extract=unused, train=unused,
+        inside=unused, inside_source=unused, probe=None, split="test",
+    )  # fmt: skip
+    assert [(r.score, r.outside) for r in found.results] == [("a/good", s.name) for s in sets]
+    assert set(found.inside) == {"a/good"}
+    assert all(set(scores) == {"a/good"} for scores in found.outside.values())
+    assert found.left_out["a/inside"].startswith("1 of 4 scores of inside images are NaN")
+    assert found.left_out["a/outside"].startswith("1 of 4 scores of outside images are NaN")
+
+
+def test_settings_of_scores_are_counts_and_shares():
+    good: Any = {"knn_k": (5,), "ssd_clusters": (1,), "residual_share": 0.5, "mixture_df": 5.0}
+    for change in (
+        {"knn_k": (5.0,)}, {"knn_k": (0,)}, {"ssd_clusters": (True,)}, {"residual_share": 1.0},
+        {"mixture_df": 0.0}, {"mixture_df": True},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"ood.{next(iter(change))} must be"):
+            ood_protocol.ScoreSettings(**{**good, **change})
+    found = ood_protocol.ScoreSettings(**{**good, "knn_k": (np.int64(5),)})
+    assert type(found.knn_k[0]) is int
+    for most in (-1, 5.0):
+        with pytest.raises(ValueError, match="max_fit_images must be"):
+            ood_protocol.fit_rows(10, most)
+
+
+def test_more_neighbours_than_images_leave_a_score_out():
+    train = evaluation()[1].train
+    few = jax.tree.map(lambda x: x[:100], train._replace(terms=None, prediction=None))
+    settings = ood_protocol.ScoreSettings(
+        knn_k=(5, 500), ssd_clusters=(1, 80), residual_share=0.5, mixture_df=5.0
+    )
+    scorers = ood_protocol.make_scorers(few, None, settings)
+    assert "k must be in [1, 100]" in scorers.left_out["embedding/knn_500"]
+    assert "num_clusters must be in [1, 50]" in scorers.left_out["embedding/ssd_80"]
+    assert "embedding/knn_5" in scorers.scores
+    nothing = few._replace(**{k: getattr(few, k)[:0] for k in ("representation", "embedding")})
+    empty = ood_protocol.score_features(nothing, scorers, batch_size=64)
+    assert {values.shape for values in empty.values()} == {(0,)}
+
+
 def one_class() -> Experiment:
     config = make_config()
     config.data.num_train_examples = 0

@@ -25,7 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import distributions, mass, sphere
-from jevb_jax.evaluation.ood import DegenerateFeaturesError
+from jevb_jax.evaluation.ood import DegenerateFeaturesError, checked_count, real_matrix
 
 # As in `ood`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -123,7 +123,7 @@ class TrainingMixture:
 
         Args:
           embedding: `[M, D]`. A zero row has no direction: its score is finite and means nothing.
-            A row with NaN scores NaN.
+            A row with NaN scores NaN, one with infinities infinity.
 
         Returns:
           `[M]`, nats.
@@ -131,7 +131,10 @@ class TrainingMixture:
         Raises:
           ValueError: not `[M, D]`.
         """
-        return float(np.log(len(self.location))) - self._log_sum(embedding, None)
+        score = float(np.log(len(self.location))) - self._log_sum(embedding, None)
+        h = jnp.asarray(embedding, self.location.dtype)
+        has_overflowed = jnp.isnan(score) & ~jnp.isnan(h).any(axis=-1)
+        return jnp.where(has_overflowed, jnp.inf, score)
 
     def _log_sum(self, embedding: ArrayLike, own: Array | None) -> Array:
         """`log sum_n p(h | n)`, `[M]`; of row `i` component `own[i]` is left out."""
@@ -367,8 +370,7 @@ def _queries(
             f"embedding must be {components.location.shape} as the posterior means, got {h.shape}"
         )
     num_images = _at_least_two(len(h))
-    if num_queries < 1:
-        raise ValueError(f"num_queries must be at least 1, got {num_queries}")
+    num_queries = checked_count("num_queries", num_queries)
     own = np.arange(num_images)
     if num_queries < num_images:
         drawn = np.random.default_rng(seed).choice(num_images, num_queries, replace=False)
@@ -524,18 +526,17 @@ def _log_peak_and_mass(location: Array, scale_diag: Array, df: Array) -> tuple[A
 
 def _finite_matrix(name: str, values: ArrayLike) -> np.ndarray:
     """`[N, D]` float64, finite, at least one row."""
-    matrix = np.asarray(values, np.float64)
-    if matrix.ndim != 2 or len(matrix) < 1:
-        raise ValueError(
-            f"{name} must be [N, D] with at least 1 training image, got shape {matrix.shape}"
-        )
-    num_bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
-    if num_bad:
-        raise ValueError(f"{name} must be finite: {num_bad} of {len(matrix)} rows hold NaN or inf")
-    return matrix
+    return real_matrix(name, values, least=1, of="training image", axes="[N, D]")
 
 
 def _require_positive(name: str, value: float, *, may_be_infinite: bool = False) -> None:
-    if np.ndim(value) or not value > 0 or (np.isinf(value) and not may_be_infinite):
+    is_number = isinstance(value, int | float | np.integer | np.floating | np.ndarray | Array)
+    if (
+        not is_number
+        or isinstance(value, bool)
+        or np.ndim(value)
+        or not value > 0
+        or (np.isinf(value) and not may_be_infinite)
+    ):
         finite = "" if may_be_infinite else "finite "
         raise ValueError(f"{name} must be one positive {finite}number, got {value}")

@@ -5,18 +5,28 @@ kinds: scores of JEVB's own terms (`uncertainty_terms` computes them once for al
 features, which are fitted to in-distribution features (`fit_*` returns a callable
 `features [N, F] -> [N]`, a tree of arrays that can be passed through `jax.jit`), and scores of a linear
 probe's logits. `OODDetector` wraps a fit in scikit-learn's manner and calibrates a threshold.
+
+Fits and scores of features work on float32 numbers, whatever type was given. Half precision and
+integers are promoted. A score of features without NaN is no NaN: where its arithmetic overflows it is
+infinite, which is infinitely strange.
 """
 
 import dataclasses
 import functools
 import math
+import operator
+import os
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jevb_jax import sphere
@@ -25,6 +35,129 @@ from jevb_jax.objective import View, conditional_elbo, importance_weighted_bound
 
 # As in `classification`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+# Degrees of freedom of a covariance for each feature, below which it is shrunk.
+_FEW_IMAGES = 3
+# Least variance of a direction, of the largest: the rounding of float32 features.
+_LEAST_VARIANCE = 1e-9
+# Feature-wise spread, of the largest value, that is rounding and nothing else.
+_ROUNDING = 1e-6
+# Neighbours beyond the k-th whose distances are computed again without cancellation.
+_NUM_SPARE = 32
+_NUM_FOLDS = 5
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+# --- What is given --------------------------------------------------------------------------------
+
+
+def checked_count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """A setting that counts something, as a Python integer.
+
+    A float that equals an integer is refused with the others: as a static field of a compiled function
+    it would be taken for that integer, and fail in its place later on.
+
+    Args:
+      name: of the setting, for the message.
+      value: an integer of Python, NumPy or JAX.
+      least: smallest value that is taken.
+      most: largest, or None.
+
+    Returns:
+      The integer.
+
+    Raises:
+      ValueError: no integer, a bool, or out of range.
+    """
+    try:
+        count = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None:
+        raise ValueError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__}): give int({name})"
+        )
+    if count < least or (most is not None and count > most):
+        limits = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {limits}, got {count}")
+    return count
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuses what is no share.
+
+    Args:
+      name: of the setting, for the message.
+      value: one real number in (0, 1).
+
+    Raises:
+      ValueError: anything else.
+    """
+    is_number = isinstance(value, int | float | np.integer | np.floating | np.ndarray | Array)
+    if not is_number or np.ndim(value) or not 0 < value < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+
+
+def real_matrix(
+    name: str, values: ArrayLike, *, least: int, of: str, axes: str = "[N, F]"
+) -> np.ndarray:
+    """`[N, F]` float64 of finite real numbers, for a fit.
+
+    Args:
+      name: of the argument, for the message.
+      values: `[N, F]`, of any real type.
+      least: rows that are needed.
+      of: what a row is, for the message.
+      axes: their names, for the message.
+
+    Returns:
+      The values.
+
+    Raises:
+      ValueError: other shapes, too few rows, values that are not finite.
+      TypeError: values that are not real numbers.
+    """
+    array = np.asarray(values)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    if array.ndim != 2 or len(array) < least or array.shape[1] < 1:
+        raise ValueError(
+            f"{name} must be {axes} with at least {least} {of}, got shape {array.shape}"
+        )
+    matrix = array.astype(np.float64)
+    num_bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
+    if num_bad:
+        raise ValueError(f"{name} must be finite: {num_bad} of {len(matrix)} rows hold NaN or inf")
+    return matrix
+
+
+def _dtype(values: ArrayLike) -> np.dtype:
+    return np.dtype(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
+
+
+def _numbers(name: str, values: ArrayLike) -> Array:
+    """As floats of at least 32 bits, which neither tie nor wrap."""
+    dtype = _dtype(values)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real numbers, got {dtype}")
+    (numbers,) = sphere.at_least_float32(values)
+    return numbers
+
+
+def _queries(features: ArrayLike, width: int) -> Array:
+    """`[N, F]` float32, as wide as the fitted features."""
+    values = _numbers("features", features)
+    if values.ndim != 2 or values.shape[1] != width:
+        raise ValueError(
+            f"features must be [N, {width}], as wide as those of the fit, got shape {values.shape}"
+        )
+    return values.astype(jnp.float32)
+
+
+def _or_infinite(score: Array, features: Array) -> Array:
+    """Infinite where the arithmetic overflowed, which differences of infinities would make NaN."""
+    has_overflowed = jnp.isnan(score) & ~jnp.isnan(features).any(axis=-1)
+    return jnp.where(has_overflowed, jnp.inf, score)
 
 
 # --- JEVB's own terms -----------------------------------------------------------------------------
@@ -80,6 +213,10 @@ def uncertainty_terms(
     if len(set(shapes.values())) > 1 or len(shapes["embedding"]) != 3:
         raise ValueError(f"views must share one shape [V, N, D], got {shapes}")
     num_views, _, dim = shapes["embedding"]
+    if num_views < 1:
+        raise ValueError(f"terms need at least 1 view, the first axis of views, got {shapes}")
+    num_samples = checked_count("num_samples", num_samples)
+    views = View(*sphere.at_least_float32(*views))
     mean, scale = views.posterior_mean, views.posterior_scale
     if untied_scale is not None:
         untied_scale = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
@@ -206,7 +343,7 @@ def concentration_score(concentration: ArrayLike) -> Array:
     Returns:
       `[N]`.
     """
-    return -jnp.asarray(concentration)
+    return -_numbers("concentration", concentration)
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -215,18 +352,24 @@ Score = Callable[[Array], Array]
 
 
 class DegenerateFeaturesError(ValueError):
-    """The fitted features hold nothing that a density could be fitted to."""
+    """The fitted features cannot carry the score: they do not vary, or their images are too few."""
+
+
+class FewImagesWarning(UserWarning):
+    """A covariance of fewer images than features: it is shrunk, and what it says is weak."""
 
 
 def _checked(name: str, features: ArrayLike) -> np.ndarray:
-    """`[N, F]` float64, finite, at least two rows."""
-    values = np.asarray(features, np.float64)
-    if values.ndim != 2 or len(values) < 2 or values.shape[1] < 1:
-        raise ValueError(f"{name} must be [N, F] with at least 2 images, got shape {values.shape}")
-    num_bad = int(np.sum(~np.isfinite(values).all(axis=1)))
-    if num_bad:
-        raise ValueError(f"{name} must be finite: {num_bad} of {len(values)} rows hold NaN or inf")
-    return values
+    """`[N, F]` float64, finite, at least two rows, rounded to float32 as the scored ones will be."""
+    values = real_matrix(name, features, least=2, of="images")
+    largest = float(jnp.finfo(jnp.float32).max)
+    num_large = int(np.sum((np.abs(values) > largest).any(axis=1)))
+    if num_large:
+        raise ValueError(
+            f"{name} must lie within {largest:.3g}, the largest float32: {num_large} of {len(values)} "
+            "rows do not. Divide all features by one number"
+        )
+    return values.astype(np.float32).astype(np.float64)
 
 
 def _directions(features: np.ndarray) -> np.ndarray:
@@ -240,7 +383,33 @@ def feature_norm_score(features: ArrayLike) -> Array:
     Args:
       features: `[N, F]`.
     """
-    return -sphere.safe_norm(jnp.asarray(features))
+    return -sphere.safe_norm(_numbers("features", features))
+
+
+def _kth_distance(bank: Array, centered: Array, query: Array, k: int, center: Array) -> Array:
+    """Distance of one query `[F]` to the k-th nearest row of a bank `[M, F]`.
+
+    Args:
+      bank: `[M, F]`.
+      centered: `[M, F + 1]`, of `_centered`.
+      query: `[F]`.
+      k: which neighbour.
+      center: `[F]`, near the bank.
+
+    Returns:
+      `[]`. Candidates are found by one product, `b.q - |b|^2 / 2`, which falls as `|b - q|` grows. It
+      has few digits between near duplicates, so they are put in order by their differences.
+    """
+    closeness = _matmul(centered, jnp.append(query - center, 1.0))
+    _, index = jax.lax.top_k(closeness, min(k + _NUM_SPARE, len(bank)))
+    # Not sqrt(2 - 2 cos), which has no digits left between near duplicates.
+    return jnp.sort(sphere.safe_norm(bank[index] - query[None]))[k - 1]
+
+
+def _centered(bank: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """`[M, F + 1]`, a bank less its center, and less half of its squared length."""
+    rest = bank - center
+    return np.concatenate([rest, -np.sum(np.square(rest), axis=1, keepdims=True) / 2], axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -250,22 +419,25 @@ class DirectionNeighbours:
 
     Attributes:
       bank: `[M, F]`, directions.
+      center: `[F]`, their mean.
+      centered: `[M, F + 1]`, the bank less its center, and less half of its squared length.
       k: which neighbour.
     """
 
     bank: Array
+    center: Array
+    centered: Array
     k: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, features: ArrayLike) -> Array:
         """Distances, `[N]`."""
-        direction, _ = sphere.polar_decomposition(jnp.asarray(features, self.bank.dtype))
+        values = _queries(features, self.bank.shape[1])
+        direction, _ = sphere.polar_decomposition(values)
 
         def distance(query: Array) -> Array:
-            _, index = jax.lax.top_k(_matmul(self.bank, query), self.k)
-            # Not sqrt(2 - 2 cos), which has no digits left between near duplicates.
-            return sphere.safe_norm(self.bank[index[-1]] - query)
+            return _kth_distance(self.bank, self.centered, query, self.k, self.center)
 
-        return jax.lax.map(distance, direction, batch_size=64)
+        return _or_infinite(jax.lax.map(distance, direction, batch_size=64), values)
 
 
 @jax.tree_util.register_dataclass
@@ -277,28 +449,26 @@ class WhitenedNeighbours:
       mean: `[F]`, of the fitted images.
       whitening: `[F, F]`.
       bank: `[M, F]`, whitened.
+      centered: `[M, F + 1]`, the bank, and less half of its squared length.
       k: which neighbour.
     """
 
     mean: Array
     whitening: Array
     bank: Array
+    centered: Array
     k: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, features: ArrayLike) -> Array:
         """Distances, `[N]`."""
-        shifted = jnp.asarray(features, self.bank.dtype) - self.mean[None]
-
-        # `b.q - |b|^2 / 2`, which falls as `|b - q|` grows, as one product.
-        half_squares = jnp.sum(jnp.square(self.bank), axis=-1, keepdims=True) / 2
-        extended = jnp.concatenate([self.bank, -half_squares], axis=-1)
+        values = _queries(features, len(self.mean))
+        center = jnp.zeros_like(self.mean)
 
         def distance(query: Array) -> Array:
-            closeness = _matmul(extended, jnp.append(query, 1.0))
-            _, index = jax.lax.top_k(closeness, self.k)
-            return sphere.safe_norm(self.bank[index[-1]] - query)
+            return _kth_distance(self.bank, self.centered, query, self.k, center)
 
-        return jax.lax.map(distance, _matmul(shifted, self.whitening), batch_size=64)
+        whitened = _matmul(values - self.mean[None], self.whitening)
+        return _or_infinite(jax.lax.map(distance, whitened, batch_size=64), values)
 
 
 def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
@@ -312,17 +482,24 @@ def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
       A score, features `[N, F]` to `[N]`, in `[0, 2]`.
 
     Raises:
-      ValueError: not two axes, values that are not finite, `k` out of range.
+      ValueError: not two axes, values that are not finite, `k` no integer or out of range.
     """
-    bank = _checked("features", features)
-    _check_k(k, len(bank))
-    return DirectionNeighbours(jnp.asarray(_directions(bank), jnp.float32), k)
+    values = _checked("features", features)
+    k = _checked_k(k, len(values))
+    # Centered as rounded, so that the differences are those of the bank that is asked.
+    bank = _directions(values).astype(np.float32)
+    center = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centered = _centered(bank.astype(np.float64), center.astype(np.float64))
+    return DirectionNeighbours(
+        *(jnp.asarray(x, jnp.float32) for x in (bank, center, centered)), k=k
+    )
 
 
 def fit_whitened_knn(features: ArrayLike, *, k: int = 50) -> WhitenedNeighbours:
     """Euclidean distance to the k-th nearest fitted image, after whitening (docs eq. 25).
 
-    For few features of different units, such as `typicality_features`.
+    For few features of different units, such as `typicality_features`. The covariance is that of
+    `fit_mahalanobis`.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -335,44 +512,147 @@ def fit_whitened_knn(features: ArrayLike, *, k: int = 50) -> WhitenedNeighbours:
       ValueError: as `fit_knn`; features that do not vary.
     """
     bank = _checked("features", features)
-    _check_k(k, len(bank))
+    k = _checked_k(k, len(bank))
     mean, whitening = _mean_and_whitening(bank)
-    whitened = (bank - mean) @ whitening
-    return WhitenedNeighbours(
-        *(jnp.asarray(x, jnp.float32) for x in (mean, whitening, whitened)), k=k
-    )
+    mean = mean.astype(np.float32).astype(np.float64)
+    whitened = ((bank - mean) @ whitening).astype(np.float32)
+    centered = _centered(whitened.astype(np.float64), np.zeros_like(mean))
+    return WhitenedNeighbours(*_as_float32(mean, whitening, whitened, centered), k=k)
 
 
-def _check_k(k: int, num_images: int) -> None:
-    if not 1 <= k <= num_images:
-        raise ValueError(f"k must be in [1, {num_images}], the number of fitted images, got {k}")
+def _checked_k(k: Any, num_images: int) -> int:
+    return _at_most("k", k, num_images, "the number of fitted images")
 
 
-def _whitening(residual: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """`[F, F]`, `W` with `W W^T` the pseudo-inverse of the covariance of `residual` `[M, F]`.
+def _at_most(name: str, value: Any, most: int, what: str) -> int:
+    """A count in [1, most]; more than the images allow is their fault, and not the setting's alone."""
+    count = checked_count(name, value, least=-sys.maxsize)
+    if not 1 <= count <= most:
+        kind = ValueError if count < 1 else DegenerateFeaturesError
+        raise kind(f"{name} must be in [1, {most}], {what}, got {count}")
+    return count
 
-    The residual is what means leave of `features`.
 
-    Every feature is brought to unit variance first, so that units do not matter. Directions with less
-    than 1e-9 of the largest variance are then left out, and features that do not vary: a feature that
-    is never active in distribution has no scale to measure its activity by.
+def _as_float32(*values: np.ndarray) -> list[Array]:
+    """Arrays of a fit, which float32 must hold."""
+    arrays = [jnp.asarray(x, jnp.float32) for x in values]
+    if not all(bool(jnp.isfinite(x).all()) for x in arrays):
+        raise DegenerateFeaturesError(
+            "the fitted features vary by less than float32 can tell: multiply all by one number"
+        )
+    return arrays
+
+
+class _Covariance(NamedTuple):
+    """Second moments of residuals in units of their features; see `fit_mahalanobis`.
+
+    Attributes:
+      units: `[F]`.
+      moments: `[F, F]`, in those units.
+      shrinkage: share of the unit matrix in the covariance.
+    """
+
+    units: np.ndarray
+    moments: np.ndarray
+    shrinkage: float
+
+    def whitening(self, *, background: np.ndarray | None = None) -> np.ndarray:
+        """`[F, F]`, `W` with `W W^T` the inverse of the shrunk covariance.
+
+        Args:
+          background: other second moments, not below these in any direction. What leaves the fitted
+            span then has twice the variance of a class.
+        """
+        share = self.shrinkage
+        variances, directions = np.linalg.eigh(self.moments if background is None else background)
+        factor = 1 if background is None else 2
+        least = _LEAST_VARIANCE * np.linalg.eigvalsh(self.moments)[-1]
+        shrunk = variances if share == 0 else (1 - share) * variances + factor * share
+        return (1 / self.units)[:, None] * directions / np.sqrt(np.maximum(shrunk, factor * least))
+
+
+def _covariance(
+    residual: np.ndarray, features: np.ndarray, group: np.ndarray | None = None
+) -> _Covariance:
+    """Of the residuals `[M, F]` that means of groups leave of `features`; one group by default.
+
+    Every feature is brought to unit variance, so that units do not matter.
     """
     std = np.sqrt(np.mean(np.square(residual), axis=0))
-    # Below this the spread of float32 features is their rounding.
-    is_alive = std > 1e-6 * np.max(np.abs(features), axis=0)
+    largest = np.max(np.abs(features), axis=0)
+    is_alive = std > _ROUNDING * largest
     if not is_alive.any():
-        raise DegenerateFeaturesError("the fitted features do not vary: has the encoder collapsed?")
-    inverse_std = np.where(is_alive, 1 / np.where(is_alive, std, 1), 0)
-    scaled = residual * inverse_std
-    variances, directions = np.linalg.eigh(scaled.T @ scaled / len(scaled))
-    is_kept = variances > 1e-9 * variances[-1]
-    inverse_root = np.where(is_kept, 1 / np.sqrt(np.where(is_kept, variances, 1)), 0)
-    return inverse_std[:, None] * directions * inverse_root
+        raise DegenerateFeaturesError(
+            "the fitted features do not vary"
+            + (" within a class" if group is not None else "")
+            + ": has the encoder collapsed?"
+        )
+    # A feature that never varied has no unit of its own. It takes the others', or one that makes its
+    # rounding the least variance.
+    of_rounding = _ROUNDING / math.sqrt(_LEAST_VARIANCE) * largest
+    units = np.where(is_alive, std, np.maximum(np.median(std[is_alive]), of_rounding))
+    scaled = residual * np.where(is_alive, 1 / units, 0)
+    moments = scaled.T @ scaled / len(scaled)
+    group = np.zeros(len(features), int) if group is None else group
+    shrinkage = _shrinkage((features / units)[:, is_alive], group)
+    num_alive, freedom = int(is_alive.sum()), _freedom(features, group)
+    if freedom < num_alive:
+        _warn(
+            f"a covariance of {num_alive} features that vary from {len(features)} images is shrunk by "
+            f"{shrinkage:.2g}, and its score is weak: only {freedom} images vary freely. Fit more than "
+            f"{num_alive} different ones, better {_FEW_IMAGES * num_alive}"
+        )
+    return _Covariance(units, moments, shrinkage)
+
+
+def _freedom(features: np.ndarray, group: np.ndarray) -> int:
+    """Different images, less one for the mean of each group."""
+    different = {(g, row.tobytes()) for g, row in zip(group, features, strict=True)}
+    return len(different) - len(np.unique(group))
+
+
+def _shrinkage(scaled: np.ndarray, group: np.ndarray) -> float:
+    """Share of the unit matrix that makes images left out most likely; 0 of many images.
+
+    From features `[M, F]` that vary, in their units, and the group `[M]` of each. Copies of an image
+    are left out together.
+    """
+    keys = {(g, row.tobytes()): i for i, (g, row) in enumerate(zip(group, scaled, strict=True))}
+    kept = np.fromiter(keys.values(), int)
+    sizes = np.bincount(group[kept])
+    num_images, num_features = len(kept), scaled.shape[1]
+    freedom = num_images - np.count_nonzero(sizes)
+    if freedom >= _FEW_IMAGES * num_features:
+        return 0.0
+    x, g = scaled[kept], group[kept]
+    means = np.stack([np.bincount(g, column) for column in x.T], axis=1)
+    residual = x - means[g] / sizes[g][:, None]
+    is_informative = sizes[g] > 1
+    weight = (sizes[g] / np.maximum(sizes[g] - 1, 1))[is_informative, None]
+    scatter, directions = np.linalg.eigh(residual.T @ residual)
+    squares = np.square(residual[is_informative] @ directions)
+    # Hoffbeck and Landgrebe 1996: without an image the covariance loses one outer product.
+    shares = np.geomspace(_LEAST_VARIANCE, 1, 91)
+    variances = (1 - shares) * np.maximum(scatter, 0)[:, None] / (num_images - 1) + shares
+    length = squares @ (1 / variances)
+    lost = np.maximum(1 - (1 - shares) * weight / (num_images - 1) * length, 1e-300)
+    surprise = np.sum(np.log(variances), axis=0) + np.mean(
+        np.log(lost) + np.square(weight) * length / lost, axis=0
+    )
+    return float(shares[np.argmin(surprise)])
+
+
+def _warn(message: str) -> None:
+    """A `FewImagesWarning` at the line outside this package that asked for the fit."""
+    frame, level = sys._getframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FewImagesWarning, stacklevel=level + 1)
 
 
 def _mean_and_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = features.mean(axis=0)
-    return mean, _whitening(features - mean, features)
+    return mean, _covariance(features - mean, features).whitening()
 
 
 class Gaussians(NamedTuple):
@@ -390,7 +670,8 @@ class Gaussians(NamedTuple):
 
     def __call__(self, features: ArrayLike) -> Array:
         """Smallest squared distances, `[N]`."""
-        shifted = jnp.asarray(features, self.center.dtype) - self.center[None]
+        values = _queries(features, len(self.center))
+        shifted = values - self.center[None]
         if self.whitening.shape[0] == 1:
             whitened = _matmul(shifted, self.whitening[0])
             distances = jax.vmap(lambda mean: jnp.sum(jnp.square(whitened - mean[None]), axis=-1))(
@@ -401,22 +682,33 @@ class Gaussians(NamedTuple):
                 lambda one: jnp.sum(jnp.square(_matmul(shifted, one[0]) - one[1][None]), axis=-1),
                 (self.whitening, self.whitened_mean),
             )
-        return jnp.min(distances, axis=0)
+        return _or_infinite(jnp.min(distances, axis=0), values)
 
 
 def _gaussians(means: np.ndarray, whitenings: np.ndarray) -> Gaussians:
     """From `[C, F]` means and `[C, F, F]` or `[1, F, F]` whitenings in float64."""
-    center = means.mean(axis=0)
+    # As float32 holds it: what its rounding loses would not be small off the span.
+    center = means.mean(axis=0).astype(np.float32).astype(np.float64)
     whitened = np.einsum(
         "cf,cfg->cg",
         means - center,
         np.broadcast_to(whitenings, (len(means), *whitenings.shape[1:])),
     )
-    return Gaussians(*(jnp.asarray(x, jnp.float32) for x in (center, whitenings, whitened)))
+    return Gaussians(*_as_float32(center, whitenings, whitened))
 
 
 def fit_mahalanobis(features: ArrayLike) -> Gaussians:
     """Squared Mahalanobis distance to the fitted images, one Gaussian, no labels (docs eq. 24).
+
+    The covariance is the images' own where there are at least three for each feature. Below, it says
+    too little of the directions in which they hardly vary. There it is shrunk, as Ledoit and Wolf (2004)
+    do, but by the share that makes images left out most likely (Hoffbeck and Landgrebe 1996): theirs
+    would drown the small variances, which are those that tell strange images. Copies of an image count
+    once.
+
+    A deviation that leaves the span of the images is strange. It is measured by what the shrinkage puts
+    there, and at least by the rounding of float32: a variance of 1e-9 of the largest. That goes for
+    features that never varied, in the median unit of the others.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -426,6 +718,9 @@ def fit_mahalanobis(features: ArrayLike) -> Gaussians:
 
     Raises:
       ValueError: not two axes, values that are not finite, features that do not vary.
+
+    Warns:
+      FewImagesWarning: fewer images than features.
     """
     mean, whitening = _mean_and_whitening(_checked("features", features))
     return _gaussians(mean[None], whitening[None])
@@ -438,14 +733,17 @@ class DirectionGaussians(NamedTuple):
 
     def __call__(self, features: ArrayLike) -> Array:
         """Smallest squared distances, `[N]`."""
-        direction, _ = sphere.polar_decomposition(jnp.asarray(features))
-        return self.gaussians(direction)
+        values = _queries(features, len(self.gaussians.center))
+        direction, _ = sphere.polar_decomposition(values)
+        return _or_infinite(self.gaussians(direction), values)
 
 
 def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> DirectionGaussians:
     """SSD (docs eq. 26; Sehwag et al. 2021): Mahalanobis distance to the nearest cluster of directions.
 
-    Clusters come from k-means; each has a mean and a covariance of its own, over all features.
+    Clusters come from k-means; each has a mean and a covariance of its own, over all features. Of fewer
+    than three images for each feature, a cluster's covariance is shrunk to that within all clusters
+    (Friedman 1989), and a single cluster's as that of `fit_mahalanobis`.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -456,14 +754,16 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
       A score, features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; fewer images than two for each cluster, or a cluster of one.
+      ValueError: as `fit_mahalanobis`; `num_clusters` no integer, fewer images than two for each
+        cluster, or a cluster of one.
+
+    Warns:
+      FewImagesWarning: a cluster of fewer images than features.
     """
     values = _checked("features", features)
-    if not 1 <= num_clusters <= len(values) // 2:
-        raise ValueError(
-            f"num_clusters must be in [1, {len(values) // 2}], half the fitted images, "
-            f"got {num_clusters}"
-        )
+    num_clusters = _at_most(
+        "num_clusters", num_clusters, len(values) // 2, "half the fitted images"
+    )
     directions = _directions(values)
     cluster = np.zeros(len(directions), int)
     if num_clusters > 1:
@@ -475,10 +775,43 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
         raise DegenerateFeaturesError(
             f"a cluster of {sizes.min()} images has no covariance: lower num_clusters"
         )
-    parts = [_mean_and_whitening(directions[cluster == c]) for c in range(num_clusters)]
-    return DirectionGaussians(
-        _gaussians(np.stack([mean for mean, _ in parts]), np.stack([w for _, w in parts]))
-    )
+    means = np.stack([directions[cluster == c].mean(axis=0) for c in range(num_clusters)])
+    return DirectionGaussians(_gaussians(means, _cluster_whitenings(directions, means, cluster)))
+
+
+def _cluster_whitenings(
+    directions: np.ndarray, means: np.ndarray, cluster: np.ndarray
+) -> np.ndarray:
+    """`[J, F, F]`, of each cluster's covariance, shrunk to that within all clusters if it is small."""
+    residual = directions - means[cluster]
+    num_clusters, num_features = means.shape
+    freedom = [_num_different(directions[cluster == c]) - 1 for c in range(num_clusters)]
+    if num_clusters > 1 and min(freedom) < 1:
+        raise DegenerateFeaturesError("the images of a cluster are all equal: lower num_clusters")
+    shared = None
+    whitenings = []
+    for c in range(num_clusters):
+        own = cluster == c
+        if num_clusters == 1 or freedom[c] >= _FEW_IMAGES * num_features:
+            whitenings.append(_covariance(residual[own], directions[own]).whitening())
+            continue
+        if shared is None:
+            shared = _covariance(residual, directions, cluster).whitening()
+        scaled = residual[own] @ shared
+        of_shared = _Covariance(
+            np.ones(num_features),
+            scaled.T @ scaled / len(scaled),
+            _shrinkage(scaled, np.zeros(len(scaled), int)),
+        )
+        whitenings.append(shared @ of_shared.whitening())
+    num_small = sum(count < num_features for count in freedom)
+    if num_small and num_clusters > 1:
+        _warn(
+            f"{num_small} of {num_clusters} clusters have fewer different images than the "
+            f"{num_features} features, the smallest {min(freedom) + 1}: their covariances are shrunk to "
+            "that within all clusters. Fit more images or fewer clusters"
+        )
+    return np.stack(whitenings)
 
 
 class Residual(NamedTuple):
@@ -486,7 +819,8 @@ class Residual(NamedTuple):
 
     Attributes:
       origin: `[F]`.
-      directions: `[F, F - num_components]`, orthonormal, of the smallest variances.
+      directions: `[F, F - num_components]`, orthonormal, of the smallest variances; more of them where
+        the fitted images span fewer components.
     """
 
     origin: Array
@@ -494,14 +828,18 @@ class Residual(NamedTuple):
 
     def __call__(self, features: ArrayLike) -> Array:
         """Lengths, `[N]`."""
-        shifted = jnp.asarray(features, self.origin.dtype) - self.origin[None]
-        return sphere.safe_norm(_matmul(shifted, self.directions))
+        values = _queries(features, len(self.origin))
+        shifted = values - self.origin[None]
+        return _or_infinite(sphere.safe_norm(_matmul(shifted, self.directions)), values)
 
 
 def fit_residual(
     features: ArrayLike, *, num_components: int, origin: ArrayLike | None = None
 ) -> Residual:
     """The residual part of ViM (docs eq. 27; Wang et al. 2022, section 4.1), which needs no logits.
+
+    Components in which the images do not vary, beyond 1e-9 of the largest variance, are not part of the
+    subspace: a deviation along them is no less strange than along the others.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -512,31 +850,94 @@ def fit_residual(
       A score, features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; `num_components` out of range.
+      ValueError: as `fit_mahalanobis`; `num_components` no integer or out of range; an origin that is
+        not `[F]` and finite.
+
+    Warns:
+      FewImagesWarning: fewer images than features.
     """
-    values = _checked("features", features)
-    if not 1 <= num_components < values.shape[1]:
-        raise ValueError(
-            f"num_components must be in [1, {values.shape[1] - 1}], below the number of features, "
-            f"got {num_components}"
+    values, num_components, origin = _checked_residual(features, num_components, origin)
+    num_images = _num_different(values)
+    if num_images <= values.shape[1]:
+        _warn(
+            f"a principal subspace of {values.shape[1]} features from {num_images} different images is "
+            f"weak: fit more than {values.shape[1]}"
         )
-    origin = values.mean(axis=0) if origin is None else np.asarray(origin, np.float64)
-    shifted = values - origin
-    _, directions = np.linalg.eigh(shifted.T @ shifted / len(shifted))
-    rest = directions[:, : values.shape[1] - num_components]
-    return Residual(jnp.asarray(origin, jnp.float32), jnp.asarray(rest, jnp.float32))
+    return _residual(values, num_components, origin)
+
+
+def _num_different(features: np.ndarray) -> int:
+    return len({row.tobytes() for row in features})
+
+
+def _checked_residual(
+    features: ArrayLike, num_components: Any, origin: ArrayLike | None
+) -> tuple[np.ndarray, int, np.ndarray | None]:
+    values = _checked("features", features)
+    num_features = values.shape[1]
+    if num_features < 2:
+        raise DegenerateFeaturesError(
+            "a residual needs at least 2 features, one of them outside the subspace, got 1"
+        )
+    count = checked_count("num_components", num_components)
+    if count >= num_features:
+        raise ValueError(
+            f"num_components must be in [1, {num_features - 1}], below the number of features, "
+            f"got {count}"
+        )
+    if origin is None:
+        return values, count, None
+    point = np.asarray(origin, np.float64)
+    if point.shape != (num_features,) or not np.isfinite(point).all():
+        raise ValueError(
+            f"origin must be finite [{num_features}], one number for each feature, got shape "
+            f"{point.shape}"
+        )
+    return values, count, point
+
+
+def _residual(values: np.ndarray, num_components: int, origin: np.ndarray | None) -> Residual:
+    point = values.mean(axis=0) if origin is None else origin
+    shifted = values - point
+    variances, directions = np.linalg.eigh(shifted.T @ shifted / len(shifted))
+    num_spanned = int(np.sum(variances > _LEAST_VARIANCE * variances[-1]))
+    rest = directions[:, : values.shape[1] - min(num_components, num_spanned)]
+    return Residual(*_as_float32(point, rest))
 
 
 # --- With labels ----------------------------------------------------------------------------------
 
 
+def _logits(logits: ArrayLike, *, least: int = 1) -> Array:
+    """`[..., C]`, floats of at least 32 bits."""
+    values = _numbers("logits", logits)
+    if values.ndim < 1 or values.shape[-1] < least:
+        raise ValueError(
+            f"logits must be [N, C] with at least {least} class{'es' * (least > 1)}, got shape "
+            f"{values.shape}"
+        )
+    return values
+
+
 def max_softmax_score(logits: ArrayLike) -> Array:
-    """`-max_c softmax(logits)_c`, `[N]` (docs eq. 28; MSP; Hendrycks and Gimpel 2017).
+    """`log(1 - max_c softmax(logits)_c)`, `[N]`, nats (docs eq. 28; MSP; Hendrycks and Gimpel 2017).
+
+    It ranks as the paper's `-max softmax`, which is -1 in float32 once a logit leads by 17: of sure
+    networks all images would tie.
 
     Args:
-      logits: `[N, C]`.
+      logits: `[N, C]`, or log-probabilities, with at least 2 classes.
+
+    Raises:
+      ValueError: a single class, whose probability is always one.
+      TypeError: logits that are not real numbers.
     """
-    return -jnp.max(jax.nn.softmax(jnp.asarray(logits), axis=-1), axis=-1)
+    values = _logits(logits, least=2)
+    is_best = jax.nn.one_hot(jnp.argmax(values, axis=-1), values.shape[-1], dtype=bool)
+    margin = values - jnp.max(values, axis=-1, keepdims=True)
+    # The logarithm of the odds against the best class.
+    odds = jax.nn.logsumexp(jnp.where(is_best, -jnp.inf, margin), axis=-1)
+    return -jax.nn.softplus(-odds)
 
 
 def max_logit_score(logits: ArrayLike) -> Array:
@@ -544,17 +945,39 @@ def max_logit_score(logits: ArrayLike) -> Array:
 
     Args:
       logits: `[N, C]`.
+
+    Raises:
+      ValueError: no classes.
+      TypeError: logits that are not real numbers.
     """
-    return -jnp.max(jnp.asarray(logits), axis=-1)
+    return -jnp.max(_logits(logits), axis=-1)
 
 
 def energy_score(logits: ArrayLike) -> Array:
     """`-log sum_c exp(logits_c)`, `[N]` (docs eq. 28; Liu et al. 2020, temperature 1).
 
     Args:
-      logits: `[N, C]`.
+      logits: `[N, C]`, as the network gives them. Of log-probabilities the sum is one for every image.
+
+    Raises:
+      ValueError: no classes; log-probabilities, unless the call is being compiled.
+      TypeError: logits that are not real numbers.
     """
-    return -jax.nn.logsumexp(jnp.asarray(logits), axis=-1)
+    values = _logits(logits)
+    score = -jax.nn.logsumexp(values, axis=-1)
+    if not isinstance(score, Tracer) and score.size > 1:
+        # A mean of C rounding errors of the type that was given.
+        given = _dtype(logits)
+        is_float = jnp.issubdtype(given, jnp.floating)
+        eps = max(
+            float(jnp.finfo(x).eps) for x in (given if is_float else score.dtype, score.dtype)
+        )
+        if bool(jnp.all(jnp.abs(score) <= 4 * eps * (1 + math.log(values.shape[-1])))):
+            raise ValueError(
+                "logits must be as the network gives them, got log-probabilities, whose energy is zero "
+                "for every image: give the logits before log_softmax"
+            )
+    return score
 
 
 def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -572,6 +995,9 @@ def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, n
 def fit_class_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Gaussians:
     """Squared Mahalanobis distance to the nearest class, one covariance (docs eq. 28; Lee et al. 2018).
 
+    The covariance is shrunk where images are few, and measures what leaves their span, as that of
+    `fit_mahalanobis`.
+
     Args:
       features: `[M, F]`, in distribution.
       labels: `[M]` integers.
@@ -580,12 +1006,16 @@ def fit_class_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Gaussians:
       A score, features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; labels that are not one integer for each image.
+      ValueError: as `fit_mahalanobis`; labels that are not one integer for each image; no class with
+        two different images.
+
+    Warns:
+      FewImagesWarning: fewer images, less one for each class, than features.
     """
     values = _checked("features", features)
     means, index = _class_means(values, labels)
-    residual = values - means[index]
-    return _gaussians(means, _whitening(residual, values)[None])
+    covariance = _covariance(values - means[index], values, index)
+    return _gaussians(means, covariance.whitening()[None])
 
 
 class RelativeMahalanobis(NamedTuple):
@@ -596,11 +1026,16 @@ class RelativeMahalanobis(NamedTuple):
 
     def __call__(self, features: ArrayLike) -> Array:
         """Differences of squared distances, `[N]`."""
-        return self.classes(features) - self.background(features)
+        values = _queries(features, len(self.classes.center))
+        return _or_infinite(self.classes(values) - self.background(values), values)
 
 
 def fit_relative_mahalanobis(features: ArrayLike, labels: ArrayLike) -> RelativeMahalanobis:
     """Relative Mahalanobis distance, RMD (docs eq. 28; Ren et al. 2021).
+
+    Where images are few, both covariances are shrunk by one share, that of `fit_class_mahalanobis`.
+    What leaves the span of the images has twice the variance in the background, so that it is strange
+    here too, and does not cancel.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -612,7 +1047,15 @@ def fit_relative_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Relative
     Raises:
       ValueError: as `fit_class_mahalanobis`.
     """
-    return RelativeMahalanobis(fit_class_mahalanobis(features, labels), fit_mahalanobis(features))
+    values = _checked("features", features)
+    means, index = _class_means(values, labels)
+    covariance = _covariance(values - means[index], values, index)
+    mean = values.mean(axis=0)
+    scaled = (values - mean) / covariance.units
+    background = covariance.whitening(background=scaled.T @ scaled / len(scaled))
+    return RelativeMahalanobis(
+        _gaussians(means, covariance.whitening()[None]), _gaussians(mean[None], background[None])
+    )
 
 
 class VirtualLogit(NamedTuple):
@@ -628,7 +1071,12 @@ class VirtualLogit(NamedTuple):
 
     def __call__(self, features: ArrayLike, logits: ArrayLike) -> Array:
         """`alpha |residual| - log sum_c exp(logits_c)`, `[N]`, which ranks as the paper's softmax."""
-        return self.scale * self.residual(features) + energy_score(logits)
+        length, values = self.residual(features), _logits(logits)
+        if values.shape[:-1] != length.shape:
+            raise ValueError(
+                f"logits must be [{len(length)}, C], one row for each image, got shape {values.shape}"
+            )
+        return self.scale * length - jax.nn.logsumexp(values, axis=-1)
 
 
 def vim_origin(weights: ArrayLike, bias: ArrayLike) -> np.ndarray:
@@ -644,9 +1092,18 @@ def vim_origin(weights: ArrayLike, bias: ArrayLike) -> np.ndarray:
 
     Returns:
       `[F]` float64.
+
+    Raises:
+      ValueError: shapes that do not belong together, values that are not finite.
     """
-    matrix = np.asarray(weights, np.float64).T
-    return -np.linalg.pinv(matrix, rcond=1e-5) @ np.asarray(bias, np.float64)
+    matrix = real_matrix("weights", weights, least=1, of="feature", axes="[F, C]")
+    offset = np.asarray(bias, np.float64)
+    if offset.shape != matrix.shape[1:] or not np.isfinite(offset).all():
+        raise ValueError(
+            f"bias must be finite [{matrix.shape[1]}], one number for each class of weights "
+            f"{matrix.shape}, got shape {offset.shape}"
+        )
+    return -np.linalg.pinv(matrix.T, rcond=1e-5) @ offset
 
 
 def fit_vim(
@@ -654,9 +1111,13 @@ def fit_vim(
 ) -> VirtualLogit:
     """Virtual-logit matching, ViM (docs eq. 28; Wang et al. 2022).
 
+    `alpha` brings residuals to the size of the largest logits. Of fewer than three images for each
+    feature, the residuals that it takes are those of images left out of the subspace, five folds in
+    turn: a subspace leaves too little of the images that it was fitted to.
+
     Args:
       features: `[M, F]`, in distribution.
-      logits: `[M, C]` of them, linear in the features.
+      logits: `[M, C]` of them, linear in the features: not probabilities, nor their logarithms.
       origin: `[F]`, of `vim_origin`.
       num_components: of the principal subspace.
 
@@ -664,16 +1125,54 @@ def fit_vim(
       A score, features `[N, F]` and logits `[N, C]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_residual`; features that the subspace explains wholly.
+      ValueError: as `fit_residual`; features that the subspace explains wholly; logits that are not
+        `[M, C]` and finite, that are probabilities, or whose largest are not positive on average,
+        which would turn the score upside down.
+
+    Warns:
+      FewImagesWarning: fewer images than features.
     """
-    residual = fit_residual(features, num_components=num_components, origin=origin)
-    length = np.asarray(residual(jnp.asarray(np.asarray(features), jnp.float32)), np.float64)
-    if not length.mean() > 0:
+    values, num_components, point = _checked_residual(features, num_components, origin)
+    scores = real_matrix("logits", logits, least=1, of="image", axes="[N, C]")
+    if len(scores) != len(values):
+        raise ValueError(
+            f"logits must be [{len(values)}, C], one row for each image, got shape {scores.shape}"
+        )
+    largest = float(scores.max(axis=-1).mean())
+    if not largest > 0:
+        raise ValueError(
+            f"the largest logit of an image must be positive on average, got {largest:.4g}, which would "
+            "turn the score upside down: give logits and not log-probabilities; of logits as they are, "
+            "subtract from weights and bias their means over the classes, and take origin and logits "
+            "from those"
+        )
+    is_probability = (scores.min() >= 0) and np.allclose(scores.sum(axis=-1), 1, rtol=0, atol=1e-2)
+    if is_probability and scores.shape[1] > 1:
+        raise ValueError(
+            "logits must be linear in the features, got probabilities, each row of which sums to one: "
+            "give the logits before softmax"
+        )
+    residual = fit_residual(values, num_components=num_components, origin=point)
+    length = _lengths(residual, values)
+    if _num_different(values) < _FEW_IMAGES * values.shape[1]:
+        fold = np.arange(len(values)) % _NUM_FOLDS
+        length = np.concatenate(
+            [
+                _lengths(_residual(values[fold != i], num_components, point), values[fold == i])
+                for i in range(min(_NUM_FOLDS, len(values)))
+            ]
+        )
+    mean = float(length.mean())
+    size = float(np.linalg.norm(values - np.asarray(residual.origin, np.float64), axis=1).mean())
+    if not mean > _ROUNDING * size:
         raise DegenerateFeaturesError(
             "the principal subspace explains every feature: lower num_components"
         )
-    largest = np.asarray(logits, np.float64).max(axis=-1)
-    return VirtualLogit(residual, jnp.asarray(largest.mean() / length.mean(), jnp.float32))
+    return VirtualLogit(residual, jnp.asarray(largest / mean, jnp.float32))
+
+
+def _lengths(residual: Residual, features: np.ndarray) -> np.ndarray:
+    return np.asarray(residual(jnp.asarray(features, jnp.float32)), np.float64)
 
 
 # --- Detection ------------------------------------------------------------------------------------
@@ -694,14 +1193,12 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
       The threshold; larger scores are alarms.
 
     Raises:
-      ValueError: scores that are not one axis or hold NaN, a rate out of range, or too few scores
-        for it: it needs `n >= 1/rate - 1`.
+      ValueError: scores that are not one axis, or are NaN or -inf, a rate out of range, or too few
+        scores for it: it needs `n >= 1/rate - 1`; so many infinite scores that the threshold would be
+        infinite, above which there is nothing.
     """
-    scores = np.asarray(calibration_scores, np.float64)
-    if scores.ndim != 1 or np.isnan(scores).any():
-        raise ValueError(f"calibration_scores must be [n] without NaN, got shape {scores.shape}")
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}")
+    scores = _checked_calibration(calibration_scores)
+    check_share("false_alarm_rate", false_alarm_rate)
     # Rounded, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
     rank = math.ceil(round((len(scores) + 1) * (1 - false_alarm_rate), 9))
     if rank > len(scores):
@@ -710,7 +1207,44 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
             f"a false-alarm rate of {false_alarm_rate} needs at least {needed} calibration scores, "
             f"got {len(scores)}"
         )
-    return float(np.sort(scores)[rank - 1])
+    threshold = float(np.sort(scores)[rank - 1])
+    if math.isinf(threshold):
+        raise ValueError(
+            f"{np.sum(np.isinf(scores))} of {len(scores)} calibration scores are infinite, and the "
+            f"threshold for a false-alarm rate of {false_alarm_rate} with them: nothing would be called "
+            "outside. Look for features that overflow"
+        )
+    return threshold
+
+
+def _checked_calibration(scores: ArrayLike) -> np.ndarray:
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"calibration_scores must be [n] without NaN, got shape {values.shape}")
+    num_bad = int(np.sum(np.isnan(values) | np.isneginf(values)))
+    if num_bad:
+        raise ValueError(
+            f"calibration_scores must be [n] without NaN or -inf: {num_bad} of {len(values)} are. Look "
+            "for a diverged network or features that overflow"
+        )
+    return values
+
+
+def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:
+    """Which scores are alarms: those above the threshold, and those that are no finite number.
+
+    A score of NaN or -inf comes of a diverged network or of numbers that overflowed. Nothing says that
+    its image is as usual.
+
+    Args:
+      scores: `[...]`.
+      threshold: of `conformal_threshold`.
+
+    Returns:
+      bool `[...]`.
+    """
+    values = np.asarray(scores)
+    return ~(np.isfinite(values) & (values <= threshold))
 
 
 class OODDetector:
@@ -755,14 +1289,29 @@ class OODDetector:
           `[N]`.
 
         Raises:
-          ValueError: nothing was fitted yet; features not `[N, F]` or not finite.
+          ValueError: nothing was fitted yet; features not `[N, F]`, of another width than the fitted
+            ones, not finite or beyond float32; a score that is not one number for each image.
+          TypeError: features that are not real numbers.
         """
         if self._score is None:
             raise ValueError("fit the detector before asking it for scores")
-        values = np.asarray(features)
-        if values.ndim != 2 or not np.isfinite(values).all():
-            raise ValueError(f"features must be finite [N, F], got shape {values.shape}")
-        return np.asarray(_apply(self._score, jnp.asarray(values, jnp.float32)))
+        array = np.asarray(features)
+        if array.ndim != 2:
+            raise ValueError(f"features must be finite [N, F], got shape {array.shape}")
+        values = real_matrix("features", array, least=0, of="images")
+        largest = float(jnp.finfo(jnp.float32).max)
+        most = float(np.abs(values).max(initial=0))
+        if most > largest:
+            raise ValueError(
+                f"features must be finite as float32, within {largest:.3g}, got {most:.3g}"
+            )
+        scores = np.asarray(_apply(self._score, jnp.asarray(values, jnp.float32)))
+        if scores.shape != (len(values),):
+            raise ValueError(
+                f"the score must be [N], one number for each of {len(values)} images, got shape "
+                f"{scores.shape}"
+            )
+        return scores
 
     def calibrate(self, features: ArrayLike) -> "OODDetector":
         """Keeps the scores of held-out in-distribution images, for thresholds.
@@ -772,8 +1321,11 @@ class OODDetector:
 
         Returns:
           The detector.
+
+        Raises:
+          ValueError: as `score`; scores that are NaN or -inf.
         """
-        self._calibration_scores = self.score(features)
+        self._calibration_scores = _checked_calibration(self.score(features))
         return self
 
     def threshold(self, false_alarm_rate: float) -> float:
@@ -800,9 +1352,9 @@ class OODDetector:
           false_alarm_rate: of in-distribution images called so.
 
         Returns:
-          bool `[N]`.
+          bool `[N]`; true of a score that is no finite number, see `exceeds`.
         """
-        return self.score(features) > self.threshold(false_alarm_rate)
+        return exceeds(self.score(features), self.threshold(false_alarm_rate))
 
 
 @jax.jit

@@ -3,12 +3,20 @@
 Scores are larger for images that are more out of distribution. Everything follows from one table:
 the distinct scores in falling order, with how many inside and outside images have each. Ties are
 therefore exact, and a bootstrap resample is another set of counts.
+
+Every interval keeps some width where the images are told apart without an error: that ten images show
+none does not say that there are none.
 """
 
+import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from numpy.typing import ArrayLike
+
+from jevb_jax.evaluation.ood import check_share, checked_count
 
 _CHUNK_NUMBERS = 2**15  # of resampled counts worked on at once, few enough for a core's cache
 
@@ -41,6 +49,8 @@ def _checked(name: str, scores: ArrayLike) -> np.ndarray:
     values = np.asarray(scores)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"{name} must be [N] with at least one score, got shape {values.shape}")
+    if values.dtype.kind == "V" and jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(np.float32)  # bfloat16, which NumPy does not know to be a number
     if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)):
         raise TypeError(f"{name} must be real numbers, got {values.dtype}")
     num_nan = int(np.isnan(values).sum())
@@ -80,32 +90,33 @@ def _fewest(num_images: int, share: float) -> int:
     return int(np.argmax(np.arange(num_images + 1) / num_images >= share))
 
 
-def _at(values: np.ndarray, place: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values, place[..., None], axis=-1)[..., 0]
+def _areas(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`aupr_out` and `aupr_in` from counts `[..., K]` in falling order of the scores."""
+
+    def area(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+        flagged = (np.cumsum(x, axis=-1, dtype=np.int32) for x in (positive, negative))
+        return _precision_recall_area(positive, *flagged)
+
+    return area(outside, inside), area(inside[..., ::-1], outside[..., ::-1])
 
 
 def _metrics(inside: np.ndarray, outside: np.ndarray, tpr: float) -> OODMetrics:
-    """From counts `[..., K]` in falling order of the scores, of as many images in every row."""
+    """From counts `[K]` in falling order of the scores."""
     # Images that score at least so much, and at most.
-    inside_above, outside_above = (np.cumsum(x, axis=-1, dtype=np.int32) for x in (inside, outside))
-    num_inside, num_outside = (int(x.flat[-1]) for x in (inside_above, outside_above))
+    inside_above, outside_above = np.cumsum(inside), np.cumsum(outside)
+    num_inside, num_outside = int(inside_above[-1]), int(outside_above[-1])
     inside_below = num_inside - inside_above + inside
     outside_below = num_outside - outside_above + outside
-    rising = (x[..., ::-1] for x in (inside, inside_below, outside_below))
-    first = np.sum(outside_above < _fewest(num_outside, tpr), axis=-1)
-    last = np.sum(inside_below >= _fewest(num_inside, tpr), axis=-1) - 1
+    aupr_out, aupr_in = _areas(inside, outside)
+    first = np.sum(outside_above < _fewest(num_outside, tpr))
+    last = np.sum(inside_below >= _fewest(num_inside, tpr)) - 1
     return OODMetrics(
         auroc=(_dot(inside, outside_above) - _dot(inside, outside) / 2) / num_inside / num_outside,
-        aupr_out=_precision_recall_area(outside, outside_above, inside_above),
-        aupr_in=_precision_recall_area(*rising),
-        fpr95_outside_positive=_at(inside_above, first) / num_inside,
-        fpr95_inside_positive=_at(outside_below, last) / num_outside,
+        aupr_out=aupr_out,
+        aupr_in=aupr_in,
+        fpr95_outside_positive=inside_above[first] / num_inside,
+        fpr95_inside_positive=outside_below[last] / num_outside,
     )
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value}")
 
 
 def ood_metrics(
@@ -125,7 +136,7 @@ def ood_metrics(
       ValueError: NaN scores, no scores, more than one axis, `tpr` outside (0, 1).
       TypeError: scores that are not real numbers.
     """
-    _check_share("tpr", tpr)
+    check_share("tpr", tpr)
     inside, outside = (
         _checked("inside_scores", inside_scores),
         _checked("outside_scores", outside_scores),
@@ -144,16 +155,31 @@ def bootstrap_intervals(
     seed: int,
     tpr: float = 0.95,
 ) -> tuple[OODMetrics, OODMetrics]:
-    """Percentile bootstrap of the metrics, over inside and over outside images (Efron 1979).
+    """Intervals of the metrics, over inside and over outside images; the two areas by bootstrap.
 
-    The uncertainty of the test images alone: not that of training, which seeds measure. A seed draws
-    the same images for every score of as many images.
+    The uncertainty of the test images alone: not that of training, which seeds measure. Plain
+    percentiles of resamples hold the truth far too seldom where detection is good or images are few, and
+    have no width at all where no image is on the wrong side. Hence, for each metric:
+
+    * AUROC: at either end the farther of two. One is DeLong's variance on the logit scale, with
+      Student's t for few images (DeLong et al. 1988); the other is the score interval of Newcombe
+      (2006, method 5), which holds at an AUROC of one too.
+    * Areas under precision and recall: the farther percentile of two bootstraps (Efron 1979), one of the
+      images and one with an image of each kind amid the other kind. The tails are those of Hesterberg
+      (2015), which are wider for few images.
+    * Rates: the exact interval of a share (Clopper and Pearson 1934) and that of the threshold, from its
+      order statistics, put together by squares (Zou and Donner 2008).
+
+    How often intervals of 95% held the true value, in simulations of normal, exponential and mixed scores
+    at 10, 100 and 1,000 images and AUROC of 0.76 to 0.998: that of AUROC in 91% to 100%, those of the
+    rates likewise, those of the areas in 81% to 100%, seldom below 91%. Only the areas depend on the
+    seed, which draws the same images for every score of as many images.
 
     Args:
       inside_scores: `[N]`.
       outside_scores: `[M]`.
       num_resamples: draws with replacement, at least 1.
-      level: share of resamples within the interval.
+      level: share of test sets whose interval shall hold the true value.
       seed: of the draws.
       tpr: as for `ood_metrics`.
 
@@ -162,22 +188,167 @@ def bootstrap_intervals(
 
     Raises:
       ValueError: as `ood_metrics`; no resamples, `level` outside (0, 1).
-      TypeError: as `ood_metrics`.
+      TypeError: as `ood_metrics`; `num_resamples` that is not an integer.
     """
-    _check_share("tpr", tpr)
-    _check_share("level", level)
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
+    check_share("tpr", tpr)
+    check_share("level", level)
+    num_resamples = checked_count("num_resamples", num_resamples)
     *places, num_places = _places(
         _checked("inside_scores", inside_scores), _checked("outside_scores", outside_scores)
     )
+    inside, outside = (np.bincount(part, minlength=num_places) for part in places)
+    out, into = _area_intervals(places[0], places[1], num_places, num_resamples, level, seed)
+    ends = zip(
+        _auroc_interval(inside, outside, level),
+        out,
+        into,
+        _rate_interval(outside, inside, tpr, level),
+        _rate_interval(inside[::-1], outside[::-1], tpr, level),
+        strict=True,
+    )
+    # Rounding must not put the metric itself outside.
+    found = _metrics(inside, outside, tpr)
+    low, high = ends
+    return (
+        OODMetrics(*(float(min(x, y)) for x, y in zip(low, found, strict=True))),
+        OODMetrics(*(float(max(x, y)) for x, y in zip(high, found, strict=True))),
+    )
+
+
+def _auroc_interval(inside: np.ndarray, outside: np.ndarray, level: float) -> tuple[float, float]:
+    """From counts `[K]` in falling order of the scores."""
+    num_inside, num_outside = int(inside.sum()), int(outside.sum())
+    # Of an image at each place, the share of the other kind on its right side; ties half.
+    of_inside = (np.cumsum(outside) - outside / 2) / num_outside
+    of_outside = 1 - (np.cumsum(inside) - inside / 2) / num_inside
+    auroc = float(_dot(outside, of_outside)) / num_outside
+    low = _lowest_auroc(auroc, num_inside, num_outside, level)
+    high = 1 - _lowest_auroc(1 - auroc, num_inside, num_outside, level)
+    if min(num_inside, num_outside) < 2:
+        return low, high
+    parts = [
+        float(_dot(counts, np.square(share - auroc))) / (count - 1) / count
+        for counts, share, count in (
+            (inside, of_inside, num_inside),
+            (outside, of_outside, num_outside),
+        )
+    ]
+    variance = sum(parts)
+    if not (variance > 0 and 0 < auroc < 1):
+        return low, high
+    # Welch and Satterthwaite's degrees of freedom of a sum of two variances.
+    df = variance**2 / sum(
+        part**2 / (count - 1) for part, count in zip(parts, (num_inside, num_outside), strict=True)
+    )
+    quantile = float(scipy.special.stdtrit(max(df, 1.0), (1 + level) / 2))
+    width = quantile * math.sqrt(variance) / (auroc * (1 - auroc))
+    center = math.log(auroc / (1 - auroc))
+    return (
+        min(low, float(scipy.special.expit(center - width))),
+        max(high, float(scipy.special.expit(center + width))),
+    )
+
+
+def _lowest_auroc(auroc: float, num_inside: int, num_outside: int, level: float) -> float:
+    """The least true value that is not too far from the one found; the largest is its mirror image."""
+    quantile = float(scipy.special.ndtri((1 + level) / 2))
+
+    def deviation(true: float) -> float:
+        if min(num_inside, num_outside) < 2:
+            return math.sqrt(true * (1 - true))  # the most that it can be (van Dantzig 1951)
+        pairs = ((num_inside + num_outside) / 2 - 1) * ((1 - true) / (2 - true) + true / (1 + true))
+        return math.sqrt(true * (1 - true) * (1 + pairs) / (num_inside * num_outside))
+
+    too_low, near = 0.0, auroc
+    for _ in range(60):
+        middle = (too_low + near) / 2
+        if auroc - middle > quantile * deviation(middle):
+            too_low = middle
+        else:
+            near = middle
+    return too_low
+
+
+def _rate_interval(
+    positive: np.ndarray, negative: np.ndarray, tpr: float, level: float
+) -> tuple[float, float]:
+    """Of the share of negative images that are flagged with a share `tpr` of the positive ones.
+
+    From counts `[K]` in the order of the flagging.
+    """
+    positive_flagged, negative_flagged = np.cumsum(positive), np.cumsum(negative)
+    num_positive, num_negative = int(positive_flagged[-1]), int(negative_flagged[-1])
+
+    def flagged(num_missed: int) -> int:
+        """Negative images above the positive one that has so many positive ones below it."""
+        if num_missed < 0:
+            return num_negative
+        if num_missed >= num_positive:
+            return 0
+        return int(negative_flagged[np.searchsorted(positive_flagged, num_positive - num_missed)])
+
+    tails = (1 - level) / 2, (1 + level) / 2
+    # The true threshold misses a binomial number of the positive images.
+    below = scipy.special.bdtr(np.arange(num_positive + 1), num_positive, 1 - tpr)
+    fewest, most = (int(x) for x in np.searchsorted(below, tails))
+    count = flagged(num_positive - _fewest(num_positive, tpr))
+    rate, low, high = (x / num_negative for x in (count, flagged(most), flagged(fewest - 1)))
+    rest = num_negative - count
+    least = scipy.special.betaincinv(count, rest + 1, tails[0]) if count else 0.0
+    greatest = scipy.special.betaincinv(count + 1, rest, tails[1]) if rest else 1.0
+    return (
+        max(0.0, rate - math.hypot(rate - least, rate - low)),
+        min(1.0, rate + math.hypot(greatest - rate, high - rate)),
+    )
+
+
+def _area_intervals(
+    inside: np.ndarray,
+    outside: np.ndarray,
+    num_places: int,
+    num_resamples: int,
+    level: float,
+    seed: int,
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of `aupr_out` and `aupr_in`, from the images' places."""
+    generators = np.random.default_rng(seed).spawn(4)
+    plain = _resampled(inside, outside, num_places, num_resamples, generators[:2])
+    # An image of each kind amid the other kind: what so few images need not have shown.
+    mixed = _resampled(
+        np.append(inside, _median(outside)),
+        np.append(outside, _median(inside)),
+        num_places,
+        num_resamples,
+        generators[2:],
+    )
+    fewest = min(len(inside), len(outside))
+    tail = 0.0
+    if fewest > 1:
+        quantile = scipy.special.stdtrit(fewest - 1, (1 - level) / 2)
+        tail = float(scipy.special.ndtr(quantile * math.sqrt(fewest / (fewest - 1))))
+    found = np.quantile(np.stack([plain, mixed]), [tail, 1 - tail], axis=1)
+    low, high = np.min(found[0], axis=0), np.max(found[1], axis=0)
+    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
+
+
+def _median(places: np.ndarray) -> int:
+    return int(np.sort(places)[len(places) // 2])
+
+
+def _resampled(
+    inside: np.ndarray,
+    outside: np.ndarray,
+    num_places: int,
+    num_resamples: int,
+    generators: list[np.random.Generator],
+) -> np.ndarray:
+    """`aupr_out` and `aupr_in` of resampled images, `[num_resamples, 2]`."""
     # Drawing images and counting them is six times as fast as drawing the counts (multinomial).
-    generators = np.random.default_rng(seed).spawn(2)
     chunk = max(1, _CHUNK_NUMBERS // num_places)
     parts = []
     for start in range(0, num_resamples, chunk):
         rows = min(chunk, num_resamples - start)
-        inside, outside = (
+        counts = [
             np.stack(
                 [
                     np.bincount(
@@ -186,12 +357,7 @@ def bootstrap_intervals(
                     for _ in range(rows)
                 ]
             )
-            for place, generator in zip(places, generators, strict=True)
-        )
-        parts.append(_metrics(inside, outside, tpr))
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    low, high = zip(
-        *(np.quantile(np.concatenate(values), tails) for values in zip(*parts, strict=True)),
-        strict=True,
-    )
-    return OODMetrics(*map(float, low)), OODMetrics(*map(float, high))
+            for place, generator in zip((inside, outside), generators, strict=True)
+        ]
+        parts.append(np.stack(_areas(counts[0], counts[1]), axis=-1))
+    return np.concatenate(parts)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from jevb_jax import augmentations, data, methods
+from jevb_jax import augmentations, data, methods, sphere
 from jevb_jax.evaluation import corruptions, mixture, ood
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
@@ -46,12 +46,24 @@ class ScoreSettings:
       ssd_clusters: one score for each.
       residual_share: of the features, in (0, 1), that the principal subspace spans.
       mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
+
+    Raises:
+      ValueError: counts that are no integers or below one, a share outside (0, 1), degrees of freedom
+        that are not positive.
     """
 
     knn_k: tuple[int, ...]
     ssd_clusters: tuple[int, ...]
     residual_share: float
     mixture_df: float
+
+    def __post_init__(self) -> None:
+        for name in ("knn_k", "ssd_clusters"):
+            counts = tuple(ood.checked_count(f"ood.{name}", x) for x in getattr(self, name))
+            object.__setattr__(self, name, counts)
+        ood.check_share("ood.residual_share", self.residual_share)
+        if isinstance(self.mixture_df, bool | str) or not self.mixture_df > 0:
+            raise ValueError(f"ood.mixture_df must be positive, got {self.mixture_df!r}")
 
     def num_components(self, features: Any) -> int:
         """Of the principal subspace of features `[N, F]`."""
@@ -159,10 +171,13 @@ def feature(features: Features, name: str) -> Array:
     if name == "concentration":
         return jnp.asarray(features.prediction.concentration)
     if name == "log_scale":
-        return jnp.log(jnp.asarray(features.prediction.posterior_scale))
+        (scale,) = sphere.at_least_float32(features.prediction.posterior_scale)
+        return jnp.log(scale)
     if name == "posterior_residual":
-        mean, scale = (jnp.asarray(x) for x in features.prediction[:2])
-        return (jnp.asarray(features.embedding) - mean) / scale
+        embedding, mean, scale = sphere.at_least_float32(
+            features.embedding, *features.prediction[:2]
+        )
+        return (embedding - mean) / scale
     if name == "terms":
         terms: Any = jax.tree.map(jnp.asarray, features.terms)
         return ood.typicality_features(terms)
@@ -213,11 +228,12 @@ def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
         for name, score in _TERM_SCORES.items():
             if has_pairs or name != "cross_view":
                 fits[f"jevb/{name}"] = functools.partial(OfTerms, score)
-        knn = functools.partial(ood.fit_whitened_knn, k=min(settings.knn_k))
         fits["jevb/typicality_mahalanobis"] = functools.partial(
             fit_of, "terms", fit=ood.fit_mahalanobis
         )
-        fits["jevb/typicality_knn"] = functools.partial(fit_of, "terms", fit=knn)
+        if settings.knn_k:
+            knn = functools.partial(ood.fit_whitened_knn, k=min(settings.knn_k))
+            fits["jevb/typicality_knn"] = functools.partial(fit_of, "terms", fit=knn)
     if hasattr(train.prediction, "posterior_scale"):
         fits["jevb/scale_mahalanobis"] = functools.partial(
             fit_of, "log_scale", fit=ood.fit_mahalanobis
@@ -393,7 +409,8 @@ class Scorers(NamedTuple):
     Attributes:
       scores: `Features -> [N]`, trees of arrays.
       with_labels: names of those that were fitted with labels.
-      left_out: why, by name: features that do not vary have no density.
+      left_out: why, by name: features that do not vary have no density, and too few images no k-th
+        neighbor.
     """
 
     scores: dict[str, ScoreFunction]
@@ -451,7 +468,11 @@ def score_images(
     for features, mask in extract.stream(variables, source):
         for name, values in jax.device_get(_score_batch(scorers.scores, features)).items():
             parts[name].append(values[mask])
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    return {name: _joined(values) for name, values in parts.items()}
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def score_features(
@@ -466,7 +487,11 @@ def score_features(
 
     Returns:
       `[N]` by the score's name.
+
+    Raises:
+      ValueError: `batch_size` no integer or below one.
     """
+    batch_size = ood.checked_count("batch_size", batch_size)
     num_images = len(features.representation)
     unlabelled = features._replace(labels=None)
     parts: list[dict[str, np.ndarray]] = []
@@ -475,9 +500,7 @@ def score_features(
         rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
         batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabelled)
         parts.append(jax.device_get(_score_batch(scorers.scores, batch)))
-    return {
-        name: np.concatenate([part[name] for part in parts])[:num_images] for name in scorers.scores
-    }
+    return {name: _joined([part[name] for part in parts])[:num_images] for name in scorers.scores}
 
 
 class OutsideSet(NamedTuple):
@@ -549,7 +572,7 @@ class SetResult(NamedTuple):
       outside: the set's name.
       group: the set's group.
       metrics: point estimates.
-      low: ends of their bootstrap intervals.
+      low: ends of their intervals, of `bootstrap_intervals`.
       high: likewise.
       protocol: how they were made.
     """
@@ -598,7 +621,7 @@ def compare(
                 high,
                 f"inside: {inside_name} ({len(scores):,}); outside: {outside_set.protocol} "
                 f"({len(outside[name]):,}); larger score = more out of distribution; 95% "
-                f"bootstrap intervals over images, {num_bootstrap} resamples",
+                f"intervals over images, {num_bootstrap} resamples for the areas of precision and recall",
             )
         )
     return results
@@ -726,7 +749,11 @@ def fit_rows(num_images: int, most: int) -> np.ndarray:
 
     Returns:
       `[M]` row numbers.
+
+    Raises:
+      ValueError: `most` no integer or below zero.
     """
+    most = ood.checked_count("ood.max_fit_images", most, least=0)
     if not 0 < most < num_images:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(0).permutation(num_images)[:most])
@@ -757,6 +784,23 @@ def _sets(experiment: "Experiment", inside: data.ImageSource, split: str) -> Ite
         yield from corrupted_sets(images, settings["corruptions"], settings["severities"], of=split)
 
 
+def _no_numbers(
+    name: str, inside: dict[str, np.ndarray], outside: Sequence[dict[str, np.ndarray]]
+) -> str:
+    """Why a score cannot be ranked, or nothing: it is NaN of some images."""
+    for where, scores in (
+        ("inside", inside[name]),
+        *(("outside", values[name]) for values in outside),
+    ):
+        count = int(np.isnan(scores).sum())
+        if count:
+            return (
+                f"{count} of {len(scores)} scores of {where} images are NaN: look for a diverged network "
+                "or features outside the score's domain"
+            )
+    return ""
+
+
 def _choose(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, scorers: Scorers
 ) -> tuple[str | None, str]:
@@ -769,6 +813,10 @@ def _choose(
     sets = [load_outside_set(**description) for description in descriptions]
     outside = [score_images(extract, variables, one.source, scorers) for one in sets]
     candidates = [name for name in scorers.scores if name not in scorers.with_labels]
+    # A score that is no number on some image cannot be chosen.
+    candidates = [name for name in candidates if not _no_numbers(name, inside, outside)]
+    if not candidates:
+        return None, ""
     mean = {
         name: np.mean([ood_metrics(inside[name], scores[name]).auroc for scores in outside])
         for name in candidates
@@ -827,20 +875,33 @@ def evaluate_ood(
     )
     results: list[SetResult] = []
     outside_scores: dict[str, dict[str, np.ndarray]] = {}
+    not_numbers: dict[str, str] = {}
     for outside in _sets(experiment, inside_source, split):
         if outside.name in outside_scores:
             raise ValueError(f"two outside sets are called {outside.name!r}")
         scores = score_images(extract, variables, outside.source, scorers)
         outside_scores[outside.name] = scores
+        for name in scores:
+            reason = _no_numbers(name, inside_scores, [scores])
+            if reason:
+                not_numbers.setdefault(name, reason)
         # A corrupted image is compared with the images that were corrupted.
         count = len(outside.source) if outside.group == CORRUPTED else None
+        ranked = [name for name in scores if name not in not_numbers]
         results += compare(
-            {name: values[:count] for name, values in inside_scores.items()},
+            {name: inside_scores[name][:count] for name in ranked},
             scores,
             outside,
             inside_name=f"{experiment.dataset.train.name}, {split}",
             num_bootstrap=settings["num_bootstrap"],
         )
+    # One set on which a score is no number leaves it out of all: its means would be of other sets.
+    results = [result for result in results if result.score not in not_numbers]
+    inside_scores, *numbers = (
+        {name: values for name, values in scores.items() if name not in not_numbers}
+        for scores in (inside_scores, *outside_scores.values())
+    )
+    outside_scores = dict(zip(outside_scores, numbers, strict=True))
     chosen, choice_protocol = _choose(experiment, variables, extract, scorers)
     return OODEvaluation(
         results=results,
@@ -850,5 +911,5 @@ def evaluate_ood(
         chosen_score=chosen,
         choice_protocol=choice_protocol,
         with_labels=scorers.with_labels,
-        left_out=scorers.left_out,
+        left_out=scorers.left_out | not_numbers,
     )
