@@ -130,14 +130,6 @@ def _method(config: dict[str, Any], jevb_settings: methods.JevbSettings) -> meth
     return functions[config["method"]]
 
 
-def _check_neighbours(knn_k: list[int], *, num_train_images: int) -> None:
-    if max(knn_k) > num_train_images:
-        raise ValueError(
-            f"evaluation.knn_k = {tuple(knn_k)} asks for more neighbours than the "
-            f"{num_train_images:,} training images"
-        )
-
-
 def _schedule(
     settings: dict[str, Any],
     *,
@@ -219,7 +211,6 @@ def build_experiment(config: ConfigDict) -> Experiment:
             f"the images have {channels} channels, but augmentation.mean has "
             f"{len(views[0].mean)} values: give mean and std one for each channel"
         )
-    _check_neighbours(values["evaluation"]["knn_k"], num_train_images=len(dataset.train))
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), train["batch_size"])
     num_train_steps = round(train["num_epochs"] * steps_per_epoch)
     if num_train_steps < 1:

@@ -9,7 +9,12 @@ import numpy as np
 from jevb_jax import data, html_report
 from jevb_jax.evaluation import classification, uncertainty
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
-from jevb_jax.evaluation.protocol import FEATURE_NAMES, Evaluation, wrong_predictions
+from jevb_jax.evaluation.protocol import (
+    FEATURE_NAMES,
+    Evaluation,
+    evaluated_split,
+    wrong_predictions,
+)
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
 
@@ -25,10 +30,7 @@ _UNCERTAINTY_SCORES = {"jevb": "jevb/posterior_entropy"}
 
 
 def _evaluated_source(experiment: Experiment) -> data.ImageSource:
-    source = getattr(experiment.dataset, experiment.config["evaluation"]["split"])
-    if source is None:
-        raise ValueError("nothing was evaluated: the data set has no such split")
-    return source
+    return evaluated_split(experiment.config["evaluation"], experiment.dataset)[1]
 
 
 def _headline(results: Mapping[str, Any]) -> list[html_report.Number]:

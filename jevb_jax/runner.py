@@ -891,6 +891,9 @@ def _train_and_evaluate(
 ) -> bool:
     """`train` in a directory that process 0 holds."""
     run = _Run(experiment, workdir, console, mesh, stop, check_held, start)
+    reasons = protocol.left_out(experiment.config["evaluation"], experiment.dataset)
+    for line in protocol.left_out_lines(reasons):
+        run.say(line)
     try:
         state = run.restore()
         for length in experiment.earlier:

@@ -635,6 +635,20 @@ def check_data_section(section: Mapping[str, Any]) -> None:
     _refuse(_source_misfits(section))
 
 
+def check_evaluation_section(section: Mapping[str, Any]) -> None:
+    """Refuses the section `evaluation` of a config, alone, in which a value cannot be meant.
+
+    Args:
+      section: of `plain`.
+
+    Raises:
+      ValueError: as `check_run`.
+    """
+    table = _SECTIONS["evaluation"]
+    _check_keys(section, table, prefix="evaluation.")
+    _refuse(_problems(section, table, "evaluation."))
+
+
 def check_finetune(config: Mapping[str, Any]) -> None:
     """Refuses a config of a fine-tune in which a value cannot be meant.
 

@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +177,26 @@ def test_errors():
         corruptions.corrupt(images(), "fog", severity=1, seed=0)
     with pytest.raises(ValueError, match="sides that 4 divides, got 30 x 32"):
         corruptions.corrupt(images()[:, :30], "patch_shuffle", severity=3, seed=0)
+
+
+def test_settings_of_numpy_and_images_that_are_refused():
+    first = images()[:1]
+    expected = corruptions.corrupt(first, "gaussian_blur", severity=3, seed=1)
+    found = corruptions.corrupt(first, "gaussian_blur", severity=np.int64(3), seed=np.uint8(1))
+    np.testing.assert_array_equal(found, expected)
+    key, image = jax.random.key(0), jnp.asarray(first[0], jnp.float32) / 255
+    for severity in (0, 6, jnp.asarray(6), np.int64(0)):
+        with pytest.raises(ValueError, match="severity must be 1 to 5"):
+            corruptions.contrast(key, image, severity=severity)
+    wrong: dict[str, Any]
+    for wrong, error, message in (
+        ({"severity": 3.0}, TypeError, "severity must be one whole number"),
+        ({"seed": 1.0}, TypeError, "seed must be one whole number"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"images": first / 255}, TypeError, "images must be uint8"),
+        ({"images": first[0]}, ValueError, "non-empty"),
+        ({"images": first[:0]}, ValueError, "non-empty"),
+    ):
+        call: dict[str, Any] = {"images": first, "severity": 3, "seed": 1} | wrong
+        with pytest.raises(error, match=message):
+            corruptions.corrupt(call.pop("images"), "contrast", **call)

@@ -115,7 +115,8 @@ def test_linear_probe():
 @pytest.mark.slow
 def test_every_number_has_its_protocol_and_its_untrained_pair():
     found = results()
-    assert set(found) == {"split", "trained", "untrained"}
+    assert set(found) == {"split", "left_out", "trained", "untrained"}
+    assert found["left_out"] == {}
     # These variables are the untrained ones.
     assert [r["value"] for r in found["trained"]] == [r["value"] for r in found["untrained"]]
     names = [(r["name"], r["features"]) for r in found["trained"]]
@@ -144,6 +145,103 @@ def test_validation_score_for_the_best_checkpoint():
     assert score > 1.5 / (train.labels.max() + 1) / 2
 
 
-def test_too_large_k_is_refused_before_training():
-    with pytest.raises(ValueError, match=r"evaluation\.knn_k = \(5, 151\).* 150 training images"):
-        make_experiment(evaluation={"knn_k": (5, 151)})
+def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[data.Dataset, Any]:
+    """A data set of black images, and features that separate its classes."""
+    centres = np.random.default_rng(0).normal(size=(40, 6)) * 10
+
+    def source(labels: Any) -> data.ArraySource:
+        return data.ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.asarray(labels))
+
+    def extract(_: Any, of: Any) -> Any:
+        rng = np.random.default_rng(len(of))
+        classes = np.unique(labels, return_inverse=True)[0]
+        x = centres[np.searchsorted(classes, of.labels)] + rng.normal(size=(len(of), 6))
+        x = x.astype(np.float32)
+        return protocol.Features(x, x, None, None, of.labels)
+
+    test = source(labels if test_labels is None else test_labels)
+    return data.Dataset(train=source(labels), validation=source(labels), test=test), extract
+
+
+SETTINGS = {
+    "split": "test",
+    "batch_size": 8,
+    "knn_k": (3,),
+    "knn_temperature": 0.1,
+    "l2_grid": (1e-2,),
+    "labels_per_class": 4,
+    "few_label_seeds": 2,
+    "compare_untrained": False,
+}
+
+
+def transfer_values(settings: dict[str, Any], dataset: Any, extract: Any) -> dict[str, float]:
+    found = protocol.evaluate_transfer(settings, extract, None, dataset)
+    return {r["name"]: r["value"] for r in found["trained"] if r["features"] == "embedding"}
+
+
+def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other():
+    labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
+    whole = transfer_values(SETTINGS | {"labels_per_class": 2}, *synthetic(labels))
+    assert set(whole) == {
+        "knn_3_accuracy",
+        "linear_accuracy",
+        "linear_2_labels_per_class_accuracy",
+    }
+    rare = transfer_values(SETTINGS, *synthetic(labels))
+    assert set(rare) == {"knn_3_accuracy", "linear_accuracy"}
+    assert rare.items() <= whole.items()
+    sparse = labels * 2_700_001 + 5
+    assert transfer_values(SETTINGS, *synthetic(sparse)) == rare
+    # A test class that the training images lack is never right, and nothing else changes.
+    dataset, extract = synthetic(labels)
+    unknown = data.ArraySource(np.zeros((63, 2, 2, 1), np.uint8), labels + 7 * (labels == 1))
+    base = extract
+
+    def lacking(variables: Any, of: Any) -> Any:
+        return base(variables, dataset.test)._replace(labels=of.labels)
+
+    found = protocol.evaluate_transfer(
+        SETTINGS,
+        lambda v, of: lacking(v, of) if of is unknown else base(v, of),  # pyright: ignore[reportArgumentType]
+        None,
+        dataset._replace(test=unknown),
+    )
+    values = {r["name"]: r["value"] for r in found["trained"] if r["features"] == "embedding"}
+    assert values == {name: pytest.approx(value - 20 / 63) for name, value in rare.items()}
+
+
+def test_what_is_left_out_is_known_from_the_data():
+    labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
+    dataset, _ = synthetic(labels)
+    reasons = protocol.left_out(SETTINGS | {"knn_k": (3, 64)}, dataset)
+    assert set(reasons) == {"knn_64_accuracy", "linear_4_labels_per_class_accuracy"}
+    assert "class 3 has 3 training images, and 1 of 4 classes" in list(reasons.values())[1]
+    lines = protocol.left_out_lines(reasons)
+    assert lines[0] == "Not evaluated: knn_64_accuracy: there are 63 training images."
+    assert protocol.left_out(SETTINGS | {"labels_per_class": 3}, dataset) == {}
+    one_class, one_extract = synthetic(np.zeros(20, int))
+    assert set(protocol.left_out(SETTINGS, one_class)) == {"knn_accuracy", "linear_accuracy"}
+    with pytest.raises(ValueError, match=r"nothing can be evaluated on .* one class, 0"):
+        protocol.evaluate_transfer(SETTINGS, one_extract, None, one_class)
+    images = data.ArraySource(np.zeros((9, 2, 2, 1), np.uint8))
+    unlabelled = data.Dataset(train=images, validation=images, test=None)
+    assert set(protocol.left_out(SETTINGS, unlabelled)) == {
+        "split",
+        "knn_accuracy",
+        "linear_accuracy",
+    }
+    assert protocol.evaluated_split(SETTINGS, unlabelled) == ("validation", images)
+    with pytest.raises(ValueError, match=r"has no test part.*set evaluation.split"):
+        protocol.evaluated_split(SETTINGS, dataset._replace(test=None))
+
+
+def test_settings_are_checked_before_any_features():
+    dataset, _ = synthetic(np.arange(20) % 2)
+
+    def extract(*_: Any) -> Any:
+        raise AssertionError("features were computed")
+
+    for wrong in ({"knn_k": ()}, {"l2_grid": (-1.0,)}, {"few_label_seeds": 0}):
+        with pytest.raises(ValueError, match=f"evaluation.{next(iter(wrong))} must"):
+            protocol.evaluate_transfer({**SETTINGS, **wrong}, extract, None, dataset)  # pyright: ignore[reportArgumentType]

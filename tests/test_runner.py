@@ -543,7 +543,7 @@ def test_a_longer_run_is_refused_with_the_setting_that_allows_it(tmp_path):
     started_run(tmp_path, short_config(), 20)
     before = names_of(tmp_path)
     with pytest.raises(runner.ChangedConfigError) as caught:
-        runner._check_config(tmp_path, experiment)
+        runner._check_config(tmp_path, experiment, lambda: None)
     assert "train.num_epochs: the run has 2, got 4" in str(caught.value)
     assert "--config.train.extend=True" in str(caught.value)
     for refused in (
@@ -552,17 +552,17 @@ def test_a_longer_run_is_refused_with_the_setting_that_allows_it(tmp_path):
     ):
         changed = as_experiment(short_config(**refused))
         with pytest.raises(runner.ChangedConfigError) as caught:
-            runner._check_config(tmp_path, changed)
+            runner._check_config(tmp_path, changed, lambda: None)
         assert "--config.train.extend=True" not in str(caught.value)
     assert names_of(tmp_path) == before
-    runner._check_config(tmp_path, as_experiment(short_config(train__extend=True)))
+    runner._check_config(tmp_path, as_experiment(short_config(train__extend=True)), lambda: None)
     assert "extensions.json" not in names_of(tmp_path)  # no longer than it was
 
 
 def test_extensions_are_recorded_and_what_was_before_them_is_kept(tmp_path):
     def extend(num_epochs: int) -> list[tuple[int, int]]:
         config = short_config(train__num_epochs=num_epochs, train__extend=True)
-        runner._check_config(tmp_path, as_experiment(config))
+        runner._check_config(tmp_path, as_experiment(config), lambda: None)
         saved = json.loads((tmp_path / "config.json").read_text())
         assert saved["train"]["num_epochs"] == num_epochs
         return [(one.num_steps, one.until_step) for one in runner.read_extensions(tmp_path)]

@@ -1,5 +1,8 @@
 """Checks of uncertainty against SciPy, scikit-learn and loops over random orders."""
 
+from typing import Any
+
+import mpmath
 import numpy as np
 import pytest
 import scipy.stats
@@ -98,6 +101,44 @@ def test_disagreement_is_scipys():
     assert uncertainty.human_disagreement_correlation(np.ones(60), counts) == 0
 
 
+def test_equal_entropies_are_a_tie_and_tiny_differences_are_not():
+    rng = np.random.default_rng(4)
+    row = np.array([31, 11, 5, 2, 1, 1, 0, 0, 0, 0])
+    permuted = np.stack([rng.permutation(row) for _ in range(300)])
+    for votes in (permuted, permuted / 51, 3 * permuted):
+        assert len(np.unique(uncertainty.label_entropy(votes))) == 1
+        values = votes[:, 8].astype(float)
+        assert uncertainty.human_disagreement_correlation(values, votes) == 0
+    # Two bits either way.
+    two_bits = uncertainty.label_entropy([[4, 1, 1, 1, 1], [2, 0, 2, 2, 2]])
+    assert two_bits[0] == two_bits[1] == pytest.approx(2 * np.log(2), rel=1e-15)
+    # One vote among so many: the entropy falls with each, by 1e-8 of itself.
+    most = 10**8 + np.arange(5)
+    votes = np.stack([most, np.ones(5, int)], axis=1)
+    with mpmath.workdps(50):
+        exact = [float(_exact_entropy(int(n))) for n in most]
+    found = uncertainty.label_entropy(votes)
+    np.testing.assert_allclose(found, exact, rtol=1e-15)
+    assert uncertainty.human_disagreement_correlation(-np.arange(5.0), votes) == 1
+    assert uncertainty.label_entropy([[7, 0], [1e308, 1e308]]).tolist() == [0, np.log(2)]
+    # Integers beyond the digits of float64 keep their order.
+    large = np.array([2**60, 2**60 + 1])
+    assert uncertainty.error_auroc(large, np.array([False, True])) == 1
+
+
+def _exact_entropy(most: int) -> Any:
+    shares = [mpmath.mpf(count) / (most + 1) for count in (most, 1)]
+    return -sum(share * mpmath.log(share) for share in shares)
+
+
+def test_spectrum_of_scales_that_hardly_vary():
+    rng = np.random.default_rng(5)
+    by_image = np.exp(1e-8 * rng.normal(size=(50, 1))) * np.ones((1, 8))
+    assert uncertainty.scale_spectrum(by_image).image_share == pytest.approx(1, abs=1e-6)
+    rounded = np.float32(0.3) * (1 + 6e-8 * rng.integers(0, 2, (50, 8))).astype(np.float32)
+    assert uncertainty.scale_spectrum(rounded)[2:] == (0, 0, 0)
+
+
 def test_spectrum_splits_the_variance():
     rng = np.random.default_rng(3)
     by_image, by_feature = rng.normal(size=(50, 1)), 2 * rng.normal(size=(1, 8))
@@ -120,6 +161,9 @@ def test_spectrum_splits_the_variance():
 
 def test_refuses():
     wrong = np.array([True, False])
+    for values in (["1", "2"], np.array([1j, 2])):
+        with pytest.raises(TypeError, match="uncertainty must be real numbers"):
+            uncertainty.error_auroc(values, wrong)
     for call, message in (
         (lambda: uncertainty.error_auroc([0, np.nan], wrong), "1 of 2 are NaN"),
         (lambda: uncertainty.error_auroc([0, 1, 2], wrong), r"must be bool \[3\]"),
@@ -129,6 +173,8 @@ def test_refuses():
         (lambda: uncertainty.share_increased([0, 1], [0]), "of the same images, got 2 and 1"),
         (lambda: uncertainty.label_entropy([[0, 0], [1, 0]]), "a vote for each image"),
         (lambda: uncertainty.label_entropy([[-1, 2]]), "a vote for each image"),
+        (lambda: uncertainty.label_entropy([[np.inf, 2]]), "finite"),
+        (lambda: uncertainty.label_entropy(np.ones((0, 2))), "a vote for each image"),
         (lambda: uncertainty.human_disagreement_correlation([1], [[1, 0], [0, 1]]), "for 2 images"),
         (lambda: uncertainty.scale_spectrum([[1.0, 0.0]]), "positive, finite"),
     ):

@@ -1,17 +1,16 @@
 """k-nearest-neighbour and linear classification of frozen features.
 
 Every number is a function of arrays: features `[N, F]`, real and finite, and integer labels `[N]`
-in `[0, num_classes)`. Choices belong to a validation split (`select_linear_probe`); no function
-here sees a test split and a choice at once. `knn_protocol` and `linear_protocol` give the sentence
-that has to stand beside each number. Inputs are checked by value, so the public functions are not
-to be jitted.
+in `[0, num_classes)`, gaps allowed. Choices belong to a validation split (`select_linear_probe`); no
+function here sees a test split and a choice at once. `knn_protocol` and `linear_protocol` give the
+sentence that has to stand beside each number. Inputs are checked by value, so the public functions
+are not to be jitted. Settings may be numbers of Python, NumPy or JAX, and any iterable of them.
 """
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import sphere
+from jevb_jax.evaluation import arguments
 
 Solver = Literal["lbfgs", "sgd"]
 SOLVER_NAMES: dict[Solver, str] = {"lbfgs": "L-BFGS", "sgd": "SGD"}
@@ -33,32 +33,54 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit
-def _num_rows_not_finite(features: Array) -> Array:
-    return jnp.sum(~jnp.all(jnp.isfinite(features), axis=-1))
+def _largest_of_rows(features: Array) -> Array:
+    return jnp.max(jnp.abs(features), axis=-1)
+
+
+def _num_rows(name: str, features: ArrayLike) -> int:
+    shape = np.shape(features)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name} must be a non-empty [N, F], got shape {shape}")
+    return shape[0]
 
 
 def _checked_features(name: str, features: ArrayLike) -> Array:
+    return _features_and_largest(name, features)[0]
+
+
+def _features_and_largest(name: str, features: ArrayLike) -> tuple[Array, np.ndarray]:
+    """Features of float32 at least, and the largest size of a number in each row, `[N]`."""
     dtype = jnp.result_type(features)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name} must be floating point, got {dtype}: cast it, for example to float32"
         )
+    num_rows = _num_rows(name, features)
     (checked,) = sphere.at_least_float32(features)
-    if checked.ndim != 2 or 0 in checked.shape:
-        raise ValueError(f"{name} must be a non-empty [N, F], got shape {checked.shape}")
-    num_bad = int(_num_rows_not_finite(checked))
+    largest = np.asarray(_largest_of_rows(checked))
+    num_bad = int(np.sum(~np.isfinite(largest)))
     if num_bad:
         raise ValueError(
-            f"{name} must be finite: {num_bad} of its {checked.shape[0]} rows hold NaN or inf. "
+            f"{name} must be finite: {num_bad} of its {num_rows} rows hold NaN or inf. "
             "Look for a diverged network or images of the wrong range"
         )
-    return checked
+    return checked, largest
 
 
-def _checked_labels(name: str, labels: ArrayLike, *, num_examples: int, num_classes: int) -> Array:
-    checked = np.asarray(labels)
-    if not np.issubdtype(checked.dtype, np.integer):
-        raise TypeError(f"{name} must be integers, got {checked.dtype}")
+def _integer_labels(name: str, labels: ArrayLike) -> np.ndarray:
+    array = np.asarray(labels)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"{name} must be integers, got {array.dtype}: number the classes, for example by "
+            "np.unique(labels, return_inverse=True)[1]"
+        )
+    return array
+
+
+def _checked_labels(
+    name: str, labels: ArrayLike, *, num_examples: int, num_classes: int
+) -> np.ndarray:
+    checked = _integer_labels(name, labels)
     if checked.shape != (num_examples,):
         raise ValueError(
             f"{name} must be [{num_examples}], one for each feature row, got shape {checked.shape}"
@@ -69,7 +91,7 @@ def _checked_labels(name: str, labels: ArrayLike, *, num_examples: int, num_clas
             f"{name} must lie in [0, {num_classes}), {num_bad} of {num_examples} do not: leave "
             "unlabelled examples out, or mend num_classes"
         )
-    return jnp.asarray(checked, jnp.int32)
+    return checked.astype(np.int64)
 
 
 def _check_same_width(first_name: str, first: Array, second_name: str, second: Array) -> None:
@@ -80,50 +102,317 @@ def _check_same_width(first_name: str, first: Array, second_name: str, second: A
         )
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and np.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
 # --- k nearest neighbours -------------------------------------------------------------------------
+#
+# Neighbours are ordered by half their squared chord, `|u - v|^2 / 2 = 1 - cos`, of the directions `u`
+# and `v`. A product of float32 has an absolute error of 1e-7, so it cannot order neighbours that are
+# closer together than that: features with a common offset, near duplicates. It therefore only
+# proposes candidates, around the bank's mean direction and each with a bound on its error. They are
+# ordered by differences in float64, and where the bounds do not show that no other row can be among
+# the `k` nearest, the search goes on in float64, and in the end over all rows.
+
+# Candidates beyond k: where neighbours are not crowded, the bounds then settle every query.
+_SPARE_CANDIDATES = 16
+# Numbers (float64) of candidates' rows that are gathered at once: 8 MiB, which a cache holds.
+_RANKED_ELEMENTS = 2**20
+# Half a squared chord below this is the rounding of two float64 directions.
+_SAME_DIRECTION = 1e-30
 
 
-@functools.partial(jax.jit, static_argnames=("k", "chunk_size", "bank_chunk_size"))
-def _nearest_neighbours(
-    bank: Array, queries: Array, *, k: int, chunk_size: int, bank_chunk_size: int
+def _knn_features(name: str, features: ArrayLike) -> Array:
+    """`_checked_features` that keeps float64 and has no row too small or too large to be squared.
+
+    To be called under `jax.enable_x64`.
+    """
+    array = features if hasattr(features, "dtype") else np.asarray(features)
+    checked, largest = _features_and_largest(name, array)
+    largest = largest.astype(np.float64)
+    extreme = np.flatnonzero((largest < 2.0**-100) | (largest > 2.0**400))
+    if not len(extreme):
+        return checked
+    # By a power of two, which changes no direction, and by NumPy: XLA reads subnormals as zero.
+    rows = np.asarray(checked)[extreme]
+    _, exponent = np.frexp(np.max(np.abs(rows), axis=-1, keepdims=True))
+    return checked.at[extreme].set(np.ldexp(rows, -exponent))
+
+
+class _Bank(NamedTuple):
+    """Rows to search, and what is computed of them once.
+
+    Attributes:
+      rows: `[N, F]`.
+      inverse_radius: `[N]` float64, 0 for a zero row, which has no direction.
+      center: `[F]` float64, mean of the rows' directions.
+    """
+
+    rows: Array
+    inverse_radius: Array
+    center: Array
+
+
+def _inverse_radius(rows: Array) -> Array:
+    square = jnp.sum(jnp.square(rows.astype(jnp.float64)), axis=-1)
+    return jnp.where(square == 0, 0, 1 / jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
+def _directions(rows: Array, inverse_radius: Array) -> Array:
+    """`[..., F]` float64, the zero vector for a zero row."""
+    return rows.astype(jnp.float64) * inverse_radius[..., None]
+
+
+@jax.jit
+def _prepared(rows: Array) -> _Bank:
+    inverse_radius = _inverse_radius(rows)
+    total = jnp.sum(_directions(rows, inverse_radius), axis=0)
+    return _Bank(rows, inverse_radius, total / jnp.maximum(jnp.sum(inverse_radius > 0), 1))
+
+
+def _half_squared_chord(query: Array, rows: Array, inverse_radius: Array) -> Array:
+    """`1 - cos` of one row and each of others, `[K]` float64, relative error 1e-15 over the chord.
+
+    Rounded at 36 bits, so that rows of one direction and different lengths are a tie.
+    """
+    query_inverse_radius = _inverse_radius(query)
+    query_direction = _directions(query, query_inverse_radius)
+    difference = _directions(rows, inverse_radius) - query_direction[None]
+    half = jnp.sum(jnp.square(difference), axis=-1) / 2
+    half = jnp.where(half < _SAME_DIRECTION, 0, half)
+    half = jax.lax.reduce_precision(half, exponent_bits=11, mantissa_bits=36)
+    # The cosine of a zero row is zero by definition.
+    return jnp.where((inverse_radius == 0) | (query_inverse_radius == 0), 1, half)
+
+
+def _mapped(function: Any, values: Any, *, size: int) -> Any:
+    """`function` of each row of a tree of arrays, `size` or a few less at a time.
+
+    Chunks are of one size, so that one program is compiled: a few last rows are done twice.
+    """
+    num_rows = jax.tree.leaves(values)[0].shape[0]
+    num_chunks = -(-num_rows // size)
+    size = -(-num_rows // num_chunks)
+    rows = jnp.minimum(jnp.arange(num_chunks * size, dtype=jnp.int32), num_rows - 1)
+
+    def of_chunk(rows: Array) -> Any:
+        return jax.vmap(function)(jax.tree.map(lambda x: x[rows], values))
+
+    mapped = jax.lax.map(of_chunk, rows.reshape(num_chunks, size))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], mapped)
+
+
+def _over_bank(
+    bank: _Bank, start: Any, first: Any, *, count: int, size: int, of_chunk: Any
 ) -> tuple[Array, Array]:
-    num_bank = bank.shape[0]
-    num_bank_chunks = -(-num_bank // bank_chunk_size)
+    """The `count` rows with the smallest values, the lower row first on a tie.
+
+    Args:
+      bank: rows.
+      start: values that are not reached, `[count]`.
+      first: their rows, `[count]` int32.
+      count: how many.
+      size: rows at a time.
+      of_chunk: `(rows, inverse_radius) -> values [size]`.
+
+    Returns:
+      values and rows, each `[count]`.
+    """
+    num_rows = bank.rows.shape[0]
+    num_chunks = -(-num_rows // size)
     # Equal chunks: otherwise the last one, moved back to be full, does again what was done before.
-    bank_chunk_size = -(-num_bank // num_bank_chunks)
+    size = -(-num_rows // num_chunks)
+
+    def merge(best: tuple[Array, Array], chunk: Array) -> tuple[tuple[Array, Array], None]:
+        # The last chunk starts early enough to be full, so that the bank is never copied to be
+        # padded; the rows that it shares with the chunk before are out of the running.
+        first_new = chunk * size
+        begin = jnp.minimum(first_new, num_rows - size)
+        rows = jax.lax.dynamic_slice_in_dim(bank.rows, begin, size)
+        values = of_chunk(rows, jax.lax.dynamic_slice_in_dim(bank.inverse_radius, begin, size))
+        is_new = begin + jnp.arange(size, dtype=jnp.int32) >= first_new
+        values = jnp.where(is_new, values, jnp.inf)
+        # `top_k` breaks ties by position, and the rows seen first stand first: on a tie the
+        # lower row of the bank wins, whatever the chunks.
+        negative, position = jax.lax.top_k(-values, min(count, size))
+        merged = jnp.concatenate([best[0], -negative])
+        indices = jnp.concatenate([best[1], begin + position])
+        negative, position = jax.lax.top_k(-merged, count)
+        return (-negative, indices[position]), None
+
+    chunks = jnp.arange(num_chunks, dtype=jnp.int32)
+    return jax.lax.scan(merge, (start, first), chunks)[0]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("k", "num_candidates", "chunk_size", "bank_chunk_size", "dtype")
+)
+def _search(
+    bank: _Bank,
+    queries: Array,
+    *,
+    k: int,
+    num_candidates: int,
+    chunk_size: int,
+    bank_chunk_size: int,
+    dtype: Any,
+) -> tuple[Array, Array, Array]:
+    """`_half_squared_chord` and row of the `k` nearest, `[M, k]`, and whether they are sure to be."""
+    num_features = queries.shape[1]
+    # Of a sum of products of rounded numbers, in any order; four times the textbook's bound, since
+    # an accelerator may make a product of several smaller ones.
+    gamma = 2 * (num_features + 16) * float(jnp.finfo(dtype).eps)
+    direction_error = 2.0**-50
+
+    def centered(rows: Array, inverse_radius: Array) -> tuple[Array, Array]:
+        """Directions less the center, and half their square less what it and products can err."""
+        rows = (_directions(rows, inverse_radius) - bank.center[None]).astype(dtype)
+        square = jnp.sum(jnp.square(rows), axis=-1)
+        return rows, square * (0.5 - gamma) - direction_error * jnp.sqrt(square)
+
+    def candidates(query: Array) -> tuple[Array, Array]:
+        """Rows with the least lower bounds on half the squared chord, and the largest of these."""
+        (query,), (query_term,) = centered(query[None], _inverse_radius(query[None]))
+
+        def lower_bounds(rows: Array, inverse_radius: Array) -> Array:
+            directions, row_term = centered(rows, inverse_radius)
+            lower = row_term + query_term - _matmul(directions, query)
+            return jnp.where(inverse_radius == 0, 1, lower).astype(jnp.float32)
+
+        lower, index = _over_bank(
+            bank,
+            jnp.full([num_candidates], jnp.inf, jnp.float32),
+            jnp.zeros([num_candidates], jnp.int32),
+            count=num_candidates,
+            size=bank_chunk_size,
+            of_chunk=lower_bounds,
+        )
+        return lower[-1], index
+
+    def rank(candidate: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        query, bound, index = candidate
+        half = _half_squared_chord(query, bank.rows[index], bank.inverse_radius[index])
+        half, index = (x[:k] for x in jax.lax.sort((half, index), num_keys=2))
+        # Strictly: a row outside may not even be a tie.
+        bound = bound.astype(jnp.float64)
+        is_sure = half[-1] < bound - jnp.abs(bound) * 2.0**-22 - 2 * _SAME_DIRECTION
+        # Every row is a tie for a zero query.
+        is_zero = _inverse_radius(query) == 0
+        index = jnp.where(is_zero, jnp.arange(k, dtype=jnp.int32), index)
+        return half, index, is_sure | is_zero | (num_candidates == bank.rows.shape[0])
+
+    bound, index = _mapped(candidates, queries, size=chunk_size)
+    ranked_at_once = max(1, min(chunk_size, _RANKED_ELEMENTS // (num_candidates * num_features)))
+    return _mapped(rank, (queries, bound, index), size=ranked_at_once)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "bank_chunk_size"))
+def _search_all(
+    bank: _Bank, queries: Array, *, k: int, bank_chunk_size: int
+) -> tuple[Array, Array]:
+    """As `_search`, by `_half_squared_chord` of every row."""
 
     def of_one_query(query: Array) -> tuple[Array, Array]:
-        query_direction, _ = sphere.polar_decomposition(query)
+        return _over_bank(
+            bank,
+            jnp.full([k], jnp.inf, jnp.float64),
+            jnp.zeros([k], jnp.int32),
+            count=k,
+            size=bank_chunk_size,
+            of_chunk=functools.partial(_half_squared_chord, query),
+        )
 
-        def merge(best: tuple[Array, Array], chunk: Array) -> tuple[tuple[Array, Array], None]:
-            # The last chunk starts early enough to be full, so that the bank is never copied to be
-            # padded; the rows that it shares with the chunk before are out of the running.
-            first_new = chunk * bank_chunk_size
-            start = jnp.minimum(first_new, num_bank - bank_chunk_size)
-            rows = jax.lax.dynamic_slice_in_dim(bank, start, bank_chunk_size)
-            directions, _ = sphere.polar_decomposition(rows)
-            is_new = start + jnp.arange(bank_chunk_size) >= first_new
-            cosine = jnp.where(is_new, _matmul(directions, query_direction), -jnp.inf)
-            chunk_cosine, position = jax.lax.top_k(cosine, min(k, bank_chunk_size))
-            # `top_k` breaks ties by position, and the rows seen first stand first: on a tie the
-            # lower row of the bank wins, whatever the chunks.
-            best_cosine, best_index = best
-            cosines = jnp.concatenate([best_cosine, chunk_cosine])
-            indices = jnp.concatenate([best_index, start + position])
-            best_cosine, position = jax.lax.top_k(cosines, k)
-            return (best_cosine, indices[position]), None
+    return jax.lax.map(of_one_query, queries)
 
-        nothing = (jnp.full([k], -jnp.inf, bank.dtype), jnp.zeros([k], jnp.int32))
-        best, _ = jax.lax.scan(merge, nothing, jnp.arange(num_bank_chunks))
-        return best
 
-    return jax.lax.map(of_one_query, queries, batch_size=chunk_size)
+def _rows_that_can_win(rows: np.ndarray, k: int) -> np.ndarray:
+    """Row numbers without those that repeat `k` rows before them: these win every tie with them."""
+    copies: dict[bytes, int] = {}
+    kept = []
+    for number, row in enumerate(rows):
+        key = row.tobytes()
+        count = copies.get(key, 0)
+        copies[key] = count + 1
+        if count < k:
+            kept.append(number)
+    return np.array(kept)
+
+
+def _nearest(
+    bank_rows: Array, queries: Array, *, k: int, chunk_size: int, bank_chunk_size: int
+) -> tuple[Array, Array]:
+    """Half the squared chord and row of the `k` nearest, `[M, k]`; under `jax.enable_x64`."""
+    bank = _prepared(bank_rows)
+    num_rows, num_queries = bank_rows.shape[0], queries.shape[0]
+    chunk_size = min(chunk_size, num_queries)
+    settings = {
+        "k": k,
+        "num_candidates": min(num_rows, k + max(_SPARE_CANDIDATES, k // 8)),
+        "chunk_size": chunk_size,
+    }
+    half, index, is_sure = _search(
+        bank,
+        queries,
+        **settings,
+        bank_chunk_size=min(bank_chunk_size, num_rows),
+        dtype=jnp.float32,
+    )
+    left = np.flatnonzero(~np.asarray(is_sure))
+    if not len(left):
+        return half, index
+    all_half, all_index = np.array(half), np.array(index)
+
+    def groups(left: np.ndarray, size: int) -> list[np.ndarray]:
+        """Query numbers, so many at a time; the last are repeated, so that one size is compiled."""
+        padded = np.concatenate([left, np.repeat(left[-1:], -len(left) % size)])
+        return list(padded.reshape(-1, size))
+
+    still_left = []
+    for group in groups(left, chunk_size):
+        all_half[group], all_index[group], is_sure = _search(
+            bank,
+            queries[group],
+            **settings,
+            bank_chunk_size=min(-(-bank_chunk_size // 2), num_rows),
+            dtype=jnp.float64,
+        )
+        still_left.append(group[~np.asarray(is_sure)])
+    left = np.unique(np.concatenate(still_left))
+    if len(left):
+        kept = _rows_that_can_win(np.asarray(bank_rows), k)
+        bank = _Bank(bank.rows[kept], bank.inverse_radius[kept], bank.center)
+        for group in groups(left, min(32, num_queries)):
+            all_half[group], position = _search_all(
+                bank, queries[group], k=k, bank_chunk_size=min(bank_chunk_size, len(kept))
+            )
+            all_index[group] = kept[np.asarray(position)]
+    return jnp.asarray(all_half), jnp.asarray(all_index)
+
+
+def _checked_nearest(
+    names: tuple[str, str],
+    bank_features: ArrayLike,
+    query_features: ArrayLike,
+    *,
+    k: int,
+    chunk_size: int,
+    bank_chunk_size: int,
+) -> tuple[Array, Array]:
+    """`_nearest` of inputs that are not checked yet, likewise under `jax.enable_x64`."""
+    chunk_size = arguments.whole_number("chunk_size", chunk_size, at_least=1)
+    bank_chunk_size = arguments.whole_number("bank_chunk_size", bank_chunk_size, at_least=1)
+    bank = _knn_features(names[0], bank_features)
+    queries = _knn_features(names[1], query_features)
+    _check_same_width(names[0], bank, names[1], queries)
+    if k > bank.shape[0]:
+        raise ValueError(
+            f"k must be between 1 and the size of the bank, {bank.shape[0]}, got {k}: "
+            "take a smaller k or a larger bank"
+        )
+    return _nearest(bank, queries, k=k, chunk_size=chunk_size, bank_chunk_size=bank_chunk_size)
+
+
+def _result_type(*features: ArrayLike) -> Any:
+    """As `sphere.at_least_float32` has it; to be called outside of `jax.enable_x64`."""
+    is_wide = jnp.float64 in map(jnp.result_type, features)
+    return jnp.float64 if is_wide else jnp.float32
 
 
 def nearest_neighbours(
@@ -136,62 +425,66 @@ def nearest_neighbours(
 ) -> tuple[Array, Array]:
     """The `k` rows of a bank with the largest cosine to each query, exact.
 
-    Memory beyond the two feature arrays is `chunk_size x bank_chunk_size`, and `[M, k]` for the
-    result; `[M, N]` is never built.
+    The order is that of cosines in float64, whatever features have in common and however near the
+    neighbours are: candidates by a product of float32 around the bank's mean direction, ordered by
+    differences in float64. A query whose candidates are not certain to hold all neighbours is
+    searched for again in float64, and among rows nearer than that, by differences from every row:
+    near duplicates in crowds take longer, up to several times.
+
+    Memory beyond the two feature arrays is `chunk_size x bank_chunk_size` numbers, the candidates
+    `[M, k + max(16, k / 8)]`, and 8 MiB; `[M, N]` is never built.
 
     Args:
-      bank_features: `[N, F]`. A zero row has cosine zero to everything.
-      query_features: `[M, F]`.
+      bank_features: `[N, F]`, of any length. A zero row has cosine zero to everything.
+      query_features: `[M, F]`. float64 is not rounded, nor are subnormal numbers.
       k: neighbours, at most `N`.
       chunk_size: queries compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      cosine: `[M, k]`, in falling order.
-      index: `[M, k]` int32, rows of the bank; on a tie the lower row comes first.
+      cosine: `[M, k]`, in falling order, float32 (float64 of float64 features under x64).
+      index: `[M, k]` int32, rows of the bank; on a tie the lower row comes first. Squared chords
+        `2 - 2 cos` that agree to 1e-11 of themselves are a tie.
 
     Raises:
       ValueError: `k` outside `[1, N]`, a chunk size below one, shapes that do not fit, values that
         are not finite (with the number of such rows).
-      TypeError: features that are not floating point.
+      TypeError: features that are not floating point, a `k` or a chunk size that is not a whole
+        number.
     """
-    bank = _checked_features("bank_features", bank_features)
-    queries = _checked_features("query_features", query_features)
-    _check_same_width("bank_features", bank, "query_features", queries)
-    _check_positive(chunk_size=chunk_size, bank_chunk_size=bank_chunk_size)
-    if not 1 <= k <= bank.shape[0]:
-        raise ValueError(
-            f"k must be between 1 and the size of the bank, {bank.shape[0]}, got {k}: "
-            "take a smaller k or a larger bank"
+    dtype = _result_type(bank_features, query_features)
+    with jax.enable_x64(True):
+        half, index = _checked_nearest(
+            ("bank_features", "query_features"),
+            bank_features,
+            query_features,
+            k=arguments.whole_number("k", k, at_least=1),
+            chunk_size=chunk_size,
+            bank_chunk_size=bank_chunk_size,
         )
-    return _nearest_neighbours(
-        bank,
-        queries,
-        k=k,
-        chunk_size=min(chunk_size, queries.shape[0]),
-        bank_chunk_size=min(bank_chunk_size, bank.shape[0]),
-    )
+        return (1 - half).astype(dtype), index
 
 
 @functools.partial(jax.jit, static_argnames=("ks", "num_classes"))
 def _vote(
-    cosine: Array,
+    half_squared_chord: Array,
     neighbour_labels: Array,
     temperature: Array,
     *,
     ks: tuple[int, ...],
     num_classes: int,
 ) -> Array:
-    # Relative to the nearest neighbour: exp(1 / T) overflows float32 once T < 0.012.
-    weights = jnp.exp((cosine - cosine[:, :1]) / temperature)
-    rows = jnp.arange(cosine.shape[0])
+    # Relative to the nearest neighbour: exp(1 / T) overflows float32 once T < 0.012. A difference of
+    # chords is one of cosines with the digits that cosines near 1 do not have.
+    weights = jnp.exp((half_squared_chord[:, :1] - half_squared_chord) / temperature)
+    rows = jnp.arange(weights.shape[0])
 
     def add_neighbour(votes: Array, neighbour: tuple[Array, Array]) -> tuple[Array, None]:
         label, weight = neighbour
         return votes.at[rows, label].add(weight), None
 
     # One neighbour at a time: no [M, k, C], one order of summation, every smaller k on the way.
-    votes = jnp.zeros([cosine.shape[0], num_classes], cosine.dtype)
+    votes = jnp.zeros([weights.shape[0], num_classes], weights.dtype)
     scores_of_k: dict[int, Array] = {}
     first = 0
     for k in sorted(set(ks)):
@@ -202,13 +495,72 @@ def _vote(
     return jnp.stack([scores_of_k[k] for k in ks])
 
 
+def _numbers_of_neighbours(k: Any) -> tuple[int, ...]:
+    ks = (k,) if arguments.is_single(k) else arguments.collected("k", k)
+    return tuple(arguments.whole_number("k", one, at_least=1) for one in ks)
+
+
+def _scores_of_present_classes(
+    train_features: ArrayLike,
+    train_labels: ArrayLike,
+    test_features: ArrayLike,
+    *,
+    num_classes: int,
+    ks: tuple[int, ...],
+    temperature: float,
+    chunk_size: int,
+    bank_chunk_size: int,
+) -> tuple[np.ndarray, Array]:
+    """The classes that have a row in the bank, `[P]`, rising, and their shares, `[len(ks), M, P]`.
+
+    In float64, so that neighbours vote by their order however near they are; to be called under
+    `jax.enable_x64`.
+    """
+    temperature = arguments.positive_number("temperature", temperature)
+    labels = _checked_labels(
+        "train_labels",
+        train_labels,
+        num_examples=_num_rows("train_features", train_features),
+        num_classes=num_classes,
+    )
+    half, index = _checked_nearest(
+        ("train_features", "test_features"),
+        train_features,
+        test_features,
+        k=max(ks),
+        chunk_size=chunk_size,
+        bank_chunk_size=bank_chunk_size,
+    )
+    # Only these can win, and the labels may be numbers of a database, in the millions.
+    present, number = np.unique(labels, return_inverse=True)
+    scores = _vote(
+        half,
+        jnp.asarray(number, jnp.int32)[index],
+        jnp.asarray(temperature, half.dtype),
+        ks=ks,
+        num_classes=len(present),
+    )
+    return present, scores
+
+
+def _predicted_labels(
+    train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, **settings: Any
+) -> np.ndarray:
+    """Labels with the most votes, `[len(ks), M]` int64; see `_scores_of_present_classes`."""
+    with jax.enable_x64(True):
+        present, scores = _scores_of_present_classes(
+            train_features, train_labels, test_features, **settings
+        )
+        return present[np.asarray(jnp.argmax(scores, axis=-1))]
+
+
 def knn_class_scores(
     train_features: ArrayLike,
     train_labels: ArrayLike,
     test_features: ArrayLike,
     *,
     num_classes: int,
-    k: int | Sequence[int],
+    k: int | Iterable[int],
     temperature: float = 0.1,
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
@@ -222,43 +574,39 @@ def knn_class_scores(
       train_features: `[N, F]`, the bank.
       train_labels: `[N]`.
       test_features: `[M, F]`.
-      num_classes: `C`.
-      k: neighbours; several at once cost one search, at the largest.
+      num_classes: `C`, above every label.
+      k: neighbours, one number or any iterable of them; several cost one search, at the largest.
       temperature: of the votes, positive.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      `[M, C]`, each row summing to one; for a sequence of `k`, `[len(k), M, C]`.
+      `[M, C]`, each row summing to one; for several `k`, `[len(k), M, C]`.
 
     Raises:
       ValueError: `temperature` not positive, labels out of range, no `k`; as `nearest_neighbours`.
-      TypeError: labels that are not integers, features that are not floating point.
+      TypeError: labels that are not integers, features that are not floating point, settings that
+        are no numbers.
     """
-    ks = (operator.index(k),) if not isinstance(k, Sequence) else tuple(map(operator.index, k))
-    if not ks or min(ks) < 1:
-        raise ValueError(f"k must be at least 1, one number or a sequence of them, got {k}")
-    _check_positive(temperature=temperature)
-    bank = _checked_features("train_features", train_features)
-    queries = _checked_features("test_features", test_features)
-    labels = _checked_labels(
-        "train_labels", train_labels, num_examples=bank.shape[0], num_classes=num_classes
-    )
-    cosine, index = nearest_neighbours(
-        bank,
-        queries,
-        k=max(ks),
-        chunk_size=chunk_size,
-        bank_chunk_size=bank_chunk_size,
-    )
-    scores = _vote(
-        cosine,
-        labels[index],
-        jnp.asarray(temperature, cosine.dtype),
-        ks=ks,
-        num_classes=num_classes,
-    )
-    return scores if isinstance(k, Sequence) else scores[0]
+    num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
+    ks = _numbers_of_neighbours(k)
+    dtype = _result_type(train_features, test_features)
+    with jax.enable_x64(True):
+        present, scores = _scores_of_present_classes(
+            train_features,
+            train_labels,
+            test_features,
+            num_classes=num_classes,
+            ks=ks,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            bank_chunk_size=bank_chunk_size,
+        )
+        scores = scores.astype(dtype)
+        if len(present) < num_classes:
+            all_scores = jnp.zeros([*scores.shape[:-1], num_classes], dtype)
+            scores = all_scores.at[..., present].set(scores)
+        return scores[0] if arguments.is_single(k) else scores
 
 
 def knn_predict(
@@ -267,41 +615,46 @@ def knn_predict(
     test_features: ArrayLike,
     *,
     num_classes: int,
-    k: int | Sequence[int],
+    k: int | Iterable[int],
     temperature: float = 0.1,
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
-    """Class with the most votes in `knn_class_scores`, the lowest of them on a tie.
+    """Class with the most votes, see `knn_class_scores`, the lowest of them on a tie.
 
     Args:
       train_features: see `knn_class_scores`, also for all that follow.
       train_labels: `[N]`.
       test_features: `[M, F]`.
       num_classes: `C`.
-      k: one number or several.
+      k: one number or any iterable of them.
       temperature: of the votes.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      `[M]` int32; for a sequence of `k`, `[len(k), M]`.
+      `[M]` int32; for several `k`, `[len(k), M]`.
 
     Raises:
       ValueError: as `knn_class_scores`.
       TypeError: as `knn_class_scores`.
     """
-    scores = knn_class_scores(
-        train_features,
-        train_labels,
-        test_features,
-        num_classes=num_classes,
-        k=k,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        bank_chunk_size=bank_chunk_size,
+    num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
+    ks = _numbers_of_neighbours(k)
+    predictions = jnp.asarray(
+        _predicted_labels(
+            train_features,
+            train_labels,
+            test_features,
+            num_classes=num_classes,
+            ks=ks,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            bank_chunk_size=bank_chunk_size,
+        ),
+        jnp.int32,
     )
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return predictions[0] if arguments.is_single(k) else predictions
 
 
 @overload
@@ -327,7 +680,7 @@ def knn_accuracy(
     test_labels: ArrayLike,
     *,
     num_classes: int,
-    k: Sequence[int],
+    k: Iterable[int],
     temperature: float = ...,
     chunk_size: int = ...,
     bank_chunk_size: int = ...,
@@ -341,7 +694,7 @@ def knn_accuracy(
     test_labels: ArrayLike,
     *,
     num_classes: int,
-    k: int | Sequence[int],
+    k: int | Iterable[int],
     temperature: float = 0.1,
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
@@ -354,38 +707,41 @@ def knn_accuracy(
       test_features: `[M, F]`.
       test_labels: `[M]`.
       num_classes: `C`.
-      k: one number or several.
+      k: one number or any iterable of them.
       temperature: of the votes.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      Accuracy in [0, 1]; for a sequence of `k`, one for each in its order.
+      Accuracy in [0, 1]; for several `k`, one for each in their order.
 
     Raises:
       ValueError: as `knn_class_scores`, and for labels out of range.
       TypeError: as `knn_class_scores`.
     """
-    queries = _checked_features("test_features", test_features)
+    num_classes = arguments.whole_number("num_classes", num_classes, at_least=1)
+    ks = _numbers_of_neighbours(k)
     labels = _checked_labels(
-        "test_labels", test_labels, num_examples=queries.shape[0], num_classes=num_classes
+        "test_labels",
+        test_labels,
+        num_examples=_num_rows("test_features", test_features),
+        num_classes=num_classes,
     )
-    predictions = knn_predict(
+    predictions = _predicted_labels(
         train_features,
         train_labels,
-        queries,
+        test_features,
         num_classes=num_classes,
-        k=k,
+        ks=ks,
         temperature=temperature,
         chunk_size=chunk_size,
         bank_chunk_size=bank_chunk_size,
     )
-    if not isinstance(k, Sequence):
-        return _accuracy(predictions, labels)
-    return tuple(_accuracy(prediction, labels) for prediction in predictions)
+    accuracies = tuple(float(np.mean(prediction == labels)) for prediction in predictions)
+    return accuracies[0] if arguments.is_single(k) else accuracies
 
 
-def _accuracy(predictions: Array, labels: Array) -> float:
+def _accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     return float(np.mean(np.asarray(predictions) == np.asarray(labels)))
 
 
@@ -607,24 +963,48 @@ class _ProbeSettings(NamedTuple):
     seed: int
 
 
-def _check_settings(settings: _ProbeSettings, l2_grid: Sequence[float]) -> None:
-    for l2_regularization in l2_grid:
-        if not (l2_regularization >= 0 and np.isfinite(l2_regularization)):
-            raise ValueError(
-                f"l2_regularization must be at least 0 and finite, got {l2_regularization}"
-            )
-    if settings.solver not in ("auto", *SOLVER_NAMES):
+def _checked_settings(**settings: Any) -> _ProbeSettings:
+    if settings["solver"] not in ("auto", *SOLVER_NAMES):
         raise ValueError(
-            f"solver must be one of {('auto', *SOLVER_NAMES)}, got {settings.solver!r}"
+            f"solver must be one of {('auto', *SOLVER_NAMES)}, got {settings['solver']!r}"
         )
-    if settings.num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {settings.num_classes}")
-    _check_positive(
-        max_iterations=settings.max_iterations,
-        tolerance=settings.tolerance,
-        num_epochs=settings.num_epochs,
-        batch_size=settings.batch_size,
-    )
+    whole_numbers = {
+        "num_classes": (2, 2**31 - 1),
+        "max_iterations": (1, 2**31 - 1),
+        "num_epochs": (1, None),
+        "batch_size": (1, None),
+        "seed": (0, arguments.LARGEST_SEED),
+    }
+    for name, (at_least, at_most) in whole_numbers.items():
+        settings[name] = arguments.whole_number(
+            name, settings[name], at_least=at_least, at_most=at_most
+        )
+    settings["tolerance"] = arguments.positive_number("tolerance", settings["tolerance"])
+    return _ProbeSettings(**settings)
+
+
+def _checked_strength(value: Any) -> float:
+    strength = arguments.real_number("l2_regularization", value)
+    if not (strength >= 0 and np.isfinite(strength)):
+        raise ValueError(f"l2_regularization must be at least 0 and finite, got {strength}")
+    return strength
+
+
+def _checked_probe_labels(
+    name: str, labels: ArrayLike, features: Array, settings: _ProbeSettings
+) -> Array:
+    """Labels, int32, of a probe whose weights have a use for the memory that they take."""
+    num_classes = settings.num_classes
+    checked = _checked_labels(name, labels, num_examples=features.shape[0], num_classes=num_classes)
+    num_present = len(np.unique(checked))
+    num_weights = features.shape[1] * num_classes
+    if num_weights > LBFGS_MAX_ELEMENTS and num_present < num_classes / 10:
+        raise ValueError(
+            f"num_classes = {num_classes:,} makes {num_weights:,} weights, and {name} hold "
+            f"{num_present:,} classes: number these from 0, for example by "
+            "np.unique(labels, return_inverse=True)[1]"
+        )
+    return jnp.asarray(checked, jnp.int32)
 
 
 def _fit(
@@ -711,7 +1091,8 @@ def fit_linear_probe(
       features: `[N, F]`, on the device as a whole.
       labels: `[N]`. A class without examples is allowed; its bias then only falls until the
         tolerance.
-      num_classes: `C`, at least 2.
+      num_classes: `C`, at least 2 and above every label. The probe has weights for each of them,
+        so labels with gaps of millions are to be numbered first.
       l2_regularization: at least 0. At 0 the optimum of separable data lies at infinity, and the
         fit ends wherever the gradient falls under the tolerance.
       solver: "lbfgs" (full batch, two arrays `[N, F]` and several `[N, C]` in memory), "sgd"
@@ -733,18 +1114,24 @@ def fit_linear_probe(
         range.
       TypeError: features that are not floating point, labels that are not integers.
     """
-    settings = _ProbeSettings(
-        num_classes, solver, max_iterations, tolerance, num_epochs, batch_size, seed
+    settings = _checked_settings(
+        num_classes=num_classes,
+        solver=solver,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        seed=seed,
     )
-    _check_settings(settings, [l2_regularization])
+    strength = _checked_strength(l2_regularization)
     x = _checked_features("features", features)
-    y = _checked_labels("labels", labels, num_examples=x.shape[0], num_classes=num_classes)
+    y = _checked_probe_labels("labels", labels, x, settings)
     return _fit(
         x,
         y,
         _standardisation(x),
-        _zero_parameters(x, num_classes),
-        l2_regularization=l2_regularization,
+        _zero_parameters(x, settings.num_classes),
+        l2_regularization=strength,
         settings=settings,
     )
 
@@ -830,7 +1217,7 @@ def select_linear_probe(
     validation_labels: ArrayLike,
     *,
     num_classes: int,
-    l2_grid: Sequence[float] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0),
+    l2_grid: Iterable[float] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0),
     refit: bool = False,
     solver: Solver | Literal["auto"] = "auto",
     max_iterations: int = 1000,
@@ -850,7 +1237,7 @@ def select_linear_probe(
       validation_features: `[V, F]`, carved from the training data, disjoint from `train_features`.
       validation_labels: `[V]`.
       num_classes: `C`.
-      l2_grid: strengths to try, at least one.
+      l2_grid: strengths to try, at least one, in any iterable.
       refit: fit the chosen strength once more on both splits together. Leave it off where the
         labels are counted (`labels_per_class_subset`): it would spend the validation labels as
         well.
@@ -868,30 +1255,35 @@ def select_linear_probe(
       ValueError: an empty grid; as `fit_linear_probe`.
       TypeError: as `fit_linear_probe`.
     """
-    settings = _ProbeSettings(
-        num_classes, solver, max_iterations, tolerance, num_epochs, batch_size, seed
-    )
-    if not l2_grid:
-        raise ValueError("l2_grid must hold at least one strength, got none")
-    _check_settings(settings, l2_grid)
-    train_x = _checked_features("train_features", train_features)
-    train_y = _checked_labels(
-        "train_labels", train_labels, num_examples=train_x.shape[0], num_classes=num_classes
-    )
-    validation_x = _checked_features("validation_features", validation_features)
-    validation_y = _checked_labels(
-        "validation_labels",
-        validation_labels,
-        num_examples=validation_x.shape[0],
+    settings = _checked_settings(
         num_classes=num_classes,
+        solver=solver,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    strengths = [_checked_strength(one) for one in arguments.collected("l2_grid", l2_grid)]
+    train_x = _checked_features("train_features", train_features)
+    train_y = _checked_probe_labels("train_labels", train_labels, train_x, settings)
+    validation_x = _checked_features("validation_features", validation_features)
+    validation_y = jnp.asarray(
+        _checked_labels(
+            "validation_labels",
+            validation_labels,
+            num_examples=validation_x.shape[0],
+            num_classes=settings.num_classes,
+        ),
+        jnp.int32,
     )
     _check_same_width("train_features", train_x, "validation_features", validation_x)
 
     standardise = _standardisation(train_x)
-    parameters = _zero_parameters(train_x, num_classes)
+    parameters = _zero_parameters(train_x, settings.num_classes)
     grid: list[GridPoint] = []
     probes: list[LinearProbe] = []
-    for l2_regularization in sorted(l2_grid, reverse=True):
+    for l2_regularization in sorted(strengths, reverse=True):
         probe = _fit(
             train_x,
             train_y,
@@ -904,7 +1296,7 @@ def select_linear_probe(
         probes.append(probe)
         grid.append(
             GridPoint(
-                l2_regularization=float(l2_regularization),
+                l2_regularization=l2_regularization,
                 validation_accuracy=probe_accuracy(probe, validation_x, validation_y),
                 converged=bool(probe.converged),
                 num_iterations=int(probe.num_iterations),
@@ -938,31 +1330,32 @@ def labels_per_class_subset(labels: ArrayLike, *, labels_per_class: int, seed: i
       labels: `[N]` integers, at least 0: leave unlabelled examples out. The classes are those
         present.
       labels_per_class: how many of each.
-      seed: of the draw; the same seed gives the same rows.
+      seed: of the draw, at least 0; the same seed gives the same rows.
 
     Returns:
       Rising row numbers, `[labels_per_class * number of classes]` int64.
 
     Raises:
-      ValueError: a class with fewer labels (named), negative labels, no labels.
-      TypeError: labels that are not integers.
+      ValueError: a class with fewer labels (named), negative labels, no labels, settings out of
+        range.
+      TypeError: labels or settings that are not integers.
     """
-    array = np.asarray(labels)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"labels must be integers, got {array.dtype}")
+    labels_per_class = arguments.whole_number("labels_per_class", labels_per_class, at_least=1)
+    seed = arguments.whole_number("seed", seed, at_least=0)
+    array = _integer_labels("labels", labels)
     if array.ndim != 1 or not array.size or array.min() < 0:
         raise ValueError(
             "labels must be a non-empty [N] of at least 0 (leave unlabelled examples out), "
             f"got shape {array.shape}{f' with minimum {array.min()}' if array.size else ''}"
         )
-    if labels_per_class < 1:
-        raise ValueError(f"labels_per_class must be at least 1, got {labels_per_class}")
     classes, counts = np.unique(array, return_counts=True)
     too_few = {int(c): int(n) for c, n in zip(classes, counts, strict=True) if n < labels_per_class}
     if too_few:
+        named = dict(list(too_few.items())[:10])
+        more = f" and {len(too_few) - 10:,} more" if len(too_few) > 10 else ""
         raise ValueError(
             f"every class needs {labels_per_class} labels; these classes (with their counts) have "
-            f"fewer: {too_few}. Ask for at most {counts.min()}"
+            f"fewer: {named}{more}. Ask for at most {counts.min()}"
         )
     generator = np.random.default_rng(seed)
     rows = [

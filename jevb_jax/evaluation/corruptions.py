@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.scipy.ndimage import map_coordinates
 
 from jevb_jax import augmentations
+from jevb_jax.evaluation import arguments
 
 NUM_SEVERITIES = 5
 _BATCH_SIZE = 500  # images corrupted at once
@@ -30,16 +32,17 @@ _DEGREES = (8.0, 16.0, 30.0, 45.0, 90.0)
 _CROP_AREA = (0.8, 0.6, 0.4, 0.25, 0.15)  # of the image's
 
 
-def _check_severity(severity: int) -> None:
-    if not 1 <= severity <= NUM_SEVERITIES:
-        raise ValueError(f"severity must be 1 to {NUM_SEVERITIES}, got {severity}")
+def _checked_severity(severity: Any) -> int:
+    number = arguments.whole_number("severity", severity)
+    if not 1 <= number <= NUM_SEVERITIES:
+        raise ValueError(f"severity must be 1 to {NUM_SEVERITIES}, got {number}")
+    return number
 
 
 def _level(table: tuple[float, ...], severity: int | Array) -> Any:
     """A number, or an array of a severity that is traced: one program is then compiled for all five."""
-    if isinstance(severity, int):
-        _check_severity(severity)
-        return table[severity - 1]
+    if not isinstance(severity, Tracer):
+        return table[_checked_severity(severity) - 1]
     return jnp.asarray(table, jnp.float32)[severity - 1]
 
 
@@ -168,20 +171,28 @@ def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.nd
     """Corrupts every image with a key of its own, a batch at a time.
 
     Args:
-      images: `[N, h, w, c]` uint8.
+      images: `[N, h, w, c]` uint8, at least one.
       name: one of `CORRUPTIONS`.
       severity: 1 (mild) to 5.
-      seed: of the keys; image `i` has `fold_in(key, i)`.
+      seed: of the keys, at least 0; image `i` has `fold_in(key, i)`.
 
     Returns:
       `[N, h, w, c]` uint8.
 
     Raises:
-      ValueError: unknown name, or a severity out of range.
+      ValueError: unknown name, a severity or seed out of range, another shape, no images, sides
+        that the corruption cannot work on.
+      TypeError: images that are not uint8, a severity or seed that is not a whole number.
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"corruption must be one of {sorted(CORRUPTIONS)}, got {name!r}")
-    _check_severity(severity)
+    severity = _checked_severity(severity)
+    seed = arguments.whole_number("seed", seed, at_least=0, at_most=arguments.LARGEST_SEED)
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        raise TypeError(f"images must be uint8, grey levels 0 to 255, got {images.dtype}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images must be a non-empty [N, h, w, c], got shape {images.shape}")
     corrupt_batch = _corrupt_traced if name in _TRACED else _corrupt_static
     size = min(len(images), _BATCH_SIZE)
     parts = []

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jevb_jax import augmentations, data, parallel
 from jevb_jax.compilation import network_options
+from jevb_jax.evaluation import arguments
 from jevb_jax.evaluation.ood import UncertaintyTerms
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -51,8 +52,9 @@ class TermsSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_views < 1:
-            raise ValueError(f"num_views must be at least 1, got {self.num_views}")
+        for name, at_least in (("num_views", 1), ("seed", 0)):
+            number = arguments.whole_number(name, getattr(self, name), at_least=at_least)
+            object.__setattr__(self, name, number)
 
 
 class FeatureExtractor:
@@ -81,7 +83,13 @@ class FeatureExtractor:
           terms: how JEVB's terms are computed; None leaves them out.
           mesh: devices to share a batch, of `parallel.make_mesh`; the first of this process by default.
           check_stop: called before every batch; whatever it raises ends the work.
+
+        Raises:
+          ValueError: a size below one.
+          TypeError: a size that is not a whole number.
         """
+        image_size = arguments.whole_number("image_size", image_size, at_least=1)
+        batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
         self._mesh = parallel.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         self._check_stop = check_stop

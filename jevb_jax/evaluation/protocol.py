@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jevb_jax import data, files
+from jevb_jax import data, files, schema
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_metrics import OODMetrics
@@ -71,18 +71,135 @@ def _result(name: str, features: str, value: float, protocol: str) -> Result:
     return {"name": name, "features": features, "value": value, "protocol": protocol}
 
 
-def _knn(name: str, settings: dict[str, Any], train: Features, test: Features) -> list[Result]:
+# --- What can be evaluated ------------------------------------------------------------------------
+
+
+def evaluated_split(
+    settings: dict[str, Any], dataset: data.Dataset
+) -> tuple[str, data.ImageSource]:
+    """Name and source of the split that is reported.
+
+    Args:
+      settings: the section `evaluation` of a config.
+      dataset: images.
+
+    Returns:
+      `evaluation.split`; for unlabelled data without test images the validation split, which
+      nothing is then chosen on.
+
+    Raises:
+      ValueError: labelled data have no such split.
+    """
+    split = settings["split"]
+    source = getattr(dataset, split)
+    if source is None and dataset.train.labels is None:
+        return "validation", dataset.validation
+    if source is None:
+        raise ValueError(
+            f"{dataset.train.name} has no {split} part, which evaluation.split asks for: give "
+            "test images, or set evaluation.split to 'validation'"
+        )
+    return split, source
+
+
+def _few_label_measure(settings: dict[str, Any]) -> str:
+    return f"linear_{settings['labels_per_class']}_labels_per_class_accuracy"
+
+
+def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
+    """What of the evaluation the data do not allow; known before any training.
+
+    Args:
+      settings: the section `evaluation` of a config.
+      dataset: images.
+
+    Returns:
+      Why, by the name of the measure; everything else is evaluated.
+    """
+    reasons: dict[str, str] = {}
+    if getattr(dataset, settings["split"]) is None and dataset.train.labels is None:
+        reasons["split"] = (
+            f"there are no {settings['split']} images: what needs no labels is evaluated on the "
+            "validation split"
+        )
+    train, validation = dataset.train.labels, dataset.validation.labels
+    if train is None or validation is None:
+        return reasons | dict.fromkeys(
+            ("knn_accuracy", "linear_accuracy"), "the images have no labels"
+        )
+    classes, counts = np.unique(train, return_counts=True)
+    if len(classes) == 1:
+        return reasons | dict.fromkeys(
+            ("knn_accuracy", "linear_accuracy"),
+            f"all training images are of one class, {classes[0]}",
+        )
+    for k in settings["knn_k"]:
+        if k > len(train):
+            reasons[f"knn_{k}_accuracy"] = f"there are {len(train):,} training images"
+    if not np.isin(validation, classes).any():
+        reasons["linear_accuracy"] = "no validation image is of a class of the training images"
+    elif counts.min() < settings["labels_per_class"]:
+        rarest = classes[np.argmin(counts)]
+        names = dataset.train.class_names
+        name = rarest if names is None else names[rarest]
+        num_rare = int(np.sum(counts < settings["labels_per_class"]))
+        reasons[_few_label_measure(settings)] = (
+            f"class {name} has {counts.min():,} training images, and {num_rare:,} of "
+            f"{len(classes):,} classes have too few: set evaluation.labels_per_class to at most "
+            f"{counts.min():,}, or to 0"
+        )
+    return reasons
+
+
+def left_out_lines(reasons: dict[str, str]) -> list[str]:
+    """Sentences for people of what `left_out` returns, one for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"Not as asked: {reason}."
+        if measures == ["split"]
+        else f"Not evaluated: {', '.join(measures)}: {reason}."
+        for reason, measures in names.items()
+    ]
+
+
+def _numbered(train: Features, other: Features) -> np.ndarray:
+    """Labels of `other` `[N]` as numbers of the `C` classes of `train`; `C` where it has none such.
+
+    Labels may be numbers of a database, in the millions: arrays then have an entry for each class
+    that occurs.
+    """
+    classes = np.unique(_labels(train))
+    labels = _labels(other)
+    number = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    return np.where(classes[number] == labels, number, len(classes))
+
+
+def _labels(features: Features) -> np.ndarray:
+    if features.labels is None:
+        raise ValueError("k-NN and linear probes need labels")
+    return features.labels
+
+
+# --- Classification -------------------------------------------------------------------------------
+
+
+def _knn(
+    name: str, settings: dict[str, Any], train: Features, test: Features, without: dict[str, str]
+) -> list[Result]:
     """k-NN accuracy for every k."""
-    bank, queries = getattr(train, name), getattr(test, name)
-    if train.labels is None or test.labels is None:
+    ks = tuple(k for k in settings["knn_k"] if f"knn_{k}_accuracy" not in without)
+    if "knn_accuracy" in without or not ks:
         return []
-    ks = settings["knn_k"]
+    bank, queries = getattr(train, name), getattr(test, name)
+    labels = _numbered(train, train)
     accuracies = classification.knn_accuracy(
         bank,
-        train.labels,
+        labels,
         queries,
-        test.labels,
-        num_classes=int(train.labels.max()) + 1,
+        _numbered(train, test),
+        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
         k=ks,
         temperature=settings["knn_temperature"],
     )
@@ -103,6 +220,10 @@ def _knn(name: str, settings: dict[str, Any], train: Features, test: Features) -
     ]
 
 
+def _predicted(probe: classification.LinearProbe, features: Any) -> np.ndarray:
+    return np.argmax(np.asarray(classification.probe_logits(probe, features)), axis=-1)
+
+
 def _linear(
     name: str,
     settings: dict[str, Any],
@@ -113,48 +234,56 @@ def _linear(
     fitted_name: str,
 ) -> tuple[classification.LinearProbe, float, str]:
     """A linear probe fitted on `rows` of the training split, its test accuracy and protocol."""
-    if train.labels is None or validation.labels is None or test.labels is None:
-        raise ValueError("a linear probe needs labels")
-    x, y = getattr(train, name), train.labels
+    x, y = getattr(train, name), _numbered(train, train)
+    num_classes = int(y.max()) + 1
     if rows is not None:
         x, y = x[rows], y[rows]
+    validation_y = _numbered(train, validation)
+    is_known = validation_y < num_classes  # of another class no probe is right
     selection = classification.select_linear_probe(
         x,
         y,
-        getattr(validation, name),
-        validation.labels,
-        num_classes=int(train.labels.max()) + 1,
+        getattr(validation, name)[is_known],
+        validation_y[is_known],
+        num_classes=num_classes,
         l2_grid=settings["l2_grid"],
     )
-    accuracy = classification.probe_accuracy(selection.probe, getattr(test, name), test.labels)
+    test_y = _numbered(train, test)
+    accuracy = float(np.mean(_predicted(selection.probe, getattr(test, name)) == test_y))
     protocol = classification.linear_protocol(
         solver=selection.probe.solver,
         l2_regularization=selection.l2_regularization,
         num_strengths=len(settings["l2_grid"]),
         fitted=classification.Split(fitted_name, len(y)),
-        validation=classification.Split("validation", len(validation.labels)),
-        evaluated=classification.Split(settings["split"], len(test.labels)),
+        validation=classification.Split("validation", int(is_known.sum())),
+        evaluated=classification.Split(settings["split"], len(test_y)),
         features=name,
     )
     return selection.probe, accuracy, protocol
 
 
 def _linear_results(
-    name: str, settings: dict[str, Any], train: Features, validation: Features, test: Features
+    name: str,
+    settings: dict[str, Any],
+    train: Features,
+    validation: Features,
+    test: Features,
+    without: dict[str, str],
 ) -> tuple[classification.LinearProbe | None, list[Result]]:
     """The probe on all labels, and the mean over seeds of probes on a few labels a class."""
-    if train.labels is None:
+    if "linear_accuracy" in without:
         return None, []
     probe, accuracy, protocol = _linear(
         name, settings, train, validation, test, None, "train split"
     )
     results = [_result("linear_accuracy", name, accuracy, protocol)]
     per_class = settings["labels_per_class"]
-    if per_class > 0:
+    few_labels = _few_label_measure(settings)
+    if per_class > 0 and few_labels not in without:
         accuracies = []
         for seed in range(settings["few_label_seeds"]):
             rows = classification.labels_per_class_subset(
-                train.labels, labels_per_class=per_class, seed=seed
+                _labels(train), labels_per_class=per_class, seed=seed
             )
             fitted_name = f"{per_class} labels per class of the train split, seed {seed}"
             _, accuracy, protocol = _linear(
@@ -163,7 +292,7 @@ def _linear_results(
             accuracies.append(accuracy)
         results.append(
             _result(
-                f"linear_{per_class}_labels_per_class_accuracy",
+                few_labels,
                 name,
                 float(np.mean(accuracies)),
                 f"mean of {len(accuracies)} seeds (standard deviation "
@@ -173,15 +302,6 @@ def _linear_results(
     return probe, results
 
 
-def _evaluated_split(experiment: Experiment) -> tuple[str, data.ImageSource]:
-    """Name and source of the split that is reported."""
-    split = experiment.config["evaluation"]["split"]
-    source = getattr(experiment.dataset, split)
-    if source is None:
-        raise ValueError(f"the data set has no {split} part: nothing can be evaluated")
-    return split, source
-
-
 class Evaluation(NamedTuple):
     """What was measured of one encoder.
 
@@ -189,7 +309,7 @@ class Evaluation(NamedTuple):
       results: each a name, features (or a score), value and protocol.
       train: features of the training split.
       test: features of the evaluated split, with JEVB's terms if anything is to be detected.
-      probe: of the representation, or None for unlabelled data.
+      probe: of the representation, or None where there is none, as for unlabelled data.
       ood: out-of-distribution detection, or None where nothing is to be detected.
     """
 
@@ -217,7 +337,8 @@ def evaluate_variables(
       ValueError: the data set has no such split, or settings that do not fit it.
     """
     settings = experiment.config["evaluation"]
-    split, source = _evaluated_split(experiment)
+    split, source = evaluated_split(settings, experiment.dataset)
+    without = left_out(settings, experiment.dataset)
     extract, extract_terms = extractors
     train = extract(variables, experiment.dataset.train)
     validation = extract(variables, experiment.dataset.validation)
@@ -226,8 +347,8 @@ def evaluate_variables(
     results: list[Result] = []
     probes = {}
     for name in FEATURE_NAMES:
-        results += _knn(name, settings, train, test)
-        probes[name], linear = _linear_results(name, settings, train, validation, test)
+        results += _knn(name, settings, train, test, without)
+        probes[name], linear = _linear_results(name, settings, train, validation, test, without)
         results += linear
     probe = probes["representation"]
     found = None
@@ -243,7 +364,7 @@ def evaluate_variables(
             split=split,
         )
         results += _detection_results(found)
-        results += _uncertainty_results(experiment, found, train, test, probe)
+        results += _uncertainty_results(experiment, found, train, test, probe, split)
     return Evaluation(results, train, test, probe, found)
 
 
@@ -259,26 +380,30 @@ def evaluate_transfer(
       dataset: labelled images.
 
     Returns:
-      As `evaluate`, without detection: "split" and "trained".
+      As `evaluate`, without detection: "split", "left_out" and "trained".
 
     Raises:
-      ValueError: no labels, no such split, or settings that do not fit the data.
+      ValueError: no labels or one class, no such split, or settings that no data allow.
     """
-    split = settings["split"]
-    source = getattr(dataset, split)
-    if source is None or dataset.train.labels is None:
-        lacks = "labels" if dataset.train.labels is None else f"{split} part"
-        raise ValueError(f"{dataset.train.name} has no {lacks}: nothing can be evaluated on it")
+    if dataset.train.labels is None:
+        raise ValueError(f"{dataset.train.name} has no labels: nothing can be evaluated on it")
+    schema.check_evaluation_section(settings)
+    split, source = evaluated_split(settings, dataset)
+    without = left_out(settings, dataset)
+    if {"knn_accuracy", "linear_accuracy"} <= without.keys():
+        raise ValueError(
+            f"nothing can be evaluated on {dataset.train.name}: {without['knn_accuracy']}"
+        )
     train = extract(variables, dataset.train)
     validation = extract(variables, dataset.validation)
     test = validation if split == "validation" else extract(variables, source)
     results: list[Result] = []
     for name in FEATURE_NAMES:
-        results += _knn(name, settings, train, test)
-        results += _linear_results(name, settings, train, validation, test)[1]
+        results += _knn(name, settings, train, test, without)
+        results += _linear_results(name, settings, train, validation, test, without)[1]
     for result in results:
         result["protocol"] = f"on {dataset.train.name}, other data: {result['protocol']}"
-    return {"split": split, "trained": results}
+    return {"split": split, "left_out": without, "trained": results}
 
 
 def _detection_results(found: OODEvaluation) -> list[Result]:
@@ -311,9 +436,9 @@ def _uncertainty_results(
     train: Features,
     test: Features,
     probe: classification.LinearProbe | None,
+    split: str,
 ) -> list[Result]:
     """Whether each score means anything: errors, severity and human disagreement (docs/ood.md)."""
-    split = experiment.config["evaluation"]["split"]
     results = []
     errors = wrong_predictions(experiment.config["evaluation"], train, test, probe)
     for name, scores in found.inside.items():
@@ -382,19 +507,20 @@ def wrong_predictions(
     """
     if train.labels is None or test.labels is None or probe is None:
         return {}
+    labels, test_labels = _numbered(train, train), _numbered(train, test)
+    wrong = {"linear": _predicted(probe, test.representation) != test_labels}
+    k = settings["knn_k"][0]
+    if k > len(labels):
+        return wrong
     nearest = classification.knn_predict(
         train.representation,
-        train.labels,
+        labels,
         test.representation,
-        num_classes=int(train.labels.max()) + 1,
-        k=int(settings["knn_k"][0]),
+        num_classes=int(labels.max()) + 1,
+        k=k,
         temperature=settings["knn_temperature"],
     )
-    linear = np.argmax(classification.probe_logits(probe, test.representation), axis=-1)
-    return {
-        f"{settings['knn_k'][0]}_nn": np.asarray(nearest) != test.labels,
-        "linear": np.asarray(linear) != test.labels,
-    }
+    return {f"{k}_nn": np.asarray(nearest) != test_labels} | wrong
 
 
 def _severity_results(config: dict[str, Any], found: OODEvaluation, score: str) -> list[Result]:
@@ -464,18 +590,20 @@ def evaluate(
       check_stop: likewise.
 
     Returns:
-      results: JSON values: "split"; "trained" and "untrained", each a list of name, features, value
-        and protocol; "ood", of the trained one: each score against each set, the score fixed before
-        and the one chosen on validation images.
+      results: JSON values: "split"; "left_out", see `left_out`; "trained" and "untrained", each a
+        list of name, features, value and protocol; "ood", of the trained one: each score against
+        each set, the score fixed before and the one chosen on validation images.
       evaluation: of the trained one, with its arrays.
 
     Raises:
       ValueError: the data set has no such split, or settings that do not fit it.
     """
+    settings = experiment.config["evaluation"]
     extractors = make_extractors(experiment, mesh=mesh, check_stop=check_stop)
     found = evaluate_variables(experiment, variables, extractors)
     results: dict[str, Any] = {
-        "split": experiment.config["evaluation"]["split"],
+        "split": evaluated_split(settings, experiment.dataset)[0],
+        "left_out": left_out(settings, experiment.dataset),
         "trained": found.results,
     }
     if experiment.config["evaluation"]["compare_untrained"]:
@@ -531,13 +659,14 @@ def validation_knn_accuracy(
     validation = extract(variables, experiment.dataset.validation)
     if train.labels is None or validation.labels is None:
         raise ValueError("checkpoint.keep_best needs labels: set it to 0 for unlabelled data")
+    labels = _numbered(train, train)
     return classification.knn_accuracy(
         train.representation,
-        train.labels,
+        labels,
         validation.representation,
-        validation.labels,
-        num_classes=int(train.labels.max()) + 1,
-        k=int(settings["knn_k"][0]),
+        _numbered(train, validation),
+        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
+        k=settings["knn_k"][0],
         temperature=settings["knn_temperature"],
     )
 
@@ -551,7 +680,10 @@ def classification_table(results: dict[str, Any]) -> Table:
     Returns:
       A rich table.
     """
-    table = Table(title=f"{results['split']} split; protocols in results.json")
+    table = Table(
+        title=f"{results['split']} split; protocols in results.json",
+        caption="\n".join(left_out_lines(results.get("left_out", {}))) or None,
+    )
     for column in ("features", "measure"):
         table.add_column(column)
     for column in ("untrained", "trained"):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jevb_jax import data, files
-from jevb_jax.evaluation import corruptions, ood_protocol
+from jevb_jax.evaluation import corruptions, ood_protocol, protocol
 from jevb_jax.experiment import Experiment
 
 
@@ -31,11 +31,12 @@ def check(experiment: Experiment) -> None:
             f"checkpoint.keep_best = {config['checkpoint']['keep_best']} needs labels, and the images "
             "have none: set it to 0"
         )
+    _, evaluated = protocol.evaluated_split(config["evaluation"], dataset)
     if ood_protocol.is_asked(config):
-        _check_detection(experiment)
+        _check_detection(experiment, evaluated)
 
 
-def _check_detection(experiment: Experiment) -> None:
+def _check_detection(experiment: Experiment, evaluated: data.ImageSource) -> None:
     config, dataset = experiment.config, experiment.dataset
     settings = config["ood"]
     num_fitted = len(ood_protocol.fit_rows(len(dataset.train), settings["max_fit_images"]))
@@ -55,9 +56,6 @@ def _check_detection(experiment: Experiment) -> None:
     for part in ("outside", "choice"):
         for number, description in enumerate(settings[part]):
             _check_outside_set(f"ood.{part}[{number}]", description, experiment)
-    evaluated = getattr(dataset, config["evaluation"]["split"])
-    if evaluated is None:
-        return
     shape = data.image_shape(evaluated)
     for name in settings["corruptions"]:
         # What an image is too small for at any severity, it is too small for at the largest.

@@ -6,12 +6,24 @@ score of `ood` can stand in for it.
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 
+def _real(name: str, values: ArrayLike) -> np.ndarray:
+    """float64, or integers as they are: large ones that differ must not become equal."""
+    array = np.asarray(values)
+    if np.issubdtype(array.dtype, np.integer):
+        return array
+    # bfloat16 and the like are no subtype of NumPy's.
+    if array.dtype.kind not in "fbV" or array.dtype.names is not None:
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    return array.astype(np.float64)
+
+
 def _checked(name: str, values: ArrayLike) -> np.ndarray:
-    checked = np.asarray(values, np.float64)
+    checked = _real(name, values)
     if checked.ndim != 1 or checked.size == 0:
         raise ValueError(f"{name} must be [N] with at least one image, got shape {checked.shape}")
     num_nan = int(np.isnan(checked).sum())
@@ -111,10 +123,13 @@ def _ranks_in_columns(values: np.ndarray) -> np.ndarray:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's along the first axis, 0 where one of the two is constant."""
+    """Pearson's of ranks along the first axis, 0 where one of the two is constant.
+
+    Ranks are halves: means of equal ones are exact, so that a constant is seen to be one.
+    """
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     scale = np.sqrt(np.sum(a**2, axis=0) * np.sum(b**2, axis=0))
-    return np.sum(a * b, axis=0) / np.where(scale > 0, scale, 1)
+    return np.clip(np.sum(a * b, axis=0) / np.where(scale > 0, scale, 1), -1, 1)
 
 
 class SeverityCorrelation(NamedTuple):
@@ -142,7 +157,7 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
     Raises:
       ValueError: another shape, NaN.
     """
-    values = np.asarray(uncertainty, np.float64)
+    values = _real("uncertainty", uncertainty)
     if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
         raise ValueError(f"uncertainty must be [S + 1, N] with S >= 1, got shape {values.shape}")
     _checked("uncertainty", values.ravel())
@@ -178,21 +193,48 @@ def label_entropy(counts: ArrayLike) -> np.ndarray:
     """Entropy of people's votes for an image.
 
     Args:
-      counts: `[N, C]`, votes for each class, at least one an image.
+      counts: `[N, C]`, votes for each class, at least one an image; counts or shares.
 
     Returns:
-      `[N]`, nats, in [0, log C].
+      `[N]`, nats, in [0, log C], relative error 1e-15 however small. Entropies that agree to their
+      rounding error are equal, so that the same votes in another order of the classes are a tie.
 
     Raises:
-      ValueError: another shape, negative counts, an image without votes.
+      ValueError: another shape, no images, counts that are negative or not finite, an image without
+        votes.
+      TypeError: counts that are not real numbers.
     """
-    votes = np.asarray(counts, np.float64)
-    if votes.ndim != 2 or not (votes >= 0).all() or not (votes.sum(axis=-1) > 0).all():
+    votes = _real("counts", counts).astype(np.float64)
+    if (
+        votes.ndim != 2
+        or not len(votes)
+        or not ((votes >= 0) & np.isfinite(votes)).all()
+        or not (votes > 0).any(axis=1).all()
+    ):
         raise ValueError(
-            f"counts must be [N, C], not negative, with a vote for each image, got shape {votes.shape}"
+            "counts must be [N, C], finite, not negative, with a vote for each image, got shape "
+            f"{votes.shape}"
         )
-    share = votes / votes.sum(axis=1, keepdims=True)
-    return -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=1)
+    # One order of summation whatever the order of the classes, the largest last. A power of two is
+    # divided out, lest the sum overflow.
+    votes = np.sort(votes, axis=1)
+    votes = np.ldexp(votes, -np.frexp(votes[:, -1:])[1])
+    total = votes.sum(axis=1, keepdims=True)
+    share = votes / total
+    # log of a share near 1 by what is left of it: 1 - 1e-15 has no digits.
+    rest = votes[:, :-1].sum(axis=1, keepdims=True) / total
+    log_share = np.log(np.where(share > 0, share, 1))
+    is_most = rest[:, 0] < 0.5
+    log_share[is_most, -1] = np.log1p(-rest[is_most, 0])
+    return _rounding_joined(0 - np.sum(share * log_share, axis=1), relative=8 * votes.shape[1])
+
+
+def _rounding_joined(values: np.ndarray, *, relative: float) -> np.ndarray:
+    """Values at least 0 `[N]`, those equal that differ by less than so many roundings."""
+    unique, inverse = np.unique(values, return_inverse=True)
+    is_new = np.diff(unique) > relative * np.finfo(np.float64).eps * unique[1:]
+    first = np.flatnonzero(np.concatenate([[True], is_new]))
+    return unique[first][np.cumsum(np.concatenate([[0], is_new])).astype(int)][inverse]
 
 
 def human_disagreement_correlation(uncertainty: ArrayLike, counts: ArrayLike) -> float:
@@ -218,7 +260,8 @@ class ScaleSpectrum(NamedTuple):
     """How posterior scales are spread over features and over images.
 
     The three shares split the variance of `log scale` over the table images x features (a two-way
-    analysis of variance) and sum to one; all are 0 where scales do not vary.
+    analysis of variance) and sum to one; all are 0 where scales vary by the rounding of their type
+    only, or not at all.
 
     Attributes:
       feature_scale: `[D]`, each feature's geometric mean over images, falling.
@@ -248,15 +291,19 @@ def scale_spectrum(posterior_scale: ArrayLike) -> ScaleSpectrum:
     Raises:
       ValueError: another shape, values that are not positive and finite.
     """
-    scale = np.asarray(posterior_scale, np.float64)
+    # Scales that are equal but for the rounding of their own type do not vary.
+    dtype = getattr(posterior_scale, "dtype", np.float64)
+    rounding = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+    scale = _real("posterior_scale", posterior_scale).astype(np.float64)
     if scale.ndim != 2 or scale.size == 0 or not ((scale > 0) & np.isfinite(scale)).all():
         raise ValueError(f"posterior_scale must be [N, D], positive, finite, got {scale.shape}")
     log_scale = np.log(scale)
     by_feature, by_image = log_scale.mean(axis=0), log_scale.mean(axis=1)
     total = log_scale.var()
-    # Equal scales differ by rounding only.
-    shares = np.array([by_feature.var(), by_image.var()]) / total if total > 1e-12 else np.zeros(2)
-    rest = max(0.0, 1 - float(shares.sum())) if total > 1e-12 else 0.0
+    largest = max(1.0, float(np.max(np.abs(log_scale))))
+    does_vary = total > max(rounding, 4 * np.finfo(np.float64).eps * largest) ** 2
+    shares = np.array([by_feature.var(), by_image.var()]) / total if does_vary else np.zeros(2)
+    rest = max(0.0, 1 - float(shares.sum())) if does_vary else 0.0
     return ScaleSpectrum(
         feature_scale=np.exp(np.sort(by_feature)[::-1]),
         image_scale=np.exp(np.sort(by_image)[::-1]),
