@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         gaussian_posterior,
         gaussian_prior,
     )
-    from jevb_jax.model import Detector, Model, load
+    from jevb_jax.model import Detector, Model, load, load_detector
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "importance_weighted_bound",
     "likelihood_scale",
     "load",
+    "load_detector",
     "multivariate_student_t_log_prob",
     "polar_decomposition",
     "power_spherical_entropy",
@@ -69,7 +70,7 @@ __all__ = [
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
-_MODEL_NAMES = ("Detector", "Model", "load")
+_MODEL_NAMES = ("Detector", "Model", "load", "load_detector")
 
 
 def __getattr__(name: str) -> object:

@@ -28,6 +28,32 @@ def is_archive(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
+def check_free(directory: Path, *, kind: str) -> None:
+    """Raises if writing an archive would take something else away.
+
+    Args:
+      directory: where it will be; it need not exist.
+      kind: what will be written, "export" or "detector". An older one of the same kind may be replaced.
+
+    Raises:
+      ValueError: the directory holds a run, or a model of another kind.
+      ArchiveError: a damaged archive, of which nobody knows the kind.
+    """
+    if (directory / "config.json").exists():
+        raise ValueError(f"{directory} holds a run: give another directory for the {kind}")
+    if not is_archive(directory):
+        return
+    manifest = read_manifest(directory)
+    found = "export"
+    for name, of in (("finetuned", "fine-tuned classifier"), ("detector", "detector")):
+        if name in manifest:
+            found = of
+    if found != kind:
+        raise ValueError(
+            f"{directory} holds a model ({found}): give another directory for the {kind}"
+        )
+
+
 def write_archive(
     directory: Path,
     *,

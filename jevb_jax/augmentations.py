@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jevb_jax.image_preparation import square_cut
+
 Interpolation = Literal["bilinear", "bicubic"]
 _Adjustment = Literal["brightness", "contrast", "saturation", "hue"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
@@ -69,16 +71,27 @@ def _filter(distance: Array, interpolation: Interpolation) -> Array:
 
 
 def _resize_weights(
-    start: Array, length: Array, *, source_size: int, size: int, interpolation: Interpolation
+    start: ArrayLike,
+    length: ArrayLike,
+    *,
+    source_size: int,
+    size: int,
+    interpolation: Interpolation,
+    first: int = 0,
+    count: int | None = None,
 ) -> Array:
-    """`[size, source_size]` weights that cut `[start, start + length)` out and resize it.
+    """`[size, source_size]` weights that cut `[start, start + length)` out and resize it to `size`.
+
+    With `count`, that many rows of them from row `first`, and no other is computed.
 
     The kernel widens when it shrinks the image (antialiasing), and its weights are normalised over the
     samples of the cut alone, as when Pillow resizes an image that has been cropped before.
     """
+    start, length = (jnp.asarray(v, jnp.float32) for v in (start, length))
     scale = length / size
     support = jnp.maximum(scale, 1.0)
-    center = start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * scale
+    rows = first + jnp.arange(size if count is None else count, dtype=jnp.float32)
+    center = start + (rows + 0.5) * scale
     sample = jnp.arange(source_size, dtype=jnp.float32)
     distance = (sample[None, :] + 0.5 - center[:, None]) / support
     is_inside = (sample >= start) & (sample < start + length)
@@ -658,7 +671,10 @@ def center_view(
     std: Sequence[float],
     interpolation: Interpolation = "bilinear",
 ) -> Array:
-    """The view of evaluation: the whole image, resized if it is not `size` already, normalised.
+    """The view of evaluation, normalised: nothing is squashed, see `image_preparation`.
+
+    An image of another size is resized, antialiased, until its shorter side is `size`, and its center is
+    cut out. Of a square image that is the whole.
 
     Args:
       image: `[h, w, c]` uint8, or float in [0, 1].
@@ -671,10 +687,57 @@ def center_view(
       `[size, size, c]` float32.
     """
     image = to_float(image)
-    height, width = image.shape[:2]
-    if (height, width) != (size, size):
-        image = resized_crop(image, 0, 0, height, width, size=size, interpolation=interpolation)
+    if image.shape[:2] != (size, size):
+        image = _resample(image, *_square_weights(image, size, interpolation), interpolation)
     return normalize(image, mean=mean, std=std)
+
+
+def cut_levels(image: ArrayLike, *, size: int) -> Array:
+    """The square of an image of whole levels: `image_preparation.cut_square` on the device.
+
+    Pillow's order and its rounding after each direction; a level that lies between two may go to the
+    other of them, 1/255 apart.
+
+    Args:
+      image: `[h, w, c]` uint8.
+      size: pixels a side.
+
+    Returns:
+      `[size, size, c]` uint8.
+    """
+    image = jnp.asarray(image)
+    height, width = image.shape[:2]
+    cut = square_cut(height, width, size)
+    if min(height, width) == size:
+        return image[cut.top : cut.top + size, cut.left : cut.left + size]
+    rows, columns = _square_weights(image, size, "bilinear")
+
+    def rounded(levels: Array) -> Array:
+        return jnp.clip(jnp.floor(levels + 0.5), 0, 255)
+
+    across = jnp.einsum("hwc,jw->hjc", image.astype(jnp.float32), columns, precision="highest")
+    down = jnp.einsum("ih,hjc->ijc", rows, rounded(across), precision="highest")
+    return rounded(down).astype(jnp.uint8)
+
+
+def _square_weights(image: Array, size: int, interpolation: Interpolation) -> tuple[Array, Array]:
+    """Of rows `[size, h]` and of columns `[size, w]`: what `square_cut` keeps of the whole image."""
+    cut = square_cut(*image.shape[:2], size)
+    rows, columns = (
+        _resize_weights(
+            0.0,
+            source,
+            source_size=source,
+            size=resized,
+            interpolation=interpolation,
+            first=first,
+            count=size,
+        )
+        for source, resized, first in zip(
+            image.shape[:2], (cut.height, cut.width), (cut.top, cut.left), strict=True
+        )
+    )
+    return rows, columns
 
 
 def augment(keys: Array, images: ArrayLike, augmentation: ViewAugmentation) -> Array:

@@ -1,4 +1,4 @@
-"""How programs are compiled: those that run once, and those that run networks."""
+"""How programs are compiled: those that run once, those that run networks, and in what precision."""
 
 import functools
 from collections.abc import Callable
@@ -55,6 +55,33 @@ def network_options() -> dict[str, str]:
     if not alone_on_a_cpu():
         return {}
     return {name: value for name, value in _WITHOUT_YNNPACK.items() if _knows(name, value)}
+
+
+def in_single_precision(
+    function: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """Computes in float32 and int32, as JAX does by itself, where the process asked for 64 bits.
+
+    Networks are trained in float32. In a process with `jax_enable_x64`, states would have other types
+    than those that were saved, and samples other bits.
+
+    Args:
+      function: no generator, which would run in the caller's precision.
+
+    Returns:
+      The function.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Entered only where it changes something: programs that were compiled stay as they are.
+        settings: Any = jax.config  # whose names type checkers do not know
+        if not settings.jax_enable_x64:
+            return function(*args, **kwargs)
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def jit_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

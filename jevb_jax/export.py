@@ -8,7 +8,11 @@ TPU with any size of batch, which needs JAX alone:
     exported = jax.export.deserialize(pathlib.Path("exports/digits/model.stablehlo").read_bytes())
     outputs = exported.call(images)     # uint8 [b, h, w, c] -> {"embedding": [b, D], ...}
 
-`read_serving` does the same and checks the file's hash first.
+`read_serving` does the same and checks the file's hash first. Height and width are those of the export
+(`--height`, `--width`): by default those of the images that the network was trained on, as its files were
+read. Images of another size are prepared inside the function as everywhere (`image_preparation`): the
+shorter side is brought to the trained size and the center is cut out, nothing is squashed. For photos of
+many sizes, read each to the default size first, or export once for each size.
 
 ONNX is not written here: the one converter of JAX that is kept, jax2onnx, would bring ONNX's libraries
 and a second translation of every operation to keep tested. It takes `serving_function` as it is, with
@@ -18,6 +22,7 @@ with JAX within 2e-6 on the digits' network, though the runtime warned of shapes
 
 import argparse
 import importlib.metadata
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,13 +31,12 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jevb_jax import archive, augmentations, blueprint, files, messages
+from jevb_jax.compilation import in_single_precision
 from jevb_jax.metrics_log import standard_output, unbroken
-from jevb_jax.model import Model, load
-from jevb_jax.named_arrays import flatten_names
+from jevb_jax.model import Model, load, write_model
 from jevb_jax.networks import Posterior
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -47,17 +51,18 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
 
     Returns:
       `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and of JEVB
-      "posterior_mean" and "posterior_scale", `[b, D]`; float32. As in `Model`, images of another size
-      than the network's are resized whole.
+      "posterior_mean" and "posterior_scale", `[b, D]`; float32. Images of any size are prepared as in
+      `Model`; of those that have to be resized, a level may differ by one of 255 (`cut_levels`).
     """
     view = blueprint.view_augmentations(model.config["augmentation"])[0]
 
+    def center_view(image: Array) -> Array:
+        if model.square_size:
+            image = augmentations.cut_levels(image, size=model.square_size)
+        return augmentations.center_view(image, size=view.size, mean=view.mean, std=view.std)
+
     def serve(images: Array) -> dict[str, Array]:
-        views = jax.vmap(
-            lambda image: augmentations.center_view(
-                image, size=view.size, mean=view.mean, std=view.std
-            )
-        )(images)
+        views = jax.vmap(center_view)(images)
         outputs: Any = model.network.apply(model.variables, views, train=False)
         served = {"embedding": outputs.embedding, "representation": outputs.representation}
         if isinstance(outputs.prediction, Posterior):
@@ -68,6 +73,7 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
     return serve
 
 
+@in_single_precision
 def export_serving(model: Model, *, height: int, width: int) -> bytes:
     """The serving form: StableHLO for every platform, any size of batch.
 
@@ -80,6 +86,7 @@ def export_serving(model: Model, *, height: int, width: int) -> bytes:
       What `jax.export.deserialize` reads.
     """
     (batch,) = jax.export.symbolic_shape("b")
+    height, width = operator.index(height), operator.index(width)
     images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
     exported = jax.export.export(jax.jit(serving_function(model)), platforms=PLATFORMS)(images)
     return bytes(exported.serialize())
@@ -93,32 +100,22 @@ def export_model(
     Args:
       model: of `load`.
       directory: made if it does not exist; an older export in it is replaced.
-      height: of the images that will be served, pixels; the network's own by default.
+      height: of the images that will be served, pixels; by default the model's `square_size`, or its
+        `image_size` where there is none.
       width: likewise.
 
     Raises:
-      ValueError: a size below one pixel, or a directory that holds a run or what was fine-tuned.
+      ValueError: a size below one pixel, or a directory that holds a run, a classifier or a detector.
       ArchiveError: a damaged export is in the way.
     """
-    height = model.image_size if height is None else height
-    width = model.image_size if width is None else width
+    trained = model.square_size or model.image_size
+    height = trained if height is None else operator.index(height)
+    width = trained if width is None else operator.index(width)
     if min(height, width) < 1:
         raise ValueError(f"images of {height} x {width} pixels cannot be served")
     target = files.to_path(directory)
-    if (target / "config.json").exists():
-        raise ValueError(f"{target} holds a run: give another directory for the export")
-    if archive.is_archive(target) and "finetuned" in archive.read_manifest(target):
-        raise ValueError(
-            f"{target} holds a fine-tuned classifier: give another directory for the export"
-        )
-    arrays = {
-        name: np.asarray(leaf)
-        for name, leaf in flatten_names(jax.device_get(model.variables)).items()
-    }
+    archive.check_free(target, kind="export")
     manifest = {
-        "config": model.config,
-        "step": model.step,
-        "recorded_data": model.recorded_data,
         "serving": {
             "file": SERVED,
             "images": ["b", height, width, model.num_channels],
@@ -127,7 +124,7 @@ def export_model(
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     }
     served = export_serving(model, height=height, width=width)
-    archive.write_archive(target, arrays=arrays, manifest=manifest, extra_files={SERVED: served})
+    write_model(model, target, manifest=manifest, extra_files={SERVED: served})
 
 
 def read_serving(directory: str | Path) -> jax.export.Exported:
@@ -154,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
     parser.add_argument("--out", required=True, help="directory of the export")
     parser.add_argument("--step", help='a checkpoint\'s step or "best"; the latest by default')
-    parser.add_argument("--height", type=int, help="of served images, pixels; the network's own")
+    parser.add_argument("--height", type=int, help="of served images, pixels; as trained")
     parser.add_argument("--width", type=int, help="likewise")
     arguments = parser.parse_args(argv)
     step: Any = arguments.step

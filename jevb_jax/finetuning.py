@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 from rich.console import Console
 from safetensors import numpy as safetensors
 
 from jevb_jax import archive, augmentations, data, files, messages, model, schema, training, workers
-from jevb_jax.compilation import network_options
+from jevb_jax.compilation import in_single_precision, network_options
 from jevb_jax.experiment import make_optimizer
 from jevb_jax.metrics_log import standard_output, unbroken
-from jevb_jax.model import Model
-from jevb_jax.named_arrays import flatten_names
+from jevb_jax.model import Images, Model
 
 CLASSIFIER = "classifier.safetensors"
 RESULTS = "results.json"
@@ -47,6 +45,9 @@ class Tuned(NamedTuple):
 class Classifier:
     """A fine-tuned encoder and its classifier, of `load_classifier`.
 
+    Images are prepared as those of the fine-tuning, by the size to which its `data.image_size` had them
+    read: see `Model`. Classifiers can be pickled.
+
     Attributes:
       model: the encoder. Where it was tuned whole, only `represent` has a meaning: projector and head
         belong to the encoder as it was before.
@@ -54,11 +55,25 @@ class Classifier:
     """
 
     def __init__(self, encoder: Model, arrays: Mapping[str, np.ndarray]):
-        """Takes the arrays `feature_mean`, `feature_std`, `kernel` and `bias`."""
+        """Takes the arrays `feature_mean`, `feature_std`, `kernel` and `bias`.
+
+        Raises:
+          ValueError: other arrays, or shapes that do not fit each other.
+        """
+        shapes = {name: np.shape(array) for name, array in arrays.items()}
+        if set(shapes) != {"feature_mean", "feature_std", "kernel", "bias"}:
+            raise ValueError(
+                "a classifier holds feature_mean, feature_std, kernel and bias, got "
+                f"{sorted(shapes)}"
+            )
+        features, classes = shapes["feature_mean"], shapes["bias"]
+        if shapes["feature_std"] != features or shapes["kernel"] != features + classes:
+            raise ValueError(f"the arrays of a classifier do not fit each other: {shapes}")
         self.model = encoder
         self.arrays = arrays
 
-    def logits(self, images: ArrayLike) -> np.ndarray:
+    @in_single_precision
+    def logits(self, images: Images) -> np.ndarray:
         """Class logits.
 
         Args:
@@ -71,11 +86,12 @@ class Classifier:
         standardised = standardised / self.arrays["feature_std"]
         return standardised @ self.arrays["kernel"] + self.arrays["bias"]
 
-    def predict(self, images: ArrayLike) -> np.ndarray:
+    def predict(self, images: Images) -> np.ndarray:
         """Most likely classes, `[N]`, or `[]` of one image."""
         return self.logits(images).argmax(axis=-1)
 
 
+@in_single_precision
 def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
     """Loads what `finetune` wrote.
 
@@ -92,9 +108,13 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
     encoder = model.load(directory)
     path = files.to_path(directory)
     content = archive.read_file(path, archive.read_manifest(path), CLASSIFIER)
-    return Classifier(encoder, safetensors.load(content))
+    try:
+        return Classifier(encoder, safetensors.load(content))
+    except ValueError as error:
+        raise archive.ArchiveError(f"{path / CLASSIFIER}: {error}") from error
 
 
+@in_single_precision
 def finetune(
     config: dict[str, Any], workdir: str | os.PathLike[str], *, console: Console | None = None
 ) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def finetune(
         init["workdir"],
         None if init["step"] < 0 else init["step"],
         batch_size=config["evaluation"]["batch_size"],
-    )
+    ).with_square_size(config["data"]["image_size"])
     dataset = data.load_dataset(**config["data"])
     for part in dataset[:3]:  # read once more at the end: refused before the training
         if part is not None and part.labels is None:
@@ -140,17 +160,11 @@ def finetune(
         _check_new(path)  # again: another process may have just ended there
         classifier, accuracies = _train(config, encoder, dataset, console)
         results = _results(config, dataset, classifier, accuracies)
-        variables = jax.device_get(classifier.model.variables)
         check_held()
-        archive.write_archive(
+        model.write_model(
+            classifier.model,
             path,
-            arrays={name: np.asarray(x) for name, x in flatten_names(variables).items()},
-            manifest={
-                "config": encoder.config,
-                "step": encoder.step,
-                "recorded_data": encoder.recorded_data,
-                "finetuned": config,
-            },
+            manifest={"finetuned": config},
             extra_files={
                 CLASSIFIER: safetensors.save(dict(classifier.arrays)),
                 RESULTS: files.indented_json(results).encode(),

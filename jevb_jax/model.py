@@ -1,32 +1,45 @@
 """A trained model in three lines: `model = jevb_jax.load("runs/x")`, then `model.embed(images)`.
 
 Reads a run directory of `train.py` or a directory of `jevb_jax.export`; the second needs none of the
-libraries of training. Weights are checked against what was saved, bit by bit; nothing is pickled.
+libraries of training. Weights are checked against what was saved, bit by bit; no file holds a pickle. A
+model, and a detector of it, can be pickled by those who send them to other processes.
 """
 
 import dataclasses
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import numpy as safetensors
 
 from jevb_jax import archive, blueprint, data, data_record, files
-from jevb_jax.evaluation import ood, ood_protocol
+from jevb_jax.compilation import in_single_precision
+from jevb_jax.evaluation import ood, ood_protocol, saved_scores
 from jevb_jax.evaluation.features import FeatureExtractor, Features
+from jevb_jax.image_inputs import GivenImages, check_images, in_order, prepared
+from jevb_jax.image_preparation import cut_square
 from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
 from jevb_jax.networks import Posterior
 
 _T = TypeVar("_T")
 _PROGRESS_AFTER_SECONDS = 3.0
+DETECTOR = "detector.safetensors"
+# Images as `Model` takes them: arrays, Pillow pictures, and lists or iterators of either.
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Images = ArrayLike | Iterable[Any] | Image
+else:  # without Pillow, which only those who give pictures need
+    Images = ArrayLike | Iterable[Any]
 
 
 class GaussianPosterior(NamedTuple):
@@ -45,16 +58,29 @@ class Model:
     """A trained encoder, asked for images.
 
     Everywhere, `images` are `[N, h, w, c]`, or one image `[h, w, c]`, whose answer then has no first
-    axis; uint8, or floating point in [0, 1]. Any `h` and `w`: an image that is not `image_size`
-    pixels a side is resized to it as the evaluation does, whole and antialiased, without a crop and
-    without keeping the ratio of its sides. Grey images are repeated to the network's channels.
+    axis; a Pillow picture; or a list, a tuple or an iterator of images `[h, w, c]` and pictures, which
+    may differ in size. Arrays, of NumPy, JAX or whatever NumPy reads, are uint8, or floating point in
+    [0, 1]; what lies beyond by a rounding, 0.001 or one step of a coarser type, is clipped. Other
+    integers are taken as levels of 0 to 255, booleans as black and white. Grey images are repeated to
+    the network's channels. Pictures are decoded as the run's files were, whatever their mode, as long
+    as it has 8 bits a channel.
+
+    Any `h` and `w`. An image is prepared as those that the network was trained and evaluated on. Where
+    the run's images were read to a size (`data.image_size`), its shorter side is brought to that size
+    and the center square is cut out (`image_preparation`), to the same pixels as of a file. An image of
+    that size, and every image where there is none, goes as it is to the view of evaluation, which brings
+    the shorter side to `image_size` and takes the center. Nothing is squashed.
 
     Many images go through in padded batches of one size, so that each size and type of image is
-    compiled once; fewer than a batch are padded to a power of two. A bar is shown on a terminal once
-    it has taken a few seconds. Work is done on the first device of the process.
+    compiled once; fewer than a batch are padded to a power of two. What is said of an image depends
+    neither on its place nor on the images beside it, but for rounding. A bar is shown on a terminal once
+    it has taken a few seconds. Work is done on the first device of the process, in float32 even where
+    the process enabled 64 bits. Models can be pickled and copied: weights and settings travel, not what
+    was compiled or fitted.
 
-    Wrong images raise: TypeError for another type than the above; ValueError for a wrong number of
-    axes or channels, for none at all, for NaN, and for values out of [0, 1].
+    Wrong images raise: TypeError for what is neither numbers nor pictures, and for levels of an unclear
+    depth (16 bits, integers of 0 and 1); ValueError for a wrong number of axes or channels, for none at
+    all, for NaN, and for values out of the range.
 
     Attributes:
       config: of the run, plain values.
@@ -62,17 +88,20 @@ class Model:
       variables: parameters and running statistics, for use with `network.apply`.
       network: the Flax module.
       image_size: pixels a side that the network sees.
+      square_size: pixels a side of the square that is cut out of images before the view, 0 for none.
       num_channels: of its images.
       recorded_data: what the run remembers of its data (`data_record.read`), or None.
     """
 
+    @in_single_precision
     def __init__(
         self,
         config: dict[str, Any],
         variables: Any,
         *,
-        step: int,
-        batch_size: int | None = None,
+        step: SupportsIndex,
+        batch_size: SupportsIndex | None = None,
+        square_size: SupportsIndex | None = None,
         recorded_data: Mapping[str, Any] | None = None,
     ):
         """Prepares the forward pass; `load` is the usual way here.
@@ -82,26 +111,39 @@ class Model:
           variables: parameters and running statistics.
           step: that they are from.
           batch_size: images at a time; the config's `evaluation.batch_size` by default.
+          square_size: see the class; the config's `data.image_size` by default.
           recorded_data: of `data_record.read`, that the run's own data are held to.
 
         Raises:
-          ValueError: a batch size below one.
+          ValueError: a batch size below one, or numbers that are not whole.
         """
         self.config = config
-        self.step = step
+        self.step = _whole_number("step", step)
         self.network = blueprint.make_network(config)
         self._view = blueprint.view_augmentations(config["augmentation"])[0]
         self.image_size = self._view.size
         self.num_channels = len(self._view.mean)
-        self._batch_size = config["evaluation"]["batch_size"] if batch_size is None else batch_size
+        self.square_size = _whole_number(
+            "square_size", config["data"]["image_size"] if square_size is None else square_size
+        )
+        self._batch_size = _whole_number(
+            "batch_size", config["evaluation"]["batch_size"] if batch_size is None else batch_size
+        )
         if self._batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self._batch_size}")
+        if self.square_size < 0:
+            raise ValueError(f"square_size must be at least 0, got {self.square_size}")
         self.variables = jax.device_put(variables, jax.local_devices()[0])
         self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
         self._fit_features: dict[bool, Features] = {}
         self._scorers: dict[str, ood_protocol.ScoreFunction] = {}
         self._dataset: data.Dataset | None = None
         self.recorded_data = recorded_data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Neither devices nor compiled programs travel.
+        state = self.config, jax.device_get(self.variables), self.step, self._batch_size
+        return _model_again, (*state, self.square_size, self.recorded_data)
 
     def __repr__(self) -> str:
         return (
@@ -118,22 +160,39 @@ class Model:
         Returns:
           A model that shares what was compiled and nothing that was fitted.
         """
+        return self._like(variables, self.square_size)
+
+    def with_square_size(self, square_size: int) -> "Model":
+        """The same model for images that were read to another size than the run's.
+
+        Args:
+          square_size: pixels a side of the square that is cut out of every image, 0 for none.
+
+        Returns:
+          A model that shares what was compiled and nothing that was fitted.
+        """
+        return self._like(self.variables, square_size)
+
+    def _like(self, variables: Any, square_size: int) -> "Model":
         other = Model(
             self.config,
             variables,
             step=self.step,
             batch_size=self._batch_size,
+            square_size=square_size,
             recorded_data=self.recorded_data,
         )
         other._extractors = self._extractors
         return other
 
     @property
+    @in_single_precision
     def extractor(self) -> FeatureExtractor:
         """All plain features of a source at once, in batches of `batch_size`; see its class."""
         return self._extractor(self._batch_size, False)
 
-    def embed(self, images: ArrayLike) -> np.ndarray:
+    @in_single_precision
+    def embed(self, images: Images) -> np.ndarray:
         """The projector's output, over which JEVB's likelihood is a density.
 
         Args:
@@ -144,7 +203,8 @@ class Model:
         """
         return self._map(images, lambda features: features.embedding)
 
-    def represent(self, images: ArrayLike) -> np.ndarray:
+    @in_single_precision
+    def represent(self, images: Images) -> np.ndarray:
         """The backbone's pooled output, for k-NN, linear probes and transfer.
 
         Args:
@@ -155,7 +215,8 @@ class Model:
         """
         return self._map(images, lambda features: features.representation)
 
-    def posterior(self, images: ArrayLike) -> GaussianPosterior:
+    @in_single_precision
+    def posterior(self, images: Images) -> GaussianPosterior:
         """What the model believes of the latent given an image.
 
         Args:
@@ -178,13 +239,15 @@ class Model:
 
         return self._map(images, parameters)
 
+    @in_single_precision
     def ood_score(
-        self, images: ArrayLike, score: str | None = None, *, fit_images: ArrayLike | None = None
+        self, images: Images, score: str | None = None, *, fit_images: Images | None = None
     ) -> np.ndarray:
         """How strange images are; larger is more out of distribution.
 
         The scores of docs/ood.md that need no labels, as `evaluate.py` computes them. JEVB's terms
-        sample views and latents: the draw depends on an image's place among `images`.
+        sample views and latents: one draw serves all images, so that a score is a function of the image
+        and of nothing else.
 
         Args:
           images: see the class.
@@ -203,19 +266,21 @@ class Model:
         name = self._checked_score(score)
         checked = self._checked_images(images)  # before a fit that may take long
         scorer = self._scorer(name, fit_images)
-        return self._map_checked(*checked, lambda features: _apply(scorer, features), of=name)
+        return self._score_checked(checked, name, scorer)
 
+    @in_single_precision
     def score_names(self) -> list[str]:
         """Names for `ood_score` and `detector`."""
         return sorted(self._fits(self._unfitted()))
 
+    @in_single_precision
     def detector(
         self,
         false_alarm_rate: float = 0.05,
         score: str | None = None,
         *,
-        fit_images: ArrayLike | None = None,
-        calibration_images: ArrayLike | None = None,
+        fit_images: Images | None = None,
+        calibration_images: Images | None = None,
     ) -> "Detector":
         """A detector of strange images, with a threshold by split conformal prediction.
 
@@ -231,19 +296,24 @@ class Model:
             run's validation split.
 
         Returns:
-          The detector.
+          The detector, which can be saved.
 
         Raises:
           ValueError: fewer than `1 / false_alarm_rate - 1` calibration images; and as `ood_score`.
         """
         name = self._checked_score(score)
-        scorer = self._scorer(name, fit_images)
-
-        def score_of(images: ArrayLike) -> np.ndarray:
-            return self._map(images, lambda features: _apply(scorer, features), of=name)
-
+        rate = float(false_alarm_rate)
+        checked: GivenImages | None = None
+        source: Any = None
         if calibration_images is None:
             source = self._data("calibration_images").validation
+        else:
+            checked = self._checked_images(calibration_images)
+        # What cannot have a threshold is known before the fit.
+        count = len(source) if checked is None else checked.num_images
+        ood.conformal_threshold(np.zeros(count), rate)
+        scorer = self._scorer(name, fit_images)
+        if checked is None:
             extract = self._extractor(self._batch_size, ood_protocol.needs_terms(name))
             parts = [
                 np.asarray(_apply(scorer, features))[mask]
@@ -251,9 +321,8 @@ class Model:
             ]
             calibration = np.concatenate(parts)
         else:
-            calibration = np.atleast_1d(score_of(calibration_images))
-        threshold = ood.conformal_threshold(calibration, false_alarm_rate)
-        return Detector(score_of, name, false_alarm_rate, threshold)
+            calibration = np.atleast_1d(self._score_checked(checked, name, scorer))
+        return Detector(self, scorer, name, rate, ood.conformal_threshold(calibration, rate))
 
     # --- Scores ---
 
@@ -277,7 +346,7 @@ class Model:
             )
         return score
 
-    def _scorer(self, name: str, fit_images: ArrayLike | None) -> ood_protocol.ScoreFunction:
+    def _scorer(self, name: str, fit_images: Images | None) -> ood_protocol.ScoreFunction:
         """A score, fitted if it has to be."""
         if not ood_protocol.is_fitted(name):
             if fit_images is not None:
@@ -285,8 +354,8 @@ class Model:
             return self._fits(self._unfitted())[name]()
         has_terms = ood_protocol.needs_terms(name)
         if fit_images is not None:
-            images, is_single = self._checked_images(fit_images)
-            if is_single:
+            images = self._checked_images(fit_images)
+            if images.is_single:
                 raise ValueError("fit_images must be [N, h, w, c], got one image")
             return self._fits(self._run(images, lambda features: features, has_terms))[name]()
         if name not in self._scorers:
@@ -316,39 +385,8 @@ class Model:
 
     # --- Images ---
 
-    def _checked_images(self, images: ArrayLike) -> tuple[np.ndarray, bool]:
-        """`[N, h, w, c]` uint8, or floating point in [0, 1], and whether it was one image."""
-        try:
-            values = np.asarray(images)
-        except ValueError as error:
-            raise ValueError(f"images must all have one size and type: {error}") from error
-        is_float = jnp.issubdtype(values.dtype, jnp.floating)
-        if values.dtype != np.uint8 and not is_float:
-            raise TypeError(f"images must be uint8, or float in [0, 1], got {values.dtype}")
-        if values.ndim not in (3, 4):
-            raise ValueError(
-                "images must be [N, h, w, c], or one image [h, w, c], got shape "
-                f"{values.shape}; grey images need an axis of one channel: images[..., None]"
-            )
-        if values.size == 0:
-            raise ValueError(f"there are no pixels in images of shape {values.shape}")
-        if values.shape[-1] not in (1, self.num_channels):
-            channels = "1" if self.num_channels == 1 else f"1 or {self.num_channels}"
-            raise ValueError(
-                f"images must have {channels} channels, the last axis, got shape {values.shape}"
-            )
-        if is_float:
-            low, high = float(values.min()), float(values.max())
-            if np.isnan(low):
-                count = int(np.sum(np.isnan(values)))
-                raise ValueError(f"images hold NaN in {count:,} of {values.size:,} values")
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"float images must lie in [0, 1], got [{low:.4g}, {high:.4g}]: give pixels of 0 "
-                    "to 255 as uint8 or divide them by 255; do not normalise them, the model does"
-                )
-        is_single = values.ndim == 3
-        return (values[None] if is_single else values), is_single
+    def _checked_images(self, images: Images) -> GivenImages:
+        return check_images(images, num_channels=self.num_channels, square_size=self.square_size)
 
     def _extractor(self, batch_size: int, has_terms: bool) -> FeatureExtractor:
         """The forward pass of a size of batch, compiled on first use."""
@@ -372,32 +410,75 @@ class Model:
             )
         return self._extractors[key]
 
-    def _map(self, images: ArrayLike, output: Callable[[Features], Any], *, of: str = "") -> Any:
-        """`output` of the features of every image, on the host; `of` is the name of a score."""
-        return self._map_checked(*self._checked_images(images), output, of=of)
+    def _map(self, images: Images, output: Callable[[Features], Any]) -> Any:
+        """`output` of the plain features of every image, on the host."""
+        return self._map_checked(self._checked_images(images), output, has_terms=False)
+
+    def _score_checked(
+        self, images: GivenImages, name: str, scorer: ood_protocol.ScoreFunction
+    ) -> np.ndarray:
+        def scores(features: Features) -> Array:
+            return _apply(scorer, features)
+
+        return self._map_checked(images, scores, has_terms=ood_protocol.needs_terms(name))
 
     def _map_checked(
-        self, images: np.ndarray, is_single: bool, output: Callable[[Features], Any], *, of: str
+        self, images: GivenImages, output: Callable[[Features], Any], *, has_terms: bool
     ) -> Any:
-        whole = self._run(images, output, ood_protocol.needs_terms(of))
-        return jax.tree.map(lambda x: x[0], whole) if is_single else whole
+        whole = self._run(images, output, has_terms)
+        return jax.tree.map(lambda x: x[0], whole) if images.is_single else whole
 
-    def _run(self, images: np.ndarray, output: Callable[[Features], _T], has_terms: bool) -> _T:
-        count = len(images)
+    def _run(self, images: GivenImages, output: Callable[[Features], _T], has_terms: bool) -> _T:
+        if len(images.stacks) > 1 and not has_terms:
+            return self._run_views(images, output)
+        # Augmented views are cut out of an image as it is, and so every size has a program of its own.
+        parts = [
+            self._run_batches(
+                lambda start, stop, stack=stack: prepared(stack[start:stop], self.square_size),
+                len(stack),
+                output,
+                has_terms,
+            )
+            for stack in images.stacks
+        ]
+        return in_order(parts, images.rows, jax.tree.map)
+
+    def _run_views(self, images: GivenImages, output: Callable[[Features], _T]) -> _T:
+        """Images of many sizes, brought to the view's on the host: one program for all."""
+        places = np.argsort(np.concatenate(images.rows))
+        flat = [image for stack in images.stacks for image in stack]
+
+        def batch(start: int, stop: int) -> np.ndarray:
+            views = []
+            for place in places[start:stop]:
+                image = prepared(flat[place][None], self.square_size)[0]
+                if image.dtype == np.uint8:
+                    image = image.astype(np.float32) / 255
+                image = np.broadcast_to(image, (*image.shape[:2], self.num_channels))
+                views.append(cut_square(image, self.image_size))
+            return np.stack(views)
+
+        return self._run_batches(batch, len(flat), output, False)
+
+    def _run_batches(
+        self,
+        batch_of: Callable[[int, int], np.ndarray],
+        count: int,
+        output: Callable[[Features], _T],
+        has_terms: bool,
+    ) -> _T:
         size = min(self._batch_size, 1 << (count - 1).bit_length())
         extract = self._extractor(size, has_terms)
 
         def outputs() -> Iterator[tuple[_T, int]]:
             for first in range(0, count, size):
-                batch = images[first : first + size]
-                if batch.dtype != np.uint8:
-                    batch = batch.astype(np.float32)
+                batch = batch_of(first, min(first + size, count))
                 missing = size - len(batch)
                 if missing:
                     batch = np.concatenate(
                         [batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)]
                     )
-                yield output(extract.of_batch(self.variables, batch, first)), size - missing
+                yield output(extract.of_batch(self.variables, batch)), size - missing
 
         parts: list[Any] = []
         for part, rows in _with_progress(_one_ahead(outputs()), total=-(-count // size)):
@@ -405,32 +486,111 @@ class Model:
         return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
+def _model_again(
+    config: dict[str, Any],
+    variables: Any,
+    step: int,
+    batch_size: int,
+    square_size: int,
+    recorded_data: Mapping[str, Any] | None,
+) -> Model:
+    return Model(
+        config,
+        variables,
+        step=step,
+        batch_size=batch_size,
+        square_size=square_size,
+        recorded_data=recorded_data,
+    )
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """An int, of NumPy's and JAX's integers too, and of floats that pandas made of integers."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return int(value)
+    number: Any = value
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(number)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Detector:
     """Says which images are out of distribution; of `Model.detector`.
 
+    It can be pickled, and saved without a pickle: `save` and `jevb_jax.load_detector`.
+
     Attributes:
-      score: images, as `Model` takes them, to scores `[N]`; larger is stranger.
+      model: whose features are scored.
+      scorer: of features, fitted.
       score_name: of it.
       false_alarm_rate: the share of in-distribution images that may be called strange.
       threshold: scores above it are alarms.
     """
 
-    score: Callable[[ArrayLike], np.ndarray]
+    model: Model
+    scorer: ood_protocol.ScoreFunction
     score_name: str
     false_alarm_rate: float
     threshold: float
 
-    def is_outside(self, images: ArrayLike) -> np.ndarray:
+    @in_single_precision
+    def score(self, images: Images) -> np.ndarray:
+        """How strange images are.
+
+        Args:
+          images: see `Model`.
+
+        Returns:
+          `[N]`, or `[]` of one image; larger is stranger.
+        """
+        checked = self.model._checked_images(images)
+        return self.model._score_checked(checked, self.score_name, self.scorer)
+
+    def is_outside(self, images: Images) -> np.ndarray:
         """Which images are called out of distribution.
 
         Args:
           images: see `Model`.
 
         Returns:
-          bool `[N]`, or `[]` of one image; true of a score that is no finite number.
+          bool `[N]`, or `[]` of one image. A score that is not a finite number is an alarm.
         """
         return ood.exceeds(self.score(images), self.threshold)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the detector with its model, for `load_detector`.
+
+        The archive form of an export, with `detector.safetensors` beside the weights. `jevb_jax.load`
+        reads the model alone from it.
+
+        Args:
+          directory: here or in an object store; made if it does not exist; an older detector in it is
+            replaced.
+
+        Raises:
+          ValueError: a directory that holds a run, an export or a classifier.
+          TypeError: a score that is not one of `Model.score_names`.
+        """
+        target = files.to_path(directory)
+        archive.check_free(target, kind="detector")
+        description, arrays = saved_scores.describe(self.scorer)
+        arrays["threshold"] = np.asarray(self.threshold, np.float64)
+        write_model(
+            self.model,
+            target,
+            manifest={
+                "detector": {
+                    "score": self.score_name,
+                    "false_alarm_rate": self.false_alarm_rate,
+                    "scorer": description,
+                }
+            },
+            extra_files={DETECTOR: safetensors.save(arrays)},
+        )
 
 
 @jax.jit
@@ -471,9 +631,10 @@ def _with_progress(
 # --- Loading --------------------------------------------------------------------------------------
 
 
+@in_single_precision
 def load(
     path: str | os.PathLike[str],
-    step: int | Literal["best"] | None = None,
+    step: SupportsIndex | Literal["best"] | None = None,
     *,
     batch_size: int | None = None,
 ) -> Model:
@@ -525,6 +686,7 @@ def _checked_config(config: dict[str, Any], where: Path) -> None:
         ) from error
 
 
+@in_single_precision
 def variable_shapes(config: Mapping[str, Any]) -> Any:
     """Parameters and running statistics of a config's networks, as shapes and types."""
     network = blueprint.make_network(config)
@@ -544,21 +706,97 @@ def _load_archive(directory: Path, batch_size: int | None) -> Model:
     problems = differences(arrays, flatten_names(wanted), where="export")
     if problems:
         raise archive.ArchiveError(f"{directory} does not fit its config:\n" + "\n".join(problems))
-    variables = unflatten_names(arrays, wanted)
     return Model(
         config,
-        variables,
+        unflatten_names(arrays, wanted),
         step=manifest["step"],
         batch_size=batch_size,
+        square_size=_saved_square_size(manifest),
         recorded_data=manifest.get("recorded_data"),  # of exports from before it, there is none
     )
 
 
-def _load_run(directory: Path, step: int | str | None, batch_size: int | None) -> Model:
+def _saved_square_size(manifest: Mapping[str, Any]) -> int:
+    """That of the images which the weights were last trained on."""
+    if "square_size" in manifest:
+        return manifest["square_size"]
+    # Before it was written: a fine-tuned encoder has seen the images of its own data.
+    return manifest.get("finetuned", manifest["config"])["data"]["image_size"]
+
+
+def write_model(
+    model: Model,
+    directory: Path,
+    *,
+    manifest: Mapping[str, Any],
+    extra_files: Mapping[str, bytes],
+) -> None:
+    """Writes the archive form of a model, which `load` reads.
+
+    Args:
+      model: to be written.
+      directory: see `archive.write_archive`.
+      manifest: what else it says.
+      extra_files: contents of further files by name.
+    """
+    variables = flatten_names(jax.device_get(model.variables))
+    archive.write_archive(
+        directory,
+        arrays={name: np.asarray(leaf) for name, leaf in variables.items()},
+        manifest={
+            "config": model.config,
+            "step": model.step,
+            "square_size": model.square_size,
+            "recorded_data": model.recorded_data,
+            **manifest,
+        },
+        extra_files=extra_files,
+    )
+
+
+@in_single_precision
+def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None = None) -> Detector:
+    """Loads what `Detector.save` wrote, as strictly as `load`.
+
+    Args:
+      directory: here or in an object store.
+      batch_size: images at a time; the config's `evaluation.batch_size` by default.
+
+    Returns:
+      The detector: the same scores and verdicts, but for rounding.
+
+    Raises:
+      FileNotFoundError: nothing was saved there.
+      ArchiveError: no detector, one that is damaged, or one of another version.
+    """
+    path = files.to_path(directory)
+    if not archive.is_archive(path):
+        raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: Detector.save writes it")
+    manifest = archive.read_manifest(path)
+    if "detector" not in manifest:
+        raise archive.ArchiveError(
+            f"{path} holds a model without a detector: Detector.save writes one"
+        )
+    saved = manifest["detector"]
+    arrays = safetensors.load(archive.read_file(path, manifest, DETECTOR))
+    model = _load_archive(path, batch_size)
+    try:
+        threshold = float(arrays.pop("threshold"))
+        scorer = saved_scores.rebuild(saved["scorer"], arrays)
+        return Detector(model, scorer, saved["score"], saved["false_alarm_rate"], threshold)
+    except (KeyError, saved_scores.SavedScoreError) as error:
+        raise archive.ArchiveError(
+            f"the detector in {path} is not one of this version: {error}"
+        ) from error
+
+
+def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     # Orbax and Optax, which an export does without.
     from jevb_jax.checkpoints import Checkpointer, CheckpointError
     from jevb_jax.experiment import state_shapes
 
+    if step is not None and not isinstance(step, str):
+        step = _whole_number("step", step)
     saved = files.read_json(directory / "config.json")
     config = blueprint.completed_config(saved)
     _checked_config(config, directory)
@@ -588,7 +826,7 @@ def _load_run(directory: Path, step: int | str | None, batch_size: int | None) -
             if restored is None:
                 raise CheckpointError(f"{directory} holds no checkpoint: train first")
             found, state = restored
-        elif isinstance(step, int) and step in steps:
+        elif step in steps:
             found, state = step, checkpointer.restore(step, template)
         else:
             raise CheckpointError(f'{directory} has checkpoints {steps}, not {step!r}; or "best"')

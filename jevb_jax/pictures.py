@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-# Above as many pixels Pillow itself warns of a decompression bomb.
-MAX_PIXELS = 89_478_485
+from jevb_jax.image_preparation import MAX_PIXELS, cut_picture
 
 # Endings by Pillow's format. A fixed list: were it Pillow's own, the images of a folder, and with them
 # order and splits, would follow from its version. Without vector graphics, films and icons.
@@ -73,9 +72,7 @@ def read(
     Args:
         file: its path or content.
         mode: `RGB`, or `L` for grey.
-        image_size: side of the square that is made of it: the shorter side is brought to this by
-            Pillow's antialiased bilinear filter, then the center is cut out, as torchvision does. 0
-            keeps the size.
+        image_size: side of the square that is cut out of it (`image_preparation`), 0 for none.
         max_pixels: a picture of more is refused before it is decoded. Above Pillow's own limit,
             that is raised to it, for the process.
         where: what to call the picture in messages.
@@ -118,7 +115,9 @@ def picture_pixels(
     try:
         image.load()
         upright = _upright(_opaque(image, mode), _orientation(image))
-        pixels = np.asarray(_square(upright, image_size, max_pixels), np.uint8)
+        if image_size:
+            upright = cut_picture(upright, image_size, max_pixels=max_pixels)
+        pixels = np.asarray(upright, np.uint8)
     except _DAMAGED as error:
         raise ValueError(f"cannot read {where}: {error}") from error
     except MemoryError as error:
@@ -229,29 +228,6 @@ def _opaque(image: Any, mode: str) -> Any:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert(mode)
-
-
-def _square(image: Any, side: int, max_pixels: int) -> Any:
-    from PIL.Image import Resampling
-
-    if not side:
-        return image
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter != side:
-        # The shorter side is exact, the longer is cut to an integer.
-        scaled_width, scaled_height = width * side // shorter, height * side // shorter
-        left, top = round((scaled_width - side) / 2), round((scaled_height - side) / 2)
-        if scaled_width * scaled_height > max_pixels:
-            # A thin picture, which is small itself: only what is cut out is computed. (Not always:
-            # Pillow keeps the box in single precision, which may move a level by one.)
-            across, down = width / scaled_width, height / scaled_height
-            box = (left * across, top * down, (left + side) * across, (top + side) * down)
-            return image.resize((side, side), Resampling.BILINEAR, box=box)
-        width, height = scaled_width, scaled_height
-        image = image.resize((width, height), Resampling.BILINEAR)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
 
 
 # --- Folders ---

@@ -41,6 +41,7 @@ from jevb_jax import (
     workers,
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
+from jevb_jax.compilation import in_single_precision
 from jevb_jax.evaluation import protocol, readiness
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
@@ -793,6 +794,7 @@ def _started_from(state: training.TrainState, variables: dict[str, Any]) -> trai
     )
 
 
+@in_single_precision
 def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = None) -> bool:
     """Trains, or resumes, the run of `config` in `workdir`, and evaluates it at the end.
 
@@ -997,6 +999,7 @@ def _write_results(
     console.print(f"Every number: results{suffix}.csv; the page: report{suffix}.html")
 
 
+@in_single_precision
 def evaluate(
     config: ConfigDict, workdir: str | Path, *, step: int | None, console: Console | None = None
 ) -> dict[str, Any]:
@@ -1052,6 +1055,7 @@ def evaluate(
     return results
 
 
+@in_single_precision
 def evaluate_on(
     config: ConfigDict,
     section: ConfigDict,
@@ -1088,12 +1092,15 @@ def evaluate_on(
     schema.check_data_section(to_json_values(section))
     evaluation = to_json_values(config)["evaluation"]
     loaded = model.load(workdir, step)
-    dataset = data.load_dataset(**to_json_values(section))
+    described = to_json_values(section)
+    if described["source"] in ("folder", "tfds") and not described["image_size"]:
+        described["image_size"] = loaded.square_size  # photos are cut as the encoder's own were
+    dataset = data.load_dataset(**described)
     with parallel.StopRequest() as stop, stop.interrupting():
         results = protocol.evaluate_transfer(
             evaluation, loaded.extractor, loaded.variables, dataset
         )
-    results |= {"step": loaded.step, "data": to_json_values(section), "evaluation": evaluation}
+    results |= {"step": loaded.step, "data": described, "evaluation": evaluation}
     made_of = {name: results[name] for name in ("step", "data", "evaluation")}
     results["settings_sha256"] = files.json_sha256(made_of)
     name = re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset.train.name).name).strip("_")

@@ -15,9 +15,10 @@ from jevb_jax.experiment import to_json_values
 from jevb_jax.model import Model, load
 
 
-def small_model(method: str = "jevb", **model: Any) -> Model:
+def small_model(method: str = "jevb", *, square_size: int = 0, **model: Any) -> Model:
     config: Any = digits_config.get_config()
     config.method = method
+    config.data.image_size = square_size
     config.model.width = 4
     config.model.projector_hidden_dims = (16,)
     config.model.embedding_dim = 8
@@ -70,6 +71,43 @@ def test_served_function_equals_the_model_on_real_digits_for_any_batch(exported)
     np.testing.assert_array_equal(
         plain.call(images[:3])["embedding"], served.call(images[:3])["embedding"]
     )
+
+
+def test_photos_are_served_as_the_model_sees_them(tmp_path):
+    # Read to 12 pixels and seen at 8, as 256 and 224 are.
+    model = small_model(square_size=12)
+    y, x = np.mgrid[:20, :33]
+    photo = np.rint(127.5 + 127 * np.sin(x / 3) * np.cos(y / 4)).astype(np.uint8)[None, ..., None]
+    height, width = np.int64(20), np.asarray(33)
+    export.export_model(model, tmp_path / "x", height=height, width=width)  # pyright: ignore[reportArgumentType]
+    embedded = model.embed(photo)
+    served: Any = export.read_serving(tmp_path / "x").call(photo)
+    difference = np.linalg.norm(served["embedding"] - embedded) / np.linalg.norm(embedded)
+    assert difference < 1e-2  # a level between two may be the other
+    squashed = model.with_square_size(0).embed(photo[:, :, ::2])
+    assert np.linalg.norm(squashed - embedded) / np.linalg.norm(embedded) > 0.05
+    # The archive remembers the size that its photos are read to, also where it is not the config's.
+    np.testing.assert_allclose(load(tmp_path / "x").embed(photo), embedded, rtol=1e-5, atol=1e-5)
+    model_module.write_model(
+        model.with_square_size(16), tmp_path / "y", manifest={}, extra_files={}
+    )
+    assert load(tmp_path / "y").square_size == 16
+    finetuned = {"config": model.config, "finetuned": {"data": {"image_size": 20}}}
+    assert model_module._saved_square_size(finetuned) == 20
+    assert model_module._saved_square_size({"config": model.config}) == 12
+
+
+def test_an_export_is_made_and_loaded_in_a_process_of_64_bits(exported, tmp_path):
+    model, directory = exported
+    images = data.digits().images[:5]
+    expected = model.embed(images)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(load(directory).embed(images), expected, rtol=1e-5, atol=1e-6)
+        served: Any = export.read_serving(directory).call(images)
+        assert served["embedding"].dtype == np.float32
+        shapes = {str(leaf.dtype) for leaf in jax.tree.leaves(load(directory).variables)}
+        assert shapes == {"float32"}
+    np.testing.assert_allclose(served["embedding"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_archive_is_the_model(exported):

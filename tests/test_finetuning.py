@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from configs import digits as digits_config
@@ -113,6 +115,104 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
     unlabelled = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="needs labels"):
         finetuning._labelled(unlabelled)
+
+
+def classifier_of(encoder: Model) -> finetuning.Classifier:
+    random = np.random.default_rng(0)
+    size = encoder.represent(np.zeros((1, 8, 8, 1), np.uint8)).shape[1]
+    arrays = {
+        "feature_mean": np.zeros(size, np.float32),
+        "feature_std": np.ones(size, np.float32),
+        "kernel": random.normal(size=(size, 10)).astype(np.float32),
+        "bias": np.zeros(10, np.float32),
+    }
+    return finetuning.Classifier(encoder, arrays)
+
+
+def test_a_classifier_sees_photos_as_its_own_data_were_read(encoder, tmp_path):
+    """The encoder's own data were stored images; the classifier's were read to 12 pixels."""
+    y, x = np.mgrid[:24, :50]
+    photo = np.rint(127.5 + 127 * np.sin(x / 5) * np.cos(y / 4)).astype(np.uint8)[..., None]
+    Image.fromarray(photo[..., 0]).save(tmp_path / "x.png")
+    seen = data.FolderSource(tmp_path, image_size=12)[0][..., :1]
+    classifier = classifier_of(load(encoder).with_square_size(12))
+    expected = classifier.logits(seen)
+    for given in (photo, Image.fromarray(photo[..., 0])):
+        np.testing.assert_allclose(classifier.logits(given), expected, rtol=1e-5, atol=1e-5)
+        assert classifier.predict(given) == expected.argmax()
+    both = classifier.logits([photo, seen])
+    np.testing.assert_allclose(both, [expected, expected], rtol=1e-5, atol=1e-5)
+    again = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_allclose(again.logits(photo), expected, rtol=1e-5, atol=1e-5)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(classifier.logits(photo), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
+def test_a_classifier_of_other_arrays_is_refused(encoder, damage):
+    whole = classifier_of(load(encoder))
+    arrays = dict(whole.arrays)
+    if damage == "missing":
+        del arrays["bias"]
+    elif damage == "extra":
+        arrays["more"] = arrays["bias"]
+    else:
+        arrays["kernel"] = arrays["kernel"][1:]
+    with pytest.raises(ValueError, match=r"classifier (holds feature_mean|do not fit each other)"):
+        finetuning.Classifier(whole.model, arrays)
+
+
+def test_a_finetune_is_of_the_data_s_size_and_its_config_may_hold_numpy(
+    encoder, tmp_path, monkeypatch
+):
+    seen = []
+
+    def train(config: dict[str, Any], model: Model, *_: Any) -> Any:
+        seen.append((config, model))
+        raise InterruptedError
+
+    monkeypatch.setattr(finetuning, "_train", train)
+    monkeypatch.setattr(data, "load_dataset", lambda **_: None)
+    config = to_json_values(finetune_digits.get_config("frozen"))
+    config["init"]["workdir"] = str(encoder)
+    config["data"]["image_size"] = np.int64(12)
+    config["train"]["num_epochs"] = np.int32(2)
+    with pytest.raises(InterruptedError):
+        finetuning.finetune(config, tmp_path / "out", console=quiet())
+    ((plain, model),) = seen
+    assert model.square_size == 12
+    assert type(plain["train"]["num_epochs"]) is int
+
+
+def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
+    section = transfer.get_config("folder")
+    for part in ("train", "test"):
+        for name, size in (("a", (20, 30)), ("b", (40, 12))):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+    section.train_paths, section.test_paths = (str(tmp_path / "train"),), (str(tmp_path / "test"),)
+    section.validation_fraction = 0.25
+
+    class Encoder:
+        square_size, extractor, variables, step = 16, None, None, 0
+
+    sizes = []
+
+    def evaluate(settings: Any, extract: Any, variables: Any, dataset: data.Dataset) -> Any:
+        sizes.append({data.image_shape(part) for part in dataset[:3] if part is not None})
+        raise InterruptedError
+
+    monkeypatch.setattr(model_module, "load", lambda *_: Encoder)
+    monkeypatch.setattr(protocol, "evaluate_transfer", evaluate)
+    for asked in (0, 24):  # what a section asks for is done
+        section.image_size = asked
+        with pytest.raises(InterruptedError):
+            runner.evaluate_on(
+                digits_config.get_config(), section, tmp_path, step=None, console=quiet()
+            )
+    assert sizes == [{(16, 16, 3)}, {(24, 24, 3)}]
 
 
 def test_directory_that_cannot_be_used_is_known_before_training(encoder, tmp_path, monkeypatch):

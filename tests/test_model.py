@@ -1,8 +1,11 @@
 """`jevb_jax.load` against the numbers of evaluate.py, and every wrong input."""
 
+import copy
+import dataclasses
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -10,20 +13,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import jevb_jax
 from configs import smoke
-from jevb_jax import augmentations, data, runner
+from jevb_jax import archive, augmentations, data, runner
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
 from jevb_jax.checkpoints import CheckpointError, CheckpointMismatchError
-from jevb_jax.evaluation import classification, corruptions, ood_metrics
+from jevb_jax.evaluation import (
+    classification,
+    corruptions,
+    features,
+    ood,
+    ood_metrics,
+    ood_protocol,
+    saved_scores,
+)
 from jevb_jax.experiment import to_json_values
-from jevb_jax.model import Model, load
-from jevb_jax.networks import ViewOutputs
+from jevb_jax.model import Detector, Model, load, load_detector
+from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
 from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +229,7 @@ def test_one_image_floats_and_grey(untrained):
     np.testing.assert_array_equal(
         untrained.model.embed(grey), untrained.model.embed(np.repeat(grey, 3, axis=-1))
     )
-    large = np.repeat(np.repeat(images, 2, axis=1), 3, axis=2)  # 32 x 48, resized to 16 x 16
+    large = np.repeat(np.repeat(images, 2, axis=1), 2, axis=2)  # 32 x 32, resized to 16 x 16
     assert np.corrcoef(untrained.model.embed(large).ravel(), embeddings.ravel())[0, 1] > 0.9
     assert untrained.model.ood_score(images[0], "embedding/norm").shape == ()
     assert untrained.model.posterior(images[0]).mean.shape == (16,)
@@ -253,6 +266,346 @@ def test_scores_that_are_not_fitted_refuse_images_to_fit(untrained, score):
         untrained.model.ood_score(images, score, fit_images=images)
 
 
+def same(got: Any, expected: Any) -> None:
+    """But for rounding, which moves with the place of an array in memory."""
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Something smooth, and another thing at each end: what is squashed looks otherwise."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / (3 + seed) + c) * np.cos(y / 5 - c) for c in range(3)]
+    return np.rint(127.5 + 127.4 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+SIZES = ((16, 16), (28, 56), (57, 31), (9, 7), (16, 40), (200, 17))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number, size in enumerate(SIZES):
+        Image.fromarray(photo(*size, seed=number)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_photos_are_seen_as_the_evaluation_sees_their_files(untrained, folder):
+    model = untrained.model
+    source = data.FolderSource(folder, image_size=16)
+    seen = features.FeatureExtractor(
+        model.network,
+        image_size=16,
+        mean=tuple(model.config["augmentation"]["mean"]),
+        std=tuple(model.config["augmentation"]["std"]),
+        batch_size=8,
+    )(model.variables, source)
+    photos = [photo(*size, seed=number) for number, size in enumerate(SIZES)]
+    pictures = [Image.open(path) for path in source.paths]
+    mixed = [*photos[:3], *pictures[3:]]
+    for given in (photos, pictures, tuple(mixed), iter(mixed), np.array(photos, dtype=object)):
+        same(model.embed(given), seen.embedding)
+    same(model.represent(photos), seen.representation)
+    for number in range(6):  # alone
+        for one in (photos[number], pictures[number]):
+            np.testing.assert_allclose(
+                model.embed(one), seen.embedding[number], rtol=1e-4, atol=1e-5
+            )
+    # Floats are resized without the rounding of levels, which moves a pixel by less than 1/255.
+    floats = model.embed([image / 255 for image in photos])
+    similarity = np.sum(floats * seen.embedding, axis=1) / np.linalg.norm(floats, axis=1)
+    np.testing.assert_allclose(similarity, np.linalg.norm(seen.embedding, axis=1), rtol=1e-3)
+
+
+def test_a_model_of_stored_images_cuts_photos_too(untrained):
+    model = untrained.model.with_square_size(0)
+    photos = [photo(*size) for size in ((28, 56), (48, 16), (16, 16), (30, 30))]
+    together = model.embed(photos)
+    for number, image in enumerate(photos):
+        np.testing.assert_allclose(model.embed(image), together[number], rtol=1e-3, atol=1e-4)
+    middle = model.embed(photos[1][16:32])
+    np.testing.assert_allclose(together[1], middle, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK"])
+def test_pictures_of_every_mode_are_decoded_as_files_are(untrained, tmp_path, mode):
+    rgb = Image.fromarray(photo(20, 30))
+    picture = rgb.quantize(32) if mode == "P" else rgb.convert(mode)
+    name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    picture.save(name)
+    picture = Image.open(name)
+    assert picture.mode == mode
+    read = data.FolderSource(tmp_path, image_size=16)[0]
+    same(untrained.model.embed(picture), untrained.model.embed(read))
+
+
+def test_arrays_of_every_type_and_layout_mean_the_same(untrained):
+    model, images = untrained.model, untrained.test_images[:4]
+    expected = model.embed(images)
+    read_only = images.copy()
+    read_only.flags.writeable = False
+    levels = (
+        read_only,
+        np.asfortranarray(images),
+        np.repeat(images, 2, axis=0)[::2],
+        images[::-1][::-1],
+        images.astype(np.int64),
+        images.astype(np.int32).tolist(),
+        list(images),
+        jnp.asarray(images),
+    )
+    for given in levels:
+        same(model.embed(given), expected)
+    floats = model.embed((images / 255).astype(np.float32))
+    np.testing.assert_allclose(floats, expected, rtol=1e-3, atol=1e-4)
+    same(model.embed(images / 255), floats)
+    assert np.abs(model.embed((images / 255).astype(np.float16)) - expected).max() < 0.05
+    mask = images > 127
+    same(model.embed(mask), model.embed(mask * np.uint8(255)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, jnp.bfloat16])
+def test_a_rounding_beyond_the_range_is_clipped(untrained, dtype):
+    white = np.full((4, 16, 16, 3), 1.0, dtype)
+    beyond = (
+        np.nextafter(white, np.asarray(2, dtype)) if dtype != jnp.bfloat16 else white + dtype(2**-7)
+    )
+    assert (beyond > 1).all()
+    model = untrained.model
+    same(model.embed(beyond), model.embed(white))
+    same(model.embed(np.full((4, 16, 16, 3), -1e-7, np.float32)), model.embed(white * 0))
+
+
+@pytest.mark.parametrize("number", [True, "7", 2.5, None])
+def test_numbers_that_are_not_whole_are_refused(untrained, number):
+    model = untrained.model
+    with pytest.raises(ValueError, match="step must be a whole number, got"):
+        Model(model.config, model.variables, step=number)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(untrained):
+    model = untrained.model
+    pairs: Any = ((np.int64(3), np.uint8(8)), (jnp.asarray(3), np.asarray(8)), (3.0, 8.0))
+    for step, size in pairs:
+        other = Model(model.config, model.variables, step=step, batch_size=size)
+        assert (type(other.step), other.step, other.extractor._batch_size) == (int, 3, 8)
+
+
+def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
+    model = untrained.model
+    draw: Any = lambda _, keys, outputs: jax.vmap(jax.random.normal)(keys)  # noqa: E731
+    settings = features.TermsSettings(
+        terms_of=draw,
+        augmentation=model._view,
+        num_views=1,
+    )
+    extract = features.FeatureExtractor(
+        model.network,
+        image_size=16,
+        mean=model._view.mean,
+        std=model._view.std,
+        batch_size=8,
+        terms=settings,
+    )
+    draws: Any = extract(model.variables, data.ArraySource(untrained.test_images[:20])).terms
+    assert len(draws) == 20
+    np.testing.assert_array_equal(draws, draws[0])
+    first = jax.random.fold_in(jax.random.key(0), 0)
+    expected = jax.random.normal(jax.random.fold_in(first, 0))  # of samples, not of a view
+    assert draws[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["jevb/negative_elbo", "jevb/cross_view"])
+def test_scores_and_verdicts_do_not_depend_on_the_place(untrained, score):
+    model, images = untrained.model, untrained.test_images
+    detector = model.detector(0.1, score, calibration_images=images[:40])
+    scores = detector.score(images)
+    assert np.std(scores) > 0
+    order = np.random.default_rng(0).permutation(len(images))
+    same(detector.score(images[order]), scores[order])
+    others = images[40:]  # not those of which one is the threshold, but for rounding
+    np.testing.assert_array_equal(
+        detector.is_outside(others[::-1])[::-1], scores[40:] > detector.threshold
+    )
+    copies = detector.score(np.repeat(images[5:6], 32, axis=0))
+    np.testing.assert_allclose(copies, copies[0], rtol=1e-5)
+    np.testing.assert_allclose(copies[0], scores[5], rtol=1e-4)
+    alone = untrained_model(batch_size=7).ood_score(images[5], score)
+    np.testing.assert_allclose(alone, scores[5], rtol=1e-4)
+    with jax.enable_x64(True):
+        same(untrained_model().ood_score(images, score), scores)
+
+
+def small_detector(
+    model: Model, images: np.ndarray, score: str = "embedding/mahalanobis"
+) -> Detector:
+    fit_images = images[:40] if ood_protocol.is_fitted(score) else None
+    return model.detector(0.1, score, fit_images=fit_images, calibration_images=images[40:])
+
+
+def test_models_and_detectors_can_be_pickled_and_copied(untrained):
+    images = untrained.test_images
+    model = untrained_model()
+    fresh = pickle.loads(pickle.dumps(model))  # before the first call
+    expected = model.embed(images)
+    detector = small_detector(model, images)
+    scores = detector.score(images)
+    for again in (fresh, pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        same(again.embed(images), expected)
+        assert repr(again) == repr(model)
+        assert again.square_size == model.square_size
+    for other in (pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector)):
+        np.testing.assert_allclose(other.score(images), scores, rtol=1e-3)
+        assert other.threshold == detector.threshold
+
+
+def test_a_detector_is_saved_without_a_pickle(untrained, tmp_path):
+    images = untrained.test_images
+    for score in ("embedding/mahalanobis", "embedding/norm", "embedding/mahalanobis"):
+        detector = small_detector(untrained.model, images, score)
+        detector.save(tmp_path / "d")  # over the one before
+        again = load_detector(tmp_path / "d")
+        np.testing.assert_allclose(again.score(images), detector.score(images), rtol=1e-3)
+        np.testing.assert_array_equal(
+            again.is_outside(images[:40]), detector.is_outside(images[:40])
+        )
+        for name in ("score_name", "false_alarm_rate", "threshold"):
+            assert getattr(again, name) == getattr(detector, name)
+    names = {path.name for path in (tmp_path / "d").iterdir()}
+    assert names == {"model.json", "model.safetensors", "detector.safetensors"}
+    same(load(tmp_path / "d").embed(images[:32]), untrained.model.embed(images[:32]))
+    with pytest.raises(ValueError, match=r"holds a model \(detector\): give another directory"):
+        export_module.export_model(untrained.model, tmp_path / "d")
+    content = bytearray((tmp_path / "d" / "detector.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "d" / "detector.safetensors").write_bytes(content)
+    with pytest.raises(archive.ArchiveError, match=r"detector.safetensors is not what was written"):
+        load_detector(tmp_path / "d")
+    with pytest.raises(FileNotFoundError, match=r"Detector.save writes it"):
+        load_detector(tmp_path / "nothing")
+    model_module.write_model(untrained.model, tmp_path / "m", manifest={}, extra_files={})
+    with pytest.raises(archive.ArchiveError, match="a model without a detector"):
+        load_detector(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"holds a model \(export\)"):
+        detector.save(tmp_path / "m")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run"):
+        detector.save(tmp_path)
+
+
+def test_a_score_that_is_not_a_number_is_an_alarm(untrained):
+    images = untrained.test_images
+    detector = small_detector(untrained.model, images, "embedding/norm")
+    nothing = model_module._model_again(
+        detector.model.config,
+        jax.tree.map(lambda x: x * np.nan, detector.model.variables),
+        0,
+        32,
+        16,
+    )
+    assert dataclasses.replace(detector, model=nothing).is_outside(images).all()
+
+
+def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    found = features.Features(
+        random.normal(size=(size, 6)).astype(np.float32),
+        random.normal(size=(size, 4)).astype(np.float32),
+        prediction,
+        terms,
+        None,
+    )
+    settings = ood_protocol.ScoreSettings(
+        knn_k=(5,), ssd_clusters=(2,), residual_share=0.5, mixture_df=float("inf")
+    )
+    fits = ood_protocol.label_free_fits(found, settings)
+    return {name: (fit(), found) for name, fit in fits.items()}
+
+
+@pytest.mark.slow
+def test_every_score_is_rebuilt_from_json_and_arrays():
+    random = np.random.default_rng(1)
+    mean = jnp.asarray(random.normal(size=(60, 4)), jnp.float32)
+    terms = ood.UncertaintyTerms(*jnp.asarray(random.normal(size=(6, 60)), jnp.float32))
+    scores = fitted_scores(Posterior(mean, jnp.exp(mean / 4)), terms)
+    scores |= fitted_scores(DirectionalPrediction(mean, jnp.exp(mean[:, 0])), None)
+    assert {"jevb/mixture_and_residual", "vi_simsiam/concentration", "embedding/knn_5"} <= set(
+        scores
+    )
+    for name, (score, found) in scores.items():
+        description, arrays = saved_scores.describe(score)
+        again = saved_scores.rebuild(json.loads(json.dumps(description, allow_nan=False)), arrays)
+        np.testing.assert_allclose(again(found), score(found), rtol=1e-6, err_msg=name)
+        assert jax.tree.structure(again) == jax.tree.structure(score), name
+
+
+def test_a_saved_score_holds_names_of_ours_alone():
+    score = ood_protocol.OfFeature(
+        ood.Gaussians(*(jnp.zeros(1), jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)))), "embedding"
+    )
+    description, arrays = saved_scores.describe(score)
+    assert sorted(arrays) == [
+        f"score.score.{name}" for name in ("center", "whitened_mean", "whitening")
+    ]
+    with pytest.raises(saved_scores.SavedScoreError, match="no part of the score names"):
+        saved_scores.rebuild(description, arrays | {"more": np.zeros(1)})
+    with pytest.raises(saved_scores.SavedScoreError, match="center is missing"):
+        saved_scores.rebuild(description, {})
+    for wrong in (
+        {"function": "os:system"},
+        {"function": "..runner:train"},
+        {"function": "ood:jnp"},
+        {"function": "ood:np"},
+        {"class": "ood:OODDetector", "fields": {}},
+        {"class": "ood:Gaussians", "fields": {"center": None}},
+        {"code": "1"},
+        [1],
+    ):
+        with pytest.raises(saved_scores.SavedScoreError):
+            saved_scores.rebuild(wrong, {})
+    with pytest.raises(TypeError, match=r"has no name in jevb_jax.evaluation"):
+        saved_scores.describe(lambda x: x)
+
+
+def test_a_process_of_64_bits_has_the_numbers_of_32(untrained, tmp_path):
+    images = untrained.test_images
+    model = untrained.model
+    detector = small_detector(model, images)
+    detector.save(tmp_path)
+    with jax.enable_x64(True):
+        loaded = load(tmp_path)
+        for again in (loaded, model, untrained_model()):
+            assert again.embed(images).dtype == np.float32
+            same(again.embed(images), model.embed(images))
+            same(again.posterior(images), model.posterior(images))
+        again = load_detector(tmp_path).score(images)
+        np.testing.assert_allclose(again, detector.score(images), rtol=1e-3)
+        other = small_detector(loaded, images)
+        assert jnp.zeros(1).dtype == np.float64  # the process keeps its own
+    np.testing.assert_allclose(other.threshold, detector.threshold, rtol=1e-3)
+
+
+def test_a_run_is_loaded_at_steps_of_numpy_and_in_a_process_of_64_bits(run):
+    expected = run.model.embed(run.test_images[:8])
+    steps: Any = (np.int64(6), np.asarray([3, 6]).max(), jnp.asarray(6), np.float64(6))
+    for step in steps:
+        assert type(load(run.directory, step).step) is int
+    with pytest.raises(CheckpointError, match=r"has checkpoints \[3, 6\], not 5"):
+        load(run.directory, np.int64(5))
+    with pytest.raises(ValueError, match=r"step must be a whole number, got 2.5"):
+        load(run.directory, 2.5)  # pyright: ignore[reportArgumentType]
+    with jax.enable_x64(True):
+        same(load(run.directory).embed(run.test_images[:8]), expected)
+
+
+def test_a_threshold_that_cannot_be_is_known_before_the_fit(untrained, monkeypatch):
+    monkeypatch.setattr(Model, "_scorer", lambda *_: pytest.fail("fitted"))
+    for rate, message in ((0.001, "needs at least 999"), (1.5, r"in \(0, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            untrained.model.detector(
+                rate, "embedding/mahalanobis", calibration_images=untrained.test_images
+            )
+
+
 def test_a_bar_appears_when_it_takes_long(monkeypatch):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True)
@@ -283,7 +636,17 @@ def test_a_bar_appears_when_it_takes_long(monkeypatch):
         (np.full((2, 16, 16, 3), -0.1), ValueError, r"\[0, 1\], got \[-0.1"),
         (np.full((2, 16, 16, 3), np.inf), ValueError, r"\[0, 1\], got \[inf"),
         (np.zeros((0, 16, 16, 3), np.uint8), ValueError, r"no pixels in images of shape \(0,"),
-        ([np.zeros((2, 2, 3)), np.zeros((3, 3, 3))], ValueError, "must all have one size"),
+        ([np.zeros((2, 2, 3)), np.zeros((3, 3, 2))], ValueError, r"image 1 must have 1 or 3 chan"),
+        ([[[[0.0]], [[0.0], [1.0]]]], ValueError, "nested lists .* must all have one size"),
+        (np.zeros((2, 3, 16, 16), np.uint8), ValueError, r"channels come first: np.moveaxis"),
+        (np.zeros((16, 16, 4), np.uint8), ValueError, r"transparent images give images\[..., :3\]"),
+        (np.full((16, 16, 3), 300, np.int64), ValueError, r"0 to 255, got \[300, 300\] of int64"),
+        (np.full((16, 16, 3), 200, np.uint16), TypeError, r"uint16 in \[200, 200\].*not clear"),
+        (np.full((16, 16, 3), 1.0011), ValueError, r"got \[1.0011, 1.0011\]: clip"),
+        (np.full((16, 16, 3), -0.0011), ValueError, r"got \[-0.0011, -0.0011\]: clip"),
+        (["a.png"], TypeError, "PIL.Image.open"),
+        ([], ValueError, r"got shape \(0,\)"),
+        (Image.new("I;16", (16, 16)), ValueError, "8 bits per channel, got mode I;16"),
     ],
 )
 def test_wrong_images_are_refused(untrained, images, error, message):
@@ -361,9 +724,9 @@ def test_steps_are_found_or_named(run):
 
 @pytest.mark.slow
 def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    (copy / "checkpoints").symlink_to(run.directory / "checkpoints")
+    other = tmp_path / "copy"
+    other.mkdir()
+    (other / "checkpoints").symlink_to(run.directory / "checkpoints")
     config = json.loads((run.directory / "config.json").read_text())
     for section, name in (
         ("model", "head_input"),
@@ -373,33 +736,33 @@ def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_
         ("ood", "mixture_df"),
     ):
         del config[section][name]
-    (copy / "config.json").write_text(json.dumps(config))
-    old = load(copy)
+    (other / "config.json").write_text(json.dumps(config))
+    old = load(other)
     assert old.network.head_input == "embedding"
     assert (old.config["jevb"]["tails"], old.config["jevb"]["normalized"]) == ("joint", False)
-    loaded: Any = runner.load_config(copy)
+    loaded: Any = runner.load_config(other)
     assert loaded.model.head_input == "embedding"
 
 
 def test_another_config_or_method_is_refused_by_name(run, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    (copy / "checkpoints").symlink_to(run.directory / "checkpoints")
+    other = tmp_path / "copy"
+    other.mkdir()
+    (other / "checkpoints").symlink_to(run.directory / "checkpoints")
     config = json.loads((run.directory / "config.json").read_text())
     config["model"]["width"] = 8
-    (copy / "config.json").write_text(json.dumps(config))
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         CheckpointMismatchError, match=r"params.backbone.conv1_1.kernel: checkpoint has"
     ):
-        load(copy, 6)
+        load(other, 6)
     config["model"]["depth"] = 8
-    (copy / "config.json").write_text(json.dumps(config))
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"another version .*'depth'"):
-        load(copy)
+        load(other)
     del config["model"]["depth"], config["ood"]
-    (copy / "config.json").write_text(json.dumps(config))
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"another version .*'ood'"):
-        load(copy)
+        load(other)
 
 
 @pytest.mark.slow

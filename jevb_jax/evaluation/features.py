@@ -43,7 +43,9 @@ class TermsSettings:
       terms_of: `(keys [N], outputs of views [V, N, ...]) -> UncertaintyTerms`.
       augmentation: of all views but the first, which is the un-augmented image.
       num_views: `V`, at least 1.
-      seed: of augmentation and sampling; image `i` of a source has the key `fold_in(seed's key, i)`.
+      seed: of augmentation and sampling. One draw, that of the key `fold_in(seed's key, 0)`, serves
+        all images: what is said of an image depends neither on its place nor on the images beside it,
+        and differences between images are not those of their draws.
     """
 
     terms_of: Callable[[Any, Array, ViewOutputs], UncertaintyTerms]
@@ -76,7 +78,7 @@ class FeatureExtractor:
 
         Args:
           model: networks.
-          image_size: pixels a side of the view (images are resized to it).
+          image_size: pixels a side of the view, to which `augmentations.center_view` brings images.
           mean: of the normalisation, one value for each channel.
           std: likewise.
           batch_size: images at a time, rounded up to a multiple of the devices.
@@ -95,15 +97,15 @@ class FeatureExtractor:
         self._check_stop = check_stop
         self._num_channels = len(mean)
 
-        def forward(variables: Any, images: Array, index: Array) -> Features:
+        def forward(variables: Any, images: Array) -> Features:
             views = jax.vmap(
                 lambda image: augmentations.center_view(image, size=image_size, mean=mean, std=std)
             )(images)
             apply: Any = model.apply
             if terms is None:
                 return Features(*apply(variables, views, train=False), terms=None, labels=None)
-            root = jax.random.key(terms.seed)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(root, index)
+            key = jax.random.fold_in(jax.random.key(terms.seed), 0)
+            keys = jnp.broadcast_to(key, (len(images),))
             view_keys = jax.vmap(lambda view: jax.vmap(jax.random.fold_in, (0, None))(keys, view))(
                 jnp.arange(1, terms.num_views)
             )
@@ -129,26 +131,22 @@ class FeatureExtractor:
             compiler_options=network_options(),
         )
 
-    def of_batch(self, variables: Any, images: np.ndarray, first: int) -> Features:
+    def of_batch(self, variables: Any, images: np.ndarray) -> Features:
         """Features of one whole batch.
 
         Args:
           variables: parameters and running statistics.
           images: `[rows, h, w, c]`, uint8, or float32 in [0, 1]: this process's rows of `batch_size`
             images; `c` is one or the network's.
-          first: number of the batch's first image in its source, for the keys of JEVB's terms.
 
         Returns:
           Features, whole on the first device of every process.
         """
         variables = parallel.put(variables, parallel.replicated(self._mesh))
         over_data = parallel.over_data(self._mesh)
-        rows = parallel.local_rows(self._batch_size) if self._mesh.is_multi_process else slice(None)
         images = np.broadcast_to(images, (*images.shape[:-1], self._num_channels))
         features = self._forward(
-            variables,
-            parallel.put_local_rows(np.ascontiguousarray(images), over_data),
-            parallel.put_local_rows((first + np.arange(self._batch_size))[rows], over_data),
+            variables, parallel.put_local_rows(np.ascontiguousarray(images), over_data)
         )
         return parallel.on_local_device(features)
 
@@ -178,9 +176,9 @@ class FeatureExtractor:
         is_shared = self._mesh.is_multi_process
         rows = parallel.local_rows(self._batch_size) if is_shared else slice(None)
         batches = data.evaluation_batches(source, self._batch_size, rows=rows)
-        for batch, (images, mask) in enumerate(batches):
+        for images, mask in batches:
             self._check_stop()
-            yield self.of_batch(variables, images, batch * self._batch_size), mask
+            yield self.of_batch(variables, images), mask
 
     def __call__(self, variables: Any, source: data.ImageSource) -> Features:
         """Features of every image of `source`, in its order, on the host.
