@@ -179,7 +179,8 @@ def posterior_summary(
             f"got {mean.shape} and {scale.shape}"
         )
     log_scale = jnp.log(scale)
-    kl = distributions.gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
+    # Compiled, where a scale that diverged is NaN and no error.
+    kl = jax.jit(distributions.gaussian_kl_divergence)(mean, scale, prior_scale=prior_scale)
     return PosteriorSummary(
         scale_mean=jnp.mean(scale),
         scale_anisotropy=jnp.mean(jnp.std(log_scale, axis=-1)),

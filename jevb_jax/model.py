@@ -306,7 +306,9 @@ class Model:
         checked: GivenImages | None = None
         source: Any = None
         if calibration_images is None:
-            source = self._data("calibration_images").validation
+            also_fitted = fit_images is None and ood_protocol.is_fitted(name)
+            needed = "fit_images= and calibration_images" if also_fitted else "calibration_images"
+            source = self._data(needed).validation
         else:
             checked = self._checked_images(calibration_images)
         # What cannot have a threshold is known before the fit.

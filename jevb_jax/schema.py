@@ -639,14 +639,14 @@ def check_evaluation_section(section: Mapping[str, Any]) -> None:
     """Refuses the section `evaluation` of a config, alone, in which a value cannot be meant.
 
     Args:
-      section: of `plain`.
+      section: its values; collections may be tuples or lists.
 
     Raises:
       ValueError: as `check_run`.
     """
-    table = _SECTIONS["evaluation"]
-    _check_keys(section, table, prefix="evaluation.")
-    _refuse(_problems(section, table, "evaluation."))
+    values, table = plain(section), _SECTIONS["evaluation"]
+    _check_keys(values, table, prefix="evaluation.")
+    _refuse(_problems(values, table, "evaluation."))
 
 
 def check_finetune(config: Mapping[str, Any]) -> None:

@@ -172,7 +172,8 @@ def test_a_finetune_is_of_the_data_s_size_and_its_config_may_hold_numpy(
         raise InterruptedError
 
     monkeypatch.setattr(finetuning, "_train", train)
-    monkeypatch.setattr(data, "load_dataset", lambda **_: None)
+    empty = data.Dataset(None, None, None)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(data, "load_dataset", lambda **_: empty)
     config = to_json_values(finetune_digits.get_config("frozen"))
     config["init"]["workdir"] = str(encoder)
     config["data"]["image_size"] = np.int64(12)

@@ -495,12 +495,8 @@ def test_a_detector_is_saved_without_a_pickle(untrained, tmp_path):
 def test_a_score_that_is_not_a_number_is_an_alarm(untrained):
     images = untrained.test_images
     detector = small_detector(untrained.model, images, "embedding/norm")
-    nothing = model_module._model_again(
-        detector.model.config,
-        jax.tree.map(lambda x: x * np.nan, detector.model.variables),
-        0,
-        32,
-        16,
+    nothing = detector.model.with_variables(
+        jax.tree.map(lambda x: x * np.nan, detector.model.variables)
     )
     assert dataclasses.replace(detector, model=nothing).is_outside(images).all()
 

@@ -387,8 +387,8 @@ def evaluate_transfer(
     """
     if dataset.train.labels is None:
         raise ValueError(f"{dataset.train.name} has no labels: nothing can be evaluated on it")
-    schema.check_evaluation_section(settings)
     split, source = evaluated_split(settings, dataset)
+    schema.check_evaluation_section(settings)
     without = left_out(settings, dataset)
     if {"knn_accuracy", "linear_accuracy"} <= without.keys():
         raise ValueError(
