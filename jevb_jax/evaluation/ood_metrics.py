@@ -171,9 +171,9 @@ def bootstrap_intervals(
       order statistics, put together by squares (Zou and Donner 2008).
 
     How often intervals of 95% held the true value, in simulations of normal scores of equal and of
-    different spread at 10, 100 and 1,000 images and AUROC of 0.76 to 0.998: that of AUROC in 91% to 100%, those of the
-    rates likewise, those of the areas in 81% to 100%, seldom below 91%. Only the areas depend on the
-    seed, which draws the same images for every score of as many images.
+    different spread at 10, 100 and 1,000 images and AUROC of 0.76 to 0.998: that of AUROC in 91% to
+    100%, those of the rates likewise, those of the areas in 81% to 100%, seldom below 91%. Only the
+    areas depend on the seed, which draws the same images for every score of as many images.
 
     Args:
       inside_scores: `[N]`.
