@@ -326,6 +326,7 @@ def test_indexing_of_two_axes_of_an_empty_batch_and_beyond_it():
         empty[0]
 
 
+@pytest.mark.slow
 def test_float32_stays_float32_where_x64_is_enabled():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         for distribution in (*faces(), gaussians(), jevb_jax.gaussian_prior(4, 0.5)):

@@ -1068,6 +1068,7 @@ def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
         assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.slow
 def test_multivariate_student_t_far_in_the_tail():
     x = np.float32([[3e25, -1e25, 0], [1e37, 2e37, 1e37], [2e4, 1, 1]])
     scale = np.float32([[1, 2, 1e-3], [1e-10, 1e-10, 1e-5], [1e-3, 1, 5]])
@@ -1196,6 +1197,7 @@ def test_directions_must_have_norm_one_where_they_are_known():
         )
 
 
+@pytest.mark.slow
 def test_every_argument_broadcasts_against_the_batch():
     rng = np.random.default_rng(0)
     u = oracles.random_units(rng, 2, 1, 4).astype(np.float32)

@@ -237,6 +237,7 @@ def test_radial_part_alone_sees_the_radius():
 # --- Which image has which score ---
 
 
+@pytest.mark.slow
 def test_order_and_copies_of_training_images_do_not_matter():
     mean, s, embedding = images(9)
     fit = lambda index: mixture.fit_training_mixture(  # noqa: E731
@@ -251,6 +252,7 @@ def test_order_and_copies_of_training_images_do_not_matter():
     )
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_its_own_image_alone_and_passes_through_jit():
     mean, s, _ = images()
     embedding = images(70)[2]

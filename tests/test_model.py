@@ -580,6 +580,7 @@ def test_a_process_of_64_bits_has_the_numbers_of_32(untrained, tmp_path):
     np.testing.assert_allclose(other.threshold, detector.threshold, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_at_steps_of_numpy_and_in_a_process_of_64_bits(run):
     expected = run.model.embed(run.test_images[:8])
     steps: Any = (np.int64(6), np.asarray([3, 6]).max(), jnp.asarray(6), np.float64(6))

@@ -315,6 +315,7 @@ def test_samples_one_after_the_other_are_samples_side_by_side(float64, monkeypat
         )
 
 
+@pytest.mark.slow
 def test_each_sample_costs_the_memory_of_its_noise():
     batch, dim = 64, 2048  # a sample alone exceeds what is kept side by side
     array = jax.ShapeDtypeStruct((batch, dim), jnp.float32)

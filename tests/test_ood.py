@@ -58,6 +58,7 @@ def terms(num_views: int = V) -> ood.UncertaintyTerms:
 # --- JEVB's own terms ---
 
 
+@pytest.mark.slow
 def test_terms_are_means_over_views_and_ordered_pairs():
     # A posterior without width samples its mean, so the likelihood is one number.
     e, m, _ = views()
@@ -507,6 +508,7 @@ def test_logits_of_every_type_are_promoted(score):
         score(np.zeros((4, 0), np.float32))
 
 
+@pytest.mark.slow
 def test_half_precision_features_and_terms_are_promoted():
     half = jnp.asarray(correlated(0, 60), jnp.bfloat16)
     whole = np.asarray(half, np.float32)

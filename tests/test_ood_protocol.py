@@ -77,6 +77,7 @@ def outside_features() -> Any:
     return extract(variables(), data.ArraySource(corrupted))
 
 
+@pytest.mark.slow
 def test_every_score_is_there_and_of_every_image():
     expected = {f"jevb/{name}" for name in ood_protocol._TERM_SCORES}
     expected |= {"jevb/typicality_mahalanobis", "jevb/typicality_knn", "jevb/scale_mahalanobis"}

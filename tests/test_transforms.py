@@ -111,6 +111,7 @@ def test_jit():
     assert_same(jax.jit(everything)(*make_batch()), plain())
 
 
+@pytest.mark.slow
 def test_vmap_over_single_examples():
     # Under vmap the densities see no batch at all; the bounds get a batch of one.
     def one(*example):
@@ -142,6 +143,7 @@ def test_shard_map():
     assert_same(jax.jit(sharded)(*make_batch()), plain())
 
 
+@pytest.mark.slow
 def test_jit_over_a_sharded_batch():
     batch = jax.device_put(make_batch(), NamedSharding(data_mesh(), PartitionSpec("data")))
     outputs = jax.jit(everything)(*batch)
