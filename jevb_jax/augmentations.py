@@ -722,7 +722,8 @@ def cut_levels(image: ArrayLike, *, size: int) -> Array:
 
 def _square_weights(image: Array, size: int, interpolation: Interpolation) -> tuple[Array, Array]:
     """Of rows `[size, h]` and of columns `[size, w]`: what `square_cut` keeps of the whole image."""
-    cut = square_cut(*image.shape[:2], size)
+    height, width = image.shape[:2]
+    cut = square_cut(height, width, size)
     rows, columns = (
         _resize_weights(
             0.0,
@@ -734,7 +735,7 @@ def _square_weights(image: Array, size: int, interpolation: Interpolation) -> tu
             count=size,
         )
         for source, resized, first in zip(
-            image.shape[:2], (cut.height, cut.width), (cut.top, cut.left), strict=True
+            (height, width), (cut.height, cut.width), (cut.top, cut.left), strict=True
         )
     )
     return rows, columns

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from tensorflow_probability.substrates import jax as tfp
 
@@ -24,7 +25,7 @@ def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[A
     NumPy's rules, by way of positions: an index that is out of range is an error, where JAX clips it.
     """
     size = math.prod(batch_shape)
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(index))
+    is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(index))
     positions = (jnp if is_traced else np).arange(size).reshape(batch_shape)
     try:
         positions = positions[index]
@@ -102,7 +103,7 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
         constant = self._loc.shape[-1] / 2 * math.log(2 * math.pi)
         return -jnp.sum(squares / 2 + jnp.log(scale), axis=-1) - constant
 
-    def entropy(self) -> Array:
+    def entropy(self) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Differential entropy in nats, `[...]`."""
         constant = self._loc.shape[-1] / 2 * math.log(2 * math.pi * math.e)
         return jnp.sum(jnp.log(self._scale_diag), axis=-1) + constant
@@ -293,7 +294,7 @@ def _power_spherical_kl(
         {"concentration of the first": k, "concentration of the second": other},
     )
     is_known = (other == 0) | jnp.all(first_loc == second_loc, axis=-1)
-    if not isinstance(is_known, jax.core.Tracer) and not np.all(is_known):
+    if not isinstance(is_known, Tracer) and not np.all(is_known):
         raise NotImplementedError(
             "KL between power spherical distributions is known in closed form where the second is "
             "uniform (concentration zero) or both have the same loc; elsewhere estimate it as the mean "

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 # The rounding of bfloat16 vectors is 0.004; whoever forgot to normalize is further off.
@@ -18,7 +19,7 @@ _UNIT_TOLERANCE = 0.02
 
 def _known(value: ArrayLike) -> np.ndarray | None:
     """The value as NumPy has it, or None where it is traced or lies on other hosts."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
         return None
     if not getattr(value, "is_fully_addressable", True):
         return None

@@ -280,26 +280,32 @@ def test_settings_of_numpy_and_any_iterable():
     train, test, num_classes = random_problem(num_train=256, num_test=64)
     expected = classification.knn_accuracy(*train, *test, num_classes=num_classes, k=(3, 5))
     for k in (np.array([3, 5]), range(3, 6, 2), (n for n in (3, np.int64(5))), jnp.array([3, 5])):
-        found = classification.knn_accuracy(
+        found = classification.knn_accuracy(  # pyright: ignore[reportCallIssue]
             *train,
             *test,
-            num_classes=np.int32(num_classes),
-            k=k,
-            temperature=np.float32(0.1),
-            chunk_size=np.int64(256),
+            num_classes=np.int32(num_classes),  # pyright: ignore[reportArgumentType]
+            k=k,  # pyright: ignore[reportArgumentType]
+            temperature=np.float32(0.1),  # pyright: ignore[reportArgumentType]
+            chunk_size=np.int64(256),  # pyright: ignore[reportArgumentType]
         )
         assert found == expected
     for k in (np.uint8(5), np.array(5)):
-        assert classification.knn_accuracy(*train, *test, num_classes=7, k=k) == expected[1]
+        assert classification.knn_accuracy(*train, *test, num_classes=7, k=k) == expected[1]  # pyright: ignore[reportArgumentType, reportCallIssue]
     points = [
         classification.select_linear_probe(
-            *train, *test, num_classes=np.int64(7), l2_grid=grid, max_iterations=np.int64(20)
+            *train,
+            *test,
+            num_classes=np.int64(7),  # pyright: ignore[reportArgumentType]
+            l2_grid=grid,
+            max_iterations=np.int64(20),  # pyright: ignore[reportArgumentType]
         ).grid
         for grid in ((0.1, 1.0), np.logspace(-1, 0, 2), (10.0**n for n in range(-1, 1)))
     ]
     assert points[0] == points[1] == points[2]
     rows = classification.labels_per_class_subset(
-        train[1], labels_per_class=np.int64(2), seed=np.uint32(1)
+        train[1],
+        labels_per_class=np.int64(2),  # pyright: ignore[reportArgumentType]
+        seed=np.uint32(1),  # pyright: ignore[reportArgumentType]
     )
     assert len(rows) == 14
     whole: Any = 5.0
@@ -325,7 +331,7 @@ def test_settings_of_numpy_and_any_iterable():
         (iter(()), "at least one"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"l2_grid .*{message}"):
-            classification.select_linear_probe(*train, *test, num_classes=7, l2_grid=grid)
+            classification.select_linear_probe(*train, *test, num_classes=7, l2_grid=grid)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="labels_per_class must be one whole number"):
         classification.labels_per_class_subset(train[1], labels_per_class=whole, seed=0)
 
@@ -357,9 +363,9 @@ def test_memory_never_holds_all_pairs():
     def compile_search(*, chunk_size, bank_chunk_size):
         with jax.enable_x64(True):
             bank = classification._Bank(
-                jax.ShapeDtypeStruct((num_bank, num_features), jnp.float32),
-                jax.ShapeDtypeStruct((num_bank,), jnp.float64),
-                jax.ShapeDtypeStruct((num_features,), jnp.float64),
+                jax.ShapeDtypeStruct((num_bank, num_features), jnp.float32),  # pyright: ignore[reportArgumentType]
+                jax.ShapeDtypeStruct((num_bank,), jnp.float64),  # pyright: ignore[reportArgumentType]
+                jax.ShapeDtypeStruct((num_features,), jnp.float64),  # pyright: ignore[reportArgumentType]
             )
             lowered = classification._search.lower(
                 bank,

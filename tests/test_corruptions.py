@@ -182,12 +182,12 @@ def test_errors():
 def test_settings_of_numpy_and_images_that_are_refused():
     first = images()[:1]
     expected = corruptions.corrupt(first, "gaussian_blur", severity=3, seed=1)
-    found = corruptions.corrupt(first, "gaussian_blur", severity=np.int64(3), seed=np.uint8(1))
+    found = corruptions.corrupt(first, "gaussian_blur", severity=np.int64(3), seed=np.uint8(1))  # pyright: ignore[reportArgumentType]
     np.testing.assert_array_equal(found, expected)
     key, image = jax.random.key(0), jnp.asarray(first[0], jnp.float32) / 255
     for severity in (0, 6, jnp.asarray(6), np.int64(0)):
         with pytest.raises(ValueError, match="severity must be 1 to 5"):
-            corruptions.contrast(key, image, severity=severity)
+            corruptions.contrast(key, image, severity=severity)  # pyright: ignore[reportArgumentType]
     wrong: dict[str, Any]
     for wrong, error, message in (
         ({"severity": 3.0}, TypeError, "severity must be one whole number"),

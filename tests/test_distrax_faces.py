@@ -357,7 +357,9 @@ def test_parameters_outside_of_their_domain_are_refused_and_nan_where_traced():
         for value in (-1.0, np.nan, np.float32(-0.5)):
             with pytest.raises(ValueError, match=f"{name} must be"):
                 build(value)
-        assert np.isnan(jax.vmap(lambda v, b=build: b(v).log_prob(axis))(np.float32([-1.0])))
+        assert np.isnan(
+            jax.vmap(lambda v, b=build: b(v).log_prob(axis))(np.array([-1.0], np.float32))
+        )
     with pytest.raises(ValueError, match="unit vectors"):
         jevb_jax.PowerSpherical(2 * axis, 1.0)
     with pytest.raises(ValueError, match="unit vectors"):
@@ -380,14 +382,16 @@ def test_gaussians_pass_through_vmap_and_jit_either_way():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert made.batch_shape == made_in_jit.batch_shape == (3,)
     assert made.sample(seed=jax.random.key(0), sample_shape=(2,)).shape == (2, 3, 6)
-    priors = jax.vmap(functools.partial(jevb_jax.gaussian_prior, 6))(np.float32([0.5, 1, 2]))
+    priors = jax.vmap(functools.partial(jevb_jax.gaussian_prior, 6))(
+        np.array([0.5, 1, 2], np.float32)
+    )
     divergence = oracles.gaussian_kl_divergence(mean, np.float64(scale), 0.5)
     np.testing.assert_allclose(whole.kl_divergence(prior), divergence, rtol=1e-5)
     np.testing.assert_allclose(made[0].kl_divergence(priors[0]), divergence[0], rtol=1e-5)
     of_each = jax.vmap(lambda q: q.kl_divergence(prior))(whole)
     np.testing.assert_allclose(of_each, divergence, rtol=1e-5)
     # What is inherited is still there.
-    np.testing.assert_allclose(whole.covariance()[1], np.diag(scale[1] ** 2), rtol=1e-5)
+    np.testing.assert_allclose(whole.covariance()[1], np.diag(scale[1] ** 2), rtol=1e-5)  # pyright: ignore[reportIndexIssue]
     np.testing.assert_allclose(whole.stddev(), scale)
     entropy = np.sum(stats.norm.entropy(0, np.float64(scale)), -1)
     np.testing.assert_allclose(whole.entropy(), entropy, rtol=1e-5)
@@ -406,7 +410,7 @@ def test_modes():
     directions = unit32(1, 4000, 5)
     near = oracles.unit(loc + 0.05 * directions[:500]).astype(np.float32)
     points = np.concatenate([directions, near, -near])
-    base = np.float32([1, 0.3, 0.5, 0.2, 0.8])
+    base = np.array([1, 0.3, 0.5, 0.2, 0.8], np.float32)
     for df in (2.0, 4.0, 9.0, np.inf):
         for width in (0.3, 0.7, 0.9, 1.1, 3.0):
             density = jevb_jax.SphericalStudentT(loc, width * base, df, "stereographic")
@@ -427,7 +431,7 @@ def test_modes():
 @pytest.mark.parametrize("dim", [2, 3, 64])
 def test_divergence_of_power_spherical_to_uniform_and_to_its_own_kind(dim):
     loc = np.eye(dim, dtype=np.float32)[0]
-    k = np.float32([0, 1e-3, 0.5, 20, 1e4])
+    k = np.array([0, 1e-3, 0.5, 20, 1e4], np.float32)
     found = jevb_jax.PowerSpherical(loc, k)
     exact = np.array([[oracles.power_spherical(0.0, dim, v)[1] for v in k]])
     exact = oracles.log_sphere_area(dim) - exact[0]
@@ -468,7 +472,7 @@ def test_gradient_of_samples_in_df_is_that_of_the_mean_cosine():
     u = np.linspace(-400, 400, 400_001)
 
     def mean_cosine(df):
-        log_density = stats.f(n, df).logpdf(np.exp(u)) + u
+        log_density = stats.f(n, df).logpdf(np.exp(u)) + u  # pyright: ignore[reportAttributeAccessIssue]
         t = np.exp(u) * n * scale**2 / 4
         cosine = np.where(u > 100, -1.0, (1 - np.minimum(t, 1e30)) / (1 + np.minimum(t, 1e30)))
         return np.trapezoid(np.exp(log_density) * cosine, u)
@@ -493,13 +497,15 @@ def test_gradient_of_samples_in_df_is_that_of_the_mean_cosine():
             assert error < 0.1
             assert abs(np.mean(values) - exact) < 5 * error + 2e-3
     # Far smaller ones, far narrower scales, and a location along the narrow axis.
-    narrow = np.float32([1e-25, 1, 1, 1e-3, 1])
+    narrow = np.array([1e-25, 1, 1, 1e-3, 1], np.float32)
 
     def one(df, scale, loc):
         density = jevb_jax.SphericalStudentT(loc, scale, df, coordinates="stereographic")
-        return jnp.sum(density.sample(seed=jax.random.key(0)) * np.float32([1, 2, 3, 4, 5]))
+        return jnp.sum(
+            density.sample(seed=jax.random.key(0)) * np.array([1, 2, 3, 4, 5], np.float32)
+        )
 
     gradients = jax.jit(jax.vmap(jax.grad(one, argnums=(0, 1, 2)), in_axes=(0, None, None)))(
-        np.float32([1e-3, 0.01, 1.9, 2, 1e6]), narrow, np.eye(5, dtype=np.float32)[0]
+        np.array([1e-3, 0.01, 1.9, 2, 1e6], np.float32), narrow, np.eye(5, dtype=np.float32)[0]
     )
     assert all(np.all(np.isfinite(x)) for x in gradients)

@@ -1020,7 +1020,7 @@ def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
         # Of value, df and scale what is added may cancel: roundings of its size.
         added = {0: 10.0, 2: 1 / arguments[1] + 1e-37, 4: 1 / arguments[3]}.get(index, 1e-37)
         size = np.maximum(np.abs(expected[:, index]), added)
-        error = np.abs(actual[:, index] - expected[:, index]) / size
+        error = np.abs(actual[:, index] - expected[:, index]) / size  # pyright: ignore[reportIndexIssue]
         assert np.max(error) < 3e-5, (name, arguments[:, np.argmax(error)], np.max(error))
 
 
@@ -1028,9 +1028,9 @@ def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
 def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
     # Scales at a model's floor and far below it, across from the location and next to its antipode.
     m = np.eye(4, dtype=np.float32)[0]
-    across = np.float32([0, 0.6, 0.8, 0])
-    beyond = np.float32([-1, 1e-4, 2e-4, 0])  # nearer, the guard of the antipode shows
-    ratios = np.float32([1, 0.5, 2, 1])
+    across = np.array([0, 0.6, 0.8, 0], np.float32)
+    beyond = np.array([-1, 1e-4, 2e-4, 0], np.float32)  # nearer, the guard of the antipode shows
+    ratios = np.array([1, 0.5, 2, 1], np.float32)
     rows = [
         (u, width, df)
         for u in (across, beyond)
@@ -1070,8 +1070,8 @@ def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
 
 @pytest.mark.slow
 def test_multivariate_student_t_far_in_the_tail():
-    x = np.float32([[3e25, -1e25, 0], [1e37, 2e37, 1e37], [2e4, 1, 1]])
-    scale = np.float32([[1, 2, 1e-3], [1e-10, 1e-10, 1e-5], [1e-3, 1, 5]])
+    x = np.array([[3e25, -1e25, 0], [1e37, 2e37, 1e37], [2e4, 1, 1]], np.float32)
+    scale = np.array([[1, 2, 1e-3], [1e-10, 1e-10, 1e-5], [1e-3, 1, 5]], np.float32)
     df = np.float32(3.0)
 
     def total(x, scale, df):
@@ -1103,7 +1103,7 @@ def test_multivariate_student_t_far_in_the_tail():
         (mpmath.digamma(3) - mpmath.digamma(1.5) - 1 - mpmath.log1p(v) + 2 * v / (1 + v)) / 2
         for v in q
     )
-    np.testing.assert_allclose(of_df, float(slope), rtol=1e-5)
+    np.testing.assert_allclose(of_df, float(slope), rtol=1e-5)  # pyright: ignore[reportArgumentType]
 
 
 # The domain.
@@ -1177,7 +1177,7 @@ def test_outside_of_the_domain_is_refused_and_nan_where_traced(name):
 
 
 def test_directions_must_have_norm_one_where_they_are_known():
-    long = np.float32([3, 0, 0, 0])
+    long = np.array([3, 0, 0, 0], np.float32)
     for call in (
         lambda u, m: directional_log_prob(u, loc=m, scale_diag=ONES, df=1.0),
         lambda u, m: von_mises_fisher_log_prob(u, loc=m, concentration=1.0),
@@ -1203,7 +1203,7 @@ def test_every_argument_broadcasts_against_the_batch():
     u = oracles.random_units(rng, 2, 1, 4).astype(np.float32)
     m = oracles.random_units(rng, 3, 4).astype(np.float32)
     scale = np.exp(rng.normal(size=(5, 1, 1, 4))).astype(np.float32)
-    k = np.float32([0.5, 3, 40])
+    k = np.array([0.5, 3, 40], np.float32)
 
     def apart(function, *arrays, last):
         """One call for each element of the batch `[5, 2, 3]`."""

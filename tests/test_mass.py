@@ -271,13 +271,13 @@ def test_scales_that_are_not_positive_are_refused_and_nan_where_traced():
         directional_log_mass(one, loc=2 * loc, df=5.0)
     with pytest.raises(ValueError, match="whole number"):
         uniform_log_prob(3.5)  # pyright: ignore[reportArgumentType]
-    bad = np.stack([-one, one * np.float32([1, 1, -1, 1]), one])
-    found = log_mass(bad, loc, np.float32([5, 5, -1]))
+    bad = np.stack([-one, one * np.array([1, 1, -1, 1], np.float32), one])
+    found = log_mass(bad, loc, np.array([5, 5, -1], np.float32))
     assert found.shape == (3,)
     assert np.all(np.isnan(found))
     stereographic = jax.jit(
         lambda s: directional_log_mass(s, loc=loc, df=5.0, coordinates="stereographic")
     )
     np.testing.assert_array_equal(stereographic(bad), [np.nan, np.nan, 0])
-    of_df = directional_log_mass(one, loc=loc, df=np.float32([1, 5]))
+    of_df = directional_log_mass(one, loc=loc, df=np.array([1, 5], np.float32))
     np.testing.assert_allclose(of_df[1], directional_log_mass(one, loc=loc, df=5.0), rtol=1e-6)

@@ -404,7 +404,7 @@ def test_bad_queries():
             fitted(bad)
     # No images have no scores; what float32 cannot hold is infinitely far, and NaN stays NaN.
     assert fitted(EMBEDDING[:0]).shape == (0,)
-    far = fitted(np.float32([[np.inf] * 6, [np.nan] * 6, [1] * 6]))
+    far = fitted(np.array([[np.inf] * 6, [np.nan] * 6, [1] * 6], np.float32))
     assert np.isposinf(far[0])
     assert np.isnan(far[1])
     assert np.isfinite(far[2])

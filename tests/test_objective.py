@@ -803,7 +803,7 @@ def test_a_batch_of_no_examples_has_no_terms(num_samples):
     key = jax.random.key(0)
     settings: dict[str, Any] = {**MODEL, "num_samples": num_samples}
     for ablation in ({}, {"likelihood": "unfactorised"}, {"untied_scale": 0.5}):
-        terms = conditional_elbo(key, *args, **settings, **ablation)
+        terms = conditional_elbo(key, *args, **settings, **ablation)  # pyright: ignore[reportArgumentType]
         assert terms.elbo.shape == terms.weighted_elbo.shape == (0,)
     assert symmetric_elbo(key, view_1, view_2, **settings).elbo.shape == (0,)
     assert importance_weighted_bound(key, *args, **settings).shape == (0,)
@@ -880,7 +880,7 @@ def test_arguments_outside_of_their_domain_are_refused_and_nan_where_traced():
 def test_embedding_log_prob_broadcasts():
     rng = np.random.default_rng(0)
     embedding, latent = rng.normal(size=(2, 3, 4)).astype(np.float32)
-    df = np.float32([[1.0], [5.0]])
+    df = np.array([[1.0], [5.0]], np.float32)
     whole = embedding_log_prob(
         embedding[0], latent, scale_diag=0.5, df=df, radial_df=3.0, radial_scale=df[:, 0, None]
     )

@@ -359,7 +359,7 @@ def left_out(x: np.ndarray) -> np.ndarray:
 
     def log_likelihood(share: float) -> float:
         return sum(
-            scipy.stats.multivariate_normal.logpdf(z[i], rest.mean(axis=0), covariance(rest, share))
+            scipy.stats.multivariate_normal.logpdf(z[i], rest.mean(axis=0), covariance(rest, share))  # pyright: ignore[reportArgumentType]
             for i in range(len(z))
             for rest in [np.delete(z, i, axis=0)]
         )
@@ -401,7 +401,7 @@ def spectrum(num_images: int, rng: np.random.Generator, factor: float = 1.0) -> 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_as_few_images_as_features_tell_strange_ones(name):
     rng = np.random.default_rng(0)
-    train, inside, outside = (spectrum(*x) for x in ((24, rng), (200, rng), (200, rng, 4.0)))
+    train, inside, outside = (spectrum(*x) for x in ((24, rng), (200, rng), (200, rng, 4.0)))  # pyright: ignore[reportArgumentType]
     with pytest.warns(ood.FewImagesWarning) as caught:
         score = DENSITIES[name](train)
     assert caught[0].filename == __file__
@@ -514,7 +514,7 @@ def test_half_precision_features_and_terms_are_promoted():
     whole = np.asarray(half, np.float32)
     for fit in (*FITS.values(), lambda _: ood.feature_norm_score):
         np.testing.assert_array_equal(fit(half)(half), fit(whole)(whole))
-    np.testing.assert_array_equal(ood.concentration_score(np.uint8([3, 5])), [-3, -5])
+    np.testing.assert_array_equal(ood.concentration_score(np.array([3, 5], np.uint8)), [-3, -5])
     assert ood.concentration_score(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32
     found = ood.uncertainty_terms(
         keys(), View(*(x.astype(jnp.bfloat16) for x in views())), num_samples=1, **LIKELIHOOD
@@ -580,7 +580,7 @@ def test_counts_are_integers_and_a_wrong_one_spoils_no_right_one(bad):
         with pytest.raises(ValueError, match=f"{name} must be an integer"):
             fit(train, **{name: bad})
     for k in (np.int64(7), 7):
-        assert np.all(np.isfinite(ood.fit_knn(train, k=k)(train[:2])))
+        assert np.all(np.isfinite(ood.fit_knn(train, k=k)(train[:2])))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", [*DENSITIES, "knn"])
@@ -638,7 +638,7 @@ def test_threshold_of_infinite_scores():
     assert ood.conformal_threshold(scores, 0.05) == 95
     with pytest.raises(ValueError, match="3 of 100 calibration scores are infinite"):
         ood.conformal_threshold(scores, 0.02)
-    found = ood.exceeds([1.0, 95.0, 95.5, np.inf, -np.inf, np.nan], 95.0)
+    found = ood.exceeds([1.0, 95.0, 95.5, np.inf, -np.inf, np.nan], 95.0)  # pyright: ignore[reportArgumentType]
     assert found.tolist() == [False, False, True, True, True, True]
 
 
@@ -675,7 +675,7 @@ def test_threshold_refuses():
     assert ood.conformal_threshold(np.arange(99.0), 0.01) == 98
     for rate in (0.0, 1.0, np.nan, True, "0.1", [0.1]):
         with pytest.raises(ValueError, match="false_alarm_rate must be in"):
-            ood.conformal_threshold(np.arange(9.0), rate)
+            ood.conformal_threshold(np.arange(9.0), rate)  # pyright: ignore[reportArgumentType]
     for scores in (np.array([0.0, np.nan]), np.array([0.0, -np.inf]), np.zeros((2, 2))):
         with pytest.raises(ValueError, match=r"must be \[n\] without NaN"):
             ood.conformal_threshold(scores, 0.5)

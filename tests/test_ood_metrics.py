@@ -286,5 +286,5 @@ def test_refuses():
         bootstrap_intervals(good, good, num_resamples=2, seed=0, level=0.0)
     for num_resamples, message in ((0, "at least 1"), (20.0, "an integer"), (True, "an integer")):
         with pytest.raises(ValueError, match=f"num_resamples must be {message}"):
-            bootstrap_intervals(good, good, num_resamples=num_resamples, seed=0)
-    bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)
+            bootstrap_intervals(good, good, num_resamples=num_resamples, seed=0)  # pyright: ignore[reportArgumentType]
+    bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)  # pyright: ignore[reportArgumentType]

@@ -325,7 +325,7 @@ def test_settings_of_scores_are_counts_and_shares():
     assert type(found.knn_k[0]) is int
     for most in (-1, 5.0):
         with pytest.raises(ValueError, match="max_fit_images must be"):
-            ood_protocol.fit_rows(10, most)
+            ood_protocol.fit_rows(10, most)  # pyright: ignore[reportArgumentType]
 
 
 def test_more_neighbours_than_images_leave_a_score_out():

@@ -143,5 +143,5 @@ def test_tangent_squares_take_positive_scales_only():
         return sphere.scaled_tangent_squared_length(axis, axis, scale, coordinates="chordal")[0]
 
     with pytest.raises(ValueError, match="scale_diag must be positive"):
-        length(np.float32([1, -1, 1]))
-    assert np.isnan(jax.jit(length)(np.float32([1, -1, 1])))
+        length(np.array([1, -1, 1], np.float32))
+    assert np.isnan(jax.jit(length)(np.array([1, -1, 1], np.float32)))

@@ -131,7 +131,7 @@ def real_matrix(
     return matrix
 
 
-def _dtype(values: ArrayLike) -> np.dtype:
+def _dtype(values: Any) -> np.dtype:
     return np.dtype(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
 
 
