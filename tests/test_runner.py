@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -412,6 +413,19 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
 
 
 # --- Running, stopping, going on ---
+
+
+def test_a_process_of_64_bits_trains_in_32(tmp_path, monkeypatch):
+    seen = []
+
+    def build(_: Any) -> Any:
+        seen.append(jnp.zeros(1).dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr(runner, "build_experiment", build)
+    with jax.enable_x64(True), pytest.raises(InterruptedError):
+        runner.train(smoke.get_config(), tmp_path / "run")
+    assert seen == [np.float32]
 
 
 def short_config(**changes: Any) -> Any:
