@@ -35,3 +35,17 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No implicit promotion of types."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def float64():
+    """A process of 64 bits."""
+    with jax.enable_x64(True):
+        yield

@@ -16,10 +16,7 @@ PAIRED = {"simsiam": baselines.simsiam_loss, "byol": baselines.byol_loss}
 COUPLED = {"vicreg": baselines.vicreg_loss, "barlow_twins": baselines.barlow_twins_loss}
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

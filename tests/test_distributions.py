@@ -38,16 +38,7 @@ DF_GRID = np.array([0.1, 1, 10, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, np.inf])
 SCALE_GRID = 2.0 ** np.arange(-14, 15, 4)
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def relative_error(actual, expected):

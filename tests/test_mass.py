@@ -20,16 +20,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0])
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 @functools.partial(jax.jit, static_argnames="tails")

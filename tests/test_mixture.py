@@ -23,12 +23,6 @@ def score(fitted: mixture.TrainingMixture, embedding: Any) -> jax.Array:
     return fitted(embedding)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def images(
     num_images: int = 9, dim: int = 6, scale: float = 0.3, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -240,9 +234,10 @@ def test_radial_part_alone_sees_the_radius():
 @pytest.mark.slow
 def test_order_and_copies_of_training_images_do_not_matter():
     mean, s, embedding = images(9)
-    fit = lambda index: mixture.fit_training_mixture(  # noqa: E731
-        mean[index], s[index], df=5.0, bandwidth=1.0, **RADIAL
-    )
+
+    def fit(index):
+        return mixture.fit_training_mixture(mean[index], s[index], df=5.0, bandwidth=1.0, **RADIAL)
+
     expected = score(fit(np.arange(9)), embedding)
     shuffled = np.random.default_rng(1).permutation(9)
     np.testing.assert_allclose(score(fit(shuffled), embedding), expected, rtol=1e-5, atol=1e-5)

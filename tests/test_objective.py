@@ -25,16 +25,7 @@ GOLDEN = -4.414604111322816  # embedding_log_prob at the literal inputs of test_
 MODEL: dict[str, Any] = {"df": 4.0, "radial_df": 3.0, "radial_scale": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def views(seed, batch=4, dim=5, dtype: Any = jnp.float64):

@@ -17,10 +17,7 @@ polar = jax.jit(polar_decomposition)
 polar_jacobian = jax.jit(jax.vmap(jax.jacrev(polar_decomposition)))
 
 
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 @pytest.mark.parametrize("dim", [1, 3, 128, 4096])

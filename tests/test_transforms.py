@@ -13,19 +13,14 @@ import jevb_jax
 NUM_DEVICES = 8
 DIM = 66  # A Bessel function of order 32 and up needs no recurrence, which is slow to compile.
 
-pytestmark = pytest.mark.skipif(
-    len(jax.devices()) < NUM_DEVICES, reason="needs eight (simulated) devices"
-)
+pytestmark = [
+    pytest.mark.usefixtures("strict_dtypes"),
+    pytest.mark.skipif(len(jax.devices()) < NUM_DEVICES, reason="needs eight (simulated) devices"),
+]
 # float32: a transformed program may fuse and reorder sums, and each number adds up hundreds.
 assert_same = functools.partial(
     jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 )
-
-
-@pytest.fixture(autouse=True)
-def strict_dtypes():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
 
 
 def make_batch(seed=0):
