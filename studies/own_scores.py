@@ -1,0 +1,150 @@
+"""What else JEVB's own scores could be: two-sided terms, and other kernels of the training mixture.
+
+python -m studies.own_scores --runs runs/u/direction/seed_0 --out=runs/own_scores
+
+For trained runs of `studies/cifar10_uncertainty.py`. Two questions of docs/ood.md:
+
+* Does a single term detect better if it is strange on either side, `|score - median of training images|`?
+  The center is a training statistic: no outside image is read before the form is fixed.
+* What of the mixture matters: its bandwidth, the degrees of freedom of its kernels, or that their
+  scales differ between features? Each kernel has the bandwidth of its own leave-one-out likelihood.
+"""
+
+import argparse
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jevb_jax import data, files, load, mass, model
+from jevb_jax.evaluation import mixture, ood_protocol
+from jevb_jax.evaluation.ood_metrics import ood_metrics
+from studies import cifar10_uncertainty
+
+# What training images are taken of, and how many of each evaluated set.
+NUM_FITTED, NUM_TEST = 6000, 2500
+TERMS = (
+    "negative_log_likelihood",
+    "directional",
+    "radial",
+    "kl",
+    "posterior_entropy",
+    "cross_view",
+)
+KERNEL_DFS = (1.0, 5.0, math.inf)
+FIELDS = ("run", "score", "bandwidth", "leave_one_out", "near", "far")
+
+
+def group_means(scores: Mapping[str, np.ndarray], groups: Mapping[str, str]) -> dict[str, float]:
+    """Mean AUROC over the outside sets of each group.
+
+    Args:
+      scores: `[N]` of the set "test" and of every outside set.
+      groups: of the outside sets, by name.
+    """
+    found: dict[str, list[float]] = {}
+    for name, group in groups.items():
+        found.setdefault(group, []).append(ood_metrics(scores["test"], scores[name]).auroc)
+    return {group: float(np.mean(values)) for group, values in found.items()}
+
+
+def two_sided(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Distances to the median of the set "train"."""
+    center = np.median(scores["train"])
+    return {name: np.abs(values - center) for name, values in scores.items()}
+
+
+def _term_rows(
+    loaded: model.Model, images: Mapping[str, Any], groups: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    rows = []
+    for term in TERMS:
+        name = f"jevb/{term}"
+        if name not in loaded.score_names():
+            continue
+        scores = {part: loaded.ood_score(x, name) for part, x in images.items()}
+        rows.append({"score": name, **group_means(scores, groups)})
+        rows.append({"score": f"{name}, two-sided", **group_means(two_sided(scores), groups)})
+    return rows
+
+
+def _mixture_rows(
+    loaded: model.Model, images: Mapping[str, Any], groups: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    embeddings = {part: loaded.embed(x) for part, x in images.items()}
+    posterior = loaded.posterior(images["train"])
+    dim = posterior.mean.shape[1]
+    # `likelihood_scale` in units of the sphere.
+    own_scale = posterior.scale / math.sqrt(dim)
+    one_scale = np.full_like(own_scale, np.sqrt(np.mean(np.square(own_scale))))
+    uniform = mass.uniform_log_prob(dim)
+    apply = jax.jit(lambda fitted, x: fitted(x))
+    rows = []
+    for df in KERNEL_DFS:
+        for label, scale in (("own scales", own_scale), ("one scale for all", one_scale)):
+            fitted = mixture.fit_training_mixture(
+                posterior.mean, scale, df=df, embedding=embeddings["train"], num_queries=1000
+            )
+            scores = {part: np.asarray(apply(fitted, x)) for part, x in embeddings.items()}
+            rows.append(
+                {
+                    "score": f"mixture, df {df:g}, {label}",
+                    "bandwidth": float(fitted.bandwidth),
+                    "leave_one_out": float(fitted.leave_one_out) - uniform,
+                    **group_means(scores, groups),
+                }
+            )
+    return rows
+
+
+def measure(directory: str) -> list[dict[str, Any]]:
+    """Rows of one run; `leave_one_out` is in nats above the uniform density."""
+    loaded = load(directory)
+    dataset = data.load_dataset(**loaded.config["data"])
+    if dataset.test is None:
+        raise ValueError(f"{directory} was trained without test images, which are the inside set")
+    rows = ood_protocol.fit_rows(len(dataset.train), NUM_FITTED)
+    images: dict[str, Any] = {
+        "train": data.gather(dataset.train, rows),
+        "test": data.gather(dataset.test, np.arange(min(NUM_TEST, len(dataset.test)))),
+    }
+    groups = {}
+    for described in cifar10_uncertainty.run_config("jevb").ood.outside:
+        outside = ood_protocol.load_outside_set(**described)
+        images[outside.name] = data.load_resident(outside.source)
+        groups[outside.name] = outside.group
+    plain: list[dict[str, Any]] = []
+    for name in ("jevb/mixture_and_residual", "embedding/mahalanobis"):
+        scores = {
+            part: loaded.ood_score(x, name, fit_images=images["train"])
+            for part, x in images.items()
+        }
+        plain.append({"score": name, **group_means(scores, groups)})
+    found = plain + _term_rows(loaded, images, groups) + _mixture_rows(loaded, images, groups)
+    return [{"run": "/".join(Path(directory).parts[-2:]), **row} for row in found]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", nargs="+", required=True, help="directories of trained runs")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = [row for directory in options.runs for row in measure(directory)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+    files.write_text_atomically(options.out / "own_scores.csv", text.getvalue())
+    print(text.getvalue(), end="")
+
+
+if __name__ == "__main__":
+    main()
