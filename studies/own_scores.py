@@ -37,7 +37,7 @@ TERMS = (
     "cross_view",
 )
 KERNEL_DFS = (1.0, 5.0, math.inf)
-FIELDS = ("run", "score", "bandwidth", "leave_one_out", "near", "far")
+FIELDS: tuple[str, ...] = ("run", "score", "bandwidth", "leave_one_out", "near", "far")
 
 
 def group_means(scores: Mapping[str, np.ndarray], groups: Mapping[str, str]) -> dict[str, float]:
@@ -87,15 +87,18 @@ def _mixture_rows(
     rows = []
     for df in KERNEL_DFS:
         for label, scale in (("own scales", own_scale), ("one scale for all", one_scale)):
+            choice = mixture.choose_bandwidth(
+                posterior.mean, scale, embeddings["train"], df=df, num_queries=1000
+            )
             fitted = mixture.fit_training_mixture(
-                posterior.mean, scale, df=df, embedding=embeddings["train"], num_queries=1000
+                posterior.mean, scale, df=df, bandwidth=choice.bandwidth
             )
             scores = {part: np.asarray(apply(fitted, x)) for part, x in embeddings.items()}
             rows.append(
                 {
                     "score": f"mixture, df {df:g}, {label}",
-                    "bandwidth": float(fitted.bandwidth),
-                    "leave_one_out": float(fitted.leave_one_out) - uniform,
+                    "bandwidth": choice.bandwidth,
+                    "leave_one_out": choice.log_likelihood - uniform,
                     **group_means(scores, groups),
                 }
             )
