@@ -42,6 +42,13 @@ def check_free(directory: Path, *, kind: str) -> None:
     if (directory / "config.json").exists():
         raise ValueError(f"{directory} holds a run: give another directory for the {kind}")
     if not is_archive(directory):
+        found = sorted(path.name for path in directory.glob("*.safetensors"))
+        if found:
+            raise ValueError(
+                f"{directory} holds {', '.join(found)} without {MANIFEST}: of another program, or of "
+                f"a model whose writing was cut short; remove them, or give another directory for the "
+                f"{kind}"
+            )
         return
     manifest = read_manifest(directory)
     found = "export"

@@ -46,6 +46,45 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**sections, **config, **added}
 
 
+def completed_finetune(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As `completed_config`, of a fine-tune.
+
+    Args:
+      config: plain values.
+
+    Returns:
+      A new config.
+    """
+    return {**config, "data": {**_BEFORE["data"], **config["data"]}}
+
+
+def saved_config(value: Any, where: object) -> dict[str, Any]:
+    """The completed config of a run, of the JSON that is said to hold it.
+
+    Args:
+      value: of the JSON.
+      where: the file, for messages.
+
+    Returns:
+      See `completed_config`.
+
+    Raises:
+      ValueError: it is no config of a run, but another program's, for instance.
+    """
+    sections = ("data", "augmentation", "model", "train")
+    is_config = (
+        isinstance(value, dict)
+        and "method" in value
+        and all(isinstance(value.get(name), dict) for name in sections)
+    )
+    if not is_config:
+        raise ValueError(
+            f"{where} holds no config of a run, as train.py writes it: another program's file, or a "
+            "part of one"
+        )
+    return completed_config(value)
+
+
 def make_network(config: Mapping[str, Any]) -> JointEmbeddingModel:
     """The networks that a config describes.
 

@@ -178,7 +178,7 @@ def finetune(
 
 
 def _check_new(path: Path) -> None:
-    for name in (RESULTS, archive.MANIFEST, "config.json"):
+    for name in (RESULTS, archive.MANIFEST, "config.json", archive.WEIGHTS, CLASSIFIER):
         if (path / name).exists():
             raise ValueError(f"{path} holds {name} already: give another --workdir")
 

@@ -1,7 +1,7 @@
 """What people give as images, checked and brought to what the network's programs take."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -50,7 +50,9 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
       TypeError: neither numbers nor pictures, and levels of an unclear depth.
       ValueError: wrong axes, channels or range, NaN, no images.
     """
-    if isinstance(images, Iterator):
+    # Not to NumPy, which would take a picture in a deque, say, for numbers, whatever its mode.
+    is_collection = isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping)
+    if is_collection and not _is_array(images) and not isinstance(images, list | tuple):
         images = list(images)
     if isinstance(images, np.ndarray) and images.dtype == object and images.ndim == 1:
         images = list(images)
@@ -86,6 +88,11 @@ def prepared(images: np.ndarray, square_size: int) -> np.ndarray:
     if not square_size or images.shape[1:3] == (square_size, square_size):
         return images
     return np.stack([cut_square(image, square_size) for image in images])
+
+
+def _is_array(value: Any) -> bool:
+    names = ("shape", "__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__")
+    return _is_picture(value) or any(hasattr(value, name) for name in names)
 
 
 def _is_picture(value: Any) -> bool:

@@ -800,7 +800,7 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     if step is not None and not isinstance(step, str):
         step = _whole_number("step", step)
     saved = files.read_json(directory / "config.json")
-    config = blueprint.completed_config(saved)
+    config = blueprint.saved_config(saved, directory / "config.json")
     _checked_config(config, directory)
     if not (directory / "checkpoints").exists():
         raise CheckpointError(f"{directory} holds no checkpoint: train first")

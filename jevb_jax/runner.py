@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +132,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _read_environment(workdir: Path) -> dict[str, Any]:
+    """What `environment` wrote of a run; of one that was copied without it, that nobody knows."""
+    path = workdir / "environment.json"
+    return files.read_json(path) if path.exists() else {"command": []}
+
+
 def refused_changes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that a run in its directory may not change.
 
@@ -158,17 +164,41 @@ def _is_longer(changes: dict[str, tuple[Any, Any]]) -> bool:
     if "train.num_epochs" not in changes:
         return False
     saved, asked = changes["train.num_epochs"]
-    return asked > saved
+    return isinstance(saved, int | float) and asked > saved
+
+
+# What a run writes once its config.json is there, and would replace.
+_WRITTEN_LATER = (
+    "checkpoints",
+    "metrics.jsonl",
+    "views.png",
+    "curves.png",
+    "results.json",
+    "results.csv",
+    "report.html",
+)
+
+
+def _check_unused(workdir: Path) -> None:
+    """Refuses to begin a run where files lie that it would replace, or go on from."""
+    found = [name for name in _WRITTEN_LATER if (workdir / name).exists()]
+    if found:
+        raise ValueError(
+            f"{workdir} holds {', '.join(found)} and no config.json: a new run would replace what "
+            "another program wrote there, or go on from checkpoints of settings that nobody knows. "
+            "Give another --workdir, or bring the config.json of the run back"
+        )
 
 
 def _check_config(workdir: Path, experiment: Experiment, check_data: Callable[[], None]) -> None:
     """Writes the config of a new run; of an old one, refuses what changed, and makes it longer."""
     path, config = workdir / "config.json", experiment.config
     if not path.exists():
+        _check_unused(workdir)
         check_data()
         files.write_json_atomically(path, config)
         return
-    saved = blueprint.completed_config(files.read_json(path))
+    saved = blueprint.saved_config(files.read_json(path), path)
     refused = refused_changes(saved, config)
     if refused:
         lines = [
@@ -283,17 +313,18 @@ def keep_other_results(workdir: Path, suffix: str, settings_sha256: str) -> None
             files.write_bytes_atomically(copy, path.read_bytes())
 
 
-def settings_sha256(config: dict[str, Any]) -> str:
-    """A hash of the settings that results depend on beside the trained encoder.
+def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) -> str:
+    """A hash of what results depend on beside the trained encoder.
 
     Args:
       config: of the run, plain values.
+      data_changes: accepted changes of its data: results of other data are others.
 
     Returns:
       Hexadecimal digits.
     """
     sections = {name: config[name] for name in ("evaluation", "ood") if name in config}
-    return files.json_sha256(sections)
+    return files.json_sha256({**sections, "data": list(data_changes)} if data_changes else sections)
 
 
 def _steps_per_dispatch(config: dict[str, Any]) -> int:
@@ -958,7 +989,7 @@ def _evaluate_and_report(
         results["data_changes"] = data_changes
     if earlier := read_extensions(workdir):
         results["earlier_lengths"] = [length._asdict() for length in earlier]
-    results["settings_sha256"] = settings_sha256(experiment.config)
+    results["settings_sha256"] = settings_sha256(experiment.config, data_changes)
     parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
     return results
 
@@ -987,7 +1018,7 @@ def _write_results(
         results=results,
         records=records,
         alarms=alarms if any(health.logged_health(record) for record in records) else None,
-        environment=files.read_json(workdir / "environment.json"),
+        environment=_read_environment(workdir),
     )
     # The last of the files: who finds it finds the others.
     files.write_json_atomically(workdir / f"results{suffix}.json", results)
@@ -1032,6 +1063,12 @@ def evaluate(
         accept_change=experiment.config["input"]["accept_changed_data"],
     )
     readiness.check(experiment)
+    if not (workdir / "environment.json").exists():
+        _logger.warning(
+            "%s holds no environment.json: the report cannot say with which versions and devices it "
+            "was trained.",
+            workdir,
+        )
     mesh = parallel.make_mesh()
     template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
     checkpointer = Checkpointer(workdir / "checkpoints")
@@ -1102,6 +1139,8 @@ def evaluate_on(
         )
     results |= {"step": loaded.step, "data": described, "evaluation": evaluation}
     made_of = {name: results[name] for name in ("step", "data", "evaluation")}
+    # Paths do not tell data apart: relative ones, and files that were replaced.
+    made_of["images"] = data_record.fingerprint(dataset)
     results["settings_sha256"] = files.json_sha256(made_of)
     name = re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset.train.name).name).strip("_")
     stem = f"results_on_{name}" + ("" if step is None else f"_step_{step}")
@@ -1147,7 +1186,7 @@ def read_config(path: str | Path) -> ConfigDict:
     """The config that a run saved, to be changed and given again.
 
     Args:
-      path: a `config.json`.
+      path: a `config.json`; or the `model.json` of a fine-tune or an export.
 
     Returns:
       The config, not locked. Lists are tuples again, and settings that did not exist yet are as they
@@ -1165,6 +1204,8 @@ def read_config(path: str | Path) -> ConfigDict:
 
     path = files.to_path(path)
     saved = files.read_json(path)
-    if not isinstance(saved, dict) or "method" not in saved:
-        raise ValueError(f"{path} holds no config of a run: train.py writes config.json")
-    return ConfigDict(tuples(blueprint.completed_config(saved)))
+    if path.name == archive.MANIFEST and isinstance(saved, dict):
+        if "finetuned" in saved:
+            return ConfigDict(tuples(blueprint.completed_finetune(saved["finetuned"])))
+        saved = saved.get("config")
+    return ConfigDict(tuples(blueprint.saved_config(saved, path)))

@@ -210,3 +210,12 @@ def test_every_kind_of_network_is_served_at_another_size(settings, method):
     outputs: Any = served.call(images)
     assert outputs.keys() == {"embedding", "representation"}
     np.testing.assert_allclose(outputs["embedding"], model.embed(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["export", "detector"])
+def test_weights_of_another_program_are_not_replaced(tmp_path, kind):
+    archive.check_free(tmp_path / "new", kind=kind)
+    archive.check_free(tmp_path, kind=kind)
+    (tmp_path / "model.safetensors").write_text("of another program")
+    with pytest.raises(ValueError, match=r"holds model\.safetensors without model\.json"):
+        archive.check_free(tmp_path, kind=kind)

@@ -103,6 +103,10 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds results\.json already"):
         tuned(tmp_path / "nowhere", tmp_path, "full")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "model.safetensors").write_text("of another program")
+    with pytest.raises(ValueError, match=r"holds model\.safetensors already"):
+        tuned(tmp_path / "nowhere", tmp_path / "others", "full")
     with pytest.raises(FileNotFoundError, match=r"neither config.json"):
         tuned(tmp_path / "nowhere", tmp_path / "out", "full")
     config = to_json_values(finetune_digits.get_config())

@@ -1,5 +1,6 @@
 """`jevb_jax.load` against the numbers of evaluate.py, and every wrong input."""
 
+import collections
 import copy
 import dataclasses
 import io
@@ -21,7 +22,7 @@ from rich.console import Console
 
 import jevb_jax
 from configs import smoke
-from jevb_jax import archive, augmentations, data, runner
+from jevb_jax import archive, augmentations, data, image_inputs, runner
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
 from jevb_jax.checkpoints import CheckpointError, CheckpointMismatchError
@@ -814,3 +815,37 @@ assert not blocked & {{name.split(".")[0] for name in sys.modules}}
 def test_names_are_exported():
     assert jevb_jax.load is load
     assert jevb_jax.Model is Model
+
+
+def test_pictures_of_every_collection_are_pictures():
+    """NumPy takes the numbers of a palette for levels."""
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 2, (3, 3)).astype(np.uint8), "P")
+    picture.putpalette([250, 10, 20, 30, 240, 40])
+    given = [picture, picture]
+    wanted = np.stack([np.asarray(picture.convert("RGB"))] * 2)
+    for images in (given, collections.deque(given), dict(enumerate(given)).values(), iter(given)):
+        checked = image_inputs.check_images(images, num_channels=3, square_size=0)
+        np.testing.assert_array_equal(checked.stacks[0], wanted)
+        assert not checked.is_single
+    with pytest.raises(TypeError, match="must be uint8"):
+        image_inputs.check_images({"a": wanted}, num_channels=3, square_size=0)
+
+
+def test_a_batch_far_larger_than_the_set_is_not_filled_up(monkeypatch):
+    asked: list[int] = []
+
+    def of_batch(self: Any, variables: Any, images: Any) -> Any:
+        asked.append(len(images))
+        return images
+
+    monkeypatch.setattr(features.FeatureExtractor, "of_batch", of_batch)
+    source = data.ArraySource(np.zeros((9, 1, 1, 3), np.uint8))
+    for batch_size in (4, 512, 3_000_000):
+        network: Any = None
+        extract = features.FeatureExtractor(
+            network, image_size=1, mean=(0.0,) * 3, std=(1.0,) * 3, batch_size=batch_size
+        )
+        masks = [mask for _, mask in extract.stream({}, source)]
+        assert sum(mask.sum() for mask in masks) == 9
+    assert asked == [4, 4, 4, 512, 4096]

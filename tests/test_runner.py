@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import smoke, transfer
-from jevb_jax import data, health, parallel, runner, training
+from configs import finetune_digits, smoke, transfer
+from jevb_jax import data, files, health, parallel, runner, schema, training
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.model import load
 from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -721,6 +722,103 @@ def test_a_run_is_not_trained_where_an_export_lies(tmp_path):
     with pytest.raises(ValueError, match="holds an export"):
         runner.train(short_config(), tmp_path)
     assert names_of(tmp_path) == ["model.json"]
+
+
+OTHERS_CONFIGS = (
+    "[1, 2]",
+    '"text"',
+    "3",
+    '{"model_type": "bert"}',
+    '{"method": "jevb", "data": 3}',
+)
+
+
+@pytest.mark.parametrize("content", OTHERS_CONFIGS)
+def test_a_config_of_another_program_is_refused_by_every_reader(tmp_path, monkeypatch, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    for read in (runner.read_config, runner.load_config, load):
+        with pytest.raises(ValueError, match=r"config\.json holds no config of a run"):
+            read(path if read is runner.read_config else tmp_path)
+    monkeypatch.setattr(runner.readiness, "check", lambda _: None)
+    with pytest.raises(ValueError, match=r"config\.json holds no config of a run"):
+        runner.train(short_config(), tmp_path, console=text_console())
+    assert path.read_text() == content
+    assert set(names_of(tmp_path)) <= {".lock", "config.json"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.csv", "report.html", "checkpoints"])
+def test_a_run_begins_neither_over_another_s_files_nor_on_unknown_settings(
+    tmp_path, monkeypatch, name
+):
+    (tmp_path / name).write_text('{"loss": 3}\n')
+    monkeypatch.setattr(runner.readiness, "check", lambda _: None)
+    with pytest.raises(ValueError, match=rf"holds {name} and no config\.json"):
+        runner.train(short_config(), tmp_path, console=text_console())
+    assert (tmp_path / name).read_text() == '{"loss": 3}\n'
+    assert set(names_of(tmp_path)) <= {".lock", name}
+
+
+def test_results_of_accepted_other_data_are_others():
+    config = to_json_values(short_config())
+    before = runner.settings_sha256(config)
+    assert before == runner.settings_sha256(config, [])
+    changed = [runner.settings_sha256(config, [line]) for line in ("a", "b")]
+    assert len({before, *changed}) == 3
+
+
+def test_transfer_results_of_replaced_files_stand_side_by_side(tmp_path, monkeypatch):
+    encoder = types.SimpleNamespace(square_size=0, extractor=None, variables=None, step=1)
+    monkeypatch.setattr(runner.model, "load", lambda *_: encoder)
+    monkeypatch.setattr(runner.protocol, "evaluate_transfer", lambda *_: {})
+    monkeypatch.setattr(runner.protocol, "results_csv", lambda _: "")
+    monkeypatch.setattr(runner.protocol, "classification_table", lambda _: "")
+    section: Any = transfer.get_config()
+    section.train_paths, section.test_paths = ("train.npz",), ("test.npz",)
+    for level, place in enumerate(("a", "b", "a")):  # relative paths, and files that are replaced
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        for part in ("train", "test"):
+            images = np.full((20, 4, 4, 3), level, np.uint8)
+            np.savez(f"{part}.npz", images=images, labels=np.arange(20) % 2)
+        for _ in range(2):
+            runner.evaluate_on(short_config(), section, tmp_path, step=None, console=text_console())
+        assert len(list(tmp_path.glob("results_on_*.json"))) == level + 1
+
+
+def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same(
+    tmp_path, monkeypatch
+):
+    found = []
+    monkeypatch.setattr(
+        runner.run_report, "write_run_report", lambda *_, **given: found.append(given)
+    )
+    monkeypatch.setattr(runner.protocol, "results_csv", lambda _: "")
+    monkeypatch.setattr(runner.protocol, "classification_table", lambda _: "")
+    experiment: Any = types.SimpleNamespace(
+        num_train_steps=4, config=to_json_values(short_config())
+    )
+    results = {"step": 4, "settings_sha256": "a" * 64}
+    evaluation: Any = types.SimpleNamespace(ood=None)
+    runner._write_results(experiment, tmp_path, results, evaluation, text_console())
+    assert found[0]["environment"] == {"command": []}
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("mode", ["full", "frozen"])
+def test_the_config_of_a_finetune_or_an_export_can_be_given_again(tmp_path, mode):
+    tune: Any = finetune_digits.get_config(mode)
+    train = to_json_values(short_config())
+    tune.init.workdir = "runs/x"
+    tuned = to_json_values(tune)
+    del tuned["data"]["max_image_pixels"]  # of a version before it
+    path = tmp_path / "model.json"
+    files.write_json_atomically(path, {"config": train, "finetuned": tuned})
+    again = to_json_values(runner.read_config(path))
+    assert again == to_json_values(tune)
+    schema.check_finetune(again)
+    files.write_json_atomically(path, {"config": train})
+    assert to_json_values(runner.read_config(path)) == train
 
 
 def test_batches_are_those_of_a_longer_run_from_any_step():

@@ -16,6 +16,13 @@ from jevb_jax.evaluation import arguments
 from jevb_jax.evaluation.ood import UncertaintyTerms
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
+_ALWAYS_WHOLE = 4096  # batches of at most so many images are filled up however few there are
+
+
+def useful_batch_size(batch_size: int, num_images: int) -> int:
+    """The batch size that is asked for, or a smaller one where most of it would be padding."""
+    return min(batch_size, max(_ALWAYS_WHOLE, 1 << (num_images - 1).bit_length()))
+
 
 class Features(NamedTuple):
     """Outputs for `N` un-augmented images, float32.
@@ -160,8 +167,9 @@ class FeatureExtractor:
           source: images, grey ones are repeated to as many channels as the network has.
 
         Yields:
-          features: of `batch_size` images, whole on the first device of every process.
-          mask: bool `[batch_size]`, False where the last batch was filled up.
+          features: of `batch_size` images, or fewer where the source is far smaller, whole on the
+            first device of every process.
+          mask: bool of as many, False where the last batch was filled up.
 
         Raises:
           ValueError: images of a number of channels that is neither one nor the network's.
@@ -174,8 +182,10 @@ class FeatureExtractor:
             )
         variables = parallel.put(variables, parallel.replicated(self._mesh))
         is_shared = self._mesh.is_multi_process
-        rows = parallel.local_rows(self._batch_size) if is_shared else slice(None)
-        batches = data.evaluation_batches(source, self._batch_size, rows=rows)
+        size = useful_batch_size(self._batch_size, len(source))
+        size = -(-size // self._mesh.size) * self._mesh.size
+        rows = parallel.local_rows(size) if is_shared else slice(None)
+        batches = data.evaluation_batches(source, size, rows=rows)
         for images, mask in batches:
             self._check_stop()
             yield self.of_batch(variables, images), mask

@@ -17,7 +17,12 @@ from jax.tree_util import Partial
 
 from jevb_jax import augmentations, data, methods, sphere
 from jevb_jax.evaluation import corruptions, mixture, ood
-from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
+from jevb_jax.evaluation.features import (
+    FeatureExtractor,
+    Features,
+    TermsSettings,
+    useful_batch_size,
+)
 from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
 from jevb_jax.networks import (
     DirectionalPrediction,
@@ -493,6 +498,7 @@ def score_features(
     """
     batch_size = ood.checked_count("batch_size", batch_size)
     num_images = len(features.representation)
+    batch_size = useful_batch_size(batch_size, num_images)
     unlabelled = features._replace(labels=None)
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, num_images, batch_size):
