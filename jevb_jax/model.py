@@ -302,7 +302,7 @@ class Model:
           ValueError: fewer than `1 / false_alarm_rate - 1` calibration images; and as `ood_score`.
         """
         name = self._checked_score(score)
-        rate = float(false_alarm_rate)
+        rate = ood.checked_share("false_alarm_rate", false_alarm_rate)
         checked: GivenImages | None = None
         source: Any = None
         if calibration_images is None:

@@ -672,6 +672,19 @@ def test_standardisation_against_numpy():
     np.testing.assert_allclose(statistics.std, std, rtol=1e-4)
 
 
+@pytest.mark.parametrize("exponent", [-100, 100, 124])
+def test_standardised_features_do_not_depend_on_a_power_of_two(exponent):
+    features = np.random.default_rng(0).normal(size=(50, 3)).clip(-3, 3).astype(np.float32)
+    expected = classification._standardisation(jnp.asarray(features))(features)
+    scaled = np.ldexp(features, exponent)
+    found = classification._standardisation(jnp.asarray(scaled))(scaled)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"features vary by up to .*: divide them"):
+        classification.fit_linear_probe(
+            np.ldexp(features, 126), np.arange(50) % 2, num_classes=2, l2_regularization=1e-3
+        )
+
+
 def test_an_absent_class_and_no_penalty_are_survived():
     (features, labels), _, num_classes = random_problem()
     for num, l2_regularization in ((num_classes + 2, 1e-2), (num_classes, 0.0)):

@@ -384,6 +384,8 @@ NAN = np.where(np.arange(6) == 2, np.nan, MEAN)
         ({"embedding": EMBEDDING[:3]}, r"embedding must be \(9, 6\) as the posterior means"),
         ({"embedding": EMBEDDING, "num_queries": 0}, "num_queries must be at least 1, got 0"),
         ({"embedding": EMBEDDING, "num_queries": 5.0}, "num_queries must be an integer, got 5.0"),
+        ({"embedding": EMBEDDING, "seed": None}, "seed must be an integer, got None"),
+        ({"embedding": 1e39 * EMBEDDING}, r"embedding must lie within 3\.4e\+38.*: 9 of 9 rows"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -397,6 +399,8 @@ def test_bad_queries():
     for bad in (EMBEDDING[:, :5], EMBEDDING[0]):
         with pytest.raises(ValueError, match=r"embedding must be \[M, 6\]"):
             fitted(bad)
+    with pytest.raises(TypeError, match="embedding must be real numbers"):
+        fitted(EMBEDDING + 1j)
     # No images have no scores; what float32 cannot hold is infinitely far, and NaN stays NaN.
     assert fitted(EMBEDDING[:0]).shape == (0,)
     far = fitted(np.array([[np.inf] * 6, [np.nan] * 6, [1] * 6], np.float32))
@@ -409,6 +413,18 @@ def test_bad_queries():
     for own in (np.arange(9) - 1, np.arange(9) + 1):
         with pytest.raises(ValueError, match=r"own must be in \[0, 9\)"):
             mixture.leave_one_out_log_likelihood(fitted, EMBEDDING, own)
+
+
+def test_means_and_degrees_of_freedom_of_any_size():
+    def fitted(**change: Any) -> mixture.TrainingMixture:
+        given: Any = {"posterior_mean": MEAN, "scale_diag": SCALE, "df": np.inf, "bandwidth": 1.0}
+        return mixture.fit_training_mixture(**{**given, **change})
+
+    expected = fitted()
+    for factor in (1e300, 1e-300):
+        found = fitted(posterior_mean=factor * np.asarray(MEAN, np.float64))
+        np.testing.assert_allclose(found.location, expected.location, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(fitted(df=1e300)(EMBEDDING), expected(EMBEDDING))
 
 
 def test_one_image_has_a_likelihood_and_no_leave_one_out():

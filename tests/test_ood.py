@@ -328,9 +328,19 @@ def test_settings_out_of_range_and_features_without_variance():
         with pytest.raises(ValueError, match=message):
             fit(train)
     constant = np.ones((60, 3), np.float32)
-    for fit in (ood.fit_mahalanobis, ood.fit_whitened_knn, ood.fit_ssd):
+    residual = functools.partial(ood.fit_residual, num_components=2)
+    for fit in (ood.fit_mahalanobis, ood.fit_whitened_knn, ood.fit_ssd, residual):
         with pytest.raises(ood.DegenerateFeaturesError, match="do not vary"):
             fit(constant)
+    # Below, float32 has no digits; above, no inverse of a variance.
+    for fit in (ood.fit_mahalanobis, ood.fit_knn, ood.fit_ssd, residual):
+        with pytest.raises(ood.DegenerateFeaturesError, match="Multiply all features"):
+            fit(train.astype(np.float64) * 1e-38)
+    with pytest.raises(ood.DegenerateFeaturesError, match="divide all features"):
+        ood.fit_mahalanobis(train.astype(np.float64) * 1e36)
+    for seed in (-1, 1.0, None, 2**32):
+        with pytest.raises(ValueError, match="seed must be"):
+            ood.fit_ssd(train, num_clusters=2, seed=seed)  # pyright: ignore[reportArgumentType]
 
 
 def test_typicality_is_right_on_both_sides():
@@ -471,6 +481,36 @@ def test_neighbours_are_found_under_an_offset_and_among_near_duplicates(offset):
         )
 
 
+def test_neighbours_in_two_far_crowds():
+    # A product of float32 does not tell the members of a crowd apart, wherever the center is.
+    rng = np.random.default_rng(0)
+    heart = rng.normal(size=(2, 1, 16))
+    train, new = (
+        (heart + 1e-3 * rng.uniform(size=(2, n, 1)) * rng.normal(size=(2, n, 16)))
+        .reshape(-1, 16)
+        .astype(np.float32)
+        for n in (400, 20)
+    )
+    unit = [np.asarray(x, np.float64) for x in (train, new)]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in unit]
+    distances = np.sort(np.linalg.norm(unit[0][None] - unit[1][:, None], axis=-1), axis=1)
+    found = ood.fit_knn(train, k=5)(new)
+    np.testing.assert_allclose(found, distances[:, 4], rtol=5e-3)
+
+
+def test_directions_of_features_with_much_in_common():
+    rng = np.random.default_rng(0)
+    train, inside, outside = (1e4 + s * rng.normal(size=(200, 6)) for s in (1, 1, 3))
+    score = ood.fit_ssd(train)
+    found = ood_metrics.ood_metrics(score(inside), score(outside)).auroc
+    # In float64, without the direction of the offset, in which directions do not vary.
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, inside, outside)]
+    centered = [x - unit[0].mean(axis=0) for x in unit]
+    inverse = np.linalg.pinv(centered[0].T @ centered[0], rcond=1e-6)
+    lengths = [np.einsum("ni,ij,nj->n", x, inverse, x) for x in centered[1:]]
+    assert abs(found - ood_metrics.ood_metrics(*lengths).auroc) < 0.02
+
+
 # --- Logits ---
 
 
@@ -508,6 +548,42 @@ def test_logits_of_every_type_are_promoted(score):
         score(np.zeros((4, 0), np.float32))
 
 
+def test_digits_that_all_logits_share_are_not_lost():
+    margins = np.array([1, 3, 7])
+    expected = -np.log1p(np.exp(margins.astype(np.float64)))
+    for base, kind in ((2**40, np.int64), (2**63, np.uint64), (2**30, np.int32), (1e9, np.float64)):
+        logits = np.full((3, 2), base, kind)
+        logits[:, 0] += margins.astype(kind)
+        np.testing.assert_allclose(ood.max_softmax_score(logits), expected, rtol=1e-6)
+    ends = np.iinfo(np.int64)
+    np.testing.assert_allclose(
+        ood.max_softmax_score(np.array([[ends.max, ends.min]])), [-(2.0**64)]
+    )
+
+
+def test_an_overflow_is_never_inside():
+    inf = np.inf
+    logits = np.array([[inf, 0], [inf, inf], [-inf, -inf], [3, 1]], np.float32)
+    for score in LOGIT_SCORES:
+        found = np.asarray(score(logits))
+        assert np.isposinf(found[:3]).all()
+        assert np.isfinite(found[3])
+    # A class that is ruled out leaves all to the other.
+    ruled_out = np.asarray(ood.max_softmax_score(np.array([[0, -inf], [99, 0]], np.float32)))
+    assert -inf < ruled_out[0] < ruled_out[1] == -99
+    assert np.isposinf(ood.feature_norm_score(np.array([[inf, 1.0]])))
+    assert np.isposinf(ood.concentration_score(np.array([inf])))
+    huge = jnp.full(1, inf)
+    terms = ood.UncertaintyTerms(huge, huge, huge, -huge, huge, None)
+    assert np.isposinf(ood.kl_score(terms))
+    assert np.isposinf(ood.posterior_entropy_score(terms))
+    residual = ood.Residual(jnp.zeros(2), jnp.eye(2)[:, :1])
+    vim = ood.VirtualLogit(residual, jnp.asarray(1e9, jnp.float32))
+    features = np.array([[3e38, 0], [1, 1], [1, 1]], np.float32)
+    found = np.asarray(vim(features, np.array([[inf, 0], [inf, 0], [1, 0]], np.float32)))
+    assert np.isposinf(found).tolist() == [True, True, False]
+
+
 @pytest.mark.slow
 def test_half_precision_features_and_terms_are_promoted():
     half = jnp.asarray(correlated(0, 60), jnp.bfloat16)
@@ -543,6 +619,8 @@ def test_log_probabilities_are_no_logits():
         ood.max_softmax_score(logits[:, :1])
     with pytest.raises(ValueError, match="one row for each image"):
         fit(logits)(train, logits[:1])
+    with pytest.raises(ValueError, match="before log_softmax"):
+        fit(logits)(train, sure)
     for origin in (np.zeros(1), np.full(7, np.nan)):
         with pytest.raises(ValueError, match=r"origin must be finite \[7\]"):
             ood.fit_residual(train, num_components=4, origin=origin)
@@ -640,6 +718,16 @@ def test_threshold_of_infinite_scores():
         ood.conformal_threshold(scores, 0.02)
     found = ood.exceeds([1.0, 95.0, 95.5, np.inf, -np.inf, np.nan], 95.0)  # pyright: ignore[reportArgumentType]
     assert found.tolist() == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, jnp.float32])
+def test_shares_of_few_bits_are_the_decimal_numbers_that_they_show(kind):
+    scores = np.arange(99.0)
+    for rate in (0.05, 0.3, 0.7):
+        assert ood.conformal_threshold(scores, kind(rate)) == ood.conformal_threshold(scores, rate)
+    for tpr in (0.7, 0.8, 0.95):
+        expected = ood_metrics.ood_metrics(scores[:10], scores[:10] + 0.5, tpr=tpr)
+        assert ood_metrics.ood_metrics(scores[:10], scores[:10] + 0.5, tpr=kind(tpr)) == expected
 
 
 @pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (99, 0.07), (200, 0.1), (50, 0.5)])

@@ -287,4 +287,8 @@ def test_refuses():
     for num_resamples, message in ((0, "at least 1"), (20.0, "an integer"), (True, "an integer")):
         with pytest.raises(ValueError, match=f"num_resamples must be {message}"):
             bootstrap_intervals(good, good, num_resamples=num_resamples, seed=0)  # pyright: ignore[reportArgumentType]
+    for seed in (None, -1, 1.0):
+        with pytest.raises(ValueError, match="seed must be"):
+            bootstrap_intervals(good, good, num_resamples=2, seed=seed)  # pyright: ignore[reportArgumentType]
+    bootstrap_intervals(good, good, num_resamples=2, seed=jnp.int32(0))  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)  # pyright: ignore[reportArgumentType]

@@ -517,6 +517,8 @@ def _scores_of_present_classes(
     `jax.enable_x64`.
     """
     temperature = arguments.positive_number("temperature", temperature)
+    if temperature < np.finfo(np.float64).tiny:  # which XLA takes for zero
+        raise ValueError(f"temperature must be at least 2.3e-308, got {temperature}")
     labels = _checked_labels(
         "train_labels",
         train_labels,
@@ -787,9 +789,20 @@ class _Standardisation(NamedTuple):
         return (features - self.mean[None]) / self.std[None]
 
 
+def _times_power_of_two(x: Array, exponent: Array) -> Array:
+    """`x 2^exponent`, in two steps: the power itself may be no number of the type."""
+    half = exponent // 2
+    return jnp.ldexp(jnp.ldexp(x, half), exponent - half)
+
+
 @jax.jit
 def _standardisation(features: Array) -> _Standardisation:
     """Statistics over rows, `[F]`; features that vary by rounding error only count as constant."""
+    # Divided by a power of two, which rounds nothing: squares would overflow or vanish.
+    largest = jnp.max(jnp.abs(features), axis=0)
+    _, exponent = jnp.frexp(largest)
+    exponent = jnp.where(largest > 0, exponent, 0)
+    features = _times_power_of_two(features, -exponent[None])
     # Measured from the first row: a constant feature is then exactly zero, however long the sum.
     offset = features[0]
     shifted = features - offset[None]
@@ -797,7 +810,8 @@ def _standardisation(features: Array) -> _Standardisation:
     std = jnp.sqrt(jnp.mean(jnp.square(shifted - shifted_mean[None]), axis=0))
     rounding = 10 * float(jnp.finfo(features.dtype).eps) * jnp.max(jnp.abs(features), axis=0)
     return _Standardisation(
-        mean=offset + shifted_mean, std=jnp.where(std <= rounding, jnp.ones_like(std), std)
+        mean=_times_power_of_two(offset + shifted_mean, exponent),
+        std=jnp.where(std <= rounding, jnp.ones_like(std), _times_power_of_two(std, exponent)),
     )
 
 
@@ -1018,6 +1032,12 @@ def _fit(
 ) -> LinearProbe:
     """One fit on inputs that are checked already."""
     num_examples, num_features = features.shape
+    spread = float(jnp.max(standardise.std))
+    if spread > float(jnp.finfo(features.dtype).max) / 8:  # whose inverse may be taken for zero
+        raise ValueError(
+            f"features vary by up to {spread:.3g}, too much for {features.dtype}: divide them by one "
+            "number"
+        )
     solver = settings.solver
     if solver == "auto":
         num_elements = num_examples * (num_features + settings.num_classes)
@@ -1048,6 +1068,11 @@ def _fit(
         )
         num_iterations = jnp.asarray(
             settings.num_epochs * -(-num_examples // batch_size), jnp.int32
+        )
+    if not bool(jnp.isfinite(gradient_norm)):
+        raise ValueError(
+            f"the fit by {SOLVER_NAMES[solver]} left the numbers of {features.dtype}: divide the "
+            "features by one number, or lower l2_regularization"
         )
     return LinearProbe(
         weights=parameters.weights,
@@ -1111,7 +1136,7 @@ def fit_linear_probe(
 
     Raises:
       ValueError: shapes that do not fit, values that are not finite, labels or settings out of
-        range.
+        range, a fit that overflows.
       TypeError: features that are not floating point, labels that are not integers.
     """
     settings = _checked_settings(

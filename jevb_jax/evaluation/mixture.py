@@ -16,7 +16,7 @@ A score costs four matrix products, `N` columns wide, where a search for neighbo
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ _MASS_BATCH_SIZE = 1024
 _NUM_EXACT = 4
 # Scales that the mass and float32 can hold.
 _SCALE_LIMITS = (1e-15, 1e15)
+# Degrees of freedom beyond which float32 has the Gaussian, and an overflow in its place.
+_GAUSSIAN_DF = 1e30
 
 # Bandwidths that are tried, as powers of the root of two: 1/8 to 2, and where to stop at last.
 _FIRST_STEPS = range(-6, 3)
@@ -130,6 +132,7 @@ class TrainingMixture:
 
         Raises:
           ValueError: not `[M, D]`.
+          TypeError: not real numbers.
         """
         score = float(np.log(len(self.location))) - self._log_sum(embedding, None)
         h = jnp.asarray(embedding, self.location.dtype)
@@ -138,6 +141,9 @@ class TrainingMixture:
 
     def _log_sum(self, embedding: ArrayLike, own: Array | None) -> Array:
         """`log sum_n p(h | n)`, `[M]`; of row `i` component `own[i]` is left out."""
+        given = jnp.result_type(embedding)
+        if not (jnp.issubdtype(given, jnp.floating) or jnp.issubdtype(given, jnp.integer)):
+            raise TypeError(f"embedding must be real numbers, got {given}")
         h = jnp.asarray(embedding, self.location.dtype)
         num_components, dim = self.location.shape
         if h.ndim != 2 or h.shape[1] != dim:
@@ -242,7 +248,7 @@ def fit_training_mixture(
       radial_scale: relative width of the radius, positive; None leaves the radial density out.
       radial_df: its degrees of freedom, positive; needed with `radial_scale` and only then.
       num_queries: training images whose leave-one-out likelihood is taken, at most.
-      seed: of their draw, where there are more.
+      seed: of their draw, where there are more; an integer of at least 0.
 
     Returns:
       A score, embeddings `[M, D]` to `[M]`, nats.
@@ -371,6 +377,14 @@ def _queries(
         )
     num_images = _at_least_two(len(h))
     num_queries = checked_count("num_queries", num_queries)
+    seed = checked_count("seed", seed, least=0)
+    largest = float(jnp.finfo(components.dtype).max)
+    num_large = int(np.sum((np.abs(h) > largest).any(axis=1)))
+    if num_large:
+        raise ValueError(
+            f"embedding must lie within {largest:.3g}, the largest {components.dtype}: {num_large} of "
+            f"{num_images} rows do not"
+        )
     own = np.arange(num_images)
     if num_queries < num_images:
         drawn = np.random.default_rng(seed).choice(num_images, num_queries, replace=False)
@@ -416,7 +430,7 @@ class _Components(NamedTuple):
 
     Attributes:
       location: `[N, D]`, directions.
-      radius: `[N]`.
+      log_radius: `[N]`.
       scale_diag: `[N, D]`.
       df: positive.
       radial_scale: or None.
@@ -425,7 +439,7 @@ class _Components(NamedTuple):
     """
 
     location: np.ndarray
-    radius: np.ndarray
+    log_radius: np.ndarray
     scale_diag: np.ndarray
     df: float
     radial_scale: float | None
@@ -469,15 +483,24 @@ class _Components(NamedTuple):
         if radial_scale is not None and radial_df is not None:
             _require_positive("radial_scale", radial_scale)
             _require_positive("radial_df", radial_df, may_be_infinite=True)
-            radial_scale, radial_df = float(radial_scale), float(radial_df)
-        radius = np.linalg.norm(mean, axis=1)
-        dtype = sphere.at_least_float32(posterior_mean, scale_diag)[0].dtype
-        location = mean / radius[:, None]
-        return cls(location, radius, scale, float(df), radial_scale, radial_df, dtype)
+            radial_scale, radial_df = float(radial_scale), _finite_or_gaussian(radial_df)
+        # Squares of the scaled means neither overflow nor vanish.
+        size = np.max(np.abs(mean), axis=1)
+        scaled = mean / size[:, None]
+        norm = np.linalg.norm(scaled, axis=1)
+        log_radius = np.log(size) + np.log(norm)
+        given: Any = (posterior_mean, scale_diag)
+        types = (x[:0] if hasattr(x, "dtype") else 0.0 for x in given)
+        dtype = sphere.at_least_float32(*types)[0].dtype
+        location = scaled / norm[:, None]
+        return cls(
+            location, log_radius, scale, _finite_or_gaussian(df), radial_scale, radial_df, dtype
+        )
 
     def at(self, bandwidth: float) -> TrainingMixture:
         """The mixture with all scales multiplied by `bandwidth`."""
         _require_positive("bandwidth", bandwidth)
+        bandwidth = float(bandwidth)
         scale = bandwidth * self.scale_diag
         smallest, largest = _SCALE_LIMITS
         if scale.min() < smallest or scale.max() > largest:
@@ -494,7 +517,7 @@ class _Components(NamedTuple):
         radial = None
         if self.radial_scale is not None and self.radial_df is not None:
             radial = RadialComponents(
-                as_array(np.log(self.radius)), as_array(self.radial_scale), self.radial_df
+                as_array(self.log_radius), as_array(self.radial_scale), self.radial_df
             )
         return TrainingMixture(
             location=location,
@@ -522,6 +545,10 @@ def _log_peak_and_mass(location: Array, scale_diag: Array, df: Array) -> tuple[A
         return log_peak, mass.directional_log_mass(s, loc=m, df=df)
 
     return jax.lax.map(of_component, (location, scale_diag), batch_size=_MASS_BATCH_SIZE)
+
+
+def _finite_or_gaussian(df: float) -> float:
+    return float(df) if df <= _GAUSSIAN_DF else np.inf
 
 
 def _finite_matrix(name: str, values: ArrayLike) -> np.ndarray:

@@ -42,6 +42,8 @@ _FEW_IMAGES = 3
 _LEAST_VARIANCE = 1e-9
 # Feature-wise spread, of the largest value, that is rounding and nothing else.
 _ROUNDING = 1e-6
+# Sizes of features whose squares and inverses float32 holds with all of their digits.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 # Neighbours beyond the k-th whose distances are computed again without cancellation.
 _NUM_SPARE = 32
 _NUM_FOLDS = 5
@@ -83,12 +85,16 @@ def checked_count(name: str, value: Any, *, least: int = 1, most: int | None = N
     return count
 
 
-def check_share(name: str, value: Any) -> None:
-    """Refuses what is no share.
+def checked_share(name: str, value: Any) -> float:
+    """A setting that is a share, as a Python number.
 
     Args:
       name: of the setting, for the message.
-      value: one real number in (0, 1).
+      value: one real number in (0, 1). Of fewer bits than Python's it is taken as the decimal number
+        that it shows: 0.8 in float32 is a little more, and would ask for one image more.
+
+    Returns:
+      The share.
 
     Raises:
       ValueError: anything else.
@@ -96,6 +102,7 @@ def check_share(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float | np.integer | np.floating | np.ndarray | Array)
     if not is_number or np.ndim(value) or not 0 < value < 1:
         raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+    return float(str(np.asarray(value)[()]))
 
 
 def real_matrix(
@@ -158,6 +165,11 @@ def _or_infinite(score: Array, features: Array) -> Array:
     """Infinite where the arithmetic overflowed, which differences of infinities would make NaN."""
     has_overflowed = jnp.isnan(score) & ~jnp.isnan(features).any(axis=-1)
     return jnp.where(has_overflowed, jnp.inf, score)
+
+
+def _never_certain(score: Array) -> Array:
+    """Infinite where it is minus infinity: an overflow does not say that an image is as usual."""
+    return jnp.where(jnp.isneginf(score), jnp.inf, score)
 
 
 # --- JEVB's own terms -----------------------------------------------------------------------------
@@ -297,12 +309,12 @@ def kl_score(terms: UncertaintyTerms) -> Array:
     The sign is the one that an encoder's uncertainty suggests. It is not right for every set: see
     `typicality_features`.
     """
-    return -terms.kl
+    return _never_certain(-terms.kl)
 
 
 def posterior_entropy_score(terms: UncertaintyTerms) -> Array:
     """Differential entropy of the posterior, `[N]`, nats (docs eq. 23)."""
-    return terms.posterior_entropy
+    return _never_certain(terms.posterior_entropy)
 
 
 def cross_view_score(terms: UncertaintyTerms) -> Array:
@@ -343,7 +355,7 @@ def concentration_score(concentration: ArrayLike) -> Array:
     Returns:
       `[N]`.
     """
-    return -_numbers("concentration", concentration)
+    return _never_certain(-_numbers("concentration", concentration))
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -369,6 +381,12 @@ def _checked(name: str, features: ArrayLike) -> np.ndarray:
             f"{name} must lie within {largest:.3g}, the largest float32: {num_large} of {len(values)} "
             "rows do not. Divide all features by one number"
         )
+    most = float(np.abs(values).max())
+    if 0 < most < _SMALLEST:
+        raise DegenerateFeaturesError(
+            f"{name} must reach {_SMALLEST}, below which float32 loses digits, and none is larger than "
+            f"{most:.3g}. Multiply all features by one number"
+        )
     return values.astype(np.float32).astype(np.float64)
 
 
@@ -383,33 +401,73 @@ def feature_norm_score(features: ArrayLike) -> Array:
     Args:
       features: `[N, F]`.
     """
-    return -sphere.safe_norm(_numbers("features", features))
+    return _never_certain(-sphere.safe_norm(_numbers("features", features)))
 
 
-def _kth_distance(bank: Array, centered: Array, query: Array, k: int, center: Array) -> Array:
-    """Distance of one query `[F]` to the k-th nearest row of a bank `[M, F]`.
+def _kth_distances(bank: Array, centered: Array, queries: Array, k: int, center: Array) -> Array:
+    """Distance of each query to the k-th nearest row of a bank, exact.
+
+    Candidates are found by one product, `b.q - |b|^2 / 2`, which falls as `|b - q|` grows. It has few
+    digits between near duplicates, so they are put in order by their differences. Where rounding could
+    have kept a nearer row from being a candidate, the differences of all rows are taken.
 
     Args:
       bank: `[M, F]`.
       centered: `[M, F + 1]`, of `_centered`.
-      query: `[F]`.
+      queries: `[N, F]`.
       k: which neighbour.
       center: `[F]`, near the bank.
 
     Returns:
-      `[]`. Candidates are found by one product, `b.q - |b|^2 / 2`, which falls as `|b - q|` grows. It
-      has few digits between near duplicates, so they are put in order by their differences.
+      `[N]`.
     """
-    closeness = _matmul(centered, jnp.append(query - center, 1.0))
-    _, index = jax.lax.top_k(closeness, min(k + _NUM_SPARE, len(bank)))
-    # Not sqrt(2 - 2 cos), which has no digits left between near duplicates.
-    return jnp.sort(sphere.safe_norm(bank[index] - query[None]))[k - 1]
+    num_rows = len(bank)
+    rounding = _product_rounding(bank.shape[1])
+
+    def distances(rows: Array, query: Array) -> Array:
+        # Not sqrt(2 - 2 cos), which has no digits left between near duplicates.
+        return sphere.safe_norm(rows - query[None])
+
+    def of_candidates(query: Array) -> tuple[Array, Array]:
+        """The distance, and whether no row that is not a candidate can be nearer."""
+        shifted = query - center
+        square = jnp.sum(jnp.square(shifted))
+        closeness = _matmul(centered, jnp.append(shifted, 1.0))
+        highest, index = jax.lax.top_k(closeness, min(k + _NUM_SPARE, num_rows))
+        distance = jnp.sort(distances(bank[index], query))[k - 1]
+        bound = square / 2 - highest[-1] - rounding * square
+        is_sure = (jnp.square(distance) / 2 < bound) | (distance == 0) | ~jnp.isfinite(distance)
+        return distance, is_sure | (len(index) == num_rows)
+
+    def of_all(query: Array) -> Array:
+        every = jax.lax.map(lambda row: distances(row[None], query)[0], bank, batch_size=1024)
+        return -jax.lax.top_k(-every, k)[0][-1]
+
+    found, is_sure = jax.lax.map(of_candidates, queries, batch_size=64)
+
+    def searched_again() -> Array:
+        def one(values: tuple[Array, Array, Array]) -> Array:
+            query, distance, is_sure = values
+            return jax.lax.cond(is_sure, lambda: distance, lambda: of_all(query))
+
+        return jax.lax.map(one, (queries, found, is_sure))
+
+    return jax.lax.cond(jnp.all(is_sure), lambda: found, searched_again)
 
 
 def _centered(bank: np.ndarray, center: np.ndarray) -> np.ndarray:
-    """`[M, F + 1]`, a bank less its center, and less half of its squared length."""
+    """`[M, F + 1]`, a bank less its center, and less half of its squared length.
+
+    The last is raised by the most that the product with a row can come out too small.
+    """
     rest = bank - center
-    return np.concatenate([rest, -np.sum(np.square(rest), axis=1, keepdims=True) / 2], axis=1)
+    share = 0.5 - _product_rounding(bank.shape[1])
+    return np.concatenate([rest, -share * np.sum(np.square(rest), axis=1, keepdims=True)], axis=1)
+
+
+def _product_rounding(width: int) -> float:
+    """Of a float32 sum of products in any order, relative to their sizes: twice the textbook's bound."""
+    return (width + 16) * float(jnp.finfo(jnp.float32).eps)
 
 
 @jax.tree_util.register_dataclass
@@ -433,11 +491,8 @@ class DirectionNeighbours:
         """Distances, `[N]`."""
         values = _queries(features, self.bank.shape[1])
         direction, _ = sphere.polar_decomposition(values)
-
-        def distance(query: Array) -> Array:
-            return _kth_distance(self.bank, self.centered, query, self.k, self.center)
-
-        return _or_infinite(jax.lax.map(distance, direction, batch_size=64), values)
+        distance = _kth_distances(self.bank, self.centered, direction, self.k, self.center)
+        return _or_infinite(distance, values)
 
 
 @jax.tree_util.register_dataclass
@@ -463,12 +518,9 @@ class WhitenedNeighbours:
         """Distances, `[N]`."""
         values = _queries(features, len(self.mean))
         center = jnp.zeros_like(self.mean)
-
-        def distance(query: Array) -> Array:
-            return _kth_distance(self.bank, self.centered, query, self.k, center)
-
         whitened = _matmul(values - self.mean[None], self.whitening)
-        return _or_infinite(jax.lax.map(distance, whitened, batch_size=64), values)
+        distance = _kth_distances(self.bank, self.centered, whitened, self.k, center)
+        return _or_infinite(distance, values)
 
 
 def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
@@ -581,16 +633,16 @@ def _covariance(
     std = np.sqrt(np.mean(np.square(residual), axis=0))
     largest = np.max(np.abs(features), axis=0)
     is_alive = std > _ROUNDING * largest
-    if not is_alive.any():
-        raise DegenerateFeaturesError(
-            "the fitted features do not vary"
-            + (" within a class" if group is not None else "")
-            + ": has the encoder collapsed?"
-        )
+    _check_alive(is_alive, " within a class" if group is not None else "")
     # A feature that never varied has no unit of its own. It takes the others', or one that makes its
     # rounding the least variance.
     of_rounding = _ROUNDING / math.sqrt(_LEAST_VARIANCE) * largest
     units = np.where(is_alive, std, np.maximum(np.median(std[is_alive]), of_rounding))
+    if units.max() > _LARGEST:
+        raise DegenerateFeaturesError(
+            f"the fitted features vary by up to {units.max():.3g}, and float32 holds no variances beyond "
+            f"{_LARGEST:.0e} squared: divide all features by one number"
+        )
     scaled = residual * np.where(is_alive, 1 / units, 0)
     moments = scaled.T @ scaled / len(scaled)
     group = np.zeros(len(features), int) if group is None else group
@@ -603,6 +655,14 @@ def _covariance(
             f"{num_alive} different ones, better {_FEW_IMAGES * num_alive}"
         )
     return _Covariance(units, moments, shrinkage)
+
+
+def _check_alive(is_alive: np.ndarray, where: str = "") -> None:
+    """Refuses features `[F]` none of which varies by more than its rounding."""
+    if not is_alive.any():
+        raise DegenerateFeaturesError(
+            f"the fitted features do not vary{where}: has the encoder collapsed?"
+        )
 
 
 def _freedom(features: np.ndarray, group: np.ndarray) -> int:
@@ -755,7 +815,7 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
 
     Raises:
       ValueError: as `fit_mahalanobis`; `num_clusters` no integer, fewer images than two for each
-        cluster, or a cluster of one.
+        cluster, or a cluster of one; a seed that is not an integer of 32 bits, at least 0.
 
     Warns:
       FewImagesWarning: a cluster of fewer images than features.
@@ -764,7 +824,10 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
     num_clusters = _at_most(
         "num_clusters", num_clusters, len(values) // 2, "half the fitted images"
     )
-    directions = _directions(values)
+    seed = checked_count("seed", seed, least=0, most=2**32 - 1)
+    # As they will be scored: what float32 loses is no small variance, where features have much in common.
+    scored, _ = sphere.polar_decomposition(jnp.asarray(values, jnp.float32))
+    directions = np.asarray(scored, np.float64)
     cluster = np.zeros(len(directions), int)
     if num_clusters > 1:
         from sklearn.cluster import KMeans  # one score of many, and none of a served model's
@@ -857,6 +920,7 @@ def fit_residual(
       FewImagesWarning: fewer images than features.
     """
     values, num_components, origin = _checked_residual(features, num_components, origin)
+    _check_alive(values.std(axis=0) > _ROUNDING * np.abs(values).max(axis=0))
     num_images = _num_different(values)
     if num_images <= values.shape[1]:
         _warn(
@@ -932,12 +996,30 @@ def max_softmax_score(logits: ArrayLike) -> Array:
       ValueError: a single class, whose probability is always one.
       TypeError: logits that are not real numbers.
     """
-    values = _logits(logits, least=2)
+    values = _logits(_without_common_part(logits), least=2)
     is_best = jax.nn.one_hot(jnp.argmax(values, axis=-1), values.shape[-1], dtype=bool)
     margin = values - jnp.max(values, axis=-1, keepdims=True)
+    # A class that is ruled out (-inf) leaves a number: only an overflow is no answer.
+    margin = jnp.maximum(margin, float(jnp.finfo(margin.dtype).min))
     # The logarithm of the odds against the best class.
     odds = jax.nn.logsumexp(jnp.where(is_best, -jnp.inf, margin), axis=-1)
-    return -jax.nn.softplus(-odds)
+    has_overflowed = ~jnp.isfinite(jnp.max(values, axis=-1)) & ~jnp.isnan(values).any(axis=-1)
+    return jnp.where(has_overflowed, jnp.inf, -jax.nn.softplus(-odds))
+
+
+def _without_common_part(logits: ArrayLike) -> ArrayLike:
+    """Logits less the largest of their row, where they have more digits than float32 would keep."""
+    dtype = _dtype(logits)
+    is_integer = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
+    is_long = dtype == np.float64 and not isinstance(logits, Array)
+    if isinstance(logits, Tracer) or not (is_integer or is_long) or 0 in (np.shape(logits) or (0,)):
+        return logits
+    values = np.asarray(logits)
+    largest = np.max(values, axis=-1, keepdims=True)
+    if is_integer:
+        # Differences of integers of any sign lie within the unsigned ones, which wrap to them.
+        return -(largest.astype(np.uint64) - values.astype(np.uint64)).astype(np.float64)
+    return values - np.where(np.isfinite(largest), largest, 0)
 
 
 def max_logit_score(logits: ArrayLike) -> Array:
@@ -950,7 +1032,7 @@ def max_logit_score(logits: ArrayLike) -> Array:
       ValueError: no classes.
       TypeError: logits that are not real numbers.
     """
-    return -jnp.max(_logits(logits), axis=-1)
+    return _never_certain(-jnp.max(_logits(logits), axis=-1))
 
 
 def energy_score(logits: ArrayLike) -> Array:
@@ -965,19 +1047,23 @@ def energy_score(logits: ArrayLike) -> Array:
     """
     values = _logits(logits)
     score = -jax.nn.logsumexp(values, axis=-1)
-    if not isinstance(score, Tracer) and score.size > 1:
-        # A mean of C rounding errors of the type that was given.
-        given = _dtype(logits)
-        is_float = jnp.issubdtype(given, jnp.floating)
-        eps = max(
-            float(jnp.finfo(x).eps) for x in (given if is_float else score.dtype, score.dtype)
+    _refuse_log_probabilities(logits, score, values.shape[-1])
+    return _never_certain(score)
+
+
+def _refuse_log_probabilities(logits: ArrayLike, energy: Array, num_classes: int) -> None:
+    """Raises if the energies of several images are all zero, unless they are being compiled."""
+    if isinstance(energy, Tracer) or energy.size < 2:
+        return
+    # A mean of C rounding errors of the type that was given.
+    given = _dtype(logits)
+    is_float = jnp.issubdtype(given, jnp.floating)
+    eps = max(float(jnp.finfo(x).eps) for x in (given if is_float else energy.dtype, energy.dtype))
+    if bool(jnp.all(jnp.abs(energy) <= 4 * eps * (1 + math.log(num_classes)))):
+        raise ValueError(
+            "logits must be as the network gives them, got log-probabilities, whose energy is zero "
+            "for every image: give the logits before log_softmax"
         )
-        if bool(jnp.all(jnp.abs(score) <= 4 * eps * (1 + math.log(values.shape[-1])))):
-            raise ValueError(
-                "logits must be as the network gives them, got log-probabilities, whose energy is zero "
-                "for every image: give the logits before log_softmax"
-            )
-    return score
 
 
 def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -1070,13 +1156,20 @@ class VirtualLogit(NamedTuple):
     scale: Array
 
     def __call__(self, features: ArrayLike, logits: ArrayLike) -> Array:
-        """`alpha |residual| - log sum_c exp(logits_c)`, `[N]`, which ranks as the paper's softmax."""
+        """`alpha |residual| - log sum_c exp(logits_c)`, `[N]`, which ranks as the paper's softmax.
+
+        Infinite where logits without NaN overflow. Log-probabilities are refused as by `energy_score`.
+        """
         length, values = self.residual(features), _logits(logits)
         if values.shape[:-1] != length.shape:
             raise ValueError(
                 f"logits must be [{len(length)}, C], one row for each image, got shape {values.shape}"
             )
-        return self.scale * length - jax.nn.logsumexp(values, axis=-1)
+        energy = -jax.nn.logsumexp(values, axis=-1)
+        _refuse_log_probabilities(logits, energy, values.shape[-1])
+        has_number = ~jnp.isnan(length) & ~jnp.isnan(values).any(axis=-1)
+        score = self.scale * length + energy
+        return _never_certain(jnp.where(jnp.isnan(score) & has_number, jnp.inf, score))
 
 
 def vim_origin(weights: ArrayLike, bias: ArrayLike) -> np.ndarray:
@@ -1198,7 +1291,7 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
         infinite, above which there is nothing.
     """
     scores = _checked_calibration(calibration_scores)
-    check_share("false_alarm_rate", false_alarm_rate)
+    false_alarm_rate = checked_share("false_alarm_rate", false_alarm_rate)
     # Rounded, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
     rank = math.ceil(round((len(scores) + 1) * (1 - false_alarm_rate), 9))
     if rank > len(scores):

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike
 
-from jevb_jax.evaluation.ood import check_share, checked_count
+from jevb_jax.evaluation.ood import checked_count, checked_share
 
 _CHUNK_NUMBERS = 2**15  # of resampled counts worked on at once, few enough for a core's cache
 
@@ -136,7 +136,7 @@ def ood_metrics(
       ValueError: NaN scores, no scores, more than one axis, `tpr` outside (0, 1).
       TypeError: scores that are not real numbers.
     """
-    check_share("tpr", tpr)
+    tpr = checked_share("tpr", tpr)
     inside, outside = (
         _checked("inside_scores", inside_scores),
         _checked("outside_scores", outside_scores),
@@ -180,19 +180,20 @@ def bootstrap_intervals(
       outside_scores: `[M]`.
       num_resamples: draws with replacement, at least 1.
       level: share of test sets whose interval shall hold the true value.
-      seed: of the draws.
+      seed: of the draws, an integer of at least 0.
       tpr: as for `ood_metrics`.
 
     Returns:
       Lower and upper ends.
 
     Raises:
-      ValueError: as `ood_metrics`; no resamples, `level` outside (0, 1).
-      TypeError: as `ood_metrics`; `num_resamples` that is not an integer.
+      ValueError: as `ood_metrics`; `level` outside (0, 1); `num_resamples` or `seed` no integer or out
+        of range.
+      TypeError: as `ood_metrics`.
     """
-    check_share("tpr", tpr)
-    check_share("level", level)
+    tpr, level = checked_share("tpr", tpr), checked_share("level", level)
     num_resamples = checked_count("num_resamples", num_resamples)
+    seed = checked_count("seed", seed, least=0)
     *places, num_places = _places(
         _checked("inside_scores", inside_scores), _checked("outside_scores", outside_scores)
     )

@@ -16,7 +16,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from jevb_jax import augmentations, data, methods, sphere
-from jevb_jax.evaluation import corruptions, mixture, ood
+from jevb_jax.evaluation import arguments, corruptions, mixture, ood
 from jevb_jax.evaluation.features import (
     FeatureExtractor,
     Features,
@@ -64,22 +64,33 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         for name in ("knn_k", "ssd_clusters"):
-            counts = tuple(ood.checked_count(f"ood.{name}", x) for x in getattr(self, name))
+            given = getattr(self, name)
+            if arguments.is_single(given) or isinstance(given, str):
+                raise ValueError(f"ood.{name} must be a sequence, for example (5,), got {given!r}")
+            counts = tuple(ood.checked_count(f"ood.{name}", x) for x in given)
             object.__setattr__(self, name, counts)
-        ood.check_share("ood.residual_share", self.residual_share)
-        if isinstance(self.mixture_df, bool | str) or not self.mixture_df > 0:
-            raise ValueError(f"ood.mixture_df must be positive, got {self.mixture_df!r}")
+        share = ood.checked_share("ood.residual_share", self.residual_share)
+        object.__setattr__(self, "residual_share", share)
+        try:
+            df = arguments.real_number("ood.mixture_df", self.mixture_df)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if not df > 0:
+            raise ValueError(f"ood.mixture_df must be positive, got {df}")
+        object.__setattr__(self, "mixture_df", df)
 
     def num_components(self, features: Any) -> int:
         """Of the principal subspace of features `[N, F]`."""
-        return max(1, round(self.residual_share * features.shape[1]))
+        num_features = features.shape[1]
+        # A share below one leaves something over, also of few features.
+        return max(1, min(round(self.residual_share * num_features), num_features - 1))
 
 
 def score_settings(ood_settings: dict[str, Any]) -> ScoreSettings:
     """Those of the section `ood` of a config."""
     return ScoreSettings(
-        knn_k=tuple(ood_settings["knn_k"]),
-        ssd_clusters=tuple(ood_settings["ssd_clusters"]),
+        knn_k=ood_settings["knn_k"],
+        ssd_clusters=ood_settings["ssd_clusters"],
         residual_share=ood_settings["residual_share"],
         mixture_df=ood_settings["mixture_df"],
     )
