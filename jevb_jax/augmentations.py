@@ -10,6 +10,7 @@ XLA cancels one against the other.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jevb_jax import domain
 from jevb_jax.image_preparation import square_cut
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -259,7 +261,7 @@ def gaussian_blur(image: ArrayLike, sigma: ArrayLike, *, kernel_size: int) -> Ar
         reflected = np.pad(np.arange(length), half, mode="reflect")
         taps = np.stack([reflected[i : i + kernel_size] for i in range(length)])
         weights = (
-            jnp.zeros((length, length))
+            jnp.zeros((length, length), jnp.float32)
             .at[np.arange(length)[:, None], taps]
             .add(jnp.broadcast_to(kernel, taps.shape))
         )
@@ -318,12 +320,15 @@ def sample_crop(
     area = (
         height
         * width
-        * jax.random.uniform(key_area, (_CROP_ATTEMPTS,), minval=scale[0], maxval=scale[1])
+        * jax.random.uniform(
+            key_area, (_CROP_ATTEMPTS,), jnp.float32, minval=scale[0], maxval=scale[1]
+        )
     )
     aspect = jnp.exp(
         jax.random.uniform(
             key_ratio,
             (_CROP_ATTEMPTS,),
+            jnp.float32,
             minval=float(np.log(ratio[0])),
             maxval=float(np.log(ratio[1])),
         )
@@ -342,8 +347,8 @@ def sample_crop(
     has_fit = jnp.any(fits)
     crop_height = jnp.where(has_fit, heights[first], fallback[0])
     crop_width = jnp.where(has_fit, widths[first], fallback[1])
-    top = jax.random.randint(key_top, (), 0, height - crop_height + 1)
-    left = jax.random.randint(key_left, (), 0, width - crop_width + 1)
+    top = jax.random.randint(key_top, (), 0, height - crop_height + 1, jnp.int32)
+    left = jax.random.randint(key_left, (), 0, width - crop_width + 1, jnp.int32)
     top = jnp.where(has_fit, top, (height - crop_height) // 2)
     left = jnp.where(has_fit, left, (width - crop_width) // 2)
     return top, left, crop_height, crop_width
@@ -378,8 +383,13 @@ def random_resized_crop(
     box = sample_crop(
         key_crop, height=image.shape[0], width=image.shape[1], scale=scale, ratio=ratio
     )
-    flip = jax.random.bernoulli(key_flip, flip_probability) if flip_probability > 0 else False
+    flip = _bernoulli(key_flip, flip_probability) if flip_probability > 0 else False
     return resized_crop(image, *box, size=size, interpolation=interpolation, flip=flip)
+
+
+def _bernoulli(key: Array, probability: float) -> Array:
+    """Drawn in float32: the same where x64 is enabled."""
+    return jax.random.bernoulli(key, jnp.asarray(probability, jnp.float32))
 
 
 def _apply_with_probability(
@@ -391,7 +401,7 @@ def _apply_with_probability(
     changed = transform(image)
     if probability >= 1:
         return changed
-    is_changed = jax.random.bernoulli(key, probability)
+    is_changed = _bernoulli(key, probability)
     return _from_planes(jnp.where(is_changed, _to_planes(changed), _to_planes(image)))
 
 
@@ -437,7 +447,7 @@ def color_jitter(
     active = [one for one in ranges if one[1] < one[2]]
     if not active or probability <= 0:
         return image
-    uniform = jax.random.uniform(key_factors, (len(active),))
+    uniform = jax.random.uniform(key_factors, (len(active),), jnp.float32)
     factors = jnp.stack(
         [low + uniform[i] * (high - low) for i, (_, low, high) in enumerate(active)]
     )
@@ -513,7 +523,7 @@ def random_gaussian_blur(
 ) -> Array:
     """Blurs with a probability, sigma uniform in its range (pixels). `[h, w, c]`."""
     key_apply, key_sigma = jax.random.split(key)
-    width = jax.random.uniform(key_sigma, minval=sigma[0], maxval=sigma[1])
+    width = jax.random.uniform(key_sigma, (), jnp.float32, minval=sigma[0], maxval=sigma[1])
     return _apply_with_probability(
         key_apply,
         to_float(image),
@@ -584,32 +594,37 @@ class ViewAugmentation:
     def __post_init__(self) -> None:
         """Checks every range."""
         _check_interpolation(self.interpolation)
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
+        for name, minimum in (("size", 1), ("blur_kernel_size", 0)):
+            count = domain.whole_number(name, getattr(self, name), minimum)
+            object.__setattr__(self, name, count)
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ValueError(
                 f"mean and std need one value for each of 1 or 3 channels, got {self.mean} and "
                 f"{self.std}"
             )
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        if not all(0 < std < math.inf for std in self.std):
+            raise ValueError(f"std must be positive and finite, got {self.std}")
+        if not all(math.isfinite(mean) for mean in self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must be a range within (0, 1], got {self.crop_scale}")
         for name in ("crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be a positive range, got {(low, high)}")
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{name} must be a positive, finite range, got {(low, high)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_probability") and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} must be in [0, 1], got {value}")
         for name in ("brightness", "contrast", "saturation", "hue"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if self.hue > 0.5:
             raise ValueError(f"hue must be in [0, 0.5], got {self.hue}")
-        if self.blur_kernel_size < 0 or (self.blur_kernel_size and self.blur_kernel_size % 2 == 0):
+        if math.isnan(self.solarize_threshold):
+            raise ValueError("solarize_threshold must be a number, got nan")
+        if self.blur_kernel_size and self.blur_kernel_size % 2 == 0:
             raise ValueError(f"blur_kernel_size must be 0 or odd, got {self.blur_kernel_size}")
 
     @property

@@ -185,12 +185,28 @@ def student_t_log_prob(x: ArrayLike, *, df: ArrayLike, loc: ArrayLike, scale: Ar
     nu = domain.degrees_of_freedom("df", df, nu)
     s = domain.positive("scale", scale, s)
     x, nu, m, s = domain.broadcast({}, {"x": x, "df": nu, "loc": m, "scale": s})
-    log_length, is_extreme = _log_length(sphere.safe_log(jnp.abs(x - m)) - jnp.log(s), nu)
+    # Of the halves: the difference of two numbers near the largest overflows.
+    log_distance = sphere.safe_log(jnp.abs(x / 2 - m / 2)) + float(np.log(2))
+    log_length, is_extreme = _log_length(log_distance - jnp.log(s), nu)
     one = jnp.ones_like(s)
-    squared = jnp.square((x - m) / jnp.where(is_extreme, one, s))
+    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    x, m = (jnp.where(is_extreme, jnp.zeros_like(s), value) for value in (x, m))
+    squared = jnp.square(_quotient(x - m, jnp.where(is_extreme, one, s)))
     squared = jnp.where(is_extreme, one, squared)
     log_prob = _student_t_log_kernel_and_normalizer(squared, nu, 1, log_unit=log_length)
     return log_prob - jnp.log(s)
+
+
+def _quotient(x: Array, scale: Array) -> Array:
+    """`x / scale`, the same number, with a slope in `scale` that neither over- nor underflows.
+
+    That slope has the factor `scale^-2`, which is lost past 1e19 in float32. In units of a power of two
+    near the scale it is near one.
+    """
+    limits = jnp.finfo(scale.dtype)
+    unit = jnp.maximum(jax.lax.stop_gradient(scale) / 2, float(limits.tiny))
+    unit = jax.lax.reduce_precision(unit, limits.nexp, 0)
+    return (x / unit) / (scale / unit)
 
 
 def _log_length(log_distance: Array, df: Array) -> tuple[Array, Array]:
@@ -271,7 +287,11 @@ def multivariate_student_t_log_prob(
     unit = jax.lax.reduce_precision(jax.lax.stop_gradient(unit), jnp.finfo(scale.dtype).nexp, 0)
     distance = sphere.safe_norm((x - mean) / (scale / unit[..., None]))
     log_length, is_extreme = _log_length(sphere.safe_log(distance) - jnp.log(unit), nu)
-    deviation = (x - mean) / jnp.where(is_extreme[..., None], jnp.ones_like(scale), scale)
+    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    held_x, held_mean, held_scale = (
+        jnp.where(is_extreme[..., None], jnp.ones_like(scale), value) for value in (x, mean, scale)
+    )
+    deviation = _quotient(held_x - held_mean, held_scale)
     quadratic = jnp.sum(jnp.square(deviation), axis=-1)
     quadratic = jnp.where(is_extreme, jnp.ones_like(quadratic), quadratic)
     log_normalized = _student_t_log_kernel_and_normalizer(quadratic, nu, dim, log_unit=log_length)
@@ -302,14 +322,17 @@ def gaussian_kl_divergence(
     mean, scale, prior = domain.broadcast(
         {"posterior_mean": mean}, {}, {"posterior_scale": scale, "prior_scale": prior}
     )
-    ratio = scale / prior
+    ratio = _quotient(scale, prior)
     # t^2 - 1 - log t^2 from v = t^2 - 1: each summand stays non-negative near t = 1.
     excess = (ratio - 1) * (ratio + 1)
     is_near = jnp.abs(excess) < 0.5
     near = jnp.where(is_near, excess, jnp.zeros_like(excess))
-    far = jnp.where(is_near, jnp.ones_like(ratio), ratio)
-    variance_term = jnp.where(is_near, near - jnp.log1p(near), excess - 2 * jnp.log(far))
-    return jnp.sum(jnp.square(mean / prior) + variance_term, axis=-1) / 2
+    # Far below one the quotient underflows, and the difference of the logarithms does not.
+    is_tiny = ratio < float(jnp.finfo(ratio.dtype).eps)
+    far = jnp.where(is_near | is_tiny, jnp.ones_like(ratio), ratio)
+    log_ratio = jnp.where(is_tiny, jnp.log(scale) - jnp.log(prior), jnp.log(far))
+    variance_term = jnp.where(is_near, near - jnp.log1p(near), excess - 2 * log_ratio)
+    return jnp.sum(jnp.square(_quotient(mean, prior)) + variance_term, axis=-1) / 2
 
 
 def _on_sphere(

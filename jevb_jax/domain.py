@@ -112,16 +112,39 @@ def unit_vectors(name: str, given: ArrayLike) -> None:
         )
 
 
-def whole_number(name: str, value: float, minimum: int) -> int:
-    """A count, as a Python int. NumPy's integers and floats without a fraction are taken.
+def whole_number(name: str, value: ArrayLike, minimum: int) -> int:
+    """A count, as a Python int. Integers of NumPy and JAX and floats without a fraction are taken.
 
     Raises:
       ValueError: it has a fraction, or is below `minimum`.
     """
+    # Arrays of one whole number are counts too; a traced one is not known.
+    if isinstance(value, (np.ndarray, Array)) and not isinstance(value, Tracer) and not value.ndim:
+        value = value.item()
     is_number = isinstance(value, (int, float, np.integer, np.floating))
     if not is_number or not float(value).is_integer() or value < minimum:
         raise ValueError(f"{name} must be a whole number, at least {minimum}, got {value!r}")
     return int(value)
+
+
+def spread(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> Array:
+    """`value` broadcast to exactly `shape`, which it may not enlarge.
+
+    Args:
+      name: of the argument, for the error.
+      value: the argument as an array.
+      shape: of the result.
+      meaning: which shapes are meant, for the error.
+
+    Raises:
+      ValueError: it does not broadcast to `shape`.
+    """
+    try:
+        return jnp.broadcast_to(value, shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be {meaning}, to broadcast to {shape}, got shape {value.shape}"
+        ) from error
 
 
 def broadcast(

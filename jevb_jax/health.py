@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, sphere
+from jevb_jax import distributions, domain, sphere
 from jevb_jax.objective import ElboTerms
 
 # Thresholds of the alarms. "Healthy runs" are those of `docs/results`, and short runs of every
@@ -139,8 +139,11 @@ def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
             f"the value would be bounded by N. Give it more than {dim} images, for instance the "
             "embeddings of several batches together"
         )
-    # Largest entry one: squares neither overflow nor underflow, and the value has no units.
+    # Largest entry one: squares neither overflow nor underflow, and the value has no units. A quarter
+    # of large ones first: the reciprocal of the largest numbers underflows.
     largest = jnp.max(jnp.abs(matrix))
+    quarter = jnp.where(largest > 1, 0.25, jnp.ones_like(largest))
+    largest, matrix = largest * quarter, matrix * quarter
     matrix = matrix / jnp.where(largest == 0, jnp.ones_like(largest), largest)
     rounding = 4 * float(jnp.finfo(matrix.dtype).eps) * jnp.sqrt(jnp.sum(jnp.square(matrix)))
     if centered:
@@ -169,7 +172,8 @@ def posterior_summary(
       `PosteriorSummary` of scalars.
 
     Raises:
-      ValueError: shapes that differ, not two axes, fewer than two images.
+      ValueError: shapes that differ, not two axes, fewer than two images, a known `prior_scale` that
+        is not positive.
     """
     mean = _as_matrix("posterior_mean", posterior_mean)
     scale = _as_matrix("posterior_scale", posterior_scale)
@@ -178,6 +182,8 @@ def posterior_summary(
             "posterior_mean and posterior_scale must share one shape [N, D], "
             f"got {mean.shape} and {scale.shape}"
         )
+    (prior,) = sphere.at_least_float32(prior_scale)
+    prior_scale = domain.positive("prior_scale", prior_scale, prior)
     log_scale = jnp.log(scale)
     # Compiled, where a scale that diverged is NaN and no error.
     kl = jax.jit(distributions.gaussian_kl_divergence)(mean, scale, prior_scale=prior_scale)
@@ -185,7 +191,7 @@ def posterior_summary(
         scale_mean=jnp.mean(scale),
         scale_anisotropy=jnp.mean(jnp.std(log_scale, axis=-1)),
         scale_spread=jnp.std(jnp.mean(log_scale, axis=-1)),
-        mean_rms=jnp.sqrt(jnp.mean(jnp.square(mean))),
+        mean_rms=sphere.safe_norm(mean.ravel()) / float(np.sqrt(mean.size)),
         kl_per_dimension=jnp.mean(kl) / mean.shape[-1],
         signal_to_noise=jnp.mean(sphere.safe_norm(mean) / sphere.safe_norm(scale)),
     )
@@ -218,8 +224,14 @@ def share_at_floor(scale: ArrayLike, *, min_scale: float) -> Array:
 
     Returns:
       `[]`, in `[0, 1]`.
+
+    Raises:
+      ValueError: no scales, a known `min_scale` that is negative or not finite.
     """
     (values,) = sphere.at_least_float32(scale)
+    if not values.size:
+        raise ValueError(f"scale must hold at least one scale, got shape {values.shape}")
+    domain.weight("min_scale", min_scale)
     is_low = (values <= FLOOR_MARGIN * min_scale).astype(values.dtype)
     return jnp.mean(jnp.where(jnp.isnan(values), values, is_low))  # a NaN must stay one
 
@@ -263,7 +275,7 @@ class PairHealth(NamedTuple):
 
 
 def pair_health(
-    target_embedding: ArrayLike, latent: ArrayLike, scale_diag: ArrayLike, *, df: float
+    target_embedding: ArrayLike, latent: ArrayLike, scale_diag: ArrayLike, *, df: ArrayLike
 ) -> PairHealth:
     """Residuals and weights of the chordal directional term (docs eq. 2 and 4).
 
@@ -277,19 +289,25 @@ def pair_health(
       `PairHealth` of scalars.
 
     Raises:
-      ValueError: not two axes, fewer than two images.
+      ValueError: not two axes, fewer than two images, shapes that do not broadcast, a `df` that is no
+        number or not positive, a known scale that is not positive.
     """
+    if np.ndim(df):
+        raise ValueError(f"df must be a number, got shape {np.shape(df)}")
+    (nu,) = sphere.at_least_float32(df)
+    nu = domain.degrees_of_freedom("df", df, nu)
     direction, _ = sphere.polar_decomposition(_as_matrix("target_embedding", target_embedding))
     loc, _ = sphere.polar_decomposition(_as_matrix("latent", latent))
     squared_length, _ = sphere.scaled_tangent_squared_length(
         direction, loc, _as_matrix("scale_diag", scale_diag), coordinates="chordal"
     )
     n = loc.shape[-1] - 1
-    is_gaussian = np.isinf(df)
-    weight = jnp.ones_like(squared_length) if is_gaussian else (df + n) / (df + squared_length)
+    is_gaussian = jnp.isinf(nu)
+    df = jnp.where(is_gaussian, 1.0, nu).astype(squared_length.dtype)
+    weight = jnp.where(is_gaussian, 1.0, (df + n) / (df + squared_length))
     return PairHealth(
         cosine=jnp.mean(jnp.sum(direction * loc, axis=-1)),
-        residual_over_df=jnp.mean(squared_length) / (n if is_gaussian else df),
+        residual_over_df=jnp.mean(squared_length) / jnp.where(is_gaussian, n, df),
         effective_pairs=jnp.square(jnp.mean(weight)) / jnp.mean(jnp.square(weight)),
     )
 

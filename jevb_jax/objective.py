@@ -238,6 +238,8 @@ def embedding_log_prob(
 
 def _example_keys(key: Array, batch: int) -> Array:
     """One typed key for each example, so that its draw does not depend on its neighbours."""
+    if not isinstance(key, (Array, np.ndarray)):
+        raise ValueError(f"key must be made by jax.random.key, got {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
@@ -269,7 +271,9 @@ def _scale_diag(
     if untied_scale is not None:
         untied = jnp.asarray(untied_scale, posterior_scale.dtype)
         untied = domain.positive("untied_scale", untied_scale, untied)
-        posterior_scale = jnp.broadcast_to(untied, posterior_scale.shape)
+        posterior_scale = domain.spread(
+            "untied_scale", untied, posterior_scale.shape, "a number or [batch, D]"
+        )
     return likelihood_scale(posterior_scale, scale_units=scale_units)
 
 
@@ -305,7 +309,15 @@ def _in_one_type(
         check(name, numbers[name], cast)
         for check, name, cast in zip(checks, names, rest, strict=True)
     ]
-    return embedding, mean, scale, _Density(*checked)
+    *of_examples, prior = checked
+    # A column [batch, 1] would pair every example with the number of every other.
+    of_examples = [
+        domain.spread(name, number, mean.shape[:1], "a number or [batch]")
+        for name, number in zip(names, of_examples, strict=False)
+    ]
+    prior = domain.spread("prior_scale", prior, mean.shape, "a number, [D] or [batch, D]")
+    nu, radial_nu, width = of_examples
+    return embedding, mean, scale, _Density(nu, radial_nu, width, prior)
 
 
 def _standard_normal(key: Array, num_samples: int, like: Array) -> Array:
@@ -405,8 +417,11 @@ def conditional_elbo(
         prior_scale=prior_scale,
     )
     num_samples = domain.whole_number("num_samples", num_samples, 1)
-    domain.weight("kl_weight", kl_weight)
-    domain.weight("radial_weight", radial_weight)
+    weights = []
+    for name, given in (("kl_weight", kl_weight), ("radial_weight", radial_weight)):
+        domain.weight(name, given)
+        weight = jnp.asarray(given, mean.dtype)
+        weights.append(domain.spread(name, weight, mean.shape[:1], "a number or [batch]"))
     target = jax.lax.stop_gradient(target)
     _check_choice("location", location, LOCATIONS)
     _check_choice("likelihood", likelihood, LIKELIHOODS)
@@ -432,15 +447,14 @@ def conditional_elbo(
         jnp.mean(values, axis=0)
         for values in _over_samples(sample_terms, _standard_normal(key, num_samples, mean))
     )
-    batch_shape = mean.shape[:-1]
     is_factorised = likelihood == "factorised"
     information = directional - mass.uniform_log_prob(mean.shape[-1])
     return ElboTerms(
         directional_log_likelihood=directional,
         radial_log_likelihood=radial,
         kl=distributions.gaussian_kl_divergence(mean, scale, prior_scale=density.prior_scale),
-        radial_weight=jnp.broadcast_to(jnp.asarray(radial_weight, mean.dtype), batch_shape),
-        kl_weight=jnp.broadcast_to(jnp.asarray(kl_weight, mean.dtype), batch_shape),
+        kl_weight=weights[0],
+        radial_weight=weights[1],
         directional_log_mass=log_mass if is_factorised else None,
         predictive_information=(
             (information if normalized else information - log_mass) if is_factorised else None
@@ -501,14 +515,15 @@ def symmetric_elbo(
     Raises:
       ValueError: as `conditional_elbo`.
     """
-    if isinstance(key, tuple):
+    if isinstance(key, (tuple, list)):
         key_1, key_2 = key
     else:
         keys = _example_keys(key, view_1.embedding.shape[0])
         pairs = jax.vmap(jax.random.split)(keys)
         key_1, key_2 = pairs[:, 0], pairs[:, 1]
 
-    scale_1, scale_2 = untied_scale if isinstance(untied_scale, tuple) else (untied_scale,) * 2
+    is_pair = isinstance(untied_scale, (tuple, list))
+    scale_1, scale_2 = untied_scale if is_pair else (untied_scale,) * 2
 
     def direction_elbo(
         sample_key: Array, source: HasView, target: HasView, untied_scale: ArrayLike | None
@@ -598,7 +613,7 @@ def importance_weighted_bound(
         radial_scale=radial_scale,
         prior_scale=prior_scale,
     )
-    prior = jnp.broadcast_to(density.prior_scale, mean.shape)
+    prior = density.prior_scale
     num_samples = domain.whole_number("num_samples", num_samples, 1)
     _check_choice("likelihood", likelihood, LIKELIHOODS)
     scale_diag = _scale_diag(scale, untied_scale, scale_units=scale_units)
@@ -618,8 +633,10 @@ def importance_weighted_bound(
             normalized=normalized,
             likelihood=likelihood,
         )
-        # log p(z) - log q(z), in which the constants of the two Gaussians cancel.
-        log_ratio = jnp.square(noise) - jnp.square(latent / prior) + 2 * jnp.log(scale / prior)
+        # log p(z) - log q(z), in which the constants of the two Gaussians cancel. Of the logarithms:
+        # the quotient of the scales may underflow.
+        log_ratio = jnp.square(noise) - jnp.square(latent / prior)
+        log_ratio = log_ratio + 2 * (jnp.log(scale) - jnp.log(prior))
         return directional + radial + jnp.sum(log_ratio, axis=-1) / 2
 
     log_weights = _over_samples(log_weight, _standard_normal(key, num_samples, mean))

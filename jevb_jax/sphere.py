@@ -26,7 +26,12 @@ def at_least_float32(*values: ArrayLike) -> tuple[Array, ...]:
 
     Returns:
       The values as arrays of one float type.
+
+    Raises:
+      ValueError: a complex value, whose imaginary part would be lost.
     """
+    if any(jnp.iscomplexobj(value) for value in values):
+        raise ValueError("real numbers are needed, got complex ones: give their real parts")
     # By hand: promotion would be refused under `jax.numpy_dtype_promotion("strict")`.
     is_wide = any(
         getattr(value, "dtype", None) == jnp.float64 and not getattr(value, "weak_type", False)
@@ -66,7 +71,7 @@ def _scaled(x: Array) -> tuple[Array, Array, Array]:
     return scaled, norm, jnp.where(is_zero, jnp.zeros_like(largest), divisor) * norm * lowered
 
 
-def safe_norm(x: Array) -> Array:
+def safe_norm(x: ArrayLike) -> Array:
     """Euclidean norm over the last axis; value and gradient are finite everywhere.
 
     Args:
@@ -79,11 +84,12 @@ def safe_norm(x: Array) -> Array:
     return radius
 
 
-def safe_log(x: Array) -> Array:
+def safe_log(x: ArrayLike) -> Array:
     """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient.
 
     A NaN stays one, and of a negative number it is NaN.
     """
+    (x,) = at_least_float32(x)
     smallest = float(jnp.finfo(x.dtype).tiny)
     is_small = x <= smallest
     log = jnp.log(jnp.where(is_small, jnp.ones_like(x), x))
@@ -105,7 +111,7 @@ def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
     return scaled / norm[..., None], radius
 
 
-def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:
+def cosine_complements(direction: ArrayLike, loc: ArrayLike) -> tuple[Array, Array]:
     """`1 - c` and `1 + c` with `c = <loc, direction>`, each free of cancellation.
 
     They are half the squared chords to `loc` and to its antipode; `1 - <m, u>` itself has no correct
@@ -117,7 +123,12 @@ def cosine_complements(direction: Array, loc: Array) -> tuple[Array, Array]:
 
     Returns:
       Two arrays `[...]`, each in `[0, 2]`.
+
+    Raises:
+      ValueError: shapes that do not broadcast.
     """
+    u, m = at_least_float32(direction, loc)
+    direction, loc = domain.broadcast({"direction": u, "loc": m}, {})
     one_minus = jnp.sum(jnp.square(direction - loc), axis=-1) / 2
     one_plus = jnp.sum(jnp.square(direction + loc), axis=-1) / 2
     return one_minus, one_plus

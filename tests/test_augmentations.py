@@ -590,7 +590,16 @@ def compiled_tiny_view() -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 0}, "size must be at least 1"),
+        ({"size": 0}, "size must be a whole number, at least 1"),
+        ({"size": 16.5}, "size must be a whole number"),
+        ({"blur_kernel_size": -1}, "blur_kernel_size must be a whole number"),
+        ({"mean": (0.5, math.nan, 0.5)}, "mean must be finite"),
+        ({"std": (0.2, math.nan, 0.2)}, "std must be positive and finite"),
+        ({"std": (0.2, math.inf, 0.2)}, "std must be positive and finite"),
+        ({"brightness": math.inf}, "brightness must be at least 0 and finite"),
+        ({"hue": math.nan}, "hue must be at least 0 and finite"),
+        ({"blur_sigma": (0.1, math.inf)}, "blur_sigma must be a positive, finite range"),
+        ({"solarize_threshold": math.nan}, "solarize_threshold must be a number"),
         ({"mean": (0.5,)}, "one value for each"),
         ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "1 or 3 channels"),
         ({"std": (0.2, 0.0, 0.2)}, "std must be positive"),
@@ -610,6 +619,16 @@ def compiled_tiny_view() -> Any:
 def test_settings_out_of_range(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PLAIN, **changes)
+
+
+def test_float32_stays_float32_where_x64_is_enabled():
+    with jax.enable_x64(True):
+        image = jnp.zeros((9, 8, 3), jnp.uint8)
+        blurred = jax.eval_shape(lambda x: aug.gaussian_blur(x, 1.0, kernel_size=3), image)
+        assert blurred.dtype == jnp.float32
+        wide = [aug.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
+    narrow = [aug.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
+    np.testing.assert_array_equal(wide, narrow)
 
 
 def test_bad_images_and_arguments():

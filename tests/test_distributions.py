@@ -1015,6 +1015,31 @@ def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
         assert np.max(error) < 3e-5, (name, arguments[:, np.argmax(error)], np.max(error))
 
 
+def test_student_t_between_the_ends_of_float32():
+    # The difference overflows in the first row, what is not selected in the second, and the square of
+    # the scale in the rest.
+    rows = [
+        (3e38, 3.0, -3e38, 1.0),
+        (-3e38, 5.0, 1e3, 1e-20),
+        (3e36, 0.5, 1.0, 1e30),
+        (1e-15, 3.0, 0.0, 1e-20),
+        (1e25, 3.0, 0.0, 1e24),
+    ]
+    for row in rows:
+        row = np.array(row, np.float32)
+        value, slopes = jax.value_and_grad(
+            lambda q: student_t_log_prob(q[0], df=q[1], loc=q[2], scale=q[3])
+        )(row)
+        expected = mp_student_t(*row)
+        np.testing.assert_allclose([value, *slopes], expected, rtol=3e-5, atol=1e-37)
+    for x, loc in ((3e38, 1.0), (2e38, 1e38)):
+        vector, mean = (np.array([v, 0, 0], np.float32) for v in (x, loc))
+        slope = jax.grad(
+            lambda v, m=mean: multivariate_student_t_log_prob(v, loc=m, scale_diag=1.0, df=3.0)
+        )(vector)
+        np.testing.assert_allclose(slope, [-6 / (x - loc), 0, 0], rtol=1e-5, atol=1e-37)
+
+
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
     # Scales at a model's floor and far below it, across from the location and next to its antipode.
@@ -1095,6 +1120,19 @@ def test_multivariate_student_t_far_in_the_tail():
         for v in q
     )
     np.testing.assert_allclose(of_df, float(slope), rtol=1e-5)  # pyright: ignore[reportArgumentType]
+
+
+def test_kl_of_scales_whose_quotient_underflows():
+    for scale, prior in ((1e-30, 1e30), (1.3e-38, 3e37), (1e-20, 1e20), (1e-5, 1e5)):
+        of_scale, of_prior = (np.float64(np.float32(v)) for v in (scale, prior))
+        value, slopes = jax.value_and_grad(
+            lambda s, p: gaussian_kl_divergence(np.zeros(1, np.float32), s, prior_scale=p),
+            argnums=(0, 1),
+        )(np.float32(scale), np.float32(prior))
+        np.testing.assert_allclose(value, np.log(of_prior) - np.log(of_scale) - 0.5, rtol=1e-6)
+        # Above 1e38 the slope of the prior is subnormal.
+        expected = [-1 / of_scale, 1 / of_prior]
+        np.testing.assert_allclose(slopes, expected, rtol=1e-5, atol=1e-38)
 
 
 # The domain.

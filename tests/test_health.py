@@ -72,9 +72,10 @@ def test_centering_removes_a_common_offset_and_rankme_keeps_it():
     assert rankme < expected / 3  # one direction, the offset, hides the others
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 3e38])
 def test_effective_rank_has_no_units(scale):
-    embedding = embedding_with_spectrum(0.9 ** np.arange(16), num_images=40) * scale
+    embedding = embedding_with_spectrum(0.9 ** np.arange(16), num_images=40)
+    embedding *= scale / np.max(np.abs(embedding))
     value = health.effective_rank(jnp.asarray(embedding, jnp.float32))
     np.testing.assert_allclose(value, numpy_effective_rank(embedding / scale), rtol=1e-4)
 
@@ -235,6 +236,26 @@ def test_share_at_floor():
     assert float(health.share_at_floor(isotropic, min_scale=0.5)) == pytest.approx(1 / 2)
     assert float(health.share_at_floor(scale, min_scale=0.0)) == 0
     assert np.isnan(health.share_at_floor(scale.at[1, 1].set(jnp.nan), min_scale=1.0))
+
+
+def test_settings_outside_of_their_domain_are_refused():
+    values = np.abs(np.random.default_rng(0).normal(size=(6, 4))) + 0.1
+    for bad in (-1.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match="prior_scale must be positive"):
+            health.posterior_summary(values, values, prior_scale=bad)
+        with pytest.raises(ValueError, match="df must be positive"):
+            health.pair_health(values, values, values, df=bad)
+    with pytest.raises(ValueError, match="df must be a number"):
+        health.pair_health(values, values, values, df=np.full(6, 3.0))
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="min_scale must be at least zero"):
+            health.share_at_floor(values, min_scale=bad)
+    with pytest.raises(ValueError, match="at least one scale"):
+        health.share_at_floor(values[:0], min_scale=0.1)
+    # A diverged posterior is no error, and its size is known where its square is not.
+    summary = health.posterior_summary(values * 1e25, -values)
+    assert np.isnan(summary.kl_per_dimension)
+    np.testing.assert_allclose(summary.mean_rms, 1e25 * np.sqrt(np.mean(values**2)), rtol=1e-5)
 
 
 def test_half_precision_is_promoted():

@@ -163,6 +163,9 @@ def test_module_is_that_of_flax(train, dtype):
     initial = theirs.init(jax.random.key(0), x, use_running_average=False)
     assert jax.tree.structure(variables) == jax.tree.structure(initial)
     jax.tree.map(np.testing.assert_array_equal, variables, initial)
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(lambda: mine.init(jax.random.key(0), x, train=True))
+        assert {v.dtype for v in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     drawn = jax.tree.map(
         lambda v: jnp.asarray(rng.uniform(0.5, 2, v.shape), jnp.float32), variables
     )

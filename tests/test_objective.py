@@ -14,6 +14,7 @@ from jevb_jax import (
     ElboTerms,
     View,
     conditional_elbo,
+    domain,
     embedding_log_prob,
     importance_weighted_bound,
     objective,
@@ -866,6 +867,44 @@ def test_arguments_outside_of_their_domain_are_refused_and_nan_where_traced():
         assert np.all(np.isnan(found))
     for found in traced(np.ones(len(settings), np.float32), scale):
         assert np.all(np.isfinite(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("df", ((4, 1), (1, 4), (3,), (4, 5))),
+        ("radial_df", ((4, 1), (1, 4), (3,))),
+        ("radial_scale", ((4, 1), (1, 4), (3,))),
+        ("prior_scale", ((2, 4, 5), (4,), (3, 5))),
+        ("untied_scale", ((2, 4, 5), (4,))),
+        ("kl_weight", ((4, 1), (3,))),
+        ("radial_weight", ((4, 1), (3,))),
+    ],
+)
+def test_a_setting_never_enlarges_the_batch(name, shapes):
+    view_1, view_2 = views(0, dtype=jnp.float32)
+    args = (jax.random.key(0), view_2.embedding, *view_1[1:])
+    functions: list[Any] = [conditional_elbo]
+    if not name.endswith("weight"):
+        functions.append(functools.partial(importance_weighted_bound, num_samples=2))
+    for function in functions:
+        for shape in shapes:
+            settings = {**MODEL, name: np.full(shape, 0.5, np.float32)}
+            with pytest.raises(ValueError, match=f"{name} must be a number"):
+                jax.eval_shape(lambda function=function, s=settings: function(*args, **s))
+
+
+def test_keys_and_counts_of_other_kinds():
+    view_1, view_2 = views(0, dtype=jnp.float32)
+    args = (view_2.embedding, *view_1[1:])
+    for key in (0, None, [1, 2]):
+        with pytest.raises(ValueError, match="key must be made by"):
+            conditional_elbo(key, *args, **MODEL)  # pyright: ignore[reportArgumentType]
+    for count in (np.array(2), jnp.int32(2), 2.0):
+        assert domain.whole_number("num_samples", count, 1) == 2
+    for count in (np.array(2.5), jnp.int32(0), np.ones(1)):
+        with pytest.raises(ValueError, match="num_samples must be a whole number"):
+            domain.whole_number("num_samples", count, 1)
 
 
 def test_embedding_log_prob_broadcasts():

@@ -73,6 +73,9 @@ def test_precision_is_at_least_float32():
         direction, radius = polar(half)
         assert direction.dtype == radius.dtype == jnp.float32
         np.testing.assert_allclose(radius, np.linalg.norm(np.float64(half), axis=-1), rtol=RTOL)
+        unit = half / jnp.sqrt(300).astype(dtype)
+        for found in (sphere.safe_log(jnp.abs(half)), *sphere.cosine_complements(unit, -unit)):
+            assert found.dtype == jnp.float32
     with jax.enable_x64(True):
         direction, radius = polar(x)
         assert direction.dtype == radius.dtype == jnp.float64
@@ -131,6 +134,13 @@ def test_a_negative_number_has_no_logarithm_and_no_vector_no_direction():
     assert np.isnan(jax.jit(sphere.safe_log)(jnp.float32(-1.0)))
     with pytest.raises(ValueError, match="D >= 1"):
         polar_decomposition(np.float32(3.0))
+
+
+def test_vectors_of_other_widths_and_complex_ones_are_refused():
+    with pytest.raises(ValueError, match="must be the same for all vectors"):
+        sphere.cosine_complements(np.ones((3, 4), np.float32) / 2, np.ones((3, 1), np.float32))
+    with pytest.raises(ValueError, match="real numbers are needed"):
+        polar_decomposition(np.array([1j, 2, 0]))
 
 
 def test_tangent_squares_take_positive_scales_only():
