@@ -253,6 +253,13 @@ class FolderSource(_FileSource):
                 "use one folder per class, or a flat folder without labels"
             )
         labels, names = None, None
+        for name in classes:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:  # results could not be written, after the training
+                raise ValueError(
+                    f"the name of the class folder {name!r} in {root} is no UTF-8: rename it"
+                ) from error
         if classes and not files:
             names = tuple(classes) if class_names is None else class_names
             unknown = sorted(set(classes) - set(names))

@@ -105,8 +105,10 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
       ArchiveError: a file is missing or not what was written.
       FileNotFoundError: nothing was written there.
     """
-    encoder = model.load(directory)
     path = files.to_path(directory)
+    if not archive.is_archive(path):
+        raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: finetune.py writes it")
+    encoder = model.load_archive(path)
     content = archive.read_file(path, archive.read_manifest(path), CLASSIFIER)
     try:
         return Classifier(encoder, safetensors.load(content))

@@ -6,6 +6,7 @@ model, and a detector of it, can be pickled by those who send them to other proc
 """
 
 import dataclasses
+import logging
 import operator
 import os
 import time
@@ -31,6 +32,7 @@ from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
 from jevb_jax.networks import Posterior
 
 _T = TypeVar("_T")
+_logger = logging.getLogger(__name__)
 _PROGRESS_AFTER_SECONDS = 3.0
 DETECTOR = "detector.safetensors"
 # Images as `Model` takes them: arrays, Pillow pictures, and lists or iterators of either.
@@ -665,7 +667,15 @@ def load(
     if archive.is_archive(directory):
         if step is not None:
             raise ValueError(f"{directory} is an export, which holds one step: leave out step")
-        return _load_archive(directory, batch_size)
+        finetuned = archive.read_manifest(directory).get("finetuned")
+        if finetuned is not None and not finetuned["init"]["frozen"]:
+            _logger.warning(
+                "%s holds an encoder that was fine-tuned whole. `represent` is of the tuned encoder; "
+                "`embed`, `posterior` and scores of them use a projector and a head that belong to the "
+                "encoder as it was before.",
+                directory,
+            )
+        return load_archive(directory, batch_size)
     if not (directory / "config.json").exists():
         raise FileNotFoundError(
             f"{directory} holds neither config.json (a run of train.py) nor {archive.MANIFEST} (an "
@@ -699,7 +709,19 @@ def variable_shapes(config: Mapping[str, Any]) -> Any:
     )
 
 
-def _load_archive(directory: Path, batch_size: int | None) -> Model:
+def load_archive(directory: Path, batch_size: int | None = None) -> Model:
+    """Loads the model of an archive: an export, a detector's or a fine-tuned encoder.
+
+    Args:
+      directory: of `files.to_path`.
+      batch_size: see `load`.
+
+    Returns:
+      The model. Of an encoder that was tuned whole, only `represent` has a meaning.
+
+    Raises:
+      ArchiveError: it is damaged or does not fit its config.
+    """
     manifest = archive.read_manifest(directory)
     config = blueprint.completed_config(manifest["config"])
     _checked_config(config, directory)
@@ -781,7 +803,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
         )
     saved = manifest["detector"]
     arrays = safetensors.load(archive.read_file(path, manifest, DETECTOR))
-    model = _load_archive(path, batch_size)
+    model = load_archive(path, batch_size)
     try:
         threshold = float(arrays.pop("threshold"))
         scorer = saved_scores.rebuild(saved["scorer"], arrays)

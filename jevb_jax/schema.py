@@ -592,8 +592,15 @@ def _misfits(config: Mapping[str, Any]) -> list[str]:
             )
         if jevb["tails"] == "feature" and jevb["coordinates"] != "chordal":
             problems.append('jevb.tails = "feature" needs jevb.coordinates = "chordal"')
-        if jevb["normalized"] and model["embedding_dim"] < 3:
-            problems.append("jevb.normalized needs model.embedding_dim of at least 3")
+        if jevb["likelihood"] == "factorised" and model["embedding_dim"] < 3:
+            problems.append(
+                f"model.embedding_dim = {model['embedding_dim']} must be at least 3 for method jevb: "
+                "its directions lie on a sphere"
+            )
+    if method == "vi_simsiam" and model["embedding_dim"] < 2:
+        problems.append(
+            f"model.embedding_dim = {model['embedding_dim']} must be at least 2 for method vi_simsiam"
+        )
     if config["optimizer"]["warmup_epochs"] >= train["num_epochs"]:
         problems.append(
             f"optimizer.warmup_epochs = {config['optimizer']['warmup_epochs']:g} must be shorter than "

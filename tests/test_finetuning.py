@@ -62,7 +62,7 @@ def tuned(encoder, directory, mode: str, *, num_epochs: int = 2) -> dict[str, An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frozen", "full"])
-def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mode):
+def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mode, caplog):
     results = tuned(encoder, tmp_path / "out", mode, num_epochs=12)
     assert len(results["validation_accuracies"]) == 13
     assert results["validation_accuracy"] == max(results["validation_accuracies"])
@@ -74,6 +74,8 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
         source = getattr(dataset, part)
         accuracy = np.mean(classifier.predict(data.load_resident(source)) == source.labels)
         assert accuracy == pytest.approx(results[f"{part}_accuracy"], abs=1e-9)
+    load(tmp_path / "out")
+    assert ("encoder as it was before" in caplog.text) == (mode == "full")
     before, after = load(encoder).variables, classifier.model.variables
     moved = {
         name: not np.array_equal(before[kind][part][layer][leaf], after[kind][part][layer][leaf])

@@ -306,3 +306,13 @@ def test_names_that_look_the_same_are_told(tmp_path, caplog):
     assert source.class_names is not None
     assert len(source.class_names) == 5
     assert "[['Cat', 'cat'], ['cafe\u0301', 'caf\u00e9']]" in caplog.text
+
+
+def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path):
+    for name in (b"fine", b"caf\xe9"):  # Latin-1
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        with open(os.path.join(folder, b"a.png"), "wb") as file:
+            file.write(content(Image.fromarray(PIXELS)).getvalue())
+    with pytest.raises(ValueError, match=r"'caf\\udce9' .* is no UTF-8: rename it"):
+        data.FolderSource(tmp_path)
