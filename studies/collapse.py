@@ -180,28 +180,30 @@ def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
 
 
 def figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Spread of the directions, effective rank and posterior scale by step, of the first seed."""
+    """Spread of the directions, effective rank and posterior scale by step; a row for each seed."""
     panels = {
         "embedding_std": "spread of the directions (1 = uniform)",
         "effective_rank": "effective rank",
         "posterior_scale": "posterior scale",
     }
-    drawn = Figure(figsize=(12, 4.6), layout="constrained")
-    axes = drawn.subplots(1, len(panels))
-    for axis, (name, title) in zip(axes, panels.items(), strict=True):
-        for index, arm in enumerate(ARMS):
-            mine = [row for row in rows if row["arm"] == arm and row["seed"] == rows[0]["seed"]]
-            axis.plot(
-                [row["step"] for row in mine],
-                [row[name] for row in mine],
-                label=arm,
-                lw=1.2,
-                **report.line_style(index),
-            )
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    seeds = sorted({row["seed"] for row in rows})
+    drawn = Figure(figsize=(12, 1.2 + 3.4 * len(seeds)), layout="constrained")
+    axes = drawn.subplots(len(seeds), len(panels), squeeze=False)
+    for seed, of_seed in zip(seeds, axes, strict=True):
+        for axis, (name, title) in zip(of_seed, panels.items(), strict=True):
+            for index, arm in enumerate(ARMS):
+                mine = [row for row in rows if row["arm"] == arm and row["seed"] == seed]
+                axis.plot(
+                    [row["step"] for row in mine],
+                    [row[name] for row in mine],
+                    label=arm,
+                    lw=1.2,
+                    **report.line_style(index),
+                )
+            axis.set_title(f"{title}, seed {seed}", fontsize=10)
+            axis.set_xlabel("step")
+            axis.set_ylim(bottom=0)
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return drawn
 
 
