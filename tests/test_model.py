@@ -742,6 +742,7 @@ def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_
     assert loaded.model.head_input == "embedding"
 
 
+@pytest.mark.slow
 def test_another_config_or_method_is_refused_by_name(run, tmp_path):
     other = tmp_path / "copy"
     other.mkdir()
