@@ -79,6 +79,7 @@ def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size):
             np.testing.assert_array_equal(np.argmax(scores_of_k, axis=-1), predictions)
 
 
+@pytest.mark.slow
 def test_knn_equals_sklearn_on_digits():
     train, _, test = digits_splits()
     ks = (1, 5, 20, 200)

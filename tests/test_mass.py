@@ -130,6 +130,7 @@ def test_both_tails_share_their_gaussian_limit(float64):
         np.testing.assert_allclose(near, log_mass(scale, loc, math.inf, tails=tails), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_normalised_density_integrates_to_one(float64):
     loc = oracles.random_units(np.random.default_rng(0), 3)
     points, weights = oracles.two_sphere_quadrature(loc, 1e-3)

@@ -264,6 +264,7 @@ def test_a_score_depends_on_its_own_image_alone_and_passes_through_jit():
     assert fitted(embedding[:0]).shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", [5.0, np.inf])
 def test_gradients_are_finite(df):
     mean, s, embedding = images()
@@ -394,6 +395,7 @@ def test_bad_arguments(change, message):
         mixture.fit_training_mixture(**{**good, **change})
 
 
+@pytest.mark.slow
 def test_bad_queries():
     fitted = mixture.fit_training_mixture(MEAN, SCALE, df=5.0, bandwidth=1.0)
     for bad in (EMBEDDING[:, :5], EMBEDDING[0]):
@@ -415,6 +417,7 @@ def test_bad_queries():
             mixture.leave_one_out_log_likelihood(fitted, EMBEDDING, own)
 
 
+@pytest.mark.slow
 def test_means_and_degrees_of_freedom_of_any_size():
     def fitted(**change: Any) -> mixture.TrainingMixture:
         given: Any = {"posterior_mean": MEAN, "scale_diag": SCALE, "df": np.inf, "bandwidth": 1.0}
@@ -427,6 +430,7 @@ def test_means_and_degrees_of_freedom_of_any_size():
     np.testing.assert_array_equal(fitted(df=1e300)(EMBEDDING), expected(EMBEDDING))
 
 
+@pytest.mark.slow
 def test_one_image_has_a_likelihood_and_no_leave_one_out():
     one = slice(0, 1)
     fitted = mixture.fit_training_mixture(MEAN[one], SCALE[one], df=5.0, bandwidth=1.0)

@@ -788,6 +788,7 @@ def test_the_mass_has_a_gradient_only_where_it_is_divided_by(float64):
 # Empty batches, one float type, the domain.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_a_batch_of_no_examples_has_no_terms(num_samples):
     view_1, view_2 = (View(*(jnp.zeros((0, 5), jnp.float32) for _ in range(3))) for _ in range(2))
@@ -826,6 +827,7 @@ def test_terms_share_the_widest_type_that_was_given():
             assert dtypes(**{**MODEL, name: np.float64(1.5)}) == {jnp.dtype("float64")}
 
 
+@pytest.mark.slow
 def test_arguments_outside_of_their_domain_are_refused_and_nan_where_traced():
     view_1, view_2 = views(0, dtype=jnp.float32)
     target, mean, scale = view_2.embedding, *view_1[1:]

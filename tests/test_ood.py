@@ -301,6 +301,7 @@ FITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_fitted_scores_are_per_example_trees_and_refuse_bad_features(name):
     train, new = correlated(0, 200), correlated(1, 70)

@@ -101,6 +101,7 @@ def test_every_score_is_there_and_of_every_image():
     assert all(np.isfinite(v).all() for v in found().inside.values())
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_features_extracted_apart():
     outside = outside_features()
     streamed = found().outside["contrast_5"]

@@ -96,6 +96,7 @@ def first_step() -> tuple[training.TrainState, dict[str, jax.Array]]:
     return step(initial_state(0.9), images(), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_loss_is_the_negative_weighted_elbo_per_dimension():
     state, metrics = first_step()
     # With both weights one, the objective is the bound.

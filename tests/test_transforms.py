@@ -102,6 +102,7 @@ def test_plain_numbers_are_finite_and_one_for_each_example():
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.slow
 def test_jit():
     assert_same(jax.jit(everything)(*make_batch()), plain())
 
@@ -132,6 +133,7 @@ def data_mesh():
     return jax.make_mesh((NUM_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+@pytest.mark.slow
 def test_shard_map():
     spec = PartitionSpec("data")
     sharded = jax.shard_map(everything, mesh=data_mesh(), in_specs=spec, out_specs=spec)
