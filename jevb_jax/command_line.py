@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def run(argv: list[str], work: Callable[[], object]) -> None:
     # while XLA compiles.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    warnings.formatwarning = _one_line
     try:
         parallel.start_processes(
             os.environ,
@@ -71,6 +73,11 @@ def run(argv: list[str], work: Callable[[], object]) -> None:
         if messages.is_out_of_memory(error):
             print("--traceback shows where.", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """A warning for a person: without the line of a script that it did not write."""
+    return f"{category.__name__}: {message}\n"
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

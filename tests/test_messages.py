@@ -204,3 +204,8 @@ def test_usage_errors_end_with_status_two_and_no_frames(tmp_path):
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr.splitlines()) < 6
     assert not (tmp_path / "run").exists()
+
+
+def test_a_warning_of_a_script_is_one_line():
+    told = command_line._one_line("few images", UserWarning, "train.py", 18)
+    assert told == "UserWarning: few images\n"
