@@ -164,17 +164,18 @@ def bootstrap_intervals(
     * AUROC: at either end the farther of two. One is DeLong's variance on the logit scale, with
       Student's t for few images (DeLong et al. 1988); the other is the score interval of Newcombe
       (2006, method 5), which holds at an AUROC of one too.
-    * Areas under precision and recall: the farther percentile of two bootstraps (Efron 1979), one of the
-      images and one with an image of each kind amid the other kind. The tails are those of Hesterberg
-      (2015), which are wider for few images.
+    * Areas under precision and recall: at either end the farthest of three. Two are percentiles of
+      bootstraps (Efron 1979), one of the images and one with an image of each kind amid the other kind;
+      the tails are those of Hesterberg (2015), which are wider for few images. The third is the
+      binomial interval of Boyd et al. (2013) on the logit scale, of as many images as the rarer kind
+      has: resamples alone are too narrow where one kind spreads far less than the other.
     * Rates: the exact interval of a share (Clopper and Pearson 1934) and that of the threshold, from its
       order statistics, put together by squares (Zou and Donner 2008).
 
-    How often intervals of 95% held the true value, in simulations of normal scores of equal and of
-    different spread at 10, 100 and 1,000 images and AUROC of 0.76 to 0.998: that of AUROC in 91% to
-    100%, those of the rates likewise, those of the areas mostly above 90%, and in 68% to 80% in some
-    settings where outside scores spread a third as far as inside ones. Only the areas depend on
-    the seed, which draws the same images for every score of as many images.
+    In simulations of normal scores, of equal spread and of three times or a third of it outside, at 10,
+    100 and 1,000 images and AUROC of 0.76 to 0.998, intervals of 95% of AUROC and of the areas held the
+    true value in more than 86% of 100 test sets each, those of the rates in more than 84%. Only the
+    areas depend on the seed, which draws the same images for every score of as many images.
 
     Args:
       inside_scores: `[N]`.
@@ -199,18 +200,19 @@ def bootstrap_intervals(
         _checked("inside_scores", inside_scores), _checked("outside_scores", outside_scores)
     )
     inside, outside = (np.bincount(part, minlength=num_places) for part in places)
+    found = _metrics(inside, outside, tpr)
+    fewest = int(min(inside.sum(), outside.sum()))
     out, into = _area_intervals(places[0], places[1], num_places, num_resamples, level, seed)
     ends = zip(
         _auroc_interval(inside, outside, level),
-        out,
-        into,
+        _farther(out, _binomial_area_interval(found.aupr_out, fewest, level)),
+        _farther(into, _binomial_area_interval(found.aupr_in, fewest, level)),
         _rate_interval(outside, inside, tpr, level),
         _rate_interval(inside[::-1], outside[::-1], tpr, level),
         strict=True,
     )
-    # Rounding must not put the metric itself outside.
-    found = _metrics(inside, outside, tpr)
     low, high = ends
+    # Rounding must not put the metric itself outside.
     return (
         OODMetrics(*(float(min(x, y)) for x, y in zip(low, found, strict=True))),
         OODMetrics(*(float(max(x, y)) for x, y in zip(high, found, strict=True))),
@@ -302,6 +304,20 @@ def _rate_interval(
         max(0.0, rate - math.hypot(rate - least, rate - low)),
         min(1.0, rate + math.hypot(greatest - rate, high - rate)),
     )
+
+
+def _farther(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """The farther of two intervals at either end."""
+    return min(one[0], other[0]), max(one[1], other[1])
+
+
+def _binomial_area_interval(area: float, count: int, level: float) -> tuple[float, float]:
+    """Of an area under precision and recall as a share of `count` images, on the logit scale."""
+    if not 0 < area < 1:
+        return area, area
+    width = float(scipy.special.ndtri((1 + level) / 2)) / math.sqrt(count * area * (1 - area))
+    center = math.log(area / (1 - area))
+    return float(scipy.special.expit(center - width)), float(scipy.special.expit(center + width))
 
 
 def _area_intervals(
