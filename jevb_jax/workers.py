@@ -14,6 +14,8 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -42,17 +44,13 @@ def check_not_starting() -> None:
 
 
 def start_worker(index: int, count: int) -> None:
-    """Prepares a worker process; for Grain's `worker_init_fn`.
-
-    Ctrl-C reaches every process of a terminal: the parent alone decides. And a worker ends with its
-    parent, however that ends.
+    """Ends a worker process with its parent, however that ends; for Grain's `worker_init_fn`.
 
     Args:
       index: of the worker.
       count: of workers.
     """
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -99,6 +97,26 @@ class Carried(Generic[_T]):
         self._path.unlink(missing_ok=True)
 
 
+def _call_without_ctrl_c(call: Callable[[], _T]) -> _T:
+    """Calls a function in a thread in which SIGINT is blocked, and waits for it.
+
+    Ctrl-C reaches every process of a terminal, and the parent alone decides what it means. Threads
+    and processes inherit what is blocked, so the workers that the call starts never see it, not even
+    while they import.
+    """
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
+
+
 _with_workers: "weakref.WeakSet[ReadAhead[Any]]" = weakref.WeakSet()  # streams that are open
 
 
@@ -117,6 +135,8 @@ class ReadAhead(Iterator[_T]):
         self._carried = carried
         self._is_closed = False
         if carried is not None:
+            # Else Python starts it with the first worker, and unblocks Ctrl-C there.
+            resource_tracker.ensure_running()
             _with_workers.add(self)
 
     def __next__(self) -> _T:
@@ -128,7 +148,9 @@ class ReadAhead(Iterator[_T]):
         if self._is_closed:
             raise StopIteration
         try:
-            return next(self._iterator)
+            if self._carried is None:
+                return next(self._iterator)
+            return _call_without_ctrl_c(lambda: next(self._iterator))
         except StopIteration:
             self.close()
             raise

@@ -104,7 +104,8 @@ def work():
     stream = data.stream_batches(
         source, start_step=0, num_steps=10**6, batch_size=8, seed=0, num_workers=2
     )
-    print(next(stream).shape, flush=True)
+    for _ in range(4):
+        print(next(stream).shape, flush=True)
     time.sleep(300)
 {end}
 """
@@ -129,16 +130,11 @@ def test_a_script_without_a_guard_fails_and_one_with_it_leaves_no_workers(tmp_pa
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "(8, 16, 16, 3)\n"
-        # They are children of the thread that started them.
-        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-        listed = " ".join(path.read_text() for path in threads).split()
-        readers = [pid for pid in map(int, listed) if "spawn_main" in command_of(pid)]
-        assert len(readers) == 2
-        for pid in readers:  # as a terminal sends it to all of them
+        readers = wait_for_readers(process.pid)
+        for pid in readers:  # as a terminal sends it to all of them; they have hardly begun
             os.kill(pid, signal.SIGINT)
-        time.sleep(1.0)
-        assert all("spawn_main" in command_of(pid) for pid in readers)
+        assert [process.stdout.readline() for _ in range(4)] == ["(8, 16, 16, 3)\n"] * 4
+        assert wait_for_readers(process.pid) == readers
         process.kill()  # the parent cannot tell them
     deadline = time.monotonic() + 60
     while any("spawn_main" in command_of(pid) for pid in readers):
@@ -177,18 +173,25 @@ def test_workers_that_do_not_answer_are_ended(tmp_path):
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 120
-        children = Path(f"/proc/{process.pid}/task")
-        readers: list[int] = []
-        while len(readers) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-            listed = [path.read_text() for path in children.glob("*/children")]
-            readers = [int(i) for i in " ".join(listed).split() if "spawn" in command_of(int(i))]
+        readers = wait_for_readers(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=120)[0].splitlines()[1:] == ["closed"]
         assert process.returncode == 0
     assert not any("spawn" in command_of(pid) for pid in readers)
+
+
+def wait_for_readers(pid: int) -> list[int]:
+    """The two workers of a process, as soon as they are there."""
+    deadline = time.monotonic() + 120
+    readers: list[int] = []
+    while len(readers) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        # They are children of the thread that started them.
+        threads = Path(f"/proc/{pid}/task").glob("*/children")
+        listed = " ".join(path.read_text() for path in threads).split()
+        readers = [child for child in map(int, listed) if "spawn_main" in command_of(child)]
+    return readers
 
 
 def command_of(pid: int) -> str:
