@@ -8,7 +8,9 @@ Every interval keeps some width where the images are told apart without an error
 none does not say that there are none.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -62,23 +64,44 @@ def _checked(name: str, scores: ArrayLike) -> np.ndarray:
     return values
 
 
-def _places(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Of every image the place of its score among the `K` distinct ones in falling order, and `K`."""
+_Interval = tuple[float, float]
+
+
+class _Ranked(NamedTuple):
+    """Of every image the place of its score among the distinct ones, which are in falling order."""
+
+    inside: np.ndarray
+    outside: np.ndarray
+    num_places: int
+
+
+def _places(inside: np.ndarray, outside: np.ndarray) -> _Ranked:
     distinct, index = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     places = len(distinct) - 1 - index
-    return places[: len(inside)], places[len(inside) :], len(distinct)
+    return _Ranked(places[: len(inside)], places[len(inside) :], len(distinct))
 
 
 def _precision_recall_area(
-    positive: np.ndarray, num_true: np.ndarray, num_false: np.ndarray
+    positive: np.ndarray,
+    num_true: np.ndarray,
+    num_false: np.ndarray,
+    *,
+    from_last: bool,
+    dtype: type[np.floating],
 ) -> np.ndarray:
-    """From positive images at each score and images flagged there, in the order of the flagging."""
+    """From positive images at each score and images flagged there; flagging begins at one end."""
+    num_flagged = num_true + num_false
     # A resample may leave the first scores without images: nothing is flagged there, and the curve
     # is still at its first point, precision one.
-    num_flagged = num_true + num_false
-    precision = np.where(num_flagged > 0, num_true / np.maximum(num_flagged, 1), 1.0)
-    ends = _dot(positive, precision) + _dot(positive[..., 1:], precision[..., :-1])
-    return (ends + positive[..., 0]) / 2 / num_true[..., -1]
+    is_none = num_flagged == 0
+    precision = (num_true + is_none).astype(dtype)
+    precision /= (num_flagged + is_none).astype(dtype)
+    first, last = (-1, 0) if from_last else (0, -1)
+    later, earlier = (np.s_[..., :-1], np.s_[..., 1:])[:: 1 if from_last else -1]
+    twice = precision[earlier] + precision[later]
+    twice *= positive[later]
+    ends = positive[..., first] * (1 + precision[..., first])
+    return (twice.sum(axis=-1, dtype=np.float64) + ends) / 2 / num_true[..., last]
 
 
 def _dot(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -90,24 +113,33 @@ def _fewest(num_images: int, share: float) -> int:
     return int(np.argmax(np.arange(num_images + 1) / num_images >= share))
 
 
-def _areas(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _above_and_below(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images that score at least so much, and at most, from counts `[..., K]` in falling order."""
+    above = np.cumsum(counts, axis=-1, dtype=np.int32)
+    return above, above[..., -1:] - above + counts
+
+
+def _areas(
+    inside: np.ndarray, outside: np.ndarray, dtype: type[np.floating]
+) -> tuple[np.ndarray, np.ndarray]:
     """`aupr_out` and `aupr_in` from counts `[..., K]` in falling order of the scores."""
-
-    def area(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-        flagged = (np.cumsum(x, axis=-1, dtype=np.int32) for x in (positive, negative))
-        return _precision_recall_area(positive, *flagged)
-
-    return area(outside, inside), area(inside[..., ::-1], outside[..., ::-1])
+    (inside_above, inside_below), (outside_above, outside_below) = map(
+        _above_and_below, (inside, outside)
+    )
+    area = functools.partial(_precision_recall_area, dtype=dtype)
+    return (
+        area(outside, outside_above, inside_above, from_last=False),
+        area(inside, inside_below, outside_below, from_last=True),
+    )
 
 
 def _metrics(inside: np.ndarray, outside: np.ndarray, tpr: float) -> OODMetrics:
     """From counts `[K]` in falling order of the scores."""
-    # Images that score at least so much, and at most.
-    inside_above, outside_above = np.cumsum(inside), np.cumsum(outside)
+    (inside_above, inside_below), (outside_above, outside_below) = map(
+        _above_and_below, (inside, outside)
+    )
     num_inside, num_outside = int(inside_above[-1]), int(outside_above[-1])
-    inside_below = num_inside - inside_above + inside
-    outside_below = num_outside - outside_above + outside
-    aupr_out, aupr_in = _areas(inside, outside)
+    aupr_out, aupr_in = _areas(inside, outside, np.float64)
     first = np.sum(outside_above < _fewest(num_outside, tpr))
     last = np.sum(inside_below >= _fewest(num_inside, tpr)) - 1
     return OODMetrics(
@@ -193,16 +225,66 @@ def bootstrap_intervals(
         of range.
       TypeError: as `ood_metrics`.
     """
+    inside, outside = (
+        _checked("inside_scores", inside_scores),
+        _checked("outside_scores", outside_scores),
+    )
+    (ends,) = bootstrap_intervals_of_scores(
+        [inside], [outside], num_resamples=num_resamples, level=level, seed=seed, tpr=tpr
+    )
+    return ends
+
+
+def bootstrap_intervals_of_scores(
+    inside_scores: Sequence[ArrayLike],
+    outside_scores: Sequence[ArrayLike],
+    *,
+    num_resamples: int,
+    level: float = 0.95,
+    seed: int,
+    tpr: float = 0.95,
+) -> list[tuple[OODMetrics, OODMetrics]]:
+    """`bootstrap_intervals` of several scores of the same images, whose draws they share.
+
+    Args:
+      inside_scores: `S` times `[N]`.
+      outside_scores: `S` times `[M]`.
+      num_resamples: as there.
+      level: likewise.
+      seed: likewise.
+      tpr: likewise.
+
+    Returns:
+      `S` times lower and upper ends.
+
+    Raises:
+      ValueError: as there; scores of different numbers of images.
+      TypeError: as there.
+    """
     tpr, level = checked_share("tpr", tpr), checked_share("level", level)
     num_resamples = checked_count("num_resamples", num_resamples)
     seed = checked_count("seed", seed, least=0)
-    *places, num_places = _places(
-        _checked("inside_scores", inside_scores), _checked("outside_scores", outside_scores)
+    inside = [_checked("inside_scores", scores) for scores in inside_scores]
+    outside = [_checked("outside_scores", scores) for scores in outside_scores]
+    for name, scores in (("inside_scores", inside), ("outside_scores", outside)):
+        sizes = sorted({one.size for one in scores})
+        if len(sizes) > 1:
+            raise ValueError(f"{name} must be of the same images, got {sizes} scores")
+    ranked = [_places(*scores) for scores in zip(inside, outside, strict=True)]
+    areas = _area_intervals(ranked, num_resamples, level, seed)
+    return [_intervals(*one, tpr, level) for one in zip(ranked, areas, strict=True)]
+
+
+def _intervals(
+    ranked: _Ranked, areas: tuple[_Interval, _Interval], tpr: float, level: float
+) -> tuple[OODMetrics, OODMetrics]:
+    """Of one score, with what the bootstraps say of its two areas."""
+    inside, outside = (
+        np.bincount(places, minlength=ranked.num_places) for places in (ranked.inside, ranked.outside)
     )
-    inside, outside = (np.bincount(part, minlength=num_places) for part in places)
     found = _metrics(inside, outside, tpr)
     fewest = int(min(inside.sum(), outside.sum()))
-    out, into = _area_intervals(places[0], places[1], num_places, num_resamples, level, seed)
+    out, into = areas
     ends = zip(
         _auroc_interval(inside, outside, level),
         _farther(out, _binomial_area_interval(found.aupr_out, fewest, level)),
@@ -321,32 +403,31 @@ def _binomial_area_interval(area: float, count: int, level: float) -> tuple[floa
 
 
 def _area_intervals(
-    inside: np.ndarray,
-    outside: np.ndarray,
-    num_places: int,
-    num_resamples: int,
-    level: float,
-    seed: int,
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of `aupr_out` and `aupr_in`, from the images' places."""
+    ranked: list[_Ranked], num_resamples: int, level: float, seed: int
+) -> list[tuple[_Interval, _Interval]]:
+    """Of `aupr_out` and `aupr_in` of every score."""
     generators = np.random.default_rng(seed).spawn(4)
-    plain = _resampled(inside, outside, num_places, num_resamples, generators[:2])
+    plain = _resampled(ranked, num_resamples, generators[:2])
     # An image of each kind amid the other kind: what so few images need not have shown.
-    mixed = _resampled(
-        np.append(inside, _median(outside)),
-        np.append(outside, _median(inside)),
-        num_places,
-        num_resamples,
-        generators[2:],
-    )
-    fewest = min(len(inside), len(outside))
+    mixed = [
+        _Ranked(
+            np.append(one.inside, _median(one.outside)),
+            np.append(one.outside, _median(one.inside)),
+            one.num_places,
+        )
+        for one in ranked
+    ]
+    fewest = min(len(ranked[0].inside), len(ranked[0].outside))
     tail = 0.0
     if fewest > 1:
         quantile = scipy.special.stdtrit(fewest - 1, (1 - level) / 2)
         tail = float(scipy.special.ndtr(quantile * math.sqrt(fewest / (fewest - 1))))
-    found = np.quantile(np.stack([plain, mixed]), [tail, 1 - tail], axis=1)
-    low, high = np.min(found[0], axis=0), np.max(found[1], axis=0)
-    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
+    both = np.stack([plain, _resampled(mixed, num_resamples, generators[2:])])
+    found = np.quantile(both, [tail, 1 - tail], axis=2)
+    lows, highs = np.min(found[0], axis=0).tolist(), np.max(found[1], axis=0).tolist()
+    return [
+        ((low[0], high[0]), (low[1], high[1])) for low, high in zip(lows, highs, strict=True)
+    ]
 
 
 def _median(places: np.ndarray) -> int:
@@ -354,28 +435,49 @@ def _median(places: np.ndarray) -> int:
 
 
 def _resampled(
-    inside: np.ndarray,
-    outside: np.ndarray,
-    num_places: int,
-    num_resamples: int,
-    generators: list[np.random.Generator],
+    ranked: list[_Ranked], num_resamples: int, generators: list[np.random.Generator]
 ) -> np.ndarray:
-    """`aupr_out` and `aupr_in` of resampled images, `[num_resamples, 2]`."""
-    # Drawing images and counting them is six times as fast as drawing the counts (multinomial).
-    chunk = max(1, _CHUNK_NUMBERS // num_places)
-    parts = []
+    """`aupr_out` and `aupr_in` of every score from resampled images, `[S, num_resamples, 2]`."""
+    chunk = max(1, _CHUNK_NUMBERS // max(one.num_places for one in ranked))
+    areas = np.empty((len(ranked), num_resamples, 2))
+    counters = [
+        (_counter(one.inside, one.num_places), _counter(one.outside, one.num_places))
+        for one in ranked
+    ]
+    sizes = len(ranked[0].inside), len(ranked[0].outside)
     for start in range(0, num_resamples, chunk):
-        rows = min(chunk, num_resamples - start)
-        counts = [
-            np.stack(
-                [
-                    np.bincount(
-                        place[generator.integers(len(place), size=len(place))], minlength=num_places
-                    )
-                    for _ in range(rows)
-                ]
-            )
-            for place, generator in zip((inside, outside), generators, strict=True)
-        ]
-        parts.append(np.stack(_areas(counts[0], counts[1]), axis=-1))
-    return np.concatenate(parts)
+        rows = slice(start, min(start + chunk, num_resamples))
+        inside, outside = (
+            _draw(generator, rows.stop - rows.start, size)
+            for generator, size in zip(generators, sizes, strict=True)
+        )
+        for score, (count_inside, count_outside) in enumerate(counters):
+            both = _areas(count_inside(inside), count_outside(outside), np.float32)
+            areas[score, rows] = np.stack(both, axis=-1)
+    return areas
+
+
+def _draw(generator: np.random.Generator, num_resamples: int, num_images: int) -> np.ndarray:
+    """How often resamples have each image, `[num_resamples, num_images]`."""
+    # Drawing images and counting them is six times as fast as drawing the counts (multinomial).
+    drawn = generator.integers(num_images, size=(num_resamples, num_images))
+    drawn += num_images * np.arange(num_resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=num_resamples * num_images)
+    return counts.reshape(num_resamples, num_images).astype(np.int32)
+
+
+def _counter(places: np.ndarray, num_places: int) -> Callable[[np.ndarray], np.ndarray]:
+    """From how often images `[R, N]` were drawn to how many are at each place, `[R, K]`."""
+    order = np.argsort(places, kind="stable")
+    occupied, starts = np.unique(places[order], return_index=True)
+    has_ties = len(occupied) < len(places)
+
+    def count(drawn: np.ndarray) -> np.ndarray:
+        values = drawn[:, order]
+        if has_ties:
+            values = np.add.reduceat(values, starts, axis=1)
+        counts = np.zeros((len(drawn), num_places), np.int32)
+        counts[:, occupied] = values
+        return counts
+
+    return count

@@ -23,7 +23,11 @@ from jevb_jax.evaluation.features import (
     TermsSettings,
     useful_batch_size,
 )
-from jevb_jax.evaluation.ood_metrics import OODMetrics, bootstrap_intervals, ood_metrics
+from jevb_jax.evaluation.ood_metrics import (
+    OODMetrics,
+    bootstrap_intervals_of_scores,
+    ood_metrics,
+)
 from jevb_jax.networks import (
     DirectionalPrediction,
     JointEmbeddingModel,
@@ -589,7 +593,7 @@ class SetResult(NamedTuple):
       outside: the set's name.
       group: the set's group.
       metrics: point estimates.
-      low: ends of their intervals, of `bootstrap_intervals`.
+      low: ends of their intervals, of `bootstrap_intervals`; None where none were asked for.
       high: likewise.
       protocol: how they were made.
     """
@@ -598,8 +602,8 @@ class SetResult(NamedTuple):
     outside: str
     group: str
     metrics: OODMetrics
-    low: OODMetrics
-    high: OODMetrics
+    low: OODMetrics | None
+    high: OODMetrics | None
     protocol: str
 
 
@@ -618,30 +622,40 @@ def compare(
       outside: scores of the set by name.
       outside_set: the set.
       inside_name: of the in-distribution images.
-      num_bootstrap: resamples of the intervals.
+      num_bootstrap: resamples of the intervals; 0 leaves the intervals out.
 
     Returns:
       One result for each score.
     """
-    results = []
-    for name, scores in inside.items():
-        low, high = bootstrap_intervals(
-            scores, outside[name], num_resamples=num_bootstrap, level=0.95, seed=0
+    intervals: Sequence[tuple[OODMetrics | None, OODMetrics | None]] = [(None, None)] * len(inside)
+    protocol = (
+        f"outside: {outside_set.protocol} ({len(outside_set.source):,}); "
+        "larger score = more out of distribution"
+    )
+    if num_bootstrap:
+        intervals = bootstrap_intervals_of_scores(
+            list(inside.values()),
+            [outside[name] for name in inside],
+            num_resamples=num_bootstrap,
+            level=0.95,
+            seed=0,
         )
-        results.append(
-            SetResult(
-                name,
-                outside_set.name,
-                outside_set.group,
-                ood_metrics(scores, outside[name]),
-                low,
-                high,
-                f"inside: {inside_name} ({len(scores):,}); outside: {outside_set.protocol} "
-                f"({len(outside[name]):,}); larger score = more out of distribution; 95% "
-                f"intervals over images, {num_bootstrap} resamples for the areas of precision and recall",
-            )
+        protocol += (
+            f"; 95% intervals over images, {num_bootstrap} resamples for the areas of precision and "
+            "recall"
         )
-    return results
+    return [
+        SetResult(
+            name,
+            outside_set.name,
+            outside_set.group,
+            ood_metrics(scores, outside[name]),
+            low,
+            high,
+            f"inside: {inside_name} ({len(scores):,}); {protocol}",
+        )
+        for (name, scores), (low, high) in zip(inside.items(), intervals, strict=True)
+    ]
 
 
 def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
@@ -855,6 +869,7 @@ def evaluate_ood(
     inside_source: data.ImageSource,
     probe: "classification.LinearProbe | None",
     split: str,
+    has_intervals: bool = True,
 ) -> OODEvaluation:
     """Every score against every set of the config.
 
@@ -867,6 +882,7 @@ def evaluate_ood(
       inside_source: those images.
       probe: of the representation, or None.
       split: name of the evaluated split.
+      has_intervals: whether the metrics get intervals.
 
     Returns:
       The evaluation.
@@ -910,7 +926,7 @@ def evaluate_ood(
             scores,
             outside,
             inside_name=f"{experiment.dataset.train.name}, {split}",
-            num_bootstrap=settings["num_bootstrap"],
+            num_bootstrap=settings["num_bootstrap"] if has_intervals else 0,
         )
     # One set on which a score is no number leaves it out of all: its means would be of other sets.
     results = [result for result in results if result.score not in not_numbers]

@@ -321,7 +321,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_variables(
-    experiment: Experiment, variables: Any, extractors: Extractors
+    experiment: Experiment, variables: Any, extractors: Extractors, *, has_intervals: bool = True
 ) -> Evaluation:
     """k-NN, linear probes, out-of-distribution detection and the use of uncertainty.
 
@@ -329,6 +329,7 @@ def evaluate_variables(
       experiment: data, networks and settings.
       variables: parameters and running statistics.
       extractors: of `make_extractors`.
+      has_intervals: whether detection gets intervals.
 
     Returns:
       The evaluation.
@@ -362,6 +363,7 @@ def evaluate_variables(
             inside_source=source,
             probe=probe,
             split=split,
+            has_intervals=has_intervals,
         )
         results += _detection_results(found)
         results += _uncertainty_results(experiment, found, train, test, probe, split)
@@ -608,7 +610,9 @@ def evaluate(
     }
     if experiment.config["evaluation"]["compare_untrained"]:
         untrained = experiment.initial_state()._replace(ema_params=None).evaluation_variables
-        results["untrained"] = evaluate_variables(experiment, untrained, extractors).results
+        results["untrained"] = evaluate_variables(
+            experiment, untrained, extractors, has_intervals=False
+        ).results
     if found.ood is not None:
         results["ood"] = _ood_json(experiment, found.ood)
     return results, found
@@ -629,8 +633,11 @@ def _ood_json(experiment: Experiment, found: OODEvaluation) -> dict[str, Any]:
                 "outside": result.outside,
                 "group": result.group,
                 **result.metrics._asdict(),
-                "low": result.low._asdict(),
-                "high": result.high._asdict(),
+                **{
+                    name: end._asdict()
+                    for name, end in (("low", result.low), ("high", result.high))
+                    if end is not None
+                },
             }
             for result in found.results
         ],
