@@ -53,9 +53,7 @@ def slowest_imports(statement: str, count: int) -> list[dict[str, Any]]:
 def first_step_seconds(train: Sequence[str], cache: Path | None) -> float:
     """Wall time from the start of `train.py` to the first line of its metrics."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    if cache is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["JEVB_JAX_COMPILE_CACHE"] = "off" if cache is None else str(cache)
     with tempfile.TemporaryDirectory() as workdir:
         metrics = Path(workdir) / "run" / "metrics.jsonl"
         start = time.perf_counter()

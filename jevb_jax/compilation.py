@@ -1,11 +1,16 @@
-"""How programs are compiled: those that run once, those that run networks, and in what precision."""
+"""How programs are compiled: kept for the next process, fast where they run once, in what precision."""
 
+import contextlib
 import functools
+import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.core import Tracer
+from jax.experimental.compilation_cache import compilation_cache
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -21,6 +26,74 @@ _QUICK_ON_CPU: dict[str, bool | int] = {
 # kernel gradients of convolutions take up to fifteen times as long as those of XLA without it, where a
 # batch outgrows the cache; where it does not, a step loses a seventh at most. Forward passes gain too.
 _WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+CACHE_VARIABLE = "JEVB_JAX_COMPILE_CACHE"
+_MOST_CACHED_BYTES = 2**30
+
+_logger = logging.getLogger(__name__)
+
+
+def keep_compiled_programs() -> Path | None:
+    """Keeps what JAX compiles in a directory of the user, where the next process finds it.
+
+    The directory is `jevb_jax/compiled` in `$XDG_CACHE_HOME`, or in `~/.cache`. The environment's
+    `JEVB_JAX_COMPILE_CACHE` names another one, or is `off`. Where JAX has been given a cache of its own
+    (`JAX_COMPILATION_CACHE_DIR`), nothing is changed. JAX names a program by its code, its options, its
+    own version and the device, so that processes can share the directory; one that reads what another
+    has half written compiles again. What was not read for longest is deleted once the directory holds
+    more than a gigabyte.
+
+    Returns:
+      The directory, or None: switched off, JAX's own, or one that cannot be written, which is warned
+      of.
+    """
+    settings: Any = jax.config  # whose names type checkers do not know
+    if settings.jax_compilation_cache_dir is not None:
+        return None
+    asked = os.environ.get(CACHE_VARIABLE, "")
+    if asked.lower() == "off":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(asked or f"{home}/jevb_jax/compiled")
+    try:
+        directory = directory.expanduser()
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(f"{directory} cannot be written")
+        _delete_oldest(directory, _MOST_CACHED_BYTES)
+    except (OSError, RuntimeError) as error:  # no home directory is a RuntimeError
+        _logger.warning(
+            "Compiled programs are not kept for the next process: %s. %s names another directory, or "
+            "is 'off'.",
+            error,
+            CACHE_VARIABLE,
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # A run compiles a hundred programs, most of them in less than JAX's own limit of a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # JAX looks for the directory once, at its first program
+    return directory
+
+
+def _delete_oldest(directory: Path, most_bytes: int) -> None:
+    """Deletes the files that were not read for longest, until the rest is small enough."""
+    files: list[tuple[float, int, str]] = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # another process deleted it
+                if entry.is_file(follow_symlinks=False):
+                    found = entry.stat(follow_symlinks=False)
+                    # File systems renew the time of reading once a day at least, or never.
+                    files.append((max(found.st_atime, found.st_mtime), found.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= most_bytes:
+            return
+        Path(path).unlink(missing_ok=True)
+        total -= size
 
 
 def alone_on_a_cpu() -> bool:

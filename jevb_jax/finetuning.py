@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors import numpy as safetensors
 
 from jevb_jax import archive, augmentations, data, files, messages, model, schema, training, workers
-from jevb_jax.compilation import in_single_precision, network_options
+from jevb_jax.compilation import in_single_precision, keep_compiled_programs, network_options
 from jevb_jax.experiment import make_optimizer
 from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Images, Model
@@ -139,6 +139,7 @@ def finetune(
       DirectoryInUseError: another process works on it.
     """
     workers.check_not_starting()
+    keep_compiled_programs()
     console = console or standard_output()
     path = files.to_path(workdir)
     config = schema.plain(config)

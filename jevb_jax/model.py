@@ -23,7 +23,7 @@ from rich.progress import Progress
 from safetensors import numpy as safetensors
 
 from jevb_jax import archive, blueprint, data, data_record, files
-from jevb_jax.compilation import in_single_precision
+from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import ood, ood_protocol, saved_scores
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.image_inputs import GivenImages, check_images, in_order, prepared
@@ -646,7 +646,8 @@ def load(
 
     Strict: every array must be there, none may be left over, shapes and types must fit the config, and
     the bits must be those that were saved. Of a run with averaged parameters (`train.ema_decay`), the
-    average is loaded, as in evaluation. The data of the run are not read.
+    average is loaded, as in evaluation. The data of the run are not read. From here on, the process
+    keeps what it compiles (`compilation.keep_compiled_programs`).
 
     Args:
       path: directory, here or in an object store.
@@ -663,6 +664,7 @@ def load(
       ArchiveError: an export that is damaged or does not fit.
       ValueError: `step` of an export; a config of another version.
     """
+    keep_compiled_programs()
     directory = files.to_path(path)
     if archive.is_archive(directory):
         if step is not None:
@@ -793,6 +795,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
       FileNotFoundError: nothing was saved there.
       ArchiveError: no detector, one that is damaged, or one of another version.
     """
+    keep_compiled_programs()
     path = files.to_path(directory)
     if not archive.is_archive(path):
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: Detector.save writes it")

@@ -87,7 +87,11 @@ def _detection(found: OODEvaluation, config: Mapping[str, Any]) -> html_report.O
             outside_set=result.outside,
             group=result.group,
             auroc=result.metrics.auroc,
-            auroc_interval=(result.low.auroc, result.high.auroc),
+            auroc_interval=(
+                None
+                if result.low is None or result.high is None
+                else (result.low.auroc, result.high.auroc)
+            ),
             aupr_out=result.metrics.aupr_out,
             aupr_in=result.metrics.aupr_in,
             fpr95_out=result.metrics.fpr95_outside_positive,

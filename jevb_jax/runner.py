@@ -41,7 +41,7 @@ from jevb_jax import (
     workers,
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
-from jevb_jax.compilation import in_single_precision
+from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import protocol, readiness
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
@@ -631,6 +631,7 @@ class _Run:
         self.rank: float | None = None
         self.alarms: dict[str, str] = {}  # raised at the last health check: messages by name
         self.check_health = _health_check(experiment)
+        self.learning_rate = jax.jit(experiment.schedule)
 
     def shardings(self, state: training.TrainState) -> training.TrainState:
         """How the state lies over the devices."""
@@ -684,9 +685,7 @@ class _Run:
             values = {f"train/{name}": float(array[row]) for name, array in metrics.items()}
             is_bad = not is_finite and row == rows - 1
             if (every and step % every == 0) or step == self.experiment.num_train_steps or is_bad:
-                values["train/learning_rate"] = float(
-                    np.asarray(self.experiment.schedule(step - 1))
-                )
+                values["train/learning_rate"] = float(self.learning_rate(np.int32(step - 1)))
                 self.log.write(step, values)
         if not is_finite:
             directory = _write_evidence(self.workdir, self.experiment, state)
@@ -846,6 +845,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
       ValueError: settings that do not fit each other.
     """
     workers.check_not_starting()
+    keep_compiled_programs()
     console = console or _console()
     workdir = files.to_path(workdir)
     if archive.is_archive(workdir):
@@ -1054,6 +1054,7 @@ def evaluate(
       StoppedError: a signal ended it.
     """
     workers.check_not_starting()
+    keep_compiled_programs()
     console = console or _console()
     workdir = files.to_path(workdir)
     experiment = build_experiment(config)
@@ -1070,7 +1071,11 @@ def evaluate(
             workdir,
         )
     mesh = parallel.make_mesh()
-    template = parallel.put(experiment.initial_state(), parallel.replicated(mesh))
+    replicated = parallel.replicated(mesh)
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(experiment.initial_state),
+    )
     checkpointer = Checkpointer(workdir / "checkpoints")
     try:
         if step is None:
@@ -1122,6 +1127,7 @@ def evaluate_on(
       ValueError: data that cannot be loaded, have no labels or do not fit; more than one process.
     """
     workers.check_not_starting()
+    keep_compiled_programs()
     console = console or _console()
     if jax.process_count() > 1:
         raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")

@@ -681,6 +681,7 @@ def _execute(todo: Sequence[_Run], out: Path, *, num_processes: int, console: Co
     environment = dict(os.environ)
     # One seed's programs are another's: measured, half of the time of a short run or more.
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compile_cache"))
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if num_processes > 1:
         fraction = f"{0.9 / num_processes:.3f}"
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)

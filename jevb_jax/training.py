@@ -310,18 +310,40 @@ def init_state(
     Returns:
       The state.
     """
-    # Compiled: operation by operation, initialising a ResNet takes many times longer.
-    init = jit_once(functools.partial(model.init, train=True))
-    variables = init(key, jnp.zeros((2, *view_shape)))
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if ema_decay > 0 else None,
-        target_params=jax.tree.map(jnp.copy, _target_part(params)) if target_decay > 0 else None,
+    # Linen's modules have a hash, which type checkers do not see.
+    init = _compiled_init(
+        model,  # pyright: ignore[reportArgumentType]
+        optimizer,
+        tuple(view_shape),
+        ema_decay > 0,
+        target_decay > 0,
     )
+    return init(key)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_init(
+    model: JointEmbeddingModel,
+    optimizer: optax.GradientTransformation,
+    view_shape: tuple[int, ...],
+    has_average: bool,
+    has_target: bool,
+) -> Callable[[Array], TrainState]:
+    """One program: operation by operation, initialising a ResNet takes many times longer."""
+
+    def init(key: Array) -> TrainState:
+        variables = model.init(key, jnp.zeros((2, *view_shape)), train=True)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(params),
+            ema_params=jax.tree.map(jnp.copy, params) if has_average else None,
+            target_params=jax.tree.map(jnp.copy, _target_part(params)) if has_target else None,
+        )
+
+    return jit_once(init)
 
 
 def _target_part(params: Any) -> Any:

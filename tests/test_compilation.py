@@ -1,4 +1,9 @@
 import functools
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -125,3 +130,140 @@ def test_features_are_extracted_with_the_options(monkeypatch):
     variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         extract(variables, data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8)))
+
+
+# --- Programs of earlier processes ---
+
+ROOT = Path(__file__).resolve().parent.parent
+KEEPING = """
+import jax
+from jevb_jax import compilation
+jax.jit(lambda x: x + 1)(1.0)  # compiled before anything is kept
+print(compilation.keep_compiled_programs())
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("cache_hits")))
+print(float(jax.jit(lambda x: jax.numpy.sin(x) * 3)(2.0)), sum(hits))
+"""
+
+
+def run_keeping(**variables: str) -> list[str]:
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))
+    }
+    environment = environment | {"PYTHONPATH": str(ROOT)} | variables
+    ended = subprocess.run(
+        [sys.executable, "-c", KEEPING],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    return [*ended.stdout.split(), ended.stderr]
+
+
+def test_programs_are_kept_for_the_next_process(tmp_path):
+    directory = tmp_path / "cache" / "jevb_jax" / "compiled"
+    first, second = (run_keeping(XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2))
+    assert first[:3] == [str(directory), first[1], "0"]
+    assert second[:3] == [str(directory), first[1], "1"]
+    assert not first[3] + second[3]
+
+
+def test_a_file_of_a_program_that_is_cut_short_is_compiled_again(tmp_path):
+    first = run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))[1:3] == [first[1], "0"]
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    """JAX as in a process that was given no cache."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    for name in ("JEVB_JAX_COMPILE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation.compilation_cache.reset_cache()
+
+
+def test_where_programs_are_kept_is_the_users_choice(no_cache, tmp_path, monkeypatch, caplog):
+    del no_cache
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", "OFF")
+    assert compilation.keep_compiled_programs() is None
+    assert jax.config.jax_compilation_cache_dir is None  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", "~/mine")
+    assert compilation.keep_compiled_programs() == tmp_path / "mine"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")  # pyright: ignore[reportAttributeAccessIssue]
+    # JAX's own setting is left alone.
+    monkeypatch.delenv("JEVB_JAX_COMPILE_CACHE")
+    assert compilation.keep_compiled_programs() is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    (tmp_path / ".cache").write_text("a file where the directory should be")
+    with caplog.at_level(logging.WARNING):
+        assert compilation.keep_compiled_programs() is None
+    assert "Compiled programs are not kept for the next process" in caplog.text
+    assert "JEVB_JAX_COMPILE_CACHE names another directory" in caplog.text
+
+
+def test_the_directory_stays_small(no_cache, tmp_path, monkeypatch):
+    del no_cache
+    monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compilation, "_MOST_CACHED_BYTES", 250)
+    (tmp_path / "directory").mkdir()
+    for age, name in enumerate(("new", "middle", "old", "oldest")):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    os.utime(tmp_path / "oldest", (1e9, 1e8))  # written long ago, and read just now
+    compilation.keep_compiled_programs()
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "oldest", "directory"}
+
+
+COUNTING = """
+import collections, sys
+import jax
+from configs import smoke
+from jevb_jax import runner
+from jevb_jax.evaluation import protocol
+programs, part = collections.Counter(), ["train"]
+def count(event, _, fun_name="", **__):
+    if event.endswith("backend_compile_duration"):
+        programs[part[0], fun_name] += 1
+jax.monitoring.register_event_duration_secs_listener(count)
+evaluate = protocol.evaluate
+def of_evaluation(*args, **keywords):
+    part[0] = "evaluation"
+    return evaluate(*args, **keywords)
+protocol.evaluate = of_evaluation
+runner.train(smoke.get_config(), sys.argv[1])
+for (part, name), number in sorted(programs.items(), key=str):
+    print("COUNTED", part, number, name)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_compiles_few_programs(tmp_path):
+    # Each costs a user tens of milliseconds at the least. Most were single operations of NumPy's size.
+    ended = subprocess.run(
+        [sys.executable, "-c", COUNTING, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=500,
+    )
+    lines = [line.split() for line in ended.stdout.splitlines() if line.startswith("COUNTED")]
+    of_part = {
+        part: {name: int(number) for _, one, number, name in lines if one == part}
+        for part in ("train", "evaluation")
+    }
+    assert sum(of_part["train"].values()) <= 18, of_part["train"]
+    assert sum(of_part["evaluation"].values()) <= 52, of_part["evaluation"]
+    assert of_part["evaluation"]["jit(forward)"] == 2
+    assert of_part["evaluation"]["jit(_score_batch)"] == 1

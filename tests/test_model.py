@@ -392,7 +392,10 @@ def test_numbers_of_numpy_and_jax_are_numbers(untrained):
 
 def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
     model = untrained.model
-    draw: Any = lambda _, keys, outputs: jax.vmap(jax.random.normal)(keys)  # noqa: E731
+
+    def draw(_: Any, key: Any, outputs: Any) -> Any:
+        return jnp.broadcast_to(jax.random.normal(key), outputs.embedding.shape[1])
+
     settings = features.TermsSettings(
         terms_of=draw,
         augmentation=model._view,

@@ -109,6 +109,17 @@ def test_terms_of_an_image_do_not_depend_on_its_neighbours():
         )
 
 
+@pytest.mark.parametrize("untied_scale", [None, 0.5])
+def test_one_key_serves_all_images(untied_scale):
+    key = jax.random.key(7)
+    shared = compute(key, views(), untied_scale=untied_scale)
+    repeated: Any = compute(jnp.broadcast_to(key, (N,)), views(), untied_scale=untied_scale)
+    for name, value in shared._asdict().items():
+        np.testing.assert_allclose(
+            value, getattr(repeated, name), rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
 def test_the_bounds_and_a_single_view():
     # The importance-weighted bound is at least the ELBO, both with little noise of 2,000 samples.
     bound = terms(1).importance_weighted_bound

@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.evaluation import metrics_by_sklearn
-from jevb_jax.evaluation.ood_metrics import bootstrap_intervals, ood_metrics
+from jevb_jax.evaluation.ood_metrics import (
+    bootstrap_intervals,
+    bootstrap_intervals_of_scores,
+    ood_metrics,
+)
 
 
 def oracle(inside: np.ndarray, outside: np.ndarray, tpr: float = 0.95) -> tuple[float, ...]:
@@ -307,3 +311,18 @@ def test_refuses():
             bootstrap_intervals(good, good, num_resamples=2, seed=seed)  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=2, seed=jnp.int32(0))  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)  # pyright: ignore[reportArgumentType]
+
+
+def test_several_scores_at_once_have_the_intervals_that_each_has_alone():
+    rng = np.random.default_rng(5)
+    inside = [rng.normal(size=30), rng.integers(0, 6, 30), np.full(30, 2.0)]
+    outside = [1 + rng.normal(size=21), rng.integers(2, 8, 21), np.arange(21.0)]
+    settings: dict[str, Any] = {"num_resamples": 40, "seed": 2, "level": 0.9}
+    together = bootstrap_intervals_of_scores(inside, outside, **settings)
+    for one, *scores in zip(together, inside, outside, strict=True):
+        np.testing.assert_allclose(one, bootstrap_intervals(*scores, **settings), rtol=1e-12)
+    with pytest.raises(
+        ValueError, match=r"outside_scores must be of the same images, got \[20, 21\]"
+    ):
+        bootstrap_intervals_of_scores(inside, [*outside[:2], outside[2][1:]], **settings)
+    assert bootstrap_intervals_of_scores([], [], **settings) == []

@@ -164,6 +164,8 @@ def test_metrics_compare_the_corrupted_images_with_themselves():
     outside = found().outside["contrast_5"]["embedding/knn_5"]
     expected = roc_auc_score(np.repeat([0, 1], 40), np.concatenate([inside, outside]))
     assert row.metrics.auroc == pytest.approx(expected, abs=1e-12)
+    assert row.low is not None
+    assert row.high is not None
     assert row.low.auroc <= row.metrics.auroc <= row.high.auroc
     assert "test (40)" in row.protocol
     assert "with contrast, severity 5 of 5 (40)" in row.protocol

@@ -537,8 +537,8 @@ def _scores_of_present_classes(
     present, number = np.unique(labels, return_inverse=True)
     scores = _vote(
         half,
-        jnp.asarray(number, jnp.int32)[index],
-        jnp.asarray(temperature, half.dtype),
+        number.astype(np.int32)[np.asarray(index)],
+        np.asarray(temperature, half.dtype),
         ks=ks,
         num_classes=len(present),
     )
@@ -553,7 +553,7 @@ def _predicted_labels(
         present, scores = _scores_of_present_classes(
             train_features, train_labels, test_features, **settings
         )
-        return present[np.asarray(jnp.argmax(scores, axis=-1))]
+        return present[np.argmax(np.asarray(scores), axis=-1)]
 
 
 def knn_class_scores(
@@ -1018,7 +1018,7 @@ def _checked_probe_labels(
             f"{num_present:,} classes: number these from 0, for example by "
             "np.unique(labels, return_inverse=True)[1]"
         )
-    return jnp.asarray(checked, jnp.int32)
+    return jax.device_put(checked.astype(np.int32))
 
 
 def _fit(
@@ -1032,7 +1032,7 @@ def _fit(
 ) -> LinearProbe:
     """One fit on inputs that are checked already."""
     num_examples, num_features = features.shape
-    spread = float(jnp.max(standardise.std))
+    spread = float(np.max(np.asarray(standardise.std)))
     if spread > float(jnp.finfo(features.dtype).max) / 8:  # whose inverse may be taken for zero
         raise ValueError(
             f"features vary by up to {spread:.3g}, too much for {features.dtype}: divide them by one "
@@ -1042,8 +1042,13 @@ def _fit(
     if solver == "auto":
         num_elements = num_examples * (num_features + settings.num_classes)
         solver = "lbfgs" if num_elements <= LBFGS_MAX_ELEMENTS else "sgd"
-    l2 = jnp.asarray(l2_regularization, features.dtype)
-    tolerance = jnp.asarray(settings.tolerance, features.dtype)
+    l2, tolerance, max_iterations = jax.device_put(
+        (
+            np.asarray(l2_regularization, features.dtype),
+            np.asarray(settings.tolerance, features.dtype),
+            np.asarray(settings.max_iterations, np.int32),
+        )
+    )
     if solver == "lbfgs":
         parameters, gradient_norm, num_iterations = _fit_lbfgs(
             initial,
@@ -1052,7 +1057,7 @@ def _fit(
             standardise,
             l2,
             tolerance,
-            jnp.asarray(settings.max_iterations, jnp.int32),
+            max_iterations,
         )
     else:
         batch_size = min(settings.batch_size, num_examples)
@@ -1069,7 +1074,7 @@ def _fit(
         num_iterations = jnp.asarray(
             settings.num_epochs * -(-num_examples // batch_size), jnp.int32
         )
-    if not bool(jnp.isfinite(gradient_norm)):
+    if not np.isfinite(np.asarray(gradient_norm)):
         raise ValueError(
             f"the fit by {SOLVER_NAMES[solver]} left the numbers of {features.dtype}: divide the "
             "features by one number, or lower l2_regularization"
@@ -1088,8 +1093,8 @@ def _fit(
 
 def _zero_parameters(features: Array, num_classes: int) -> _Parameters:
     return _Parameters(
-        weights=jnp.zeros([features.shape[1], num_classes], features.dtype),
-        bias=jnp.zeros([num_classes], features.dtype),
+        weights=jax.device_put(np.zeros([features.shape[1], num_classes], features.dtype)),
+        bias=jax.device_put(np.zeros([num_classes], features.dtype)),
     )
 
 
@@ -1178,7 +1183,14 @@ def probe_logits(probe: LinearProbe, features: ArrayLike) -> Array:
     x = _checked_features("features", features)
     _check_same_width("features", x, "the probe's weights", probe.weights.T)
     standardise = _Standardisation(probe.feature_mean, probe.feature_std)
-    return _logits(_Parameters(probe.weights, probe.bias), standardise(x))
+    return _standardised_logits(_Parameters(probe.weights, probe.bias), standardise, x)
+
+
+@jax.jit
+def _standardised_logits(
+    parameters: _Parameters, standardise: _Standardisation, features: Array
+) -> Array:
+    return _logits(parameters, standardise(features))
 
 
 def probe_accuracy(probe: LinearProbe, features: ArrayLike, labels: ArrayLike) -> float:
@@ -1199,7 +1211,7 @@ def probe_accuracy(probe: LinearProbe, features: ArrayLike, labels: ArrayLike) -
     logits = probe_logits(probe, features)
     num_examples, num_classes = logits.shape
     checked = _checked_labels("labels", labels, num_examples=num_examples, num_classes=num_classes)
-    return _accuracy(jnp.argmax(logits, axis=-1), checked)
+    return _accuracy(np.argmax(np.asarray(logits), axis=-1), checked)
 
 
 class GridPoint(NamedTuple):
@@ -1293,15 +1305,12 @@ def select_linear_probe(
     train_x = _checked_features("train_features", train_features)
     train_y = _checked_probe_labels("train_labels", train_labels, train_x, settings)
     validation_x = _checked_features("validation_features", validation_features)
-    validation_y = jnp.asarray(
-        _checked_labels(
-            "validation_labels",
-            validation_labels,
-            num_examples=validation_x.shape[0],
-            num_classes=settings.num_classes,
-        ),
-        jnp.int32,
-    )
+    validation_y = _checked_labels(
+        "validation_labels",
+        validation_labels,
+        num_examples=validation_x.shape[0],
+        num_classes=settings.num_classes,
+    ).astype(np.int32)
     _check_same_width("train_features", train_x, "validation_features", validation_x)
 
     standardise = _standardisation(train_x)

@@ -47,7 +47,7 @@ class TermsSettings:
     """How JEVB's terms of an image are computed.
 
     Attributes:
-      terms_of: `(keys [N], outputs of views [V, N, ...]) -> UncertaintyTerms`.
+      terms_of: `(variables, key, outputs of views [V, N, ...]) -> UncertaintyTerms`.
       augmentation: of all views but the first, which is the un-augmented image.
       num_views: `V`, at least 1.
       seed: of augmentation and sampling. One draw, that of the key `fold_in(seed's key, 0)`, serves
@@ -126,9 +126,7 @@ class FeatureExtractor:
             outputs: ViewOutputs = jax.tree.map(
                 lambda x: x.reshape(stacked.shape[0], -1, *x.shape[1:]), flat
             )
-            values = terms.terms_of(
-                variables, jax.vmap(jax.random.fold_in, (0, None))(keys, 0), outputs
-            )
+            values = terms.terms_of(variables, jax.random.fold_in(key, 0), outputs)
             first = jax.tree.map(lambda x: x[0], outputs)
             return Features(*first, terms=values, labels=None)
 

@@ -389,7 +389,7 @@ def _queries(
     if num_queries < num_images:
         drawn = np.random.default_rng(seed).choice(num_images, num_queries, replace=False)
         own = np.sort(drawn)
-    return jnp.asarray(h[own], components.dtype), jnp.asarray(own, jnp.int32)
+    return jax.device_put((h[own].astype(components.dtype), own.astype(np.int32)))
 
 
 def _choose_bandwidth(
@@ -511,7 +511,10 @@ class _Components(NamedTuple):
         precision = scale**-2
         location_precision = np.sum(np.square(self.location) * precision, axis=1)
         tangent_dim = scale.shape[1] - 1
-        as_array = functools.partial(jnp.asarray, dtype=self.dtype)
+
+        def as_array(values: ArrayLike) -> Array:  # rounded by NumPy, which compiles nothing
+            return jax.device_put(np.asarray(values, self.dtype))
+
         location = as_array(self.location)
         log_peak, log_mass = _log_peak_and_mass(location, as_array(scale), as_array(self.df))
         radial = None

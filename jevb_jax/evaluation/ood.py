@@ -209,7 +209,8 @@ def uncertainty_terms(
     """JEVB's terms of images from one or more of their views (docs eq. 22).
 
     Args:
-      key: `[N]` keys, one for each image, so that a score does not depend on the batch.
+      key: one key, whose draws serve all images; or `[N]` keys, one for each image. Either way a
+        score does not depend on the batch.
       views: embedding, posterior_mean and posterior_scale of every view, each `[V, N, D]`.
       num_samples: draws of each posterior.
       untied_scale: as for `conditional_elbo`, a number or `[V, N, D]`.
@@ -234,27 +235,49 @@ def uncertainty_terms(
         untied_scale = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
     settings = {"num_samples": num_samples, **likelihood}
 
-    def keys(purpose: ArrayLike) -> Array:
-        return jax.vmap(
-            lambda view: jax.vmap(jax.random.fold_in, (0, None))(key, purpose * num_views + view)
-        )(jnp.arange(num_views))
+    fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
+
+    def of_views(function: Callable[..., Any], purpose: ArrayLike, embedding: Array) -> Any:
+        """A function of the keys of a purpose and of the arrays of every view, its values `[V, N]`."""
+        keys = jax.vmap(lambda view: fold_in(key, purpose * num_views + view))(
+            jnp.arange(num_views)
+        )
+        if key.ndim:
+            return jax.vmap(function)(keys, embedding, mean, scale, untied_scale)
+
+        def of_image(key: Array, *arrays: Array | None) -> Any:
+            batch_of_one = jax.tree.map(lambda x: x[None], arrays)
+            return jax.tree.map(lambda x: x[0], function(key[None], *batch_of_one))
+
+        # The draws depend on the key alone: they are made once, not for each image.
+        of_images = jax.vmap(of_image, in_axes=(None, 0, 0, 0, 0))
+        return jax.vmap(of_images)(keys, embedding, mean, scale, untied_scale)
+
+    def log_likelihood(
+        key: Array, target: Array, mean: Array, scale: Array, untied_scale: Array | None
+    ) -> tuple[Array, Array]:
+        terms = conditional_elbo(key, target, mean, scale, untied_scale=untied_scale, **settings)  # pyright: ignore[reportArgumentType]
+        return terms.directional_log_likelihood, terms.radial_log_likelihood
 
     def log_likelihoods(shift: Array) -> tuple[Array, Array]:
         """The target of view `v` is view `v + shift`."""
-        terms = jax.vmap(functools.partial(conditional_elbo, **settings))(  # pyright: ignore[reportArgumentType]
-            keys(shift),
-            jnp.roll(views.embedding, -shift, axis=0),
+        return of_views(log_likelihood, shift, jnp.roll(views.embedding, -shift, axis=0))
+
+    def log_bound(
+        key: Array, embedding: Array, mean: Array, scale: Array, untied_scale: Array | None
+    ) -> Array:
+        return importance_weighted_bound(
+            key,
+            embedding,
             mean,
             scale,
             untied_scale=untied_scale,
+            **_bound_settings(settings),  # pyright: ignore[reportArgumentType]
         )
-        return terms.directional_log_likelihood, terms.radial_log_likelihood
 
     # One shift after the other: compiled once, and memory does not grow with the pairs of views.
     directional, radial = jax.lax.map(log_likelihoods, jnp.arange(num_views))
-    bound = jax.vmap(
-        functools.partial(importance_weighted_bound, **_bound_settings(settings))  # pyright: ignore[reportArgumentType]
-    )(keys(num_views), views.embedding, mean, scale, untied_scale=untied_scale)
+    bound = of_views(log_bound, num_views, views.embedding)
     cross_view = None
     if num_views > 1:
         cross_view = jnp.mean((directional + radial)[1:], axis=(0, 1))
@@ -543,7 +566,7 @@ def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
     center = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
     centered = _centered(bank.astype(np.float64), center.astype(np.float64))
     return DirectionNeighbours(
-        *(jnp.asarray(x, jnp.float32) for x in (bank, center, centered)), k=k
+        *(jax.device_put(np.asarray(x, np.float32)) for x in (bank, center, centered)), k=k
     )
 
 
@@ -585,14 +608,24 @@ def _at_most(name: str, value: Any, most: int, what: str) -> int:
     return count
 
 
+_polar_decomposition = jax.jit(sphere.polar_decomposition)
+
+
+@jax.jit
+def _compiled_call(score: Score, features: Array) -> Array:
+    """A fitted score, in one program and not in one for each operation."""
+    return score(features)
+
+
 def _as_float32(*values: np.ndarray) -> list[Array]:
     """Arrays of a fit, which float32 must hold."""
-    arrays = [jnp.asarray(x, jnp.float32) for x in values]
-    if not all(bool(jnp.isfinite(x).all()) for x in arrays):
+    with np.errstate(over="ignore"):  # which is what is looked for
+        arrays = [np.asarray(x, np.float32) for x in values]
+    if not all(np.isfinite(x).all() for x in arrays):
         raise DegenerateFeaturesError(
             "the fitted features vary by less than float32 can tell: multiply all by one number"
         )
-    return arrays
+    return [jax.device_put(x) for x in arrays]  # `jnp.asarray` compiles a program for each shape
 
 
 class _Covariance(NamedTuple):
@@ -826,7 +859,7 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
     )
     seed = checked_count("seed", seed, least=0, most=2**32 - 1)
     # As they will be scored: what float32 loses is no small variance, where features have much in common.
-    scored, _ = sphere.polar_decomposition(jnp.asarray(values, jnp.float32))
+    scored, _ = _polar_decomposition(np.asarray(values, np.float32))
     directions = np.asarray(scored, np.float64)
     cluster = np.zeros(len(directions), int)
     if num_clusters > 1:
@@ -1265,7 +1298,7 @@ def fit_vim(
 
 
 def _lengths(residual: Residual, features: np.ndarray) -> np.ndarray:
-    return np.asarray(residual(jnp.asarray(features, jnp.float32)), np.float64)
+    return np.asarray(_compiled_call(residual, np.asarray(features, np.float32)), np.float64)
 
 
 # --- Detection ------------------------------------------------------------------------------------

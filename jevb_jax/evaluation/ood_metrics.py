@@ -8,7 +8,6 @@ Every interval keeps some width where the images are told apart without an error
 none does not say that there are none.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -87,21 +86,19 @@ def _precision_recall_area(
     num_false: np.ndarray,
     *,
     from_last: bool,
-    dtype: type[np.floating],
 ) -> np.ndarray:
     """From positive images at each score and images flagged there; flagging begins at one end."""
     num_flagged = num_true + num_false
     # A resample may leave the first scores without images: nothing is flagged there, and the curve
     # is still at its first point, precision one.
     is_none = num_flagged == 0
-    precision = (num_true + is_none).astype(dtype)
-    precision /= (num_flagged + is_none).astype(dtype)
+    precision = (num_true + is_none) / (num_flagged + is_none)
     first, last = (-1, 0) if from_last else (0, -1)
     later, earlier = (np.s_[..., :-1], np.s_[..., 1:])[:: 1 if from_last else -1]
     twice = precision[earlier] + precision[later]
     twice *= positive[later]
     ends = positive[..., first] * (1 + precision[..., first])
-    return (twice.sum(axis=-1, dtype=np.float64) + ends) / 2 / num_true[..., last]
+    return (twice.sum(axis=-1) + ends) / 2 / num_true[..., last]
 
 
 def _dot(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -119,17 +116,14 @@ def _above_and_below(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return above, above[..., -1:] - above + counts
 
 
-def _areas(
-    inside: np.ndarray, outside: np.ndarray, dtype: type[np.floating]
-) -> tuple[np.ndarray, np.ndarray]:
+def _areas(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`aupr_out` and `aupr_in` from counts `[..., K]` in falling order of the scores."""
     (inside_above, inside_below), (outside_above, outside_below) = map(
         _above_and_below, (inside, outside)
     )
-    area = functools.partial(_precision_recall_area, dtype=dtype)
     return (
-        area(outside, outside_above, inside_above, from_last=False),
-        area(inside, inside_below, outside_below, from_last=True),
+        _precision_recall_area(outside, outside_above, inside_above, from_last=False),
+        _precision_recall_area(inside, inside_below, outside_below, from_last=True),
     )
 
 
@@ -139,7 +133,7 @@ def _metrics(inside: np.ndarray, outside: np.ndarray, tpr: float) -> OODMetrics:
         _above_and_below, (inside, outside)
     )
     num_inside, num_outside = int(inside_above[-1]), int(outside_above[-1])
-    aupr_out, aupr_in = _areas(inside, outside, np.float64)
+    aupr_out, aupr_in = _areas(inside, outside)
     first = np.sum(outside_above < _fewest(num_outside, tpr))
     last = np.sum(inside_below >= _fewest(num_inside, tpr)) - 1
     return OODMetrics(
@@ -271,6 +265,8 @@ def bootstrap_intervals_of_scores(
         if len(sizes) > 1:
             raise ValueError(f"{name} must be of the same images, got {sizes} scores")
     ranked = [_places(*scores) for scores in zip(inside, outside, strict=True)]
+    if not ranked:
+        return []
     areas = _area_intervals(ranked, num_resamples, level, seed)
     return [_intervals(*one, tpr, level) for one in zip(ranked, areas, strict=True)]
 
@@ -280,7 +276,8 @@ def _intervals(
 ) -> tuple[OODMetrics, OODMetrics]:
     """Of one score, with what the bootstraps say of its two areas."""
     inside, outside = (
-        np.bincount(places, minlength=ranked.num_places) for places in (ranked.inside, ranked.outside)
+        np.bincount(places, minlength=ranked.num_places)
+        for places in (ranked.inside, ranked.outside)
     )
     found = _metrics(inside, outside, tpr)
     fewest = int(min(inside.sum(), outside.sum()))
@@ -425,9 +422,7 @@ def _area_intervals(
     both = np.stack([plain, _resampled(mixed, num_resamples, generators[2:])])
     found = np.quantile(both, [tail, 1 - tail], axis=2)
     lows, highs = np.min(found[0], axis=0).tolist(), np.max(found[1], axis=0).tolist()
-    return [
-        ((low[0], high[0]), (low[1], high[1])) for low, high in zip(lows, highs, strict=True)
-    ]
+    return [((low[0], high[0]), (low[1], high[1])) for low, high in zip(lows, highs, strict=True)]
 
 
 def _median(places: np.ndarray) -> int:
@@ -452,7 +447,7 @@ def _resampled(
             for generator, size in zip(generators, sizes, strict=True)
         )
         for score, (count_inside, count_outside) in enumerate(counters):
-            both = _areas(count_inside(inside), count_outside(outside), np.float32)
+            both = _areas(count_inside(inside), count_outside(outside))
             areas[score, rows] = np.stack(both, axis=-1)
     return areas
 

@@ -173,6 +173,12 @@ class OfProbe:
         return vim(self.standardised(features), self.logits(features))
 
 
+@jax.jit
+def _probe_values(of_probe: OfProbe, features: Features) -> tuple[Array, Array]:
+    """What the logits are linear in, and the logits."""
+    return of_probe.standardised(features), of_probe.logits(features)
+
+
 ScoreFunction = Callable[[Features], Array]
 
 
@@ -258,10 +264,15 @@ def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
         fits["jevb/scale_mahalanobis"] = functools.partial(
             fit_of, "log_scale", fit=ood.fit_mahalanobis
         )
-        of_mixture = functools.partial(
-            fit_of, "embedding", fit=functools.partial(_fit_mixture, train, settings)
+        # Fitted once, for themselves and for their sum.
+        of_mixture = functools.cache(
+            functools.partial(
+                fit_of, "embedding", fit=functools.partial(_fit_mixture, train, settings)
+            )
         )
-        of_residual = functools.partial(fit_of, "posterior_residual", fit=ood.fit_mahalanobis)
+        of_residual = functools.cache(
+            functools.partial(fit_of, "posterior_residual", fit=ood.fit_mahalanobis)
+        )
         fits["jevb/mixture"] = of_mixture
         fits["jevb/residual_mahalanobis"] = of_residual
         fits["jevb/mixture_and_residual"] = lambda: OfMixtureAndResidual(
@@ -345,8 +356,8 @@ def unfitted_features(method: str, num_views: int) -> Features:
     zeros, row = np.zeros((2, 2), np.float32), np.zeros(2, np.float32)
     terms = prediction = None
     if method == "jevb":
-        vector = jnp.asarray(row)
-        prediction = Posterior(jnp.asarray(zeros), jnp.asarray(zeros))
+        vector = jax.device_put(row)
+        prediction = Posterior(jax.device_put(zeros), jax.device_put(zeros))
         terms = ood.UncertaintyTerms(
             directional_log_likelihood=vector,
             radial_log_likelihood=vector,
@@ -383,9 +394,10 @@ def _probe_fits(
     of_probe = OfProbe(probe)
 
     def vim() -> ScoreFunction:
+        standardised, logits = _probe_values(of_probe, train._replace(labels=None))
         fitted = ood.fit_vim(
-            of_probe.standardised(train),
-            of_probe.logits(train),
+            standardised,
+            logits,
             origin=ood.vim_origin(probe.weights, probe.bias),
             num_components=settings.num_components(train.representation),
         )
@@ -520,6 +532,8 @@ def score_features(
         # The last batch repeats its last row, so that everything is compiled for one size.
         rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
         batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabelled)
+        # Where features that are streamed are too: one compiled program serves both.
+        batch = jax.device_put(batch, jax.local_devices()[0])
         parts.append(jax.device_get(_score_batch(scorers.scores, batch)))
     return {name: _joined([part[name] for part in parts])[:num_images] for name in scorers.scores}
 
@@ -748,10 +762,10 @@ def jevb_terms_settings(
     keywords = settings.keywords(0)
     keywords["num_samples"] = ood_settings["num_samples"]
 
-    def terms_of(variables: Any, keys: Array, views: ViewOutputs) -> ood.UncertaintyTerms:
+    def terms_of(variables: Any, key: Array, views: ViewOutputs) -> ood.UncertaintyTerms:
         radial_scale: Any = model.apply(variables, method=model.radial_scale)
         return ood.uncertainty_terms(
-            keys,
+            key,
             View(views.embedding, views.posterior_mean, views.posterior_scale),
             radial_scale=radial_scale,
             untied_scale=settings.untied_scale(views),
