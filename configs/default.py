@@ -151,6 +151,9 @@ def get_config() -> ConfigDict:
             "health_every_steps": 200,  # effective rank, on images of the validation split
             "health_pairs": False,  # jevb: residuals and gradients of pairs of views as well
             "health_num_images": 2048,  # at most; the rank needs more than embedding_dim
+            # k-NN on the validation split, every so many epochs and at the end (0 = off): a forward pass
+            # of the training and validation images each time.
+            "knn_every_epochs": 0,
         }
     )
     config.checkpoint = ConfigDict(
@@ -166,6 +169,7 @@ def get_config() -> ConfigDict:
             "split": "test",  # what is reported: test | validation (to choose settings)
             "knn_k": (20, 200),
             "knn_temperature": 0.1,
+            "knn_uniform_k": (10,),  # with votes that count alike; () = none
             "l2_grid": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # chosen on validation
             "labels_per_class": 10,  # of the few-label probe; 0 = off
             "few_label_seeds": 5,  # subsets averaged over

@@ -26,7 +26,8 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "model": {"zero_init_residual": True, "head_input": "embedding"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
-    "train": {"extend": False},
+    "train": {"extend": False, "knn_every_epochs": 0},
+    "evaluation": {"knn_uniform_k": ()},
 }
 # Likewise, of sections that came later.
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}

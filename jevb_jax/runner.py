@@ -43,6 +43,7 @@ from jevb_jax import (
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import protocol, readiness
+from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 from jevb_jax.named_arrays import differences, flatten_names
@@ -568,8 +569,8 @@ def _status(metrics: dict[str, float], rank: float | None, images_per_second: fl
 
 
 def _next_boundary(step: int, *intervals: int) -> int:
-    """The first step after `step` that is a multiple of any interval above zero."""
-    return min((step // interval + 1) * interval for interval in intervals if interval > 0)
+    """The first step after `step` that is a multiple of any interval."""
+    return min((step // interval + 1) * interval for interval in intervals)
 
 
 class _SpeedMeter:
@@ -664,9 +665,7 @@ class _Run:
         parallel.on_main(self.check_held)
         score = None
         if self.config["checkpoint"]["keep_best"]:
-            score = protocol.validation_knn_accuracy(
-                self.experiment, state.evaluation_variables, mesh=self.mesh
-            )
+            score = next(iter(self.validation_knn(state).values()))
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.log.flush()
         self.checkpointer.save(int(state.step), state, config=self.config, score=score)
@@ -698,6 +697,22 @@ class _Run:
             )
         return values
 
+    @functools.cached_property
+    def extractor(self) -> FeatureExtractor:
+        """The forward pass of k-NN, compiled once for the run."""
+        return protocol.make_extractors(self.experiment, mesh=self.mesh).plain
+
+    def validation_knn(self, state: training.TrainState) -> dict[str, float]:
+        """k-NN accuracies of a state by name; all processes compute them."""
+        return protocol.validation_knn(self.experiment, state.evaluation_variables, self.extractor)
+
+    def record_knn(self, state: training.TrainState) -> None:
+        """Logs the k-NN accuracies of a state."""
+        values = self.validation_knn(state)
+        self.log.write(
+            int(state.step), {f"validation/{name}": value for name, value in values.items()}
+        )
+
     def record_health(self, state: training.TrainState) -> None:
         """Logs the health of a state and its alarms; says which alarms rose or cleared."""
         step = int(state.step)
@@ -725,6 +740,8 @@ class _Run:
         num_steps = self.experiment.num_train_steps
         health_every = settings["health_every_steps"] if self.check_health is not None else 0
         save_every = self.config["checkpoint"]["every_steps"]
+        knn_every = settings["knn_every_epochs"] * self.experiment.steps_per_epoch
+        boundaries = [every for every in (health_every, save_every, knn_every) if every]
         chunk = training.make_train_chunk(
             self.experiment.train_step, mesh=self.mesh, shardings=self.shardings(state)
         )
@@ -748,8 +765,8 @@ class _Run:
 
             while step < num_steps and not is_stopping:
                 count = min(_steps_per_dispatch(self.config), num_steps - step)
-                if health_every or save_every:
-                    count = min(count, _next_boundary(step, health_every, save_every) - step)
+                if boundaries:
+                    count = min(count, _next_boundary(step, *boundaries) - step)
                 try:
                     with self.stop.interrupting():
                         images, indices = batches.take(step, count)
@@ -766,11 +783,14 @@ class _Run:
                 is_save = save_every and step % save_every == 0
                 is_last = step == num_steps
                 is_health = health_every and (step % health_every == 0 or is_last)
-                if is_save or is_health:
+                is_knn = knn_every and (step % knn_every == 0 or is_last)
+                if is_save or is_health or is_knn:
                     settle(pending)
                     pending = None
                 if is_health:
                     self.record_health(state)
+                if is_knn:
+                    self.record_knn(state)
                 is_stopping = self.stop.is_requested()
                 if is_save and step < num_steps and not is_stopping:
                     self.save(state)

@@ -306,6 +306,7 @@ _SECTIONS: dict[str, dict[str, Domain]] = {
         "health_every_steps": integer(0, note="0 = off"),
         "health_pairs": BOOLEAN,
         "health_num_images": integer(1),
+        "knn_every_epochs": integer(0, note="0 = off"),
     },
     "checkpoint": {
         "every_steps": integer(0, note="0 = at the end alone"),
@@ -317,6 +318,7 @@ _SECTIONS: dict[str, dict[str, Domain]] = {
         "split": choice("test", "validation"),
         "knn_k": many(integer(1), minimum=1),
         "knn_temperature": number(0, low_open=True),
+        "knn_uniform_k": many(integer(1)),
         "l2_grid": many(number(0), minimum=1),
         "labels_per_class": integer(0, note="0 = off"),
         "few_label_seeds": integer(1),

@@ -79,6 +79,30 @@ def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size):
             np.testing.assert_array_equal(np.argmax(scores_of_k, axis=-1), predictions)
 
 
+def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
+    train, test, num_classes = random_problem()
+    settings: Any = {"num_classes": num_classes}
+    searched: list[int] = []
+    search = classification._checked_nearest
+    monkeypatch.setattr(
+        classification,
+        "_checked_nearest",
+        lambda *args, k, **keywords: (searched.append(k), search(*args, k=k, **keywords))[1],
+    )
+    votes = [classification.Vote(*one) for one in ((10, None), (20, 0.1), (1, None), (5, 0.07))]
+    accuracies = classification.knn_accuracies(*train, *test, votes=votes, **settings)
+    assert searched == [20]
+    for (k, temperature), accuracy in zip(votes, accuracies, strict=True):
+        settings["temperature"] = temperature
+        assert accuracy == classification.knn_accuracy(*train, *test, k=k, **settings)
+        if temperature is None:
+            model = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(*train)
+            predicted = classification.knn_predict(*train, test[0], k=k, **settings)
+            np.testing.assert_array_equal(predicted, model.predict(test[0]))
+            shares = classification.knn_class_scores(*train, test[0], k=k, **settings)
+            np.testing.assert_allclose(shares, model.predict_proba(test[0]), rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_knn_equals_sklearn_on_digits():
     train, _, test = digits_splits()
@@ -891,6 +915,8 @@ def test_protocols():
         "k-NN cosine, k=20, T=0.1, un-augmented features, bank=train split (1,294), "
         "evaluated on test (360)"
     )
+    uniform = classification.knn_protocol(k=10, temperature=None, bank=train, evaluated=test)
+    assert uniform.startswith("k-NN cosine, k=10, uniform votes, un-augmented features, ")
     protocol = classification.linear_protocol(
         solver="lbfgs",
         l2_regularization=1e-3,

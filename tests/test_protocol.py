@@ -120,7 +120,7 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
     # These variables are the untrained ones.
     assert [r["value"] for r in found["trained"]] == [r["value"] for r in found["untrained"]]
     names = [(r["name"], r["features"]) for r in found["trained"]]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 10
     for result in found["trained"]:
         assert 0 <= result["value"] <= 1
         assert "70" in result["protocol"], result
@@ -130,7 +130,7 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
     console = Console(record=True, width=160)
     console.print(protocol.classification_table(found))
     text = console.export_text()
-    assert text.count("accuracy") == 8
+    assert text.count("accuracy") == 10
     assert f"{found['trained'][0]['value']:.4f}" in text
 
 
@@ -138,7 +138,10 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
 def test_validation_score_for_the_best_checkpoint():
     experiment = tiny()
     variables = experiment.initial_state().evaluation_variables
-    score = protocol.validation_knn_accuracy(experiment, variables)
+    extract = protocol.make_extractors(experiment).plain
+    scores = protocol.validation_knn(experiment, variables, extract)
+    assert list(scores) == ["knn_5_accuracy", "knn_20_accuracy", "knn_10_uniform_accuracy"]
+    score = scores["knn_5_accuracy"]
     train, validation, _ = features()
     assert score * len(validation.labels) == pytest.approx(round(score * len(validation.labels)))
     assert score != pytest.approx(value("knn_5_accuracy", "representation"), abs=1e-9)
@@ -168,6 +171,7 @@ SETTINGS = {
     "batch_size": 8,
     "knn_k": (3,),
     "knn_temperature": 0.1,
+    "knn_uniform_k": (2,),
     "l2_grid": (1e-2,),
     "labels_per_class": 4,
     "few_label_seeds": 2,
@@ -185,11 +189,12 @@ def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other()
     whole = transfer_values(SETTINGS | {"labels_per_class": 2}, *synthetic(labels))
     assert set(whole) == {
         "knn_3_accuracy",
+        "knn_2_uniform_accuracy",
         "linear_accuracy",
         "linear_2_labels_per_class_accuracy",
     }
     rare = transfer_values(SETTINGS, *synthetic(labels))
-    assert set(rare) == {"knn_3_accuracy", "linear_accuracy"}
+    assert set(rare) == {"knn_3_accuracy", "knn_2_uniform_accuracy", "linear_accuracy"}
     assert rare.items() <= whole.items()
     sparse = labels * 2_700_001 + 5
     assert transfer_values(SETTINGS, *synthetic(sparse)) == rare
@@ -214,11 +219,18 @@ def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other()
 def test_what_is_left_out_is_known_from_the_data():
     labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
     dataset, _ = synthetic(labels)
-    reasons = protocol.left_out(SETTINGS | {"knn_k": (3, 64)}, dataset)
-    assert set(reasons) == {"knn_64_accuracy", "linear_4_labels_per_class_accuracy"}
-    assert "class 3 has 3 training images, and 1 of 4 classes" in list(reasons.values())[1]
-    lines = protocol.left_out_lines(reasons)
-    assert lines[0] == "Not evaluated: knn_64_accuracy: there are 63 training images."
+    settings = SETTINGS | {"knn_k": (3, 64), "knn_uniform_k": (70,)}
+    reasons = protocol.left_out(settings, dataset)
+    few_labels = "linear_4_labels_per_class_accuracy"
+    assert set(reasons) == {"knn_64_accuracy", "knn_70_uniform_accuracy", few_labels}
+    assert "class 3 has 3 training images, and 1 of 4 classes" in reasons[few_labels]
+    line, _ = protocol.left_out_lines(reasons)
+    assert line == (
+        "Not evaluated: knn_64_accuracy, knn_70_uniform_accuracy: there are 63 training images."
+    )
+    assert protocol.why_no_knn(settings, dataset) == ""
+    few = settings | {"knn_k": (64,)}
+    assert protocol.why_no_knn(few, dataset) == "there are 63 training images"
     assert protocol.left_out(SETTINGS | {"labels_per_class": 3}, dataset) == {}
     one_class, one_extract = synthetic(np.zeros(20, int))
     assert set(protocol.left_out(SETTINGS, one_class)) == {"knn_accuracy", "linear_accuracy"}

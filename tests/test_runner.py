@@ -77,7 +77,12 @@ def final_fingerprint(workdir: Path) -> tuple[int, dict[str, int]]:
 @pytest.mark.slow
 def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
     env = {**os.environ, **AS_USERS_RUN_IT}
-    settings = ("train.ema_decay=0.9", *WITHOUT_COLOUR, "ood.corruptions=('contrast',)")
+    settings = (
+        "train.ema_decay=0.9",
+        "train.knn_every_epochs=1",
+        *WITHOUT_COLOUR,
+        "ood.corruptions=('contrast',)",
+    )
     reference = tmp_path / "reference"
     finished = run(reference, *settings, env=env)
     assert finished.returncode == 0, finished.stderr
@@ -107,6 +112,13 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
     assert MetricsLog.read(workdir / "metrics.jsonl") == MetricsLog.read(
         reference / "metrics.jsonl"
     )
+    logged = {
+        record["step"]: record["validation/knn_10_uniform_accuracy"]
+        for record in MetricsLog.read(workdir / "metrics.jsonl")
+        if "validation/knn_20_accuracy" in record
+    }
+    assert list(logged) == [8, 16, 24, 32]
+    assert len(set(logged.values())) > 1
     results = [json.loads((path / "results.json").read_text()) for path in (workdir, reference)]
     assert results[0] == results[1]
     for name in ("views.png", "curves.png", "config.json", "environment.json"):

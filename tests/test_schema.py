@@ -100,6 +100,8 @@ BORDERS = {
     "evaluation.batch_size": ([1], [0]),
     "evaluation.labels_per_class": ([0, 1], [-1]),
     "evaluation.knn_temperature": ([0.07], [0, INF]),
+    "evaluation.knn_uniform_k": ([[], [10]], [[0], [10.0], 10]),
+    "train.knn_every_epochs": ([0, 10], [-1, 0.5]),
     "ood.severities": ([[1, 3, 5], [5]], [[5, 1], [2, 2], [0], [6]]),
     "ood.residual_share": ([0.01], [0, 1]),
     "ood.mixture_df": ([INF, 1], [0]),
@@ -283,8 +285,11 @@ def unlabelled(built: experiment.Experiment, **parts: Any) -> experiment.Experim
 
 def test_the_best_checkpoints_need_labels(built):
     readiness.check(unlabelled(built))
-    with pytest.raises(ValueError, match="keep_best = 1 needs labels"):
+    reason = "needs k-NN on the validation split: the images have no labels; set it to 0"
+    with pytest.raises(ValueError, match=rf"^checkpoint.keep_best = 1 {reason}$"):
         readiness.check(with_settings(unlabelled(built), "checkpoint", keep_best=1))
+    with pytest.raises(ValueError, match=rf"^train.knn_every_epochs = 5 {reason}$"):
+        readiness.check(with_settings(unlabelled(built), "train", knn_every_epochs=5))
 
 
 def test_refused_settings_leave_nothing_behind(tmp_path):

@@ -9,7 +9,7 @@ are not to be jitted. Settings may be numbers of Python, NumPy or JAX, and any i
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -495,6 +495,18 @@ def _vote(
     return jnp.stack([scores_of_k[k] for k in ks])
 
 
+class Vote(NamedTuple):
+    """How neighbours choose a class.
+
+    Attributes:
+      k: neighbours.
+      temperature: of the weights `exp(cosine / temperature)`, positive; None counts all alike.
+    """
+
+    k: int
+    temperature: float | None
+
+
 def _numbers_of_neighbours(k: Any) -> tuple[int, ...]:
     ks = (k,) if arguments.is_single(k) else arguments.collected("k", k)
     return tuple(arguments.whole_number("k", one, at_least=1) for one in ks)
@@ -506,19 +518,16 @@ def _scores_of_present_classes(
     test_features: ArrayLike,
     *,
     num_classes: int,
-    ks: tuple[int, ...],
-    temperature: float,
+    votes: Iterable[Vote],
     chunk_size: int,
     bank_chunk_size: int,
-) -> tuple[np.ndarray, Array]:
-    """The classes that have a row in the bank, `[P]`, rising, and their shares, `[len(ks), M, P]`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that have a row in the bank, `[P]`, rising, and their shares, `[len(votes), M, P]`.
 
     In float64, so that neighbours vote by their order however near they are; to be called under
     `jax.enable_x64`.
     """
-    temperature = arguments.positive_number("temperature", temperature)
-    if temperature < np.finfo(np.float64).tiny:  # which XLA takes for zero
-        raise ValueError(f"temperature must be at least 2.3e-308, got {temperature}")
+    checked = _checked_votes(votes)
     labels = _checked_labels(
         "train_labels",
         train_labels,
@@ -529,31 +538,52 @@ def _scores_of_present_classes(
         ("train_features", "test_features"),
         train_features,
         test_features,
-        k=max(ks),
+        k=max(vote.k for vote in checked),
         chunk_size=chunk_size,
         bank_chunk_size=bank_chunk_size,
     )
     # Only these can win, and the labels may be numbers of a database, in the millions.
     present, number = np.unique(labels, return_inverse=True)
-    scores = _vote(
-        half,
-        number.astype(np.int32)[np.asarray(index)],
-        np.asarray(temperature, half.dtype),
-        ks=ks,
-        num_classes=len(present),
-    )
+    neighbour_labels = number.astype(np.int32)[np.asarray(index)]
+    scores = np.empty([len(checked), len(half), len(present)])
+    for temperature in {vote.temperature for vote in checked}:
+        places = [i for i, vote in enumerate(checked) if vote.temperature == temperature]
+        scores[places] = _vote(
+            half,
+            neighbour_labels,
+            np.asarray(np.inf if temperature is None else temperature, half.dtype),
+            ks=tuple(checked[place].k for place in places),
+            num_classes=len(present),
+        )
     return present, scores
+
+
+def _votes(k: int | Iterable[int], temperature: float | None) -> tuple[Vote, ...]:
+    return tuple(Vote(one, temperature) for one in _numbers_of_neighbours(k))
+
+
+def _checked_votes(votes: Iterable[Vote]) -> list[Vote]:
+    return [Vote(*_numbers_of_neighbours(k), _checked_temperature(t)) for k, t in votes]
+
+
+def _checked_temperature(temperature: float | None) -> float | None:
+    if temperature is None:
+        return None
+    checked = arguments.positive_number("temperature", temperature)
+    if checked < np.finfo(np.float64).tiny:  # which XLA takes for zero
+        raise ValueError(f"temperature must be at least 2.3e-308, got {checked}")
+    return checked
 
 
 def _predicted_labels(
     train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, **settings: Any
 ) -> np.ndarray:
-    """Labels with the most votes, `[len(ks), M]` int64; see `_scores_of_present_classes`."""
+    """Labels with the most votes, `[len(votes), M]` int64; see `_scores_of_present_classes`."""
     with jax.enable_x64(True):
         present, scores = _scores_of_present_classes(
             train_features, train_labels, test_features, **settings
         )
-        return present[np.argmax(np.asarray(scores), axis=-1)]
+        return present[np.argmax(scores, axis=-1)]
 
 
 def knn_class_scores(
@@ -563,14 +593,14 @@ def knn_class_scores(
     *,
     num_classes: int,
     k: int | Iterable[int],
-    temperature: float = 0.1,
+    temperature: float | None = 0.1,
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
     """Share of the votes of the `k` nearest neighbours for each class.
 
     A neighbour votes with weight `exp(cosine / temperature)` (Wu et al. 2018, section 3.4; also
-    DINO, whose temperature is 0.07).
+    DINO, whose temperature is 0.07), or all votes count alike.
 
     Args:
       train_features: `[N, F]`, the bank.
@@ -578,7 +608,7 @@ def knn_class_scores(
       test_features: `[M, F]`.
       num_classes: `C`, above every label.
       k: neighbours, one number or any iterable of them; several cost one search, at the largest.
-      temperature: of the votes, positive.
+      temperature: of the votes, positive; None counts them alike.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
@@ -591,7 +621,6 @@ def knn_class_scores(
         are no numbers.
     """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
-    ks = _numbers_of_neighbours(k)
     dtype = _result_type(train_features, test_features)
     with jax.enable_x64(True):
         present, scores = _scores_of_present_classes(
@@ -599,16 +628,13 @@ def knn_class_scores(
             train_labels,
             test_features,
             num_classes=num_classes,
-            ks=ks,
-            temperature=temperature,
+            votes=_votes(k, temperature),
             chunk_size=chunk_size,
             bank_chunk_size=bank_chunk_size,
         )
-        scores = scores.astype(dtype)
-        if len(present) < num_classes:
-            all_scores = jnp.zeros([*scores.shape[:-1], num_classes], dtype)
-            scores = all_scores.at[..., present].set(scores)
-        return scores[0] if arguments.is_single(k) else scores
+        all_scores = np.zeros([*scores.shape[:-1], num_classes], dtype)
+        all_scores[..., present] = scores
+        return jnp.asarray(all_scores[0] if arguments.is_single(k) else all_scores)
 
 
 def knn_predict(
@@ -618,7 +644,7 @@ def knn_predict(
     *,
     num_classes: int,
     k: int | Iterable[int],
-    temperature: float = 0.1,
+    temperature: float | None = 0.1,
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
@@ -642,15 +668,13 @@ def knn_predict(
       TypeError: as `knn_class_scores`.
     """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
-    ks = _numbers_of_neighbours(k)
     predictions = jnp.asarray(
         _predicted_labels(
             train_features,
             train_labels,
             test_features,
             num_classes=num_classes,
-            ks=ks,
-            temperature=temperature,
+            votes=_votes(k, temperature),
             chunk_size=chunk_size,
             bank_chunk_size=bank_chunk_size,
         ),
@@ -668,7 +692,7 @@ def knn_accuracy(
     *,
     num_classes: int,
     k: int,
-    temperature: float = ...,
+    temperature: float | None = ...,
     chunk_size: int = ...,
     bank_chunk_size: int = ...,
 ) -> float: ...
@@ -683,7 +707,7 @@ def knn_accuracy(
     *,
     num_classes: int,
     k: Iterable[int],
-    temperature: float = ...,
+    temperature: float | None = ...,
     chunk_size: int = ...,
     bank_chunk_size: int = ...,
 ) -> tuple[float, ...]: ...
@@ -697,7 +721,7 @@ def knn_accuracy(
     *,
     num_classes: int,
     k: int | Iterable[int],
-    temperature: float = 0.1,
+    temperature: float | None = 0.1,
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> float | tuple[float, ...]:
@@ -721,8 +745,50 @@ def knn_accuracy(
       ValueError: as `knn_class_scores`, and for labels out of range.
       TypeError: as `knn_class_scores`.
     """
+    accuracies = knn_accuracies(
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        num_classes=num_classes,
+        votes=_votes(k, temperature),
+        chunk_size=chunk_size,
+        bank_chunk_size=bank_chunk_size,
+    )
+    return accuracies[0] if arguments.is_single(k) else accuracies
+
+
+def knn_accuracies(
+    train_features: ArrayLike,
+    train_labels: ArrayLike,
+    test_features: ArrayLike,
+    test_labels: ArrayLike,
+    *,
+    num_classes: int,
+    votes: Sequence[Vote],
+    chunk_size: int = 256,
+    bank_chunk_size: int = 65536,
+) -> tuple[float, ...]:
+    """`knn_accuracy` by several kinds of votes, for which the neighbours are searched once.
+
+    Args:
+      train_features: see `knn_class_scores`, also for all that follow.
+      train_labels: `[N]`.
+      test_features: `[M, F]`.
+      test_labels: `[M]`.
+      num_classes: `C`.
+      votes: at least one.
+      chunk_size: test rows compared at once.
+      bank_chunk_size: bank rows compared at once.
+
+    Returns:
+      Accuracies in [0, 1], one for each kind of votes.
+
+    Raises:
+      ValueError: as `knn_class_scores`, and for labels out of range.
+      TypeError: as `knn_class_scores`.
+    """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1)
-    ks = _numbers_of_neighbours(k)
     labels = _checked_labels(
         "test_labels",
         test_labels,
@@ -734,13 +800,11 @@ def knn_accuracy(
         train_labels,
         test_features,
         num_classes=num_classes,
-        ks=ks,
-        temperature=temperature,
+        votes=votes,
         chunk_size=chunk_size,
         bank_chunk_size=bank_chunk_size,
     )
-    accuracies = tuple(float(np.mean(prediction == labels)) for prediction in predictions)
-    return accuracies[0] if arguments.is_single(k) else accuracies
+    return tuple(float(np.mean(prediction == labels)) for prediction in predictions)
 
 
 def _accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -1418,13 +1482,13 @@ class Split(NamedTuple):
 
 
 def knn_protocol(
-    *, k: int, temperature: float, bank: Split, evaluated: Split, features: str = "features"
+    *, k: int, temperature: float | None, bank: Split, evaluated: Split, features: str = "features"
 ) -> str:
     """The sentence beside a k-NN accuracy.
 
     Args:
       k: neighbours.
-      temperature: of the votes.
+      temperature: of the votes; None counts them alike.
       bank: examples that vote.
       evaluated: examples that the accuracy is of.
       features: which features, for example "representation".
@@ -1433,8 +1497,9 @@ def knn_protocol(
       One line: "k-NN cosine, k=20, T=0.1, un-augmented features, bank=train split (1,294),
       evaluated on test (360)".
     """
+    votes = "uniform votes" if temperature is None else f"T={temperature:g}"
     return (
-        f"k-NN cosine, k={k}, T={temperature:g}, un-augmented {features}, bank={bank}, "
+        f"k-NN cosine, k={k}, {votes}, un-augmented {features}, bank={bank}, "
         f"evaluated on {evaluated}"
     )
 

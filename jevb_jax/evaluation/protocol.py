@@ -133,9 +133,9 @@ def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
             ("knn_accuracy", "linear_accuracy"),
             f"all training images are of one class, {classes[0]}",
         )
-    for k in settings["knn_k"]:
-        if k > len(train):
-            reasons[f"knn_{k}_accuracy"] = f"there are {len(train):,} training images"
+    for name, vote in _knn_measures(settings).items():
+        if vote.k > len(train):
+            reasons[name] = f"there are {len(train):,} training images"
     if not np.isin(validation, classes).any():
         reasons["linear_accuracy"] = "no validation image is of a class of the training images"
     elif counts.min() < settings["labels_per_class"]:
@@ -149,6 +149,21 @@ def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
             f"{counts.min():,}, or to 0"
         )
     return reasons
+
+
+def why_no_knn(settings: dict[str, Any], dataset: data.Dataset) -> str:
+    """Why the data allow no k-NN accuracy at all, or nothing.
+
+    Args:
+      settings: the section `evaluation` of a config.
+      dataset: images.
+
+    Returns:
+      A reason of `left_out`.
+    """
+    reasons = left_out(settings, dataset)
+    missing = [reasons.get(name, "") for name in _knn_measures(settings)]
+    return reasons.get("knn_accuracy", missing[0] if all(missing) else "")
 
 
 def left_out_lines(reasons: dict[str, str]) -> list[str]:
@@ -185,38 +200,54 @@ def _labels(features: Features) -> np.ndarray:
 # --- Classification -------------------------------------------------------------------------------
 
 
+def _knn_measures(settings: dict[str, Any]) -> dict[str, classification.Vote]:
+    """The votes of every k-NN accuracy, by its name."""
+    weighted, uniform = settings["knn_k"], settings["knn_uniform_k"]
+    temperature = settings["knn_temperature"]
+    return {
+        **{f"knn_{k}_accuracy": classification.Vote(k, temperature) for k in weighted},
+        **{f"knn_{k}_uniform_accuracy": classification.Vote(k, None) for k in uniform},
+    }
+
+
+def _knn_accuracies(
+    name: str, settings: dict[str, Any], train: Features, other: Features, without: dict[str, str]
+) -> dict[str, float]:
+    """Every k-NN accuracy by its name, of one search."""
+    measures = {key: one for key, one in _knn_measures(settings).items() if key not in without}
+    if "knn_accuracy" in without or not measures:
+        return {}
+    labels = _numbered(train, train)
+    accuracies = classification.knn_accuracies(
+        getattr(train, name),
+        labels,
+        getattr(other, name),
+        _numbered(train, other),
+        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
+        votes=tuple(measures.values()),
+    )
+    return dict(zip(measures, accuracies, strict=True))
+
+
 def _knn(
     name: str, settings: dict[str, Any], train: Features, test: Features, without: dict[str, str]
 ) -> list[Result]:
-    """k-NN accuracy for every k."""
-    ks = tuple(k for k in settings["knn_k"] if f"knn_{k}_accuracy" not in without)
-    if "knn_accuracy" in without or not ks:
-        return []
-    bank, queries = getattr(train, name), getattr(test, name)
-    labels = _numbered(train, train)
-    accuracies = classification.knn_accuracy(
-        bank,
-        labels,
-        queries,
-        _numbered(train, test),
-        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
-        k=ks,
-        temperature=settings["knn_temperature"],
-    )
+    """k-NN accuracy for every k, with its protocol."""
+    measures = _knn_measures(settings)
     return [
         _result(
-            f"knn_{k}_accuracy",
+            measure,
             name,
             accuracy,
             classification.knn_protocol(
-                k=k,
-                temperature=settings["knn_temperature"],
-                bank=classification.Split("train split", len(bank)),
-                evaluated=classification.Split(settings["split"], len(queries)),
+                k=measures[measure].k,
+                temperature=measures[measure].temperature,
+                bank=classification.Split("train split", len(getattr(train, name))),
+                evaluated=classification.Split(settings["split"], len(getattr(test, name))),
                 features=name,
             ),
         )
-        for k, accuracy in zip(ks, accuracies, strict=True)
+        for measure, accuracy in _knn_accuracies(name, settings, train, test, without).items()
     ]
 
 
@@ -644,38 +675,31 @@ def _ood_json(experiment: Experiment, found: OODEvaluation) -> dict[str, Any]:
     }
 
 
-def validation_knn_accuracy(
-    experiment: Experiment, variables: Any, *, mesh: Mesh | None = None
-) -> float:
-    """k-NN accuracy of the representation on the validation split, bank = train split.
+def validation_knn(
+    experiment: Experiment, variables: Any, extract: FeatureExtractor
+) -> dict[str, float]:
+    """k-NN accuracies of the representation on the validation split, bank = train split.
 
     Args:
-      experiment: data, networks and settings; the first of `evaluation.knn_k` is used.
+      experiment: data, networks and settings.
       variables: parameters and running statistics.
-      mesh: see `FeatureExtractor`.
+      extract: the plain one of `make_extractors`.
 
     Returns:
-      Accuracy in [0, 1].
+      Those of `evaluation.knn_k` and `evaluation.knn_uniform_k` that the data allow, in [0, 1], by
+      their names.
 
     Raises:
-      ValueError: the data have no labels.
+      ValueError: they allow none.
     """
     settings = experiment.config["evaluation"]
-    extract = _extractor(experiment, mesh=mesh)
+    reason = why_no_knn(settings, experiment.dataset)
+    if reason:
+        raise ValueError(f"no k-NN on the validation split: {reason}")
     train = extract(variables, experiment.dataset.train)
     validation = extract(variables, experiment.dataset.validation)
-    if train.labels is None or validation.labels is None:
-        raise ValueError("checkpoint.keep_best needs labels: set it to 0 for unlabelled data")
-    labels = _numbered(train, train)
-    return classification.knn_accuracy(
-        train.representation,
-        labels,
-        validation.representation,
-        _numbered(train, validation),
-        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
-        k=settings["knn_k"][0],
-        temperature=settings["knn_temperature"],
-    )
+    without = left_out(settings, experiment.dataset)
+    return _knn_accuracies("representation", settings, train, validation, without)
 
 
 def classification_table(results: dict[str, Any]) -> Table:

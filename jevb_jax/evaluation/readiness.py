@@ -26,11 +26,13 @@ def check(experiment: Experiment) -> None:
     """
     jax.eval_shape(experiment.initial_state)  # what the networks refuse of the views
     config, dataset = experiment.config, experiment.dataset
-    if config["checkpoint"]["keep_best"] and dataset.train.labels is None:
-        raise ValueError(
-            f"checkpoint.keep_best = {config['checkpoint']['keep_best']} needs labels, and the images "
-            "have none: set it to 0"
-        )
+    for section, name in (("checkpoint", "keep_best"), ("train", "knn_every_epochs")):
+        given = config[section][name]
+        reason = protocol.why_no_knn(config["evaluation"], dataset) if given else ""
+        if reason:
+            raise ValueError(
+                f"{section}.{name} = {given} needs k-NN on the validation split: {reason}; set it to 0"
+            )
     _, evaluated = protocol.evaluated_split(config["evaluation"], dataset)
     if ood_protocol.is_asked(config):
         _check_detection(experiment, evaluated)
