@@ -252,7 +252,7 @@ class UncertaintyPart:
 
     Attributes:
       score: name of the uncertainty, larger = more uncertain.
-      numbers: such as R-AUROC and rank correlations.
+      numbers: such as the AUROC of errors and rank correlations.
       risk_coverage: curves, drawn in one figure.
       severity: curves, drawn on one scale.
     """

@@ -563,7 +563,10 @@ def _votes(k: int | Iterable[int], temperature: float | None) -> tuple[Vote, ...
 
 
 def _checked_votes(votes: Iterable[Vote]) -> list[Vote]:
-    return [Vote(*_numbers_of_neighbours(k), _checked_temperature(t)) for k, t in votes]
+    return [
+        Vote(arguments.whole_number("k", k, at_least=1), _checked_temperature(temperature))
+        for k, temperature in votes
+    ]
 
 
 def _checked_temperature(temperature: float | None) -> float | None:

@@ -43,7 +43,10 @@ def _checked_errors(uncertainty: ArrayLike, is_error: ArrayLike) -> tuple[np.nda
 
 
 def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
-    """Probability that a wrongly classified image is less certain than a right one (R-AUROC).
+    """Probability that a wrongly classified image is less certain than a right one.
+
+    Errors are a classifier's, fitted on training images. The R-AUROC of Kirchhof et al. (2023) is
+    another number: its errors are those of the nearest neighbor within the test images.
 
     Args:
       uncertainty: `[N]`.
