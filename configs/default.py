@@ -160,7 +160,8 @@ def get_config() -> ConfigDict:
         {
             "every_steps": 1000,
             "keep_latest": 2,  # at least 2, so that a damaged one has a predecessor
-            "keep_best": 0,  # best by k-NN on validation, measured at every save when above 0
+            # Best by k-NN on validation with the first of evaluation.knn_k, at every save when above 0.
+            "keep_best": 0,
         }
     )
     config.evaluation = ConfigDict(

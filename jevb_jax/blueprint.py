@@ -27,7 +27,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
     "train": {"extend": False, "knn_every_epochs": 0},
-    "evaluation": {"knn_uniform_k": ()},
+    "evaluation": {"knn_uniform_k": []},  # as JSON has it
 }
 # Likewise, of sections that came later.
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}

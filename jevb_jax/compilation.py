@@ -39,20 +39,24 @@ def keep_compiled_programs() -> Path | None:
 
     The directory is `jevb_jax/compiled` in `$XDG_CACHE_HOME`, or in `~/.cache`. The environment's
     `JEVB_JAX_COMPILE_CACHE` names another one, or is `off`. Where JAX has been given a cache of its own
-    (`JAX_COMPILATION_CACHE_DIR`), nothing is changed. JAX names a program by its code, its options, its
-    own version and the device, so that processes can share the directory; one that reads what another
-    has half written compiles again. What was not read for longest is deleted once the directory holds
-    more than a gigabyte.
+    (`JAX_COMPILATION_CACHE_DIR`, or an earlier call), nothing is changed; nor where several processes
+    train together, of which the first alone would write, unless a directory is named. JAX names a
+    program by its code, its options, its own version and the device, so that processes can share the
+    directory. One that reads what another has half written compiles again; of a file that stays so,
+    after a full disk, JAX warns until it is deleted. Empty files, and once the directory holds more
+    than a gigabyte those that were not read for longest, are deleted here.
 
     Returns:
-      The directory, or None: switched off, JAX's own, or one that cannot be written, which is warned
-      of.
+      The directory, or None: switched off, JAX's own, several processes, or one that cannot be
+      written, which is warned of.
     """
     settings: Any = jax.config  # whose names type checkers do not know
     if settings.jax_compilation_cache_dir is not None:
         return None
     asked = os.environ.get(CACHE_VARIABLE, "")
     if asked.lower() == "off":
+        return None
+    if not asked and jax.distributed.is_initialized() and jax.process_count() > 1:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = Path(asked or f"{home}/jevb_jax/compiled")
@@ -79,7 +83,7 @@ def keep_compiled_programs() -> Path | None:
 
 
 def _delete_oldest(directory: Path, most_bytes: int) -> None:
-    """Deletes the files that were not read for longest, until the rest is small enough."""
+    """Deletes empty files, and those not read for longest until the rest is small enough."""
     files: list[tuple[float, int, str]] = []
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -90,10 +94,10 @@ def _delete_oldest(directory: Path, most_bytes: int) -> None:
                     files.append((max(found.st_atime, found.st_mtime), found.st_size, entry.path))
     total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
-        if total <= most_bytes:
-            return
-        Path(path).unlink(missing_ok=True)
-        total -= size
+        # Empty is what a kill between opening and writing leaves, and JAX never writes it again.
+        if not size or total > most_bytes:
+            Path(path).unlink(missing_ok=True)
+            total -= size
 
 
 def alone_on_a_cpu() -> bool:

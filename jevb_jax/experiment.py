@@ -55,16 +55,19 @@ class Experiment:
         size = self.view_augmentations[0].size
         return size, size, len(self.view_augmentations[0].mean)
 
-    def initial_state(self) -> training.TrainState:
-        """The state before the first step."""
-        return training.init_state(
-            jax.random.fold_in(self.key, 2**31 - 1),  # no step is ever this one
+    @functools.cached_property
+    def _init(self) -> Callable[[Array], training.TrainState]:
+        return training.compiled_init(
             self.model,
             self.optimizer,
             self.view_shape,
             ema_decay=self.config["train"]["ema_decay"],
             target_decay=self.config["train"]["target_decay"],
         )
+
+    def initial_state(self) -> training.TrainState:
+        """The state before the first step."""
+        return self._init(jax.random.fold_in(self.key, 2**31 - 1))  # no step is ever this one
 
     def train_step(
         self, state: training.TrainState, images: Array, key: Array

@@ -69,6 +69,7 @@ CHANGEABLE_ON_RESUME = (
     "train.health_every_steps",
     "train.health_pairs",
     "train.health_num_images",
+    "train.knn_every_epochs",
     "train.log_every_steps",
 )
 
@@ -633,6 +634,7 @@ class _Run:
         self.alarms: dict[str, str] = {}  # raised at the last health check: messages by name
         self.check_health = _health_check(experiment)
         self.learning_rate = jax.jit(experiment.schedule)
+        self.latest_knn: tuple[int, dict[str, float]] | None = None  # step, accuracies
 
     def shardings(self, state: training.TrainState) -> training.TrainState:
         """How the state lies over the devices."""
@@ -665,7 +667,7 @@ class _Run:
         parallel.on_main(self.check_held)
         score = None
         if self.config["checkpoint"]["keep_best"]:
-            score = next(iter(self.validation_knn(state).values()))
+            score = self.validation_knn(state)[protocol.best_measure(self.config["evaluation"])]
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.log.flush()
         self.checkpointer.save(int(state.step), state, config=self.config, score=score)
@@ -703,8 +705,14 @@ class _Run:
         return protocol.make_extractors(self.experiment, mesh=self.mesh).plain
 
     def validation_knn(self, state: training.TrainState) -> dict[str, float]:
-        """k-NN accuracies of a state by name; all processes compute them."""
-        return protocol.validation_knn(self.experiment, state.evaluation_variables, self.extractor)
+        """k-NN accuracies of a state by name, computed once a step; all processes do."""
+        step = int(state.step)
+        if self.latest_knn is None or self.latest_knn[0] != step:
+            accuracies = protocol.validation_knn(
+                self.experiment, state.evaluation_variables, self.extractor
+            )
+            self.latest_knn = step, accuracies
+        return self.latest_knn[1]
 
     def record_knn(self, state: training.TrainState) -> None:
         """Logs the k-NN accuracies of a state."""

@@ -38,6 +38,7 @@ from rich.console import Console
 from jevb_jax import files, messages, runner, schema
 from jevb_jax.blueprint import completed_config
 from jevb_jax.checkpoints import changed_keys, config_hash
+from jevb_jax.compilation import CACHE_VARIABLE
 from jevb_jax.experiment import to_json_values
 from jevb_jax.metrics_log import MetricsLog, standard_output, unbroken
 
@@ -680,8 +681,7 @@ def _execute(todo: Sequence[_Run], out: Path, *, num_processes: int, console: Co
     """Runs what is to do; returns the number of the signal that stopped it, or 0."""
     environment = dict(os.environ)
     # One seed's programs are another's: measured, half of the time of a short run or more.
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compile_cache"))
-    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    environment.setdefault(CACHE_VARIABLE, str(out / "compile_cache"))
     if num_processes > 1:
         fraction = f"{0.9 / num_processes:.3f}"
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)

@@ -310,26 +310,34 @@ def init_state(
     Returns:
       The state.
     """
-    # Linen's modules have a hash, which type checkers do not see.
-    init = _compiled_init(
-        model,  # pyright: ignore[reportArgumentType]
-        optimizer,
-        tuple(view_shape),
-        ema_decay > 0,
-        target_decay > 0,
+    init = compiled_init(
+        model, optimizer, view_shape, ema_decay=ema_decay, target_decay=target_decay
     )
     return init(key)
 
 
-@functools.lru_cache(maxsize=4)
-def _compiled_init(
+def compiled_init(
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
-    view_shape: tuple[int, ...],
-    has_average: bool,
-    has_target: bool,
+    view_shape: tuple[int, int, int],
+    *,
+    ema_decay: float = 0.0,
+    target_decay: float = 0.0,
 ) -> Callable[[Array], TrainState]:
-    """One program: operation by operation, initialising a ResNet takes many times longer."""
+    """`init_state` as a function of the key that compiles once.
+
+    One program: operation by operation, initialising a ResNet takes many times longer.
+
+    Args:
+      model: as for `init_state`.
+      optimizer: likewise.
+      view_shape: likewise.
+      ema_decay: likewise.
+      target_decay: likewise.
+
+    Returns:
+      From a key to the state before the first step.
+    """
 
     def init(key: Array) -> TrainState:
         variables = model.init(key, jnp.zeros((2, *view_shape)), train=True)
@@ -339,8 +347,10 @@ def _compiled_init(
             params=params,
             batch_stats=variables["batch_stats"],
             opt_state=optimizer.init(params),
-            ema_params=jax.tree.map(jnp.copy, params) if has_average else None,
-            target_params=jax.tree.map(jnp.copy, _target_part(params)) if has_target else None,
+            ema_params=jax.tree.map(jnp.copy, params) if ema_decay > 0 else None,
+            target_params=jax.tree.map(jnp.copy, _target_part(params))
+            if target_decay > 0
+            else None,
         )
 
     return jit_once(init)

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -97,8 +97,8 @@ class Carried(Generic[_T]):
         self._path.unlink(missing_ok=True)
 
 
-def _call_without_ctrl_c(call: Callable[[], _T]) -> _T:
-    """Calls a function in a thread in which SIGINT is blocked, and waits for it.
+def _start_without_ctrl_c(call: Callable[[], _T]) -> "Future[_T]":
+    """Calls a function in a thread in which SIGINT is blocked.
 
     Ctrl-C reaches every process of a terminal, and the parent alone decides what it means. Threads
     and processes inherit what is blocked, so the workers that the call starts never see it, not even
@@ -114,7 +114,7 @@ def _call_without_ctrl_c(call: Callable[[], _T]) -> _T:
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return done.result()
+    return done
 
 
 _with_workers: "weakref.WeakSet[ReadAhead[Any]]" = weakref.WeakSet()  # streams that are open
@@ -133,6 +133,7 @@ class ReadAhead(Iterator[_T]):
         self._iterator = iterator
         self._num_workers = num_workers
         self._carried = carried
+        self._pending: Future[_T] | None = None
         self._is_closed = False
         if carried is not None:
             # Else Python starts it with the first worker, and unblocks Ctrl-C there.
@@ -150,7 +151,13 @@ class ReadAhead(Iterator[_T]):
         try:
             if self._carried is None:
                 return next(self._iterator)
-            return _call_without_ctrl_c(lambda: next(self._iterator))
+            if self._pending is None:
+                self._pending = _start_without_ctrl_c(lambda: next(self._iterator))
+            # A signal's exception leaves it pending: the item is the next call's.
+            pending = self._pending
+            wait([pending])
+            self._pending = None
+            return pending.result()
         except StopIteration:
             self.close()
             raise
@@ -184,6 +191,8 @@ class ReadAhead(Iterator[_T]):
 
     def _end_workers(self) -> None:
         """Closes the iterator; kills workers that do not answer, for which Grain waits for ever."""
+        if self._pending is not None:  # which may just be starting a worker
+            wait([self._pending], timeout=_GRACE_SECONDS)
         closing = threading.Thread(target=self._iterator.close, daemon=True)
         closing.start()
         closing.join(_GRACE_SECONDS)

@@ -92,6 +92,8 @@ def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
     votes = [classification.Vote(*one) for one in ((10, None), (20, 0.1), (1, None), (5, 0.07))]
     accuracies = classification.knn_accuracies(*train, *test, votes=votes, **settings)
     assert searched == [20]
+    with pytest.raises(ValueError, match="votes must hold at least one"):
+        classification.knn_accuracies(*train, *test, votes=[], **settings)
     for (k, temperature), accuracy in zip(votes, accuracies, strict=True):
         settings["temperature"] = temperature
         assert accuracy == classification.knn_accuracy(*train, *test, k=k, **settings)

@@ -172,9 +172,11 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
 
 def test_a_file_of_a_program_that_is_cut_short_is_compiled_again(tmp_path):
     first = run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))
-    for path in tmp_path.iterdir():
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))[1:3] == [first[1], "0"]
+    for share in (2, 10**9):  # the second time, nothing is left
+        for path in tmp_path.iterdir():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // share])
+        assert run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))[1:3] == [first[1], "0"]
+    assert run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))[1:3] == [first[1], "1"]
 
 
 @pytest.fixture
@@ -210,6 +212,19 @@ def test_where_programs_are_kept_is_the_users_choice(no_cache, tmp_path, monkeyp
         assert compilation.keep_compiled_programs() is None
     assert "Compiled programs are not kept for the next process" in caplog.text
     assert "JEVB_JAX_COMPILE_CACHE names another directory" in caplog.text
+
+
+def test_several_processes_keep_programs_only_where_they_are_told_to(
+    no_cache, tmp_path, monkeypatch
+):
+    del no_cache
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compilation.keep_compiled_programs() is None
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", str(tmp_path / "shared"))
+    assert compilation.keep_compiled_programs() == tmp_path / "shared"
 
 
 def test_the_directory_stays_small(no_cache, tmp_path, monkeypatch):

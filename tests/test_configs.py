@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, one_class, ood, recipes, transfer
-from jevb_jax import checkpoints, experiment, runner, study
+from jevb_jax import blueprint, checkpoints, experiment, runner, study
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -30,6 +30,16 @@ CASES = [
     *((name, ()) for name in NAMES),
     *((name, (method,)) for name in ("cifar10", "imagenet") for method in recipes.METHODS),
 ]
+
+
+def test_settings_that_came_later_are_added_as_json_has_them():
+    saved = experiment.to_json_values(default.get_config())
+    for section, before in blueprint._BEFORE.items():
+        saved[section] = {k: v for k, v in saved[section].items() if k not in before}
+    completed = blueprint.completed_config(saved)
+    assert completed.keys() == saved.keys()
+    assert json.loads(json.dumps(completed)) == completed
+    assert completed["evaluation"]["knn_uniform_k"] == []
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)

@@ -109,12 +109,15 @@ def test_nothing_in_a_path_is_markup_and_checkpoints_are_found_under_any_name(tm
 def test_steps_that_are_logged(every, logged):
     run: Any = SimpleNamespace(
         config={"train": {"log_every_steps": every}},
-        experiment=SimpleNamespace(num_train_steps=4, schedule=lambda step: 0.1 * step),
+        experiment=SimpleNamespace(num_train_steps=4),
+        learning_rate=lambda step: 0.1 * step,
         log=Mock(),
     )
     dispatch = runner._Dispatch(0, 4, {"loss": jnp.arange(4.0)}, jnp.asarray(True))
     runner._Run.record(run, dispatch, SimpleNamespace(step=4))  # type: ignore[arg-type]
     assert [call.args[0] for call in run.log.write.call_args_list] == logged
+    rates = [call.args[1]["train/learning_rate"] for call in run.log.write.call_args_list]
+    assert rates == [pytest.approx(0.1 * (step - 1)) for step in logged]
 
 
 # --- The command line -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.evaluation import metrics_by_sklearn
+from jevb_jax.evaluation import ood_metrics as ood_metrics_module
 from jevb_jax.evaluation.ood_metrics import (
     bootstrap_intervals,
     bootstrap_intervals_of_scores,
@@ -311,6 +312,18 @@ def test_refuses():
             bootstrap_intervals(good, good, num_resamples=2, seed=seed)  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=2, seed=jnp.int32(0))  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)  # pyright: ignore[reportArgumentType]
+
+
+def test_draws_of_tied_scores_take_no_more_memory(monkeypatch):
+    asked: list[tuple[int, int]] = []
+    draw = ood_metrics_module._draw
+    monkeypatch.setattr(
+        ood_metrics_module, "_draw", lambda g, *size: (asked.append(size), draw(g, *size))[1]
+    )
+    ties = np.arange(5000) % 3
+    bootstrap_intervals(ties, ties[:50], num_resamples=30, seed=0)
+    assert sum(rows for rows, size in asked if size == 5000) == 30
+    assert max(rows * size for rows, size in asked) <= ood_metrics_module._CHUNK_NUMBERS
 
 
 def test_several_scores_at_once_have_the_intervals_that_each_has_alone():

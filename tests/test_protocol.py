@@ -229,7 +229,7 @@ def test_what_is_left_out_is_known_from_the_data():
         "Not evaluated: knn_64_accuracy, knn_70_uniform_accuracy: there are 63 training images."
     )
     assert protocol.why_no_knn(settings, dataset) == ""
-    few = settings | {"knn_k": (64,)}
+    few = settings | {"knn_k": (64, 3)}
     assert protocol.why_no_knn(few, dataset) == "there are 63 training images"
     assert protocol.left_out(SETTINGS | {"labels_per_class": 3}, dataset) == {}
     one_class, one_extract = synthetic(np.zeros(20, int))

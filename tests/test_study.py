@@ -46,7 +46,8 @@ MEASURES = (
 
 
 def config(**settings: Any) -> ConfigDict:
-    return ConfigDict({"seed": 0, "evaluation": {"k": (1, 2)}, "df": 5.0, **settings})
+    evaluation = {"k": (1, 2), "knn_uniform_k": (10,), **settings.pop("evaluation", {})}
+    return ConfigDict({"seed": 0, "evaluation": evaluation, "df": 5.0, **settings})
 
 
 def directory(out: Path, name: str, seed: int) -> Path:
@@ -336,7 +337,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 where = Path(sys.argv[1]); name = where.parent.name; seed = int(where.name[5:])
 with (where.parent.parent.parent / "order.txt").open("a") as file: file.write(f"{{name}} {{seed}}\\n")
-keys = ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+keys = ("JEVB_JAX_COMPILE_CACHE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 seen = {{key: os.environ.get(key) for key in keys}} | {{"cores": sorted(os.sched_getaffinity(0))}}
 (where / "seen.json").write_text(json.dumps(seen))
 (where / "environment.json").write_text(json.dumps({ENVIRONMENT!r}))
@@ -368,7 +369,7 @@ def stubbed(monkeypatch):
         return [sys.executable, "-S", "-c", CHILD, str(run), config_hash(values)]
 
     monkeypatch.setattr(study, "_child_command", command)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("JEVB_JAX_COMPILE_CACHE", raising=False)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
 
 
@@ -407,7 +408,7 @@ def test_every_run_once_and_failures_do_not_stop_the_rest(tmp_path, stubbed):
     failure = json.loads((directory(tmp_path, "crash", 0) / "failure.json").read_text())
     assert failure["message"] == "last words\n"
     seen = json.loads((directory(tmp_path, "a", 0) / "seen.json").read_text())
-    assert seen["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compile_cache")
+    assert seen["JEVB_JAX_COMPILE_CACHE"] == str(tmp_path / "compile_cache")
     assert seen["XLA_PYTHON_CLIENT_MEM_FRACTION"] is None
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
@@ -461,7 +462,7 @@ def test_processes_at_once_have_their_own_cores(tmp_path, stubbed, monkeypatch):
     cores = os.sched_getaffinity(0)
     with pytest.raises(ValueError, match=f"more than the {len(cores)} cores"):
         execute(tiny("a"), tmp_path, num_processes=len(cores) + 1)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", "mine")
     assert execute(tiny("a", "b"), tmp_path, num_processes=2)[0] == 0
     seen = [
         json.loads((directory(tmp_path, name, seed) / "seen.json").read_text())
@@ -472,7 +473,7 @@ def test_processes_at_once_have_their_own_cores(tmp_path, stubbed, monkeypatch):
     assert not first & second
     assert first | second == cores == os.sched_getaffinity(0)
     assert {one["XLA_PYTHON_CLIENT_MEM_FRACTION"] for one in seen} == {"0.450"}
-    assert {one["JAX_COMPILATION_CACHE_DIR"] for one in seen} == {"mine"}
+    assert {one["JEVB_JAX_COMPILE_CACHE"] for one in seen} == {"mine"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

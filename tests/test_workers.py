@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,36 @@ def test_a_worker_that_ended_is_named_and_other_errors_are_themselves():
         next(stream)
     assert list(stream) == [2]
     stream.close()
+    assert pipeline.num_closed == 1
+
+
+class Interrupted(Exception):  # noqa: N818 - what a signal's handler raises
+    pass
+
+
+def test_an_interrupted_item_is_the_next_calls():
+    came = threading.Event()
+
+    class Slow(Pipeline):
+        def __next__(self) -> object:
+            came.wait(60)
+            return super().__next__()
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    carried = workers.Carried(str)
+    pipeline = Slow(1, 2)
+    stream = workers.ReadAhead(pipeline, 1, carried)  # pyright: ignore[reportArgumentType]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted):
+            next(stream)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    came.set()
+    assert list(stream) == [1, 2]
     assert pipeline.num_closed == 1
 
 

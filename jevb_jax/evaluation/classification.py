@@ -565,7 +565,7 @@ def _votes(k: int | Iterable[int], temperature: float | None) -> tuple[Vote, ...
 def _checked_votes(votes: Iterable[Vote]) -> list[Vote]:
     return [
         Vote(arguments.whole_number("k", k, at_least=1), _checked_temperature(temperature))
-        for k, temperature in votes
+        for k, temperature in arguments.collected("votes", votes)
     ]
 
 

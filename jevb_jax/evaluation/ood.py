@@ -209,7 +209,7 @@ def uncertainty_terms(
     """JEVB's terms of images from one or more of their views (docs eq. 22).
 
     Args:
-      key: one key, whose draws serve all images; or `[N]` keys, one for each image. Either way a
+      key: one typed key, whose draws serve all images; or `[N]` keys, one for each image. Either way a
         score does not depend on the batch.
       views: embedding, posterior_mean and posterior_scale of every view, each `[V, N, D]`.
       num_samples: draws of each posterior.

@@ -433,13 +433,13 @@ def _resampled(
     ranked: list[_Ranked], num_resamples: int, generators: list[np.random.Generator]
 ) -> np.ndarray:
     """`aupr_out` and `aupr_in` of every score from resampled images, `[S, num_resamples, 2]`."""
-    chunk = max(1, _CHUNK_NUMBERS // max(one.num_places for one in ranked))
+    sizes = len(ranked[0].inside), len(ranked[0].outside)
+    chunk = max(1, _CHUNK_NUMBERS // max(*sizes, *(one.num_places for one in ranked)))
     areas = np.empty((len(ranked), num_resamples, 2))
     counters = [
         (_counter(one.inside, one.num_places), _counter(one.outside, one.num_places))
         for one in ranked
     ]
-    sizes = len(ranked[0].inside), len(ranked[0].outside)
     for start in range(0, num_resamples, chunk):
         rows = slice(start, min(start + chunk, num_resamples))
         inside, outside = (

@@ -151,8 +151,20 @@ def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
     return reasons
 
 
+def best_measure(settings: dict[str, Any]) -> str:
+    """The k-NN accuracy by which `checkpoint.keep_best` ranks: that of the first `knn_k`.
+
+    Args:
+      settings: the section `evaluation` of a config.
+
+    Returns:
+      Its name.
+    """
+    return next(iter(_knn_measures(settings)))
+
+
 def why_no_knn(settings: dict[str, Any], dataset: data.Dataset) -> str:
-    """Why the data allow no k-NN accuracy at all, or nothing.
+    """Why the data do not allow `best_measure`, or nothing.
 
     Args:
       settings: the section `evaluation` of a config.
@@ -162,8 +174,7 @@ def why_no_knn(settings: dict[str, Any], dataset: data.Dataset) -> str:
       A reason of `left_out`.
     """
     reasons = left_out(settings, dataset)
-    missing = [reasons.get(name, "") for name in _knn_measures(settings)]
-    return reasons.get("knn_accuracy", missing[0] if all(missing) else "")
+    return reasons.get("knn_accuracy", reasons.get(best_measure(settings), ""))
 
 
 def left_out_lines(reasons: dict[str, str]) -> list[str]:
