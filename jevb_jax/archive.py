@@ -100,7 +100,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The JSON of an exported model.
 
     Args:
-      directory: of the model.
+      directory: where the model lies.
 
     Returns:
       Its values.
@@ -127,9 +127,9 @@ def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     """One file of an exported model, checked against its hash.
 
     Args:
-      directory: of the model.
+      directory: where the model lies.
       manifest: of `read_manifest`.
-      name: of the file.
+      name: which file of it.
 
     Returns:
       Its content.
@@ -156,7 +156,7 @@ def read_arrays(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.nd
     """The weights of an exported model, by name, checked against their hash.
 
     Args:
-      directory: of the model.
+      directory: where the model lies.
       manifest: of `read_manifest`.
 
     Returns:

@@ -309,7 +309,7 @@ def sample_crop(
     Args:
       key: consumed.
       height: of the image, pixels.
-      width: of the image.
+      width: pixels from left to right.
       scale: range of the share of the image's area.
       ratio: range of width / height.
 
@@ -429,7 +429,7 @@ def color_jitter(
       contrast: likewise.
       saturation: likewise.
       hue: shift uniform in `[-hue, hue]`, at most 0.5.
-      probability: of any change.
+      probability: how often anything changes, in [0, 1].
 
     Returns:
       `[h, w, c]` float32.
@@ -555,17 +555,17 @@ class ViewAugmentation:
       crop_scale: range of the crop's share of the area, within (0, 1].
       crop_ratio: range of the crop's width / height.
       interpolation: "bilinear" or "bicubic", antialiased.
-      flip_probability: of mirroring left to right.
-      jitter_probability: of the colour jitter.
+      flip_probability: how often left and right are exchanged.
+      jitter_probability: how often colors change at all.
       brightness: strength, at least 0.
       contrast: strength, at least 0.
       saturation: strength, at least 0.
       hue: strength, in [0, 0.5].
-      grayscale_probability: of removing colour.
+      grayscale_probability: how often color is removed.
       blur_probability: of the Gaussian blur.
       blur_sigma: range of its standard deviation, pixels.
       blur_kernel_size: taps, odd; 0 is the odd number nearest a tenth of `size`, at least 3.
-      solarize_probability: of solarising.
+      solarize_probability: how often bright values are inverted.
       solarize_threshold: of [0, 1].
 
     Raises:

@@ -77,9 +77,9 @@ class VICRegTerms(NamedTuple):
       invariance: `[batch]`, mean squared difference of the views over features.
       variance: `[]`, how far standard deviations fall short of the target, mean over features and views.
       covariance: `[]`, squared off-diagonal covariances over `D`, summed over views.
-      invariance_weight: of the loss.
-      variance_weight: of the loss.
-      covariance_weight: of the loss.
+      invariance_weight: factor of the difference between the views.
+      variance_weight: factor of the hinge on standard deviations.
+      covariance_weight: factor of the squared covariances.
     """
 
     invariance: Array
@@ -105,7 +105,7 @@ class BarlowTwinsTerms(NamedTuple):
     Attributes:
       invariance: `sum_i (C_ii - 1)^2`.
       redundancy: `sum_i sum_(j != i) C_ij^2`, unweighted.
-      redundancy_weight: of the loss.
+      redundancy_weight: factor of the squared correlations off the diagonal.
     """
 
     invariance: Array
@@ -259,7 +259,7 @@ def vicreg_loss(
     Args:
       embedding_1: `[batch, D]`, `batch >= 2`, of view 1.
       embedding_2: `[batch, D]`, of view 2. No gradient is stopped.
-      invariance_weight: of the mean squared difference.
+      invariance_weight: factor of the mean squared difference.
       variance_weight: of the hinge on standard deviations.
       covariance_weight: of the off-diagonal covariances.
       target_std: standard deviation below which the hinge acts.

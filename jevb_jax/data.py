@@ -155,7 +155,7 @@ class _FileSource:
     """Pictures that are files, read when asked for.
 
     Attributes:
-        paths: of the files.
+        paths: one for each image.
         names: of the files from the set's own directory on: the same wherever the set lies.
         image_size: see `pictures.read`.
     """

@@ -193,7 +193,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
     """The record of a run directory, or None of a run that an earlier version started.
 
     Args:
-        workdir: of the run.
+        workdir: directory of the run.
 
     Returns:
         `fingerprint` of the data of the run, and `changes`, lines on other data that it was trained

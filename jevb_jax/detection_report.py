@@ -26,7 +26,7 @@ class DetectionRun(NamedTuple):
 
     Attributes:
       name: `METHOD` of `.../METHOD/seed_S`, else the directory's own name.
-      seed: of the config.
+      seed: `config.seed` of the run.
       results: as `results.json` holds them, with "ood".
       environment: as `environment.json` holds it.
     """
@@ -41,7 +41,7 @@ def read_run(directory: Path) -> DetectionRun:
     """Reads a run directory.
 
     Args:
-      directory: of a finished run.
+      directory: where a finished run lies.
 
     Returns:
       The run.

@@ -42,7 +42,7 @@ def _student_t_log_kernel_and_normalizer(
 
     Args:
       squared_length: `Q exp(-log_unit)`.
-      df: of its shape.
+      df: shaped as `squared_length`, positive; `inf` is the Gaussian.
       n: dimension.
       log_unit: of its shape, zero but where `Q` would overflow.
       longest_gaussian: `Q` is held at this at `df = inf`.

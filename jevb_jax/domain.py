@@ -133,7 +133,7 @@ def spread(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> Arr
     Args:
       name: of the argument, for the error.
       value: the argument as an array.
-      shape: of the result.
+      shape: what the values are broadcast to.
       meaning: which shapes are meant, for the error.
 
     Raises:

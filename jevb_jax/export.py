@@ -131,7 +131,7 @@ def read_serving(directory: str | Path) -> jax.export.Exported:
     """The serving form, checked against its hash.
 
     Args:
-      directory: of an export.
+      directory: where `export` wrote.
 
     Returns:
       Call it with `.call(images)`.

@@ -81,7 +81,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
     Args:
       path: the file; its directory exists. An error, a full disk say, leaves it as it was.
-      content: of the file.
+      content: what to write.
     """
     if is_remote(path):
         path.write_bytes(content)

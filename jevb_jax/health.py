@@ -493,7 +493,7 @@ def judge(values: Mapping[str, float], *, step: int, embedding_dim: int) -> dict
         likelihood, relative to the radius) and, where it is untied, `likelihood_scale_at_floor`; for
         VI-SimSiam `concentration_mean`; for both `predictive_information`. A value that is not
         finite raises its alarm.
-      step: of the check.
+      step: at which the values were measured.
       embedding_dim: D.
 
     Returns:

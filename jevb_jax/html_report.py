@@ -81,9 +81,9 @@ class ResultRow(NamedTuple):
     """A line of `results.json`.
 
     Attributes:
-      name: of the measure.
+      name: what is measured, such as "linear_accuracy".
       features: that it was measured on.
-      value: of the trained encoder.
+      value: measured on the trained encoder.
       protocol: one sentence.
       untrained: the value of the encoder before training, or None.
     """
@@ -399,7 +399,7 @@ class RunReport:
     """What is known of a run; a part that is None or empty is left out of the page.
 
     Attributes:
-      title: of the page.
+      title: heading of the page.
       subtitle: one line, such as data set and step.
       headline: the few numbers to see first.
       alarms: health alarms; an empty sequence says that none was raised, None that nothing watched.
@@ -411,7 +411,7 @@ class RunReport:
       posterior_scale: scales of the posteriors.
       records: lines of `metrics.jsonl`: every number in them is drawn.
       command: words of the command.
-      config: of the run.
+      config: settings of the run, as JSON has them.
       environment: commit, versions, devices.
 
     Raises:

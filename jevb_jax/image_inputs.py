@@ -39,7 +39,7 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
 
     Args:
       images: see `Model`.
-      num_channels: of the network.
+      num_channels: what the network takes; grey images are repeated to it.
       square_size: pixels a side of the square that is cut out of every image, 0 for none. An array's
         are cut by `prepared`, when their turn comes.
 

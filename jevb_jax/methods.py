@@ -109,10 +109,10 @@ def multi_view_elbo(
     Args:
       key: `[batch]` keys, one for each example.
       views: two views, then small crops.
-      targets: of the first two views.
+      targets: what is predicted of the first two views.
       step: steps done.
-      radial_scale: of the radial term.
-      settings: of the objective.
+      radial_scale: width of the radial density, positive.
+      settings: degrees of freedom, weights and the like.
 
     Returns:
       `ElboTerms` of `[batch]` arrays.

@@ -86,12 +86,12 @@ class Model:
 
     Attributes:
       config: of the run, plain values.
-      step: of the checkpoint.
+      step: training step of the checkpoint, from 0.
       variables: parameters and running statistics, for use with `network.apply`.
       network: the Flax module.
       image_size: pixels a side that the network sees.
       square_size: pixels a side of the square that is cut out of images before the view, 0 for none.
-      num_channels: of its images.
+      num_channels: 1 for grey images, 3 for color.
       recorded_data: what the run remembers of its data (`data_record.read`), or None.
     """
 
@@ -530,7 +530,7 @@ class Detector:
     Attributes:
       model: whose features are scored.
       scorer: of features, fitted.
-      score_name: of it.
+      score_name: which score it is, such as "jevb/kl".
       false_alarm_rate: the share of in-distribution images that may be called strange.
       threshold: scores above it are alarms.
     """

@@ -140,7 +140,7 @@ class BatchNorm(nn.Module):
       momentum: weight of the old running statistics.
       epsilon: added to the variance.
       dtype: of the computation and the output; statistics and parameters are float32.
-      scale_init: of the scale.
+      scale_init: makes the first scales.
       relu: whether the ReLU is applied.
     """
 

@@ -506,7 +506,7 @@ def symmetric_elbo(
       radial_weight: weight of the radial term in `weighted_elbo`.
       untied_scale: None, one number, or a pair of `[batch, D]`, of the likelihoods given view 1 and
         given view 2.
-      location: of the directional term.
+      location: where the directional density is centered: a sample or the mean.
       likelihood: factorised or not.
 
     Returns:

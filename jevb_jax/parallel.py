@@ -76,7 +76,7 @@ def start_processes(
     Args:
       environ: environment variables.
       coordinator_address: "host:port" of process 0.
-      num_processes: of the run.
+      num_processes: how many train together.
       process_id: of this process, from 0.
       heartbeat_timeout_seconds: how long a process may be silent before the others end.
 

@@ -132,7 +132,7 @@ def size(path: str, *, max_pixels: int = MAX_PIXELS, where: str) -> tuple[int, i
     """Width and height of a picture as `read` gives it, from its header alone.
 
     Args:
-        path: of the file.
+        path: where the picture lies; messages name it.
         max_pixels: see `read`.
         where: see `read`.
 

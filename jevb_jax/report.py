@@ -28,9 +28,9 @@ def save_views_figure(
     Args:
       path: PNG to write.
       source: images, of which the first `num_images` are drawn.
-      view_augmentations: of every view.
+      view_augmentations: one for each view.
       num_images: columns.
-      seed: of the augmentation.
+      seed: chooses the views that are drawn.
     """
     count = min(num_images, len(source))
     images = data.gather(source, np.arange(count))

@@ -238,8 +238,8 @@ def write_run_report(
 
     Args:
       path: HTML file to write.
-      experiment: of the run.
-      evaluation: of the trained encoder.
+      experiment: data, networks and settings.
+      evaluation: what was measured of the trained encoder.
       results: as `results.json` has them, with "step".
       records: lines of `metrics.jsonl`.
       alarms: that were raised in training; None where nothing watched.

@@ -233,8 +233,8 @@ def _extend(workdir: Path, num_steps: int) -> None:
     """Records where a run that becomes longer stands, and keeps what was written of the shorter one.
 
     Args:
-      workdir: of the run.
-      num_steps: of the shorter run.
+      workdir: directory of the run.
+      num_steps: how long the shorter run was.
     """
     stands = max(saved_steps(workdir / "checkpoints"), default=0)
     earlier: list[training.EarlierLength] = []
@@ -283,7 +283,7 @@ def rename_results(workdir: Path, suffix: str, new_suffix: str) -> None:
     Args:
       workdir: directory of the run, of `files.to_path`.
       suffix: of the names now: "" is `results.json`.
-      new_suffix: of the new ones.
+      new_suffix: what the names of the new results end with.
     """
     new = _result_files(workdir, new_suffix)
     for path, new_path in zip(_result_files(workdir, suffix), new, strict=True):
@@ -298,7 +298,7 @@ def keep_other_results(workdir: Path, suffix: str, settings_sha256: str) -> None
 
     Args:
       workdir: directory of the run, of `files.to_path`.
-      suffix: of the names of the new results.
+      suffix: what the names of the new results end with.
       settings_sha256: of the new results' settings; older ones of the same are not kept.
     """
     path = workdir / f"results{suffix}.json"

@@ -118,7 +118,7 @@ def many(domain: Domain, *, length: Sequence[int] = (), minimum: int = 0, note: 
     """A tuple of values of one domain.
 
     Args:
-      domain: of each.
+      domain: what each value must be.
       length: how many there may be; any number where it is empty.
       minimum: at least so many.
       note: what to say beside it.
@@ -400,7 +400,7 @@ def plain(value: Any) -> Any:
     """A value as JSON has it: tuples, ranges and arrays become lists, NumPy's scalars Python's.
 
     Args:
-      value: of a config.
+      value: a plain value, as JSON has it.
 
     Returns:
       A copy. What JSON does not know, an iterator say, stays as it is: the checks refuse it.

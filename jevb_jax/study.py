@@ -86,7 +86,7 @@ class RunData(NamedTuple):
     """What a run directory holds; None or empty where it does not.
 
     Attributes:
-      seed: of the run.
+      seed: `config.seed` of this run.
       results: of `results.json`: the run is finished.
       failure: of `failure.json`.
       records: of `metrics.jsonl`.
@@ -368,9 +368,9 @@ class Study:
     """What to run, what to measure and what to draw.
 
     Attributes:
-      title: of the table.
+      title: heading above the table.
       runs: configs by name; the seed of each is set by the study.
-      seeds: of every run.
+      seeds: each config is run once with each.
       measures: columns of the table.
       figures: one for each claim.
       averages: further rows of the table, each the mean of several runs seed by seed, such as those of
@@ -913,7 +913,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the flags.
 
     Args:
-      arguments: of the command line.
+      arguments: what the command line was parsed to.
 
     Returns:
       Exit status.

@@ -53,7 +53,7 @@ class EarlierLength(NamedTuple):
     """A length that a run was to have before it was extended.
 
     Attributes:
-      num_steps: of the run as it was then.
+      num_steps: how long the run was to be then.
       until_step: steps done in that way: schedules of later steps are those of the next length.
     """
 
@@ -223,7 +223,7 @@ def make_optimizer(
       schedule: learning rate by step.
       momentum: of sgd, lars and larc.
       weight_decay: masked by `decayed`; coupled (in the gradient) in all but adamw.
-      trust_coefficient: of lars and larc.
+      trust_coefficient: step over weights, in norms; lars and larc alone use it.
       bias_rate_factor: learning rate of what is not `decayed` (biases, BatchNorm, scalars) over that
         of kernels; Barlow Twins' is 0.024.
       max_gradient_norm: global norm to which gradients are clipped; 0 is off.

@@ -47,8 +47,8 @@ def start_worker(index: int, count: int) -> None:
     """Ends a worker process with its parent, however that ends; for Grain's `worker_init_fn`.
 
     Args:
-      index: of the worker.
-      count: of workers.
+      index: which worker, from 0.
+      count: how many there are.
     """
     del index, count
     parent = multiprocessing.parent_process()

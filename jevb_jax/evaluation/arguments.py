@@ -26,7 +26,7 @@ def whole_number(
     """One whole number.
 
     Args:
-      name: of the setting.
+      name: what messages call the setting.
       value: an integer of Python or NumPy, or an integer array of no axes.
       at_least: smallest that is allowed, or None.
       at_most: largest that is allowed, or None.
@@ -58,7 +58,7 @@ def real_number(name: str, value: Any) -> float:
     """One real number, which may be infinite or NaN.
 
     Args:
-      name: of the setting.
+      name: what messages call the setting.
       value: a number of Python or NumPy, or a real array of no axes.
 
     Returns:
@@ -79,7 +79,7 @@ def positive_number(name: str, value: Any) -> float:
     """One real number above zero and finite.
 
     Args:
-      name: of the setting.
+      name: what messages call the setting.
       value: as for `real_number`.
 
     Returns:
@@ -104,7 +104,7 @@ def collected(name: str, values: Any) -> tuple[Any, ...]:
     """The members of any iterable, read once: a list, a range, an array of one axis, a generator.
 
     Args:
-      name: of the setting.
+      name: what messages call the setting.
       values: an iterable, not empty.
 
     Returns:

@@ -659,7 +659,7 @@ def knn_predict(
       test_features: `[M, F]`.
       num_classes: `C`.
       k: one number or any iterable of them.
-      temperature: of the votes.
+      temperature: as in `knn_class_scores`; None counts all votes alike.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
@@ -737,7 +737,7 @@ def knn_accuracy(
       test_labels: `[M]`.
       num_classes: `C`.
       k: one number or any iterable of them.
-      temperature: of the votes.
+      temperature: as in `knn_class_scores`; None counts all votes alike.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
@@ -1287,7 +1287,7 @@ class GridPoint(NamedTuple):
     Attributes:
       l2_regularization: the strength.
       validation_accuracy: in [0, 1].
-      converged: of its fit.
+      converged: whether the fit reached its tolerance.
       num_iterations: of its fit, from the warm start.
     """
 
@@ -1520,7 +1520,7 @@ def linear_protocol(
     """The sentence beside a linear accuracy.
 
     Args:
-      solver: of the probe.
+      solver: "lbfgs" or "sgd", whichever fitted it.
       l2_regularization: the chosen strength.
       num_strengths: size of the grid that it was chosen from.
       fitted: examples that the final probe was fitted on; say in its name when they are a subset,

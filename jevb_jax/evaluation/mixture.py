@@ -435,7 +435,7 @@ class _Components(NamedTuple):
       df: positive.
       radial_scale: or None.
       radial_df: or None.
-      dtype: of the mixture.
+      dtype: what the arrays of the mixture are rounded to.
     """
 
     location: np.ndarray

@@ -1245,7 +1245,7 @@ def fit_vim(
       features: `[M, F]`, in distribution.
       logits: `[M, C]` of them, linear in the features: not probabilities, nor their logarithms.
       origin: `[F]`, of `vim_origin`.
-      num_components: of the principal subspace.
+      num_components: how many directions the principal subspace has.
 
     Returns:
       A score, features `[N, F]` and logits `[N, C]` to `[N]`.

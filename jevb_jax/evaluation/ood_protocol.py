@@ -186,7 +186,7 @@ def feature(features: Features, name: str) -> Array:
     """The features that a score is of.
 
     Args:
-      features: of the extractor.
+      features: what `FeatureExtractor` returns.
       name: "representation", "embedding", "log_scale" (of the posterior, JEVB), "posterior_residual"
         (of the embedding against its posterior, in standard deviations, JEVB), "terms"
         (`ood.typicality_features`, JEVB) or "concentration" (VI-SimSiam).
@@ -311,7 +311,7 @@ def label_free_fits(train: Features, settings: ScoreSettings) -> Fits:
 
     Args:
       train: features of in-distribution images, with `terms` for JEVB.
-      settings: of the feature scores.
+      settings: neighbors, clusters and the like.
 
     Returns:
       Functions that fit, by name.
@@ -347,7 +347,7 @@ def unfitted_features(method: str, num_views: int) -> Features:
     Its names are those of the method, and its scores that are not fitted are whole.
 
     Args:
-      method: of the config.
+      method: its name in the config, such as "jevb".
       num_views: of JEVB's terms.
 
     Returns:
@@ -375,7 +375,7 @@ def default_score(method: str, ood_settings: dict[str, Any]) -> str:
     """The score of a method where nothing may be chosen, or the config's own.
 
     Args:
-      method: of the config.
+      method: its name in the config, such as "jevb".
       ood_settings: its section `ood`.
 
     Returns:
@@ -421,9 +421,9 @@ def score_names(method: str, ood_settings: dict[str, Any], *, has_labels: bool) 
     """Every score that a run will have, those that degenerate features leave out too.
 
     Args:
-      method: of the config.
+      method: its name in the config, such as "jevb".
       ood_settings: its section `ood`.
-      has_labels: of the training images.
+      has_labels: whether the training images have labels.
 
     Returns:
       Names.
@@ -458,7 +458,7 @@ def make_scorers(
     Args:
       train: features of in-distribution training images, with `terms` for JEVB.
       probe: of the representation, or None for unlabelled data.
-      settings: of the feature scores.
+      settings: neighbors, clusters and the like.
 
     Returns:
       The scores.
@@ -559,7 +559,7 @@ def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> 
 
     Args:
       name: what to call it.
-      group: of its average.
+      group: sets of one group are averaged.
       protocol: what it is, in words: which release, which split list.
       **source: keyword arguments of `data.load_images`.
 
@@ -754,7 +754,7 @@ def jevb_terms_settings(
       model: networks.
       settings: of the objective. The weight of the KL is in no term, nor is its warm-up.
       ood_settings: the section `ood` of a config.
-      augmentation: of all views but the first.
+      augmentation: what makes all views but the first, which is the plain image.
 
     Returns:
       Settings for the feature extractor.
