@@ -117,7 +117,7 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
         for record in MetricsLog.read(workdir / "metrics.jsonl")
         if "validation/knn_20_accuracy" in record
     }
-    assert list(logged) == [8, 16, 24, 32]
+    assert list(logged) == [10, 20, 30, 40]
     assert len(set(logged.values())) > 1
     results = [json.loads((path / "results.json").read_text()) for path in (workdir, reference)]
     assert results[0] == results[1]
