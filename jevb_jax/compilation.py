@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.core import Tracer
-from jax.experimental.compilation_cache import compilation_cache
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -78,7 +77,6 @@ def keep_compiled_programs() -> Path | None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A run compiles a hundred programs, most of them in less than JAX's own limit of a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # JAX looks for the directory once, at its first program
     return directory
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
 from jevb_jax import compilation, data
@@ -190,7 +191,7 @@ def no_cache(monkeypatch):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-    compilation.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
 
 
 def test_where_programs_are_kept_is_the_users_choice(no_cache, tmp_path, monkeypatch, caplog):
