@@ -10,8 +10,10 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from jevb_jax import augmentations, blueprint, data, methods, schema, training
+from jevb_jax import augmentations, blueprint, data, methods, training
 from jevb_jax.networks import JointEmbeddingModel
+from jevb_jax.settings import read
+from jevb_jax.settings.sections import OptimizerSection, RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Experiment:
     """What a config means.
 
     Attributes:
-      config: as plain JSON values.
+      config: as plain JSON values, to be written.
+      settings: the same, to be read.
       dataset: train, validation and test sources.
       model: networks.
       optimizer: of `schedule`.
@@ -33,12 +36,13 @@ class Experiment:
     """
 
     config: dict[str, Any]
+    settings: RunSettings
     dataset: data.Dataset
     model: JointEmbeddingModel
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     view_augmentations: tuple[augmentations.ViewAugmentation, ...]
-    method: methods.Method
+    method: methods.Loss
     jevb_settings: methods.JevbSettings
     steps_per_epoch: int
     num_train_steps: int
@@ -47,7 +51,7 @@ class Experiment:
     @property
     def key(self) -> Array:
         """The run's key."""
-        return jax.random.key(self.config["seed"])
+        return jax.random.key(self.settings.seed)
 
     @property
     def view_shape(self) -> tuple[int, int, int]:
@@ -61,8 +65,8 @@ class Experiment:
             self.model,
             self.optimizer,
             self.view_shape,
-            ema_decay=self.config["train"]["ema_decay"],
-            target_decay=self.config["train"]["target_decay"],
+            ema_decay=self.settings.train.ema_decay,
+            target_decay=self.settings.train.target_decay,
         )
 
     def initial_state(self) -> training.TrainState:
@@ -81,12 +85,12 @@ class Experiment:
             optimizer=self.optimizer,
             view_augmentations=self.view_augmentations,
             method=self.method,
-            num_micro_batches=self.config["train"]["num_micro_batches"],
-            bn_group_size=self.config["train"]["bn_group_size"],
-            ema_decay=self.config["train"]["ema_decay"],
+            num_micro_batches=self.settings.train.num_micro_batches,
+            bn_group_size=self.settings.train.bn_group_size,
+            ema_decay=self.settings.train.ema_decay,
             target_decay=functools.partial(
                 training.target_decay_at,
-                target_decay=self.config["train"]["target_decay"],
+                target_decay=self.settings.train.target_decay,
                 num_steps=self.num_train_steps,
                 earlier=self.earlier,
             ),
@@ -104,12 +108,12 @@ class Experiment:
         if not earlier:
             return self
         schedule = _schedule(
-            self.config["optimizer"],
+            self.settings.optimizer,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=self.num_train_steps,
             earlier=earlier,
         )
-        optimizer = make_optimizer(self.config["optimizer"], schedule)
+        optimizer = make_optimizer(self.settings.optimizer, schedule)
         return dataclasses.replace(
             self, schedule=schedule, optimizer=optimizer, earlier=tuple(earlier)
         )
@@ -117,24 +121,20 @@ class Experiment:
 
 def to_json_values(config: ConfigDict) -> dict[str, Any]:
     """The resolved config as JSON knows it: tuples become lists, NumPy's scalars Python's."""
-    return schema.plain(config.to_dict())
+    return read.plain(config.to_dict())
 
 
-def _method(config: dict[str, Any], jevb_settings: methods.JevbSettings) -> methods.Method:
-    """The method of a config: a function, given the settings of its own section."""
-    functions: dict[str, Callable[..., methods.MethodOutput]] = {
-        "jevb": functools.partial(methods.jevb, settings=jevb_settings),
-        "simsiam": methods.simsiam,
-        "vi_simsiam": methods.vi_simsiam,
-        "byol": methods.byol,
-        "vicreg": functools.partial(methods.vicreg, **config["vicreg"]),
-        "barlow_twins": functools.partial(methods.barlow_twins, **config["barlow_twins"]),
-    }
-    return functions[config["method"]]
+def _loss(settings: RunSettings, jevb_settings: methods.JevbSettings) -> methods.Loss:
+    """The loss of the method, given the settings of its own section."""
+    method = methods.METHODS[settings.method]
+    if method.section == "jevb":
+        return functools.partial(method.loss, settings=jevb_settings)
+    keywords = vars(getattr(settings, method.section)) if method.section else {}
+    return functools.partial(method.loss, **keywords)
 
 
 def _schedule(
-    settings: dict[str, Any],
+    section: OptimizerSection,
     *,
     steps_per_epoch: int,
     num_steps: int,
@@ -142,50 +142,50 @@ def _schedule(
 ) -> optax.Schedule:
     """The learning rate of the section `optimizer`."""
     return training.make_schedule(
-        learning_rate=settings["learning_rate"],
-        warmup_steps=round(settings["warmup_epochs"] * steps_per_epoch),
+        learning_rate=section.learning_rate,
+        warmup_steps=round(section.warmup_epochs * steps_per_epoch),
         num_steps=num_steps,
-        final_learning_rate=settings["final_learning_rate"],
+        final_learning_rate=section.final_learning_rate,
         earlier=earlier,
     )
 
 
 def make_optimizer(
-    section: dict[str, Any], schedule: optax.Schedule
+    section: OptimizerSection, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
     """The optimizer of the section `optimizer` with a schedule; see `training.make_optimizer`."""
     return training.make_optimizer(
-        name=section["name"],
+        name=section.name,
         schedule=schedule,
-        momentum=section["momentum"],
-        weight_decay=section["weight_decay"],
-        trust_coefficient=section["trust_coefficient"],
-        bias_rate_factor=section["bias_rate_factor"],
-        max_gradient_norm=section["max_gradient_norm"],
-        head_learning_rate=section["learning_rate"] if section["constant_head_rate"] else None,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        trust_coefficient=section.trust_coefficient,
+        bias_rate_factor=section.bias_rate_factor,
+        max_gradient_norm=section.max_gradient_norm,
+        head_learning_rate=section.learning_rate if section.constant_head_rate else None,
     )
 
 
-def state_shapes(config: dict[str, Any], view_shape: tuple[int, int, int]) -> training.TrainState:
+def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> training.TrainState:
     """The state of a run as shapes and types, without its data.
 
     Args:
-      config: plain values.
+      settings: of the run.
       view_shape: `(height, width, channels)` of a full view.
 
     Returns:
       A state of `jax.ShapeDtypeStruct`s.
     """
     # The schedule's length follows from the data; the shape of the optimizer's state does not.
-    optimizer = make_optimizer(config["optimizer"], optax.constant_schedule(1.0))
+    optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(1.0))
     return jax.eval_shape(
         lambda key: training.init_state(
             key,
-            blueprint.make_network(config),
+            blueprint.make_network(settings),
             optimizer,
             view_shape,
-            ema_decay=config["train"]["ema_decay"],
-            target_decay=config["train"]["target_decay"],
+            ema_decay=settings.train.ema_decay,
+            target_decay=settings.train.target_decay,
         ),
         jax.random.key(0),
     )
@@ -204,30 +204,33 @@ def build_experiment(config: ConfigDict) -> Experiment:
       ValueError: settings that cannot be meant or do not fit each other, naming them.
     """
     values = to_json_values(config)
-    schema.check_run(values)
-    train, optimizer = values["train"], values["optimizer"]
-    views = blueprint.view_augmentations(values["augmentation"])
-    dataset = data.load_dataset(**values["data"])
+    settings = read.run_settings(values)
+    train = settings.train
+    views = blueprint.view_augmentations(settings.augmentation)
+    dataset = data.load_dataset(**vars(settings.data))
     channels = dataset.train[0].shape[-1]
     if channels != len(views[0].mean):
         raise ValueError(
             f"the images have {channels} channels, but augmentation.mean has "
             f"{len(views[0].mean)} values: give mean and std one for each channel"
         )
-    steps_per_epoch = data.steps_per_epoch(len(dataset.train), train["batch_size"])
-    num_train_steps = round(train["num_epochs"] * steps_per_epoch)
+    steps_per_epoch = data.steps_per_epoch(len(dataset.train), train.batch_size)
+    num_train_steps = round(train.num_epochs * steps_per_epoch)
     if num_train_steps < 1:
-        raise ValueError(f"train.num_epochs = {train['num_epochs']} makes a run of no steps")
-    schedule = _schedule(optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_train_steps)
-    jevb_settings = blueprint.jevb_settings(values, steps_per_epoch=steps_per_epoch)
+        raise ValueError(f"train.num_epochs = {train.num_epochs} makes a run of no steps")
+    schedule = _schedule(
+        settings.optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_train_steps
+    )
+    jevb_settings = blueprint.jevb_settings(settings, steps_per_epoch=steps_per_epoch)
     return Experiment(
         config=values,
+        settings=settings,
         dataset=dataset,
-        model=blueprint.make_network(values),
-        optimizer=make_optimizer(optimizer, schedule),
+        model=blueprint.make_network(settings),
+        optimizer=make_optimizer(settings.optimizer, schedule),
         schedule=schedule,
         view_augmentations=views,
-        method=_method(values, jevb_settings),
+        method=_loss(settings, jevb_settings),
         jevb_settings=jevb_settings,
         steps_per_epoch=steps_per_epoch,
         num_train_steps=num_train_steps,

@@ -54,7 +54,7 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
       "posterior_mean" and "posterior_scale", `[b, D]`; float32. Images of any size are prepared as in
       `Model`; of those that have to be resized, a level may differ by one of 255 (`cut_levels`).
     """
-    view = blueprint.view_augmentations(model.config["augmentation"])[0]
+    view = blueprint.view_augmentations(model.settings.augmentation)[0]
 
     def center_view(image: Array) -> Array:
         if model.square_size:

@@ -18,11 +18,13 @@ from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, augmentations, data, files, messages, model, schema, training, workers
+from jevb_jax import archive, augmentations, data, files, messages, model, training, workers
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs, network_options
 from jevb_jax.experiment import make_optimizer
 from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Images, Model
+from jevb_jax.settings import read
+from jevb_jax.settings.sections import FinetuneSettings
 
 CLASSIFIER = "classifier.safetensors"
 RESULTS = "results.json"
@@ -142,18 +144,18 @@ def finetune(
     keep_compiled_programs()
     console = console or standard_output()
     path = files.to_path(workdir)
-    config = schema.plain(config)
-    schema.check_finetune(config)
+    config = read.plain(config)
+    settings = read.finetune_settings(config)
     _check_new(path)
     if jax.process_count() > 1:
         raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
-    init = config["init"]
+    init = settings.init
     encoder = model.load(
-        init["workdir"],
-        None if init["step"] < 0 else init["step"],
-        batch_size=config["evaluation"]["batch_size"],
-    ).with_square_size(config["data"]["image_size"])
-    dataset = data.load_dataset(**config["data"])
+        init.workdir,
+        None if init.step < 0 else init.step,
+        batch_size=settings.evaluation.batch_size,
+    ).with_square_size(settings.data.image_size)
+    dataset = data.load_dataset(**vars(settings.data))
     for part in dataset[:3]:  # read once more at the end: refused before the training
         if part is not None and part.labels is None:
             raise ValueError(f"fine-tuning needs labels, and {part.name} has none")
@@ -161,8 +163,8 @@ def finetune(
     # Who reads the lines may leave before the end; nothing is saved before it, so it goes on.
     with files.lock_directory(path) as check_held, unbroken(console):
         _check_new(path)  # again: another process may have just ended there
-        classifier, accuracies = _train(config, encoder, dataset, console)
-        results = _results(config, dataset, classifier, accuracies)
+        classifier, accuracies = _train(settings, encoder, dataset, console)
+        results = _results(settings, dataset, classifier, accuracies)
         check_held()
         model.write_model(
             classifier.model,
@@ -193,7 +195,7 @@ def _labelled(source: data.ImageSource) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _results(
-    config: dict[str, Any],
+    settings: FinetuneSettings,
     dataset: data.Dataset,
     classifier: Classifier,
     accuracies: list[float],
@@ -205,9 +207,9 @@ def _results(
         "validation_accuracies": accuracies,
     }
     sentence = (
-        f"{'linear classifier on the frozen' if config['init']['frozen'] else 'fine-tuned'} encoder "
-        f"of {config['init']['workdir']}, {len(dataset.train):,} labelled images of "
-        f"{dataset.train.name}, epoch {best} of {config['train']['num_epochs']} chosen on "
+        f"{'linear classifier on the frozen' if settings.init.frozen else 'fine-tuned'} encoder "
+        f"of {settings.init.workdir}, {len(dataset.train):,} labelled images of "
+        f"{dataset.train.name}, epoch {best} of {settings.train.num_epochs} chosen on "
         f"{len(dataset.validation):,} validation images"
     )
     if dataset.test is not None:
@@ -218,28 +220,22 @@ def _results(
 
 
 def _train(
-    config: dict[str, Any], encoder: Model, dataset: data.Dataset, console: Console
+    settings: FinetuneSettings, encoder: Model, dataset: data.Dataset, console: Console
 ) -> tuple[Classifier, list[float]]:
     """The best epoch's encoder and classifier, and validation accuracies by epoch."""
     images, labels = _labelled(dataset.train)
     validation_images, validation_labels = _labelled(dataset.validation)
-    settings, is_frozen = config["train"], config["init"]["frozen"]
-    steps_per_epoch = data.steps_per_epoch(len(images), settings["batch_size"])
-    num_steps = settings["num_epochs"] * steps_per_epoch
-    if num_steps < 1:
-        raise ValueError(f"train.num_epochs = {settings['num_epochs']} makes no steps")
+    train, is_frozen = settings.train, settings.init.frozen
+    steps_per_epoch = data.steps_per_epoch(len(images), train.batch_size)
+    num_steps = train.num_epochs * steps_per_epoch
     backbone: Any = encoder.network.backbone
-    section: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config["augmentation"].items()
-    }
     view = augmentations.ViewAugmentation(
         size=encoder.image_size,
-        mean=tuple(encoder.config["augmentation"]["mean"]),
-        std=tuple(encoder.config["augmentation"]["std"]),
+        mean=encoder.settings.augmentation.mean,
+        std=encoder.settings.augmentation.std,
         jitter_probability=0.0,
         grayscale_probability=0.0,
-        **section,
+        **vars(settings.augmentation),
     )
     # One learning rate then suits every encoder; fixed, so that the classifier stays linear.
     features = encoder.represent(images)
@@ -249,12 +245,12 @@ def _train(
         "feature_std": np.where(std > 1e-6 * np.abs(features).max(), std, 1).astype(np.float32),
     }
     schedule = training.make_schedule(
-        learning_rate=config["optimizer"]["learning_rate"],
-        warmup_steps=round(config["optimizer"]["warmup_epochs"] * steps_per_epoch),
+        learning_rate=settings.optimizer.learning_rate,
+        warmup_steps=round(settings.optimizer.warmup_epochs * steps_per_epoch),
         num_steps=num_steps,
-        final_learning_rate=config["optimizer"]["final_learning_rate"],
+        final_learning_rate=settings.optimizer.final_learning_rate,
     )
-    optimizer = make_optimizer(config["optimizer"], schedule)
+    optimizer = make_optimizer(settings.optimizer, schedule)
     frozen = encoder.variables["params"]["backbone"]
     # ViT has no BatchNorm, and so no statistics.
     batch_stats = encoder.variables["batch_stats"].get("backbone", {})
@@ -301,15 +297,15 @@ def _train(
         predicted = classifier_of(tuned, batch_stats).predict(validation_images)
         return float(np.mean(predicted == validation_labels))
 
-    key = jax.random.key(config["seed"])
+    key = jax.random.key(settings.seed)
     state = optimizer.init(tuned)
     accuracies = [accuracy(tuned, batch_stats)]
     best = tuned, batch_stats
     order = functools.partial(
         data.batch_indices,
         num_examples=len(images),
-        batch_size=settings["batch_size"],
-        seed=config["seed"],
+        batch_size=train.batch_size,
+        seed=settings.seed,
     )
     for number in range(num_steps):
         rows = order(number)
@@ -326,7 +322,7 @@ def _train(
             if accuracies[-1] > max(accuracies[:-1]):
                 best = tuned, batch_stats
             console.print(
-                f"epoch {(number + 1) // steps_per_epoch}/{settings['num_epochs']}  "
+                f"epoch {(number + 1) // steps_per_epoch}/{train.num_epochs}  "
                 f"loss {loss_value:.4f}  validation accuracy {accuracies[-1]:.4f}"
             )
     return classifier_of(*best), accuracies

@@ -1,6 +1,6 @@
 """Methods: what each makes of the views' outputs, in one shape for the one training step.
 
-A method is a function `(key, views, targets, *, step, radial_scale) -> MethodOutput`:
+The loss of a method is a function `(key, views, targets, *, step, radial_scale) -> MethodOutput`:
 
 * `key`: `[batch]` keys, one for each example;
 * `views`: `ViewOutputs` of two views, then of smaller crops;
@@ -8,13 +8,14 @@ A method is a function `(key, views, targets, *, step, radial_scale) -> MethodOu
   of an averaged network. The losses stop their gradient;
 * `step`: steps done, for schedules; `radial_scale`: learned, or None.
 
-What a method does not need it ignores. The caller averages over examples.
+What a loss does not need it ignores. The caller averages over examples. `METHODS` is the one table of
+methods: what else differs between them stands there.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import baselines, mass, objective
-from jevb_jax.networks import ViewOutputs
+from jevb_jax.networks import HeadName, ViewOutputs
 
 
 class MethodOutput(NamedTuple):
@@ -37,7 +38,7 @@ class MethodOutput(NamedTuple):
     metrics: dict[str, Array]
 
 
-class Method(Protocol):
+class Loss(Protocol):
     """See the module."""
 
     def __call__(
@@ -264,3 +265,54 @@ def barlow_twins(
     )
     metrics = {name: getattr(terms, name) for name in ("invariance", "redundancy")}
     return MethodOutput(loss_weight * terms.loss, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What differs between methods.
+
+    Attributes:
+      loss: as the module says; with the keyword arguments of its own section, if it has one.
+      head: what follows the projector.
+      default_score: of detection, where none is asked for.
+      target: whether an averaged network is needed, possible, or makes no sense.
+      takes_small_crops: whether further views are of any use.
+      section: of the config, whose settings are keyword arguments of the loss; "" without one. The
+        section `jevb` is the exception: its settings come as one `JevbSettings`.
+    """
+
+    loss: Callable[..., MethodOutput]
+    head: HeadName
+    default_score: str
+    target: Literal["needed", "possible", "none"] = "possible"
+    takes_small_crops: bool = False
+    section: str = ""
+
+
+# Adding a method is one function above and one row here (docs/adding_a_method.md).
+METHODS: dict[str, Method] = {
+    "jevb": Method(
+        jevb,
+        head="posterior",
+        default_score="jevb/mixture_and_residual",
+        takes_small_crops=True,
+        section="jevb",
+    ),
+    "simsiam": Method(simsiam, head="vector", default_score="embedding/mahalanobis"),
+    "vi_simsiam": Method(vi_simsiam, head="direction", default_score="vi_simsiam/concentration"),
+    "byol": Method(byol, head="vector", default_score="embedding/mahalanobis", target="needed"),
+    "vicreg": Method(
+        vicreg,
+        head="none",
+        default_score="embedding/mahalanobis",
+        target="none",
+        section="vicreg",
+    ),
+    "barlow_twins": Method(
+        barlow_twins,
+        head="none",
+        default_score="embedding/mahalanobis",
+        target="none",
+        section="barlow_twins",
+    ),
+}

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, blueprint, data, data_record, files
+from jevb_jax import archive, blueprint, data, data_record, files, methods
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import ood, ood_protocol, saved_scores
 from jevb_jax.evaluation.features import FeatureExtractor, Features
@@ -30,8 +30,12 @@ from jevb_jax.image_inputs import GivenImages, check_images, in_order, prepared
 from jevb_jax.image_preparation import cut_square
 from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
 from jevb_jax.networks import Posterior
+from jevb_jax.settings import read
+from jevb_jax.settings.saved_config import completed_config, saved_config
+from jevb_jax.settings.sections import RunSettings
 
 _T = TypeVar("_T")
+
 _logger = logging.getLogger(__name__)
 _PROGRESS_AFTER_SECONDS = 3.0
 DETECTOR = "detector.safetensors"
@@ -86,6 +90,7 @@ class Model:
 
     Attributes:
       config: of the run, plain values.
+      settings: the same, typed.
       step: training step of the checkpoint, from 0.
       variables: parameters and running statistics, for use with `network.apply`.
       network: the Flax module.
@@ -120,16 +125,17 @@ class Model:
           ValueError: a batch size below one, or numbers that are not whole.
         """
         self.config = config
+        self.settings = read.saved_settings(config)
         self.step = _whole_number("step", step)
-        self.network = blueprint.make_network(config)
-        self._view = blueprint.view_augmentations(config["augmentation"])[0]
+        self.network = blueprint.make_network(self.settings)
+        self._view = blueprint.view_augmentations(self.settings.augmentation)[0]
         self.image_size = self._view.size
         self.num_channels = len(self._view.mean)
         self.square_size = _whole_number(
-            "square_size", config["data"]["image_size"] if square_size is None else square_size
+            "square_size", self.settings.data.image_size if square_size is None else square_size
         )
         self._batch_size = _whole_number(
-            "batch_size", config["evaluation"]["batch_size"] if batch_size is None else batch_size
+            "batch_size", self.settings.evaluation.batch_size if batch_size is None else batch_size
         )
         if self._batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self._batch_size}")
@@ -149,7 +155,7 @@ class Model:
 
     def __repr__(self) -> str:
         return (
-            f"Model({self.config['method']}, {self.config['model']['backbone']}, step {self.step}, "
+            f"Model({self.settings.method}, {self.settings.model.backbone}, step {self.step}, "
             f"images {self.image_size}x{self.image_size}x{self.num_channels})"
         )
 
@@ -230,10 +236,8 @@ class Model:
         Raises:
           ValueError: the method has no posterior; and as the class.
         """
-        if self.config["method"] != "jevb":
-            raise ValueError(
-                f"only jevb has a posterior, and this is a {self.config['method']} run"
-            )
+        if methods.METHODS[self.settings.method].head != "posterior":
+            raise ValueError(f"only jevb has a posterior, and this is a {self.settings.method} run")
 
         def parameters(features: Features) -> GaussianPosterior:
             prediction: Posterior = features.prediction
@@ -365,7 +369,7 @@ class Model:
         if name not in self._scorers:
             if has_terms not in self._fit_features:
                 train = self._data("fit_images").train
-                rows = ood_protocol.fit_rows(len(train), self.config["ood"]["max_fit_images"])
+                rows = ood_protocol.fit_rows(len(train), self.settings.ood.max_fit_images)
                 extract = self._extractor(self._batch_size, has_terms)
                 self._fit_features[has_terms] = extract(self.variables, data.Subset(train, rows))
             self._scorers[name] = self._fits(self._fit_features[has_terms])[name]()
@@ -375,10 +379,10 @@ class Model:
         """The run's own data; an error names the argument that makes them needless."""
         if self._dataset is None:
             try:
-                dataset = data.load_dataset(**self.config["data"])
+                dataset = data.load_dataset(**vars(self.settings.data))
             except (OSError, ImportError, ValueError, TypeError) as error:
                 raise ValueError(
-                    f"the run's own images ({self.config['data']['source']}) cannot be loaded here "
+                    f"the run's own images ({self.settings.data.source}) cannot be loaded here "
                     f"({type(error).__name__}: {error}): pass {argument}= with in-distribution images"
                 ) from error
             if self.recorded_data is not None:
@@ -400,7 +404,7 @@ class Model:
             if has_terms:
                 terms = ood_protocol.jevb_terms_settings(
                     self.network,
-                    blueprint.jevb_settings(self.config, steps_per_epoch=0),
+                    blueprint.jevb_settings(self.settings, steps_per_epoch=0),
                     self.config["ood"],
                     augmentation=self._view,
                 )
@@ -686,25 +690,24 @@ def load(
     return _load_run(directory, step, batch_size)
 
 
-def _checked_config(config: dict[str, Any], where: Path) -> None:
-    """Raises if this version cannot build networks and views from a config."""
+def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
+    """Settings of a config, refused if this version cannot build networks and views from them."""
     try:
-        blueprint.make_network(config)
-        blueprint.view_augmentations(config["augmentation"])
-        blueprint.jevb_settings(config, steps_per_epoch=0)
-        for section in ("evaluation", "ood", "data", "train"):
-            config[section]
-    except (KeyError, TypeError) as error:
+        settings = read.saved_settings(config)
+        blueprint.make_network(settings)
+        blueprint.view_augmentations(settings.augmentation)
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"the config of {where} is of another version of jevb_jax: {error!r}"
+            f"the config of {where} is of another version of jevb_jax: {error}"
         ) from error
+    return settings
 
 
 @in_single_precision
-def variable_shapes(config: Mapping[str, Any]) -> Any:
-    """Parameters and running statistics of a config's networks, as shapes and types."""
-    network = blueprint.make_network(config)
-    view = blueprint.view_augmentations(config["augmentation"])[0]
+def variable_shapes(settings: RunSettings) -> Any:
+    """Parameters and running statistics of a run's networks, as shapes and types."""
+    network = blueprint.make_network(settings)
+    view = blueprint.view_augmentations(settings.augmentation)[0]
     image = jax.ShapeDtypeStruct((2, view.size, view.size, len(view.mean)), np.float32)
     return jax.eval_shape(
         lambda key, images: network.init(key, images, train=True), jax.random.key(0), image
@@ -725,9 +728,8 @@ def load_archive(directory: Path, batch_size: int | None = None) -> Model:
       ArchiveError: it is damaged or does not fit its config.
     """
     manifest = archive.read_manifest(directory)
-    config = blueprint.completed_config(manifest["config"])
-    _checked_config(config, directory)
-    wanted = variable_shapes(config)
+    config = completed_config(manifest["config"])
+    wanted = variable_shapes(_saved_settings(config, directory))
     arrays = archive.read_arrays(directory, manifest)
     problems = differences(arrays, flatten_names(wanted), where="export")
     if problems:
@@ -824,20 +826,18 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
 
     if step is not None and not isinstance(step, str):
         step = _whole_number("step", step)
-    saved = files.read_json(directory / "config.json")
-    config = blueprint.saved_config(saved, directory / "config.json")
-    _checked_config(config, directory)
+    config_path = directory / "config.json"
+    config = saved_config(files.read_json(config_path), config_path)
+    settings = _saved_settings(config, directory)
     if not (directory / "checkpoints").exists():
         raise CheckpointError(f"{directory} holds no checkpoint: train first")
-    view = blueprint.view_augmentations(config["augmentation"])[0]
+    view = blueprint.view_augmentations(settings.augmentation)[0]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state_shapes(config, (view.size, view.size, len(view.mean))),
+        state_shapes(settings, (view.size, view.size, len(view.mean))),
     )
-    checkpointer = Checkpointer(
-        directory / "checkpoints", keep_best=config["checkpoint"]["keep_best"]
-    )
+    checkpointer = Checkpointer(directory / "checkpoints", keep_best=settings.checkpoint.keep_best)
     try:
         steps = checkpointer.steps()
         if step == "best":

@@ -1,6 +1,7 @@
 """The only loop: trains a config in a directory, resumes what it finds there, evaluates at the end."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import logging
@@ -24,7 +25,6 @@ from rich.console import Console
 from jevb_jax import (
     archive,
     augmentations,
-    blueprint,
     data,
     data_record,
     files,
@@ -36,7 +36,6 @@ from jevb_jax import (
     parallel,
     report,
     run_report,
-    schema,
     training,
     workers,
 )
@@ -54,6 +53,9 @@ from jevb_jax.networks import (
 )
 from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
 from jevb_jax.parallel import StoppedError
+from jevb_jax.settings import read
+from jevb_jax.settings.saved_config import completed_finetune, saved_config, versioned
+from jevb_jax.settings.sections import RunSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -198,10 +200,10 @@ def _check_config(workdir: Path, experiment: Experiment, check_data: Callable[[]
     if not path.exists():
         _check_unused(workdir)
         check_data()
-        files.write_json_atomically(path, config)
+        files.write_json_atomically(path, versioned(config))
         return
-    saved = blueprint.saved_config(files.read_json(path), path)
-    refused = refused_changes(saved, config)
+    found = saved_config(files.read_json(path), path)
+    refused = refused_changes(found, config)
     if refused:
         lines = [
             f"  {key}: the run has {old!r}, got {new!r}" for key, (old, new) in refused.items()
@@ -219,11 +221,11 @@ def _check_config(workdir: Path, experiment: Experiment, check_data: Callable[[]
             f"{', '.join(CHANGEABLE_ON_RESUME)} may change.{longer}"
         )
     check_data()
-    changes = changed_keys(saved, config)
+    changes = changed_keys(found, config)
     if _is_longer(changes):
-        _extend(workdir, round(saved["train"]["num_epochs"] * experiment.steps_per_epoch))
+        _extend(workdir, round(found["train"]["num_epochs"] * experiment.steps_per_epoch))
     if changes:
-        files.write_json_atomically(path, config)
+        files.write_json_atomically(path, versioned(config))
 
 
 _EXTENSIONS = "extensions.json"
@@ -329,9 +331,9 @@ def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) ->
     return files.json_sha256({**sections, "data": list(data_changes)} if data_changes else sections)
 
 
-def _steps_per_dispatch(config: dict[str, Any]) -> int:
+def _steps_per_dispatch(settings: RunSettings) -> int:
     """Steps in one compiled call: loops of convolutions are slow on the CPU alone."""
-    asked = config["train"]["steps_per_dispatch"]
+    asked = settings.train.steps_per_dispatch
     return asked or (1 if jax.default_backend() == "cpu" else 10)
 
 
@@ -343,21 +345,18 @@ class _Batches:
 
     def __init__(self, experiment: Experiment, start_step: int, mesh: Mesh):
         self._over_data = parallel.over_data(mesh, axis=1)
-        config = experiment.config
-        settings = config["input"]
+        settings = experiment.settings
         source = experiment.dataset.train
+        self._batch_size = settings.train.batch_size
         self._batch_indices = functools.partial(
             data.batch_indices,
             num_examples=len(source),
-            batch_size=config["train"]["batch_size"],
-            seed=config["seed"],
+            batch_size=self._batch_size,
+            seed=settings.seed,
         )
-        self._chunk_steps = _steps_per_dispatch(config)
-        self._batch_size = config["train"]["batch_size"]
-        placement = settings["placement"]
-        if placement not in ("auto", "resident", "stream"):
-            raise ValueError(f"input.placement must be auto, resident or stream, got {placement!r}")
-        fits = data.fits_resident(source, limit_bytes=settings["resident_limit_bytes"])
+        self._chunk_steps = _steps_per_dispatch(settings)
+        placement = settings.input.placement
+        fits = data.fits_resident(source, limit_bytes=settings.input.resident_limit_bytes)
         self._is_resident = placement == "resident" or (placement == "auto" and fits)
         self._load = lambda: parallel.put(data.load_resident(source), parallel.replicated(mesh))
         self._open = functools.partial(
@@ -366,9 +365,9 @@ class _Batches:
             start_step=start_step,
             num_steps=experiment.num_train_steps - start_step,
             batch_size=self._batch_size,
-            seed=config["seed"],
-            num_workers=settings["num_workers"],
-            prefetch_batches=settings["prefetch_batches"],
+            seed=settings.seed,
+            num_workers=settings.input.num_workers,
+            prefetch_batches=settings.input.prefetch_batches,
             rows=parallel.local_rows(self._batch_size),
         )
         self._resident: Array | None = None
@@ -402,12 +401,12 @@ def _health_check(experiment: Experiment) -> Any:
 
     Every process computes it for itself, on its first device.
     """
-    settings = experiment.config["train"]
-    embedding_dim = experiment.config["model"]["embedding_dim"]
+    settings = experiment.settings.train
+    embedding_dim = experiment.settings.model.embedding_dim
     source = experiment.dataset.validation
-    if settings["health_every_steps"] <= 0:
+    if settings.health_every_steps <= 0:
         return None
-    count = min(len(source), settings["health_num_images"])
+    count = min(len(source), settings.health_num_images)
     if count <= embedding_dim:
         _logger.warning(
             "No effective rank will be logged: it needs more images than embedding_dim = %d, and the "
@@ -436,7 +435,7 @@ def _health_check(experiment: Experiment) -> Any:
             values["concentration_mean"] = jnp.mean(output.prediction.concentration)
         if isinstance(output.prediction, Posterior | DirectionalPrediction):
             values |= _information_values(experiment, state, images)
-        if settings["health_pairs"]:
+        if settings.health_pairs:
             values |= _pair_values(experiment, state, images)
         return values
 
@@ -449,7 +448,7 @@ def _posterior_values(
 ) -> dict[str, Array]:
     """Posteriors of the images, their scales' floor and the width of the radial likelihood."""
     settings: methods.JevbSettings = experiment.jevb_settings
-    min_scale = experiment.config["model"]["min_scale"]
+    min_scale = experiment.settings.model.min_scale
     mean, scale = output.posterior_mean, output.posterior_scale
     summary = health.posterior_summary(mean, scale, prior_scale=settings.prior_scale)
     values = {f"posterior_{name}": value for name, value in summary._asdict().items()}
@@ -538,19 +537,19 @@ def _write_evidence(workdir: Path, experiment: Experiment, state: training.Train
         return directory
     directory.mkdir(exist_ok=True)
     files.write_arrays_atomically(directory / "state.npz", arrays)
-    settings = experiment.config
+    settings = experiment.settings
     indices = data.batch_indices(
         step,
         num_examples=len(experiment.dataset.train),
-        batch_size=settings["train"]["batch_size"],
-        seed=settings["seed"],
+        batch_size=settings.train.batch_size,
+        seed=settings.seed,
     )
     step_key = jax.random.fold_in(experiment.key, step)
     files.write_json_atomically(
         directory / "batch.json",
         {
             "step": step,
-            "seed": settings["seed"],
+            "seed": settings.seed,
             "step_key": np.asarray(jax.random.key_data(step_key)).tolist(),
             "train_indices": indices.tolist(),
         },
@@ -618,16 +617,15 @@ class _Run:
         self.mesh = mesh
         self.check_held = check_held
         self.stop = stop
-        self.config = experiment.config
-        self.embedding_dim: int = self.config["model"]["embedding_dim"]
+        self.embedding_dim = experiment.settings.model.embedding_dim
         self.workdir = workdir
         self.console = console
         self.log = MetricsLog(workdir, is_writer=parallel.is_main())
-        settings = self.config["checkpoint"]
+        settings = experiment.settings.checkpoint
         self.checkpointer = Checkpointer(
             workdir / "checkpoints",
-            keep_latest=settings["keep_latest"],
-            keep_best=settings["keep_best"],
+            keep_latest=settings.keep_latest,
+            keep_best=settings.keep_best,
             keep_steps=[length.until_step for length in experiment.earlier],
         )
         self.rank: float | None = None
@@ -638,7 +636,7 @@ class _Run:
 
     def shardings(self, state: training.TrainState) -> training.TrainState:
         """How the state lies over the devices."""
-        is_cut = self.config["train"]["shard_optimizer_state"]
+        is_cut = self.experiment.settings.train.shard_optimizer_state
         return training.state_shardings(state, self.mesh, shard_optimizer_state=is_cut)
 
     def restore(self) -> training.TrainState:
@@ -666,11 +664,12 @@ class _Run:
         """Starts a checkpoint of a state whose metrics are known to be finite."""
         parallel.on_main(self.check_held)
         score = None
-        if self.config["checkpoint"]["keep_best"]:
-            score = self.validation_knn(state)[protocol.best_measure(self.config["evaluation"])]
+        if self.experiment.settings.checkpoint.keep_best:
+            measure = protocol.best_measure(self.experiment.config["evaluation"])
+            score = self.validation_knn(state)[measure]
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.log.flush()
-        self.checkpointer.save(int(state.step), state, config=self.config, score=score)
+        self.checkpointer.save(int(state.step), state, config=self.experiment.config, score=score)
 
     def record(self, dispatch: _Dispatch, state: training.TrainState) -> dict[str, float]:
         """Fetches a dispatch's metrics, logs them, and stops on a step that was not finite.
@@ -679,7 +678,7 @@ class _Run:
         """
         first_step, num_steps, metrics, is_finite = jax.device_get(dispatch)
         rows = num_steps if is_finite else int(state.step) - first_step + 1
-        every = self.config["train"]["log_every_steps"]
+        every = self.experiment.settings.train.log_every_steps
         values: dict[str, float] = {}
         for row in range(rows):
             step = first_step + row + 1
@@ -744,11 +743,11 @@ class _Run:
 
     def train(self, state: training.TrainState) -> training.TrainState:
         """Runs the loop from a state to the end of the run or to a request to stop."""
-        settings = self.config["train"]
+        settings = self.experiment.settings.train
         num_steps = self.experiment.num_train_steps
-        health_every = settings["health_every_steps"] if self.check_health is not None else 0
-        save_every = self.config["checkpoint"]["every_steps"]
-        knn_every = settings["knn_every_epochs"] * self.experiment.steps_per_epoch
+        health_every = settings.health_every_steps if self.check_health is not None else 0
+        save_every = self.experiment.settings.checkpoint.every_steps
+        knn_every = settings.knn_every_epochs * self.experiment.steps_per_epoch
         boundaries = [every for every in (health_every, save_every, knn_every) if every]
         chunk = training.make_train_chunk(
             self.experiment.train_step, mesh=self.mesh, shardings=self.shardings(state)
@@ -767,12 +766,12 @@ class _Run:
 
             def settle(dispatch: _Dispatch) -> None:
                 values = self.record(dispatch, state)
-                meter.add(dispatch.num_steps * settings["batch_size"])
+                meter.add(dispatch.num_steps * settings.batch_size)
                 end = dispatch.first_step + dispatch.num_steps
                 progress.update(end, _status(values, self.rank, meter.images_per_second))
 
             while step < num_steps and not is_stopping:
-                count = min(_steps_per_dispatch(self.config), num_steps - step)
+                count = min(_steps_per_dispatch(self.experiment.settings), num_steps - step)
                 if boundaries:
                     count = min(count, _next_boundary(step, *boundaries) - step)
                 try:
@@ -819,8 +818,8 @@ def _start_variables(experiment: Experiment) -> dict[str, Any]:
     Raises:
       ValueError: they are those of another network; every difference is named.
     """
-    settings = experiment.config["init"]
-    loaded = model.load(settings["workdir"], None if settings["step"] < 0 else settings["step"])
+    settings = experiment.settings.init
+    loaded = model.load(settings.workdir, None if settings.step < 0 else settings.step)
     shapes = jax.eval_shape(experiment.initial_state)
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     problems = differences(
@@ -828,7 +827,7 @@ def _start_variables(experiment: Experiment) -> dict[str, Any]:
     )
     if problems:
         raise ValueError(
-            f"init.workdir = {settings['workdir']} holds another network:\n"
+            f"init.workdir = {settings.workdir} holds another network:\n"
             + "\n".join(problems)
             + "\nGive the method and the section model of that run, or leave init.workdir empty."
         )
@@ -884,19 +883,19 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     readiness.check(experiment)
     mesh = parallel.make_mesh()
     parallel.check_divisible(
-        experiment.config["train"]["batch_size"],
-        experiment.config["train"]["num_micro_batches"],
+        experiment.settings.train.batch_size,
+        experiment.settings.train.num_micro_batches,
         mesh,
     )
     start = None
-    if experiment.config["init"]["workdir"] and not saved_steps(workdir / "checkpoints"):
+    if experiment.settings.init.workdir and not saved_steps(workdir / "checkpoints"):
         start = _start_variables(experiment)
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
         check_held: Callable[[], None] = _check_nothing
         data_changes: list[str] = []
 
         def check_data() -> None:
-            accept = experiment.config["input"]["accept_changed_data"]
+            accept = experiment.settings.input.accept_changed_data
             data_changes.extend(
                 data_record.check_training(workdir, experiment.dataset, accept_change=accept)
             )
@@ -1034,7 +1033,7 @@ def _write_results(
     keep_other_results(workdir, suffix, results["settings_sha256"])
     files.write_text_atomically(workdir / f"results{suffix}.csv", protocol.results_csv(results))
     records = MetricsLog.read(workdir / "metrics.jsonl")
-    embedding_dim = experiment.config["model"]["embedding_dim"]
+    embedding_dim = experiment.settings.model.embedding_dim
     alarms = [
         html_report.Alarm(*alarm)
         for alarm in health.alarm_history(records, embedding_dim=embedding_dim)
@@ -1089,7 +1088,7 @@ def evaluate(
     data_changes = data_record.check_evaluation(
         workdir,
         experiment.dataset,
-        accept_change=experiment.config["input"]["accept_changed_data"],
+        accept_change=experiment.settings.input.accept_changed_data,
     )
     readiness.check(experiment)
     if not (workdir / "environment.json").exists():
@@ -1160,18 +1159,18 @@ def evaluate_on(
     if jax.process_count() > 1:
         raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
     workdir = files.to_path(workdir)
-    schema.check_data_section(to_json_values(section))
+    described = read.data_section(to_json_values(section))
     evaluation = to_json_values(config)["evaluation"]
     loaded = model.load(workdir, step)
-    described = to_json_values(section)
-    if described["source"] in ("folder", "tfds") and not described["image_size"]:
-        described["image_size"] = loaded.square_size  # photos are cut as the encoder's own were
-    dataset = data.load_dataset(**described)
+    if described.source in ("folder", "tfds") and not described.image_size:
+        # Photos are cut as the encoder's own were.
+        described = dataclasses.replace(described, image_size=loaded.square_size)
+    dataset = data.load_dataset(**vars(described))
     with parallel.StopRequest() as stop, stop.interrupting():
         results = protocol.evaluate_transfer(
             evaluation, loaded.extractor, loaded.variables, dataset
         )
-    results |= {"step": loaded.step, "data": described, "evaluation": evaluation}
+    results |= {"step": loaded.step, "data": read.plain(vars(described)), "evaluation": evaluation}
     made_of = {name: results[name] for name in ("step", "data", "evaluation")}
     # Paths do not tell data apart: relative ones, and files that were replaced.
     made_of["images"] = data_record.fingerprint(dataset)
@@ -1237,9 +1236,9 @@ def read_config(path: str | Path) -> ConfigDict:
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
     path = files.to_path(path)
-    saved = files.read_json(path)
-    if path.name == archive.MANIFEST and isinstance(saved, dict):
-        if "finetuned" in saved:
-            return ConfigDict(tuples(blueprint.completed_finetune(saved["finetuned"])))
-        saved = saved.get("config")
-    return ConfigDict(tuples(blueprint.saved_config(saved, path)))
+    found = files.read_json(path)
+    if path.name == archive.MANIFEST and isinstance(found, dict):
+        if "finetuned" in found:
+            return ConfigDict(tuples(completed_finetune(found["finetuned"])))
+        found = found.get("config")
+    return ConfigDict(tuples(saved_config(found, path)))

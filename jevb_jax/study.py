@@ -35,12 +35,13 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jevb_jax import files, messages, runner, schema
-from jevb_jax.blueprint import completed_config
+from jevb_jax import files, messages, runner
 from jevb_jax.checkpoints import changed_keys, config_hash
 from jevb_jax.compilation import CACHE_VARIABLE
 from jevb_jax.experiment import to_json_values
 from jevb_jax.metrics_log import MetricsLog, standard_output, unbroken
+from jevb_jax.settings import read
+from jevb_jax.settings.saved_config import saved_config
 
 _BUSY_STATUS = 75  # of a child whose directory another process uses
 _COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito
@@ -393,10 +394,10 @@ class Study:
         """
         # Read once: an iterator would be empty the second time. ConfigDict takes no NumPy integers.
         for field in ("seeds", "measures", "figures"):
-            object.__setattr__(self, field, tuple(schema.plain(tuple(getattr(self, field)))))
-        bad_seeds = [seed for seed in self.seeds if not schema.RUN["seed"].accepts(seed)]
+            object.__setattr__(self, field, tuple(read.plain(tuple(getattr(self, field)))))
+        bad_seeds = [seed for seed in self.seeds if not read.RUN["seed"].accepts(seed)]
         if bad_seeds:
-            raise ValueError(f"every seed must be {schema.RUN['seed'].says}, got {bad_seeds}")
+            raise ValueError(f"every seed must be {read.RUN['seed'].says}, got {bad_seeds}")
         labels = [measure.label for measure in self.measures]
         figure_names = [figure.name for figure in self.figures]
         if not self.runs or not self.seeds:
@@ -472,11 +473,11 @@ def check_settings(study: Study) -> None:
       study: what will be run.
 
     Raises:
-      ValueError: the name of the run and its settings, as `schema.check_run`.
+      ValueError: the name of the run and its settings, as `read.run_settings`.
     """
     for name, config in study.runs.items():
         try:
-            schema.check_run(to_json_values(config))
+            read.run_settings(to_json_values(config))
         except ValueError as error:
             raise ValueError(f"run {name}: {error}") from error
 
@@ -498,14 +499,16 @@ class _Run(NamedTuple):
         saved = _read_json(self.directory / "config.json")
         if saved is None:
             return {}
-        return changed_keys(completed_config(saved), to_json_values(self.config))
+        return changed_keys(saved_config(saved, self.directory), to_json_values(self.config))
 
     def refused_changes(self) -> dict[str, tuple[Any, Any]]:
         """Those of them with which the run cannot go on."""
         saved = _read_json(self.directory / "config.json")
         if saved is None:
             return {}
-        return runner.refused_changes(completed_config(saved), to_json_values(self.config))
+        return runner.refused_changes(
+            saved_config(saved, self.directory), to_json_values(self.config)
+        )
 
     def read(self) -> RunData:
         """Everything that the directory holds."""

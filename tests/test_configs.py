@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, one_class, ood, recipes, transfer
-from jevb_jax import blueprint, checkpoints, experiment, runner, study
+from jevb_jax import checkpoints, experiment, runner, study
+from jevb_jax.settings import saved_config
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -34,9 +35,9 @@ CASES = [
 
 def test_settings_that_came_later_are_added_as_json_has_them():
     saved = experiment.to_json_values(default.get_config())
-    for section, before in blueprint._BEFORE.items():
+    for section, before in saved_config._BEFORE.items():
         saved[section] = {k: v for k, v in saved[section].items() if k not in before}
-    completed = blueprint.completed_config(saved)
+    completed = saved_config.completed_config(saved)
     assert completed.keys() == saved.keys()
     assert json.loads(json.dumps(completed)) == completed
     assert completed["evaluation"]["knn_uniform_k"] == []

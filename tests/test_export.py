@@ -13,6 +13,7 @@ from jevb_jax import model as model_module
 from jevb_jax.archive import ArchiveError
 from jevb_jax.experiment import to_json_values
 from jevb_jax.model import Model, load
+from jevb_jax.settings import read
 
 
 def small_model(method: str = "jevb", *, square_size: int = 0, **model: Any) -> Model:
@@ -26,7 +27,7 @@ def small_model(method: str = "jevb", *, square_size: int = 0, **model: Any) -> 
     config.model.update(model)
     config.jevb.df = float("inf")  # JSON must carry it
     values = to_json_values(config)
-    leaves, tree = jax.tree.flatten(model_module.variable_shapes(values))
+    leaves, tree = jax.tree.flatten(model_module.variable_shapes(read.saved_settings(values)))
     random = np.random.default_rng(0)
     arrays = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
     variables = jax.tree.unflatten(tree, arrays)

@@ -24,6 +24,7 @@ from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import to_json_values
 from jevb_jax.files import DirectoryInUseError, lock_directory
 from jevb_jax.model import Model, load
+from jevb_jax.settings import read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,8 +42,8 @@ def encoder(tmp_path_factory):
     config.model.embedding_dim = 8
     config.model.head_hidden_dim = 8
     values = to_json_values(config)
-    shapes = model_module.variable_shapes(values)
-    network = model_module.blueprint.make_network(values)
+    shapes = model_module.variable_shapes(read.saved_settings(values))
+    network = model_module.blueprint.make_network(read.saved_settings(values))
     variables = jax.jit(lambda key: network.init(key, jnp.zeros((2, 8, 8, 1)), train=True))(
         jax.random.key(0)
     )

@@ -38,6 +38,7 @@ from jevb_jax.evaluation import (
 from jevb_jax.experiment import to_json_values
 from jevb_jax.model import Detector, Model, load, load_detector
 from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
+from jevb_jax.settings import read
 from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,7 @@ class Untrained(NamedTuple):
 
 def untrained_model(*, batch_size: int = 32) -> Model:
     config = to_json_values(short_config())
-    shapes = model_module.variable_shapes(config)
+    shapes = model_module.variable_shapes(read.saved_settings(config))
     leaves, tree = jax.tree.flatten(shapes)
     random = np.random.default_rng(0)
     values = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
@@ -759,11 +760,11 @@ def test_another_config_or_method_is_refused_by_name(run, tmp_path):
         load(other, 6)
     config["model"]["depth"] = 8
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"another version .*'depth'"):
+    with pytest.raises(ValueError, match=r"another version .*model\.depth is no setting"):
         load(other)
     del config["model"]["depth"], config["ood"]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"another version .*'ood'"):
+    with pytest.raises(ValueError, match=r"another version .*lacks ood\.name"):
         load(other)
 
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from configs import cifar10
 from jevb_jax import blueprint, networks
+from jevb_jax.settings import read
 
 # float32 against float64 through at most a dozen layers of unit-sized activations.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -648,7 +649,7 @@ def test_scales_of_batch_norms_start_at_one_but_where_asked(zero_init_residual):
     config: Any = cifar10.get_config("jevb")
     config.model.update(backbone="resnet8", width=4, embedding_dim=4, **options)
     config.model.update(projector_hidden_dims=(4,), head_hidden_dim=4)
-    model = blueprint.make_network(config.to_dict())
+    model = blueprint.make_network(read.saved_settings(config.to_dict()))
     params = initialise(model, jnp.zeros((2, 8, 8, 3)))["params"]["backbone"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)

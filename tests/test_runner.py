@@ -21,11 +21,12 @@ import pytest
 from rich.console import Console
 
 from configs import finetune_digits, smoke, transfer
-from jevb_jax import data, files, health, parallel, runner, schema, training
+from jevb_jax import data, files, health, parallel, runner, training
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog
 from jevb_jax.model import load
+from jevb_jax.settings import read
 from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -750,9 +751,9 @@ OTHERS_CONFIGS = (
 def test_a_config_of_another_program_is_refused_by_every_reader(tmp_path, monkeypatch, content):
     path = tmp_path / "config.json"
     path.write_text(content)
-    for read in (runner.read_config, runner.load_config, load):
+    for reads in (runner.read_config, runner.load_config, load):
         with pytest.raises(ValueError, match=r"config\.json holds no config of a run"):
-            read(path if read is runner.read_config else tmp_path)
+            reads(path if reads is runner.read_config else tmp_path)
     monkeypatch.setattr(runner.readiness, "check", lambda _: None)
     with pytest.raises(ValueError, match=r"config\.json holds no config of a run"):
         runner.train(short_config(), tmp_path, console=text_console())
@@ -829,7 +830,7 @@ def test_the_config_of_a_finetune_or_an_export_can_be_given_again(tmp_path, mode
     files.write_json_atomically(path, {"config": train, "finetuned": tuned})
     again = to_json_values(runner.read_config(path))
     assert again == to_json_values(tune)
-    schema.check_finetune(again)
+    read.finetune_settings(again)
     files.write_json_atomically(path, {"config": train})
     assert to_json_values(runner.read_config(path)) == train
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, ood, smoke, transfer
-from jevb_jax import checkpoints, data, experiment, finetuning, runner, schema
+from jevb_jax import checkpoints, data, experiment, finetuning, runner
 from jevb_jax.evaluation import readiness
+from jevb_jax.settings import read
 
 INF, NAN = math.inf, math.nan
 
@@ -38,15 +39,15 @@ def changed(**settings: Any) -> dict[str, Any]:
 
 
 def test_every_setting_is_in_the_table():
-    assert set(schema.RUN) == set(LEAVES)
+    assert set(read.RUN) == set(LEAVES)
     for mode in ("full", "frozen"):
         tuned = experiment.to_json_values(finetune_default.get_config(mode))
-        assert set(schema.FINETUNE) == set(checkpoints.changed_keys({}, tuned))
-    schema.check_run(RUN)
-    schema.check_data_section(experiment.to_json_values(transfer.get_config("digits")))
+        assert set(read.FINETUNE) == set(checkpoints.changed_keys({}, tuned))
+    read.run_settings(RUN)
+    read.data_section(experiment.to_json_values(transfer.get_config("digits")))
     sections: list[Any] = [ood.get_config(protocol) for protocol in ood.PROTOCOLS]
     used = {key for section in sections for one in section.outside for key in one}
-    assert used <= set(schema.OUTSIDE_SET)
+    assert used <= set(read.OUTSIDE_SET)
 
 
 # Wrong whatever the setting is, by the type of its default.
@@ -66,7 +67,7 @@ def test_what_cannot_be_meant_is_refused_by_name(key):
         hostile = [value for value in hostile if value != 2.5]
     for value in hostile:
         with pytest.raises(ValueError, match=rf"^{key.replace('.', '[.]')} must be .*, got "):
-            schema.check_run(schema.plain(changed(**{key.replace(".", "__"): value})))
+            read.run_settings(read.plain(changed(**{key.replace(".", "__"): value})))
 
 
 # Borders that the types do not give: accepted, refused.
@@ -115,8 +116,8 @@ BORDERS = {
 @pytest.mark.parametrize("key", BORDERS)
 def test_borders_of_a_domain(key):
     good, bad = BORDERS[key]
-    assert all(schema.RUN[key].accepts(value) for value in good)
-    assert not any(schema.RUN[key].accepts(value) for value in bad)
+    assert all(read.RUN[key].accepts(value) for value in good)
+    assert not any(read.RUN[key].accepts(value) for value in bad)
 
 
 def test_off_is_said_where_it_is_not_minus_one():
@@ -124,7 +125,7 @@ def test_off_is_said_where_it_is_not_minus_one():
                      ("ood.max_fit_images", "0 = all"), ("optimizer.max_gradient_norm", "0 = no"),
                      ("train.bn_group_size", "0 = the global batch")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{key} .*{off}.*got -1$"):
-            schema.check_run(changed(**{key.replace(".", "__"): -1}))
+            read.run_settings(changed(**{key.replace(".", "__"): -1}))
 
 
 def test_numpys_values_are_plain_ones():
@@ -136,8 +137,8 @@ def test_numpys_values_are_plain_ones():
         evaluation__l2_grid=(np.float64(0.1), np.float32(0.5)),
         ood__severities=range(1, 4),
     )
-    plain = schema.plain(given)
-    schema.check_run(plain)
+    plain = read.plain(given)
+    read.run_settings(plain)
     assert plain["evaluation"] | {"knn_k": [5, 10], "l2_grid": [0.1, 0.5]} == plain["evaluation"]
     kinds = [type(plain["train"][k]) for k in ("batch_size", "ema_decay", "health_pairs")]
     assert kinds == [int, float, bool]
@@ -146,7 +147,7 @@ def test_numpys_values_are_plain_ones():
 
 def test_all_mistakes_are_in_one_message():
     with pytest.raises(ValueError, match=r"^2 settings cannot be used:") as error:
-        schema.check_run(changed(train__ema_decay=2.0, jevb__df=-1.0))
+        read.run_settings(changed(train__ema_decay=2.0, jevb__df=-1.0))
     assert "train.ema_decay" in str(error.value)
     assert "jevb.df" in str(error.value)
 
@@ -172,7 +173,7 @@ def test_all_mistakes_are_in_one_message():
 )  # fmt: skip
 def test_settings_that_are_wrong_together(settings, message):
     with pytest.raises(ValueError, match=message):
-        schema.check_run(changed(**settings))
+        read.run_settings(changed(**settings))
 
 
 def outside(**keys: Any) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def outside(**keys: Any) -> dict[str, Any]:
 )
 def test_outside_sets_are_checked_key_by_key(sets, message):
     with pytest.raises(ValueError, match=message):
-        schema.check_run(schema.plain(changed(ood__outside=sets)))
+        read.run_settings(read.plain(changed(ood__outside=sets)))
 
 
 def test_keys_are_those_of_the_script():
@@ -206,13 +207,13 @@ def test_keys_are_those_of_the_script():
     with pytest.raises(
         ValueError, match=r"train.batchsize is no setting; did you mean train.batch_"
     ):
-        schema.check_run(changed(train__batchsize=3))
+        read.run_settings(changed(train__batchsize=3))
     without = copy.deepcopy(RUN)
     del without["train"]["ema_decay"]
     with pytest.raises(ValueError, match=r"the config lacks train\.ema_decay"):
-        schema.check_run(without)
+        read.run_settings(without)
     with pytest.raises(ValueError, match=r"data\.method is no setting"):
-        schema.check_data_section(RUN)
+        read.data_section(RUN)
     full: Any = experiment.to_json_values(tuned) | {"seed": -1}
     full["data"]["source"] = "digits"
     with pytest.raises(

@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jevb_jax import data, files, schema
+from jevb_jax import data, files
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_metrics import OODMetrics
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
+from jevb_jax.settings import read
 
 Result = dict[str, Any]
 FEATURE_NAMES = ("representation", "embedding")
@@ -432,7 +433,7 @@ def evaluate_transfer(
     if dataset.train.labels is None:
         raise ValueError(f"{dataset.train.name} has no labels: nothing can be evaluated on it")
     split, source = evaluated_split(settings, dataset)
-    schema.check_evaluation_section(settings)
+    read.evaluation_section(settings)
     without = left_out(settings, dataset)
     if {"knn_accuracy", "linear_accuracy"} <= without.keys():
         raise ValueError(

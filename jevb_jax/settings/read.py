@@ -1,0 +1,420 @@
+"""From plain values to typed settings: every key checked, all that is wrong in one error.
+
+Three kinds of config: of a run (`configs/default.py`), of a fine-tune (`configs/finetune_default.py`),
+and single sections. A check lists all settings that cannot be meant, and names each with its domain and
+the value that came. What depends on the data is checked once these are loaded, by
+`experiment.build_experiment` and by `evaluation.readiness`; still before the first step.
+"""
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jevb_jax.evaluation import corruptions
+from jevb_jax.methods import METHODS
+from jevb_jax.settings.domains import Domain
+from jevb_jax.settings.sections import (
+    DataSection,
+    EvaluationSection,
+    FinetuneSettings,
+    OutsideSetSection,
+    RunSettings,
+    TrainSection,
+)
+
+_Settings = TypeVar("_Settings")
+
+
+def domains(kind: type, prefix: str = "") -> dict[str, Domain]:
+    """What each setting of a class may be, by dotted key.
+
+    Args:
+      kind: a class of `sections`.
+      prefix: what the keys begin with.
+    """
+    found: dict[str, Domain] = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            found |= domains(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = hint.__metadata__[0]
+    return found
+
+
+RUN = domains(RunSettings)
+FINETUNE = domains(FinetuneSettings)
+OUTSIDE_SET = domains(OutsideSetSection)
+_ALWAYS_GIVEN = ("name", "group", "source", "protocol")
+# Of sets that the evaluation makes itself: a set and a group.
+_OTHER_CLASSES, _CORRUPTED = "other_classes", "corrupted"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: tuples, ranges and arrays become lists, NumPy's scalars Python's.
+
+    Args:
+      value: a plain value, as JSON has it.
+
+    Returns:
+      A copy. What JSON does not know, an iterator say, stays as it is: the checks refuse it.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    for kind in (int, float, str):  # subclasses of these, as an IntEnum; a bool stays one
+        if isinstance(value, kind) and type(value) not in (kind, bool):
+            return kind(value)
+    return value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} settings cannot be used:", *problems]))
+
+
+def _shown(value: Any) -> str:
+    shown = repr(tuple(value) if isinstance(value, list) else value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def _problems(values: Mapping[str, Any], table: Mapping[str, Domain], prefix: str) -> list[str]:
+    """What is wrong with flat values, one text each."""
+    problems = []
+    for key, domain in table.items():
+        if key in values and not domain.accepts(values[key]):
+            got = _shown(values[key])
+            hint = ""
+            if isinstance(values[key], str) and not domain.says.startswith(("a text", "one of")):
+                hint = ", a text: leave out the quotes"
+            problems.append(f"{prefix}{key} must be {domain.says}, got {got}{hint}")
+    return problems
+
+
+_KINDS = (
+    ("train.py", RUN, "method"),
+    ("finetune.py", FINETUNE, "init.frozen"),
+)
+
+
+def _check_keys(
+    values: Mapping[str, Any], table: Mapping[str, Domain], *, prefix: str = ""
+) -> None:
+    """Refuses settings that the table does not know, and a config that lacks some."""
+    unknown = [key for key in values if key not in table]
+    missing = [key for key in table if key not in values]
+    if not unknown and not missing:
+        return
+    asked = next((script for script, known, _ in _KINDS if known is table), None)
+    for script, _, mark in _KINDS:
+        if asked and script != asked and mark in values and mark not in table:
+            raise ValueError(
+                f"this is a config of {script}, and {asked} needs one of its own (configs/"
+                f"{'default.py' if asked == 'train.py' else 'finetune_default.py'} holds all settings)"
+            )
+    problems = []
+    for key in unknown:
+        near = difflib.get_close_matches(key, [*missing, *table], n=1)
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        problems.append(f"{prefix}{key} is no setting{hint}")
+    if missing:
+        names = ", ".join(prefix + key for key in missing[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        problems.append(f"the config lacks {names}{more}")
+    _refuse(problems)
+
+
+def _built(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
+    """An object of a class of `sections`, of plain values that have exactly its keys."""
+    made: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            made[name] = _built(typing.cast(type, hint), value)
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)
+
+
+def _check_outside_sets(sets: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    problems = []
+    names: list[Any] = []
+    made = [f"{name}_{n + 1}" for name in corruptions.CORRUPTIONS for n in range(5)]
+    for number_of_set, one in enumerate(sets):
+        prefix = f"{where}[{number_of_set}]."
+        name = one.get("name")
+        missing = [key for key in _ALWAYS_GIVEN if key not in one]
+        unknown = [key for key in one if key not in OUTSIDE_SET]
+        if missing or unknown:
+            what = [f"lacks {', '.join(missing)}"] if missing else []
+            what += [f"has {', '.join(unknown)}, which no set has"] if unknown else []
+            problems.append(f"{where}[{number_of_set}], {name!r}, {' and '.join(what)}")
+        problems += _problems(one, OUTSIDE_SET, prefix)
+        if name in names:
+            problems.append(f"{prefix}name: two sets are called {name!r}; give each its own")
+        if name in made or name == _OTHER_CLASSES:
+            problems.append(f"{prefix}name: {name!r} is a set that the evaluation makes itself")
+        if one.get("group") == _CORRUPTED:
+            problems.append(f"{prefix}group: {_CORRUPTED!r} is the group of the corrupted images")
+        names.append(name)
+    return problems
+
+
+def run_settings(config: Mapping[str, Any]) -> RunSettings:
+    """The settings of a run, refused where a value cannot be meant or values do not fit each other.
+
+    Args:
+      config: of `plain`, with the sections of configs/default.py.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: all wrong settings, each with its name, its domain and its value.
+    """
+    values = _flatten(config)
+    _check_keys(values, RUN)
+    problems = _problems(values, RUN, "")
+    for part in ("outside", "choice"):
+        if RUN[f"ood.{part}"].accepts(values[f"ood.{part}"]):
+            problems += _check_outside_sets(values[f"ood.{part}"], f"ood.{part}")
+    _refuse(problems)
+    settings = _built(RunSettings, config)
+    _refuse(_misfits(settings))
+    return settings
+
+
+def saved_settings(config: Mapping[str, Any]) -> RunSettings:
+    """The settings of a run that was trained with them: of values nothing is asked any more.
+
+    Args:
+      config: plain values, completed (`saved_config.completed_config`).
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: settings that this version does not know, or that it lacks.
+    """
+    _check_keys(_flatten(config), RUN)
+    return _built(RunSettings, config)
+
+
+def data_section(section: Mapping[str, Any]) -> DataSection:
+    """The section `data` of a config, alone.
+
+    Args:
+      section: of `plain`, as configs/transfer.py makes it.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: as `run_settings`.
+    """
+    made = _section(DataSection, section, "data.")
+    _refuse(_source_misfits(made))
+    return made
+
+
+def evaluation_section(section: Mapping[str, Any]) -> EvaluationSection:
+    """The section `evaluation` of a config, alone.
+
+    Args:
+      section: its values; collections may be tuples or lists.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: as `run_settings`.
+    """
+    return _section(EvaluationSection, plain(section), "evaluation.")
+
+
+def _section(kind: type[_Settings], section: Mapping[str, Any], prefix: str) -> _Settings:
+    values, table = _flatten(section), domains(kind)
+    _check_keys(values, table, prefix=prefix)
+    _refuse(_problems(values, table, prefix))
+    return _built(kind, section)
+
+
+def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
+    """The settings of a fine-tune.
+
+    Args:
+      config: of `plain`, with the sections of configs/finetune_default.py.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: as `run_settings`.
+    """
+    values = _flatten(config)
+    _check_keys(values, FINETUNE)
+    _refuse(_problems(values, FINETUNE, ""))
+    settings = _built(FinetuneSettings, config)
+    optimizer, train = settings.optimizer, settings.train
+    problems = _source_misfits(settings.data)
+    if optimizer.constant_head_rate:
+        problems.append("optimizer.constant_head_rate is of pre-training: set it to False")
+    if optimizer.warmup_epochs >= train.num_epochs:
+        problems.append(
+            f"optimizer.warmup_epochs = {optimizer.warmup_epochs:g} must be shorter than the run, "
+            f"train.num_epochs = {train.num_epochs}"
+        )
+    _refuse(problems)
+    return settings
+
+
+def _misfits(settings: RunSettings) -> list[str]:
+    """Settings that are right alone and wrong together."""
+    return [
+        *_method_misfits(settings),
+        *_batch_misfits(settings.train),
+        *_view_misfits(settings),
+        *_posterior_misfits(settings),
+        *_detection_misfits(settings),
+        *_source_misfits(settings.data),
+    ]
+
+
+def _method_misfits(settings: RunSettings) -> list[str]:
+    """What a method needs, or has no use for."""
+    problems = []
+    name, method, train = settings.method, METHODS[settings.method], settings.train
+    num_small_crops = settings.augmentation.num_small_crops
+    if not method.takes_small_crops and num_small_crops:
+        problems.append(
+            f"augmentation.num_small_crops = {num_small_crops} needs method jevb: {name} "
+            "would ignore the small crops; set it to 0"
+        )
+    if method.head != "posterior" and train.health_pairs:
+        problems.append(f"train.health_pairs needs method jevb, got {name}: set it to False")
+    if method.target == "needed" and not train.target_decay:
+        problems.append(f"method {name} needs train.target_decay above 0, for instance 0.99")
+    if method.target == "none" and train.target_decay:
+        problems.append(f"{name} has no target network: set train.target_decay to 0")
+    if settings.optimizer.warmup_epochs >= train.num_epochs:
+        problems.append(
+            f"optimizer.warmup_epochs = {settings.optimizer.warmup_epochs:g} must be shorter than "
+            f"the run, train.num_epochs = {train.num_epochs:g}"
+        )
+    return problems
+
+
+def _batch_misfits(train: TrainSection) -> list[str]:
+    """Parts of a batch, and groups of BatchNorm."""
+    if train.batch_size % train.num_micro_batches:
+        return [
+            "train.num_micro_batches must divide train.batch_size, got "
+            f"{train.num_micro_batches} and {train.batch_size}"
+        ]
+    seen, group = train.batch_size // train.num_micro_batches, train.bn_group_size
+    if seen < 2:
+        return [
+            f"train.num_micro_batches = {train.num_micro_batches} leaves {seen} example of "
+            f"train.batch_size = {train.batch_size} to a part: BatchNorm needs at least 2"
+        ]
+    if group and (group < 2 or seen % group):
+        return [
+            f"train.bn_group_size = {group} must be at least 2 and divide the {seen} examples "
+            "that BatchNorm sees at once (batch_size / num_micro_batches), or be 0"
+        ]
+    return []
+
+
+def _view_misfits(settings: RunSettings) -> list[str]:
+    """Sizes of views, their channels, and the patches that they are cut into."""
+    problems = []
+    views, model = settings.augmentation, settings.model
+    if len(views.mean) != len(views.std):
+        problems.append(
+            "augmentation.mean and augmentation.std need one value for each channel, got "
+            f"{len(views.mean)} and {len(views.std)} values"
+        )
+    sizes = {"image_size": views.image_size}
+    if views.num_small_crops:
+        sizes["small_crop_size"] = views.small_crop_size
+    for name, size in sizes.items():
+        if model.backbone.startswith("vit") and size % model.patch_size:
+            problems.append(
+                f"model.patch_size = {model.patch_size} must divide augmentation.{name} = {size}"
+            )
+        taps = views.blur_kernel_size
+        if max(views.blur_probability) > 0 and taps // 2 >= size:
+            problems.append(
+                f"augmentation.blur_kernel_size = {taps} is too wide for views of {size} pixels "
+                f"(augmentation.{name}): at most {2 * size - 1}, or 0"
+            )
+    return problems
+
+
+def _posterior_misfits(settings: RunSettings) -> list[str]:
+    """What a likelihood on the sphere needs."""
+    problems = []
+    model, jevb, head = settings.model, settings.jevb, METHODS[settings.method].head
+    if head == "posterior":
+        if model.min_scale >= model.initial_scale:
+            problems.append(
+                f"model.min_scale = {model.min_scale} must be below model.initial_scale = "
+                f"{model.initial_scale}"
+            )
+        if jevb.tails == "feature" and jevb.coordinates != "chordal":
+            problems.append('jevb.tails = "feature" needs jevb.coordinates = "chordal"')
+        if jevb.likelihood == "factorised" and model.embedding_dim < 3:
+            problems.append(
+                f"model.embedding_dim = {model.embedding_dim} must be at least 3 for method jevb: "
+                "its directions lie on a sphere"
+            )
+    if head == "direction" and model.embedding_dim < 2:
+        problems.append(
+            f"model.embedding_dim = {model.embedding_dim} must be at least 2 for method "
+            f"{settings.method}"
+        )
+    return problems
+
+
+def _detection_misfits(settings: RunSettings) -> list[str]:
+    problems = []
+    ood = settings.ood
+    if ood.corruptions and not ood.severities:
+        problems.append("ood.severities is empty and ood.corruptions is not: give some of 1 to 5")
+    if len(set(ood.corruptions)) < len(ood.corruptions):
+        problems.append(f"ood.corruptions names one twice: {_shown(ood.corruptions)}")
+    return problems
+
+
+def _source_misfits(section: DataSection) -> list[str]:
+    """What a source of data needs."""
+    source = section.source
+    if source == "tfds" and not section.tfds_name:
+        return ["data.tfds_name must name the data set where data.source is tfds"]
+    if source == "tfds" and section.train_split == section.test_split:
+        return [f"data.train_split and data.test_split are both {section.train_split!r}"]
+    if source in ("arrays", "folder") and not section.train_paths:
+        what = ".npz files" if source == "arrays" else "one directory"
+        return [f"data.train_paths must name {what} where data.source is {source}, got ()"]
+    return []

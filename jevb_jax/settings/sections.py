@@ -1,0 +1,350 @@
+"""The settings of a run, typed: one frozen class a section, each setting beside its domain.
+
+`configs/default.py` and `configs/finetune_default.py` hold the same settings with their values, units
+and meaning. `read` makes these objects; nothing below them knows a config.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from jevb_jax import augmentations, data, mass, methods, networks, objective, sphere
+from jevb_jax.distributions import Space
+from jevb_jax.evaluation import corruptions
+from jevb_jax.settings.domains import (
+    BOOLEAN,
+    choice,
+    integer,
+    interval,
+    many,
+    number,
+    odd_or_zero,
+    outside_sets,
+    rising,
+    text,
+)
+
+_PROBABILITY = number(0, 1)
+_WEIGHT = number(0)
+_DF = number(0, low_open=True, infinite=True, note="inf is the Gaussian")
+_SEED = integer(0, 2**32 - 1, note="the keys of JAX take 32 bits: of a longer hash, hash % 2**32")
+_PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
+_PATHS = many(text(is_empty_allowed=False))
+
+Paths = Annotated[tuple[str, ...], _PATHS]
+Probability = Annotated[float, _PROBABILITY]
+Weight = Annotated[float, _WEIGHT]
+Df = Annotated[float, _DF]
+Pair = Annotated[tuple[float, float], _PAIR]
+Flag = Annotated[bool, BOOLEAN]
+Text = Annotated[str, text()]
+OutsideSets = Annotated[tuple[Mapping[str, Any], ...], outside_sets()]
+
+
+@dataclass(frozen=True)
+class InitSection:
+    """Weights to start from."""
+
+    workdir: Annotated[str, text(note='"" = weights drawn by the seed')]
+    step: Annotated[int, integer(-1, note="-1 = the latest")]
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which images."""
+
+    source: Annotated[str, choice(*data.SOURCES)]
+    train_paths: Paths
+    test_paths: Paths
+    tfds_name: Text
+    data_dir: Annotated[str, text(note='"" = the default of TFDS')]
+    train_split: Text
+    test_split: Text
+    image_size: Annotated[int, integer(0, note="0 = as stored")]
+    max_image_pixels: Annotated[int, integer(1)]
+    num_train_examples: Annotated[int, integer(0, note="0 = all")]
+    num_test_examples: Annotated[int, integer(0, note="0 = all")]
+    validation_fraction: Annotated[float, number(0, 1, low_open=True, high_open=True)]
+    split_seed: Annotated[int, integer(0)]
+    inlier_class: Annotated[int, integer(-1, note="-1 = all classes")]
+
+
+@dataclass(frozen=True)
+class InputSection:
+    """How images come to the devices."""
+
+    placement: Annotated[
+        Literal["auto", "resident", "stream"], choice("auto", "resident", "stream")
+    ]
+    resident_limit_bytes: Annotated[int, integer(0)]
+    num_workers: Annotated[int, integer(0, note="0 = threads of this process")]
+    prefetch_batches: Annotated[int, integer(1)]
+    accept_changed_data: Flag
+
+
+@dataclass(frozen=True)
+class AugmentationSection:
+    """Views of an image."""
+
+    image_size: Annotated[int, integer(1)]
+    crop_scale: Annotated[tuple[float, float], interval(0, 1)]
+    crop_ratio: Annotated[tuple[float, float], interval(0)]
+    interpolation: Annotated[augmentations.Interpolation, choice(*augmentations.INTERPOLATIONS)]
+    flip_probability: Probability
+    jitter_probability: Probability
+    brightness: Weight
+    contrast: Weight
+    saturation: Weight
+    hue: Annotated[float, number(0, 0.5)]
+    grayscale_probability: Probability
+    blur_probability: Pair
+    blur_sigma: Annotated[tuple[float, float], interval(0)]
+    blur_kernel_size: Annotated[int, odd_or_zero(note="0 = about a tenth of the image")]
+    solarize_probability: Pair
+    solarize_threshold: Annotated[float, number(0, 1)]
+    num_small_crops: Annotated[int, integer(0)]
+    small_crop_size: Annotated[int, integer(1)]
+    small_crop_scale: Annotated[tuple[float, float], interval(0, 1)]
+    mean: Annotated[
+        tuple[float, ...],
+        many(number(-math.inf), length=(1, 3), note="one value for each channel"),
+    ]
+    std: Annotated[
+        tuple[float, ...],
+        many(number(0, low_open=True), length=(1, 3), note="one value for each channel"),
+    ]
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Networks."""
+
+    backbone: Annotated[
+        str,
+        choice("resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small"),
+    ]
+    width: Annotated[int, integer(0, note="0 = the network's own")]
+    stem: Annotated[str, choice("cifar", "imagenet")]
+    zero_init_residual: Flag
+    patch_size: Annotated[int, integer(1)]
+    projector_hidden_dims: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
+    projector_normalizes_output: Flag
+    embedding_dim: Annotated[int, integer(1)]
+    head_input: Annotated[networks.HeadInput, choice(*networks.HEAD_INPUTS)]
+    head_hidden_dim: Annotated[int, integer(1)]
+    initial_scale: Annotated[float, number(0, low_open=True)]
+    min_scale: Annotated[float, number(0)]
+    isotropic: Flag
+    initial_radial_scale: Annotated[float, number(1e-3, low_open=True)]
+    dtype: Annotated[str, choice("float32", "bfloat16")]
+
+
+@dataclass(frozen=True)
+class JevbSection:
+    """JEVB's objective."""
+
+    df: Df
+    radial_df: Df
+    scale_units: Annotated[objective.ScaleUnits, choice(*objective.SCALE_UNITS)]
+    prior_scale: Annotated[float, number(0, low_open=True)]
+    coordinates: Annotated[sphere.Coordinates, choice(*sphere.COORDINATES)]
+    space: Annotated[Space, choice("log", "linear")]
+    tails: Annotated[mass.Tails, choice(*mass.TAILS)]
+    normalized: Flag
+    num_samples: Annotated[int, integer(1)]
+    kl_weight: Weight
+    kl_warmup_epochs: Annotated[float, number(0, note="0 = none")]
+    radial_weight: Weight
+    likelihood_scale: Annotated[
+        Literal["tied", "untied", "fixed"], choice("tied", "untied", "fixed")
+    ]
+    location: Annotated[objective.Location, choice(*objective.LOCATIONS)]
+    likelihood: Annotated[objective.Likelihood, choice(*objective.LIKELIHOODS)]
+
+
+@dataclass(frozen=True)
+class VicregSection:
+    """VICReg's objective."""
+
+    invariance_weight: Weight
+    variance_weight: Weight
+    covariance_weight: Weight
+
+
+@dataclass(frozen=True)
+class BarlowTwinsSection:
+    """The objective of Barlow Twins."""
+
+    redundancy_weight: Weight
+    loss_weight: Weight
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """Optimizer and learning rate."""
+
+    name: Annotated[str, choice("sgd", "lars", "larc", "adamw")]
+    learning_rate: Annotated[float, number(0)]
+    momentum: Annotated[float, number(0, 1, high_open=True)]
+    weight_decay: Annotated[float, number(0, note="0 = none")]
+    trust_coefficient: Annotated[float, number(0, low_open=True)]
+    bias_rate_factor: Annotated[float, number(0)]
+    constant_head_rate: Flag
+    warmup_epochs: Annotated[float, number(0, note="0 = none")]
+    final_learning_rate: Annotated[float, number(0)]
+    max_gradient_norm: Annotated[float, number(0, note="0 = no clipping")]
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, in what batches, and what is logged."""
+
+    batch_size: Annotated[int, integer(2, note="BatchNorm needs at least 2")]
+    num_epochs: Annotated[float, number(0, low_open=True)]
+    extend: Flag
+    num_micro_batches: Annotated[int, integer(1)]
+    bn_group_size: Annotated[int, integer(0, note="0 = the global batch")]
+    ema_decay: Annotated[float, number(0, 1, high_open=True, note="0 = off")]
+    target_decay: Annotated[float, number(0, 1, high_open=True, note="0 = none")]
+    shard_optimizer_state: Flag
+    steps_per_dispatch: Annotated[int, integer(0, note="0 = 1 on the CPU, else 10")]
+    log_every_steps: Annotated[int, integer(0, note="0 = the last step alone")]
+    health_every_steps: Annotated[int, integer(0, note="0 = off")]
+    health_pairs: Flag
+    health_num_images: Annotated[int, integer(1)]
+    knn_every_epochs: Annotated[int, integer(0, note="0 = off")]
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """When a run is saved, and what is kept."""
+
+    every_steps: Annotated[int, integer(0, note="0 = at the end alone")]
+    keep_latest: Annotated[int, integer(1)]
+    keep_best: Annotated[int, integer(0, note="0 = off")]
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """What is measured of the features."""
+
+    batch_size: Annotated[int, integer(1)]
+    split: Annotated[Literal["test", "validation"], choice("test", "validation")]
+    knn_k: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
+    knn_temperature: Annotated[float, number(0, low_open=True)]
+    knn_uniform_k: Annotated[tuple[int, ...], many(integer(1))]
+    l2_grid: Annotated[tuple[float, ...], many(number(0), minimum=1)]
+    labels_per_class: Annotated[int, integer(0, note="0 = off")]
+    few_label_seeds: Annotated[int, integer(1)]
+    compare_untrained: Flag
+
+
+@dataclass(frozen=True)
+class OodSection:
+    """Detection and the use of uncertainty."""
+
+    name: Text
+    outside: OutsideSets
+    choice: OutsideSets
+    corruptions: Annotated[tuple[str, ...], many(choice(*corruptions.CORRUPTIONS))]
+    severities: Annotated[tuple[int, ...], rising(integer(1, corruptions.NUM_SEVERITIES))]
+    num_corrupted_images: Annotated[int, integer(1)]
+    default_score: Annotated[str, text(note='"" = the method\'s own')]
+    num_views: Annotated[int, integer(1)]
+    num_samples: Annotated[int, integer(1)]
+    max_fit_images: Annotated[int, integer(0, note="0 = all")]
+    knn_k: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
+    ssd_clusters: Annotated[tuple[int, ...], many(integer(1))]
+    mixture_df: Df
+    residual_share: Annotated[float, number(0, 1, low_open=True, high_open=True)]
+    num_bootstrap: Annotated[int, integer(1)]
+    human_counts_path: Annotated[str, text(note='"" = none')]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that `configs/default.py` says."""
+
+    method: Annotated[str, choice(*methods.METHODS)]
+    seed: Annotated[int, _SEED]
+    init: InitSection
+    data: DataSection
+    input: InputSection
+    augmentation: AugmentationSection
+    model: ModelSection
+    jevb: JevbSection
+    vicreg: VicregSection
+    barlow_twins: BarlowTwinsSection
+    optimizer: OptimizerSection
+    train: TrainSection
+    checkpoint: CheckpointSection
+    evaluation: EvaluationSection
+    ood: OodSection
+
+
+@dataclass(frozen=True)
+class FinetuneInitSection:
+    """The encoder that is fine-tuned."""
+
+    workdir: Annotated[str, text(is_empty_allowed=False, note="a run of train.py, or an export")]
+    step: Annotated[int, integer(-1, note="-1 = the latest")]
+    frozen: Flag
+
+
+@dataclass(frozen=True)
+class FinetuneAugmentationSection:
+    """What is varied of an image; size and normalization are the encoder's."""
+
+    crop_scale: Annotated[tuple[float, float], interval(0, 1)]
+    crop_ratio: Annotated[tuple[float, float], interval(0)]
+    flip_probability: Probability
+
+
+@dataclass(frozen=True)
+class FinetuneTrainSection:
+    """How long, in what batches."""
+
+    batch_size: Annotated[int, integer(1)]
+    num_epochs: Annotated[int, integer(1)]
+
+
+@dataclass(frozen=True)
+class FinetuneEvaluationSection:
+    """How accuracies are measured."""
+
+    batch_size: Annotated[int, integer(1)]
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Everything that `configs/finetune_default.py` says."""
+
+    seed: Annotated[int, _SEED]
+    init: FinetuneInitSection
+    data: DataSection
+    augmentation: FinetuneAugmentationSection
+    optimizer: OptimizerSection
+    train: FinetuneTrainSection
+    evaluation: FinetuneEvaluationSection
+
+
+@dataclass(frozen=True)
+class OutsideSetSection:
+    """A set of `ood.outside` or `ood.choice`; all but the first four may be left out."""
+
+    name: Annotated[str, text(is_empty_allowed=False)]
+    group: Annotated[str, text(is_empty_allowed=False)]
+    source: Annotated[
+        Literal["arrays", "folder", "image_list", "tfds"],
+        choice("arrays", "folder", "image_list", "tfds"),
+    ]
+    protocol: Text
+    paths: Paths
+    tfds_name: Text
+    data_dir: Text
+    split: Text
+    image_size: Annotated[int, integer(0, note="0 = as stored")]
+    exclude_labels: Annotated[tuple[int, ...], many(integer(0))]
+    num_examples: Annotated[int, integer(0, note="0 = all")]
+    split_seed: Annotated[int, integer(0)]
