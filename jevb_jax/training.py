@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jevb_jax import augmentations, health, parallel
 from jevb_jax.compilation import alone_on_a_cpu, jit_once, network_options
-from jevb_jax.methods import Method
+from jevb_jax.methods import Loss
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
 
@@ -431,7 +431,7 @@ def train_step(
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
     view_augmentations: Sequence[augmentations.ViewAugmentation],
-    method: Method,
+    method: Loss,
     num_micro_batches: int = 1,
     bn_group_size: int = 0,
     ema_decay: float = 0.0,

@@ -30,6 +30,8 @@ _WEIGHT = number(0)
 _DF = number(0, low_open=True, infinite=True, note="inf is the Gaussian")
 _SEED = integer(0, 2**32 - 1, note="the keys of JAX take 32 bits: of a longer hash, hash % 2**32")
 _PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
+_CORRUPTIONS = many(choice(*corruptions.CORRUPTIONS))
+_SEVERITIES = rising(integer(1, corruptions.NUM_SEVERITIES))
 _PATHS = many(text(is_empty_allowed=False))
 
 Paths = Annotated[tuple[str, ...], _PATHS]
@@ -247,8 +249,8 @@ class OodSection:
     name: Text
     outside: OutsideSets
     choice: OutsideSets
-    corruptions: Annotated[tuple[str, ...], many(choice(*corruptions.CORRUPTIONS))]
-    severities: Annotated[tuple[int, ...], rising(integer(1, corruptions.NUM_SEVERITIES))]
+    corruptions: Annotated[tuple[str, ...], _CORRUPTIONS]
+    severities: Annotated[tuple[int, ...], _SEVERITIES]
     num_corrupted_images: Annotated[int, integer(1)]
     default_score: Annotated[str, text(note='"" = the method\'s own')]
     num_views: Annotated[int, integer(1)]
