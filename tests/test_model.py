@@ -505,6 +505,24 @@ def test_a_score_that_is_not_a_number_is_an_alarm(untrained):
     assert dataclasses.replace(detector, model=nothing).is_outside(images).all()
 
 
+def test_a_detector_keeps_its_false_alarm_rate(untrained):
+    # Exchangeable images: of 39 for the calibration, the 36th smallest score is above a new one's
+    # with probability 36/40. Over splits of 120 images the mean share of alarms is 0.1.
+    images = np.random.default_rng(2).integers(0, 256, (120, 16, 16, 3), np.uint8)
+    rng = np.random.default_rng(3)
+    shares = []
+    for _ in range(60):
+        order = rng.permutation(len(images))
+        detector = untrained.model.detector(
+            0.1, "embedding/norm", calibration_images=images[order[:39]]
+        )
+        shares.append(detector.is_outside(images[order[39:]]).mean())
+    assert np.std(shares) > 0
+    assert abs(np.mean(shares) - 0.1) < 4 * np.std(shares) / np.sqrt(len(shares))
+    scores = -np.linalg.norm(untrained.model.embed(images[order[:39]]).astype(np.float64), axis=1)
+    assert detector.threshold == pytest.approx(np.sort(scores)[35], rel=1e-5)
+
+
 def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]:
     random = np.random.default_rng(0)
     found = features.Features(
@@ -555,7 +573,7 @@ def test_a_saved_score_holds_names_of_ours_alone():
         {"function": "..runner:train"},
         {"function": "ood:jnp"},
         {"function": "ood:np"},
-        {"class": "ood:OODDetector", "fields": {}},
+        {"class": "ood:DegenerateFeaturesError", "fields": {}},
         {"class": "ood:Gaussians", "fields": {"center": None}},
         {"code": "1"},
         [1],
