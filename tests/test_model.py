@@ -442,7 +442,7 @@ def test_scores_and_verdicts_do_not_depend_on_the_place(untrained, score):
 def small_detector(
     model: Model, images: np.ndarray, score: str = "embedding/mahalanobis"
 ) -> Detector:
-    fit_images = images[:40] if ood_protocol.is_fitted(score) else None
+    fit_images = images[:40] if model._score_entries[score].is_fitted else None
     return model.detector(0.1, score, fit_images=fit_images, calibration_images=images[40:])
 
 
@@ -535,8 +535,12 @@ def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]
     settings = ood_protocol.ScoreSettings(
         knn_k=(5,), ssd_clusters=(2,), residual_share=0.5, mixture_df=float("inf")
     )
-    fits = ood_protocol.label_free_fits(found, settings)
-    return {name: (fit(), found) for name, fit in fits.items()}
+    method = "vi_simsiam" if terms is None else "jevb"
+    table = ood_protocol.score_table(method, settings, num_views=2)
+    train = ood_protocol.TrainingData(found)
+    return {
+        name: (entry.make(train), found) for name, entry in table.items() if not entry.needs_labels
+    }
 
 
 @pytest.mark.slow
