@@ -78,13 +78,14 @@ def main() -> None:
     probe = classification.fit_linear_probe(
         train.representation, labels, num_classes=int(labels.max()) + 1, l2_regularization=1e-2
     )
-    scorers = ood_protocol.make_scorers(
-        train,
-        probe,
+    table = ood_protocol.score_table(
+        "jevb",
         ood_protocol.ScoreSettings(
             knn_k=(50,), ssd_clusters=(1, 10), residual_share=0.5, mixture_df=5.0
         ),
+        num_views=made.config["ood"]["num_views"],
     )
+    scorers = ood_protocol.make_scorers(table, ood_protocol.TrainingData(train, probe))
     pixels = np.random.default_rng(0).integers(
         0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 3), np.uint8
     )

@@ -1,7 +1,6 @@
 """Paths here and in object stores, files that are whole or absent, directories of one run at a time."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import filelock
 import numpy as np
 
 # Object stores that etils.epath opens.
@@ -298,16 +298,14 @@ def lock_directory(path: Path) -> Iterator[Callable[[], None]]:
 
         yield check
         return
-    with (path / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            found = file.read().strip() or "another process"
-            raise DirectoryInUseError(
-                f"{path} is in use by {found}: wait until it ends, or give another directory"
-            ) from error
-        file.truncate(0)
-        file.write(f"{holder}\n")
-        file.flush()
+    file = path / ".lock"
+    try:
+        held = filelock.FileLock(file).acquire(blocking=False)
+    except filelock.Timeout as error:
+        found = file.read_text(encoding="utf-8").strip() or "another process"
+        raise DirectoryInUseError(
+            f"{path} is in use by {found}: wait until it ends, or give another directory"
+        ) from error
+    with held:
+        file.write_text(f"{holder}\n", encoding="utf-8")
         yield lambda: None

@@ -47,7 +47,7 @@ class MetricsLog:
             self._lines = _lines_of(self.read(self._path))
         elif is_writer:
             self._file = self._path.open("a", encoding="utf-8")
-            self._events = _TensorBoardEvents.open(workdir / "tensorboard")
+            self._events = _TensorBoardEvents.of(workdir / "tensorboard")
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -125,41 +125,44 @@ def _lines_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 class _TensorBoardEvents:
-    """Scalars as TensorBoard reads them, written by the thread that asks.
+    """Scalars for TensorBoard, written by tensorboardX's thread soon after `write`."""
 
-    tensorboardX's own `SummaryWriter` writes by a thread; when that fails, as on a full disk, the
-    queue before it fills up and the run stands still for ever.
-    """
-
-    def __init__(self, directory: Path):
-        writer = importlib.import_module("tensorboardX.event_file_writer")
-        self._protocol = importlib.import_module("tensorboardX.proto.event_pb2")
-        self._scalar = importlib.import_module("tensorboardX.summary").scalar
-        directory.mkdir(exist_ok=True)
-        self._writer = writer.EventsWriter(str(directory / "events"))
+    def __init__(self, directory: Path, writer: Callable[..., Any]):
+        self._directory = directory
+        self._make_writer = writer
+        self._purge_step: int | None = None
+        self._writer: Any = None
 
     @classmethod
-    def open(cls, directory: Path) -> "_TensorBoardEvents | None":
+    def of(cls, directory: Path) -> "_TensorBoardEvents | None":
         """None where tensorboardX is not installed."""
-        return cls(directory) if importlib.util.find_spec("tensorboardX") is not None else None
+        if importlib.util.find_spec("tensorboardX") is None:
+            return None
+        return cls(directory, importlib.import_module("tensorboardX").SummaryWriter)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._make_writer(
+                str(self._directory),
+                purge_step=self._purge_step,
+                # Without a limit: a full queue before a thread that died would wait for ever.
+                max_queue=0,
+                # Files are named by the second, and a later one replaces its namesake.
+                filename_suffix=f".{time.time_ns()}",
+            )
         for name, value in values.items():
-            self._write(step, summary=self._scalar(name, value))
-        self._writer.flush()
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # where the thread's error becomes ours, on a full disk
 
     def forget_from(self, step: int) -> None:
         """Hides what was written of this step and later ones."""
-        start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
-        self._write(step, session_log=start)
-        self._writer.flush()
-
-    def _write(self, step: int, **content: Any) -> None:
-        event = self._protocol.Event(step=step, wall_time=time.time(), **content)
-        self._writer.write_event(event)
+        self.close()
+        self._purge_step = step
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 def standard_output(*, quiet: bool = False) -> Console:

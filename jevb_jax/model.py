@@ -6,6 +6,7 @@ model, and a detector of it, can be pickled by those who send them to other proc
 """
 
 import dataclasses
+import functools
 import logging
 import operator
 import os
@@ -143,7 +144,7 @@ class Model:
             raise ValueError(f"square_size must be at least 0, got {self.square_size}")
         self.variables = jax.device_put(variables, jax.local_devices()[0])
         self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
-        self._fit_features: dict[bool, Features] = {}
+        self._training_data: dict[bool, ood_protocol.TrainingData] = {}
         self._scorers: dict[str, ood_protocol.ScoreFunction] = {}
         self._dataset: data.Dataset | None = None
         self.recorded_data = recorded_data
@@ -277,7 +278,7 @@ class Model:
     @in_single_precision
     def score_names(self) -> list[str]:
         """Names for `ood_score` and `detector`."""
-        return sorted(self._fits(self._unfitted()))
+        return sorted(self._score_entries)
 
     @in_single_precision
     def detector(
@@ -312,7 +313,7 @@ class Model:
         checked: GivenImages | None = None
         source: Any = None
         if calibration_images is None:
-            also_fitted = fit_images is None and ood_protocol.is_fitted(name)
+            also_fitted = fit_images is None and self._score_entries[name].is_fitted
             needed = "fit_images= and calibration_images" if also_fitted else "calibration_images"
             source = self._data(needed).validation
         else:
@@ -322,7 +323,7 @@ class Model:
         ood.conformal_threshold(np.zeros(count), rate)
         scorer = self._scorer(name, fit_images)
         if checked is None:
-            extract = self._extractor(self._batch_size, ood_protocol.needs_terms(name))
+            extract = self._extractor(self._batch_size, self._score_entries[name].needs_terms)
             parts = [
                 np.asarray(_apply(scorer, features))[mask]
                 for features, mask in extract.stream(self.variables, source)
@@ -334,14 +335,9 @@ class Model:
 
     # --- Scores ---
 
-    def _unfitted(self) -> Features:
-        return ood_protocol.unfitted_features(
-            self.config["method"], self.config["ood"]["num_views"]
-        )
-
-    def _fits(self, features: Features) -> ood_protocol.Fits:
-        settings = ood_protocol.score_settings(self.config["ood"])
-        return ood_protocol.label_free_fits(features, settings)
+    @functools.cached_property
+    def _score_entries(self) -> dict[str, ood_protocol.ScoreEntry]:
+        return ood_protocol.scores_of_config(self.config, has_labels=False)
 
     def _checked_score(self, score: str | None) -> str:
         if score is None:
@@ -356,23 +352,27 @@ class Model:
 
     def _scorer(self, name: str, fit_images: Images | None) -> ood_protocol.ScoreFunction:
         """A score, fitted if it has to be."""
-        if not ood_protocol.is_fitted(name):
+        entry = self._score_entries[name]
+        if not entry.is_fitted:
             if fit_images is not None:
                 raise ValueError(f"{name} is not fitted to images: leave out fit_images")
-            return self._fits(self._unfitted())[name]()
-        has_terms = ood_protocol.needs_terms(name)
+            return entry.make(None)
+        has_terms = entry.needs_terms
         if fit_images is not None:
             images = self._checked_images(fit_images)
             if images.is_single:
                 raise ValueError("fit_images must be [N, h, w, c], got one image")
-            return self._fits(self._run(images, lambda features: features, has_terms))[name]()
+            features = self._run(images, lambda features: features, has_terms)
+            return entry.make(ood_protocol.TrainingData(features))
         if name not in self._scorers:
-            if has_terms not in self._fit_features:
+            if has_terms not in self._training_data:
                 train = self._data("fit_images").train
                 rows = ood_protocol.fit_rows(len(train), self.settings.ood.max_fit_images)
                 extract = self._extractor(self._batch_size, has_terms)
-                self._fit_features[has_terms] = extract(self.variables, data.Subset(train, rows))
-            self._scorers[name] = self._fits(self._fit_features[has_terms])[name]()
+                self._training_data[has_terms] = ood_protocol.TrainingData(
+                    extract(self.variables, data.Subset(train, rows))
+                )
+            self._scorers[name] = entry.make(self._training_data[has_terms])
         return self._scorers[name]
 
     def _data(self, argument: str) -> data.Dataset:
@@ -428,7 +428,7 @@ class Model:
         def scores(features: Features) -> Array:
             return _apply(scorer, features)
 
-        return self._map_checked(images, scores, has_terms=ood_protocol.needs_terms(name))
+        return self._map_checked(images, scores, has_terms=self._score_entries[name].needs_terms)
 
     def _map_checked(
         self, images: GivenImages, output: Callable[[Features], Any], *, has_terms: bool
@@ -809,6 +809,10 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
     saved = manifest["detector"]
     arrays = safetensors.load(archive.read_file(path, manifest, DETECTOR))
     model = load_archive(path, batch_size)
+    if saved["score"] not in model.score_names():
+        raise archive.ArchiveError(
+            f"the detector in {path} is not one of this version: no score {saved['score']!r}"
+        )
     try:
         threshold = float(arrays.pop("threshold"))
         scorer = saved_scores.rebuild(saved["scorer"], arrays)

@@ -48,7 +48,7 @@ def test_a_line_is_on_disk_at_once_and_numbers_are_exact(tmp_path):
 def tensorboard_events(directory: Path) -> list[Any]:
     """Events of all files, by the format: length, its checksum, the message, its checksum."""
     events = []
-    for path in sorted(directory.iterdir()):
+    for path in sorted(directory.iterdir(), key=lambda path: int(path.suffix[1:])):
         content, start = path.read_bytes(), 0
         while start < len(content):
             (size,) = struct.unpack_from("Q", content, start)
@@ -59,21 +59,28 @@ def tensorboard_events(directory: Path) -> list[Any]:
     return events
 
 
-def test_tensorboard_events_are_written_at_once_and_hidden_on_resume(tmp_path):
+def test_tensorboard_has_every_number_and_hides_those_of_before_on_resume(tmp_path):
     log = MetricsLog(tmp_path)
     log.write(3, {"train/loss": 0.5, "x": 2.0})
     log.truncate_after(2)
     log.write(3, {"train/loss": 0.25})
-    _, *events = tensorboard_events(tmp_path / "tensorboard")
+    log.close()
+    events = tensorboard_events(tmp_path / "tensorboard")
     found = [
         (event.step, value.tag, value.simple_value)
         for event in events
         for value in event.summary.value
     ]
     assert found == [(3, "train/loss", 0.5), (3, "x", 2.0), (3, "train/loss", 0.25)]
-    assert [event.session_log.status for event in events] == [0, 0, event_pb2.SessionLog.START, 0]
-    assert events[2].step == 3
-    log.close()
+    starts = [
+        (place, event.step)
+        for place, event in enumerate(events)
+        if event.session_log.status == event_pb2.SessionLog.START
+    ]
+    places = [place for place, event in enumerate(events) if event.summary.value]
+    ((start, step),) = starts
+    assert step == 3
+    assert places[1] < start < places[2]
 
 
 def test_no_tensorboard_where_it_is_not_installed(tmp_path, monkeypatch):
@@ -103,6 +110,7 @@ for step in range(200):
         check=False,
         timeout=60,
     )
+    assert ended.returncode == 1
     assert "OSError: [Errno 27] File too large" in ended.stderr
     assert 50 < len(MetricsLog.read(tmp_path / "metrics.jsonl")) < 150
 

@@ -443,7 +443,7 @@ def test_scores_and_verdicts_do_not_depend_on_the_place(untrained, score):
 def small_detector(
     model: Model, images: np.ndarray, score: str = "embedding/mahalanobis"
 ) -> Detector:
-    fit_images = images[:40] if ood_protocol.is_fitted(score) else None
+    fit_images = images[:40] if model._score_entries[score].is_fitted else None
     return model.detector(0.1, score, fit_images=fit_images, calibration_images=images[40:])
 
 
@@ -506,6 +506,24 @@ def test_a_score_that_is_not_a_number_is_an_alarm(untrained):
     assert dataclasses.replace(detector, model=nothing).is_outside(images).all()
 
 
+def test_a_detector_keeps_its_false_alarm_rate(untrained):
+    # Exchangeable images: of 39 for the calibration, the 36th smallest score is above a new one's
+    # with probability 36/40. Over splits of 120 images the mean share of alarms is 0.1.
+    images = np.random.default_rng(2).integers(0, 256, (120, 16, 16, 3), np.uint8)
+    rng = np.random.default_rng(3)
+    shares = []
+    for _ in range(60):
+        order = rng.permutation(len(images))
+        detector = untrained.model.detector(
+            0.1, "embedding/norm", calibration_images=images[order[:39]]
+        )
+        shares.append(detector.is_outside(images[order[39:]]).mean())
+    assert np.std(shares) > 0
+    assert abs(np.mean(shares) - 0.1) < 4 * np.std(shares) / np.sqrt(len(shares))
+    scores = -np.linalg.norm(untrained.model.embed(images[order[:39]]).astype(np.float64), axis=1)
+    assert detector.threshold == pytest.approx(np.sort(scores)[35], rel=1e-5)
+
+
 def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]:
     random = np.random.default_rng(0)
     found = features.Features(
@@ -518,8 +536,12 @@ def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]
     settings = ood_protocol.ScoreSettings(
         knn_k=(5,), ssd_clusters=(2,), residual_share=0.5, mixture_df=float("inf")
     )
-    fits = ood_protocol.label_free_fits(found, settings)
-    return {name: (fit(), found) for name, fit in fits.items()}
+    method = "vi_simsiam" if terms is None else "jevb"
+    table = ood_protocol.score_table(method, settings, num_views=2)
+    train = ood_protocol.TrainingData(found)
+    return {
+        name: (entry.make(train), found) for name, entry in table.items() if not entry.needs_labels
+    }
 
 
 @pytest.mark.slow
@@ -556,7 +578,7 @@ def test_a_saved_score_holds_names_of_ours_alone():
         {"function": "..runner:train"},
         {"function": "ood:jnp"},
         {"function": "ood:np"},
-        {"class": "ood:OODDetector", "fields": {}},
+        {"class": "ood:DegenerateFeaturesError", "fields": {}},
         {"class": "ood:Gaussians", "fields": {"center": None}},
         {"code": "1"},
         [1],

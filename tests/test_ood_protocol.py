@@ -14,7 +14,9 @@ from sklearn.metrics import roc_auc_score
 
 from jevb_jax import augmentations, data
 from jevb_jax.evaluation import corruptions, ood, ood_protocol, protocol
+from jevb_jax.evaluation.features import Features
 from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.networks import DirectionalPrediction, Posterior
 from jevb_jax.objective import View
 
 
@@ -79,7 +81,9 @@ def outside_features() -> Any:
 
 @pytest.mark.slow
 def test_every_score_is_there_and_of_every_image():
-    expected = {f"jevb/{name}" for name in ood_protocol._TERM_SCORES}
+    terms = ("negative_log_likelihood", "directional", "radial", "negative_elbo")
+    terms += ("importance_weighted", "kl", "posterior_entropy", "cross_view")
+    expected = {f"jevb/{name}" for name in terms}
     expected |= {"jevb/typicality_mahalanobis", "jevb/typicality_knn", "jevb/scale_mahalanobis"}
     expected |= {"jevb/mixture", "jevb/residual_mahalanobis", "jevb/mixture_and_residual"}
     scores = ("knn_5", "mahalanobis", "ssd_1", "residual", "norm")
@@ -272,13 +276,80 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
         extract(variables(), four)
 
 
+def without_labels(table: dict[str, ood_protocol.ScoreEntry]) -> dict[str, ood_protocol.ScoreEntry]:
+    return {name: entry for name, entry in table.items() if not entry.needs_labels}
+
+
+# By what a score is made of, the only features of an image that it may read.
+READ: dict[str, set[str]] = {
+    "representation": {"representation"},
+    "embedding": {"embedding"},
+    "posterior": {"embedding", "prediction"},
+    "terms": {"terms"},
+    "cross_view": {"terms"},
+    "concentration": {"prediction"},
+}
+
+
+@pytest.mark.parametrize(("method", "num_views"), [("jevb", 2), ("jevb", 1), ("vi_simsiam", 2)])
+def test_an_entry_says_what_its_score_needs(method, num_views):
+    random = np.random.default_rng(0)
+    rows = jnp.asarray(random.normal(size=(6, 60)), jnp.float32)
+    mean = jnp.asarray(random.normal(size=(60, 4)), jnp.float32)
+    cross_view = rows[5] if num_views > 1 else None
+    is_jevb = method == "jevb"
+    whole = Features(
+        random.normal(size=(60, 5)).astype(np.float32),
+        random.normal(size=(60, 4)).astype(np.float32),
+        Posterior(mean, jnp.exp(mean / 4)) if is_jevb else DirectionalPrediction(mean, rows[0]),
+        ood.UncertaintyTerms(*rows[:5], cross_view_log_likelihood=cross_view) if is_jevb else None,
+        np.arange(60) % 2,
+    )
+    settings = ood_protocol.ScoreSettings(
+        knn_k=(5, 3), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0
+    )
+    table = ood_protocol.score_table(method, settings, num_views=num_views)
+    assert ("jevb/cross_view" in table) == (is_jevb and num_views > 1)
+    assert ("vi_simsiam/concentration" in table) == (not is_jevb)
+    assert {name for name, entry in table.items() if entry.needs_labels} == {
+        name for name in table if name.startswith("probe/")
+    }
+    for name, entry in without_labels(table).items():
+        hidden = {field: None for field in whole._fields if field not in READ[entry.made_of]}
+        features = whole._replace(**hidden)
+        train = ood_protocol.TrainingData(features) if entry.is_fitted else None
+        scores = entry.make(train)(features)
+        assert scores.shape == (60,), name
+        assert np.all(np.isfinite(scores)), name
+        if entry.is_fitted:
+            with pytest.raises(AttributeError):
+                entry.make(None)
+        assert entry.needs_terms == (features.terms is not None and is_jevb), name
+
+
+def test_what_two_scores_share_is_fitted_once():
+    random = np.random.default_rng(0)
+    mean = jnp.asarray(random.normal(size=(60, 4)), jnp.float32)
+    features = Features(None, mean + 1, Posterior(mean, jnp.exp(mean / 4)), None, None)
+    settings = ood_protocol.ScoreSettings(
+        knn_k=(), ssd_clusters=(), residual_share=0.5, mixture_df=5.0
+    )
+    table = ood_protocol.score_table("jevb", settings, num_views=1)
+    train = ood_protocol.TrainingData(features)
+    both: Any = table["jevb/mixture_and_residual"].make(train)
+    assert both.mixture is table["jevb/mixture"].make(train)
+    assert both.residual is table["jevb/residual_mahalanobis"].make(train)
+    assert not any(name.endswith("_knn") for name in table)
+
+
 def test_degenerate_features_leave_a_score_out_by_name():
     train = evaluation()[1].train
     constant = train._replace(embedding=np.ones_like(train.embedding), terms=None)
     settings = ood_protocol.ScoreSettings(
         knn_k=(5,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0
     )
-    scorers = ood_protocol.make_scorers(constant, None, settings)
+    table = ood_protocol.score_table("simsiam", settings, num_views=1)
+    scorers = ood_protocol.make_scorers(without_labels(table), ood_protocol.TrainingData(constant))
     assert "do not vary" in scorers.left_out["embedding/mahalanobis"]
     assert "representation/mahalanobis" in scorers.scores
 
@@ -340,7 +411,8 @@ def test_more_neighbours_than_images_leave_a_score_out():
     settings = ood_protocol.ScoreSettings(
         knn_k=(5, 500), ssd_clusters=(1, 80), residual_share=0.5, mixture_df=5.0
     )
-    scorers = ood_protocol.make_scorers(few, None, settings)
+    table = ood_protocol.score_table("simsiam", settings, num_views=1)
+    scorers = ood_protocol.make_scorers(without_labels(table), ood_protocol.TrainingData(few))
     assert "k must be in [1, 100]" in scorers.left_out["embedding/knn_500"]
     assert "num_clusters must be in [1, 50]" in scorers.left_out["embedding/ssd_80"]
     assert "embedding/knn_5" in scorers.scores

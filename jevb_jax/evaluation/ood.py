@@ -4,7 +4,7 @@ Everything is per example, `[N]`, and made without labels but for the scores tha
 kinds: scores of JEVB's own terms (`uncertainty_terms` computes them once for all), scores of
 features, which are fitted to in-distribution features (`fit_*` returns a callable
 `features [N, F] -> [N]`, a tree of arrays that can be passed through `jax.jit`), and scores of a linear
-probe's logits. `OODDetector` wraps a fit in scikit-learn's manner and calibrates a threshold.
+probe's logits. `conformal_threshold` says from which score on an image is called strange.
 
 Fits and scores of features work on float32 numbers, whatever type was given. Half precision and
 integers are promoted. A score of features without NaN is no NaN: where its arithmetic overflows it is
@@ -1323,7 +1323,15 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
         scores for it: it needs `n >= 1/rate - 1`; so many infinite scores that the threshold would be
         infinite, above which there is nothing.
     """
-    scores = _checked_calibration(calibration_scores)
+    scores = np.asarray(calibration_scores, np.float64)
+    if scores.ndim != 1:
+        raise ValueError(f"calibration_scores must be [n] without NaN, got shape {scores.shape}")
+    num_bad = int(np.sum(np.isnan(scores) | np.isneginf(scores)))
+    if num_bad:
+        raise ValueError(
+            f"calibration_scores must be [n] without NaN or -inf: {num_bad} of {len(scores)} are. Look "
+            "for a diverged network or features that overflow"
+        )
     false_alarm_rate = checked_share("false_alarm_rate", false_alarm_rate)
     # Rounded, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
     rank = math.ceil(round((len(scores) + 1) * (1 - false_alarm_rate), 9))
@@ -1343,19 +1351,6 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
     return threshold
 
 
-def _checked_calibration(scores: ArrayLike) -> np.ndarray:
-    values = np.asarray(scores, np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"calibration_scores must be [n] without NaN, got shape {values.shape}")
-    num_bad = int(np.sum(np.isnan(values) | np.isneginf(values)))
-    if num_bad:
-        raise ValueError(
-            f"calibration_scores must be [n] without NaN or -inf: {num_bad} of {len(values)} are. Look "
-            "for a diverged network or features that overflow"
-        )
-    return values
-
-
 def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:
     """Which scores are alarms: those above the threshold, and those that are no finite number.
 
@@ -1371,118 +1366,3 @@ def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:
     """
     values = np.asarray(scores)
     return ~(np.isfinite(values) & (values <= threshold))
-
-
-class OODDetector:
-    """A feature score that is fitted, calibrated and asked, in scikit-learn's manner.
-
-    Args:
-      fit: one of the `fit_*` functions, with its settings bound, for instance
-        `functools.partial(fit_knn, k=10)`. Called with the features, and with labels where it is given
-        them.
-
-    Example:
-      `detector = OODDetector(fit_mahalanobis).fit(train).calibrate(held_out)`, then
-      `detector.score(new)` or `detector.is_outside(new, false_alarm_rate=0.05)`.
-    """
-
-    def __init__(self, fit: Callable[..., Score]):
-        self._fit = fit
-        self._score: Score | None = None
-        self._calibration_scores: np.ndarray | None = None
-
-    def fit(self, features: ArrayLike, labels: ArrayLike | None = None) -> "OODDetector":
-        """Fits the score and forgets any calibration.
-
-        Args:
-          features: `[M, F]`, in distribution.
-          labels: `[M]`, for the scores that need them.
-
-        Returns:
-          The detector.
-        """
-        self._score = self._fit(features) if labels is None else self._fit(features, labels)
-        self._calibration_scores = None
-        return self
-
-    def score(self, features: ArrayLike) -> np.ndarray:
-        """Scores, larger is more out of distribution.
-
-        Args:
-          features: `[N, F]`, finite.
-
-        Returns:
-          `[N]`.
-
-        Raises:
-          ValueError: nothing was fitted yet; features not `[N, F]`, of another width than the fitted
-            ones, not finite or beyond float32; a score that is not one number for each image.
-          TypeError: features that are not real numbers.
-        """
-        if self._score is None:
-            raise ValueError("fit the detector before asking it for scores")
-        array = np.asarray(features)
-        if array.ndim != 2:
-            raise ValueError(f"features must be finite [N, F], got shape {array.shape}")
-        values = real_matrix("features", array, least=0, of="images")
-        largest = float(jnp.finfo(jnp.float32).max)
-        most = float(np.abs(values).max(initial=0))
-        if most > largest:
-            raise ValueError(
-                f"features must be finite as float32, within {largest:.3g}, got {most:.3g}"
-            )
-        scores = np.asarray(_apply(self._score, jnp.asarray(values, jnp.float32)))
-        if scores.shape != (len(values),):
-            raise ValueError(
-                f"the score must be [N], one number for each of {len(values)} images, got shape "
-                f"{scores.shape}"
-            )
-        return scores
-
-    def calibrate(self, features: ArrayLike) -> "OODDetector":
-        """Keeps the scores of held-out in-distribution images, for thresholds.
-
-        Args:
-          features: `[n, F]`, not those of the fit.
-
-        Returns:
-          The detector.
-
-        Raises:
-          ValueError: as `score`; scores that are NaN or -inf.
-        """
-        self._calibration_scores = _checked_calibration(self.score(features))
-        return self
-
-    def threshold(self, false_alarm_rate: float) -> float:
-        """`conformal_threshold` of the calibration.
-
-        Args:
-          false_alarm_rate: in (0, 1).
-
-        Returns:
-          The threshold.
-
-        Raises:
-          ValueError: no calibration, and as `conformal_threshold`.
-        """
-        if self._calibration_scores is None:
-            raise ValueError("calibrate the detector on held-out images before asking a threshold")
-        return conformal_threshold(self._calibration_scores, false_alarm_rate)
-
-    def is_outside(self, features: ArrayLike, *, false_alarm_rate: float) -> np.ndarray:
-        """Which images are called out of distribution.
-
-        Args:
-          features: `[N, F]`.
-          false_alarm_rate: of in-distribution images called so.
-
-        Returns:
-          bool `[N]`; true of a score that is no finite number, see `exceeds`.
-        """
-        return exceeds(self.score(features), self.threshold(false_alarm_rate))
-
-
-@jax.jit
-def _apply(score: Score, features: Array) -> Array:
-    return score(features)

@@ -28,12 +28,7 @@ from jevb_jax.evaluation.ood_metrics import (
     bootstrap_intervals_of_scores,
     ood_metrics,
 )
-from jevb_jax.networks import (
-    DirectionalPrediction,
-    JointEmbeddingModel,
-    Posterior,
-    ViewOutputs,
-)
+from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
 from jevb_jax.objective import View, likelihood_scale
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
@@ -210,165 +205,197 @@ def feature(features: Features, name: str) -> Array:
     return getattr(features, name)
 
 
-_TERM_SCORES = {
-    "negative_log_likelihood": ood.negative_log_likelihood_score,
-    "directional": ood.directional_score,
-    "radial": ood.radial_score,
-    "negative_elbo": ood.negative_elbo_score,
-    "importance_weighted": ood.importance_weighted_score,
-    "kl": ood.kl_score,
-    "posterior_entropy": ood.posterior_entropy_score,
-    "cross_view": ood.cross_view_score,
-}
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What scores are fitted to.
+
+    Attributes:
+      features: of in-distribution training images; with `terms` where a score is made of them, with
+        labels where it needs labels.
+      probe: of the representation, or None without labels.
+    """
+
+    features: Features
+    probe: "classification.LinearProbe | None" = None
+    _shared: dict[str, OfFeature] = dataclasses.field(default_factory=dict)
+
+    def fit(self, name: str, function: Callable[[Any], Any]) -> OfFeature:
+        """Fits a score to the features of a name; see `feature`."""
+        return OfFeature(function(feature(self.features, name)), name)
+
+    def fit_once(self, score: str, name: str, function: Callable[[Any], Any]) -> OfFeature:
+        """As `fit`, for what two scores have in common: the second gets what the first fitted."""
+        if score not in self._shared:
+            self._shared[score] = self.fit(name, function)
+        return self._shared[score]
 
 
-Fits = dict[str, Callable[[], ScoreFunction]]
+@dataclasses.dataclass(frozen=True)
+class ScoreEntry:
+    """One score of `score_table`.
+
+    Attributes:
+      made_of: which features of an image it reads: "representation", "embedding", "posterior" (the
+        embedding's, JEVB), "terms" (JEVB's, of views and samples), "cross_view" (the term between
+        views), "concentration" (VI-SimSiam).
+      is_fitted: to in-distribution images.
+      needs_labels: of the training images.
+      make: the score; of `TrainingData`, or of None where nothing is fitted.
+    """
+
+    made_of: str
+    is_fitted: bool
+    needs_labels: bool
+    make: Callable[[Any], ScoreFunction]
+
+    @property
+    def needs_terms(self) -> bool:
+        """Whether features must be extracted with JEVB's terms, of several views and samples."""
+        return self.made_of in ("terms", "cross_view")
 
 
-def _fit_of(name: str, features: Features, fit: Callable[[Any], Any]) -> OfFeature:
-    return OfFeature(fit(feature(features, name)), name)
+def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict[str, ScoreEntry]:
+    """Every score of a method, and what each needs.
+
+    Args:
+      method: its name in the config, such as "jevb".
+      settings: neighbors, clusters and the like.
+      num_views: of JEVB's terms.
+
+    Returns:
+      By name, `family/score`.
+    """
+    plain = functools.partial(ScoreEntry, is_fitted=False, needs_labels=False)
+    fitted = functools.partial(ScoreEntry, is_fitted=True, needs_labels=False)
+    with_labels = functools.partial(ScoreEntry, is_fitted=True, needs_labels=True)
+
+    def of_terms(score: Callable[[ood.UncertaintyTerms], Array]) -> Callable[..., OfTerms]:
+        return lambda _: OfTerms(score)
+
+    def of_feature(name: str, score: Callable[[Array], Array]) -> Callable[..., OfFeature]:
+        return lambda _: OfFeature(Partial(score), name)
+
+    def of_logits(score: Callable[[Array], Array]) -> Callable[..., OfProbe]:
+        return lambda train: OfProbe(train.probe, score=score)
+
+    def fit(name: str, function: Callable[..., Any], **keywords: Any) -> Callable[..., OfFeature]:
+        return lambda train: train.fit(name, functools.partial(function, **keywords))
+
+    def fit_classes(function: Callable[..., Any]) -> Callable[..., OfFeature]:
+        return lambda train: train.fit(
+            "representation", functools.partial(function, labels=train.features.labels)
+        )
+
+    def fit_residual(features: Any) -> ood.Residual:
+        return ood.fit_residual(features, num_components=settings.num_components(features))
+
+    def of_mixture(train: TrainingData) -> OfFeature:
+        posterior = train.features.prediction
+        return train.fit_once(
+            "jevb/mixture",
+            "embedding",
+            functools.partial(_fit_mixture, posterior, settings.mixture_df),
+        )
+
+    def of_residual(train: TrainingData) -> OfFeature:
+        return train.fit_once("jevb/residual", "posterior_residual", ood.fit_mahalanobis)
+
+    table = {
+        "jevb/negative_log_likelihood": plain(
+            "terms", make=of_terms(ood.negative_log_likelihood_score)
+        ),
+        "jevb/directional": plain("terms", make=of_terms(ood.directional_score)),
+        "jevb/radial": plain("terms", make=of_terms(ood.radial_score)),
+        "jevb/negative_elbo": plain("terms", make=of_terms(ood.negative_elbo_score)),
+        "jevb/importance_weighted": plain("terms", make=of_terms(ood.importance_weighted_score)),
+        "jevb/kl": plain("terms", make=of_terms(ood.kl_score)),
+        "jevb/posterior_entropy": plain("terms", make=of_terms(ood.posterior_entropy_score)),
+        "jevb/cross_view": plain("cross_view", make=of_terms(ood.cross_view_score)),
+        "jevb/typicality_mahalanobis": fitted("terms", make=fit("terms", ood.fit_mahalanobis)),
+    }
+    if settings.knn_k:
+        knn = fit("terms", ood.fit_whitened_knn, k=min(settings.knn_k))
+        table["jevb/typicality_knn"] = fitted("terms", make=knn)
+    table |= {
+        "jevb/scale_mahalanobis": fitted("posterior", make=fit("log_scale", ood.fit_mahalanobis)),
+        "jevb/mixture": fitted("posterior", make=of_mixture),
+        "jevb/residual_mahalanobis": fitted("posterior", make=of_residual),
+        "jevb/mixture_and_residual": fitted(
+            "posterior",
+            make=lambda train: OfMixtureAndResidual(of_mixture(train), of_residual(train)),
+        ),
+        "vi_simsiam/concentration": plain(
+            "concentration", make=of_feature("concentration", ood.concentration_score)
+        ),
+    }
+    for name in ("representation", "embedding"):
+        for k in settings.knn_k:
+            table[f"{name}/knn_{k}"] = fitted(name, make=fit(name, ood.fit_knn, k=k))
+        table[f"{name}/mahalanobis"] = fitted(name, make=fit(name, ood.fit_mahalanobis))
+        for count in settings.ssd_clusters:
+            ssd = fit(name, ood.fit_ssd, num_clusters=count)
+            table[f"{name}/ssd_{count}"] = fitted(name, make=ssd)
+        table[f"{name}/residual"] = fitted(name, make=fit(name, fit_residual))
+        table[f"{name}/norm"] = plain(name, make=of_feature(name, ood.feature_norm_score))
+    made_of = "representation"
+    table |= {
+        "probe/max_softmax": with_labels(made_of, make=of_logits(ood.max_softmax_score)),
+        "probe/max_logit": with_labels(made_of, make=of_logits(ood.max_logit_score)),
+        "probe/energy": with_labels(made_of, make=of_logits(ood.energy_score)),
+        "probe/class_mahalanobis": with_labels(
+            made_of, make=fit_classes(ood.fit_class_mahalanobis)
+        ),
+        "probe/relative_mahalanobis": with_labels(
+            made_of, make=fit_classes(ood.fit_relative_mahalanobis)
+        ),
+        "probe/vim": with_labels(made_of, make=functools.partial(_fit_vim, settings)),
+    }
+    features = {"representation", "embedding"}
+    if method == "jevb":
+        features |= {"posterior", "terms"} | ({"cross_view"} if num_views > 1 else set())
+    elif method == "vi_simsiam":
+        features |= {"concentration"}
+    return {name: entry for name, entry in table.items() if entry.made_of in features}
 
 
-def _fit_mixture(
-    train: Features, settings: ScoreSettings, embedding: Array
-) -> mixture.TrainingMixture:
+def _fit_mixture(posterior: Posterior, df: float, embedding: Array) -> mixture.TrainingMixture:
     """The training posteriors as a density. Units of the scales cancel in its bandwidth."""
-    posterior: Posterior = train.prediction
     tied = posterior.likelihood_scale is None
     scale: Any = posterior.posterior_scale if tied else posterior.likelihood_scale
     return mixture.fit_training_mixture(
         posterior.posterior_mean,
         likelihood_scale(scale),
-        df=settings.mixture_df,
+        df=df,
         embedding=embedding,
         num_queries=_NUM_LEFT_OUT,
     )
 
 
-def _method_fits(train: Features, settings: ScoreSettings) -> Fits:
-    """Scores that only this method has."""
-    fit_of = functools.partial(_fit_of, features=train)
-    fits: Fits = {}
-    if train.terms is not None:
-        has_pairs = train.terms.cross_view_log_likelihood is not None
-        for name, score in _TERM_SCORES.items():
-            if has_pairs or name != "cross_view":
-                fits[f"jevb/{name}"] = functools.partial(OfTerms, score)
-        fits["jevb/typicality_mahalanobis"] = functools.partial(
-            fit_of, "terms", fit=ood.fit_mahalanobis
-        )
-        if settings.knn_k:
-            knn = functools.partial(ood.fit_whitened_knn, k=min(settings.knn_k))
-            fits["jevb/typicality_knn"] = functools.partial(fit_of, "terms", fit=knn)
-    if hasattr(train.prediction, "posterior_scale"):
-        fits["jevb/scale_mahalanobis"] = functools.partial(
-            fit_of, "log_scale", fit=ood.fit_mahalanobis
-        )
-        # Fitted once, for themselves and for their sum.
-        of_mixture = functools.cache(
-            functools.partial(
-                fit_of, "embedding", fit=functools.partial(_fit_mixture, train, settings)
-            )
-        )
-        of_residual = functools.cache(
-            functools.partial(fit_of, "posterior_residual", fit=ood.fit_mahalanobis)
-        )
-        fits["jevb/mixture"] = of_mixture
-        fits["jevb/residual_mahalanobis"] = of_residual
-        fits["jevb/mixture_and_residual"] = lambda: OfMixtureAndResidual(
-            of_mixture(), of_residual()
-        )
-    if hasattr(train.prediction, "concentration"):
-        concentration = Partial(ood.concentration_score)
-        fits["vi_simsiam/concentration"] = lambda: OfFeature(concentration, "concentration")
-    return fits
+def _fit_vim(settings: ScoreSettings, train: TrainingData) -> OfProbe:
+    probe: Any = train.probe
+    standardised, logits = _probe_values(OfProbe(probe), train.features._replace(labels=None))
+    vim = ood.fit_vim(
+        standardised,
+        logits,
+        origin=ood.vim_origin(probe.weights, probe.bias),
+        num_components=settings.num_components(train.features.representation),
+    )
+    return OfProbe(probe, vim=vim)
 
 
-def _feature_fits(train: Features, settings: ScoreSettings) -> Fits:
-    """Label-free scores of the representation and of the embedding."""
-    fits: Fits = {}
-    for name in ("representation", "embedding"):
-        num_components = settings.num_components(feature(train, name))
-        of_feature: dict[str, Callable[[Any], Any]] = {
-            **{f"knn_{k}": functools.partial(ood.fit_knn, k=k) for k in settings.knn_k},
-            "mahalanobis": ood.fit_mahalanobis,
-            **{
-                f"ssd_{count}": functools.partial(ood.fit_ssd, num_clusters=count)
-                for count in settings.ssd_clusters
-            },
-            "residual": functools.partial(ood.fit_residual, num_components=num_components),
-            "norm": lambda _: Partial(ood.feature_norm_score),
-        }
-        fits |= {
-            f"{name}/{score}": functools.partial(_fit_of, name, train, fit)
-            for score, fit in of_feature.items()
-        }
-    return fits
-
-
-def label_free_fits(train: Features, settings: ScoreSettings) -> Fits:
-    """Every score that needs no labels, not yet fitted.
+def scores_of_config(config: dict[str, Any], *, has_labels: bool) -> dict[str, ScoreEntry]:
+    """Every score that a run will have, those that degenerate features leave out too.
 
     Args:
-      train: features of in-distribution images, with `terms` for JEVB.
-      settings: neighbors, clusters and the like.
+      config: of the run.
+      has_labels: whether the training images have labels.
 
     Returns:
-      Functions that fit, by name.
+      Entries of `score_table`.
     """
-    return _method_fits(train, settings) | _feature_fits(train, settings)
-
-
-# Of the un-augmented image and its posterior's parameters alone.
-_OF_POSTERIOR = {
-    "jevb/scale_mahalanobis",
-    "jevb/mixture",
-    "jevb/residual_mahalanobis",
-    "jevb/mixture_and_residual",
-}
-# Made of arrays of an image alone, in whatever data.
-_NEVER_FITTED = {"vi_simsiam/concentration", "representation/norm", "embedding/norm"}
-
-
-def is_fitted(name: str) -> bool:
-    """Whether a label-free score is fitted to in-distribution images."""
-    family, _, score = name.partition("/")
-    return name not in _NEVER_FITTED and not (family == "jevb" and score in _TERM_SCORES)
-
-
-def needs_terms(name: str) -> bool:
-    """Whether a score is one of JEVB's terms, which need several views and samples."""
-    return name.startswith("jevb/") and name not in _OF_POSTERIOR
-
-
-def unfitted_features(method: str, num_views: int) -> Features:
-    """Features of two imaginary images: what `label_free_fits` needs to know of a method.
-
-    Its names are those of the method, and its scores that are not fitted are whole.
-
-    Args:
-      method: its name in the config, such as "jevb".
-      num_views: of JEVB's terms.
-
-    Returns:
-      Features, all zero.
-    """
-    zeros, row = np.zeros((2, 2), np.float32), np.zeros(2, np.float32)
-    terms = prediction = None
-    if method == "jevb":
-        vector = jax.device_put(row)
-        prediction = Posterior(jax.device_put(zeros), jax.device_put(zeros))
-        terms = ood.UncertaintyTerms(
-            directional_log_likelihood=vector,
-            radial_log_likelihood=vector,
-            kl=vector,
-            posterior_entropy=vector,
-            importance_weighted_bound=vector,
-            cross_view_log_likelihood=vector if num_views > 1 else None,
-        )
-    elif method == "vi_simsiam":
-        prediction = DirectionalPrediction(jnp.asarray(zeros), jnp.asarray(row))
-    return Features(zeros, zeros, prediction, terms, None)
+    settings = config["ood"]
+    table = score_table(config["method"], score_settings(settings), num_views=settings["num_views"])
+    return {name: entry for name, entry in table.items() if has_labels or not entry.needs_labels}
 
 
 def default_score(method: str, ood_settings: dict[str, Any]) -> str:
@@ -383,56 +410,6 @@ def default_score(method: str, ood_settings: dict[str, Any]) -> str:
     """
     own = DEFAULT_SCORES.get(method, _OTHER_DEFAULT_SCORE)
     return ood_settings["default_score"] or own
-
-
-def _probe_fits(
-    train: Features, probe: "classification.LinearProbe", settings: ScoreSettings
-) -> Fits:
-    """Scores through the linear probe of the representation and through the labels."""
-    labels: Any = train.labels
-    fit_of = functools.partial(_fit_of, "representation", train)
-    of_probe = OfProbe(probe)
-
-    def vim() -> ScoreFunction:
-        standardised, logits = _probe_values(of_probe, train._replace(labels=None))
-        fitted = ood.fit_vim(
-            standardised,
-            logits,
-            origin=ood.vim_origin(probe.weights, probe.bias),
-            num_components=settings.num_components(train.representation),
-        )
-        return OfProbe(probe, vim=fitted)
-
-    return {
-        "probe/max_softmax": functools.partial(OfProbe, probe, score=ood.max_softmax_score),
-        "probe/max_logit": functools.partial(OfProbe, probe, score=ood.max_logit_score),
-        "probe/energy": functools.partial(OfProbe, probe, score=ood.energy_score),
-        "probe/class_mahalanobis": functools.partial(
-            fit_of, functools.partial(ood.fit_class_mahalanobis, labels=labels)
-        ),
-        "probe/relative_mahalanobis": functools.partial(
-            fit_of, functools.partial(ood.fit_relative_mahalanobis, labels=labels)
-        ),
-        "probe/vim": vim,
-    }
-
-
-def score_names(method: str, ood_settings: dict[str, Any], *, has_labels: bool) -> list[str]:
-    """Every score that a run will have, those that degenerate features leave out too.
-
-    Args:
-      method: its name in the config, such as "jevb".
-      ood_settings: its section `ood`.
-      has_labels: whether the training images have labels.
-
-    Returns:
-      Names.
-    """
-    features = unfitted_features(method, ood_settings["num_views"])
-    settings = score_settings(ood_settings)
-    no_probe: Any = None  # only names are asked for: nothing is fitted
-    fits = label_free_fits(features, settings)
-    return [*fits, *(_probe_fits(features, no_probe, settings) if has_labels else ())]
 
 
 class Scorers(NamedTuple):
@@ -450,15 +427,12 @@ class Scorers(NamedTuple):
     left_out: dict[str, str]
 
 
-def make_scorers(
-    train: Features, probe: "classification.LinearProbe | None", settings: ScoreSettings
-) -> Scorers:
-    """Every score that the method and the data have, fitted to training images.
+def make_scorers(table: dict[str, ScoreEntry], train: TrainingData) -> Scorers:
+    """Every score of a table, fitted to training images.
 
     Args:
+      table: of `score_table`, without the scores that `train` has no labels for.
       train: features of in-distribution training images, with `terms` for JEVB.
-      probe: of the representation, or None for unlabelled data.
-      settings: neighbors, clusters and the like.
 
     Returns:
       The scores.
@@ -466,15 +440,15 @@ def make_scorers(
     Raises:
       ValueError: settings that do not fit the features.
     """
-    probe_fits = {} if probe is None else _probe_fits(train, probe, settings)
     scores: dict[str, ScoreFunction] = {}
     left_out: dict[str, str] = {}
-    for name, fit in (label_free_fits(train, settings) | probe_fits).items():
+    for name, entry in table.items():
         try:
-            scores[name] = fit()
+            scores[name] = entry.make(train)
         except ood.DegenerateFeaturesError as error:
             left_out[name] = str(error)
-    return Scorers(scores, frozenset(probe_fits), left_out)
+    with_labels = frozenset(name for name, entry in table.items() if entry.needs_labels)
+    return Scorers(scores, with_labels, left_out)
 
 
 @jax.jit
@@ -907,11 +881,8 @@ def evaluate_ood(
     settings = experiment.config["ood"]
     method = experiment.config["method"]
     fit_features = _fit_features(experiment, variables, extract, train)
-    scorers = make_scorers(
-        fit_features,
-        probe,
-        score_settings(settings),
-    )
+    table = scores_of_config(experiment.config, has_labels=probe is not None)
+    scorers = make_scorers(table, TrainingData(fit_features, probe))
     default = default_score(method, settings)
     if default not in scorers.scores and default not in scorers.left_out:
         raise ValueError(

@@ -48,9 +48,7 @@ def _check_detection(experiment: Experiment, evaluated: data.ImageSource) -> Non
                 f"ood.{name} = {tuple(settings[name])} asks for more than the {num_fitted:,} images "
                 "that scores are fitted to (the training images, at most ood.max_fit_images)"
             )
-    names = ood_protocol.score_names(
-        config["method"], settings, has_labels=dataset.train.labels is not None
-    )
+    names = ood_protocol.scores_of_config(config, has_labels=dataset.train.labels is not None)
     if settings["default_score"] and settings["default_score"] not in names:
         raise ValueError(
             f"ood.default_score must be one of {sorted(names)}, got {settings['default_score']!r}"

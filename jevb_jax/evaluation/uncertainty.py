@@ -4,6 +4,7 @@ Pure functions of arrays on the host, in float64. An uncertainty is `[N]`, large
 score of `ood` can stand in for it.
 """
 
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -64,9 +65,10 @@ def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
             f"AUROC needs right and wrong images, got {errors.sum()} wrong of {len(errors)}"
         )
     # Ranks keep infinities apart from NaN, which scikit-learn refuses together.
-    from sklearn.metrics import roc_auc_score  # slow to import
+    from scipy.stats import rankdata  # both slow to import
+    from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(errors, _ranks(values)))
+    return float(roc_auc_score(errors, rankdata(values)))
 
 
 class RiskCoverage(NamedTuple):
@@ -112,27 +114,17 @@ def risk_coverage_curve(uncertainty: ArrayLike, is_error: ArrayLike) -> RiskCove
     )
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties averaged."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's along the first axis, of arrays that broadcast; 0 where one of the two is constant."""
+    from scipy import stats  # slow to import
 
-
-def _ranks_in_columns(values: np.ndarray) -> np.ndarray:
-    """`_ranks` within each column of `[S, N]`, for few rows: every row is compared with every other."""
-    return np.stack(
-        [np.sum(values < row, axis=0) + (np.sum(values == row, axis=0) + 1) / 2 for row in values]
-    )
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's of ranks along the first axis, 0 where one of the two is constant.
-
-    Ranks are halves: means of equal ones are exact, so that a constant is seen to be one.
-    """
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    scale = np.sqrt(np.sum(a**2, axis=0) * np.sum(b**2, axis=0))
-    return np.clip(np.sum(a * b, axis=0) / np.where(scale > 0, scale, 1), -1, 1)
+    if len(a) < 2:
+        return np.zeros(np.broadcast_shapes(a.shape, b.shape)[1:])
+    ranks = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        found = np.asarray(stats.pearsonr(*ranks, axis=0).statistic)
+    return np.where(np.isnan(found), 0, found)
 
 
 class SeverityCorrelation(NamedTuple):
@@ -165,11 +157,10 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
         raise ValueError(f"uncertainty must be [S + 1, N] with S >= 1, got shape {values.shape}")
     _checked("uncertainty", values.ravel())
     severity = np.arange(len(values), dtype=np.float64)
-    each = _correlation(severity[:, None], _ranks_in_columns(values))
+    each = _rank_correlation(severity[:, None], values)
     severities = np.repeat(severity, values.shape[1])
-    return SeverityCorrelation(
-        float(np.mean(each)), float(_correlation(_ranks(severities), _ranks(values.ravel())))
-    )
+    pooled = _rank_correlation(severities, values.ravel())
+    return SeverityCorrelation(float(np.mean(each)), float(pooled))
 
 
 def share_increased(uncertainty: ArrayLike, degraded_uncertainty: ArrayLike) -> float:
@@ -256,7 +247,7 @@ def human_disagreement_correlation(uncertainty: ArrayLike, counts: ArrayLike) ->
     values, entropy = _checked("uncertainty", uncertainty), label_entropy(counts)
     if len(values) != len(entropy):
         raise ValueError(f"{len(values)} uncertainties and votes for {len(entropy)} images")
-    return float(_correlation(_ranks(values), _ranks(entropy)))
+    return float(_rank_correlation(values, entropy))
 
 
 class ScaleSpectrum(NamedTuple):
