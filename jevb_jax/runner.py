@@ -29,20 +29,17 @@ from jevb_jax import (
     data_record,
     files,
     health,
-    html_report,
     messages,
     methods,
     model,
     parallel,
-    report,
-    run_report,
     schema,
     training,
     workers,
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
-from jevb_jax.evaluation import protocol, readiness
+from jevb_jax.evaluation import evidence, protocol, readiness
 from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
@@ -54,6 +51,7 @@ from jevb_jax.networks import (
 )
 from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
 from jevb_jax.parallel import StoppedError
+from jevb_jax.report import figures, page
 
 _logger = logging.getLogger(__name__)
 
@@ -960,7 +958,7 @@ def _train_and_evaluate(
         for length in experiment.earlier:
             run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
         if int(state.step) == 0 and parallel.is_main():
-            report.save_views_figure(
+            figures.save_views_figure(
                 workdir / "views.png", experiment.dataset.train, experiment.view_augmentations
             )
         if int(state.step) < experiment.num_train_steps:
@@ -976,7 +974,7 @@ def _train_and_evaluate(
         run.say(f"{stop.signal_name}: saved step {step} of {last} in {workdir}; {again}")
         return False
     if parallel.is_main():
-        report.save_curves_figure(
+        figures.save_curves_figure(
             workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl")
         )
     try:
@@ -1036,10 +1034,9 @@ def _write_results(
     records = MetricsLog.read(workdir / "metrics.jsonl")
     embedding_dim = experiment.config["model"]["embedding_dim"]
     alarms = [
-        html_report.Alarm(*alarm)
-        for alarm in health.alarm_history(records, embedding_dim=embedding_dim)
+        page.Alarm(*alarm) for alarm in health.alarm_history(records, embedding_dim=embedding_dim)
     ]
-    run_report.write_run_report(
+    evidence.write_run_report(
         workdir / f"report{suffix}.html",
         experiment=experiment,
         evaluation=evaluation,

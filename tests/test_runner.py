@@ -804,7 +804,7 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
 ):
     found = []
     monkeypatch.setattr(
-        runner.run_report, "write_run_report", lambda *_, **given: found.append(given)
+        runner.evidence, "write_run_report", lambda *_, **given: found.append(given)
     )
     monkeypatch.setattr(runner.protocol, "results_csv", lambda _: "")
     monkeypatch.setattr(runner.protocol, "classification_table", lambda _: "")

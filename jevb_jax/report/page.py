@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jevb_jax import files
-from jevb_jax.report import draw_curves, line_style, loss_terms
+from jevb_jax.report.figures import draw_curves, line_style, loss_terms
 
 _DOTS_PER_INCH = 192  # twice the 96 of a CSS inch: sharp on dense screens
 _THUMBNAIL_PIXELS = 160  # longest side of an image on the page

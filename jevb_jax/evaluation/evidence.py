@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jevb_jax import data, html_report
+from jevb_jax import data
 from jevb_jax.evaluation import classification, uncertainty
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
 from jevb_jax.evaluation.protocol import (
@@ -17,6 +17,7 @@ from jevb_jax.evaluation.protocol import (
 )
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
+from jevb_jax.report import page as html_report
 
 _NUM_GALLERY = 16
 _NUM_QUERIES = 4
