@@ -27,10 +27,10 @@ from configs.ood import outside_set
 from jevb_jax import data, runner
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.evaluation import corruptions, protocol
+from jevb_jax.evaluation.evidence import embedding_map
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.report import figures
-from jevb_jax.report.page import embedding_map
 
 SEVERITIES = (1, 3, 5)
 CORRUPTIONS = ("crop", "rotation", "gaussian_noise", "contrast")

@@ -1,27 +1,26 @@
-"""What of a run's evaluation goes onto its HTML page."""
+"""Arrays behind the numbers of a run, for the page that draws them.
+
+Whatever the page shows and `results.json` does not hold is found here, once: images to look at,
+curves, the embedding in the plane.
+"""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jevb_jax import data
-from jevb_jax.evaluation import classification, uncertainty
+from jevb_jax.evaluation import classification
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
-from jevb_jax.evaluation.protocol import (
-    FEATURE_NAMES,
-    Evaluation,
-    evaluated_split,
-    wrong_predictions,
-)
+from jevb_jax.evaluation.protocol import Evaluation, evaluated_split
+from jevb_jax.evaluation.uncertainty import RiskCoverage
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
-from jevb_jax.report import page as html_report
 
 _NUM_GALLERY = 16
 _NUM_QUERIES = 4
-_NUM_NEIGHBOURS = 8
+_NUM_NEIGHBORS = 8
 _NUM_MAPPED = 2000
 _MOST_DRAWN_SETS = 6
 # Drawn beside the score fixed before: the one that tells where a likelihood alone goes wrong.
@@ -30,124 +29,223 @@ _PATHOLOGY = "jevb/negative_elbo"
 _UNCERTAINTY_SCORES = {"jevb": "jevb/posterior_entropy"}
 
 
-def _evaluated_source(experiment: Experiment) -> data.ImageSource:
-    return evaluated_split(experiment.config["evaluation"], experiment.dataset)[1]
+class Separation(NamedTuple):
+    """One score of inside images against one outside set.
+
+    Attributes:
+      outside_set: name.
+      inside: `[N]`, of the images that the set is compared with; larger = more out of distribution.
+      outside: `[M]`.
+      auroc: as the results have it.
+      flagged: `[T]`, share of inside images at or above each threshold, rising: the ROC curve.
+      found: `[T]`, the same of outside images.
+    """
+
+    outside_set: str
+    inside: np.ndarray
+    outside: np.ndarray
+    auroc: float
+    flagged: np.ndarray
+    found: np.ndarray
 
 
-def _headline(results: Mapping[str, Any]) -> list[html_report.Number]:
-    wanted = [
-        row
-        for row in results["trained"]
-        if row["features"] == "representation" and row["name"].endswith("_accuracy")
-    ][:3]
-    if "ood" in results:
-        default = results["ood"]["default_score"]
-        wanted += [
-            row
-            for row in results["trained"]
-            if row["features"] == default and row["name"].startswith("auroc_")
-        ]
-    return [
-        html_report.Number(
-            f"{row['name'].replace('_', ' ')}, {row['features']}",
-            f"{row['value']:.3f}",
-            row["protocol"],
+class SeverityCurve(NamedTuple):
+    """Uncertainty of images that are degraded more and more.
+
+    Attributes:
+      corruption: name.
+      severity: `[S]`; 0 is the clean image.
+      mean: `[S]`, over images.
+      lower_quartile: `[S]`.
+      upper_quartile: `[S]`.
+    """
+
+    corruption: str
+    severity: np.ndarray
+    mean: np.ndarray
+    lower_quartile: np.ndarray
+    upper_quartile: np.ndarray
+
+
+class ScoredImages(NamedTuple):
+    """Images in the order of their uncertainty.
+
+    Attributes:
+      images: uint8 `[K, h, w, c]`, c = 1 or 3.
+      labels: class names, or None.
+      uncertainty: `[K]`.
+    """
+
+    images: np.ndarray
+    labels: list[str] | None
+    uncertainty: np.ndarray
+
+
+class Neighbors(NamedTuple):
+    """An image and the training images nearest to it, nearest first.
+
+    Attributes:
+      image: uint8 `[h, w, c]`, c = 1 or 3.
+      label: class name, or None.
+      images: uint8 `[K, h, w, c]`.
+      labels: class names, or None.
+      cosine: `[K]`, of the representations.
+    """
+
+    image: np.ndarray
+    label: str | None
+    images: np.ndarray
+    labels: list[str] | None
+    cosine: np.ndarray
+
+
+class EmbeddingMap(NamedTuple):
+    """The embedding in the plane.
+
+    Attributes:
+      coordinates: `[N, 2]`, of `embedding_map`.
+      labels: `[N]`, integers that index `class_names`, or None.
+      class_names: empty where there are no labels.
+      uncertainty: `[N]`, or None.
+    """
+
+    coordinates: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    uncertainty: np.ndarray | None
+
+
+class Evidence(NamedTuple):
+    """What a page draws of an evaluation; None or empty where there is nothing.
+
+    Attributes:
+      uncertainty_score: what "uncertain" means in all that follows, larger = less certain.
+      separations: by score, for each outside set that is drawn.
+      risk_coverage: by classifier.
+      severity: one curve for each corruption.
+      most_uncertain: the most uncertain first.
+      least_uncertain: the least uncertain first.
+      neighbors: of the first few images.
+      embedding_map: of the first few thousand images.
+      posterior_scale: `[N, D]`, standard deviations of those images.
+      prior_scale: standard deviation of the prior.
+    """
+
+    uncertainty_score: str | None = None
+    separations: Mapping[str, Sequence[Separation]] = MappingProxyType({})
+    risk_coverage: Mapping[str, RiskCoverage] = MappingProxyType({})
+    severity: Sequence[SeverityCurve] = ()
+    most_uncertain: ScoredImages | None = None
+    least_uncertain: ScoredImages | None = None
+    neighbors: Sequence[Neighbors] = ()
+    embedding_map: EmbeddingMap | None = None
+    posterior_scale: np.ndarray | None = None
+    prior_scale: float | None = None
+
+
+def separation(
+    outside_set: str, inside: np.ndarray, outside: np.ndarray, *, auroc: float
+) -> Separation:
+    """A score against an outside set, with the ROC curve.
+
+    Args:
+      outside_set: name.
+      inside: `[N]`.
+      outside: `[M]`.
+      auroc: area under the curve, as the results have it.
+
+    Returns:
+      `Separation`; equal scores are one point of the curve.
+
+    Raises:
+      ValueError: scores that are not finite.
+    """
+    from sklearn.metrics import roc_curve  # slow to import
+
+    for where, scores in (("inside", inside), ("outside", outside)):
+        count = int(np.size(scores) - np.isfinite(scores).sum())
+        if count:
+            raise ValueError(
+                f"{count} of {np.size(scores)} scores of {where} images are not finite "
+                f"(outside set {outside_set!r})"
+            )
+    is_outside = np.repeat([0, 1], [len(inside), len(outside)])
+    flagged, found, _ = roc_curve(is_outside, np.concatenate([inside, outside]))
+    return Separation(outside_set, inside, outside, auroc, flagged, found)
+
+
+def embedding_map(embedding: np.ndarray) -> np.ndarray:
+    """The embedding in the plane: the first two principal components of the directions `h / |h|`.
+
+    Linear and without randomness: distances shrink but are never invented. The singular vectors'
+    signs, which the decomposition leaves open, are chosen so that each component's largest loading
+    is positive: the same embedding gives the same map.
+
+    Args:
+      embedding: `[N, D]`, finite, `N >= 2`, `D >= 2`. A zero vector counts as the direction zero.
+
+    Returns:
+      `[N, 2]`, float64.
+
+    Raises:
+      ValueError: another shape, or values that are not finite.
+    """
+    values = np.asarray(embedding, dtype=np.float64)
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise ValueError(
+            "embedding must be [N, D], N >= 2, D >= 2, finite, got "
+            f"shape {values.shape} with {np.size(values) - np.isfinite(values).sum()} values not finite"
         )
-        for row in wanted
-    ]
+    # Largest entry one before the norm: squares neither overflow nor underflow.
+    largest = np.abs(values).max(axis=1, keepdims=True)
+    values = values / np.where(largest == 0, 1, largest)
+    radius = np.linalg.norm(values, axis=1, keepdims=True)
+    directions = values / np.where(radius == 0, 1, radius)
+    centered = directions - directions.mean(axis=0)
+    components = np.linalg.svd(centered, full_matrices=False)[2][:2]
+    largest_loading = components[np.arange(2), np.abs(components).argmax(axis=1)]
+    return centered @ (components * np.where(largest_loading < 0, -1, 1)[:, None]).T
 
 
-def _rows(results: Mapping[str, Any]) -> list[html_report.ResultRow]:
-    before = {(row["features"], row["name"]): row["value"] for row in results.get("untrained", [])}
-    return [
-        html_report.ResultRow(
-            row["name"],
-            row["features"],
-            row["value"],
-            row["protocol"],
-            before.get((row["features"], row["name"])),
-        )
-        for row in results["trained"]
-        if row["features"] in FEATURE_NAMES  # scores have sections of their own
-    ]
-
-
-def _drawn_sets(found: OODEvaluation, score: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets for histograms: those from elsewhere, then corruptions at their worst severity."""
+def _drawn_sets(found: OODEvaluation, severities: tuple[int, ...]) -> list[str]:
+    """Sets to draw: those from elsewhere, then corruptions at their worst severity."""
     corrupted = {result.outside for result in found.results if result.group == CORRUPTED}
-    worst = max(config["ood"]["severities"], default=0)
+    worst = max(severities, default=0)
     names = [name for name in found.outside if name not in corrupted]
     names += [name for name in found.outside if name in corrupted and name.endswith(f"_{worst}")]
-    return {name: found.outside[name][score] for name in names[:_MOST_DRAWN_SETS]}
+    return names[:_MOST_DRAWN_SETS]
 
 
-def _detection(found: OODEvaluation, config: Mapping[str, Any]) -> html_report.OodPart:
-    rows = [
-        html_report.OodRow(
-            score=result.score,
-            outside_set=result.outside,
-            group=result.group,
-            auroc=result.metrics.auroc,
-            auroc_interval=(
-                None
-                if result.low is None or result.high is None
-                else (result.low.auroc, result.high.auroc)
-            ),
-            aupr_out=result.metrics.aupr_out,
-            aupr_in=result.metrics.aupr_in,
-            fpr95_out=result.metrics.fpr95_outside_positive,
-            fpr95_in=result.metrics.fpr95_inside_positive,
-        )
-        for result in found.results
-    ]
-    drawn = dict.fromkeys(
-        name for name in (found.default_score, found.chosen_score, _PATHOLOGY) if name
-    )
-    samples = [
-        html_report.ScoreSample(name, found.inside[name], _drawn_sets(found, name, config))
-        for name in drawn
-        if name in found.inside
-    ]
-    sentences = [
-        f"Protocol: {config['ood']['name']}.",
-        f"Default score of the method: {found.default_score}.",
-    ]
-    if found.chosen_score:
-        sentences.append(f"Chosen: {found.chosen_score}, {found.choice_protocol}.")
-    sentences += [f"Left out: {name}, {reason}." for name, reason in found.left_out.items()]
-    return html_report.OodPart(rows, samples, " ".join(sentences))
+def _separations(found: OODEvaluation, severities: tuple[int, ...]) -> dict[str, list[Separation]]:
+    results = {(result.score, result.outside): result for result in found.results}
+    scores = dict.fromkeys((found.default_score, found.chosen_score, _PATHOLOGY))
+
+    def against(score: str, name: str) -> Separation:
+        result, outside = results[score, name], found.outside[name][score]
+        # A corrupted image is compared with the images that were corrupted.
+        count = len(outside) if result.group == CORRUPTED else None
+        inside = found.inside[score][:count]
+        return separation(name, inside, outside, auroc=result.metrics.auroc)
+
+    return {
+        score: [against(score, name) for name in _drawn_sets(found, severities)]
+        for score in scores
+        if score in found.inside
+    }
 
 
-def _uncertainty(
-    experiment: Experiment, evaluation: Evaluation, score: str
-) -> html_report.UncertaintyPart:
-    found = evaluation.ood
-    if found is None:
-        raise ValueError("nothing was scored")
-    scores = found.inside[score]
-    numbers = [
-        html_report.Number(row["name"].replace("_", " "), f"{row['value']:.3f}", row["protocol"])
-        for row in evaluation.results
-        if row["features"] == score and not row["name"].startswith("auroc_")
-    ]
+def _severity_curves(
+    found: OODEvaluation, score: str, ood_settings: dict[str, Any]
+) -> tuple[SeverityCurve, ...]:
+    severities = ood_settings["severities"]
     curves = []
-    for classifier, is_error in wrong_predictions(
-        experiment.config["evaluation"], evaluation.train, evaluation.test, evaluation.probe
-    ).items():
-        curve = uncertainty.risk_coverage_curve(scores, is_error)
-        curves.append(html_report.RiskCoverage(classifier, curve.coverage, curve.risk))
-    severities = experiment.config["ood"]["severities"]
-    severity = []
-    for corruption in experiment.config["ood"]["corruptions"]:
+    for corruption in ood_settings["corruptions"]:
         corrupted = [found.outside[f"{corruption}_{level}"][score] for level in severities]
-        values = np.stack([scores[: len(corrupted[0])], *corrupted])
+        values = np.stack([found.inside[score][: len(corrupted[0])], *corrupted])
         lower, upper = np.quantile(values, (0.25, 0.75), axis=1)
-        severity.append(
-            html_report.SeverityCurve(
-                corruption, np.array([0, *severities]), values.mean(axis=1), lower, upper
-            )
-        )
-    return html_report.UncertaintyPart(score, numbers, curves, severity)
+        severity = np.array([0, *severities])
+        curves.append(SeverityCurve(corruption, severity, values.mean(axis=1), lower, upper))
+    return tuple(curves)
 
 
 def _class_names(source: data.ImageSource) -> tuple[str, ...]:
@@ -156,124 +254,84 @@ def _class_names(source: data.ImageSource) -> tuple[str, ...]:
     return source.class_names or tuple(map(str, range(data.num_classes(source))))
 
 
-def _neighbours(experiment: Experiment, evaluation: Evaluation) -> list[html_report.Neighbours]:
+def _labels_of(
+    source: data.ImageSource, rows: np.ndarray, names: tuple[str, ...]
+) -> list[str] | None:
+    return None if source.labels is None else [names[source.labels[row]] for row in rows]
+
+
+def _neighbors(
+    evaluation: Evaluation, source: data.ImageSource, bank: data.ImageSource
+) -> tuple[Neighbors, ...]:
     """Training images nearest to the first few evaluated ones."""
-    source, bank = _evaluated_source(experiment), experiment.dataset.train
-    count = min(_NUM_NEIGHBOURS, len(bank))
     cosine, index = classification.nearest_neighbours(
         evaluation.train.representation,
         evaluation.test.representation[:_NUM_QUERIES],
-        k=count,
+        k=min(_NUM_NEIGHBORS, len(bank)),
     )
-    names, labels, bank_labels = _class_names(bank), source.labels, bank.labels
-    return [
-        html_report.Neighbours(
+    names = _class_names(bank)
+    labels = _labels_of(source, np.arange(len(index)), names)
+    return tuple(
+        Neighbors(
             source[query],
-            None if labels is None else names[labels[query]],
-            data.gather(bank, np.asarray(index[query])),
-            None
-            if bank_labels is None
-            else [names[bank_labels[i]] for i in np.asarray(index[query])],
+            None if labels is None else labels[query],
+            data.gather(bank, rows),
+            _labels_of(bank, rows, names),
             np.asarray(cosine[query]),
         )
-        for query in range(len(index))
-    ]
-
-
-def _gallery(
-    experiment: Experiment, evaluation: Evaluation, score: str | None
-) -> html_report.GalleryPart:
-    neighbours = _neighbours(experiment, evaluation)
-    if score is None or evaluation.ood is None:
-        return html_report.GalleryPart(neighbours=neighbours)
-    source = _evaluated_source(experiment)
-    values = evaluation.ood.inside[score]
-    order = np.argsort(-values, kind="stable")
-    names = _class_names(experiment.dataset.train)
-
-    def captioned(rows: np.ndarray) -> html_report.CaptionedImages:
-        labels = source.labels
-        captions = [
-            f"{values[row]:.3g}" if labels is None else f"{names[labels[row]]}, {values[row]:.3g}"
-            for row in rows
-        ]
-        return html_report.CaptionedImages(data.gather(source, rows), captions)
-
-    return html_report.GalleryPart(
-        score, captioned(order[:_NUM_GALLERY]), captioned(order[::-1][:_NUM_GALLERY]), neighbours
+        for query, rows in enumerate(np.asarray(index))
     )
 
 
-def _map(experiment: Experiment, evaluation: Evaluation, score: str | None) -> html_report.MapPart:
-    labels = evaluation.test.labels
-    found = evaluation.ood
-    values = None if score is None or found is None else found.inside[score][:_NUM_MAPPED]
-    return html_report.MapPart(
-        html_report.embedding_map(evaluation.test.embedding[:_NUM_MAPPED]),
-        None if labels is None else labels[:_NUM_MAPPED],
-        _class_names(experiment.dataset.train),
-        values,
-        score or "",
-    )
-
-
-def _extended_at(results: Mapping[str, Any]) -> str:
-    """Where a run that was to be shorter was extended, for its subtitle."""
-    if "earlier_lengths" not in results:
-        return ""
-    steps = ", ".join(f"{length['until_step']:,}" for length in results["earlier_lengths"])
-    return f", extended at step {steps}"
-
-
-def write_run_report(
-    path: Path,
-    *,
-    experiment: Experiment,
-    evaluation: Evaluation,
-    results: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-    alarms: Sequence[html_report.Alarm] | None,
-    environment: Mapping[str, Any],
-) -> None:
-    """Writes the page of a run, whole or not at all.
+def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
+    """What the page of a run draws.
 
     Args:
-      path: HTML file to write.
-      experiment: data, networks and settings.
-      evaluation: what was measured of the trained encoder.
-      results: as `results.json` has them, with "step".
-      records: lines of `metrics.jsonl`.
-      alarms: that were raised in training; None where nothing watched.
-      environment: as `environment.json` has it.
+      experiment: data and settings.
+      evaluation: of the trained encoder.
+
+    Returns:
+      The evidence.
+
+    Raises:
+      ValueError: scores or embeddings that are not finite.
     """
-    config = experiment.config
-    found = evaluation.ood
-    score = None
-    if found is not None:
-        wanted = _UNCERTAINTY_SCORES.get(config["method"], found.default_score)
-        score = wanted if wanted in found.inside else None
-    prediction = evaluation.test.prediction
-    scale = None
+    config, bank = experiment.config, experiment.dataset.train
+    source = evaluated_split(config["evaluation"], experiment.dataset)[1]
+    found, prediction = evaluation.ood, evaluation.test.prediction
+    labels = evaluation.test.labels
+    names = _class_names(bank)
+    evidence = Evidence(neighbors=_neighbors(evaluation, source, bank))
+    uncertainty = None
     if isinstance(prediction, Posterior):
-        scale = html_report.ScalePart(
-            np.asarray(prediction.posterior_scale)[:_NUM_MAPPED], config["jevb"]["prior_scale"]
+        evidence = evidence._replace(
+            posterior_scale=np.asarray(prediction.posterior_scale)[:_NUM_MAPPED],
+            prior_scale=config["jevb"]["prior_scale"],
         )
-    html_report.write_html_report(
-        path,
-        html_report.RunReport(
-            title=f"{config['method']} on {experiment.dataset.train.name}",
-            subtitle=f"step {results['step']:,}, {results['split']} split" + _extended_at(results),
-            headline=_headline(results),
-            alarms=alarms,
-            results=_rows(results),
-            ood=None if found is None else _detection(found, config),
-            uncertainty=None if score is None else _uncertainty(experiment, evaluation, score),
-            gallery=_gallery(experiment, evaluation, score),
-            embedding_map=_map(experiment, evaluation, score),
-            posterior_scale=scale,
-            records=records,
-            command=environment["command"],
-            config=config,
-            environment={name: value for name, value in environment.items() if name != "command"},
-        ),
+    if found is not None:
+        evidence = evidence._replace(separations=_separations(found, config["ood"]["severities"]))
+        score = _UNCERTAINTY_SCORES.get(config["method"], found.default_score)
+        if score in found.inside:
+            uncertainty = found.inside[score]
+            order = np.argsort(-uncertainty, kind="stable")
+            most, least = (
+                ScoredImages(
+                    data.gather(source, rows), _labels_of(source, rows, names), uncertainty[rows]
+                )
+                for rows in (order[:_NUM_GALLERY], order[::-1][:_NUM_GALLERY])
+            )
+            evidence = evidence._replace(
+                uncertainty_score=score,
+                risk_coverage=evaluation.risk_coverage[score],
+                severity=_severity_curves(found, score, config["ood"]),
+                most_uncertain=most,
+                least_uncertain=least,
+            )
+    return evidence._replace(
+        embedding_map=EmbeddingMap(
+            embedding_map(evaluation.test.embedding[:_NUM_MAPPED]),
+            None if labels is None else labels[:_NUM_MAPPED],
+            names,
+            None if uncertainty is None else uncertainty[:_NUM_MAPPED],
+        )
     )
