@@ -24,12 +24,13 @@ from matplotlib.figure import Figure
 
 from configs import digits
 from configs.ood import outside_set
-from jevb_jax import data, report, runner
+from jevb_jax import data, runner
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.evaluation import corruptions, protocol
+from jevb_jax.evaluation.evidence import embedding_map
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment, build_experiment
-from jevb_jax.html_report import embedding_map
+from jevb_jax.report import figures
 
 SEVERITIES = (1, 3, 5)
 CORRUPTIONS = ("crop", "rotation", "gaussian_noise", "contrast")
@@ -140,7 +141,7 @@ def draw_uncertainty(path: Path, experiment: Experiment, found: OODEvaluation) -
             means = [clean.mean()] + [
                 found.outside[f"{name}_{level}"][score].mean() for level in severities[1:]
             ]
-            style = {**report.line_style(index), "marker": "os^"[index], "markevery": 1}
+            style = {**figures.line_style(index), "marker": "os^"[index], "markevery": 1}
             axis.plot(
                 severities, (np.array(means) - clean.mean()) / clean.std(), label=score, **style
             )

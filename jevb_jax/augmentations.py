@@ -10,6 +10,7 @@ XLA cancels one against the other.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -21,6 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import domain
+from jevb_jax.compilation import jit_once
 from jevb_jax.image_preparation import square_cut
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -787,3 +789,25 @@ def multi_view(
         augment(jax.vmap(jax.random.fold_in, (0, None))(keys, index), images, augmentation)
         for index, augmentation in enumerate(augmentations)
     )
+
+
+def visible_views(
+    images: ArrayLike, augmentations: Sequence[ViewAugmentation], *, seed: int = 0
+) -> list[np.ndarray]:
+    """Views of a few images as people see them: not normalized.
+
+    Args:
+      images: `[N, h, w, c]`.
+      augmentations: one for each view.
+      seed: chooses the views.
+
+    Returns:
+      `[N, size, size, c]` in [0, 1] for each view.
+    """
+    keys = jax.random.split(jax.random.key(seed), np.shape(images)[0])
+    # Compiled: operation by operation, the same takes twice to four times as long.
+    views = jit_once(functools.partial(multi_view, augmentations=augmentations))(keys, images)
+    return [
+        np.clip(np.asarray(view) * np.asarray(one.std) + np.asarray(one.mean), 0, 1)
+        for view, one in zip(views, augmentations, strict=True)
+    ]

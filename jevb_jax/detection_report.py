@@ -4,8 +4,6 @@ python -m jevb_jax.detection_report RUN_DIRECTORY... --out=DIRECTORY
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from matplotlib.figure import Figure
 
 from jevb_jax import files, messages
 from jevb_jax.evaluation.ood_protocol import CORRUPTED
+from jevb_jax.report import tables
 
 _USES = "uses"  # of uncertainty: measures of one score, not of a set
 _PREFIXES = ("error_auroc_", "area_under_risk_coverage_", "severity_correlation_", "human_")
@@ -144,12 +143,13 @@ def _cell(values: Sequence[float] | None) -> str:
 
 def _table(cells: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> list[str]:
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    header = ["run", "score", *(column.replace("_", " ") for column in columns)]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for (name, score), row in cells.items():
-        values = [_cell(row.get(column)) for column in columns]
-        lines.append(f"| {' | '.join([name, score, *values])} |")
-    return lines
+    return tables.markdown_table(
+        ["run", "score", *(column.replace("_", " ") for column in columns)],
+        [
+            [name, score, *(_cell(row.get(column)) for column in columns)]
+            for (name, score), row in cells.items()
+        ],
+    )
 
 
 def _facts(runs: Sequence[DetectionRun], command: str) -> list[str]:
@@ -244,16 +244,16 @@ def write_detection_report(runs: Sequence[DetectionRun], out: Path, *, command: 
             for name, text in protocols.items()
         ),
     ]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("run", "seed", "kind", "score", "column", "value"))
-    for run in runs:
-        for kind, found in (("auroc", aurocs(run)), (_USES, uses(run))):
-            for score, row in found.items():
-                for column, value in row.items():
-                    writer.writerow((run.name, run.seed, kind, score, column, repr(value)))
+    values = [
+        (run.name, run.seed, kind, score, column, value)
+        for run in runs
+        for kind, found in (("auroc", aurocs(run)), (_USES, uses(run)))
+        for score, row in found.items()
+        for column, value in row.items()
+    ]
+    text = tables.csv_table(("run", "seed", "kind", "score", "column", "value"), values)
     out.mkdir(parents=True, exist_ok=True)
-    files.write_text_atomically(out / "table.csv", text.getvalue())
+    files.write_text_atomically(out / "table.csv", text)
     _figure(detection).savefig(out / "detection.png", format="png", dpi=150)
     files.write_text_atomically(out / "table.md", "\n".join(lines) + "\n")
 

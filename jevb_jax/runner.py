@@ -29,19 +29,16 @@ from jevb_jax import (
     data_record,
     files,
     health,
-    html_report,
     messages,
     methods,
     model,
     parallel,
-    report,
-    run_report,
     training,
     workers,
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
-from jevb_jax.evaluation import protocol, readiness
+from jevb_jax.evaluation import evidence, protocol, readiness
 from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
@@ -53,6 +50,7 @@ from jevb_jax.networks import (
 )
 from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
 from jevb_jax.parallel import StoppedError
+from jevb_jax.report import figures, page, tables, training_curves
 from jevb_jax.settings import read
 from jevb_jax.settings.saved_config import completed_finetune, saved_config, versioned
 from jevb_jax.settings.sections import RunSettings
@@ -229,6 +227,7 @@ def _check_config(workdir: Path, experiment: Experiment, check_data: Callable[[]
 
 
 _EXTENSIONS = "extensions.json"
+_NUM_SHOWN_IMAGES = 8  # in views.png
 
 
 def _extend(workdir: Path, num_steps: int) -> None:
@@ -959,9 +958,10 @@ def _train_and_evaluate(
         for length in experiment.earlier:
             run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
         if int(state.step) == 0 and parallel.is_main():
-            report.save_views_figure(
-                workdir / "views.png", experiment.dataset.train, experiment.view_augmentations
-            )
+            train = experiment.dataset.train
+            images = data.gather(train, np.arange(min(_NUM_SHOWN_IMAGES, len(train))))
+            views = augmentations.visible_views(images, experiment.view_augmentations)
+            figures.save_views_figure(workdir / "views.png", images, views)
         if int(state.step) < experiment.num_train_steps:
             state = run.train(state)
     finally:
@@ -975,7 +975,7 @@ def _train_and_evaluate(
         run.say(f"{stop.signal_name}: saved step {step} of {last} in {workdir}; {again}")
         return False
     if parallel.is_main():
-        report.save_curves_figure(
+        training_curves.save_curves_figure(
             workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl")
         )
     try:
@@ -1031,29 +1031,27 @@ def _write_results(
     step = results["step"]
     suffix = "" if step == experiment.num_train_steps else f"_step_{step}"
     keep_other_results(workdir, suffix, results["settings_sha256"])
-    files.write_text_atomically(workdir / f"results{suffix}.csv", protocol.results_csv(results))
+    files.write_text_atomically(workdir / f"results{suffix}.csv", tables.results_csv(results))
     records = MetricsLog.read(workdir / "metrics.jsonl")
     embedding_dim = experiment.settings.model.embedding_dim
-    alarms = [
-        html_report.Alarm(*alarm)
-        for alarm in health.alarm_history(records, embedding_dim=embedding_dim)
-    ]
-    run_report.write_run_report(
+    is_watched = any(health.logged_health(record) for record in records)
+    page.write_page(
         workdir / f"report{suffix}.html",
-        experiment=experiment,
-        evaluation=evaluation,
+        title=f"{experiment.config['method']} on {experiment.dataset.train.name}",
         results=results,
+        evidence=evidence.gather_evidence(experiment, evaluation),
         records=records,
-        alarms=alarms if any(health.logged_health(record) for record in records) else None,
+        alarms=health.alarm_history(records, embedding_dim=embedding_dim) if is_watched else None,
+        config=experiment.config,
         environment=_read_environment(workdir),
     )
     # The last of the files: who finds it finds the others.
     files.write_json_atomically(workdir / f"results{suffix}.json", results)
     for copy in _result_files(workdir, f"{suffix}_{results['settings_sha256'][:8]}"):
         copy.unlink(missing_ok=True)  # of the same settings, from before others took the name
-    console.print(protocol.classification_table(results))
+    console.print(tables.classification_table(results))
     if evaluation.ood is not None:
-        console.print(protocol.detection_table(results))
+        console.print(tables.detection_table(results))
     console.print(f"Every number: results{suffix}.csv; the page: report{suffix}.html")
 
 
@@ -1179,10 +1177,10 @@ def evaluate_on(
     stem = f"results_on_{name}" + ("" if step is None else f"_step_{step}")
     if not _is_own(workdir / f"{stem}.json", results["settings_sha256"]):
         stem += f"_{results['settings_sha256'][:8]}"
-    files.write_text_atomically(workdir / f"{stem}.csv", protocol.results_csv(results))
+    files.write_text_atomically(workdir / f"{stem}.csv", tables.results_csv(results))
     files.write_json_atomically(workdir / f"{stem}.json", results)
     with unbroken(console):
-        console.print(protocol.classification_table(results))
+        console.print(tables.classification_table(results))
         messages.say(console, f"{workdir / stem}.json")
     return results
 

@@ -38,11 +38,11 @@ from jevb_jax import (
     health,
     methods,
     objective,
-    report,
     sphere,
     training,
 )
 from jevb_jax.networks import ViewOutputs
+from jevb_jax.report import figures
 from studies import cifar10_uncertainty
 
 DF = 5.0
@@ -198,7 +198,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
                     [row[name] for row in mine],
                     label=arm,
                     lw=1.2,
-                    **report.line_style(index),
+                    **figures.line_style(index),
                 )
             axis.set_title(f"{title}, seed {seed}", fontsize=10)
             axis.set_xlabel("step")

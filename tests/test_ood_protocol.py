@@ -18,6 +18,7 @@ from jevb_jax.evaluation.features import Features
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.networks import DirectionalPrediction, Posterior
 from jevb_jax.objective import View
+from jevb_jax.report import tables
 
 
 def make_config(method: str = "jevb") -> Any:
@@ -182,7 +183,7 @@ def test_results_json_and_csv_hold_every_number():
     assert set(results["ood"]["sets"]) == {"contrast_2", "contrast_5"}
     assert results["ood"]["default_score"] == "jevb/mixture_and_residual"
     assert results["ood"]["chosen_score"] is None
-    text = protocol.results_csv(results)
+    text = tables.results_csv(results)
     header, *lines = text.splitlines()
     assert header.startswith("encoder,features_or_score,measure,set,value,low,high")
     assert len(lines) == len(results["trained"]) + 5 * len(rows)
@@ -225,12 +226,12 @@ def test_uncertainty_is_checked_against_errors_and_severity():
 
 def test_tables_show_scores_with_and_without_labels():
     results, _ = evaluation()
-    table = protocol.detection_table(results)
+    table = tables.detection_table(results)
     first = [str(cell) for cell in table.columns[0].cells]
     assert "jevb/mixture_and_residual *" in first
     assert first.index("jevb/kl") < first.index("probe/energy")
     assert len(first) == len(found().inside)
-    names = [str(cell) for cell in protocol.classification_table(results).columns[0].cells]
+    names = [str(cell) for cell in tables.classification_table(results).columns[0].cells]
     assert set(names) == {"representation", "embedding"}
 
 

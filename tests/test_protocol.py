@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from jevb_jax import augmentations, data
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.report import tables
 
 
 def make_experiment(**sections: dict[str, Any]) -> Experiment:
@@ -128,7 +129,7 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
     few = [r for r in found["trained"] if "3_labels" in r["name"]]
     assert all("mean of 2 seeds" in r["protocol"] for r in few)
     console = Console(record=True, width=160)
-    console.print(protocol.classification_table(found))
+    console.print(tables.classification_table(found))
     text = console.export_text()
     assert text.count("accuracy") == 10
     assert f"{found['trained'][0]['value']:.4f}" in text

@@ -785,8 +785,8 @@ def test_transfer_results_of_replaced_files_stand_side_by_side(tmp_path, monkeyp
     encoder = types.SimpleNamespace(square_size=0, extractor=None, variables=None, step=1)
     monkeypatch.setattr(runner.model, "load", lambda *_: encoder)
     monkeypatch.setattr(runner.protocol, "evaluate_transfer", lambda *_: {})
-    monkeypatch.setattr(runner.protocol, "results_csv", lambda _: "")
-    monkeypatch.setattr(runner.protocol, "classification_table", lambda _: "")
+    monkeypatch.setattr(runner.tables, "results_csv", lambda _: "")
+    monkeypatch.setattr(runner.tables, "classification_table", lambda _: "")
     section: Any = transfer.get_config()
     section.train_paths, section.test_paths = ("train.npz",), ("test.npz",)
     for level, place in enumerate(("a", "b", "a")):  # relative paths, and files that are replaced
@@ -804,13 +804,14 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
     tmp_path, monkeypatch
 ):
     found = []
-    monkeypatch.setattr(
-        runner.run_report, "write_run_report", lambda *_, **given: found.append(given)
-    )
-    monkeypatch.setattr(runner.protocol, "results_csv", lambda _: "")
-    monkeypatch.setattr(runner.protocol, "classification_table", lambda _: "")
+    monkeypatch.setattr(runner.page, "write_page", lambda *_, **given: found.append(given))
+    monkeypatch.setattr(runner.evidence, "gather_evidence", lambda *_: None)
+    monkeypatch.setattr(runner.tables, "results_csv", lambda _: "")
+    monkeypatch.setattr(runner.tables, "classification_table", lambda _: "")
     experiment: Any = types.SimpleNamespace(
-        num_train_steps=4, config=to_json_values(short_config())
+        num_train_steps=4,
+        config=to_json_values(short_config()),
+        dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits")),
     )
     results = {"step": 4, "settings_sha256": "a" * 64}
     evaluation: Any = types.SimpleNamespace(ood=None)

@@ -4,20 +4,16 @@ Validation data chooses (`evaluation.split`); test data reports, once. The same 
 encoder before training show what training added.
 """
 
-import csv
 import functools
-import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from rich.table import Table
 
 from jevb_jax import data, files
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
-from jevb_jax.evaluation.ood_metrics import OODMetrics
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
@@ -354,6 +350,7 @@ class Evaluation(NamedTuple):
       test: features of the evaluated split, with JEVB's terms if anything is to be detected.
       probe: of the representation, or None where there is none, as for unlabelled data.
       ood: out-of-distribution detection, or None where nothing is to be detected.
+      risk_coverage: by score, then by classifier; empty where nothing is to be detected.
     """
 
     results: list[Result]
@@ -361,6 +358,7 @@ class Evaluation(NamedTuple):
     test: Features
     probe: classification.LinearProbe | None
     ood: OODEvaluation | None
+    risk_coverage: dict[str, dict[str, uncertainty.RiskCoverage]]
 
 
 def evaluate_variables(
@@ -395,7 +393,7 @@ def evaluate_variables(
         probes[name], linear = _linear_results(name, settings, train, validation, test, without)
         results += linear
     probe = probes["representation"]
-    found = None
+    found, curves = None, {}
     if ood_protocol.is_asked(experiment.config):
         found = ood_protocol.evaluate_ood(
             experiment,
@@ -409,8 +407,16 @@ def evaluate_variables(
             has_intervals=has_intervals,
         )
         results += _detection_results(found)
-        results += _uncertainty_results(experiment, found, train, test, probe, split)
-    return Evaluation(results, train, test, probe, found)
+        errors = wrong_predictions(settings, train, test, probe)
+        curves = {
+            score: {
+                classifier: uncertainty.risk_coverage_curve(values, is_error)
+                for classifier, is_error in errors.items()
+            }
+            for score, values in found.inside.items()
+        }
+        results += _uncertainty_results(experiment, found, errors, curves, test, split)
+    return Evaluation(results, train, test, probe, found, curves)
 
 
 def evaluate_transfer(
@@ -478,14 +484,13 @@ def _some(names: Sequence[str]) -> str:
 def _uncertainty_results(
     experiment: Experiment,
     found: OODEvaluation,
-    train: Features,
+    errors: dict[str, np.ndarray],
+    curves: dict[str, dict[str, uncertainty.RiskCoverage]],
     test: Features,
-    probe: classification.LinearProbe | None,
     split: str,
 ) -> list[Result]:
     """Whether each score means anything: errors, severity and human disagreement (docs/ood.md)."""
     results = []
-    errors = wrong_predictions(experiment.config["evaluation"], train, test, probe)
     for name, scores in found.inside.items():
         for classifier, is_error in errors.items():
             if not 0 < is_error.sum() < len(is_error):
@@ -494,7 +499,6 @@ def _uncertainty_results(
                 f"errors of {classifier} on {split} ({len(is_error):,}, {is_error.sum():,} errors) "
                 f"against the score; larger score = less certain"
             )
-            curve = uncertainty.risk_coverage_curve(scores, is_error)
             results += [
                 _result(
                     f"error_auroc_{classifier}",
@@ -505,7 +509,7 @@ def _uncertainty_results(
                 _result(
                     f"area_under_risk_coverage_{classifier}",
                     name,
-                    curve.area,
+                    curves[name][classifier].area,
                     f"mean risk over coverages, smaller is better, of {protocol}",
                 ),
             ]
@@ -712,111 +716,3 @@ def validation_knn(
     validation = extract(variables, experiment.dataset.validation)
     without = left_out(settings, experiment.dataset)
     return _knn_accuracies("representation", settings, train, validation, without)
-
-
-def classification_table(results: dict[str, Any]) -> Table:
-    """k-NN and linear accuracies as a table for people, trained beside untrained.
-
-    Args:
-      results: of `evaluate`.
-
-    Returns:
-      A rich table.
-    """
-    table = Table(
-        title=f"{results['split']} split; protocols in results.json",
-        caption="\n".join(left_out_lines(results.get("left_out", {}))) or None,
-    )
-    for column in ("features", "measure"):
-        table.add_column(column)
-    for column in ("untrained", "trained"):
-        table.add_column(column, justify="right")
-    before = {(row["features"], row["name"]): row["value"] for row in results.get("untrained", [])}
-    for row in results["trained"]:
-        if row["features"] in FEATURE_NAMES:
-            untrained = before.get((row["features"], row["name"]))
-            table.add_row(
-                row["features"],
-                row["name"],
-                "" if untrained is None else f"{untrained:.4f}",
-                f"{row['value']:.4f}",
-            )
-    return table
-
-
-def detection_table(results: dict[str, Any]) -> Table:
-    """Every score as a table for people: AUROC by group, and whether it predicts errors.
-
-    Args:
-      results: of `evaluate`, with "ood".
-
-    Returns:
-      A rich table. `*` marks the default score, `+` the one that was chosen on validation
-      images; scores below the line were fitted with labels.
-    """
-    found = results["ood"]
-    rows: dict[str, dict[str, float]] = {}
-    for row in results["trained"]:
-        if row["name"].startswith(("auroc_", "error_auroc_")):
-            rows.setdefault(row["features"], {})[row["name"]] = row["value"]
-    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
-    table = Table(
-        title=f"{results['split']} split against {found['protocol']}",
-        caption="* the method's default, + chosen on validation images; every set in results.csv",
-    )
-    table.add_column("score", no_wrap=True)
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    with_labels = set(found["with_labels"])
-    for is_labelled in (False, True):
-        names = [name for name in rows if (name in with_labels) == is_labelled]
-        for name in names:
-            mark = ("*" if name == found["default_score"] else "") + (
-                "+" if name == found["chosen_score"] else ""
-            )
-            values = [rows[name].get(column) for column in columns]
-            table.add_row(
-                f"{name} {mark}".strip(),
-                *("" if value is None else f"{value:.3f}" for value in values),
-                end_section=name == names[-1],
-            )
-    return table
-
-
-_CSV_COLUMNS = (
-    "encoder",
-    "features_or_score",
-    "measure",
-    "set",
-    "value",
-    "low",
-    "high",
-    "protocol",
-)
-
-
-def results_csv(results: dict[str, Any]) -> str:
-    """Every number of the results in one table.
-
-    Args:
-      results: of `evaluate`.
-
-    Returns:
-      CSV text, with a header.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    for encoder in ("trained", "untrained"):
-        for row in results.get(encoder, []):
-            protocol = row["protocol"]
-            writer.writerow(
-                (encoder, row["features"], row["name"], "", repr(row["value"]), "", "", protocol)
-            )
-    found = results.get("ood", {"rows": []})
-    for row in found["rows"]:
-        protocol = found["sets"][row["outside"]]
-        for metric in OODMetrics._fields:
-            values = (repr(row[metric]), repr(row["low"][metric]), repr(row["high"][metric]))
-            writer.writerow(("trained", row["score"], metric, row["outside"], *values, protocol))
-    return text.getvalue()

@@ -3,7 +3,8 @@ import pytest
 from matplotlib import figure
 from PIL import Image
 
-from jevb_jax import augmentations, data, report
+from jevb_jax import augmentations, data
+from jevb_jax.report import figures as report
 
 
 @pytest.fixture

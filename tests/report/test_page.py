@@ -17,7 +17,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 
-from jevb_jax import html_report as hr
+from jevb_jax.report import page as hr
 
 # Markup, and mathematics that matplotlib cannot read.
 HOSTILE = """ $x^$<script src="http://a.b/c">&'"</script><img src=x>"""

@@ -1,0 +1,337 @@
+"""Arrays behind the numbers of a run, for the page that draws them.
+
+Whatever the page shows and `results.json` does not hold is found here, once: images to look at,
+curves, the embedding in the plane.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jevb_jax import data
+from jevb_jax.evaluation import classification
+from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
+from jevb_jax.evaluation.protocol import Evaluation, evaluated_split
+from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.experiment import Experiment
+from jevb_jax.networks import Posterior
+
+_NUM_GALLERY = 16
+_NUM_QUERIES = 4
+_NUM_NEIGHBORS = 8
+_NUM_MAPPED = 2000
+_MOST_DRAWN_SETS = 6
+# Drawn beside the score fixed before: the one that tells where a likelihood alone goes wrong.
+_PATHOLOGY = "jevb/negative_elbo"
+# What "uncertain" means where nothing is to be detected: other methods have their default score alone.
+_UNCERTAINTY_SCORES = {"jevb": "jevb/posterior_entropy"}
+
+
+class Separation(NamedTuple):
+    """One score of inside images against one outside set.
+
+    Attributes:
+      outside_set: name.
+      inside: `[N]`, of the images that the set is compared with; larger = more out of distribution.
+      outside: `[M]`.
+      auroc: as the results have it.
+      flagged: `[T]`, share of inside images at or above each threshold, rising: the ROC curve.
+      found: `[T]`, the same of outside images.
+    """
+
+    outside_set: str
+    inside: np.ndarray
+    outside: np.ndarray
+    auroc: float
+    flagged: np.ndarray
+    found: np.ndarray
+
+
+class SeverityCurve(NamedTuple):
+    """Uncertainty of images that are degraded more and more.
+
+    Attributes:
+      corruption: name.
+      severity: `[S]`; 0 is the clean image.
+      mean: `[S]`, over images.
+      lower_quartile: `[S]`.
+      upper_quartile: `[S]`.
+    """
+
+    corruption: str
+    severity: np.ndarray
+    mean: np.ndarray
+    lower_quartile: np.ndarray
+    upper_quartile: np.ndarray
+
+
+class ScoredImages(NamedTuple):
+    """Images in the order of their uncertainty.
+
+    Attributes:
+      images: uint8 `[K, h, w, c]`, c = 1 or 3.
+      labels: class names, or None.
+      uncertainty: `[K]`.
+    """
+
+    images: np.ndarray
+    labels: list[str] | None
+    uncertainty: np.ndarray
+
+
+class Neighbors(NamedTuple):
+    """An image and the training images nearest to it, nearest first.
+
+    Attributes:
+      image: uint8 `[h, w, c]`, c = 1 or 3.
+      label: class name, or None.
+      images: uint8 `[K, h, w, c]`.
+      labels: class names, or None.
+      cosine: `[K]`, of the representations.
+    """
+
+    image: np.ndarray
+    label: str | None
+    images: np.ndarray
+    labels: list[str] | None
+    cosine: np.ndarray
+
+
+class EmbeddingMap(NamedTuple):
+    """The embedding in the plane.
+
+    Attributes:
+      coordinates: `[N, 2]`, of `embedding_map`.
+      labels: `[N]`, integers that index `class_names`, or None.
+      class_names: empty where there are no labels.
+      uncertainty: `[N]`, or None.
+    """
+
+    coordinates: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    uncertainty: np.ndarray | None
+
+
+class Evidence(NamedTuple):
+    """What a page draws of an evaluation; None or empty where there is nothing.
+
+    Attributes:
+      uncertainty_score: what "uncertain" means in all that follows, larger = less certain.
+      separations: by score, for each outside set that is drawn.
+      risk_coverage: by classifier.
+      severity: one curve for each corruption.
+      most_uncertain: the most uncertain first.
+      least_uncertain: the least uncertain first.
+      neighbors: of the first few images.
+      embedding_map: of the first few thousand images.
+      posterior_scale: `[N, D]`, standard deviations of those images.
+      prior_scale: standard deviation of the prior.
+    """
+
+    uncertainty_score: str | None = None
+    separations: Mapping[str, Sequence[Separation]] = MappingProxyType({})
+    risk_coverage: Mapping[str, RiskCoverage] = MappingProxyType({})
+    severity: Sequence[SeverityCurve] = ()
+    most_uncertain: ScoredImages | None = None
+    least_uncertain: ScoredImages | None = None
+    neighbors: Sequence[Neighbors] = ()
+    embedding_map: EmbeddingMap | None = None
+    posterior_scale: np.ndarray | None = None
+    prior_scale: float | None = None
+
+
+def separation(
+    outside_set: str, inside: np.ndarray, outside: np.ndarray, *, auroc: float
+) -> Separation:
+    """A score against an outside set, with the ROC curve.
+
+    Args:
+      outside_set: name.
+      inside: `[N]`.
+      outside: `[M]`.
+      auroc: area under the curve, as the results have it.
+
+    Returns:
+      `Separation`; equal scores are one point of the curve.
+
+    Raises:
+      ValueError: scores that are not finite.
+    """
+    from sklearn.metrics import roc_curve  # slow to import
+
+    for where, scores in (("inside", inside), ("outside", outside)):
+        count = int(np.size(scores) - np.isfinite(scores).sum())
+        if count:
+            raise ValueError(
+                f"{count} of {np.size(scores)} scores of {where} images are not finite "
+                f"(outside set {outside_set!r})"
+            )
+    is_outside = np.repeat([0, 1], [len(inside), len(outside)])
+    flagged, found, _ = roc_curve(is_outside, np.concatenate([inside, outside]))
+    return Separation(outside_set, inside, outside, auroc, flagged, found)
+
+
+def embedding_map(embedding: np.ndarray) -> np.ndarray:
+    """The embedding in the plane: the first two principal components of the directions `h / |h|`.
+
+    Linear and without randomness: distances shrink but are never invented. The singular vectors'
+    signs, which the decomposition leaves open, are chosen so that each component's largest loading
+    is positive: the same embedding gives the same map.
+
+    Args:
+      embedding: `[N, D]`, finite, `N >= 2`, `D >= 2`. A zero vector counts as the direction zero.
+
+    Returns:
+      `[N, 2]`, float64.
+
+    Raises:
+      ValueError: another shape, or values that are not finite.
+    """
+    values = np.asarray(embedding, dtype=np.float64)
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise ValueError(
+            "embedding must be [N, D], N >= 2, D >= 2, finite, got "
+            f"shape {values.shape} with {np.size(values) - np.isfinite(values).sum()} values not finite"
+        )
+    # Largest entry one before the norm: squares neither overflow nor underflow.
+    largest = np.abs(values).max(axis=1, keepdims=True)
+    values = values / np.where(largest == 0, 1, largest)
+    radius = np.linalg.norm(values, axis=1, keepdims=True)
+    directions = values / np.where(radius == 0, 1, radius)
+    centered = directions - directions.mean(axis=0)
+    components = np.linalg.svd(centered, full_matrices=False)[2][:2]
+    largest_loading = components[np.arange(2), np.abs(components).argmax(axis=1)]
+    return centered @ (components * np.where(largest_loading < 0, -1, 1)[:, None]).T
+
+
+def _drawn_sets(found: OODEvaluation, severities: tuple[int, ...]) -> list[str]:
+    """Sets to draw: those from elsewhere, then corruptions at their worst severity."""
+    corrupted = {result.outside for result in found.results if result.group == CORRUPTED}
+    worst = max(severities, default=0)
+    names = [name for name in found.outside if name not in corrupted]
+    names += [name for name in found.outside if name in corrupted and name.endswith(f"_{worst}")]
+    return names[:_MOST_DRAWN_SETS]
+
+
+def _separations(found: OODEvaluation, severities: tuple[int, ...]) -> dict[str, list[Separation]]:
+    results = {(result.score, result.outside): result for result in found.results}
+    scores = dict.fromkeys((found.default_score, found.chosen_score, _PATHOLOGY))
+
+    def against(score: str, name: str) -> Separation:
+        result, outside = results[score, name], found.outside[name][score]
+        # A corrupted image is compared with the images that were corrupted.
+        count = len(outside) if result.group == CORRUPTED else None
+        inside = found.inside[score][:count]
+        return separation(name, inside, outside, auroc=result.metrics.auroc)
+
+    return {
+        score: [against(score, name) for name in _drawn_sets(found, severities)]
+        for score in scores
+        if score in found.inside
+    }
+
+
+def _severity_curves(
+    found: OODEvaluation, score: str, ood_settings: dict[str, Any]
+) -> tuple[SeverityCurve, ...]:
+    severities = ood_settings["severities"]
+    curves = []
+    for corruption in ood_settings["corruptions"]:
+        corrupted = [found.outside[f"{corruption}_{level}"][score] for level in severities]
+        values = np.stack([found.inside[score][: len(corrupted[0])], *corrupted])
+        lower, upper = np.quantile(values, (0.25, 0.75), axis=1)
+        severity = np.array([0, *severities])
+        curves.append(SeverityCurve(corruption, severity, values.mean(axis=1), lower, upper))
+    return tuple(curves)
+
+
+def _class_names(source: data.ImageSource) -> tuple[str, ...]:
+    if source.labels is None:
+        return ()
+    return source.class_names or tuple(map(str, range(data.num_classes(source))))
+
+
+def _labels_of(
+    source: data.ImageSource, rows: np.ndarray, names: tuple[str, ...]
+) -> list[str] | None:
+    return None if source.labels is None else [names[source.labels[row]] for row in rows]
+
+
+def _neighbors(
+    evaluation: Evaluation, source: data.ImageSource, bank: data.ImageSource
+) -> tuple[Neighbors, ...]:
+    """Training images nearest to the first few evaluated ones."""
+    cosine, index = classification.nearest_neighbours(
+        evaluation.train.representation,
+        evaluation.test.representation[:_NUM_QUERIES],
+        k=min(_NUM_NEIGHBORS, len(bank)),
+    )
+    names = _class_names(bank)
+    labels = _labels_of(source, np.arange(len(index)), names)
+    return tuple(
+        Neighbors(
+            source[query],
+            None if labels is None else labels[query],
+            data.gather(bank, rows),
+            _labels_of(bank, rows, names),
+            np.asarray(cosine[query]),
+        )
+        for query, rows in enumerate(np.asarray(index))
+    )
+
+
+def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
+    """What the page of a run draws.
+
+    Args:
+      experiment: data and settings.
+      evaluation: of the trained encoder.
+
+    Returns:
+      The evidence.
+
+    Raises:
+      ValueError: scores or embeddings that are not finite.
+    """
+    config, bank = experiment.config, experiment.dataset.train
+    source = evaluated_split(config["evaluation"], experiment.dataset)[1]
+    found, prediction = evaluation.ood, evaluation.test.prediction
+    labels = evaluation.test.labels
+    names = _class_names(bank)
+    evidence = Evidence(neighbors=_neighbors(evaluation, source, bank))
+    uncertainty = None
+    if isinstance(prediction, Posterior):
+        evidence = evidence._replace(
+            posterior_scale=np.asarray(prediction.posterior_scale)[:_NUM_MAPPED],
+            prior_scale=config["jevb"]["prior_scale"],
+        )
+    if found is not None:
+        evidence = evidence._replace(separations=_separations(found, config["ood"]["severities"]))
+        score = _UNCERTAINTY_SCORES.get(config["method"], found.default_score)
+        if score in found.inside:
+            uncertainty = found.inside[score]
+            order = np.argsort(-uncertainty, kind="stable")
+            most, least = (
+                ScoredImages(
+                    data.gather(source, rows), _labels_of(source, rows, names), uncertainty[rows]
+                )
+                for rows in (order[:_NUM_GALLERY], order[::-1][:_NUM_GALLERY])
+            )
+            evidence = evidence._replace(
+                uncertainty_score=score,
+                risk_coverage=evaluation.risk_coverage[score],
+                severity=_severity_curves(found, score, config["ood"]),
+                most_uncertain=most,
+                least_uncertain=least,
+            )
+    return evidence._replace(
+        embedding_map=EmbeddingMap(
+            embedding_map(evaluation.test.embedding[:_NUM_MAPPED]),
+            None if labels is None else labels[:_NUM_MAPPED],
+            names,
+            None if uncertainty is None else uncertainty[:_NUM_MAPPED],
+        )
+    )

@@ -1,0 +1,197 @@
+"""Tables: of any rows as Markdown and CSV, of a run's results as CSV and for the terminal."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from jevb_jax.evaluation.ood_metrics import OODMetrics
+from jevb_jax.evaluation.protocol import FEATURE_NAMES, left_out_lines
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table.
+
+    Args:
+      header: names of the columns.
+      rows: cells; a vertical bar in one is escaped.
+
+    Returns:
+      Lines without their ends.
+
+    Raises:
+      ValueError: a row of another length than the header.
+    """
+
+    def line(cells: Sequence[str]) -> str:
+        if len(cells) != len(header):
+            raise ValueError(f"{len(header)} columns, but a row of {len(cells)}: {list(cells)}")
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
+
+
+def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Text of a CSV table, its lines ended by a line feed.
+
+    Args:
+      header: names of the columns.
+      rows: cells; a float is written with all its digits, None as nothing.
+
+    Returns:
+      The text.
+
+    Raises:
+      ValueError: a row of another length than the header.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{len(header)} columns, but a row of {len(row)}: {list(row)}")
+        writer.writerow(row)
+    return text.getvalue()
+
+
+# --- Of a run's results ---
+
+
+class MeasureRow(NamedTuple):
+    """A measure of the trained encoder beside the untrained one.
+
+    Attributes:
+      name: such as "linear_accuracy".
+      features: that it was measured on.
+      untrained: value before training, or None.
+      trained: value.
+      protocol: how it was measured.
+    """
+
+    name: str
+    features: str
+    untrained: float | None
+    trained: float
+    protocol: str
+
+
+def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
+    """What was measured on features; scores have tables of their own.
+
+    Args:
+      results: as `results.json` has them.
+
+    Returns:
+      The rows, in the order of the results.
+    """
+    before = {(row["features"], row["name"]): row["value"] for row in results.get("untrained", ())}
+    return [
+        MeasureRow(
+            row["name"],
+            row["features"],
+            before.get((row["features"], row["name"])),
+            row["value"],
+            row["protocol"],
+        )
+        for row in results["trained"]
+        if row["features"] in FEATURE_NAMES
+    ]
+
+
+_CSV_COLUMNS = (
+    "encoder",
+    "features_or_score",
+    "measure",
+    "set",
+    "value",
+    "low",
+    "high",
+    "protocol",
+)
+
+
+def results_csv(results: Mapping[str, Any]) -> str:
+    """Every number of the results in one table.
+
+    Args:
+      results: as `results.json` has them.
+
+    Returns:
+      CSV text, with a header.
+    """
+    rows: list[Sequence[Any]] = [
+        (encoder, row["features"], row["name"], "", row["value"], "", "", row["protocol"])
+        for encoder in ("trained", "untrained")
+        for row in results.get(encoder, ())
+    ]
+    found = results.get("ood", {"rows": ()})
+    for row in found["rows"]:
+        protocol = found["sets"][row["outside"]]
+        for metric in OODMetrics._fields:
+            values = (row[metric], row["low"][metric], row["high"][metric])
+            rows.append(("trained", row["score"], metric, row["outside"], *values, protocol))
+    return csv_table(_CSV_COLUMNS, rows)
+
+
+def classification_table(results: Mapping[str, Any]) -> Table:
+    """k-NN and linear accuracies for the terminal, trained beside untrained.
+
+    Args:
+      results: as `results.json` has them.
+
+    Returns:
+      A rich table.
+    """
+    table = Table(
+        title=f"{results['split']} split; protocols in results.json",
+        caption="\n".join(left_out_lines(results.get("left_out", {}))) or None,
+    )
+    for column in ("features", "measure"):
+        table.add_column(column)
+    for column in ("untrained", "trained"):
+        table.add_column(column, justify="right")
+    for row in measure_rows(results):
+        untrained = "" if row.untrained is None else f"{row.untrained:.4f}"
+        table.add_row(row.features, row.name, untrained, f"{row.trained:.4f}")
+    return table
+
+
+def detection_table(results: Mapping[str, Any]) -> Table:
+    """Every score for the terminal: AUROC by group, and whether it predicts errors.
+
+    Args:
+      results: as `results.json` has them, with "ood".
+
+    Returns:
+      A rich table. `*` marks the default score, `+` the one that was chosen on validation
+      images; scores below the line were fitted with labels.
+    """
+    found = results["ood"]
+    rows: dict[str, dict[str, float]] = {}
+    for row in results["trained"]:
+        if row["name"].startswith(("auroc_", "error_auroc_")):
+            rows.setdefault(row["features"], {})[row["name"]] = row["value"]
+    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
+    table = Table(
+        title=f"{results['split']} split against {found['protocol']}",
+        caption="* the method's default, + chosen on validation images; every set in results.csv",
+    )
+    table.add_column("score", no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    with_labels = set(found["with_labels"])
+    for is_labelled in (False, True):
+        names = [name for name in rows if (name in with_labels) == is_labelled]
+        for name in names:
+            mark = ("*" if name == found["default_score"] else "") + (
+                "+" if name == found["chosen_score"] else ""
+            )
+            values = [rows[name].get(column) for column in columns]
+            table.add_row(
+                f"{name} {mark}".strip(),
+                *("" if value is None else f"{value:.3f}" for value in values),
+                end_section=name == names[-1],
+            )
+    return table
