@@ -1,6 +1,6 @@
 """Densities of mass one: tails, coordinates, degrees of freedom, prior and weight of the KL.
 
-python -m jevb_jax.study --study=studies/cifar10_densities.py --out=runs/cifar10_densities
+python -m studies.run --study=studies/cifar10_densities.py --out=runs/cifar10_densities
 
 The older sweeps compare sub-densities, whose masses differ by tens of nats (docs eq. 31). Here every
 density has mass one: divided by its mass, or in stereographic coordinates. Recipe of
@@ -10,8 +10,8 @@ density has mass one: divided by its mass, or in stereographic coordinates. Reci
 import math
 from typing import Any
 
-from jevb_jax.study import Comparison, Logged, Result, Study
 from studies import cifar10_uncertainty
+from studies.run import Comparison, Logged, Result, Study
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "df 5": {},

@@ -1,7 +1,7 @@
 """Detection on CIFAR-10: JEVB, its isotropic ablation, VI-SimSiam and SimSiam, the same scores for all.
 
-python -m jevb_jax.study --study=studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
-python -m jevb_jax.detection_report runs/cifar10_ood/runs/*/seed_* --out=runs/cifar10_ood/detection
+python -m studies.run --study=studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
+python -m studies.detection_table runs/cifar10_ood/runs/*/seed_* --out=runs/cifar10_ood/detection
 
 The recipe of `cifar10_small` with all 45,000 training images, evaluated on the test split against the
 `.npz` files that `configs/ood.py` names; people's votes are read from `data/cifar10h.npz`.
@@ -10,8 +10,8 @@ The recipe of `cifar10_small` with all 45,000 training images, evaluated on the 
 from typing import Any
 
 from configs import ood
-from jevb_jax.study import Comparison, Result, Study
 from studies import cifar10_small
+from studies.run import Comparison, Result, Study
 
 METHODS = ("jevb", "vi_simsiam", "simsiam")
 

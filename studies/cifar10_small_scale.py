@@ -1,6 +1,6 @@
 """How wide the likelihood is against the prior: weight of the KL, scale of the prior, degrees of freedom.
 
-python -m jevb_jax.study --study=studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
+python -m studies.run --study=studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
 
 In the recipe of `cifar10_small`, to choose defaults. One seed: it finds where to look, no more.
 """
@@ -8,8 +8,8 @@ In the recipe of `cifar10_small`, to choose defaults. One seed: it finds where t
 import math
 from typing import Any
 
-from jevb_jax.study import Comparison, Curves, Study, Sweep
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
+from studies.run import Comparison, Curves, Study, Sweep
 
 # (weight of the KL, scale of the prior, degrees of freedom)
 CELLS = (

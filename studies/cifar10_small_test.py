@@ -1,14 +1,14 @@
 """The methods of `cifar10_small` on the test split, once every choice is made.
 
-python -m jevb_jax.study --study=studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
+python -m studies.run --study=studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
 
 Copies of finished run directories of `cifar10_small` are evaluated again and not trained again.
 """
 
 from typing import Any
 
-from jevb_jax.study import Comparison, Study
 from studies.cifar10_small import ACCURACIES, MEASURES, METHODS, method_config
+from studies.run import Comparison, Study
 
 
 def get_study() -> Study:

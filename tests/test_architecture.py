@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
 PURE = ("domain", "special", "sphere", "distributions", "mass", "objective", "baselines")
-CONFIG_DOORS = ("command_line", "experiment", "runner", "study")
+CONFIG_DOORS = ("command_line", "experiment", "runner")
 
 
 def modules() -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Studies: many configs by a few seeds, one table, one figure a claim.
 
-`python -m jevb_jax.study --study=studies/NAME.py --out=DIR [--num_processes=1] [--report_only]`
+`python -m studies.run --study=studies/NAME.py --out=DIR [--num_processes=1] [--report_only]`
 
 A study file is Python with a function `get_study() -> Study`. Every run of every seed is a process
 and a directory of its own, `DIR/runs/NAME/seed_0`. The same command goes on after a kill and never
@@ -588,7 +588,7 @@ def _core_shares(num_processes: int) -> list[set[int] | None]:
 
 
 def _child_command(directory: Path) -> list[str]:
-    code = "import sys; from jevb_jax import study; sys.exit(study.run_child())"
+    code = "import sys; from studies import run as study; sys.exit(study.run_child())"
     return [
         sys.executable,
         "-u",
@@ -656,7 +656,12 @@ def run_child() -> int:
         if not messages.is_out_of_memory(error):
             raise  # a crash: the study says so
         traceback.print_exc()
-        run.write_failure("OutOfMemory", str(messages.for_person(error)))
+        run.write_failure(
+            "OutOfMemory",
+            str(
+                messages.for_person(error, packages=("jevb_jax", "configs", "studies", "__main__"))
+            ),
+        )
         return 1
     return 0
 
@@ -921,7 +926,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
       Exit status.
     """
-    parser = argparse.ArgumentParser("python -m jevb_jax.study", description=__doc__)
+    parser = argparse.ArgumentParser("python -m studies.run", description=__doc__)
     parser.add_argument("--study", required=True, help="Python file with get_study()")
     parser.add_argument("--out", required=True, help="directory of the study")
     parser.add_argument("--num_processes", type=int, default=1, help="runs at once")
@@ -931,7 +936,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = parser.parse_args(arguments)
     if flags.num_processes < 1:
         parser.error(f"--num_processes must be at least 1, got {flags.num_processes}")
-    command = f"python -m jevb_jax.study --study={flags.study} --out={flags.out}"
+    command = f"python -m studies.run --study={flags.study} --out={flags.out}"
     try:
         study = load_study(flags.study)
         if flags.report_only:
@@ -946,7 +951,9 @@ def main(arguments: Sequence[str]) -> int:
             retry_failed=flags.retry_failed,
         )
     except Exception as error:
-        message = messages.for_person(error)
+        message = messages.for_person(
+            error, packages=("jevb_jax", "configs", "studies", "__main__")
+        )
         if message is None or flags.traceback:
             raise
         print(message, file=sys.stderr)
@@ -955,6 +962,6 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # Study files import this module by its name: run that copy, so that there is one Study.
-    from jevb_jax import study as _study
+    from studies import run as _study
 
     sys.exit(_study.main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jevb_jax import detection_report
+from studies import detection_table
 
 # auroc by (score, set): the sets of a group are averaged, and the severities of a corruption.
 SETS = {"cifar100": "near", "tiny": "near", "mnist": "far", "noise_1": "corrupted"}
@@ -76,7 +76,7 @@ def rows(text: str) -> dict[tuple[str, str], dict[str, str]]:
 
 def test_cells_are_means_over_seeds_severities_and_groups(directories, tmp_path, capsys):
     out = tmp_path / "out"
-    detection_report.main([*map(str, directories), f"--out={out}"])
+    detection_table.main([*map(str, directories), f"--out={out}"])
     text = (out / "table.md").read_text()
     cells = rows(text)
     assert list(cells) == [("jevb", "a/x"), ("jevb", "a/y"), ("other", "a/x"), ("other", "a/y")]
@@ -115,6 +115,6 @@ def test_what_does_not_fit_is_refused_and_nothing_written(directories, tmp_path,
         (tmp_path / "nothing", "give directories of finished runs"),
     ):
         with pytest.raises(SystemExit, match="1"):
-            detection_report.main([str(directories[0]), str(directory), f"--out={out}"])
+            detection_table.main([str(directories[0]), str(directory), f"--out={out}"])
         assert message in capsys.readouterr().err
     assert not out.exists()

@@ -1,6 +1,6 @@
 """Detection of several runs side by side, from their `results.json` alone.
 
-python -m jevb_jax.detection_report RUN_DIRECTORY... --out=DIRECTORY
+python -m studies.detection_table RUN_DIRECTORY... --out=DIRECTORY
 """
 
 import argparse
@@ -264,12 +264,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=files.to_path)
     parser.add_argument("--out", required=True, type=files.to_path)
     arguments = parser.parse_args(argv)
-    command = f"python -m jevb_jax.detection_report {' '.join(sys.argv[1:])}"
+    command = f"python -m studies.detection_table {' '.join(sys.argv[1:])}"
     try:
         runs = [read_run(directory) for directory in arguments.runs]
         write_detection_report(runs, arguments.out, command=command)
     except Exception as error:
-        message = messages.for_person(error)
+        message = messages.for_person(
+            error, packages=("jevb_jax", "configs", "studies", "__main__")
+        )
         if message is None:
             raise
         parser.exit(1, f"{message}\n")

@@ -24,12 +24,13 @@ from PIL import Image
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import runner, study
+from jevb_jax import runner
 from jevb_jax.checkpoints import config_hash
 from jevb_jax.experiment import to_json_values
-from jevb_jax.study import Comparison, Curves, Logged, Result, Study, Sweep
+from studies import run as study
+from studies.run import Comparison, Curves, Logged, Result, Study, Sweep
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {
     "commit": "abc123",
     "uncommitted_changes": False,
@@ -162,7 +163,7 @@ def test_average_of_runs_is_taken_seed_by_seed(tmp_path):
 
 def test_table_agrees_with_numpy(fabricated):
     made, out = fabricated
-    study.write_report(made, out, command="python -m jevb_jax.study --this")
+    study.write_report(made, out, command="python -m studies.run --this")
     table = rows(out)
     assert table["run"] == ["finished", *(measure.label for measure in MEASURES)]
     mean, spread = np.mean([0.5, 0.52, 0.57]), np.std([0.5, 0.52, 0.57], ddof=1)
@@ -180,7 +181,7 @@ def test_table_agrees_with_numpy(fabricated):
     text = (out / "table.md").read_text()
     for fact in (
         "# Tails",
-        "command: `python -m jevb_jax.study --this`",
+        "command: `python -m studies.run --this`",
         "seeds: 0, 1, 2",
         "commit: abc123",
         "jax: 0.10.2",
@@ -574,7 +575,7 @@ def test_a_child_tells_its_failure(tmp_path, monkeypatch, error, status, failure
 def test_flags(tmp_path, capsys):
     path = tmp_path / "mine.py"
     text = (
-        "from configs import smoke\nfrom jevb_jax.study import Logged, Study\n"
+        "from configs import smoke\nfrom studies.run import Logged, Study\n"
         "def get_study():\n"
         "    return Study('Mine', {'a': smoke.get_config()}, (0,), (Logged('m', 'k'),))\n"
     )
@@ -582,7 +583,7 @@ def test_flags(tmp_path, capsys):
     flags = [f"--study={path}", f"--out={tmp_path}", "--report_only"]
     assert study.main(flags) == 0
     assert rows(tmp_path)["a"] == ["0 of 1; seed 0 not started", "-"]
-    command = f"python -m jevb_jax.study --study={path} --out={tmp_path} --report_only"
+    command = f"python -m studies.run --study={path} --out={tmp_path} --report_only"
     assert command in (tmp_path / "table.md").read_text()
     path.write_text("x = 1")
     assert study.main(flags) == 1
@@ -601,13 +602,13 @@ def test_flags(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_child_dies_with_its_study(tmp_path):
     code = (
-        "import time; from jevb_jax import runner, study\n"
+        "import time; from jevb_jax import runner; from studies import run as study\n"
         "runner.train = lambda *_: (print('training', flush=True), time.sleep(300))\n"
         "study.run_child()"
     )
     parent = (
         "import sys, time; from pathlib import Path; from configs import smoke\n"
-        "from jevb_jax import study\n"
+        "from studies import run as study\n"
         f"study._child_command = lambda _: [sys.executable, '-c', {code!r}]\n"
         "run = study._Run('a', 0, smoke.get_config(), Path(sys.argv[1]))\n"
         "print(study._start(run, None, None).pid, flush=True); time.sleep(60)"
@@ -637,7 +638,7 @@ def wait_until(condition: Any, *, seconds: float = 120) -> None:
 
 STUDY = """
 from configs import smoke
-from jevb_jax.study import Comparison, Curves, Logged, Result, Study
+from studies.run import Comparison, Curves, Logged, Result, Study
 
 def config(split_seed=0):
     made = smoke.get_config()
@@ -670,7 +671,7 @@ def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(STUDY)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "jevb_jax.study", f"--study={file}", f"--out={out}"]
+    command = [sys.executable, "-m", "studies.run", f"--study={file}", f"--out={out}"]
     finished, killed = directory(out, "a", 0), directory(out, "b", 0)
     with subprocess.Popen(command, env=environment, cwd=ROOT) as process:
         saved = killed / "checkpoints" / "5"
@@ -697,7 +698,7 @@ def test_killed_study_goes_on_and_agrees_with_single_runs(tmp_path):
     assert {"all.png", "loss.png", "table.csv"} <= {path.name for path in out.iterdir()}
 
     code = (
-        "import sys; from jevb_jax import runner, study; "
+        "import sys; from jevb_jax import runner; from studies import run as study; "
         "runner.train(study.load_study(sys.argv[1]).runs['b'], sys.argv[2])"
     )
     alone = tmp_path / "alone"
