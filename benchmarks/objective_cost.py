@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from jevb_jax import baselines, objective
 from jevb_jax.compilation import network_options
 from jevb_jax.networks import ResNet
+from jevb_jax.paper import baselines, objective
 
 MODEL: dict[str, Any] = {"df": 5.0, "radial_df": 5.0, "radial_scale": 0.5}
 FEWEST_ARRAYS = 10  # six read, four written

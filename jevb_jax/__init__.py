@@ -7,7 +7,7 @@ a trained model, because it imports Flax.
 
 from typing import TYPE_CHECKING
 
-from jevb_jax.distributions import (
+from jevb_jax.paper.densities import (
     directional_log_prob,
     gaussian_kl_divergence,
     multivariate_student_t_log_prob,
@@ -17,8 +17,8 @@ from jevb_jax.distributions import (
     student_t_log_prob,
     von_mises_fisher_log_prob,
 )
-from jevb_jax.mass import directional_log_mass, uniform_log_prob
-from jevb_jax.objective import (
+from jevb_jax.paper.mass import directional_log_mass, uniform_log_prob
+from jevb_jax.paper.objective import (
     ElboTerms,
     View,
     conditional_elbo,
@@ -27,16 +27,16 @@ from jevb_jax.objective import (
     likelihood_scale,
     symmetric_elbo,
 )
-from jevb_jax.sphere import polar_decomposition
+from jevb_jax.paper.sphere import polar_decomposition
 
 if TYPE_CHECKING:
-    from jevb_jax.distrax_faces import (
+    from jevb_jax.model import Detector, Model, load, load_detector
+    from jevb_jax.paper.distrax_faces import (
         PowerSpherical,
         SphericalStudentT,
         gaussian_posterior,
         gaussian_prior,
     )
-    from jevb_jax.model import Detector, Model, load, load_detector
 
 __version__ = "0.1.0"
 
@@ -75,7 +75,7 @@ _MODEL_NAMES = ("Detector", "Model", "load", "load_detector")
 
 def __getattr__(name: str) -> object:
     if name in _DISTRAX_NAMES:
-        from jevb_jax import distrax_faces
+        import jevb_jax.paper.distrax_faces as distrax_faces
 
         return getattr(distrax_faces, name)
     if name in _MODEL_NAMES:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import baselines, mass, objective
 from jevb_jax.networks import ViewOutputs
+from jevb_jax.paper import baselines, mass, objective
 
 
 class MethodOutput(NamedTuple):

@@ -52,7 +52,7 @@ from jevb_jax.networks import (
     Posterior,
     ViewOutputs,
 )
-from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
+from jevb_jax.paper.objective import ElboTerms, conditional_elbo, likelihood_scale
 from jevb_jax.parallel import StoppedError
 
 _logger = logging.getLogger(__name__)

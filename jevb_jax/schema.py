@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from jevb_jax import augmentations, data, mass, networks, objective, sphere
+from jevb_jax import augmentations, data, networks
 from jevb_jax.blueprint import HEADS
 from jevb_jax.evaluation import corruptions
+from jevb_jax.paper import mass, objective, sphere
 
 # --- Domains --------------------------------------------------------------------------------------
 

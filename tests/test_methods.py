@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jevb_jax import baselines, methods, objective
+from jevb_jax import methods
 from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
+from jevb_jax.paper import baselines, objective
 
 BATCH, DIM = 6, 5
 SETTINGS = methods.JevbSettings(

@@ -15,7 +15,7 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
 from jevb_jax.evaluation import ood, ood_metrics
-from jevb_jax.objective import View, importance_weighted_bound
+from jevb_jax.paper.objective import View, importance_weighted_bound
 from tests import oracles
 
 V, N, D = 3, 5, 6

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from jevb_jax import augmentations, data
 from jevb_jax.evaluation import corruptions, ood, ood_protocol, protocol
 from jevb_jax.experiment import Experiment, build_experiment
-from jevb_jax.objective import View
+from jevb_jax.paper.objective import View
 
 
 def make_config(method: str = "jevb") -> Any:

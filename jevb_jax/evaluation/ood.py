@@ -29,9 +29,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jevb_jax import sphere
-from jevb_jax.distributions import gaussian_kl_divergence
-from jevb_jax.objective import View, conditional_elbo, importance_weighted_bound
+from jevb_jax.paper import sphere
+from jevb_jax.paper.densities import gaussian_kl_divergence
+from jevb_jax.paper.objective import View, conditional_elbo, importance_weighted_bound
 
 # As in `classification`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from jevb_jax import augmentations, data, methods, sphere
+from jevb_jax import augmentations, data, methods
 from jevb_jax.evaluation import arguments, corruptions, mixture, ood
 from jevb_jax.evaluation.features import (
     FeatureExtractor,
@@ -34,7 +34,8 @@ from jevb_jax.networks import (
     Posterior,
     ViewOutputs,
 )
-from jevb_jax.objective import View, likelihood_scale
+from jevb_jax.paper import sphere
+from jevb_jax.paper.objective import View, likelihood_scale
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
     from jevb_jax.evaluation import classification

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, domain, mass, sphere
+from jevb_jax.paper import densities, domain, mass, sphere
 
 ScaleUnits = Literal["sphere", "unit"]
 SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
@@ -141,7 +141,7 @@ def _likelihood_terms(
     radial_df: ArrayLike,
     radial_scale: ArrayLike,
     coordinates: sphere.Coordinates,
-    space: distributions.Space,
+    space: densities.Space,
     directional_latent: Array | None = None,
     likelihood: Likelihood = "factorised",
     tails: mass.Tails = "joint",
@@ -153,7 +153,7 @@ def _likelihood_terms(
     """
     if likelihood == "unfactorised":
         loc = latent if directional_latent is None else directional_latent
-        joint = distributions.multivariate_student_t_log_prob(
+        joint = densities.multivariate_student_t_log_prob(
             target_embedding, loc=loc, scale_diag=scale_diag, df=df
         )
         return joint, jnp.zeros_like(joint), jnp.zeros_like(joint)
@@ -162,12 +162,12 @@ def _likelihood_terms(
     if directional_latent is not None:
         loc, _ = sphere.polar_decomposition(directional_latent)
     density = {"df": df, "coordinates": coordinates, "tails": tails}
-    directional = distributions.directional_log_prob(
+    directional = densities.directional_log_prob(
         direction, loc=loc, scale_diag=scale_diag, **density
     )
     held = (lambda x: x) if normalized else jax.lax.stop_gradient
     log_mass = mass.directional_log_mass(held(scale_diag), loc=held(loc), **density)
-    radial = distributions.radial_log_prob(
+    radial = densities.radial_log_prob(
         radius, loc=latent_radius, scale=radial_scale, df=radial_df, space=space
     )
     return directional - log_mass if normalized else directional, radial, log_mass
@@ -182,7 +182,7 @@ def embedding_log_prob(
     radial_df: ArrayLike,
     radial_scale: ArrayLike,
     coordinates: sphere.Coordinates = "chordal",
-    space: distributions.Space = "log",
+    space: densities.Space = "log",
     tails: mass.Tails = "joint",
     normalized: bool = False,
 ) -> Array:
@@ -362,7 +362,7 @@ def conditional_elbo(
     scale_units: ScaleUnits = "sphere",
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
-    space: distributions.Space = "log",
+    space: densities.Space = "log",
     tails: mass.Tails = "joint",
     normalized: bool = False,
     num_samples: int = 1,
@@ -452,7 +452,7 @@ def conditional_elbo(
     return ElboTerms(
         directional_log_likelihood=directional,
         radial_log_likelihood=radial,
-        kl=distributions.gaussian_kl_divergence(mean, scale, prior_scale=density.prior_scale),
+        kl=densities.gaussian_kl_divergence(mean, scale, prior_scale=density.prior_scale),
         kl_weight=weights[0],
         radial_weight=weights[1],
         directional_log_mass=log_mass if is_factorised else None,
@@ -473,7 +473,7 @@ def symmetric_elbo(
     scale_units: ScaleUnits = "sphere",
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
-    space: distributions.Space = "log",
+    space: densities.Space = "log",
     tails: mass.Tails = "joint",
     normalized: bool = False,
     num_samples: int = 1,
@@ -568,7 +568,7 @@ def importance_weighted_bound(
     scale_units: ScaleUnits = "sphere",
     prior_scale: ArrayLike = 1.0,
     coordinates: sphere.Coordinates = "chordal",
-    space: distributions.Space = "log",
+    space: densities.Space = "log",
     tails: mass.Tails = "joint",
     normalized: bool = False,
     untied_scale: ArrayLike | None = None,

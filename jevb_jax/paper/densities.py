@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import domain, mass, special, sphere
+from jevb_jax.paper import domain, mass, special, sphere
 
 Space = Literal["log", "linear"]
 SPACES: tuple[Space, ...] = ("log", "linear")

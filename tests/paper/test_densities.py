@@ -17,7 +17,6 @@ from scipy import integrate, stats
 from jevb_jax import (
     directional_log_prob,
     gaussian_kl_divergence,
-    mass,
     multivariate_student_t_log_prob,
     power_spherical_entropy,
     power_spherical_log_prob,
@@ -25,6 +24,7 @@ from jevb_jax import (
     student_t_log_prob,
     von_mises_fisher_log_prob,
 )
+from jevb_jax.paper import mass
 from tests import oracles
 
 COORDINATES = ("chordal", "stereographic")

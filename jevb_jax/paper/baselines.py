@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, domain, sphere
+from jevb_jax.paper import densities, domain, sphere
 
 # Accelerators multiply float32 matrices in TensorFloat-32 or bfloat16 unless told otherwise.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -230,7 +230,7 @@ def vi_simsiam_loss(
             f"concentration_1 and concentration_2 must be [batch] = {m_1.shape[:1]}, got {k_1.shape} "
             f"and {k_2.shape}"
         )
-    log_prob = distributions.power_spherical_log_prob
+    log_prob = densities.power_spherical_log_prob
     return VISimSiamTerms(
         log_prob(_unit_target(t_2), loc=_unit(m_1), concentration=k_1),
         log_prob(_unit_target(t_1), loc=_unit(m_2), concentration=k_2),

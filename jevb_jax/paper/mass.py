@@ -1,6 +1,6 @@
 """Mass on the sphere of the directional densities, which without it are sub-densities.
 
-A directional density of `distributions` is a density of tangent coordinates `y` at `m`. In chordal
+A directional density of `densities` is a density of tangent coordinates `y` at `m`. In chordal
 coordinates the sphere holds only a part of it (docs eq. 31):
 
     M = E[ 1{|y| < 2} (1 - |y|^2 / 4)^((D - 3) / 2) ]
@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import domain, special, sphere
+from jevb_jax.paper import domain, special, sphere
 
 Tails = Literal["joint", "feature"]
 TAILS: tuple[Tails, ...] = ("joint", "feature")
@@ -242,7 +242,7 @@ def directional_log_mass(
         same for all features.
       loc: `[..., D]` unit vectors `m`.
       df: degrees of freedom, positive, `inf` for the Gaussian; `[...]`, and all three broadcast.
-      tails: of the density, see `distributions.directional_log_prob`.
+      tails: of the density, see `densities.directional_log_prob`.
       coordinates: of the density. Stereographic ones fill the sphere: zero.
 
     Returns:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from tensorflow_probability.substrates import jax as tfp
 
-from jevb_jax import distributions, domain, special, sphere
+from jevb_jax.paper import densities, domain, special, sphere
 
 
 def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[Array]:
@@ -138,7 +138,7 @@ def _gaussian_kl(
     first_loc, second_loc = domain.broadcast(
         {"loc of the first": means[0], "loc of the second": means[1]}, {}
     )
-    return distributions.gaussian_kl_divergence(
+    return densities.gaussian_kl_divergence(
         first_loc - second_loc, first.scale_diag, prior_scale=second.scale_diag
     )
 
@@ -241,13 +241,13 @@ class PowerSpherical(distrax.Distribution):
 
     def log_prob(self, value: ArrayLike) -> Array:
         """See `power_spherical_log_prob`."""
-        return distributions.power_spherical_log_prob(
+        return densities.power_spherical_log_prob(
             value, loc=self._loc, concentration=self._concentration
         )
 
     def entropy(self) -> Array:
         """Differential entropy in nats, `[...]`."""
-        return distributions.power_spherical_entropy(self._concentration, dim=self._loc.shape[-1])
+        return densities.power_spherical_entropy(self._concentration, dim=self._loc.shape[-1])
 
     def mean(self) -> Array:
         """Mean vector, `k / (D - 1 + k)` times the mean direction, `[..., D]`."""
@@ -405,7 +405,7 @@ class SphericalStudentT(distrax.Distribution):
 
     def log_prob(self, value: ArrayLike) -> Array:
         """See `directional_log_prob`."""
-        return distributions.directional_log_prob(
+        return densities.directional_log_prob(
             value,
             loc=self._loc,
             scale_diag=self._scale_diag,

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import domain
+from jevb_jax.paper import domain
 
 Coordinates = Literal["chordal", "stereographic"]
 COORDINATES: tuple[Coordinates, ...] = ("chordal", "stereographic")
