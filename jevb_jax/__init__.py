@@ -15,16 +15,15 @@ from jevb_jax.paper.densities import (
     power_spherical_log_prob,
     radial_log_prob,
     student_t_log_prob,
-    von_mises_fisher_log_prob,
 )
+from jevb_jax.paper.likelihood import Likelihood, embedding_log_prob, likelihood_scale
 from jevb_jax.paper.mass import directional_log_mass, uniform_log_prob
 from jevb_jax.paper.objective import (
     ElboTerms,
     View,
     conditional_elbo,
-    embedding_log_prob,
     importance_weighted_bound,
-    likelihood_scale,
+    predictive_information,
     symmetric_elbo,
 )
 from jevb_jax.paper.sphere import polar_decomposition
@@ -43,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Detector",
     "ElboTerms",
+    "Likelihood",
     "Model",
     "PowerSpherical",
     "SphericalStudentT",
@@ -62,11 +62,11 @@ __all__ = [
     "polar_decomposition",
     "power_spherical_entropy",
     "power_spherical_log_prob",
+    "predictive_information",
     "radial_log_prob",
     "student_t_log_prob",
     "symmetric_elbo",
     "uniform_log_prob",
-    "von_mises_fisher_log_prob",
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")

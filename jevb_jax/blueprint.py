@@ -9,6 +9,7 @@ from typing import Any
 
 from jevb_jax import augmentations, methods, pictures
 from jevb_jax.networks import HeadName, JointEmbeddingModel, make_model
+from jevb_jax.paper.likelihood import Likelihood
 
 HEADS: dict[str, HeadName] = {
     "jevb": "posterior",
@@ -158,7 +159,12 @@ def jevb_settings(config: Mapping[str, Any], *, steps_per_epoch: int) -> methods
     scale = settings.pop("likelihood_scale")
     if scale not in ("tied", "untied", "fixed"):
         raise ValueError(f"jevb.likelihood_scale must be tied, untied or fixed, got {scale!r}")
+    of_likelihood = {field.name for field in dataclasses.fields(Likelihood)} - {"radial_scale"}
     return methods.JevbSettings(
+        likelihood=Likelihood(
+            radial_scale=config["model"]["initial_radial_scale"],
+            **{name: settings.pop(name) for name in of_likelihood},
+        ),
         kl_warmup_steps=round(settings.pop("kl_warmup_epochs") * steps_per_epoch),
         fixed_scale=config["model"]["initial_scale"] if scale == "fixed" else None,
         **settings,

@@ -19,7 +19,7 @@ import numpy as np
 from jevb_jax import augmentations, data, networks
 from jevb_jax.blueprint import HEADS
 from jevb_jax.evaluation import corruptions
-from jevb_jax.paper import mass, objective, sphere
+from jevb_jax.paper import likelihood, mass, objective, sphere
 
 # --- Domains --------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ _SECTIONS: dict[str, dict[str, Domain]] = {
     "jevb": {
         "df": _DF,
         "radial_df": _DF,
-        "scale_units": choice(*objective.SCALE_UNITS),
+        "scale_units": choice(*likelihood.SCALE_UNITS),
         "prior_scale": number(0, low_open=True),
         "coordinates": choice(*sphere.COORDINATES),
         "space": choice("log", "linear"),
@@ -284,7 +284,7 @@ _SECTIONS: dict[str, dict[str, Domain]] = {
         "radial_weight": _WEIGHT,
         "likelihood_scale": choice("tied", "untied", "fixed"),
         "location": choice(*objective.LOCATIONS),
-        "likelihood": choice(*objective.LIKELIHOODS),
+        "likelihood": choice(*likelihood.LIKELIHOODS),
     },
     "vicreg": {
         "invariance_weight": _WEIGHT,

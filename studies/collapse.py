@@ -40,7 +40,7 @@ from jevb_jax import (
     training,
 )
 from jevb_jax.networks import ViewOutputs
-from jevb_jax.paper import densities, objective, sphere
+from jevb_jax.paper import densities, likelihood, sphere
 from studies import cifar10_uncertainty
 
 DF = 5.0
@@ -121,7 +121,7 @@ def split_jevb(
         u, radius = sphere.polar_decomposition(jax.lax.stop_gradient(target.embedding))
         noise = jax.vmap(functools.partial(jax.random.normal, shape=u.shape[-1:]))(pair_keys)
         m, rho = sphere.polar_decomposition(view.posterior_mean + view.posterior_scale * noise)
-        s = objective.likelihood_scale(view.posterior_scale)
+        s = likelihood.likelihood_scale(view.posterior_scale)
         directional = split_log_prob(u, m, s, directions=directions, scale=scale)
         radial = densities.radial_log_prob(radius, loc=rho, scale=radial_scale, df=DF)
         kl = densities.gaussian_kl_divergence(view.posterior_mean, view.posterior_scale)

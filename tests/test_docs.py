@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jevb_jax"
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
 NUM_EQUATIONS = 36
 
-FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>jevb_jax/[\w/]+\.py)\)")
+FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>(?:jevb_jax|tests)/[\w/]+\.py)\)")
 
 
 def definitions(path: Path) -> dict[str, str]:

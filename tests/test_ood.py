@@ -15,11 +15,12 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
 from jevb_jax.evaluation import ood, ood_metrics
+from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.paper.objective import View, importance_weighted_bound
 from tests import oracles
 
 V, N, D = 3, 5, 6
-LIKELIHOOD: dict[str, Any] = {"df": 5.0, "radial_df": 4.0, "radial_scale": 0.4}
+LIKELIHOOD = Likelihood(df=5.0, radial_df=4.0, radial_scale=0.4)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -46,7 +47,7 @@ def compute(
     keys: jax.Array, views: View, num_samples: int = 4, untied_scale: float | None = None
 ) -> ood.UncertaintyTerms:
     return ood.uncertainty_terms(
-        keys, views, num_samples=num_samples, untied_scale=untied_scale, **LIKELIHOOD
+        keys, views, LIKELIHOOD, num_samples=num_samples, untied_scale=untied_scale
     )
 
 
@@ -132,11 +133,13 @@ def test_unfactorised_bound_reaches_the_exact_evidence():
     h, prior, s = normal(5, N, 3), 1.5, 0.7
     variance = 1 / (1 / prior**2 + 1 / s**2)
     mean = jnp.asarray(variance / s**2 * h)  # the exact posterior: no Monte Carlo error at all
+    gaussian = Likelihood(
+        df=np.inf, radial_df=5.0, radial_scale=1.0, scale_units="unit", likelihood="unfactorised"
+    )
+    scale = jnp.full_like(mean, variance**0.5)
     bound = importance_weighted_bound(
-        keys(), h, mean, jnp.full_like(mean, variance**0.5), num_samples=3, df=np.inf,
-        radial_df=5.0, radial_scale=1.0, scale_units="unit", prior_scale=prior, untied_scale=s,
-        likelihood="unfactorised",
-    )  # fmt: skip
+        keys(), h, mean, scale, gaussian, num_samples=3, prior_scale=prior, untied_scale=s
+    )
     evidence = scipy.stats.norm.logpdf(h, scale=np.hypot(prior, s)).sum(axis=1)
     np.testing.assert_allclose(bound, evidence, rtol=1e-4)
 

@@ -145,10 +145,10 @@ def test_terms_are_of_the_image_and_its_augmented_views():
     expected = ood.uncertainty_terms(
         jax.vmap(jax.random.fold_in, (0, None))(keys, 0),
         stacked,
+        settings.likelihood_at(
+            experiment.model.apply(variables(), method=experiment.model.radial_scale)
+        ),
         num_samples=2,
-        df=settings.df,
-        radial_df=settings.radial_df,
-        radial_scale=experiment.model.apply(variables(), method=experiment.model.radial_scale),
         prior_scale=settings.prior_scale,
     )
     terms: Any = evaluation()[1].test.terms

@@ -35,7 +35,8 @@ from jevb_jax.networks import (
     ViewOutputs,
 )
 from jevb_jax.paper import sphere
-from jevb_jax.paper.objective import View, likelihood_scale
+from jevb_jax.paper.likelihood import likelihood_scale
+from jevb_jax.paper.objective import View
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
     from jevb_jax.evaluation import classification
@@ -760,17 +761,17 @@ def jevb_terms_settings(
     Returns:
       Settings for the feature extractor.
     """
-    keywords = settings.keywords(0)
-    keywords["num_samples"] = ood_settings["num_samples"]
 
     def terms_of(variables: Any, key: Array, views: ViewOutputs) -> ood.UncertaintyTerms:
         radial_scale: Any = model.apply(variables, method=model.radial_scale)
         return ood.uncertainty_terms(
             key,
             View(views.embedding, views.posterior_mean, views.posterior_scale),
-            radial_scale=radial_scale,
+            settings.likelihood_at(radial_scale),
+            num_samples=ood_settings["num_samples"],
+            prior_scale=settings.prior_scale,
             untied_scale=settings.untied_scale(views),
-            **keywords,
+            location=settings.location,
         )
 
     return TermsSettings(
