@@ -57,7 +57,8 @@ def _student_t_kernel(
     finite = jnp.where(is_infinite, 1.0, df)
     inverse_df = jnp.where(is_infinite, 0.0, 1 / finite)
 
-    # No branch sees what only another can hold, lest its gradient be NaN.
+    # First what overflows: elsewhere `far` is zero and `Q` as it was given. No branch sees what only
+    # another can hold, lest its gradient be NaN.
     zero = jnp.zeros_like(squared_length)
     is_extreme = log_unit > 0
     log_length = sphere.safe_log(squared_length) + log_unit
@@ -78,6 +79,7 @@ def _student_t_kernel(
         held = jnp.minimum(squared_length, longest_gaussian)
         squared_length = jnp.where(is_infinite, held, squared_length)
 
+    # Then the kernel, beyond `Q = df` and up to it.
     is_long = ~is_infinite & ~is_extreme & (squared_length >= df)
     long = jnp.log1p(jnp.where(is_long, squared_length, zero) * inverse_df)
     short = jnp.where(is_long | is_far, zero, squared_length)

@@ -180,38 +180,15 @@ def gaussian_prior(
     return _DiagonalGaussian(jnp.zeros_like(scale), scale)
 
 
-class PowerSpherical(distrax.Distribution):
-    """Power spherical distribution on `S^(D-1)` (De Cao and Aziz 2020), sampled exactly."""
+class _OnSphere(distrax.Distribution):
+    """What the distributions of directions share."""
 
-    def __init__(
-        self, loc: Real[ArrayLike, "*#batch D"], concentration: Real[ArrayLike, "*#batch"]
-    ):
-        """Initialises the distribution.
-
-        Args:
-          loc: unit vectors, the mean direction, `D >= 2`.
-          concentration: at least zero (zero is uniform), finite.
-
-        Raises:
-          ValueError: `D < 2`, a known `loc` that is no unit vector, a known concentration that is
-            negative or not finite, shapes that do not broadcast. Traced concentrations become NaN.
-        """
-        super().__init__()
-        m, k = sphere.at_least_float32(loc, concentration)
-        domain.unit_vectors("loc", loc)
-        domain.sphere_of(m.shape[-1], 2, "PowerSpherical")
-        k = domain.concentration("concentration", concentration, k)
-        self._loc, self._concentration = domain.broadcast({"loc": m}, {"concentration": k})
+    _loc: Float[Array, "*batch D"]
 
     @property
     def loc(self) -> Float[Array, "*batch D"]:
-        """Mean direction."""
+        """Unit vectors, the location."""
         return self._loc
-
-    @property
-    def concentration(self) -> Float[Array, "*batch"]:
-        """Concentration."""
-        return self._concentration
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -219,14 +196,42 @@ class PowerSpherical(distrax.Distribution):
         return self._loc.shape[-1:]
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """Of the parameters, without `D`."""
-        return self._concentration.shape
-
-    @property
     def dtype(self) -> Any:
         """Of the samples: that of the parameters."""
         return self._loc.dtype
+
+
+class PowerSpherical(_OnSphere):
+    """Power spherical distribution on `S^(D-1)` (De Cao and Aziz 2020), sampled exactly.
+
+    Args:
+      loc: unit vectors, the mean direction, `D >= 2`.
+      concentration: at least zero (zero is uniform), finite.
+
+    Raises:
+      ValueError: `D < 2`, a known `loc` that is no unit vector, a known concentration that is
+        negative or not finite, shapes that do not broadcast. Traced concentrations become NaN.
+    """
+
+    def __init__(
+        self, loc: Real[ArrayLike, "*#batch D"], concentration: Real[ArrayLike, "*#batch"]
+    ):
+        super().__init__()
+        m, k = sphere.at_least_float32(loc, concentration)
+        domain.unit_vectors("loc", loc)
+        k = domain.concentration("concentration", concentration, k)
+        self._loc, self._concentration = domain.broadcast({"loc": m}, {"concentration": k})
+        domain.sphere_of(self._loc.shape[-1], 2, "PowerSpherical")
+
+    @property
+    def concentration(self) -> Float[Array, "*batch"]:
+        """Concentration."""
+        return self._concentration
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Of the parameters, without `D`."""
+        return self._concentration.shape
 
     def __getitem__(self, index: Any) -> "PowerSpherical":
         return PowerSpherical(*_indexed(self.batch_shape, index, self._loc, self._concentration))
@@ -319,12 +324,23 @@ def _power_spherical_kl_to_uniform(
     return jnp.broadcast_to(_power_spherical_kl(first, uniform), shape)
 
 
-class SphericalStudentT(distrax.Distribution):
+class SphericalStudentT(_OnSphere):
     """The directional term as a distribution: Student-t in tangent coordinates of the sphere.
 
     "stereographic" coordinates make it a distribution, sampled exactly. With `df < D - 1` its density is
     unbounded: a pole at the antipode of `loc`, above the density at `loc`. "chordal" ones make it a
     sub-density, which has a `log_prob` but no exact sampler.
+
+    Args:
+      loc: unit vectors, `D >= 3`.
+      scale_diag: positive. One number or one feature stands for all.
+      df: degrees of freedom, positive, may be `inf`.
+      coordinates: "chordal" or "stereographic", which has a pole where `df < D - 1`.
+
+    Raises:
+      ValueError: `D < 3`, a known `loc` that is no unit vector, a known scale or `df` that is not
+        positive, shapes that do not broadcast, unknown coordinates. Traced scales and `df` that are
+        not positive become NaN.
     """
 
     def __init__(
@@ -334,35 +350,17 @@ class SphericalStudentT(distrax.Distribution):
         df: Real[ArrayLike, "*#batch"],
         coordinates: sphere.Coordinates = "chordal",
     ):
-        """Initialises the distribution.
-
-        Args:
-          loc: unit vectors, `D >= 3`.
-          scale_diag: positive. One number or one feature stands for all.
-          df: degrees of freedom, positive, may be `inf`.
-          coordinates: "chordal" or "stereographic", which has a pole where `df < D - 1`.
-
-        Raises:
-          ValueError: `D < 3`, a known `loc` that is no unit vector, a known scale or `df` that is not
-            positive, shapes that do not broadcast, unknown coordinates. Traced scales and `df` that
-            are not positive become NaN.
-        """
         super().__init__()
         domain.choice("coordinates", coordinates, sphere.COORDINATES)
         m, s, nu = sphere.at_least_float32(loc, scale_diag, df)
         domain.unit_vectors("loc", loc)
-        domain.sphere_of(m.shape[-1], 3, "SphericalStudentT")
         s = domain.positive("scale_diag", scale_diag, s)
         nu = domain.degrees_of_freedom("df", df, nu)
         self._loc, self._scale_diag, self._df = domain.broadcast(
             {"loc": m}, {"df": nu}, {"scale_diag": s}
         )
+        domain.sphere_of(self._loc.shape[-1], 3, "SphericalStudentT")
         self._coordinates: sphere.Coordinates = coordinates
-
-    @property
-    def loc(self) -> Float[Array, "*batch D"]:
-        """Location."""
-        return self._loc
 
     @property
     def scale_diag(self) -> Float[Array, "*batch D"]:
@@ -375,19 +373,9 @@ class SphericalStudentT(distrax.Distribution):
         return self._df
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """`(D,)`."""
-        return self._loc.shape[-1:]
-
-    @property
     def batch_shape(self) -> tuple[int, ...]:
         """Of the parameters, without `D`."""
         return self._df.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Of the samples: that of the parameters."""
-        return self._loc.dtype
 
     def __getitem__(self, index: Any) -> "SphericalStudentT":
         arrays = _indexed(self.batch_shape, index, self._loc, self._scale_diag, self._df)
@@ -426,33 +414,21 @@ class SphericalStudentT(distrax.Distribution):
         return jnp.where(is_mode[..., None], self._loc, jnp.full_like(self._loc, jnp.nan))
 
     def mean(self) -> Array:
-        """Not known in closed form.
-
-        Raises:
-          NotImplementedError: always.
-        """
+        """Not known in closed form: always a NotImplementedError."""
         raise NotImplementedError(
             "the mean of SphericalStudentT has no closed form: in stereographic coordinates take the "
             "mean of samples, which lies along loc"
         )
 
     def entropy(self) -> Array:
-        """Not known in closed form.
-
-        Raises:
-          NotImplementedError: always.
-        """
+        """Not known in closed form: always a NotImplementedError."""
         raise NotImplementedError(
             "the entropy of SphericalStudentT has no closed form: in stereographic coordinates take "
             "minus the mean of log_prob over samples"
         )
 
     def kl_divergence(self, other_dist: Any, **kwargs: Any) -> Array:
-        """Not known in closed form.
-
-        Raises:
-          NotImplementedError: always.
-        """
+        """Not known in closed form: always a NotImplementedError."""
         del kwargs
         raise NotImplementedError(
             f"the KL of SphericalStudentT to {type(other_dist).__name__} has no closed form: in "

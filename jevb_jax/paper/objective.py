@@ -24,6 +24,7 @@ from jevb_jax.paper import domain, mass, sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
 from jevb_jax.paper.likelihood import (
     Likelihood,
+    LogLikelihood,
     checked_numbers,
     likelihood_scale,
     log_likelihood_terms,
@@ -174,7 +175,7 @@ def conditional_elbo(
         scales and degrees of freedom that are not positive have the value NaN.
     """
     domain.choice("location", location, LOCATIONS)
-    h, mu, sigma, likelihood, prior_scale = _in_one_type(
+    h, mu, sigma, likelihood, p = _in_one_type(
         "target_embedding",
         target_embedding,
         posterior_mean,
@@ -186,22 +187,27 @@ def conditional_elbo(
     kl_weight = _weight_of_examples("kl_weight", kl_weight, mu)
     h = jax.lax.stop_gradient(h)
     s = _scale_diag(sigma, untied_scale, likelihood)
+    center = mu if location == "mean" else None
 
-    def log_likelihood(noise: Float[Array, "batch D"]) -> tuple[Float[Array, " batch"], ...]:
+    def log_p(noise: Float[Array, "batch D"]) -> LogLikelihood:
         z = mu + sigma * noise
-        center = mu if location == "mean" else None
         return log_likelihood_terms(h, z, likelihood, scale_diag=s, location=center)
 
-    log_p_dir, log_p_rad, log_mass = (
-        jnp.mean(of_samples, axis=0)
-        for of_samples in _over_samples(log_likelihood, _standard_normal(key, num_samples, mu))
-    )
-    kl = gaussian_kl_divergence(mu, sigma, prior_scale=prior_scale)
+    of_samples = _over_samples(log_p, _standard_normal(key, num_samples, mu))
+    log_p_dir, log_p_rad, log_mass = (jnp.mean(values, axis=0) for values in of_samples)
+    kl = gaussian_kl_divergence(mu, sigma, prior_scale=p)
     terms = ElboTerms(log_p_dir, log_p_rad, kl, radial_weight, kl_weight)
+    return _with_information(terms, log_mass, likelihood, dim=mu.shape[-1])
+
+
+def _with_information(
+    terms: ElboTerms, log_mass: Float[Array, " batch"], likelihood: Likelihood, *, dim: int
+) -> ElboTerms:
+    """The terms with the mass and the information, which an unfactorised likelihood has not."""
     if not likelihood.is_factorised:
         return terms
     information = predictive_information(
-        log_p_dir, None if likelihood.normalized else log_mass, dim=mu.shape[-1]
+        terms.directional_log_likelihood, None if likelihood.normalized else log_mass, dim=dim
     )
     return terms._replace(directional_log_mass=log_mass, predictive_information=information)
 
