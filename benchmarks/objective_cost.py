@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from jevb_jax import baselines, objective
 from jevb_jax.compilation import network_options
 from jevb_jax.networks import ResNet
+from jevb_jax.paper import baselines, objective
+from jevb_jax.paper.likelihood import Likelihood
 
-MODEL: dict[str, Any] = {"df": 5.0, "radial_df": 5.0, "radial_scale": 0.5}
+LIKELIHOOD = Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 FEWEST_ARRAYS = 10  # six read, four written
 
 
@@ -37,7 +38,7 @@ def losses_of(batch: int, dim: int, num_samples: int) -> dict[str, tuple[Any, tu
             objective.View(targets[0], mean_1, scale_1),
             objective.View(targets[1], mean_2, scale_2),
         )
-        terms = objective.symmetric_elbo(keys, *views, num_samples=num_samples, **MODEL)
+        terms = objective.symmetric_elbo(keys, *views, LIKELIHOOD, num_samples=num_samples)
         return -jnp.mean(terms.weighted_elbo) / dim
 
     def simsiam(predictions: tuple[jax.Array, ...], targets: Any) -> jax.Array:

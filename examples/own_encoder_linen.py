@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 import jevb_jax
 
 DIM = 16
+LIKELIHOOD = jevb_jax.Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 
 
 class Encoder(nn.Module):
@@ -32,9 +33,7 @@ def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
     view_key, sample_key = jax.random.split(key)
     noise = 0.2 * jax.random.normal(view_key, (2, *x.shape))
     views: Any = [Encoder().apply(params, x + n) for n in noise]
-    terms = jevb_jax.symmetric_elbo(
-        sample_key, *views, df=5.0, radial_df=5.0, radial_scale=0.5, prior_scale=2.0
-    )
+    terms = jevb_jax.symmetric_elbo(sample_key, *views, LIKELIHOOD, prior_scale=2.0)
     return -terms.weighted_elbo.mean() / DIM
 
 

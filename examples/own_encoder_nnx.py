@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 import jevb_jax
 
 DIM = 16
+LIKELIHOOD = jevb_jax.Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 
 
 class Encoder(nnx.Module):
@@ -37,9 +38,7 @@ def loss(encoder: Encoder, key: jax.Array, x: jax.Array) -> jax.Array:
     view_key, sample_key = jax.random.split(key)
     noise = 0.2 * jax.random.normal(view_key, (2, *x.shape))
     view_1, view_2 = (encoder(x + n) for n in noise)
-    terms = jevb_jax.symmetric_elbo(
-        sample_key, view_1, view_2, df=5.0, radial_df=5.0, radial_scale=0.5, prior_scale=2.0
-    )
+    terms = jevb_jax.symmetric_elbo(sample_key, view_1, view_2, LIKELIHOOD, prior_scale=2.0)
     return -terms.weighted_elbo.mean() / DIM
 
 

@@ -7,7 +7,7 @@ a trained model, because it imports Flax.
 
 from typing import TYPE_CHECKING
 
-from jevb_jax.distributions import (
+from jevb_jax.paper.densities import (
     directional_log_prob,
     gaussian_kl_divergence,
     multivariate_student_t_log_prob,
@@ -15,34 +15,34 @@ from jevb_jax.distributions import (
     power_spherical_log_prob,
     radial_log_prob,
     student_t_log_prob,
-    von_mises_fisher_log_prob,
 )
-from jevb_jax.mass import directional_log_mass, uniform_log_prob
-from jevb_jax.objective import (
+from jevb_jax.paper.likelihood import Likelihood, embedding_log_prob, likelihood_scale
+from jevb_jax.paper.mass import directional_log_mass, uniform_log_prob
+from jevb_jax.paper.objective import (
     ElboTerms,
     View,
     conditional_elbo,
-    embedding_log_prob,
     importance_weighted_bound,
-    likelihood_scale,
+    predictive_information,
     symmetric_elbo,
 )
-from jevb_jax.sphere import polar_decomposition
+from jevb_jax.paper.sphere import polar_decomposition
 
 if TYPE_CHECKING:
-    from jevb_jax.distrax_faces import (
+    from jevb_jax.model import Detector, Model, load, load_detector
+    from jevb_jax.paper.distrax_faces import (
         PowerSpherical,
         SphericalStudentT,
         gaussian_posterior,
         gaussian_prior,
     )
-    from jevb_jax.model import Detector, Model, load, load_detector
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Detector",
     "ElboTerms",
+    "Likelihood",
     "Model",
     "PowerSpherical",
     "SphericalStudentT",
@@ -62,11 +62,11 @@ __all__ = [
     "polar_decomposition",
     "power_spherical_entropy",
     "power_spherical_log_prob",
+    "predictive_information",
     "radial_log_prob",
     "student_t_log_prob",
     "symmetric_elbo",
     "uniform_log_prob",
-    "von_mises_fisher_log_prob",
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
@@ -75,7 +75,7 @@ _MODEL_NAMES = ("Detector", "Model", "load", "load_detector")
 
 def __getattr__(name: str) -> object:
     if name in _DISTRAX_NAMES:
-        from jevb_jax import distrax_faces
+        import jevb_jax.paper.distrax_faces as distrax_faces
 
         return getattr(distrax_faces, name)
     if name in _MODEL_NAMES:

@@ -21,9 +21,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import domain
 from jevb_jax.compilation import jit_once
 from jevb_jax.image_preparation import square_cut
+from jevb_jax.paper import domain
 
 Interpolation = Literal["bilinear", "bicubic"]
 _Adjustment = Literal["brightness", "contrast", "saturation", "hue"]

@@ -7,6 +7,7 @@ import dataclasses
 
 from jevb_jax import augmentations, methods
 from jevb_jax.networks import JointEmbeddingModel, make_model
+from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.settings.sections import AugmentationSection, RunSettings
 
 
@@ -68,7 +69,12 @@ def jevb_settings(settings: RunSettings, *, steps_per_epoch: int) -> methods.Jev
     """
     section = dict(vars(settings.jevb))
     is_fixed = section.pop("likelihood_scale") == "fixed"
+    of_likelihood = {field.name for field in dataclasses.fields(Likelihood)} - {"radial_scale"}
     return methods.JevbSettings(
+        likelihood=Likelihood(
+            radial_scale=settings.model.initial_radial_scale,
+            **{name: section.pop(name) for name in of_likelihood},
+        ),
         kl_warmup_steps=round(section.pop("kl_warmup_epochs") * steps_per_epoch),
         fixed_scale=settings.model.initial_scale if is_fixed else None,
         **section,

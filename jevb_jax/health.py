@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, domain, sphere
-from jevb_jax.objective import ElboTerms
+from jevb_jax.paper import densities, domain, sphere
+from jevb_jax.paper.objective import ElboTerms
 
 # Thresholds of the alarms. "Healthy runs" are those of `docs/results`, and short runs of every
 # method and of JEVB with other priors, at D from 16 to 512, looked at from step 20 on.
@@ -186,7 +186,7 @@ def posterior_summary(
     prior_scale = domain.positive("prior_scale", prior_scale, prior)
     log_scale = jnp.log(scale)
     # Compiled, where a scale that diverged is NaN and no error.
-    kl = jax.jit(distributions.gaussian_kl_divergence)(mean, scale, prior_scale=prior_scale)
+    kl = jax.jit(densities.gaussian_kl_divergence)(mean, scale, prior_scale=prior_scale)
     return PosteriorSummary(
         scale_mean=jnp.mean(scale),
         scale_anisotropy=jnp.mean(jnp.std(log_scale, axis=-1)),

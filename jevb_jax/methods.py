@@ -15,15 +15,16 @@ methods: what else differs between them stands there.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import baselines, mass, objective
 from jevb_jax.networks import HeadName, ViewOutputs
+from jevb_jax.paper import baselines, objective
+from jevb_jax.paper.likelihood import Likelihood
 
 
 class MethodOutput(NamedTuple):
@@ -56,38 +57,40 @@ class Loss(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class JevbSettings:
-    """Keyword arguments of the objective and the warm-up of its KL; see `conditional_elbo`.
+    """Arguments of the objective and the warm-up of its KL; see `conditional_elbo`.
 
     Attributes:
+      likelihood: its `radial_scale` is the one that training starts from, see `likelihood_at`.
       fixed_scale: of the likelihood, in the latent's units; None where it is tied or learned.
-      kl_warmup_steps: of the KL's weight, linear from zero.
+      kl_warmup_steps: until the weight of the KL, linear from zero, is `kl_weight`.
     """
 
-    df: float
-    radial_df: float
-    scale_units: objective.ScaleUnits
+    likelihood: Likelihood
     prior_scale: float
-    coordinates: Any
-    space: Any
-    tails: mass.Tails
-    normalized: bool
     num_samples: int
     kl_weight: float
     radial_weight: float
     location: objective.Location
-    likelihood: objective.Likelihood
     fixed_scale: float | None
     kl_warmup_steps: int
 
-    def keywords(self, step: ArrayLike) -> dict[str, Any]:
-        """Arguments of `conditional_elbo` at `step`, all but the scales that are learned."""
-        settings = dataclasses.asdict(self)
-        warmup_steps = settings.pop("kl_warmup_steps")
-        del settings["fixed_scale"]
-        if warmup_steps:
-            share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps)
-            settings["kl_weight"] = self.kl_weight * share
-        return settings
+    def likelihood_at(self, radial_scale: ArrayLike) -> Likelihood:
+        """The likelihood with the radial scale that is learned."""
+        return dataclasses.replace(self.likelihood, radial_scale=radial_scale)
+
+    def elbo_settings(self, step: ArrayLike) -> objective.ElboSettings:
+        """The other settings of a bound at `step`, all but the scales that are learned."""
+        kl_weight: ArrayLike = self.kl_weight
+        if self.kl_warmup_steps:
+            share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / self.kl_warmup_steps)
+            kl_weight = self.kl_weight * share
+        return {
+            "prior_scale": self.prior_scale,
+            "num_samples": self.num_samples,
+            "kl_weight": kl_weight,
+            "radial_weight": self.radial_weight,
+            "location": self.location,
+        }
 
     def untied_scale(self, view: ViewOutputs) -> ArrayLike | None:
         """Scale of the likelihood given `view`, None where it is the posterior's."""
@@ -118,14 +121,14 @@ def multi_view_elbo(
     Returns:
       `ElboTerms` of `[batch]` arrays.
     """
-    keywords = {"radial_scale": radial_scale, **settings.keywords(step)}
+    likelihood, elbo_settings = settings.likelihood_at(radial_scale), settings.elbo_settings(step)
     sources = [
         objective.View(target.embedding, view.posterior_mean, view.posterior_scale)
         for view, target in zip(views, targets, strict=False)
     ]
     scale_1, scale_2, *small_scales = (settings.untied_scale(view) for view in views)
     pair = scale_1 if scale_1 is None else (jnp.asarray(scale_1), jnp.asarray(scale_2))
-    terms = objective.symmetric_elbo(key, *sources, untied_scale=pair, **keywords)
+    terms = objective.symmetric_elbo(key, *sources, likelihood, untied_scale=pair, **elbo_settings)
     num_pairs = 2
     total = jax.tree.map(lambda value: num_pairs * value, terms)
     for index, (small, scale) in enumerate(zip(views[2:], small_scales, strict=True)):
@@ -136,8 +139,9 @@ def multi_view_elbo(
                 target.embedding,
                 small.posterior_mean,
                 small.posterior_scale,
+                likelihood,
                 untied_scale=scale,
-                **keywords,
+                **elbo_settings,
             )
             total = jax.tree.map(jnp.add, total, pair_terms)
             num_pairs += 1
@@ -217,11 +221,14 @@ def vi_simsiam(
         targets[0].embedding,
         targets[1].embedding,
     )
-    predictive = -terms.loss - mass.uniform_log_prob(targets[0].embedding.shape[-1])
+    # The power spherical density has mass one.
+    predictive = objective.predictive_information(
+        -terms.loss, None, dim=targets[0].embedding.shape[-1]
+    )
     metrics = {
         "log_likelihood": -terms.loss,
         "concentration": prediction_1.concentration,
-        **_information(predictive, jnp.zeros_like(predictive)),  # power spherical: of mass one
+        **_information(predictive, jnp.zeros_like(predictive)),
     }
     return MethodOutput(terms.loss, metrics)
 

@@ -31,8 +31,8 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jevb_jax import sphere
 from jevb_jax.normalization import BatchNorm
+from jevb_jax.paper import sphere
 
 _MIN_RADIAL_SCALE = 1e-3
 _MIN_CONCENTRATION = 1e-3

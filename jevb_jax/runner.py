@@ -48,7 +48,8 @@ from jevb_jax.networks import (
     Posterior,
     ViewOutputs,
 )
-from jevb_jax.objective import ElboTerms, conditional_elbo, likelihood_scale
+from jevb_jax.paper.likelihood import likelihood_scale
+from jevb_jax.paper.objective import ElboTerms, conditional_elbo
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
 from jevb_jax.settings import read
@@ -456,7 +457,7 @@ def _posterior_values(
     if likelihood is not None:  # untied: a head of its own, with the same floor
         values["likelihood_scale_at_floor"] = health.share_at_floor(likelihood, min_scale=min_scale)
     width: Any = experiment.model.apply(state.evaluation_variables, method="radial_scale")
-    if settings.space == "linear":  # a length there: relative to the radii
+    if settings.likelihood.space == "linear":  # a length there: relative to the radii
         log_radius = health.embedding_log_radius(output.embedding)
         width = width / (jnp.exp(log_radius) * np.sqrt(mean.shape[-1]))
     values["radial_width"] = width
@@ -505,20 +506,21 @@ def _pair_values(
             target.embedding,
             view.posterior_mean,
             view.posterior_scale,
-            radial_scale=apply(method="radial_scale"),
+            settings.likelihood_at(apply(method="radial_scale")),
             untied_scale=settings.untied_scale(view),
-            **settings.keywords(state.step),
+            **settings.elbo_settings(state.step),
         )
 
     mean, scale = source.posterior_mean, source.posterior_scale
     untied = settings.untied_scale(source)
-    likelihood = scale if untied is None else jnp.broadcast_to(jnp.asarray(untied), scale.shape)
+    likelihood = settings.likelihood
+    own_scale = scale if untied is None else jnp.broadcast_to(jnp.asarray(untied), scale.shape)
     noise = jax.random.normal(key, mean.shape) * (settings.location == "sample")
     pairs = health.pair_health(
         target.embedding,
         mean + scale * noise,
-        likelihood_scale(likelihood, scale_units=settings.scale_units),
-        df=settings.df,
+        likelihood_scale(own_scale, scale_units=likelihood.scale_units),
+        df=likelihood.df,
     )
     gradients = health.term_gradient_norms(terms_of, source.representation)
     return {

@@ -32,16 +32,14 @@ from matplotlib.figure import Figure
 
 from jevb_jax import (
     data,
-    distributions,
     experiment,
     files,
     health,
     methods,
-    objective,
-    sphere,
     training,
 )
 from jevb_jax.networks import ViewOutputs
+from jevb_jax.paper import densities, likelihood, sphere
 from jevb_jax.report import figures
 from studies import cifar10_uncertainty
 
@@ -87,8 +85,8 @@ def split_log_prob(u: Array, m: Array, s: Array, *, directions: str, scale: str)
     """
     df = {"student": DF, "gaussian": math.inf}
     held_s, held_m = jax.lax.stop_gradient(s), jax.lax.stop_gradient(m)
-    of_scale = distributions.directional_log_prob(u, loc=held_m, scale_diag=s, df=df[scale])
-    of_directions = distributions.directional_log_prob(
+    of_scale = densities.directional_log_prob(u, loc=held_m, scale_diag=s, df=df[scale])
+    of_directions = densities.directional_log_prob(
         u, loc=m, scale_diag=held_s, df=df.get(directions, math.inf)
     )
     if directions in ("relative", "mean"):
@@ -123,10 +121,10 @@ def split_jevb(
         u, radius = sphere.polar_decomposition(jax.lax.stop_gradient(target.embedding))
         noise = jax.vmap(functools.partial(jax.random.normal, shape=u.shape[-1:]))(pair_keys)
         m, rho = sphere.polar_decomposition(view.posterior_mean + view.posterior_scale * noise)
-        s = objective.likelihood_scale(view.posterior_scale)
+        s = likelihood.likelihood_scale(view.posterior_scale)
         directional = split_log_prob(u, m, s, directions=directions, scale=scale)
-        radial = distributions.radial_log_prob(radius, loc=rho, scale=radial_scale, df=DF)
-        kl = distributions.gaussian_kl_divergence(view.posterior_mean, view.posterior_scale)
+        radial = densities.radial_log_prob(radius, loc=rho, scale=radial_scale, df=DF)
+        kl = densities.gaussian_kl_divergence(view.posterior_mean, view.posterior_scale)
         divergences.append(kl)
         losses.append((KL_WEIGHT * kl - directional - radial) / u.shape[-1])
         squared_length, _ = sphere.scaled_tangent_squared_length(u, m, s, coordinates="chordal")

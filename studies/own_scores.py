@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax import data, files, load, mass, model
+from jevb_jax import data, files, load, model
 from jevb_jax.evaluation import mixture, ood_protocol
 from jevb_jax.evaluation.ood_metrics import ood_metrics
+from jevb_jax.paper import mass
 from studies import cifar10_uncertainty
 
 # What training images are taken of, and how many of each evaluated set.

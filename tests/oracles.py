@@ -169,7 +169,7 @@ def log_sphere_area(dim):
 
 
 def von_mises_fisher(cosine, dim, concentration):
-    """Log-density and its derivative in the concentration."""
+    """Log-density (docs eq. 8) and its derivative in the concentration."""
     if concentration == 0:
         return -log_sphere_area(dim), cosine
     with mpmath.workdps(40):

@@ -1,7 +1,9 @@
 """The documentation says what the code says: equations, their functions, names, links."""
 
 import ast
+import fnmatch
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ PACKAGE = ROOT / "jevb_jax"
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
 NUM_EQUATIONS = 36
 
-FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>jevb_jax/[\w/]+\.py)\)")
+FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>(?:jevb_jax|tests)/[\w/]+\.py)\)")
 
 
 def definitions(path: Path) -> dict[str, str]:
@@ -110,6 +112,9 @@ def test_changelog_and_citation_have_the_package_version():
 
 
 def test_every_subpackage_is_packaged():
-    listed = set(re.findall(r'"(jevb_jax[\w.]*)"', (ROOT / "pyproject.toml").read_text()))
-    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
-    assert {".".join(folder.parts) for folder in folders} <= listed
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["packages"]["find"]["include"]
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        name = ".".join(folder.relative_to(ROOT).parts)
+        assert (folder / "__init__.py").exists(), name
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name

@@ -9,24 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jevb_jax import baselines, methods, objective
+from jevb_jax import methods
 from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
+from jevb_jax.paper import baselines, objective
+from jevb_jax.paper.likelihood import Likelihood
 
 BATCH, DIM = 6, 5
 SETTINGS = methods.JevbSettings(
-    df=5.0,
-    radial_df=5.0,
-    scale_units="sphere",
+    likelihood=Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5),
     prior_scale=1.0,
-    coordinates="chordal",
-    space="log",
     num_samples=1,
     kl_weight=1.0,
     radial_weight=1.0,
     location="sample",
-    tails="joint",
-    normalized=False,
-    likelihood="factorised",
     fixed_scale=None,
     kl_warmup_steps=0,
 )
@@ -140,8 +135,9 @@ def test_jevb_loss_is_the_weighted_bound_per_dimension():
         objective.View(t.embedding, v.posterior_mean, v.posterior_scale)
         for v, t in zip(views, targets, strict=True)
     ]
-    keywords: dict[str, Any] = {"df": 5.0, "radial_df": 5.0, "radial_scale": 0.5}
-    terms = objective.symmetric_elbo(KEYS, *sources, kl_weight=0.3, radial_weight=0.0, **keywords)
+    terms = objective.symmetric_elbo(
+        KEYS, *sources, SETTINGS.likelihood, kl_weight=0.3, radial_weight=0.0
+    )
     np.testing.assert_allclose(found.loss, -terms.weighted_elbo / DIM, rtol=1e-6)
     np.testing.assert_allclose(found.metrics["elbo"], terms.elbo, rtol=1e-6)
 
@@ -164,9 +160,7 @@ def test_jevb_scale_of_the_likelihood_can_be_its_own(fixed_scale):
             views[1 - source].embedding,
             views[source].posterior_mean,
             views[source].posterior_scale,
-            df=5.0,
-            radial_df=5.0,
-            radial_scale=0.5,
+            SETTINGS.likelihood,
             untied_scale=scales[source],
         ).directional_log_likelihood
         for source in (0, 1)
@@ -187,9 +181,7 @@ def test_multi_view_elbo_is_symmetric_plus_small_crops():
             v.embedding,
             v.posterior_mean,
             v.posterior_scale,
-            df=5.0,
-            radial_df=5.0,
-            radial_scale=0.5,
+            SETTINGS.likelihood,
         ).kl
         for v in views
     ]
@@ -202,7 +194,7 @@ def test_multi_view_elbo_is_symmetric_plus_small_crops():
 
 def test_kl_warmup():
     settings = dataclasses.replace(SETTINGS, kl_weight=0.5, kl_warmup_steps=10)
-    weights = [float(settings.keywords(step)["kl_weight"]) for step in (0, 5, 10, 100)]
+    weights = [float(settings.elbo_settings(step)["kl_weight"]) for step in (0, 5, 10, 100)]
     np.testing.assert_allclose(weights, [0, 0.25, 0.5, 0.5])
 
 

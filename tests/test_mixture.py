@@ -10,9 +10,9 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from jevb_jax import mass
 from jevb_jax.evaluation import mixture
 from jevb_jax.evaluation.ood import DegenerateFeaturesError
+from jevb_jax.paper import mass
 
 DFS = (0.5, 5.0, 127.0, np.inf)
 RADIAL: dict[str, Any] = {"radial_scale": 0.3, "radial_df": 4.0}

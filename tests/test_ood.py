@@ -15,11 +15,12 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
 from jevb_jax.evaluation import ood, ood_metrics
-from jevb_jax.objective import View, importance_weighted_bound
+from jevb_jax.paper.likelihood import Likelihood
+from jevb_jax.paper.objective import View, importance_weighted_bound
 from tests import oracles
 
 V, N, D = 3, 5, 6
-LIKELIHOOD: dict[str, Any] = {"df": 5.0, "radial_df": 4.0, "radial_scale": 0.4}
+LIKELIHOOD = Likelihood(df=5.0, radial_df=4.0, radial_scale=0.4)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -46,7 +47,7 @@ def compute(
     keys: jax.Array, views: View, num_samples: int = 4, untied_scale: float | None = None
 ) -> ood.UncertaintyTerms:
     return ood.uncertainty_terms(
-        keys, views, num_samples=num_samples, untied_scale=untied_scale, **LIKELIHOOD
+        keys, views, LIKELIHOOD, num_samples=num_samples, untied_scale=untied_scale
     )
 
 
@@ -63,20 +64,18 @@ def test_terms_are_means_over_views_and_ordered_pairs():
     # A posterior without width samples its mean, so the likelihood is one number.
     e, m, _ = views()
     narrow = View(e, m, jnp.full((V, N, D), 1e-6))
-    found: Any = ood.uncertainty_terms(
-        keys(), narrow, num_samples=2, untied_scale=0.8, **LIKELIHOOD
-    )
+    found: Any = ood.uncertainty_terms(keys(), narrow, LIKELIHOOD, num_samples=2, untied_scale=0.8)
 
     def log_likelihood(target: int, source: int) -> tuple[np.ndarray, np.ndarray]:
         h, z = np.asarray(e[target], np.float64), np.asarray(m[source], np.float64)
         r, rho = np.linalg.norm(h, axis=1), np.linalg.norm(z, axis=1)
         s = np.full((N, D), 0.8 / np.sqrt(D))
         directional = oracles.directional_log_prob(
-            h / r[:, None], z / rho[:, None], s, LIKELIHOOD["df"], "chordal"
+            h / r[:, None], z / rho[:, None], s, LIKELIHOOD.df, "chordal"
         )
-        x = (np.log(r) - np.log(rho)) / LIKELIHOOD["radial_scale"]
-        radial = scipy.stats.t.logpdf(x, LIKELIHOOD["radial_df"])
-        return directional, radial - np.log(LIKELIHOOD["radial_scale"] * r)
+        x = (np.log(r) - np.log(rho)) / LIKELIHOOD.radial_scale
+        radial = scipy.stats.t.logpdf(x, LIKELIHOOD.radial_df)
+        return directional, radial - np.log(LIKELIHOOD.radial_scale * r)
 
     own = [log_likelihood(v, v) for v in range(V)]
     pairs = [sum(log_likelihood(t, s)) for t in range(V) for s in range(V) if s != t]
@@ -132,11 +131,13 @@ def test_unfactorised_bound_reaches_the_exact_evidence():
     h, prior, s = normal(5, N, 3), 1.5, 0.7
     variance = 1 / (1 / prior**2 + 1 / s**2)
     mean = jnp.asarray(variance / s**2 * h)  # the exact posterior: no Monte Carlo error at all
+    gaussian = Likelihood(
+        df=np.inf, radial_df=5.0, radial_scale=1.0, scale_units="unit", likelihood="unfactorised"
+    )
+    scale = jnp.full_like(mean, variance**0.5)
     bound = importance_weighted_bound(
-        keys(), h, mean, jnp.full_like(mean, variance**0.5), num_samples=3, df=np.inf,
-        radial_df=5.0, radial_scale=1.0, scale_units="unit", prior_scale=prior, untied_scale=s,
-        likelihood="unfactorised",
-    )  # fmt: skip
+        keys(), h, mean, scale, gaussian, num_samples=3, prior_scale=prior, untied_scale=s
+    )
     evidence = scipy.stats.norm.logpdf(h, scale=np.hypot(prior, s)).sum(axis=1)
     np.testing.assert_allclose(bound, evidence, rtol=1e-4)
 
@@ -166,7 +167,7 @@ def test_views_must_share_a_shape():
     e, m, s = views()
     for bad in (View(e[0], m[0], s[0]), View(e, m[:2], s)):
         with pytest.raises(ValueError, match=r"one shape \[V, N, D\]"):
-            ood.uncertainty_terms(keys(), bad, num_samples=1, **LIKELIHOOD)
+            ood.uncertainty_terms(keys(), bad, LIKELIHOOD, num_samples=1)
 
 
 # --- Features ---
@@ -605,7 +606,7 @@ def test_half_precision_features_and_terms_are_promoted():
     np.testing.assert_array_equal(ood.concentration_score(np.array([3, 5], np.uint8)), [-3, -5])
     assert ood.concentration_score(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32
     found = ood.uncertainty_terms(
-        keys(), View(*(x.astype(jnp.bfloat16) for x in views())), num_samples=1, **LIKELIHOOD
+        keys(), View(*(x.astype(jnp.bfloat16) for x in views())), LIKELIHOOD, num_samples=1
     )
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
 

@@ -17,7 +17,7 @@ from jevb_jax.evaluation import corruptions, ood, ood_protocol, protocol
 from jevb_jax.evaluation.features import Features
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.networks import DirectionalPrediction, Posterior
-from jevb_jax.objective import View
+from jevb_jax.paper.objective import View
 from jevb_jax.report import tables
 
 
@@ -150,10 +150,10 @@ def test_terms_are_of_the_image_and_its_augmented_views():
     expected = ood.uncertainty_terms(
         jax.vmap(jax.random.fold_in, (0, None))(keys, 0),
         stacked,
+        settings.likelihood_at(
+            experiment.model.apply(variables(), method=experiment.model.radial_scale)
+        ),
         num_samples=2,
-        df=settings.df,
-        radial_df=settings.radial_df,
-        radial_scale=experiment.model.apply(variables(), method=experiment.model.radial_scale),
         prior_scale=settings.prior_scale,
     )
     terms: Any = evaluation()[1].test.terms

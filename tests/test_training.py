@@ -10,6 +10,7 @@ import pytest
 
 from jevb_jax import augmentations, data, methods, training
 from jevb_jax.networks import make_model
+from jevb_jax.paper.likelihood import Likelihood
 
 VIEW = augmentations.ViewAugmentation(
     size=8,
@@ -20,19 +21,12 @@ VIEW = augmentations.ViewAugmentation(
     grayscale_probability=0,
 )
 SETTINGS = methods.JevbSettings(
-    df=5.0,
-    radial_df=5.0,
-    scale_units="sphere",
+    likelihood=Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5),
     prior_scale=1.0,
-    coordinates="chordal",
-    space="log",
     num_samples=1,
     kl_weight=1.0,
     radial_weight=1.0,
     location="sample",
-    tails="joint",
-    normalized=False,
-    likelihood="factorised",
     fixed_scale=None,
     kl_warmup_steps=0,
 )

@@ -19,8 +19,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import sphere
 from jevb_jax.evaluation import arguments
+from jevb_jax.paper import sphere
 
 Solver = Literal["lbfgs", "sgd"]
 SOLVER_NAMES: dict[Solver, str] = {"lbfgs": "L-BFGS", "sgd": "SGD"}

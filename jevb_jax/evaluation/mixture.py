@@ -24,8 +24,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import distributions, mass, sphere
 from jevb_jax.evaluation.ood import DegenerateFeaturesError, checked_count, real_matrix
+from jevb_jax.paper import densities, mass, sphere
 
 # As in `ood`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -71,7 +71,7 @@ class RadialComponents:
 
     def log_peak(self, radius: Array) -> Array:
         """Log-densities at these radii of components that have the same, `[...]`, nats."""
-        return distributions.radial_log_prob(
+        return densities.radial_log_prob(
             radius, loc=radius, scale=self.scale, df=self.df, space="log"
         )
 
@@ -197,7 +197,7 @@ class TrainingMixture:
 
     def _exact_log_probs(self, direction: Array, index: Array) -> Array:
         """`_log_probs(direction)[index]` free of cancellation, for near duplicates in float32."""
-        log_prob = distributions.directional_log_prob(
+        log_prob = densities.directional_log_prob(
             direction[None],
             loc=self.location[index],
             scale_diag=1 / jnp.sqrt(self.precision[index]),
@@ -544,7 +544,7 @@ def _log_peak_and_mass(location: Array, scale_diag: Array, df: Array) -> tuple[A
 
     def of_component(component: tuple[Array, Array]) -> tuple[Array, Array]:
         m, s = component
-        log_peak = distributions.directional_log_prob(m, loc=m, scale_diag=s, df=df)
+        log_peak = densities.directional_log_prob(m, loc=m, scale_diag=s, df=df)
         return log_peak, mass.directional_log_mass(s, loc=m, df=df)
 
     return jax.lax.map(of_component, (location, scale_diag), batch_size=_MASS_BATCH_SIZE)

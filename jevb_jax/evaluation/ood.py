@@ -29,9 +29,10 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jevb_jax import sphere
-from jevb_jax.distributions import gaussian_kl_divergence
-from jevb_jax.objective import View, conditional_elbo, importance_weighted_bound
+from jevb_jax.paper import sphere
+from jevb_jax.paper.densities import gaussian_kl_divergence
+from jevb_jax.paper.likelihood import Likelihood
+from jevb_jax.paper.objective import Location, View, conditional_elbo, importance_weighted_bound
 
 # As in `classification`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -201,10 +202,12 @@ class UncertaintyTerms(NamedTuple):
 def uncertainty_terms(
     key: Array,
     views: View,
+    likelihood: Likelihood,
     *,
     num_samples: int,
+    prior_scale: ArrayLike = 1.0,
     untied_scale: ArrayLike | None = None,
-    **likelihood: object,
+    location: Location = "sample",
 ) -> UncertaintyTerms:
     """JEVB's terms of images from one or more of their views (docs eq. 22).
 
@@ -212,9 +215,11 @@ def uncertainty_terms(
       key: one typed key, whose draws serve all images; or `[N]` keys, one for each image. Either way a
         score does not depend on the batch.
       views: embedding, posterior_mean and posterior_scale of every view, each `[V, N, D]`.
+      likelihood: see `conditional_elbo`.
       num_samples: draws of each posterior.
+      prior_scale: standard deviation of the prior.
       untied_scale: as for `conditional_elbo`, a number or `[V, N, D]`.
-      **likelihood: the other keyword arguments of `conditional_elbo`.
+      location: as for `conditional_elbo`; the importance-weighted bound is always of samples.
 
     Returns:
       `UncertaintyTerms` of `[N]`.
@@ -233,7 +238,6 @@ def uncertainty_terms(
     mean, scale = views.posterior_mean, views.posterior_scale
     if untied_scale is not None:
         untied_scale = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
-    settings = {"num_samples": num_samples, **likelihood}
 
     fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
 
@@ -256,7 +260,17 @@ def uncertainty_terms(
     def log_likelihood(
         key: Array, target: Array, mean: Array, scale: Array, untied_scale: Array | None
     ) -> tuple[Array, Array]:
-        terms = conditional_elbo(key, target, mean, scale, untied_scale=untied_scale, **settings)  # pyright: ignore[reportArgumentType]
+        terms = conditional_elbo(
+            key,
+            target,
+            mean,
+            scale,
+            likelihood,
+            prior_scale=prior_scale,
+            num_samples=num_samples,
+            untied_scale=untied_scale,
+            location=location,
+        )
         return terms.directional_log_likelihood, terms.radial_log_likelihood
 
     def log_likelihoods(shift: Array) -> tuple[Array, Array]:
@@ -271,8 +285,10 @@ def uncertainty_terms(
             embedding,
             mean,
             scale,
+            likelihood,
+            num_samples=num_samples,
+            prior_scale=prior_scale,
             untied_scale=untied_scale,
-            **_bound_settings(settings),  # pyright: ignore[reportArgumentType]
         )
 
     # One shift after the other: compiled once, and memory does not grow with the pairs of views.
@@ -281,7 +297,6 @@ def uncertainty_terms(
     cross_view = None
     if num_views > 1:
         cross_view = jnp.mean((directional + radial)[1:], axis=(0, 1))
-    prior_scale: Any = likelihood.get("prior_scale", 1.0)
     kl = gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
     entropy = jnp.sum(jnp.log(scale), axis=-1) + dim / 2 * math.log(2 * math.pi * math.e)
     over_views = functools.partial(jnp.mean, axis=0)
@@ -293,12 +308,6 @@ def uncertainty_terms(
         importance_weighted_bound=over_views(bound),
         cross_view_log_likelihood=cross_view,
     )
-
-
-def _bound_settings(settings: dict[str, object]) -> dict[str, object]:
-    """What of `conditional_elbo`'s settings the bound has: no weights, always a sampled location."""
-    without = ("kl_weight", "radial_weight", "location")
-    return {name: value for name, value in settings.items() if name not in without}
 
 
 def negative_log_likelihood_score(terms: UncertaintyTerms) -> Array:

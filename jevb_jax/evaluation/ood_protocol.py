@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from jevb_jax import augmentations, data, methods, sphere
+from jevb_jax import augmentations, data, methods
 from jevb_jax.evaluation import arguments, corruptions, mixture, ood
 from jevb_jax.evaluation.features import (
     FeatureExtractor,
@@ -29,7 +29,9 @@ from jevb_jax.evaluation.ood_metrics import (
     ood_metrics,
 )
 from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
-from jevb_jax.objective import View, likelihood_scale
+from jevb_jax.paper import sphere
+from jevb_jax.paper.likelihood import likelihood_scale
+from jevb_jax.paper.objective import View
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
     from jevb_jax.evaluation import classification
@@ -733,17 +735,17 @@ def jevb_terms_settings(
     Returns:
       Settings for the feature extractor.
     """
-    keywords = settings.keywords(0)
-    keywords["num_samples"] = ood_settings["num_samples"]
 
     def terms_of(variables: Any, key: Array, views: ViewOutputs) -> ood.UncertaintyTerms:
         radial_scale: Any = model.apply(variables, method=model.radial_scale)
         return ood.uncertainty_terms(
             key,
             View(views.embedding, views.posterior_mean, views.posterior_scale),
-            radial_scale=radial_scale,
+            settings.likelihood_at(radial_scale),
+            num_samples=ood_settings["num_samples"],
+            prior_scale=settings.prior_scale,
             untied_scale=settings.untied_scale(views),
-            **keywords,
+            location=settings.location,
         )
 
     return TermsSettings(

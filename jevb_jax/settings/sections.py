@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from jevb_jax import augmentations, data, mass, methods, networks, objective, sphere
-from jevb_jax.distributions import Space
+from jevb_jax import augmentations, data, methods, networks
 from jevb_jax.evaluation import corruptions
+from jevb_jax.paper import densities, likelihood, mass, objective, sphere
 from jevb_jax.settings.domains import (
     BOOLEAN,
     choice,
@@ -32,6 +32,7 @@ _SEED = integer(0, 2**32 - 1, note="the keys of JAX take 32 bits: of a longer ha
 _PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
 _CORRUPTIONS = many(choice(*corruptions.CORRUPTIONS))
 _SEVERITIES = rising(integer(1, corruptions.NUM_SEVERITIES))
+_LIKELIHOODS = choice(*likelihood.LIKELIHOODS)
 _PATHS = many(text(is_empty_allowed=False))
 
 Paths = Annotated[tuple[str, ...], _PATHS]
@@ -148,10 +149,10 @@ class JevbSection:
 
     df: Df
     radial_df: Df
-    scale_units: Annotated[objective.ScaleUnits, choice(*objective.SCALE_UNITS)]
+    scale_units: Annotated[likelihood.ScaleUnits, choice(*likelihood.SCALE_UNITS)]
     prior_scale: Annotated[float, number(0, low_open=True)]
     coordinates: Annotated[sphere.Coordinates, choice(*sphere.COORDINATES)]
-    space: Annotated[Space, choice("log", "linear")]
+    space: Annotated[densities.Space, choice(*densities.SPACES)]
     tails: Annotated[mass.Tails, choice(*mass.TAILS)]
     normalized: Flag
     num_samples: Annotated[int, integer(1)]
@@ -162,7 +163,7 @@ class JevbSection:
         Literal["tied", "untied", "fixed"], choice("tied", "untied", "fixed")
     ]
     location: Annotated[objective.Location, choice(*objective.LOCATIONS)]
-    likelihood: Annotated[objective.Likelihood, choice(*objective.LIKELIHOODS)]
+    likelihood: Annotated[likelihood.Factorization, _LIKELIHOODS]
 
 
 @dataclass(frozen=True)

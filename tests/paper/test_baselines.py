@@ -10,7 +10,8 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jevb_jax import baselines, power_spherical_entropy
+from jevb_jax import power_spherical_entropy
+from jevb_jax.paper import baselines
 
 PAIRED = {"simsiam": baselines.simsiam_loss, "byol": baselines.byol_loss}
 COUPLED = {"vicreg": baselines.vicreg_loss, "barlow_twins": baselines.barlow_twins_loss}

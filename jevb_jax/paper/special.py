@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 _ATANH_TERMS = 16
 _STIRLING_SHIFT = 8
@@ -24,7 +25,7 @@ _STIRLING = (
 )
 
 
-def log1p_second_ratio(x: Array) -> Array:
+def log1p_second_ratio(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`(log(1 + x) - x) / x^2` for `x >= 0`, with value -1/2 at zero.
 
     Up to one, `log(1 + x) = 2 atanh(x / (2 + x))` with its leading terms cancelled on paper; above,
@@ -42,7 +43,7 @@ def log1p_second_ratio(x: Array) -> Array:
     return jnp.where(is_small, series, (jnp.log1p(large) / large - 1) / large)
 
 
-def log1p_ratio(x: Array) -> Array:
+def log1p_ratio(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`log(1 + x) / x` for `x >= 0`, with value 1 and slope -1/2 at zero."""
     is_small = x < 1
     large = jnp.where(is_small, jnp.ones_like(x), x)
@@ -55,7 +56,7 @@ def _stirling_correction(inverse: Array) -> Array:
     return inverse * jnp.polyval(jnp.asarray(_STIRLING[::-1], inverse.dtype), jnp.square(inverse))
 
 
-def log_gamma_remainder(z: Array) -> Array:
+def log_gamma_remainder(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`lgamma(z) - z log(z) + z` for `z > 0`: what Stirling's leading terms leave, small and smooth."""
     is_large = z >= _STIRLING_SHIFT
     large = jnp.where(is_large, z, jnp.full_like(z, _STIRLING_SHIFT))
@@ -65,7 +66,7 @@ def log_gamma_remainder(z: Array) -> Array:
     return jnp.where(is_large, series, direct)
 
 
-def log_gamma_ratio(a: Array, b: Array) -> Array:
+def log_gamma_ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`lgamma(a + b) - lgamma(a) - b log(a)`, which tends to zero as `a -> inf`.
 
     Recurrence moves `a` up by eight, where the Stirling series holds; the logarithms that a plain
@@ -73,10 +74,7 @@ def log_gamma_ratio(a: Array, b: Array) -> Array:
 
     Args:
       a: positive or `inf`.
-      b: non-negative, finite, of the same shape.
-
-    Returns:
-      An array of that shape.
+      b: non-negative, finite.
     """
     shifted_inverse = 1 / (a + _STIRLING_SHIFT)
     x = b * shifted_inverse
@@ -93,73 +91,14 @@ def log_gamma_ratio(a: Array, b: Array) -> Array:
     return stirling + recurrence
 
 
-def digamma_difference(a: Array, b: Array) -> Array:
+def digamma_difference(
+    a: Float[Array, "*shape"], b: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """`digamma(a + b) - digamma(a)` without the cancellation at large `a`.
 
     Args:
       a: positive.
-      b: non-negative, finite, of the same shape.
-
-    Returns:
-      An array of that shape.
+      b: non-negative, finite.
     """
     slope = jax.jvp(lambda x: log_gamma_ratio(x, b), (a,), (jnp.ones_like(a),))[1]
     return slope + b / a
-
-
-# Debye polynomials u_1 ... u_4 of the uniform expansion of I_v (DLMF 10.41.10), in powers of t.
-_DEBYE = tuple(
-    np.array(list(reversed(coefficients)), np.float64) / divisor
-    for coefficients, divisor in (
-        ([0, 3, 0, -5], 24),
-        ([0, 0, 81, 0, -462, 0, 385], 1152),
-        ([0, 0, 0, 30375, 0, -369603, 0, 765765, 0, -425425], 414720),
-        (
-            [0, 0, 0, 0, 4465125, 0, -94121676, 0, 349922430, 0, -446185740, 0, 185910725],
-            39813120,
-        ),
-    )
-)
-_DEBYE_MIN_ORDER = 32
-
-
-def log_scaled_bessel_i(order: float, x: Array) -> Array:
-    """`log( I_order(x) exp(-x) / x^order )`, finite for every `x >= 0`.
-
-    The uniform (Debye) expansion at an order of at least 32, and from there the recurrence of the
-    ratios `I_(v+1) / I_v` downwards, the direction in which it is stable (DLMF 10.41.3, 10.29.1).
-
-    Args:
-      order: static, at least zero, small beside `1e15`.
-      x: non-negative.
-
-    Returns:
-      An array of the shape of `x`. Relative error below 1e-8 in float64.
-    """
-    # Squares overflow there, and the leading term at infinity is exact (DLMF 10.40.1).
-    is_large = x > float(jnp.finfo(x.dtype).max) ** 0.4
-    large = jnp.where(is_large, x, jnp.ones_like(x))
-    at_large = -(order + 0.5) * jnp.log(large) - float(np.log(2 * np.pi)) / 2
-    x = jnp.where(is_large, jnp.ones_like(x), x)
-
-    def debye(v: float) -> Array:
-        root = jnp.sqrt(v * v + jnp.square(x))
-        t = v / root
-        series = jnp.ones_like(x)
-        for k, polynomial in enumerate(_DEBYE, start=1):
-            series = series + jnp.polyval(jnp.asarray(polynomial, x.dtype), t) / v**k
-        # v * eta - x - v log x, with sqrt(v^2 + x^2) - x free of cancellation.
-        exponent = v * v / (root + x) - v * jnp.log(v + root)
-        return exponent - 0.5 * jnp.log(2 * np.pi * root) + jnp.log(series)
-
-    order = float(order)
-    steps = max(0, int(np.ceil(_DEBYE_MIN_ORDER - order)))
-    top = order + steps
-    log_bessel = debye(top)
-    # ratio = I_(v+1)(x) / (x I_v(x)), which has no singularity at zero.
-    ratio = jnp.exp(debye(top + 1.0) - log_bessel)
-    # Python's numbers: NumPy's float64 would widen float32 where x64 is enabled.
-    for v in np.arange(top, order, -1.0).tolist():
-        ratio = 1 / (2 * v + jnp.square(x) * ratio)
-        log_bessel = log_bessel - jnp.log(ratio)
-    return jnp.where(is_large, at_large, log_bessel)

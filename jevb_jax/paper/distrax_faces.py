@@ -14,9 +14,10 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
+from jaxtyping import Float, Key, Real
 from tensorflow_probability.substrates import jax as tfp
 
-from jevb_jax import distributions, domain, special, sphere
+from jevb_jax.paper import densities, domain, special, sphere
 
 
 def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[Array]:
@@ -41,13 +42,7 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
     x64 is enabled. What the parent builds from its parameters is built here when it is asked for.
     """
 
-    def __init__(self, loc: Array, scale_diag: Array):
-        """Initialises the distribution.
-
-        Args:
-          loc: `[..., D]`.
-          scale_diag: `[..., D]`, of the same shape and type.
-        """
+    def __init__(self, loc: Float[Array, "*batch D"], scale_diag: Float[Array, "*batch D"]):
         # Not the parent's, see above.
         self._loc = loc
         self._scale_diag = scale_diag
@@ -71,13 +66,13 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
         return self._parent().scale
 
     @property
-    def loc(self) -> Array:
-        """Mean, `[..., D]`."""
+    def loc(self) -> Float[Array, "*batch D"]:
+        """Mean."""
         return self._loc
 
     @property
-    def scale_diag(self) -> Array:
-        """Standard deviations, `[..., D]`."""
+    def scale_diag(self) -> Float[Array, "*batch D"]:
+        """Standard deviations."""
         return self._scale_diag
 
     @property
@@ -87,7 +82,7 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """`[...]`."""
+        """Of the parameters, without `D`."""
         return self._loc.shape[:-1]
 
     @property
@@ -95,28 +90,28 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
         """Of the samples: that of the parameters."""
         return self._loc.dtype
 
-    def log_prob(self, value: ArrayLike) -> Array:
-        """Log-density in nats, `[...]`."""
+    def log_prob(self, value: Real[ArrayLike, "*#batch D"]) -> Float[Array, "*#batch"]:
+        """Log-density in nats."""
         x, loc, scale = sphere.at_least_float32(value, self._loc, self._scale_diag)
         x, loc, scale = domain.broadcast({"value": x, "loc": loc, "scale_diag": scale}, {})
         squares = jnp.square((x - loc) / scale)
         constant = self._loc.shape[-1] / 2 * math.log(2 * math.pi)
         return -jnp.sum(squares / 2 + jnp.log(scale), axis=-1) - constant
 
-    def entropy(self) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Differential entropy in nats, `[...]`."""
+    def entropy(self) -> Float[Array, "*batch"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Differential entropy in nats."""
         constant = self._loc.shape[-1] / 2 * math.log(2 * math.pi * math.e)
         return jnp.sum(jnp.log(self._scale_diag), axis=-1) + constant
 
-    def variance(self) -> Array:
-        """Variances, `[..., D]`."""
+    def variance(self) -> Float[Array, "*batch D"]:
+        """Variances."""
         return jnp.square(self._scale_diag)
 
-    def stddev(self) -> Array:
-        """Standard deviations, `[..., D]`."""
+    def stddev(self) -> Float[Array, "*batch D"]:
+        """Standard deviations."""
         return self._scale_diag
 
-    def _sample_n(self, key: Array, n: int) -> Array:
+    def _sample_n(self, key: Key[Array, ""], n: int) -> Float[Array, "n *batch D"]:
         shape = (n, *self._loc.shape)
         loc, scale = (jnp.broadcast_to(x, shape) for x in (self._loc, self._scale_diag))
         return loc + scale * jax.random.normal(key, shape, self._loc.dtype)
@@ -138,22 +133,23 @@ def _gaussian_kl(
     first_loc, second_loc = domain.broadcast(
         {"loc of the first": means[0], "loc of the second": means[1]}, {}
     )
-    return distributions.gaussian_kl_divergence(
+    return densities.gaussian_kl_divergence(
         first_loc - second_loc, first.scale_diag, prior_scale=second.scale_diag
     )
 
 
 def gaussian_posterior(
-    posterior_mean: ArrayLike, posterior_scale: ArrayLike
+    posterior_mean: Real[ArrayLike, "*#batch D"],
+    posterior_scale: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
 ) -> distrax.MultivariateNormalDiag:
     """`q(z | h) = N(mean, diag(scale^2))`.
 
     Args:
-      posterior_mean: `[..., D]`.
-      posterior_scale: `[..., D]`, standard deviations, positive.
+      posterior_mean: `mu`.
+      posterior_scale: `sigma`, standard deviations, positive.
 
     Returns:
-      A distribution over `[D]` of batch shape `[...]`, which `jit` and `vmap` take and return.
+      A distribution over `[D]`, which `jit` and `vmap` take and return.
 
     Raises:
       ValueError: a known scale that is not positive, shapes that do not broadcast. Traced scales that
@@ -165,15 +161,14 @@ def gaussian_posterior(
     return _DiagonalGaussian(mean, scale)
 
 
-def gaussian_prior(dim: int, prior_scale: ArrayLike = 1.0) -> distrax.MultivariateNormalDiag:
-    """`p(z) = N(0, prior_scale^2 I)`.
+def gaussian_prior(
+    dim: int, prior_scale: Real[ArrayLike, "*batch"] = 1.0
+) -> distrax.MultivariateNormalDiag:
+    """`p(z) = N(0, prior_scale^2 I)`, a distribution over `[D]`.
 
     Args:
       dim: `D`.
-      prior_scale: standard deviation, positive: a number, or `[...]` for a batch of priors.
-
-    Returns:
-      A distribution over `[D]` of batch shape `[...]`.
+      prior_scale: standard deviation, positive; more than one make a batch of priors.
 
     Raises:
       ValueError: `dim` is no whole number above zero, a known scale that is not positive.
@@ -185,41 +180,15 @@ def gaussian_prior(dim: int, prior_scale: ArrayLike = 1.0) -> distrax.Multivaria
     return _DiagonalGaussian(jnp.zeros_like(scale), scale)
 
 
-def _unit_sphere_check(given: ArrayLike, loc: Array, minimum_dim: int, name: str) -> None:
-    if loc.ndim < 1 or loc.shape[-1] < minimum_dim:
-        raise ValueError(f"{name} needs loc [..., D] with D >= {minimum_dim}, got {loc.shape}")
-    domain.unit_vectors("loc", given)
+class _OnSphere(distrax.Distribution):
+    """What the distributions of directions share."""
 
-
-class PowerSpherical(distrax.Distribution):
-    """Power spherical distribution on `S^(D-1)` (De Cao and Aziz 2020), sampled exactly."""
-
-    def __init__(self, loc: ArrayLike, concentration: ArrayLike):
-        """Initialises the distribution.
-
-        Args:
-          loc: `[..., D]` unit vectors, the mean direction, `D >= 2`.
-          concentration: at least zero (zero is uniform), finite; broadcasts against `[...]`.
-
-        Raises:
-          ValueError: `D < 2`, a known `loc` that is no unit vector, a known concentration that is
-            negative or not finite, shapes that do not broadcast. Traced concentrations become NaN.
-        """
-        super().__init__()
-        m, k = sphere.at_least_float32(loc, concentration)
-        _unit_sphere_check(loc, m, 2, "PowerSpherical")
-        k = domain.concentration("concentration", concentration, k)
-        self._loc, self._concentration = domain.broadcast({"loc": m}, {"concentration": k})
+    _loc: Float[Array, "*batch D"]
 
     @property
-    def loc(self) -> Array:
-        """Mean direction, `[..., D]`."""
+    def loc(self) -> Float[Array, "*batch D"]:
+        """Unit vectors, the location."""
         return self._loc
-
-    @property
-    def concentration(self) -> Array:
-        """Concentration, `[...]`."""
-        return self._concentration
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -227,38 +196,66 @@ class PowerSpherical(distrax.Distribution):
         return self._loc.shape[-1:]
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """`[...]`."""
-        return self._concentration.shape
-
-    @property
     def dtype(self) -> Any:
         """Of the samples: that of the parameters."""
         return self._loc.dtype
 
+
+class PowerSpherical(_OnSphere):
+    """Power spherical distribution on `S^(D-1)` (De Cao and Aziz 2020), sampled exactly.
+
+    Args:
+      loc: unit vectors, the mean direction, `D >= 2`.
+      concentration: at least zero (zero is uniform), finite.
+
+    Raises:
+      ValueError: `D < 2`, a known `loc` that is no unit vector, a known concentration that is
+        negative or not finite, shapes that do not broadcast. Traced concentrations become NaN.
+    """
+
+    def __init__(
+        self, loc: Real[ArrayLike, "*#batch D"], concentration: Real[ArrayLike, "*#batch"]
+    ):
+        super().__init__()
+        m, k = sphere.at_least_float32(loc, concentration)
+        domain.unit_vectors("loc", loc)
+        k = domain.concentration("concentration", concentration, k)
+        self._loc, self._concentration = domain.broadcast({"loc": m}, {"concentration": k})
+        domain.sphere_of(self._loc.shape[-1], 2, "PowerSpherical")
+
+    @property
+    def concentration(self) -> Float[Array, "*batch"]:
+        """Concentration."""
+        return self._concentration
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Of the parameters, without `D`."""
+        return self._concentration.shape
+
     def __getitem__(self, index: Any) -> "PowerSpherical":
         return PowerSpherical(*_indexed(self.batch_shape, index, self._loc, self._concentration))
 
-    def log_prob(self, value: ArrayLike) -> Array:
+    def log_prob(self, value: Real[ArrayLike, "*#batch D"]) -> Float[Array, "*#batch"]:
         """See `power_spherical_log_prob`."""
-        return distributions.power_spherical_log_prob(
+        return densities.power_spherical_log_prob(
             value, loc=self._loc, concentration=self._concentration
         )
 
-    def entropy(self) -> Array:
-        """Differential entropy in nats, `[...]`."""
-        return distributions.power_spherical_entropy(self._concentration, dim=self._loc.shape[-1])
+    def entropy(self) -> Float[Array, "*batch"]:
+        """Differential entropy in nats."""
+        return densities.power_spherical_entropy(self._concentration, dim=self._loc.shape[-1])
 
-    def mean(self) -> Array:
-        """Mean vector, `k / (D - 1 + k)` times the mean direction, `[..., D]`."""
+    def mean(self) -> Float[Array, "*batch D"]:
+        """Mean vector, `k / (D - 1 + k)` times the mean direction."""
         length = self._concentration / (self._loc.shape[-1] - 1 + self._concentration)
         return length[..., None] * self._loc
 
-    def mode(self) -> Array:
-        """The mean direction, `[..., D]`; at concentration zero every direction is as good."""
+    def mode(self) -> Float[Array, "*batch D"]:
+        """The mean direction; at concentration zero every direction is as good."""
         return self._loc
 
-    def _sample_n(self, key: Array, n: int) -> Array:
+    def _sample_n(self, key: Key[Array, ""], n: int) -> Float[Array, "n *batch D"]:
         key_near, key_far, key_tangent = jax.random.split(key, 3)
         dtype = self._loc.dtype
         shape = (n, *self._loc.shape)
@@ -327,85 +324,66 @@ def _power_spherical_kl_to_uniform(
     return jnp.broadcast_to(_power_spherical_kl(first, uniform), shape)
 
 
-class SphericalStudentT(distrax.Distribution):
+class SphericalStudentT(_OnSphere):
     """The directional term as a distribution: Student-t in tangent coordinates of the sphere.
 
     "stereographic" coordinates make it a distribution, sampled exactly. With `df < D - 1` its density is
     unbounded: a pole at the antipode of `loc`, above the density at `loc`. "chordal" ones make it a
     sub-density, which has a `log_prob` but no exact sampler.
+
+    Args:
+      loc: unit vectors, `D >= 3`.
+      scale_diag: positive. One number or one feature stands for all.
+      df: degrees of freedom, positive, may be `inf`.
+      coordinates: "chordal" or "stereographic", which has a pole where `df < D - 1`.
+
+    Raises:
+      ValueError: `D < 3`, a known `loc` that is no unit vector, a known scale or `df` that is not
+        positive, shapes that do not broadcast, unknown coordinates. Traced scales and `df` that are
+        not positive become NaN.
     """
 
     def __init__(
         self,
-        loc: ArrayLike,
-        scale_diag: ArrayLike,
-        df: ArrayLike,
+        loc: Real[ArrayLike, "*#batch D"],
+        scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+        df: Real[ArrayLike, "*#batch"],
         coordinates: sphere.Coordinates = "chordal",
     ):
-        """Initialises the distribution.
-
-        Args:
-          loc: `[..., D]` unit vectors, `D >= 3`.
-          scale_diag: `[..., D]`, positive. A number or `[..., 1]` is the same for all features.
-          df: degrees of freedom, positive, may be `inf`; broadcasts against `[...]`.
-          coordinates: "chordal" or "stereographic", which has a pole where `df < D - 1`.
-
-        Raises:
-          ValueError: `D < 3`, a known `loc` that is no unit vector, a known scale or `df` that is not
-            positive, shapes that do not broadcast, unknown coordinates. Traced scales and `df` that
-            are not positive become NaN.
-        """
         super().__init__()
-        if coordinates not in sphere.COORDINATES:
-            raise ValueError(
-                f"coordinates must be one of {sphere.COORDINATES}, got {coordinates!r}"
-            )
+        domain.choice("coordinates", coordinates, sphere.COORDINATES)
         m, s, nu = sphere.at_least_float32(loc, scale_diag, df)
-        _unit_sphere_check(loc, m, 3, "SphericalStudentT")
+        domain.unit_vectors("loc", loc)
         s = domain.positive("scale_diag", scale_diag, s)
         nu = domain.degrees_of_freedom("df", df, nu)
         self._loc, self._scale_diag, self._df = domain.broadcast(
             {"loc": m}, {"df": nu}, {"scale_diag": s}
         )
+        domain.sphere_of(self._loc.shape[-1], 3, "SphericalStudentT")
         self._coordinates: sphere.Coordinates = coordinates
 
     @property
-    def loc(self) -> Array:
-        """Location, `[..., D]`."""
-        return self._loc
-
-    @property
-    def scale_diag(self) -> Array:
-        """Scales, `[..., D]`."""
+    def scale_diag(self) -> Float[Array, "*batch D"]:
+        """Scales."""
         return self._scale_diag
 
     @property
-    def df(self) -> Array:
-        """Degrees of freedom, `[...]`."""
+    def df(self) -> Float[Array, "*batch"]:
+        """Degrees of freedom."""
         return self._df
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """`(D,)`."""
-        return self._loc.shape[-1:]
-
-    @property
     def batch_shape(self) -> tuple[int, ...]:
-        """`[...]`."""
+        """Of the parameters, without `D`."""
         return self._df.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Of the samples: that of the parameters."""
-        return self._loc.dtype
 
     def __getitem__(self, index: Any) -> "SphericalStudentT":
         arrays = _indexed(self.batch_shape, index, self._loc, self._scale_diag, self._df)
         return SphericalStudentT(*arrays, coordinates=self._coordinates)
 
-    def log_prob(self, value: ArrayLike) -> Array:
+    def log_prob(self, value: Real[ArrayLike, "*#batch D"]) -> Float[Array, "*#batch"]:
         """See `directional_log_prob`."""
-        return distributions.directional_log_prob(
+        return densities.directional_log_prob(
             value,
             loc=self._loc,
             scale_diag=self._scale_diag,
@@ -413,8 +391,8 @@ class SphericalStudentT(distrax.Distribution):
             coordinates=self._coordinates,
         )
 
-    def mode(self) -> Array:
-        """Where the density is largest, `[..., D]`: `loc`, or NaN where that is not so.
+    def mode(self) -> Float[Array, "*batch D"]:
+        """Where the density is largest: `loc`, or NaN where that is not so.
 
         Chordal densities have their mode at `loc`. Stereographic ones have it there if `df >= D - 1` and
         the largest variance of a tangent coordinate is at most `2 (1/n + 1/df)`, `n = D - 1`. Wider
@@ -436,33 +414,21 @@ class SphericalStudentT(distrax.Distribution):
         return jnp.where(is_mode[..., None], self._loc, jnp.full_like(self._loc, jnp.nan))
 
     def mean(self) -> Array:
-        """Not known in closed form.
-
-        Raises:
-          NotImplementedError: always.
-        """
+        """Not known in closed form: always a NotImplementedError."""
         raise NotImplementedError(
             "the mean of SphericalStudentT has no closed form: in stereographic coordinates take the "
             "mean of samples, which lies along loc"
         )
 
     def entropy(self) -> Array:
-        """Not known in closed form.
-
-        Raises:
-          NotImplementedError: always.
-        """
+        """Not known in closed form: always a NotImplementedError."""
         raise NotImplementedError(
             "the entropy of SphericalStudentT has no closed form: in stereographic coordinates take "
             "minus the mean of log_prob over samples"
         )
 
     def kl_divergence(self, other_dist: Any, **kwargs: Any) -> Array:
-        """Not known in closed form.
-
-        Raises:
-          NotImplementedError: always.
-        """
+        """Not known in closed form: always a NotImplementedError."""
         del kwargs
         raise NotImplementedError(
             f"the KL of SphericalStudentT to {type(other_dist).__name__} has no closed form: in "
@@ -470,7 +436,7 @@ class SphericalStudentT(distrax.Distribution):
             "the uniform log-density is uniform_log_prob(D)"
         )
 
-    def _sample_n(self, key: Array, n: int) -> Array:
+    def _sample_n(self, key: Key[Array, ""], n: int) -> Float[Array, "n *batch D"]:
         if self._coordinates == "chordal":
             raise NotImplementedError(
                 "the chordal density is a sub-density (its mass is below one) and has no exact "

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 # The rounding of bfloat16 vectors is 0.004; whoever forgot to normalize is further off.
 _UNIT_TOLERANCE = 0.02
@@ -43,7 +44,7 @@ def _within(
     return cast
 
 
-def positive(name: str, given: ArrayLike, cast: Array) -> Array:
+def positive(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """A scale: positive and finite, and no smaller than the smallest normal number.
 
     Args:
@@ -61,19 +62,23 @@ def positive(name: str, given: ArrayLike, cast: Array) -> Array:
     return _within(name, given, cast, "positive and finite", lambda x: (x >= least) & (x <= most))
 
 
-def degrees_of_freedom(name: str, given: ArrayLike, cast: Array) -> Array:
+def degrees_of_freedom(
+    name: str, given: ArrayLike, cast: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """Degrees of freedom: positive, `inf` included. Arguments and errors as of `positive`."""
     least = float(jnp.finfo(cast.dtype).tiny)
     return _within(name, given, cast, "positive (inf is the Gaussian)", lambda x: x >= least)
 
 
-def concentration(name: str, given: ArrayLike, cast: Array) -> Array:
+def concentration(
+    name: str, given: ArrayLike, cast: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """A concentration: at least zero and finite. Arguments and errors as of `positive`."""
     most = float(jnp.finfo(cast.dtype).max)
     return _within(name, given, cast, "at least zero and finite", lambda x: (x >= 0) & (x <= most))
 
 
-def radius(name: str, given: ArrayLike, cast: Array) -> Array:
+def radius(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """A radius: not negative. It is data, so a NaN passes. Arguments and errors as of `positive`."""
     return _within(name, given, cast, "at least zero", lambda x: ~(x < 0))
 
@@ -127,7 +132,46 @@ def whole_number(name: str, value: ArrayLike, minimum: int) -> int:
     return int(value)
 
 
-def spread(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> Array:
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a setting that does not exist.
+
+    Raises:
+      ValueError: so, with the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def sphere_of(dim: int, minimum: int, name: str) -> None:
+    """Refuses a sphere too small for a density, named for the error.
+
+    Raises:
+      ValueError: `dim < minimum`.
+    """
+    if dim < minimum:
+        raise ValueError(
+            f"{name} needs an embedding dimension D >= {minimum} (the last axis), got D = {dim}"
+        )
+
+
+def same_matrices(minimum_batch: int = 0, **values: Float[Array, "..."]) -> None:
+    """Refuses arguments that do not share one shape `[batch, D]`: some others would broadcast.
+
+    Raises:
+      ValueError: so, with the names and the shapes.
+    """
+    shapes = [value.shape for value in values.values()]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] < minimum_batch:
+        at_least = f" with batch >= {minimum_batch}" if minimum_batch else ""
+        raise ValueError(
+            f"{', '.join(values)} must share one shape [batch, D]{at_least}, "
+            f"got {', '.join(map(str, shapes))}"
+        )
+
+
+def spread(
+    name: str, value: Float[Array, "..."], shape: tuple[int, ...], meaning: str
+) -> Float[Array, "..."]:
     """`value` broadcast to exactly `shape`, which it may not enlarge.
 
     Args:
@@ -148,8 +192,10 @@ def spread(name: str, value: Array, shape: tuple[int, ...], meaning: str) -> Arr
 
 
 def broadcast(
-    vectors: dict[str, Array], numbers: dict[str, Array], scales: dict[str, Array] | None = None
-) -> tuple[Array, ...]:
+    vectors: dict[str, Float[Array, "..."]],
+    numbers: dict[str, Float[Array, "..."]],
+    scales: dict[str, Float[Array, "..."]] | None = None,
+) -> tuple[Float[Array, "..."], ...]:
     """One batch shape for vectors and for numbers of examples, and one width for the vectors.
 
     Args:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jevb_jax import polar_decomposition, sphere
+from jevb_jax import polar_decomposition
+from jevb_jax.paper import sphere
 from tests import oracles
 
 # A float32 sum of 4096 squares and a square root.

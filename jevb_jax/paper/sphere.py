@@ -11,21 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
-from jevb_jax import domain
+from jevb_jax.paper import domain
 
 Coordinates = Literal["chordal", "stereographic"]
 COORDINATES: tuple[Coordinates, ...] = ("chordal", "stereographic")
 
 
-def at_least_float32(*values: ArrayLike) -> tuple[Array, ...]:
+def at_least_float32(*values: Real[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ...]:
     """Casts to one common float type, the widest given and float32 at least.
 
     Args:
-      *values: numbers or arrays, of any real type. Python numbers never widen the result.
-
-    Returns:
-      The values as arrays of one float type.
+      *values: numbers or arrays. Python numbers never widen the result.
 
     Raises:
       ValueError: a complex value, whose imaginary part would be lost.
@@ -71,20 +69,16 @@ def _scaled(x: Array) -> tuple[Array, Array, Array]:
     return scaled, norm, jnp.where(is_zero, jnp.zeros_like(largest), divisor) * norm * lowered
 
 
-def safe_norm(x: ArrayLike) -> Array:
+def safe_norm(x: Real[ArrayLike, "*batch D"]) -> Float[Array, "*batch"]:
     """Euclidean norm over the last axis; value and gradient are finite everywhere.
 
-    Args:
-      x: `[..., D]`.
-
-    Returns:
-      `[...]`, zero (with zero gradient) at the zero vector.
+    At the zero vector both are zero.
     """
     _, _, radius = _scaled(*at_least_float32(x))
     return radius
 
 
-def safe_log(x: ArrayLike) -> Array:
+def safe_log(x: Real[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient.
 
     A NaN stays one, and of a negative number it is NaN.
@@ -97,32 +91,36 @@ def safe_log(x: ArrayLike) -> Array:
     return jnp.where(x < 0, jnp.full_like(x, jnp.nan), log)
 
 
-def polar_decomposition(x: ArrayLike) -> tuple[Array, Array]:
+def polar_decomposition(
+    x: Real[ArrayLike, "*batch D"],
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
     """Splits vectors into direction and radius, `x = radius * direction` (docs eq. 1).
 
     Args:
-      x: `[..., D]`, finite.
+      x: finite.
 
     Returns:
-      direction: `[..., D]`, norm one; the zero vector at `x = 0`, where no direction exists.
-      radius: `[...]`, at least zero. Gradients of both are finite everywhere.
+      direction: norm one; the zero vector at `x = 0`, where no direction exists.
+      radius: at least zero. Gradients of both are finite everywhere.
     """
     scaled, norm, radius = _scaled(*at_least_float32(x))
     return scaled / norm[..., None], radius
 
 
-def cosine_complements(direction: ArrayLike, loc: ArrayLike) -> tuple[Array, Array]:
+def cosine_complements(
+    direction: Real[ArrayLike, "*#batch D"], loc: Real[ArrayLike, "*#batch D"]
+) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
     """`1 - c` and `1 + c` with `c = <loc, direction>`, each free of cancellation.
 
     They are half the squared chords to `loc` and to its antipode; `1 - <m, u>` itself has no correct
     digit left in float32 once the angle is under 1e-3.
 
     Args:
-      direction: `[..., D]` unit vectors.
-      loc: `[..., D]` unit vectors.
+      direction: unit vectors `u`.
+      loc: unit vectors `m`.
 
     Returns:
-      Two arrays `[...]`, each in `[0, 2]`.
+      `1 - c` and `1 + c`, each in `[0, 2]`.
 
     Raises:
       ValueError: shapes that do not broadcast.
@@ -138,37 +136,42 @@ class TangentSquares(NamedTuple):
     """`(y_i / s_i)^2`, in a unit that keeps them from overflow.
 
     Attributes:
-      squares: `[..., D]`; times `exp(log_unit)` they are `(y_i / s_i)^2`.
-      log_unit: `[...]`, exactly zero where none of them can overflow.
-      log_volume: `[...]`, see `scaled_tangent_squares`.
+      squares: times `exp(log_unit)` they are `(y_i / s_i)^2`.
+      log_unit: exactly zero where none of them can overflow.
+      log_volume: see `scaled_tangent_squares`.
     """
 
-    squares: Array
-    log_unit: Array
-    log_volume: Array
+    squares: Float[Array, "*batch D"]
+    log_unit: Float[Array, "*batch"]
+    log_volume: Float[Array, "*batch"]
 
 
 def scaled_tangent_squares(
-    direction: ArrayLike, loc: ArrayLike, scale_diag: ArrayLike, *, coordinates: Coordinates
-) -> tuple[Array, Array]:
+    direction: Real[ArrayLike, "*#batch D"],
+    loc: Real[ArrayLike, "*#batch D"],
+    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+    *,
+    coordinates: Coordinates,
+) -> tuple[Float[Array, "*#batch D"], Float[Array, "*#batch"]]:
     """`(y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`; their sum is `Q`.
 
     Chordal (Lambert) coordinates have `|y| = |u - m|`, stereographic ones `|y| = 2 tan(angle / 2)`
-    (docs eq. 2 and 3). Both are `u - c m` times a factor of the angle.
+    (docs eq. 2 and 3). Both are `u - c m` times a power of `2 / (1 + c)`: the root in chordal ones, the
+    factor itself in stereographic ones. Only the squares are needed, so no root is taken.
 
     At the antipode `u = -m` every tangent direction is as good as any other, so each square there is
     its mean over them. A guard of one squared rounding error joins the two smoothly; it keeps
     `|y|^2 = 2 (1 - c)` exactly, whatever the angle.
 
     Args:
-      direction: `[..., D]` unit vectors `u`.
-      loc: `[..., D]` unit vectors `m`.
-      scale_diag: `[..., D]`, positive.
+      direction: unit vectors `u`.
+      loc: unit vectors `m`.
+      scale_diag: `s`, positive.
       coordinates: "chordal" or "stereographic".
 
     Returns:
-      squares: `[..., D]`.
-      log_volume: `[...]`, `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalises
+      squares: `(y_i / s_i)^2`.
+      log_volume: `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalises
         stereographic coordinates on the sphere.
 
     Raises:
@@ -178,29 +181,34 @@ def scaled_tangent_squares(
     u, m, s = at_least_float32(direction, loc, scale_diag)
     s = domain.positive("scale_diag", scale_diag, s)
     u, m, s = domain.broadcast({"direction": u, "loc": m}, {}, {"scale_diag": s})
-    residual_squares, stretch = _tangent_squares(u, m, coordinates)
-    # Divided twice: the slope in s of a division by s^2 has a factor s^-4, which overflows.
+    residual_squares, stretch = _residual_squares_and_stretch(u, m, coordinates)
+    # (u - c m)^2 / s^2 * 2/(1 + c): eq. 2, squared and scaled. Divided twice: the slope in s of a
+    # division by s^2 has a factor s^-4, which overflows.
     scaled = residual_squares / s / s * stretch[..., None]
-    if coordinates == "stereographic":
+    if coordinates == "stereographic":  # eq. 3 has the factor where eq. 2 has its root
         scaled = scaled * stretch[..., None]
     return scaled, jnp.log(stretch)
 
 
 def bounded_tangent_squares(
-    direction: Array, loc: Array, scale_diag: Array, *, coordinates: Coordinates
+    direction: Float[Array, "*batch D"],
+    loc: Float[Array, "*batch D"],
+    scale_diag: Float[Array, "*batch D"],
+    *,
+    coordinates: Coordinates,
 ) -> TangentSquares:
     """`scaled_tangent_squares`, which at tiny scales or near the antipode would overflow.
 
     Args:
-      direction: `[..., D]` unit vectors `u`.
-      loc: `[..., D]` unit vectors `m`.
-      scale_diag: `[..., D]`, positive.
+      direction: unit vectors `u`.
+      loc: unit vectors `m`.
+      scale_diag: `s`, positive.
       coordinates: "chordal" or "stereographic".
 
     Raises:
       ValueError: `coordinates` is not one of the two.
     """
-    squares, stretch = _tangent_squares(direction, loc, coordinates)
+    squares, stretch = _residual_squares_and_stretch(direction, loc, coordinates)
     num_factors = 2 if coordinates == "stereographic" else 1
     limits = jnp.finfo(scale_diag.dtype)
     # A power of two at or below the smallest scale: exact to divide by, and without a gradient.
@@ -220,10 +228,11 @@ def bounded_tangent_squares(
     return TangentSquares(scaled, log_unit, log_volume)
 
 
-def _tangent_squares(u: Array, m: Array, coordinates: Coordinates) -> tuple[Array, Array]:
-    """Squares `[..., D]` of `u - c m`, and `2 / (1 + c)`, `[...]`."""
-    if coordinates not in COORDINATES:
-        raise ValueError(f"coordinates must be one of {COORDINATES}, got {coordinates!r}")
+def _residual_squares_and_stretch(
+    u: Float[Array, "*batch D"], m: Float[Array, "*batch D"], coordinates: Coordinates
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
+    """Squares of `u - c m`, and `2 / (1 + c)`: what eq. 2 and 3 are made of."""
+    domain.choice("coordinates", coordinates, COORDINATES)
     n = u.shape[-1] - 1
     one_minus, one_plus = cosine_complements(u, m)
     guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** 2, u.dtype)
@@ -239,8 +248,12 @@ def _tangent_squares(u: Array, m: Array, coordinates: Coordinates) -> tuple[Arra
 
 
 def scaled_tangent_squared_length(
-    direction: ArrayLike, loc: ArrayLike, scale_diag: ArrayLike, *, coordinates: Coordinates
-) -> tuple[Array, Array]:
+    direction: Real[ArrayLike, "*#batch D"],
+    loc: Real[ArrayLike, "*#batch D"],
+    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+    *,
+    coordinates: Coordinates,
+) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
     """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and the log-volume; see `scaled_tangent_squares`."""
     squares, log_volume = scaled_tangent_squares(
         direction, loc, scale_diag, coordinates=coordinates

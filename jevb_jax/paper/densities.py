@@ -1,7 +1,7 @@
 """Log-densities of the model, in nats, as pure functions over arrays.
 
-Shapes: `...` is any batch shape, `D` the embedding dimension, `n = D - 1`. Scalars broadcast against
-the batch shape. bfloat16 and float16 are promoted to float32, float64 is kept. Equation numbers are
+`D` is the embedding dimension, `n = D - 1`. Arguments whose shapes are marked `#batch` broadcast
+against one another. bfloat16 and float16 are promoted to float32, float64 is kept. Equation numbers are
 those of `docs/mathematics.md`.
 """
 
@@ -12,29 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
-from jevb_jax import domain, mass, special, sphere
+from jevb_jax.paper import domain, mass, special, sphere
 
 Space = Literal["log", "linear"]
 SPACES: tuple[Space, ...] = ("log", "linear")
 
 
-def _require_sphere(dim: int, minimum: int, name: str) -> None:
-    if dim < minimum:
-        raise ValueError(
-            f"{name} needs an embedding dimension D >= {minimum} (the last axis), got D = {dim}"
-        )
+def _student_t_log_normalizer(df: Float[Array, "*batch"], n: int) -> Float[Array, "*batch"]:
+    """`lgamma((df + n)/2) - lgamma(df/2) - (n/2) log(df pi)`, `df = inf` included.
+
+    `log_gamma_ratio(df/2, n/2)` is `lgamma((df + n)/2) - lgamma(df/2) - (n/2) log(df/2)`, and of what is
+    left, `(n/2) log(df/2) - (n/2) log(df pi) = -(n/2) log(2 pi)`: the logarithms of `df` cancel. At
+    `df = inf` the ratio is zero, and this is the normalizer of the Gaussian.
+    """
+    half_n = jnp.full_like(df, n / 2)
+    return special.log_gamma_ratio(df / 2, half_n) - half_n * float(np.log(2 * np.pi))
 
 
-def _student_t_log_kernel_and_normalizer(
-    squared_length: Array,
-    df: Array,
+def _student_t_kernel(
+    squared_length: Float[Array, "*batch"],
+    df: Float[Array, "*batch"],
     n: int,
     *,
-    log_unit: Array,
+    log_unit: Float[Array, "*batch"],
     longest_gaussian: float | None = None,
-) -> Array:
-    """Student-t log-density in `R^n` at squared length `Q`, unit scale, `df = inf` included.
+) -> Float[Array, "*batch"]:
+    """`((df + n)/2) log(1 + Q/df)`, or `Q/2` at `df = inf`.
 
     Up to `Q = df` it is written in `1 / df`, so that the Gaussian is the value at zero of the same
     smooth expression: `((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)`. Beyond, the
@@ -42,19 +47,18 @@ def _student_t_log_kernel_and_normalizer(
 
     Args:
       squared_length: `Q exp(-log_unit)`.
-      df: shaped as `squared_length`, positive; `inf` is the Gaussian.
+      df: positive; `inf` is the Gaussian.
       n: dimension.
-      log_unit: of its shape, zero but where `Q` would overflow.
+      log_unit: zero but where `Q` would overflow.
       longest_gaussian: `Q` is held at this at `df = inf`.
     """
     # Selected and not divided: at `inf` the slope in df is zero, even where the slope in 1/df overflows.
     is_infinite = jnp.isinf(df)
     finite = jnp.where(is_infinite, 1.0, df)
     inverse_df = jnp.where(is_infinite, 0.0, 1 / finite)
-    half_n = jnp.full_like(df, n / 2)
-    log_normalizer = special.log_gamma_ratio(df / 2, half_n) - half_n * float(np.log(2 * np.pi))
 
-    # No branch sees what only another can hold, lest its gradient be NaN.
+    # First what overflows: elsewhere `far` is zero and `Q` as it was given. No branch sees what only
+    # another can hold, lest its gradient be NaN.
     zero = jnp.zeros_like(squared_length)
     is_extreme = log_unit > 0
     log_length = sphere.safe_log(squared_length) + log_unit
@@ -75,24 +79,39 @@ def _student_t_log_kernel_and_normalizer(
         held = jnp.minimum(squared_length, longest_gaussian)
         squared_length = jnp.where(is_infinite, held, squared_length)
 
+    # Then the kernel, beyond `Q = df` and up to it.
     is_long = ~is_infinite & ~is_extreme & (squared_length >= df)
     long = jnp.log1p(jnp.where(is_long, squared_length, zero) * inverse_df)
     short = jnp.where(is_long | is_far, zero, squared_length)
     ratio = special.log1p_ratio(jnp.where(is_infinite, zero, short) * inverse_df)
-    kernel = (1 + n * inverse_df) / 2 * short * ratio + (finite + n) / 2 * (long + far)
-    return log_normalizer - kernel
+    return (1 + n * inverse_df) / 2 * short * ratio + (finite + n) / 2 * (long + far)
+
+
+def _student_t_log_density(
+    squared_length: Float[Array, "*batch"],
+    df: Float[Array, "*batch"],
+    n: int,
+    *,
+    log_unit: Float[Array, "*batch"],
+    longest_gaussian: float | None = None,
+) -> Float[Array, "*batch"]:
+    """Log-density in `R^n` of a Student-t of unit scale at squared length `Q`; see the kernel."""
+    kernel = _student_t_kernel(
+        squared_length, df, n, log_unit=log_unit, longest_gaussian=longest_gaussian
+    )
+    return _student_t_log_normalizer(df, n) - kernel
 
 
 def directional_log_prob(
-    direction: ArrayLike,
+    direction: Real[ArrayLike, "*#batch D"],
     *,
-    loc: ArrayLike,
-    scale_diag: ArrayLike,
-    df: ArrayLike,
+    loc: Real[ArrayLike, "*#batch D"],
+    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+    df: Real[ArrayLike, "*#batch"],
     coordinates: sphere.Coordinates = "chordal",
     tails: mass.Tails = "joint",
     normalized: bool = False,
-) -> Array:
+) -> Float[Array, "*#batch"]:
     """Heavy-tailed, anisotropic von Mises-Fisher-style log-density of a direction (docs eq. 4 and 33).
 
     The Student-t density of the tangent coordinates of `direction` at `loc`, whose precision is the
@@ -100,11 +119,11 @@ def directional_log_prob(
     the von Mises-Fisher kernel of concentration `scale^-2`.
 
     Args:
-      direction: `[..., D]` unit vectors `u`, `D >= 3`; all arguments broadcast.
-      loc: `[..., D]` unit vectors `m`.
-      scale_diag: `[..., D]`, positive; on the unit sphere, so 1 is about one radian. A number or
-        `[..., 1]` is the same for all features.
-      df: degrees of freedom, positive, `inf` for the Gaussian limit; `[...]`.
+      direction: unit vectors `u`, `D >= 3`.
+      loc: unit vectors `m`.
+      scale_diag: `s`, positive; on the unit sphere, so 1 is about one radian. One number or one feature
+        stands for all.
+      df: degrees of freedom, positive, `inf` for the Gaussian limit.
       coordinates: "chordal" (eq. 2) is a sub-density on the sphere: its mass is at most one, near
         one when the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.
         "stereographic" (eq. 3) has mass one exactly; with equal scales and `df = D - 1` it is the
@@ -115,9 +134,9 @@ def directional_log_prob(
       normalized: divides by the mass (eq. 31), so that the density has mass one.
 
     Returns:
-      `[...]`, nats. At the antipode of `loc` the tangent direction is undefined; the squared length
-      there is its mean over tangent directions (exact when the scales are equal). There, in
-      stereographic coordinates, `Q` of the Gaussian is held at 2e22 in float32.
+      Nats. At the antipode of `loc` the tangent direction is undefined; the squared length there is
+      its mean over tangent directions (exact when the scales are equal). There, in stereographic
+      coordinates, `Q` of the Gaussian is held at 2e22 in float32.
 
     Raises:
       ValueError: `D < 3`, where the chordal bound fails, a known scale or `df` that is not positive,
@@ -130,32 +149,30 @@ def directional_log_prob(
     s = domain.positive("scale_diag", scale_diag, s)
     df = domain.degrees_of_freedom("df", df, df_array)
     u, m, s, df = domain.broadcast({"direction": u, "loc": m}, {"df": df}, {"scale_diag": s})
-    dim = u.shape[-1]
-    _require_sphere(dim, 3, "directional_log_prob")
+    domain.sphere_of(u.shape[-1], 3, "directional_log_prob")
     domain.unit_vectors("direction", direction)
     domain.unit_vectors("loc", loc)
-    n = dim - 1
+
+    n = u.shape[-1] - 1
     squares, log_unit, log_volume = sphere.bounded_tangent_squares(u, m, s, coordinates=coordinates)
-    # A latent of exactly zero has no direction; the guard keeps its value and gradient finite.
+    # - sum log s + (1/2) log sum (m s)^2. A latent of exactly zero has no direction; the guard keeps
+    # its value and gradient finite.
     log_determinant = sphere.safe_log(sphere.safe_norm(m * s)) - jnp.sum(jnp.log(s), axis=-1)
     if tails == "joint":
-        squared_length = jnp.sum(squares, axis=-1)
         # At the antipode stereographic coordinates are 1e23 scales away in float32. Past this length
         # the Gaussian is as good as zero, and the gradient would overflow.
-        longest = float(jnp.finfo(df.dtype).max) ** 0.58
-        log_prob = _student_t_log_kernel_and_normalizer(
-            squared_length,
-            df,
-            n,
-            log_unit=log_unit,
-            longest_gaussian=longest if coordinates == "stereographic" else None,
+        longest = float(jnp.finfo(df.dtype).max) ** 0.58 if coordinates == "stereographic" else None
+        log_student_t = _student_t_log_density(
+            jnp.sum(squares, axis=-1), df, n, log_unit=log_unit, longest_gaussian=longest
         )
     else:
-        of_features, unit = (jnp.broadcast_to(x[..., None], squares.shape) for x in (df, log_unit))
-        factors = _student_t_log_kernel_and_normalizer(squares, of_features, 1, log_unit=unit)
+        df_of_features, unit = (
+            jnp.broadcast_to(x[..., None], squares.shape) for x in (df, log_unit)
+        )
+        factors = _student_t_log_density(squares, df_of_features, 1, log_unit=unit)
         # D factors, and a hyperplane of n dimensions: the Gaussian along m is divided out.
-        log_prob = jnp.sum(factors, axis=-1) + float(np.log(2 * np.pi)) / 2
-    log_prob = log_prob + log_determinant
+        log_student_t = jnp.sum(factors, axis=-1) + float(np.log(2 * np.pi)) / 2
+    log_prob = log_student_t + log_determinant
     if coordinates == "stereographic":
         return log_prob + n * log_volume
     if normalized:
@@ -163,19 +180,25 @@ def directional_log_prob(
     return log_prob
 
 
-def student_t_log_prob(x: ArrayLike, *, df: ArrayLike, loc: ArrayLike, scale: ArrayLike) -> Array:
+def student_t_log_prob(
+    x: Real[ArrayLike, "*#batch"],
+    *,
+    df: Real[ArrayLike, "*#batch"],
+    loc: Real[ArrayLike, "*#batch"],
+    scale: Real[ArrayLike, "*#batch"],
+) -> Float[Array, "*#batch"]:
     """Log-density of the one-dimensional Student-t, accurate for every `df` (docs eq. 5).
 
     `jax.scipy.stats.t.logpdf` in float32 is off by 0.02 at df = 1e5 and by 0.9 at 1e7.
 
     Args:
-      x: `[...]`; all arguments broadcast.
+      x: where.
       df: degrees of freedom, positive; `inf` is the Gaussian.
-      loc: `[...]`.
-      scale: `[...]`, positive.
+      loc: the center.
+      scale: positive.
 
     Returns:
-      `[...]`, nats.
+      Nats.
 
     Raises:
       ValueError: a known scale or `df` that is not positive, shapes that do not broadcast. Traced ones
@@ -193,7 +216,7 @@ def student_t_log_prob(x: ArrayLike, *, df: ArrayLike, loc: ArrayLike, scale: Ar
     x, m = (jnp.where(is_extreme, jnp.zeros_like(s), value) for value in (x, m))
     squared = jnp.square(_quotient(x - m, jnp.where(is_extreme, one, s)))
     squared = jnp.where(is_extreme, one, squared)
-    log_prob = _student_t_log_kernel_and_normalizer(squared, nu, 1, log_unit=log_length)
+    log_prob = _student_t_log_density(squared, nu, 1, log_unit=log_length)
     return log_prob - jnp.log(s)
 
 
@@ -220,28 +243,32 @@ def _log_length(log_distance: Array, df: Array) -> tuple[Array, Array]:
 
 
 def radial_log_prob(
-    radius: ArrayLike, *, loc: ArrayLike, scale: ArrayLike, df: ArrayLike, space: Space = "log"
-) -> Array:
+    radius: Real[ArrayLike, "*#batch"],
+    *,
+    loc: Real[ArrayLike, "*#batch"],
+    scale: Real[ArrayLike, "*#batch"],
+    df: Real[ArrayLike, "*#batch"],
+    space: Space = "log",
+) -> Float[Array, "*#batch"]:
     """Student-t log-density of an embedding's radius (docs eq. 6).
 
     Args:
-      radius: `[...]`, positive; all arguments broadcast. Zero is read as the smallest normal number:
-        the density of "log" grows without limit there.
-      loc: radius of the latent, positive.
+      radius: `r`, positive. Zero is read as the smallest normal number: the density of "log" grows
+        without limit there.
+      loc: `rho`, radius of the latent, positive.
       scale: positive: relative width in "log", a length in "linear".
       df: degrees of freedom, positive; `inf` is the Gaussian.
       space: "log": `log r` is Student-t about `log loc`, exactly normalised on `r > 0`. "linear": `r`
         is Student-t about `loc`; the mass below zero is lost, a sub-density.
 
     Returns:
-      `[...]`, nats (per unit of radius).
+      Nats (per unit of radius).
 
     Raises:
       ValueError: unknown `space`, a known radius below zero, a known scale or `df` that is not
         positive, shapes that do not broadcast. Traced ones have the value NaN.
     """
-    if space not in SPACES:
-        raise ValueError(f"space must be one of {SPACES}, got {space!r}")
+    domain.choice("space", space, SPACES)
     r, rho, s, nu = sphere.at_least_float32(radius, loc, scale, df)
     r, rho = domain.radius("radius", radius, r), domain.radius("loc", loc, rho)
     s, nu = domain.positive("scale", scale, s), domain.degrees_of_freedom("df", df, nu)
@@ -254,22 +281,26 @@ def radial_log_prob(
 
 
 def multivariate_student_t_log_prob(
-    value: ArrayLike, *, loc: ArrayLike, scale_diag: ArrayLike, df: ArrayLike
-) -> Array:
+    value: Real[ArrayLike, "*#batch D"],
+    *,
+    loc: Real[ArrayLike, "*#batch D"],
+    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+    df: Real[ArrayLike, "*#batch"],
+) -> Float[Array, "*#batch"]:
     """Log-density in `R^D` of a Student-t with a diagonal scale matrix (docs eq. 16).
 
     Not a product over features: one heavy tail for the whole vector. The unfactorised likelihood of
     the ablation.
 
     Args:
-      value: `[..., D]`; all arguments broadcast.
-      loc: `[..., D]`.
-      scale_diag: `[..., D]`, positive; at `df = inf` the standard deviations. A number or `[..., 1]` is
-        the same for all features.
-      df: degrees of freedom, positive, `inf` is the Gaussian; `[...]`.
+      value: `h`.
+      loc: `z`.
+      scale_diag: `s`, positive; at `df = inf` the standard deviations. One number or one feature
+        stands for all.
+      df: degrees of freedom, positive, `inf` is the Gaussian.
 
     Returns:
-      `[...]`, nats. Source: Kotz and Nadarajah 2004, eq. 1.1.
+      Nats. Source: Kotz and Nadarajah 2004, eq. 1.1.
 
     Raises:
       ValueError: a known scale or `df` that is not positive, shapes that do not broadcast. Traced ones
@@ -294,87 +325,60 @@ def multivariate_student_t_log_prob(
     deviation = _quotient(held_x - held_mean, held_scale)
     quadratic = jnp.sum(jnp.square(deviation), axis=-1)
     quadratic = jnp.where(is_extreme, jnp.ones_like(quadratic), quadratic)
-    log_normalized = _student_t_log_kernel_and_normalizer(quadratic, nu, dim, log_unit=log_length)
+    log_normalized = _student_t_log_density(quadratic, nu, dim, log_unit=log_length)
     return log_normalized - jnp.sum(jnp.log(scale), axis=-1)
 
 
 def gaussian_kl_divergence(
-    posterior_mean: ArrayLike, posterior_scale: ArrayLike, *, prior_scale: ArrayLike = 1.0
-) -> Array:
+    posterior_mean: Real[ArrayLike, "*#batch D"],
+    posterior_scale: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+    *,
+    prior_scale: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""] = 1.0,
+) -> Float[Array, "*#batch"]:
     """`KL( N(mean, diag(scale^2)) || N(0, prior_scale^2 I) )` in closed form (docs eq. 7).
 
     Args:
-      posterior_mean: `[..., D]`.
-      posterior_scale: `[..., D]`, standard deviations, positive. A number or `[..., 1]` is the same for
-        all features.
-      prior_scale: standard deviation of the prior, positive; a number, or broadcasts against `[..., D]`.
+      posterior_mean: `mu`.
+      posterior_scale: `sigma`, standard deviations, positive. One number or one feature stands for all.
+      prior_scale: `p`, standard deviation of the prior, positive.
 
     Returns:
-      `[...]`, nats, at least zero, and zero only where the two are equal.
+      Nats, at least zero, and zero only where the two are equal.
 
     Raises:
       ValueError: a known scale that is not positive, shapes that do not broadcast. Traced scales that
         are not positive have the value NaN.
     """
-    mean, scale, prior = sphere.at_least_float32(posterior_mean, posterior_scale, prior_scale)
-    scale = domain.positive("posterior_scale", posterior_scale, scale)
-    prior = domain.positive("prior_scale", prior_scale, prior)
-    mean, scale, prior = domain.broadcast(
-        {"posterior_mean": mean}, {}, {"posterior_scale": scale, "prior_scale": prior}
+    mu, sigma, p = sphere.at_least_float32(posterior_mean, posterior_scale, prior_scale)
+    sigma = domain.positive("posterior_scale", posterior_scale, sigma)
+    p = domain.positive("prior_scale", prior_scale, p)
+    mu, sigma, p = domain.broadcast(
+        {"posterior_mean": mu}, {}, {"posterior_scale": sigma, "prior_scale": p}
     )
-    ratio = _quotient(scale, prior)
-    # t^2 - 1 - log t^2 from v = t^2 - 1: each summand stays non-negative near t = 1.
+    # (sigma^2 + mu^2)/p^2 - 1 - log(sigma^2/p^2), of which the first and the last part are near.
+    return jnp.sum(jnp.square(_quotient(mu, p)) + _variance_term(sigma, p), axis=-1) / 2
+
+
+def _variance_term(
+    sigma: Float[Array, "*batch D"], p: Float[Array, "*batch D"]
+) -> Float[Array, "*batch D"]:
+    """`t^2 - 1 - log t^2` with `t = sigma / p`, at least zero.
+
+    From `v = t^2 - 1`, so that near `t = 1` nothing cancels and each summand stays non-negative.
+    """
+    ratio = _quotient(sigma, p)
     excess = (ratio - 1) * (ratio + 1)
     is_near = jnp.abs(excess) < 0.5
     near = jnp.where(is_near, excess, jnp.zeros_like(excess))
     # Far below one the quotient underflows, and the difference of the logarithms does not.
     is_tiny = ratio < float(jnp.finfo(ratio.dtype).eps)
     far = jnp.where(is_near | is_tiny, jnp.ones_like(ratio), ratio)
-    log_ratio = jnp.where(is_tiny, jnp.log(scale) - jnp.log(prior), jnp.log(far))
-    variance_term = jnp.where(is_near, near - jnp.log1p(near), excess - 2 * log_ratio)
-    return jnp.sum(jnp.square(_quotient(mean, prior)) + variance_term, axis=-1) / 2
-
-
-def _on_sphere(
-    direction: ArrayLike, loc: ArrayLike, concentration: ArrayLike, name: str
-) -> tuple[Array, Array, Array]:
-    """Both directions `[..., D]` and the concentration `[...]`, within their domain."""
-    u, m, k = sphere.at_least_float32(direction, loc, concentration)
-    k = domain.concentration("concentration", concentration, k)
-    u, m, k = domain.broadcast({"direction": u, "loc": m}, {"concentration": k})
-    _require_sphere(u.shape[-1], 2, name)
-    domain.unit_vectors("direction", direction)
-    domain.unit_vectors("loc", loc)
-    return u, m, k
-
-
-def von_mises_fisher_log_prob(
-    direction: ArrayLike, *, loc: ArrayLike, concentration: ArrayLike
-) -> Array:
-    """Log-density of the von Mises-Fisher distribution on the unit sphere (docs eq. 8).
-
-    Args:
-      direction: `[..., D]` unit vectors, `D >= 2`.
-      loc: `[..., D]` unit vectors, the mean direction.
-      concentration: at least zero (zero is uniform), finite; `[...]`, and all three broadcast.
-
-    Returns:
-      `[...]`, nats. Source: Mardia and Jupp, Directional Statistics, eq. 9.3.4.
-
-    Raises:
-      ValueError: `D < 2`, a known concentration that is negative or not finite, known directions that
-        are no unit vectors, shapes that do not broadcast. Traced concentrations have the value NaN.
-    """
-    u, m, k = _on_sphere(direction, loc, concentration, "von_mises_fisher_log_prob")
-    dim = u.shape[-1]
-    one_minus, _ = sphere.cosine_complements(u, m)
-    # k c + log C(k), with k taken out of both: k (c - 1) - log( I(k) e^-k / k^order ) - ...
-    log_bessel = special.log_scaled_bessel_i(dim / 2 - 1, k)
-    return -k * one_minus - log_bessel - dim / 2 * float(np.log(2 * np.pi))
+    log_ratio = jnp.where(is_tiny, jnp.log(sigma) - jnp.log(p), jnp.log(far))
+    return jnp.where(is_near, near - jnp.log1p(near), excess - 2 * log_ratio)
 
 
 def _power_spherical_shapes(concentration: Array, dim: int) -> tuple[Array, Array]:
-    """`a` and `b` of model docs: the marginal of `(1 + <mu, z>)/2` is Beta(a, b)."""
+    """`a` and `b` of docs eq. 9: the marginal of `(1 + <mu, z>)/2` is Beta(a, b)."""
     beta = jnp.full_like(concentration, (dim - 1) / 2)
     return beta + concentration, beta
 
@@ -386,24 +390,32 @@ def _power_spherical_log_base(alpha: Array, beta: Array) -> Array:
 
 
 def power_spherical_log_prob(
-    direction: ArrayLike, *, loc: ArrayLike, concentration: ArrayLike
-) -> Array:
+    direction: Real[ArrayLike, "*#batch D"],
+    *,
+    loc: Real[ArrayLike, "*#batch D"],
+    concentration: Real[ArrayLike, "*#batch"],
+) -> Float[Array, "*#batch"]:
     """Log-density of the power spherical distribution (docs eq. 9; De Cao and Aziz 2020, eq. 8).
 
     Args:
-      direction: `[..., D]` unit vectors, `D >= 2`.
-      loc: `[..., D]` unit vectors, the mean direction.
-      concentration: at least zero (zero is uniform), finite; `[...]`, and all three broadcast.
+      direction: unit vectors `u`, `D >= 2`.
+      loc: unit vectors `m`, the mean direction.
+      concentration: `k`, at least zero (zero is uniform), finite.
 
     Returns:
-      `[...]`, nats; at the antipode of `loc`, where the density is zero, a large negative number.
+      Nats; at the antipode of `loc`, where the density is zero, a large negative number.
 
     Raises:
       ValueError: `D < 2`, a known concentration that is negative or not finite, known directions that
         are no unit vectors, shapes that do not broadcast. Traced concentrations have the value NaN.
     """
-    u, m, k = _on_sphere(direction, loc, concentration, "power_spherical_log_prob")
+    u, m, k = sphere.at_least_float32(direction, loc, concentration)
+    k = domain.concentration("concentration", concentration, k)
+    u, m, k = domain.broadcast({"direction": u, "loc": m}, {"concentration": k})
     dim = u.shape[-1]
+    domain.sphere_of(dim, 2, "power_spherical_log_prob")
+    domain.unit_vectors("direction", direction)
+    domain.unit_vectors("loc", loc)
     one_minus, one_plus = sphere.cosine_complements(u, m)
     is_near = one_minus < 1
     log_half_one_plus = jnp.where(
@@ -415,15 +427,17 @@ def power_spherical_log_prob(
     return _power_spherical_log_base(alpha, beta) + k * log_half_one_plus
 
 
-def power_spherical_entropy(concentration: ArrayLike, *, dim: int) -> Array:
+def power_spherical_entropy(
+    concentration: Real[ArrayLike, "*batch"], *, dim: int
+) -> Float[Array, "*batch"]:
     """Differential entropy of the power spherical distribution (docs eq. 10).
 
     Args:
-      concentration: `[...]`, at least zero, finite.
+      concentration: `k`, at least zero, finite.
       dim: embedding dimension `D >= 2`.
 
     Returns:
-      `[...]`, nats; the logarithm of the sphere's area at concentration zero.
+      Nats; the logarithm of the sphere's area at concentration zero.
 
     Raises:
       ValueError: `dim < 2` or no whole number, a known concentration that is negative or not finite.

@@ -12,61 +12,62 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
-from jevb_jax import distributions, domain, sphere
+from jevb_jax.paper import densities, domain, sphere
 
 # Accelerators multiply float32 matrices in TensorFloat-32 or bfloat16 unless told otherwise.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class SimSiamTerms(NamedTuple):
-    """Cosine similarities, each `[batch]`, in [-1, 1].
+    """Cosine similarities, in [-1, 1].
 
     Attributes:
       similarity_2_given_1: of the prediction from view 1 with the target of view 2.
       similarity_1_given_2: of the prediction from view 2 with the target of view 1.
     """
 
-    similarity_2_given_1: Array
-    similarity_1_given_2: Array
+    similarity_2_given_1: Float[Array, " batch"]
+    similarity_1_given_2: Float[Array, " batch"]
 
     @property
-    def loss(self) -> Array:
-        """Negative mean similarity, `[batch]`, minimised."""
+    def loss(self) -> Float[Array, " batch"]:
+        """Negative mean similarity, minimised."""
         return -(self.similarity_2_given_1 + self.similarity_1_given_2) / 2
 
 
 class ByolTerms(NamedTuple):
-    """Squared distances of unit vectors, each `[batch]`, in [0, 4].
+    """Squared distances of unit vectors, in [0, 4].
 
     Attributes:
       distance_2_given_1: of the prediction from view 1 to the target of view 2.
       distance_1_given_2: of the prediction from view 2 to the target of view 1.
     """
 
-    distance_2_given_1: Array
-    distance_1_given_2: Array
+    distance_2_given_1: Float[Array, " batch"]
+    distance_1_given_2: Float[Array, " batch"]
 
     @property
-    def loss(self) -> Array:
-        """Sum of both, `[batch]`, minimised."""
+    def loss(self) -> Float[Array, " batch"]:
+        """Sum of both, minimised."""
         return self.distance_2_given_1 + self.distance_1_given_2
 
 
 class VISimSiamTerms(NamedTuple):
-    """Log-likelihoods of directions, each `[batch]`, nats, larger is better.
+    """Log-likelihoods of directions, nats, larger is better.
 
     Attributes:
       log_likelihood_2_given_1: of the target of view 2 under the prediction from view 1.
       log_likelihood_1_given_2: of the target of view 1 under the prediction from view 2.
     """
 
-    log_likelihood_2_given_1: Array
-    log_likelihood_1_given_2: Array
+    log_likelihood_2_given_1: Float[Array, " batch"]
+    log_likelihood_1_given_2: Float[Array, " batch"]
 
     @property
-    def loss(self) -> Array:
-        """Negative mean log-likelihood, `[batch]`, nats, minimised."""
+    def loss(self) -> Float[Array, " batch"]:
+        """Negative mean log-likelihood, nats, minimised."""
         return -(self.log_likelihood_2_given_1 + self.log_likelihood_1_given_2) / 2
 
 
@@ -74,24 +75,24 @@ class VICRegTerms(NamedTuple):
     """Terms of VICReg, unweighted.
 
     Attributes:
-      invariance: `[batch]`, mean squared difference of the views over features.
-      variance: `[]`, how far standard deviations fall short of the target, mean over features and views.
-      covariance: `[]`, squared off-diagonal covariances over `D`, summed over views.
+      invariance: mean squared difference of the views over features.
+      variance: how far standard deviations fall short of the target, mean over features and views.
+      covariance: squared off-diagonal covariances over `D`, summed over views.
       invariance_weight: factor of the difference between the views.
       variance_weight: factor of the hinge on standard deviations.
       covariance_weight: factor of the squared covariances.
     """
 
-    invariance: Array
-    variance: Array
-    covariance: Array
+    invariance: Float[Array, " batch"]
+    variance: Float[Array, ""]
+    covariance: Float[Array, ""]
     invariance_weight: float
     variance_weight: float
     covariance_weight: float
 
     @property
-    def loss(self) -> Array:
-        """Weighted sum, `[]`, minimised."""
+    def loss(self) -> Float[Array, ""]:
+        """Weighted sum, minimised."""
         return (
             self.invariance_weight * jnp.mean(self.invariance)
             + self.variance_weight * self.variance
@@ -100,7 +101,7 @@ class VICRegTerms(NamedTuple):
 
 
 class BarlowTwinsTerms(NamedTuple):
-    """Terms of Barlow Twins, each `[]`.
+    """Terms of Barlow Twins.
 
     Attributes:
       invariance: `sum_i (C_ii - 1)^2`.
@@ -108,29 +109,26 @@ class BarlowTwinsTerms(NamedTuple):
       redundancy_weight: factor of the squared correlations off the diagonal.
     """
 
-    invariance: Array
-    redundancy: Array
+    invariance: Float[Array, ""]
+    redundancy: Float[Array, ""]
     redundancy_weight: float
 
     @property
-    def loss(self) -> Array:
-        """Weighted sum, `[]`, minimised."""
+    def loss(self) -> Float[Array, ""]:
+        """Weighted sum, minimised."""
         return self.invariance + self.redundancy_weight * self.redundancy
 
 
-def _matrices(minimum_batch: int = 0, **values: ArrayLike) -> list[Array]:
-    """The arguments as arrays `[batch, D]` of one shape, float32 or wider.
+def _matrices(
+    minimum_batch: int = 0, **values: Real[ArrayLike, "batch D"]
+) -> tuple[Float[Array, "batch D"], ...]:
+    """The arguments as arrays of one shape, float32 or wider.
 
     Losses for each example take a batch of none, and give none.
     """
     arrays = sphere.at_least_float32(*values.values())
-    shapes = [array.shape for array in arrays]
-    if len(set(shapes)) > 1 or arrays[0].ndim != 2 or arrays[0].shape[0] < minimum_batch:
-        raise ValueError(
-            f"{', '.join(values)} must share one shape [batch, D] with batch >= {minimum_batch}, "
-            f"got {', '.join(map(str, shapes))}"
-        )
-    return list(arrays)
+    domain.same_matrices(minimum_batch, **dict(zip(values, arrays, strict=True)))
+    return arrays
 
 
 def _unit(x: Array) -> Array:
@@ -142,15 +140,18 @@ def _unit_target(x: Array) -> Array:
 
 
 def simsiam_loss(
-    prediction_1: ArrayLike, prediction_2: ArrayLike, target_1: ArrayLike, target_2: ArrayLike
+    prediction_1: Real[ArrayLike, "batch D"],
+    prediction_2: Real[ArrayLike, "batch D"],
+    target_1: Real[ArrayLike, "batch D"],
+    target_2: Real[ArrayLike, "batch D"],
 ) -> SimSiamTerms:
     """SimSiam's symmetric negative cosine (docs eq. 17; Chen and He 2021, eq. 1 and 4).
 
     Args:
-      prediction_1: `[batch, D]`, of the predictor on view 1; not normalised.
-      prediction_2: `[batch, D]`, on view 2.
-      target_1: `[batch, D]`, embedding of view 1; its gradient is stopped.
-      target_2: `[batch, D]`, of view 2.
+      prediction_1: of the predictor on view 1; not normalised.
+      prediction_2: on view 2.
+      target_1: embedding of view 1; its gradient is stopped.
+      target_2: of view 2.
 
     Returns:
       `SimSiamTerms`. A zero vector has similarity 0 to all.
@@ -168,16 +169,19 @@ def simsiam_loss(
 
 
 def byol_loss(
-    prediction_1: ArrayLike, prediction_2: ArrayLike, target_1: ArrayLike, target_2: ArrayLike
+    prediction_1: Real[ArrayLike, "batch D"],
+    prediction_2: Real[ArrayLike, "batch D"],
+    target_1: Real[ArrayLike, "batch D"],
+    target_2: Real[ArrayLike, "batch D"],
 ) -> ByolTerms:
     """BYOL's normalised squared error, both directions (docs eq. 18; Grill et al. 2020, eq. 2).
 
     Args:
-      prediction_1: `[batch, D]`, of the predictor on view 1; not normalised.
-      prediction_2: `[batch, D]`, on view 2.
-      target_1: `[batch, D]`, the averaged network's embedding of view 1. No gradient is asked of that
+      prediction_1: of the predictor on view 1; not normalised.
+      prediction_2: on view 2.
+      target_1: the averaged network's embedding of view 1. No gradient is asked of that
         network, but its gradient is stopped here too: the loss is then the same function of any target.
-      target_2: `[batch, D]`, of view 2.
+      target_2: of view 2.
 
     Returns:
       `ByolTerms`: `|p - t|^2` of unit vectors, which is `2 - 2 cos` without its cancellation.
@@ -195,22 +199,22 @@ def byol_loss(
 
 
 def vi_simsiam_loss(
-    direction_1: ArrayLike,
-    concentration_1: ArrayLike,
-    direction_2: ArrayLike,
-    concentration_2: ArrayLike,
-    target_1: ArrayLike,
-    target_2: ArrayLike,
+    direction_1: Real[ArrayLike, "batch D"],
+    concentration_1: Real[ArrayLike, " batch"],
+    direction_2: Real[ArrayLike, "batch D"],
+    concentration_2: Real[ArrayLike, " batch"],
+    target_1: Real[ArrayLike, "batch D"],
+    target_2: Real[ArrayLike, "batch D"],
 ) -> VISimSiamTerms:
     """VI-SimSiam's power spherical log-likelihood (docs eq. 19; Nakamura et al. 2023, arXiv 2203.11437).
 
     Args:
-      direction_1: `[batch, D]`, `D >= 2`, predicted from view 1; normalised here.
-      concentration_1: `[batch]`, at least zero.
-      direction_2: `[batch, D]`, predicted from view 2.
-      concentration_2: `[batch]`.
-      target_1: `[batch, D]`, embedding of view 1; normalised here, its gradient stopped.
-      target_2: `[batch, D]`, of view 2.
+      direction_1: predicted from view 1, `D >= 2`; normalised here.
+      concentration_1: at least zero, of that prediction.
+      direction_2: predicted from view 2.
+      concentration_2: at least zero, of that prediction.
+      target_1: embedding of view 1; normalised here, its gradient stopped.
+      target_2: of view 2.
 
     Returns:
       `VISimSiamTerms`, nats.
@@ -230,7 +234,7 @@ def vi_simsiam_loss(
             f"concentration_1 and concentration_2 must be [batch] = {m_1.shape[:1]}, got {k_1.shape} "
             f"and {k_2.shape}"
         )
-    log_prob = distributions.power_spherical_log_prob
+    log_prob = densities.power_spherical_log_prob
     return VISimSiamTerms(
         log_prob(_unit_target(t_2), loc=_unit(m_1), concentration=k_1),
         log_prob(_unit_target(t_1), loc=_unit(m_2), concentration=k_2),
@@ -238,8 +242,8 @@ def vi_simsiam_loss(
 
 
 def vicreg_loss(
-    embedding_1: ArrayLike,
-    embedding_2: ArrayLike,
+    embedding_1: Real[ArrayLike, "batch D"],
+    embedding_2: Real[ArrayLike, "batch D"],
     *,
     invariance_weight: float = 25.0,
     variance_weight: float = 25.0,
@@ -257,8 +261,8 @@ def vicreg_loss(
     exceed about 1e9.
 
     Args:
-      embedding_1: `[batch, D]`, `batch >= 2`, of view 1.
-      embedding_2: `[batch, D]`, of view 2. No gradient is stopped.
+      embedding_1: of view 1, `batch >= 2`.
+      embedding_2: of view 2. No gradient is stopped.
       invariance_weight: factor of the mean squared difference.
       variance_weight: of the hinge on standard deviations.
       covariance_weight: of the off-diagonal covariances.
@@ -297,8 +301,8 @@ def vicreg_loss(
 
 
 def barlow_twins_loss(
-    embedding_1: ArrayLike,
-    embedding_2: ArrayLike,
+    embedding_1: Real[ArrayLike, "batch D"],
+    embedding_2: Real[ArrayLike, "batch D"],
     *,
     redundancy_weight: float = 0.0051,
     epsilon: float = 1e-5,
@@ -308,8 +312,8 @@ def barlow_twins_loss(
     Each view is normalised over the batch as BatchNorm without scale and bias does it, in two passes.
 
     Args:
-      embedding_1: `[batch, D]`, `batch >= 2`, of view 1.
-      embedding_2: `[batch, D]`, of view 2. No gradient is stopped.
+      embedding_1: of view 1, `batch >= 2`.
+      embedding_2: of view 2. No gradient is stopped.
       redundancy_weight: of the off-diagonal correlations.
       epsilon: added to the variance, BatchNorm's.
 

@@ -1,6 +1,6 @@
 """Mass on the sphere of the directional densities, which without it are sub-densities.
 
-A directional density of `distributions` is a density of tangent coordinates `y` at `m`. In chordal
+A directional density of `densities` is a density of tangent coordinates `y` at `m`. In chordal
 coordinates the sphere holds only a part of it (docs eq. 31):
 
     M = E[ 1{|y| < 2} (1 - |y|^2 / 4)^((D - 3) / 2) ]
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
-from jevb_jax import domain, special, sphere
+from jevb_jax.paper import domain, special, sphere
 
 Tails = Literal["joint", "feature"]
 TAILS: tuple[Tails, ...] = ("joint", "feature")
@@ -228,25 +229,24 @@ def _log_angle_integral(
 
 
 def directional_log_mass(
-    scale_diag: ArrayLike,
+    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
     *,
-    loc: ArrayLike,
-    df: ArrayLike,
+    loc: Real[ArrayLike, "*#batch D"],
+    df: Real[ArrayLike, "*#batch"],
     tails: Tails = "joint",
     coordinates: sphere.Coordinates = "chordal",
-) -> Array:
+) -> Float[Array, "*#batch"]:
     """Log of the mass that a directional density has on the sphere (docs eq. 31).
 
     Args:
-      scale_diag: `[..., D]`, positive, `D >= 3`; in units of the sphere. A number or `[..., 1]` is the
-        same for all features.
-      loc: `[..., D]` unit vectors `m`.
-      df: degrees of freedom, positive, `inf` for the Gaussian; `[...]`, and all three broadcast.
-      tails: of the density, see `distributions.directional_log_prob`.
+      scale_diag: positive, in units of the sphere. One number or one feature stands for all.
+      loc: unit vectors `m`, `D >= 3`.
+      df: degrees of freedom, positive, `inf` for the Gaussian.
+      tails: of the density, see `densities.directional_log_prob`.
       coordinates: of the density. Stereographic ones fill the sphere: zero.
 
     Returns:
-      `[...]`, nats. Joint tails: at most zero; exact to quadrature where the scales are equal,
+      Nats. Joint tails: at most zero; exact to quadrature where the scales are equal,
       otherwise an approximation whose error `docs/mathematics.md` states. A largest scale under 1e-6
       counts as 1e-6.
 
@@ -261,10 +261,7 @@ def directional_log_mass(
     df = domain.degrees_of_freedom("df", df, df_array)
     m, s, df = domain.broadcast({"loc": m}, {"df": df}, {"scale_diag": s})
     dim = s.shape[-1]
-    if dim < 3:
-        raise ValueError(
-            f"directional_log_mass needs an embedding dimension D >= 3 (the last axis), got D = {dim}"
-        )
+    domain.sphere_of(dim, 3, "directional_log_mass")
     domain.unit_vectors("loc", loc)
     if coordinates == "stereographic":
         is_nan = jnp.isnan(df) | jnp.any(jnp.isnan(s), axis=-1)
@@ -381,9 +378,7 @@ def check_tails(tails: str, coordinates: str) -> None:
     Raises:
       ValueError: unknown `tails`, or feature-wise ones in stereographic coordinates.
     """
-    if tails not in TAILS:
-        raise ValueError(f"tails must be one of {TAILS}, got {tails!r}")
-    if coordinates not in sphere.COORDINATES:
-        raise ValueError(f"coordinates must be one of {sphere.COORDINATES}, got {coordinates!r}")
+    domain.choice("tails", tails, TAILS)
+    domain.choice("coordinates", coordinates, sphere.COORDINATES)
     if tails == "feature" and coordinates != "chordal":
         raise ValueError('tails = "feature" needs coordinates = "chordal": it has no other mass')

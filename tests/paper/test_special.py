@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-import scipy.special
 
-from jevb_jax import special
+from jevb_jax.paper import special
 
 A = np.array([1e-3, 0.1, 0.5, 1.0, 2.5, 7.9, 8.1, 64.0, 1e3, 1e5, 1e7, 1e12], np.float32)
 B = np.array([0.0, 0.5, 1.0, 3.0, 64.0, 2048.0], np.float32)
@@ -54,29 +53,6 @@ def test_digamma_difference_where_the_entropy_uses_it():
     np.testing.assert_allclose(found, expected, rtol=3e-6)
 
 
-@pytest.mark.parametrize("order", [0.0, 0.5, 1.0, 31.0, 63.0, 255.0, 2047.0])
-def test_log_scaled_bessel_in_float64(order):
-    x = np.array([0.0, 1e-8, 1e-2, 1.0, 5.0, 50.0, 700.0, 1e4, 1e6])
-    with mpmath.workdps(40):
-        expected = []
-        for value in map(mpmath.mpf, x):
-            if value == 0:
-                log = -order * mpmath.log(2) - mpmath.loggamma(order + 1)
-            else:
-                log = mpmath.log(mpmath.besseli(order, value)) - value - order * mpmath.log(value)
-            expected.append(float(log))
-    with jax.enable_x64(True):
-        found = np.asarray(special.log_scaled_bessel_i(order, jnp.asarray(x)))
-        slope = jax.vmap(jax.grad(lambda v: special.log_scaled_bessel_i(order, v)))(jnp.asarray(x))
-    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
-    # I'_v / I_v = I_(v+1) / I_v + v / x: of the scaled logarithm, the ratio less one.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = scipy.special.ive(order + 1, x) / scipy.special.ive(order, x)
-    known = np.isfinite(ratio) & (scipy.special.ive(order, x) > 1e-290)
-    np.testing.assert_allclose(np.asarray(slope)[known], ratio[known] - 1, atol=1e-7)
-    assert np.all(np.isfinite(slope))
-
-
 def test_log1p_ratios():
     x = np.array([0.0, 1e-30, 1e-6, 1e-3, 0.3, 0.999, 1.0, 1.001, 7.0, 1e6, 1e30], np.float32)
     with mpmath.workdps(60):
@@ -90,24 +66,3 @@ def test_log1p_ratios():
     np.testing.assert_allclose(special.log1p_second_ratio(jnp.asarray(x)), second, rtol=5e-7)
     assert float(jax.grad(special.log1p_ratio)(0.0)) == pytest.approx(-0.5)
     assert float(jax.grad(special.log1p_second_ratio)(0.0)) == pytest.approx(1 / 3, rel=1e-5)
-
-
-@pytest.mark.parametrize("order", [0.5, 31.0])
-def test_log_scaled_bessel_where_squares_overflow_and_in_the_type_of_its_argument(order):
-    x = np.array([1e10, 3e15, 1e20, 1e37], np.float32)
-    with mpmath.workdps(40):
-        expected = [
-            float(
-                mpmath.log(mpmath.besseli(order, v)) - v - order * mpmath.log(v)
-                if v < 1e16
-                # DLMF 10.40.1, whose next term is (4 order^2 - 1) / (8 x).
-                else -(order + 0.5) * mpmath.log(v) - mpmath.log(2 * mpmath.pi) / 2
-            )
-            for v in map(mpmath.mpf, x.tolist())
-        ]
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        found = special.log_scaled_bessel_i(order, jnp.asarray(x))
-        slope = jax.grad(lambda v: special.log_scaled_bessel_i(order, v))(jnp.float32(1e20))
-    assert found.dtype == slope.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=5e-6)
-    np.testing.assert_allclose(slope, -(order + 0.5) / 1e20, rtol=1e-5)

@@ -1,0 +1,221 @@
+"""The likelihood `p(h | z)` of an embedding given a latent: its settings, its scale, its terms.
+
+The embedding is split into direction and radius, `h = r u`, the latent into `z = rho m`, and
+
+    log p(h | z) = log p_dir(u | m, s) + log p_rad(r | rho)   [ - n log r, constant in the parameters ]
+
+Equation numbers are those of `docs/mathematics.md`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
+
+from jevb_jax.paper import densities, domain, mass, sphere
+
+ScaleUnits = Literal["sphere", "unit"]
+SCALE_UNITS: tuple[ScaleUnits, ...] = ("sphere", "unit")
+Factorization = Literal["factorised", "unfactorised"]
+LIKELIHOODS: tuple[Factorization, ...] = ("factorised", "unfactorised")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["df", "radial_df", "radial_scale"],
+    meta_fields=["scale_units", "coordinates", "space", "tails", "normalized", "likelihood"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """What an embedding's density given a latent is made of (docs eq. 4, 6 and 16).
+
+    A pytree. Its three numbers are leaves, so they may be learned, traced or one for each example;
+    its choices are static. `dataclasses.replace` changes one of them.
+
+    Attributes:
+      df: degrees of freedom of the directional term, positive; `inf` is the Gaussian.
+      radial_df: the same for the radial term.
+      radial_scale: width of the radial term, positive: relative in `space` "log", else a length.
+      scale_units: what a posterior's deviation is worth on the unit sphere, see `likelihood_scale`.
+      coordinates: see `directional_log_prob`.
+      space: see `radial_log_prob`.
+      tails: see `directional_log_prob`.
+      normalized: whether the directional density is divided by its mass on the sphere.
+      likelihood: "factorised" into direction and radius, or "unfactorised": one Student-t about `z` in
+        `R^D` (docs eq. 16), which of these settings has `df` and
+        `scale_units` alone.
+
+    Raises:
+      ValueError: a choice that does not exist, feature-wise tails in stereographic coordinates.
+        Numbers are checked where they are used.
+    """
+
+    df: Real[ArrayLike, "*batch"]
+    radial_df: Real[ArrayLike, "*batch"]
+    radial_scale: Real[ArrayLike, "*batch"]
+    scale_units: ScaleUnits = "sphere"
+    coordinates: sphere.Coordinates = "chordal"
+    space: densities.Space = "log"
+    tails: mass.Tails = "joint"
+    normalized: bool = False
+    likelihood: Factorization = "factorised"
+
+    def __post_init__(self) -> None:
+        domain.choice("scale_units", self.scale_units, SCALE_UNITS)
+        domain.choice("space", self.space, densities.SPACES)
+        domain.choice("likelihood", self.likelihood, LIKELIHOODS)
+        mass.check_tails(self.tails, self.coordinates)
+
+    @property
+    def is_factorised(self) -> bool:
+        """Whether direction and radius have densities of their own."""
+        return self.likelihood == "factorised"
+
+
+def likelihood_scale(
+    posterior_scale: Real[ArrayLike, "*batch D"], *, scale_units: ScaleUnits = "sphere"
+) -> Float[Array, "*batch D"]:
+    """The tied scale of the directional term, `s_i = c_D sigma_i` (docs eq. 11).
+
+    Args:
+      posterior_scale: standard deviations of the latent, positive.
+      scale_units: "sphere": `c_D = 1/sqrt(D)`, the length of a latent deviation on the unit sphere,
+        since the prior's radius is near `sqrt(D)`. "unit": `c_D = 1`.
+
+    Raises:
+      ValueError: unknown `scale_units`, a known scale that is not positive. A traced one that is not
+        positive has the value NaN.
+    """
+    domain.choice("scale_units", scale_units, SCALE_UNITS)
+    (sigma,) = sphere.at_least_float32(posterior_scale)
+    sigma = domain.positive("posterior_scale", posterior_scale, sigma)
+    if sigma.ndim < 1:
+        raise ValueError(f"posterior_scale must be [..., D], got the number {posterior_scale}")
+    return sigma / float(np.sqrt(sigma.shape[-1])) if scale_units == "sphere" else sigma
+
+
+class LogLikelihood(NamedTuple):
+    """Terms of `log p(h | z)`, nats.
+
+    Attributes:
+      directional: `log p_dir(u | m, s)`, divided by the mass if the likelihood is normalized; the
+        whole of an unfactorised likelihood.
+      radial: `log p_rad(r | rho)`; zero if unfactorised.
+      log_mass: `log M(m, s)` (docs eq. 31); zero if unfactorised.
+    """
+
+    directional: Float[Array, "*batch"]
+    radial: Float[Array, "*batch"]
+    log_mass: Float[Array, "*batch"]
+
+
+def log_likelihood_terms(
+    embedding: Float[Array, "*batch D"],
+    latent: Float[Array, "*batch D"],
+    likelihood: Likelihood,
+    *,
+    scale_diag: Float[Array, "*batch D"],
+    location: Float[Array, "*batch D"] | None = None,
+) -> LogLikelihood:
+    """`log p_dir(u | m, s)` and `log p_rad(r | rho)` of embeddings given latents (docs eq. 4 and 6).
+
+    Args:
+      embedding: `h = r u`.
+      latent: `z = rho m`.
+      likelihood: its numbers are `[*batch]` or one for all.
+      scale_diag: `s`, in units of the sphere.
+      location: gives `m` in place of the latent, if there is one.
+    """
+    s, df = scale_diag, likelihood.df
+    if not likelihood.is_factorised:
+        loc = latent if location is None else location
+        whole = densities.multivariate_student_t_log_prob(embedding, loc=loc, scale_diag=s, df=df)
+        return LogLikelihood(whole, jnp.zeros_like(whole), jnp.zeros_like(whole))
+
+    u, r = sphere.polar_decomposition(embedding)
+    m, rho = sphere.polar_decomposition(latent)
+    if location is not None:
+        m, _ = sphere.polar_decomposition(location)
+    density: Any = {"df": df, "coordinates": likelihood.coordinates, "tails": likelihood.tails}
+    log_p_dir = densities.directional_log_prob(u, loc=m, scale_diag=s, **density)
+    # The mass is only looked at unless the density is divided by it: no gradient.
+    held = (lambda x: x) if likelihood.normalized else jax.lax.stop_gradient
+    log_mass = mass.directional_log_mass(held(s), loc=held(m), **density)
+    log_p_rad = densities.radial_log_prob(
+        r, loc=rho, scale=likelihood.radial_scale, df=likelihood.radial_df, space=likelihood.space
+    )
+    return LogLikelihood(
+        log_p_dir - log_mass if likelihood.normalized else log_p_dir, log_p_rad, log_mass
+    )
+
+
+def embedding_log_prob(
+    embedding: Real[ArrayLike, "*#batch D"],
+    latent: Real[ArrayLike, "*#batch D"],
+    likelihood: Likelihood,
+    *,
+    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
+) -> Float[Array, "*#batch"]:
+    """`log p(h | z)` as a density in `R^D`, with the polar Jacobian `-(D - 1) log r` (docs eq. 12).
+
+    The training objective leaves the Jacobian out: it is constant in the parameters. An unfactorised
+    likelihood is a density in `R^D` as it is, and has none.
+
+    Args:
+      embedding: `h`, not the zero vector.
+      latent: `z`.
+      likelihood: degrees of freedom and the like; its numbers broadcast against the batch.
+      scale_diag: `s`, scale of the directional term, in units of the sphere.
+
+    Returns:
+      Nats.
+
+    Raises:
+      ValueError: as `directional_log_prob` and `radial_log_prob`.
+    """
+    h, z, s, df, radial_df, radial_scale = sphere.at_least_float32(
+        embedding, latent, scale_diag, likelihood.df, likelihood.radial_df, likelihood.radial_scale
+    )
+    s = domain.positive("scale_diag", scale_diag, s)
+    numbers = checked_numbers(likelihood, df, radial_df, radial_scale)
+    h, z, s, df, radial_df, radial_scale = domain.broadcast(
+        {"embedding": h, "latent": z}, numbers, {"scale_diag": s}
+    )
+    likelihood = dataclasses.replace(
+        likelihood, df=df, radial_df=radial_df, radial_scale=radial_scale
+    )
+    log_p_dir, log_p_rad, _ = log_likelihood_terms(h, z, likelihood, scale_diag=s)
+    if not likelihood.is_factorised:
+        return log_p_dir
+    n, log_r = h.shape[-1] - 1, sphere.safe_log(sphere.safe_norm(h))
+    return log_p_dir + log_p_rad - n * log_r
+
+
+def checked_numbers(
+    likelihood: Likelihood,
+    df: Float[Array, "..."],
+    radial_df: Float[Array, "..."],
+    radial_scale: Float[Array, "..."],
+) -> dict[str, Float[Array, "..."]]:
+    """The numbers of a likelihood by name, cast and within their domain.
+
+    Args:
+      likelihood: with the numbers as they were given.
+      df: the same number as an array of a float type.
+      radial_df: likewise.
+      radial_scale: likewise.
+
+    Raises:
+      ValueError: a known number that is not positive. Traced ones become NaN.
+    """
+    return {
+        "df": domain.degrees_of_freedom("df", likelihood.df, df),
+        "radial_df": domain.degrees_of_freedom("radial_df", likelihood.radial_df, radial_df),
+        "radial_scale": domain.positive("radial_scale", likelihood.radial_scale, radial_scale),
+    }
