@@ -256,6 +256,7 @@ _SECTIONS: dict[str, dict[str, Domain]] = {
         "width": integer(0, note="0 = the network's own"),
         "stem": choice("cifar", "imagenet"),
         "zero_init_residual": BOOLEAN,
+        "batch_norm": choice("fused", "plain"),
         "patch_size": integer(1),
         "projector_hidden_dims": many(integer(1), minimum=1),
         "projector_normalizes_output": BOOLEAN,
