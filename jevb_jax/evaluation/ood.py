@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jevb_jax import sphere
 from jevb_jax.distributions import gaussian_kl_divergence
 from jevb_jax.objective import View, conditional_elbo, importance_weighted_bound
+from jevb_jax.tracing import is_traced
 
 # As in `classification`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -1045,7 +1045,7 @@ def _without_common_part(logits: ArrayLike) -> ArrayLike:
     dtype = _dtype(logits)
     is_integer = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
     is_long = dtype == np.float64 and not isinstance(logits, Array)
-    if isinstance(logits, Tracer) or not (is_integer or is_long) or 0 in (np.shape(logits) or (0,)):
+    if is_traced(logits) or not (is_integer or is_long) or 0 in (np.shape(logits) or (0,)):
         return logits
     values = np.asarray(logits)
     largest = np.max(values, axis=-1, keepdims=True)
@@ -1086,7 +1086,7 @@ def energy_score(logits: ArrayLike) -> Array:
 
 def _refuse_log_probabilities(logits: ArrayLike, energy: Array, num_classes: int) -> None:
     """Raises if the energies of several images are all zero, unless they are being compiled."""
-    if isinstance(energy, Tracer) or energy.size < 2:
+    if is_traced(energy) or energy.size < 2:
         return
     # A mean of C rounding errors of the type that was given.
     given = _dtype(logits)
