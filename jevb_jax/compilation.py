@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.core import Tracer
+
+from jevb_jax.paper.tracing import is_traced
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -173,7 +174,7 @@ def jit_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
     quick = jax.jit(function, compiler_options=_QUICK_ON_CPU)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
-        return (plain if is_traced or jax.default_backend() != "cpu" else quick)(*args, **kwargs)
+        is_plain = is_traced(args, kwargs) or jax.default_backend() != "cpu"
+        return (plain if is_plain else quick)(*args, **kwargs)
 
     return call

@@ -1360,9 +1360,12 @@ def _read_ahead(
         threads = min(prefetch_batches, 16)
         pipeline = steps.map(read).to_iter_dataset(grain.ReadOptions(threads, prefetch_batches))
         return workers.ReadAhead(iter(pipeline), num_workers)
-    if not flags.FLAGS.is_parsed():
-        # Grain's workers read absl flags, which only `app.run` parses: elsewhere, defaults.
-        flags.FLAGS.mark_as_parsed()
+    # Grain reads this flag of its own before it starts a worker, and absl refuses the flags of a
+    # program that does not parse any. Marked as given, it has its default; the program's own flags
+    # stay as they are.
+    profiling = "grain_enable_multiprocess_worker_profiling"
+    if profiling in flags.FLAGS:
+        flags.FLAGS[profiling].present = True
     carried = workers.Carried(read)
     pipeline = (
         steps.map(carried)

@@ -6,6 +6,7 @@ need to: the masked gradient is stored, and its sums are taken in two passes. He
 written out: one pass for both sums, one for the gradient of the input, and nothing stored between them
 but at the end of a block, where the shortcut needs the masked gradient anyway. The values are those of
 `flax.linen.BatchNorm`, `+ shortcut` and `flax.linen.relu`, bit for bit; gradients differ by rounding.
+JAX has no forward mode through a backward pass that is written out: `fused=False` leaves both to JAX.
 """
 
 import functools
@@ -58,6 +59,13 @@ def _minus(x: Array, mean: Array) -> Array:
     return x - _along(x, mean)
 
 
+def _plain(
+    x: Array, shortcut: Array | None, scale: Array, bias: Array, epsilon: float, relu: bool
+) -> tuple[Array, Array, Array]:
+    statistics = _moments(x)
+    return _output(x, shortcut, statistics, scale, bias, epsilon, relu), *statistics
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def batch_norm(
     x: Array, shortcut: Array | None, scale: Array, bias: Array, epsilon: float, relu: bool
@@ -83,8 +91,7 @@ def batch_norm(
 def _batch_norm_forward(
     x: Array, shortcut: Array | None, scale: Array, bias: Array, epsilon: float, relu: bool
 ) -> tuple[tuple[Array, Array, Array], Any]:
-    mean, var = _moments(x)
-    y = _output(x, shortcut, (mean, var), scale, bias, epsilon, relu)
+    y, mean, var = _plain(x, shortcut, scale, bias, epsilon, relu)
     # Without a shortcut the sign of the output is computed again from `x`, which is read anyway.
     return (y, mean, var), (x, None if shortcut is None else y, mean, var, scale, bias)
 
@@ -133,6 +140,20 @@ def _batch_norm_backward(
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
+def _fused(*arguments: Any) -> Any:
+    try:
+        # Inside of jax.jit the refusal of forward mode comes later, and says less: the setting that
+        # mends it is model.batch_norm = "plain" of a config, fused_batch_norm=False of a network.
+        return batch_norm(*arguments)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "the fused BatchNorm has no forward mode (jax.jvp, jax.jacfwd, jax.linearize): set "
+            'model.batch_norm = "plain" in the config, or fused_batch_norm=False of the network'
+        ) from error
+
+
 class BatchNorm(nn.Module):
     """`flax.linen.BatchNorm`'s parameters, statistics and values, with `+ shortcut` and ReLU.
 
@@ -142,6 +163,7 @@ class BatchNorm(nn.Module):
       dtype: of the computation and the output; statistics and parameters are float32.
       scale_init: makes the first scales.
       relu: whether the ReLU is applied.
+      fused: whether training's backward pass is `batch_norm`'s, in reverse mode alone, or JAX's.
     """
 
     momentum: float
@@ -149,6 +171,7 @@ class BatchNorm(nn.Module):
     dtype: DTypeLike
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     relu: bool = True
+    fused: bool = True
 
     @nn.compact
     def __call__(self, x: Array, shortcut: Array | None = None, *, train: bool) -> Array:
@@ -158,6 +181,9 @@ class BatchNorm(nn.Module):
           x: any type; it is rounded to `dtype` first.
           shortcut: added before the ReLU, same shape.
           train: the batch's statistics, and their running update, or the running ones.
+
+        Raises:
+          TypeError: forward mode through the fused form.
         """
         shape = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
@@ -169,8 +195,8 @@ class BatchNorm(nn.Module):
         if not train:
             statistics = (running_mean.value, running_var.value)
             return _output(x, shortcut, statistics, scale, bias, self.epsilon, self.relu)
-        outputs: Any = batch_norm(x, shortcut, scale, bias, self.epsilon, self.relu)
-        y, mean, var = outputs
+        form = _fused if self.fused else _plain
+        y, mean, var = form(x, shortcut, scale, bias, self.epsilon, self.relu)
         if not self.is_initializing():
             running_mean.value = self._updated(running_mean.value, mean)
             running_var.value = self._updated(running_var.value, var)

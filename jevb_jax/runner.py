@@ -116,13 +116,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None  # run from a checkout that is not installed
-    root = Path(__file__).resolve().parent.parent
-    git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
-    try:
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
-        is_dirty = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout)
-    except FileNotFoundError:  # no git on this machine
-        commit, is_dirty = None, False
+    commit, is_dirty = _own_commit(Path(__file__).resolve())
     return {
         "command": sys.argv,
         "commit": commit,
@@ -133,6 +127,27 @@ def environment() -> dict[str, Any]:
         "devices": [device.device_kind for device in jax.devices()],
         "backend": jax.default_backend(),
     }
+
+
+def _own_commit(file: Path) -> tuple[str | None, bool]:
+    """The commit of a source file and whether tracked files differ from it; None of an installed one.
+
+    An installed package lies in the repository of whoever uses it, under `.venv` for instance, and that
+    repository does not track it: its commit would be another project's.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=False
+        )
+
+    try:
+        if git("ls-files", "--error-unmatch", file.name).returncode != 0:
+            return None, False
+        is_dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout)
+        return git("rev-parse", "HEAD").stdout.strip() or None, is_dirty
+    except FileNotFoundError:  # no git on this machine
+        return None, False
 
 
 def _read_environment(workdir: Path) -> dict[str, Any]:

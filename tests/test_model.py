@@ -755,6 +755,7 @@ def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_
     for section, name in (
         ("model", "head_input"),
         ("model", "zero_init_residual"),
+        ("model", "batch_norm"),
         ("jevb", "tails"),
         ("jevb", "normalized"),
         ("ood", "mixture_df"),

@@ -464,6 +464,7 @@ def arguments(**changes):
         "initial_radial_scale": 0.3,
         "dtype": "float32",
         "zero_init_residual": False,
+        "batch_norm": "fused",
         **changes,
     }
 
@@ -880,6 +881,7 @@ def test_projector_variance_survives_a_nearly_constant_input():
         ({"initial_scale": math.nan}, "initial_scale"),
         ({"min_scale": -1.0}, "initial_scale"),
         ({"initial_radial_scale": 1e-3}, "initial_radial_scale"),
+        ({"batch_norm": "fast"}, 'must be "fused" or "plain"'),
     ],
 )
 def test_make_model_refuses(changes, message):
@@ -927,3 +929,85 @@ def test_heads_refuse_one_training_example_and_other_ranks(module):
         module.apply(variables, one, train=True, mutable=["batch_stats"])
     with pytest.raises(ValueError, match=r"\[batch, features\]"):
         module.apply(variables, jnp.ones((2, 2, 4)), train=False)
+
+
+def scalar_of_training(model, images):
+    """A function of parameters: a weighted sum of all that a training pass returns."""
+    variables = random_variables(model, images)
+    apply: Any = model.apply
+
+    def outputs(params):
+        return apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+
+    shapes = jax.tree.leaves(jax.eval_shape(outputs, variables["params"]))
+    weights = [normal(index, *leaf.shape) for index, leaf in enumerate(shapes)]
+
+    def scalar(params):
+        leaves = jax.tree.leaves(outputs(params))
+        return sum(jnp.vdot(w, leaf) for w, leaf in zip(weights, leaves, strict=True))
+
+    return scalar, variables["params"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "width", "head"),
+    [
+        ("resnet8", 4, "posterior"),
+        pytest.param("resnet18", 4, "vector", marks=pytest.mark.slow),
+        ("convnet", 4, "direction"),
+        ("vit_tiny", 12, "none"),
+    ],
+)
+def test_forward_mode_of_every_network_agrees_with_reverse_mode(backbone, width, head):
+    options = arguments(backbone=backbone, width=width, head=head)
+    plain, fused = (
+        networks.make_model(**{**options, "batch_norm": kind}) for kind in ("plain", "fused")
+    )
+    images = normal(0, 4, 16, 16, 3)
+    forward, params = scalar_of_training(plain, images)
+    reverse, same_params = scalar_of_training(fused, images)
+    jax.tree.map(np.testing.assert_array_equal, params, same_params)
+    rng = np.random.default_rng(5)
+    directions = [
+        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
+        for _ in range(2)
+    ]
+
+    def along(steps):
+        return forward(
+            jax.tree.map(lambda p, u, v: p + steps[0] * u + steps[1] * v, params, *directions)
+        )
+
+    @jax.jit
+    def derivatives():
+        tangent = jax.jvp(forward, (params,), (directions[0],))[1]
+        return jax.jacfwd(along)(jnp.zeros(2)), tangent, jax.grad(reverse)(params)
+
+    found, tangent, gradient = derivatives()
+    expected = [
+        sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, u)), strict=True))
+        for u in directions
+    ]
+    norm, *lengths = (
+        np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
+        for tree in (gradient, *directions)
+    )
+    # Between random directions the cosine is some 1 / sqrt(parameters), 0.005 and more here.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * norm * max(lengths))
+    np.testing.assert_allclose(tangent, found[0], rtol=0, atol=1e-5 * norm * lengths[0])
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "convnet"])
+def test_forward_mode_through_fused_batch_norm_says_what_to_set(backbone):
+    module, images = TINY_BACKBONES[backbone], normal(0, 2, 8, 8, 3)
+    variables = random_variables(module, images)
+    for train in (False, True):
+
+        def output(images, train=train):
+            return module.apply(variables, images, train=train, mutable=["batch_stats"])[0]
+
+        if train:
+            with pytest.raises(TypeError, match=r'model\.batch_norm = "plain".*fused_batch_norm'):
+                jax.jvp(output, (images,), (images,))
+        else:
+            jax.jvp(output, (images,), (images,))

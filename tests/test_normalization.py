@@ -152,12 +152,12 @@ def test_second_derivatives_in_reverse_mode():
     assert distance(mine, theirs) < 1e-10
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("train", "fused"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_module_is_that_of_flax(train, dtype):
+def test_module_is_that_of_flax(train, fused, dtype):
     rng = np.random.default_rng(1)
     x, shortcut = (jnp.asarray(rng.normal(size=SHAPE), jnp.float32) for _ in range(2))
-    mine = normalization.BatchNorm(0.8, EPSILON, dtype)
+    mine = normalization.BatchNorm(0.8, EPSILON, dtype, fused=fused)
     theirs = nn.BatchNorm(momentum=0.8, epsilon=EPSILON, dtype=dtype)
     variables = mine.init(jax.random.key(0), x, train=True)
     initial = theirs.init(jax.random.key(0), x, use_running_average=False)

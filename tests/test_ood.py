@@ -668,7 +668,7 @@ def test_counts_are_integers_and_a_wrong_one_spoils_no_right_one(bad):
         (ood.fit_residual, "num_components"),
         (ood.fit_ssd, "num_clusters"),
     ):
-        with pytest.raises(ValueError, match=f"{name} must be an integer"):
+        with pytest.raises(TypeError, match=f"{name} must be one whole number"):
             fit(train, **{name: bad})
     for k in (np.int64(7), 7):
         assert np.all(np.isfinite(ood.fit_knn(train, k=k)(train[:2])))  # pyright: ignore[reportArgumentType]

@@ -304,11 +304,15 @@ def test_refuses():
             ood_metrics(good, good, **keywords)
     with pytest.raises(ValueError, match="level must be in"):
         bootstrap_intervals(good, good, num_resamples=2, seed=0, level=0.0)
-    for num_resamples, message in ((0, "at least 1"), (20.0, "an integer"), (True, "an integer")):
-        with pytest.raises(ValueError, match=f"num_resamples must be {message}"):
+    for num_resamples, error, message in (
+        (0, ValueError, "at least 1"),
+        (20.0, TypeError, "one whole number"),
+        (True, TypeError, "one whole number"),
+    ):
+        with pytest.raises(error, match=f"num_resamples must be {message}"):
             bootstrap_intervals(good, good, num_resamples=num_resamples, seed=0)  # pyright: ignore[reportArgumentType]
-    for seed in (None, -1, 1.0):
-        with pytest.raises(ValueError, match="seed must be"):
+    for seed, error in ((None, TypeError), (-1, ValueError), (1.0, TypeError)):
+        with pytest.raises(error, match="seed must be"):
             bootstrap_intervals(good, good, num_resamples=2, seed=seed)  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=2, seed=jnp.int32(0))  # pyright: ignore[reportArgumentType]
     bootstrap_intervals(good, good, num_resamples=np.int64(2), seed=0)  # pyright: ignore[reportArgumentType]

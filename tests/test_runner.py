@@ -843,3 +843,27 @@ def test_batches_are_those_of_a_longer_run_from_any_step():
     first = data.stream_batches(source, start_step=0, num_steps=7, batch_size=8, seed=3)
     rest = data.stream_batches(source, start_step=7, num_steps=5, batch_size=8, seed=3)
     np.testing.assert_array_equal([*first, *rest], [*whole])
+
+
+def test_the_commit_of_a_run_is_that_of_the_package_and_of_no_project_around_it(tmp_path):
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false", *arguments],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+
+    own = tmp_path / "jevb_jax" / "runner.py"
+    installed = tmp_path / ".venv" / "jevb_jax" / "runner.py"
+    for file in (own, installed):
+        file.parent.mkdir(parents=True)
+        file.write_text("x = 1\n")
+    assert runner._own_commit(own) == (None, False)  # no repository
+    git("init", "--quiet")
+    git("add", str(own))
+    git("commit", "--quiet", "-m", "x")
+    commit = git("rev-parse", "HEAD")
+    assert runner._own_commit(own) == (commit, False)
+    own.write_text("x = 2\n")
+    assert runner._own_commit(own) == (commit, True)
+    assert runner._own_commit(installed) == (None, False)
+    assert set(runner.environment()) >= {"commit", "uncommitted_changes", "versions"}

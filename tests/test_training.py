@@ -45,6 +45,7 @@ def model():
         head="posterior",
         head_input="direction",
         zero_init_residual=False,
+        batch_norm="fused",
         head_hidden_dim=8,
         initial_scale=1.0,
         min_scale=1e-3,

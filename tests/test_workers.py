@@ -231,3 +231,35 @@ def command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+OWN_FLAGS = """
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from absl import flags
+from jevb_jax import data
+
+flags.DEFINE_integer("own", 3, "")
+
+if __name__ == "__main__":
+    source = data.ArraySource(np.zeros((16, 4, 4, 3), np.uint8))
+    stream = data.stream_batches(
+        source, start_step=0, num_steps=2, batch_size=8, seed=0, num_workers=1
+    )
+    print(len(list(stream)))
+    try:
+        print(flags.FLAGS.own)
+    except flags.UnparsedFlagAccessError:
+        print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_workers_leave_the_flags_of_a_program_that_parsed_none(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(OWN_FLAGS.format(root=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.stdout.split() == ["2", "refused"], done.stderr

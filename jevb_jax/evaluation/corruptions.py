@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.scipy.ndimage import map_coordinates
 
 from jevb_jax import augmentations
 from jevb_jax.evaluation import arguments
+from jevb_jax.paper.tracing import is_traced
 
 NUM_SEVERITIES = 5
 _BATCH_SIZE = 500  # images corrupted at once
@@ -41,7 +41,7 @@ def _checked_severity(severity: Any) -> int:
 
 def _level(table: tuple[float, ...], severity: int | Array) -> Any:
     """A number, or an array of a severity that is traced: one program is then compiled for all five."""
-    if not isinstance(severity, Tracer):
+    if not is_traced(severity):
         return table[_checked_severity(severity) - 1]
     return jnp.asarray(table, jnp.float32)[severity - 1]
 

@@ -24,7 +24,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax.evaluation.ood import DegenerateFeaturesError, checked_count, real_matrix
+from jevb_jax.evaluation import arguments
+from jevb_jax.evaluation.ood import DegenerateFeaturesError, real_matrix
 from jevb_jax.paper import densities, mass, sphere
 
 # As in `ood`: a bfloat16 product would reorder images on an accelerator.
@@ -376,8 +377,8 @@ def _queries(
             f"embedding must be {components.location.shape} as the posterior means, got {h.shape}"
         )
     num_images = _at_least_two(len(h))
-    num_queries = checked_count("num_queries", num_queries)
-    seed = checked_count("seed", seed, least=0)
+    num_queries = arguments.whole_number("num_queries", num_queries, at_least=1)
+    seed = arguments.whole_number("seed", seed, at_least=0)
     largest = float(jnp.finfo(components.dtype).max)
     num_large = int(np.sum((np.abs(h) > largest).any(axis=1)))
     if num_large:

@@ -14,7 +14,6 @@ infinite, which is infinitely strange.
 import dataclasses
 import functools
 import math
-import operator
 import os
 import sys
 import warnings
@@ -26,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jevb_jax.evaluation import arguments
 from jevb_jax.paper import sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.paper.objective import Location, View, conditional_elbo, importance_weighted_bound
+from jevb_jax.paper.tracing import is_traced
 
 # As in `classification`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -52,38 +52,6 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 # --- What is given --------------------------------------------------------------------------------
-
-
-def checked_count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
-    """A setting that counts something, as a Python integer.
-
-    A float that equals an integer is refused with the others: as a static field of a compiled function
-    it would be taken for that integer, and fail in its place later on.
-
-    Args:
-      name: of the setting, for the message.
-      value: an integer of Python, NumPy or JAX.
-      least: smallest value that is taken.
-      most: largest, or None.
-
-    Returns:
-      The integer.
-
-    Raises:
-      ValueError: no integer, a bool, or out of range.
-    """
-    try:
-        count = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
-        count = None
-    if count is None:
-        raise ValueError(
-            f"{name} must be an integer, got {value!r} ({type(value).__name__}): give int({name})"
-        )
-    if count < least or (most is not None and count > most):
-        limits = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {limits}, got {count}")
-    return count
 
 
 def checked_share(name: str, value: Any) -> float:
@@ -233,7 +201,7 @@ def uncertainty_terms(
     num_views, _, dim = shapes["embedding"]
     if num_views < 1:
         raise ValueError(f"terms need at least 1 view, the first axis of views, got {shapes}")
-    num_samples = checked_count("num_samples", num_samples)
+    num_samples = arguments.whole_number("num_samples", num_samples, at_least=1)
     views = View(*sphere.at_least_float32(*views))
     mean, scale = views.posterior_mean, views.posterior_scale
     if untied_scale is not None:
@@ -566,7 +534,8 @@ def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
       A score, features `[N, F]` to `[N]`, in `[0, 2]`.
 
     Raises:
-      ValueError: not two axes, values that are not finite, `k` no integer or out of range.
+      ValueError: not two axes, values that are not finite, `k` out of range.
+      TypeError: `k` that is not an integer.
     """
     values = _checked("features", features)
     k = _checked_k(k, len(values))
@@ -610,7 +579,7 @@ def _checked_k(k: Any, num_images: int) -> int:
 
 def _at_most(name: str, value: Any, most: int, what: str) -> int:
     """A count in [1, most]; more than the images allow is their fault, and not the setting's alone."""
-    count = checked_count(name, value, least=-sys.maxsize)
+    count = arguments.whole_number(name, value)
     if not 1 <= count <= most:
         kind = ValueError if count < 1 else DegenerateFeaturesError
         raise kind(f"{name} must be in [1, {most}], {what}, got {count}")
@@ -856,8 +825,9 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
       A score, features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; `num_clusters` no integer, fewer images than two for each
-        cluster, or a cluster of one; a seed that is not an integer of 32 bits, at least 0.
+      ValueError: as `fit_mahalanobis`; fewer images than two for each cluster, or a cluster of one; a
+        seed outside [0, 2**32).
+      TypeError: `num_clusters` or a seed that is not an integer.
 
     Warns:
       FewImagesWarning: a cluster of fewer images than features.
@@ -866,7 +836,7 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
     num_clusters = _at_most(
         "num_clusters", num_clusters, len(values) // 2, "half the fitted images"
     )
-    seed = checked_count("seed", seed, least=0, most=2**32 - 1)
+    seed = arguments.whole_number("seed", seed, at_least=0, at_most=2**32 - 1)
     # As they will be scored: what float32 loses is no small variance, where features have much in common.
     scored, _ = _polar_decomposition(np.asarray(values, np.float32))
     directions = np.asarray(scored, np.float64)
@@ -955,7 +925,8 @@ def fit_residual(
       A score, features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; `num_components` no integer or out of range; an origin that is
+      TypeError: `num_components` that is not an integer.
+      ValueError: as `fit_mahalanobis`; `num_components` out of range; an origin that is
         not `[F]` and finite.
 
     Warns:
@@ -985,7 +956,7 @@ def _checked_residual(
         raise DegenerateFeaturesError(
             "a residual needs at least 2 features, one of them outside the subspace, got 1"
         )
-    count = checked_count("num_components", num_components)
+    count = arguments.whole_number("num_components", num_components, at_least=1)
     if count >= num_features:
         raise ValueError(
             f"num_components must be in [1, {num_features - 1}], below the number of features, "
@@ -1054,7 +1025,7 @@ def _without_common_part(logits: ArrayLike) -> ArrayLike:
     dtype = _dtype(logits)
     is_integer = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
     is_long = dtype == np.float64 and not isinstance(logits, Array)
-    if isinstance(logits, Tracer) or not (is_integer or is_long) or 0 in (np.shape(logits) or (0,)):
+    if is_traced(logits) or not (is_integer or is_long) or 0 in (np.shape(logits) or (0,)):
         return logits
     values = np.asarray(logits)
     largest = np.max(values, axis=-1, keepdims=True)
@@ -1095,7 +1066,7 @@ def energy_score(logits: ArrayLike) -> Array:
 
 def _refuse_log_probabilities(logits: ArrayLike, energy: Array, num_classes: int) -> None:
     """Raises if the energies of several images are all zero, unless they are being compiled."""
-    if isinstance(energy, Tracer) or energy.size < 2:
+    if is_traced(energy) or energy.size < 2:
         return
     # A mean of C rounding errors of the type that was given.
     given = _dtype(logits)

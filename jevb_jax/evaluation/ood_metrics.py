@@ -17,7 +17,8 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike
 
-from jevb_jax.evaluation.ood import checked_count, checked_share
+from jevb_jax.evaluation import arguments
+from jevb_jax.evaluation.ood import checked_share
 
 _CHUNK_NUMBERS = 2**15  # of resampled counts worked on at once, few enough for a core's cache
 
@@ -215,9 +216,9 @@ def bootstrap_intervals(
       Lower and upper ends.
 
     Raises:
-      ValueError: as `ood_metrics`; `level` outside (0, 1); `num_resamples` or `seed` no integer or out
+      ValueError: as `ood_metrics`; `level` outside (0, 1); `num_resamples` or `seed` out
         of range.
-      TypeError: as `ood_metrics`.
+      TypeError: as `ood_metrics`; `num_resamples` or `seed` that is not an integer.
     """
     inside, outside = (
         _checked("inside_scores", inside_scores),
@@ -256,8 +257,8 @@ def bootstrap_intervals_of_scores(
       TypeError: as there.
     """
     tpr, level = checked_share("tpr", tpr), checked_share("level", level)
-    num_resamples = checked_count("num_resamples", num_resamples)
-    seed = checked_count("seed", seed, least=0)
+    num_resamples = arguments.whole_number("num_resamples", num_resamples, at_least=1)
+    seed = arguments.whole_number("seed", seed, at_least=0)
     inside = [_checked("inside_scores", scores) for scores in inside_scores]
     outside = [_checked("outside_scores", scores) for scores in outside_scores]
     for name, scores in (("inside_scores", inside), ("outside_scores", outside)):

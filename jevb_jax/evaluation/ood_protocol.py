@@ -54,8 +54,8 @@ class ScoreSettings:
       mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
 
     Raises:
-      ValueError: counts that are no integers or below one, a share outside (0, 1), degrees of freedom
-        that are not positive.
+      ValueError: counts below one, a share outside (0, 1), degrees of freedom that are not positive.
+      TypeError: counts that are not integers, degrees of freedom that are not a number.
     """
 
     knn_k: tuple[int, ...]
@@ -68,14 +68,11 @@ class ScoreSettings:
             given = getattr(self, name)
             if arguments.is_single(given) or isinstance(given, str):
                 raise ValueError(f"ood.{name} must be a sequence, for example (5,), got {given!r}")
-            counts = tuple(ood.checked_count(f"ood.{name}", x) for x in given)
+            counts = tuple(arguments.whole_number(f"ood.{name}", x, at_least=1) for x in given)
             object.__setattr__(self, name, counts)
         share = ood.checked_share("ood.residual_share", self.residual_share)
         object.__setattr__(self, "residual_share", share)
-        try:
-            df = arguments.real_number("ood.mixture_df", self.mixture_df)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        df = arguments.real_number("ood.mixture_df", self.mixture_df)
         if not df > 0:
             raise ValueError(f"ood.mixture_df must be positive, got {df}")
         object.__setattr__(self, "mixture_df", df)
@@ -497,9 +494,10 @@ def score_features(
       `[N]` by the score's name.
 
     Raises:
-      ValueError: `batch_size` no integer or below one.
+      ValueError: `batch_size` below one.
+      TypeError: it is not an integer.
     """
-    batch_size = ood.checked_count("batch_size", batch_size)
+    batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
     num_images = len(features.representation)
     batch_size = useful_batch_size(batch_size, num_images)
     unlabelled = features._replace(labels=None)
@@ -772,9 +770,10 @@ def fit_rows(num_images: int, most: int) -> np.ndarray:
       `[M]` row numbers.
 
     Raises:
-      ValueError: `most` no integer or below zero.
+      ValueError: `most` below zero.
+      TypeError: it is not an integer.
     """
-    most = ood.checked_count("ood.max_fit_images", most, least=0)
+    most = arguments.whole_number("ood.max_fit_images", most, at_least=0)
     if not 0 < most < num_images:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(0).permutation(num_images)[:most])

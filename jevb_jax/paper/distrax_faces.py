@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, Real
 from tensorflow_probability.substrates import jax as tfp
 
 from jevb_jax.paper import densities, domain, special, sphere
+from jevb_jax.paper.tracing import is_traced
 
 
 def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[Array]:
@@ -26,8 +26,7 @@ def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[A
     NumPy's rules, by way of positions: an index that is out of range is an error, where JAX clips it.
     """
     size = math.prod(batch_shape)
-    is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(index))
-    positions = (jnp if is_traced else np).arange(size).reshape(batch_shape)
+    positions = (jnp if is_traced(index) else np).arange(size).reshape(batch_shape)
     try:
         positions = positions[index]
     except IndexError as error:
@@ -291,7 +290,7 @@ def _power_spherical_kl(
         {"concentration of the first": k, "concentration of the second": other},
     )
     is_known = (other == 0) | jnp.all(first_loc == second_loc, axis=-1)
-    if not isinstance(is_known, Tracer) and not np.all(is_known):
+    if not is_traced(is_known) and not np.all(is_known):
         raise NotImplementedError(
             "KL between power spherical distributions is known in closed form where the second is "
             "uniform (concentration zero) or both have the same loc; elsewhere estimate it as the mean "

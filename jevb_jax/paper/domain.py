@@ -6,13 +6,13 @@ cannot be refused: outside of its domain it is read as NaN, so that no wrong num
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
+
+from jevb_jax.paper.tracing import is_traced
 
 # The rounding of bfloat16 vectors is 0.004; whoever forgot to normalize is further off.
 _UNIT_TOLERANCE = 0.02
@@ -20,7 +20,7 @@ _UNIT_TOLERANCE = 0.02
 
 def _known(value: ArrayLike) -> np.ndarray | None:
     """The value as NumPy has it, or None where it is traced or lies on other hosts."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+    if is_traced(value):
         return None
     if not getattr(value, "is_fully_addressable", True):
         return None
@@ -124,7 +124,7 @@ def whole_number(name: str, value: ArrayLike, minimum: int) -> int:
       ValueError: it has a fraction, or is below `minimum`.
     """
     # Arrays of one whole number are counts too; a traced one is not known.
-    if isinstance(value, (np.ndarray, Array)) and not isinstance(value, Tracer) and not value.ndim:
+    if isinstance(value, (np.ndarray, Array)) and not is_traced(value) and not value.ndim:
         value = value.item()
     is_number = isinstance(value, (int, float, np.integer, np.floating))
     if not is_number or not float(value).is_integer() or value < minimum:

@@ -14,7 +14,7 @@ _VERSION_KEY = "version"
 _BEFORE: dict[str, dict[str, Any]] = {
     "data": {"max_image_pixels": pictures.MAX_PIXELS},
     "input": {"accept_changed_data": False},
-    "model": {"zero_init_residual": True, "head_input": "embedding"},
+    "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
     "train": {"extend": False, "knn_every_epochs": 0},

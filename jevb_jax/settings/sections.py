@@ -130,6 +130,7 @@ class ModelSection:
     width: Annotated[int, integer(0, note="0 = the network's own")]
     stem: Annotated[str, choice("cifar", "imagenet")]
     zero_init_residual: Flag
+    batch_norm: Annotated[Literal["fused", "plain"], choice("fused", "plain")]
     patch_size: Annotated[int, integer(1)]
     projector_hidden_dims: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
     projector_normalizes_output: Flag
