@@ -107,9 +107,3 @@ def test_changelog_and_citation_have_the_package_version():
     assert version is not None
     for name in ("CHANGELOG.md", "CITATION.cff", "pyproject.toml"):
         assert version[1] in (ROOT / name).read_text(encoding="utf-8"), name
-
-
-def test_every_subpackage_is_packaged():
-    listed = set(re.findall(r'"(jevb_jax[\w.]*)"', (ROOT / "pyproject.toml").read_text()))
-    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
-    assert {".".join(folder.parts) for folder in folders} <= listed
