@@ -3,6 +3,7 @@
 import types
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -33,7 +34,9 @@ def images(count: int, *, has_labels: bool = True) -> data.ArraySource:
 def features(count: int, labels: Any) -> Features:
     values = RNG.normal(size=(count, 5)).astype(np.float32)
     scale = np.exp(RNG.normal(size=(count, 5)))
-    return Features(values, values + 1, Posterior(values, scale), None, labels)
+    return Features(
+        values, values + 1, Posterior(jnp.asarray(values), jnp.asarray(scale)), None, labels
+    )
 
 
 def make(*, method: str = "jevb", has_labels: bool = True, has_ood: bool = True) -> Any:
