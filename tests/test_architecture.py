@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
+USERS_OF_REPORT = ("runner",)
 CONFIG_DOORS = ("command_line", "experiment", "runner")
 
 
@@ -60,6 +61,25 @@ def test_no_import_cycles():
         free = {name for name in graph if name not in done and graph[name] <= done}
         assert free, f"a cycle among {sorted(set(graph) - done)}"
         done |= free
+
+
+def test_report_is_the_top_floor_and_draws_only():
+    """It computes no number: no networks, no search, no area under a curve."""
+    for name, path in modules().items():
+        if name.startswith("report."):
+            roots = {imported.split(".")[0] for imported in imports(path)}
+            assert not roots & {"jax", "flax", "optax", "sklearn", "scipy"}, name
+            computing = ("classification", "features", "ood", "mixture", "networks", "model")
+            for module in computing:
+                assert not {f"jevb_jax.{module}", f"jevb_jax.evaluation.{module}"} & imports(path)
+        elif name not in USERS_OF_REPORT:
+            assert not any(one.startswith("jevb_jax.report") for one in imports(path)), name
+
+
+def test_files_of_report_are_short():
+    for path in (PACKAGE / "report").iterdir():
+        if path.is_file():
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path.name
 
 
 def test_training_starts_without_what_only_its_end_needs():

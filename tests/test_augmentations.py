@@ -646,3 +646,19 @@ def test_bad_images_and_arguments():
     bad: Any = "area"
     with pytest.raises(ValueError, match="interpolation"):
         aug.resized_crop(photographs()[0], 0, 0, 4, 4, size=4, interpolation=bad)
+
+
+def test_visible_views_are_the_views_before_they_are_normalized():
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    plain = aug.ViewAugmentation(
+        size=8, mean=(0.0,) * 3, std=(1.0,) * 3, jitter_probability=0.0, grayscale_probability=0.0
+    )
+    shifted = dataclasses.replace(plain, mean=(0.5, 0.25, 0.1), std=(0.25, 0.5, 2.0))
+    first, second = aug.visible_views(images, (plain, plain), seed=3)
+    keys = jax.random.split(jax.random.key(3), 3)
+    expected = aug.multi_view(keys, images, (plain, plain))
+    np.testing.assert_allclose(first, expected[0], atol=1e-6)
+    np.testing.assert_allclose(second, expected[1], atol=1e-6)
+    np.testing.assert_allclose(aug.visible_views(images, (shifted,), seed=3)[0], first, atol=1e-6)
+    assert np.abs(first - second).max() > 0.1
+    assert 0 <= first.min() < first.max() <= 1

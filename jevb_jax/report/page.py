@@ -2,7 +2,7 @@
 
 No scripts and no references to other files: figures and images are PNGs inside the page. The same
 arguments give the same bytes with the same matplotlib. What there is nothing of leaves no trace on
-the page. `page.html.j2` has the markup, `style.css` the looks; this module prepares their words.
+the page. The templates have the markup, `style.css` the looks; this module prepares their words.
 """
 
 import base64
@@ -49,7 +49,7 @@ class _Photo(NamedTuple):
 
 
 class _Section(NamedTuple):
-    """A part of the page; `content` is what the macro of that name in the template takes."""
+    """A part of the page; `content` is what the macro of that name in the templates takes."""
 
     name: str
     title: str

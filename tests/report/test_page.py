@@ -1,9 +1,9 @@
 import base64
-import dataclasses
 import html.parser
 import io
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,28 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
-from sklearn.decomposition import PCA
 
-from jevb_jax.report import page as hr
+from jevb_jax.evaluation.evidence import (
+    EmbeddingMap,
+    Evidence,
+    Neighbors,
+    ScoredImages,
+    SeverityCurve,
+    embedding_map,
+    separation,
+)
+from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.health import AlarmPeriod
+from jevb_jax.report import page as page_module
 
 # Markup, and mathematics that matplotlib cannot read.
 HOSTILE = """ $x^$<script src="http://a.b/c">&'"</script><img src=x>"""
 VOID = {"meta", "img", "wbr"}
+
+
+def squeeze(text: str) -> str:
+    """As a browser shows it: runs of spaces are one."""
+    return " ".join(text.split())
 
 
 class Page(html.parser.HTMLParser):
@@ -52,7 +67,7 @@ class Page(html.parser.HTMLParser):
 
     def texts(self, *tags: str, class_: str | None = None) -> list[str]:
         return [
-            "".join(text)
+            squeeze("".join(text))
             for tag, attributes, text in self.elements
             if tag in tags and class_ in (None, attributes.get("class"))
         ]
@@ -61,9 +76,21 @@ class Page(html.parser.HTMLParser):
         return [attributes for name, attributes, _ in self.elements if name == tag]
 
 
-def write(directory: Path, report: hr.RunReport) -> Page:
+NOTHING: dict[str, Any] = {
+    "title": "t",
+    "results": {"step": 7, "split": "test", "trained": []},
+    "evidence": Evidence(),
+    "records": (),
+    "alarms": None,
+    "config": {},
+    "environment": {"command": []},
+}
+SUBTITLE = "step 7, test split"
+
+
+def write(directory: Path, **given: Any) -> Page:
     path = directory / "report.html"
-    hr.write_html_report(path, report)
+    page_module.write_page(path, **NOTHING | given)
     assert [file.name for file in directory.iterdir()] == ["report.html"]
     return Page(path.read_text(encoding="utf-8"))
 
@@ -81,26 +108,80 @@ IMAGES = (DIGITS.images * (255 / 16)).astype(np.uint8)[..., None]
 LABELS = DIGITS.target[:300]
 SCALE = np.exp(RNG.normal(size=(40, 6)))
 UNCERTAINTY = RNG.gamma(2, size=300)
-SEVERITY = hr.SeverityCurve(
+SEVERITY = SeverityCurve(
     "blur" + HOSTILE,
     severity=np.arange(4),
     mean=np.array([1.0, 2.0, 3.0, 5.0]),
     lower_quartile=np.array([0.5, 1.0, 2.0, 4.0]),
     upper_quartile=np.array([1.5, 3.0, 4.0, 6.0]),
 )
-# Ties within and between; the last set has far tails.
+# Ties within and between; the last set has far tails, and is compared with the first images only.
 INSIDE = np.round(RNG.normal(size=200), 1)
 OUTSIDE = {
     "near" + HOSTILE: np.round(RNG.normal(0.5, size=150), 1),
     "_far": np.concatenate([np.round(RNG.normal(2, size=80), 1), [1e9] * 20]),
 }
-ROWS = [
-    hr.OodRow("a" + HOSTILE, "set 1", "near" + HOSTILE, 0.9, (0.85, 0.95), 0.81, 0.82, 0.31, 0.32),
-    hr.OodRow("a" + HOSTILE, "set 2", "far", 0.4),
-    hr.OodRow("b", "set 1", "near" + HOSTILE, 0.90004),
-    hr.OodRow("b", "set 3", "far", 0.7),
-    hr.OodRow("b", "set 2", "far", 0.6),
+INSIDE_OF = {"near" + HOSTILE: INSIDE, "_far": INSIDE[:120]}
+
+
+def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
+    ranks = stats.rankdata(np.concatenate([inside, outside]))[len(inside) :]
+    m = len(outside)
+    return (ranks.sum() - m * (m + 1) / 2) / (len(inside) * m)
+
+
+SEPARATIONS = [
+    separation(name, INSIDE_OF[name], outside, auroc=auroc(INSIDE_OF[name], outside))
+    for name, outside in OUTSIDE.items()
 ]
+
+
+def set_row(score: str, outside: str, group: str, value: float, **ends: Any) -> dict[str, Any]:
+    metrics = {
+        "aupr_out": 0.81,
+        "aupr_in": 0.82,
+        "fpr95_outside_positive": 0.31,
+        "fpr95_inside_positive": 0.32,
+    }
+    return {"score": score, "outside": outside, "group": group, "auroc": value, **metrics, **ends}
+
+
+ROWS = [
+    set_row(
+        *("a" + HOSTILE, "set 1", "near" + HOSTILE, 0.9), low={"auroc": 0.85}, high={"auroc": 0.95}
+    ),
+    set_row("a" + HOSTILE, "set 2", "far", 0.4),
+    set_row("b", "set 1", "near" + HOSTILE, 0.90004),
+    set_row("b", "set 3", "far", 0.7),
+    set_row("b", "set 2", "far", 0.6),
+]
+
+
+def measured(name: str, features: str, value: float, protocol: str = "") -> dict[str, Any]:
+    return {"name": name, "features": features, "value": value, "protocol": protocol}
+
+
+RESULTS = {
+    "step": 1500,
+    "split": "test" + HOSTILE,
+    "earlier_lengths": [{"num_steps": 900, "until_step": 1000}],
+    "trained": [
+        measured("knn_20_accuracy", "representation", 0.5, "bank" + HOSTILE),
+        measured("linear" + HOSTILE, "embedding", 0.75, "fitted" + HOSTILE),
+        measured("auroc_near" + HOSTILE, "a" + HOSTILE, 0.91234, "mean" + HOSTILE),
+        measured("auroc_near", "entropy" + HOSTILE, 0.3),
+        measured("error_auroc" + HOSTILE, "entropy" + HOSTILE, 0.8, "how" + HOSTILE),
+    ],
+    "untrained": [measured("knn_20_accuracy", "representation", 0.25)],
+    "ood": {
+        "protocol": "in, out" + HOSTILE,
+        "default_score": "a" + HOSTILE,
+        "chosen_score": "b",
+        "choice": "best of two" + HOSTILE,
+        "left_out": {"c" + HOSTILE: "no labels" + HOSTILE},
+        "rows": ROWS,
+    },
+}
 RECORDS = [
     {
         "step": step,
@@ -130,55 +211,51 @@ RECORDS += [
         "health/gradient_ll": 4.0,
     },
 ]
-FULL = hr.RunReport(
-    title="A run" + HOSTILE,
-    subtitle="digits" + HOSTILE,
-    headline=[hr.Number("label" + HOSTILE, "0.97" + HOSTILE, "protocol" + HOSTILE)],
-    alarms=[
-        hr.Alarm(2000, "collapse", "last message"),
-        hr.Alarm(300, "floor", "floor message"),
-        hr.Alarm(100, "collapse", "first message" + HOSTILE),
+EVIDENCE = Evidence(
+    uncertainty_score="entropy" + HOSTILE,
+    separations={"a" + HOSTILE: SEPARATIONS},
+    risk_coverage={
+        "k-NN" + HOSTILE: RiskCoverage(np.array([0.5, 1.0]), np.array([0.125, 0.25]), 0.1, 0.0)
+    },
+    severity=[SEVERITY, SEVERITY._replace(corruption="noise", mean=np.full(4, 9.0))],
+    most_uncertain=ScoredImages(IMAGES[:2], ["a" + HOSTILE, "b"], np.array([2.5, 1.5])),
+    least_uncertain=ScoredImages(np.repeat(IMAGES[2:3], 3, axis=3), None, np.array([0.12345])),
+    neighbors=[
+        Neighbors(
+            IMAGES[3], "3" + HOSTILE, IMAGES[4:6], ["3" + HOSTILE, "5"], np.array([0.9, 0.8])
+        ),
+        Neighbors(IMAGES[6], None, IMAGES[7:8], None, np.array([0.75])),
     ],
-    results=[
-        hr.ResultRow("knn_20" + HOSTILE, "embedding" + HOSTILE, 0.5, "bank" + HOSTILE, 0.25),
-        hr.ResultRow("linear", "representation", 0.75, "fitted"),
-    ],
-    ood=hr.OodPart(ROWS, [hr.ScoreSample("a" + HOSTILE, INSIDE, OUTSIDE)], "in, out" + HOSTILE),
-    uncertainty=hr.UncertaintyPart(
-        "entropy" + HOSTILE,
-        [hr.Number("R-AUROC" + HOSTILE, "0.8", "how" + HOSTILE)],
-        [hr.RiskCoverage("k-NN" + HOSTILE, np.array([0.5, 1.0]), np.array([0.125, 0.25]))],
-        [SEVERITY, dataclasses.replace(SEVERITY, corruption="noise", mean=np.full(4, 9.0))],
-    ),
-    gallery=hr.GalleryPart(
-        "entropy" + HOSTILE,
-        hr.CaptionedImages(IMAGES[:2], ["first" + HOSTILE, "second"]),
-        hr.CaptionedImages(np.repeat(IMAGES[2:3], 3, axis=3), ["third"]),
-        [
-            hr.Neighbours(
-                IMAGES[3], "3" + HOSTILE, IMAGES[4:6], ["3" + HOSTILE, "5"], np.array([0.9, 0.8])
-            ),
-            hr.Neighbours(IMAGES[6], None, IMAGES[7:8], None, np.array([0.75])),
-        ],
-    ),
-    embedding_map=hr.MapPart(
-        hr.embedding_map(DIGITS.data[:300]),
+    embedding_map=EmbeddingMap(
+        embedding_map(DIGITS.data[:300]),
         LABELS,
-        [f"class {i}" + HOSTILE for i in range(10)],
+        tuple(f"class {i}" + HOSTILE for i in range(10)),
         UNCERTAINTY,
-        "entropy" + HOSTILE,
-        "method" + HOSTILE,
     ),
-    posterior_scale=hr.ScalePart(SCALE, prior_scale=2.0),
-    records=RECORDS,
-    command=["python", "train.py", "--config=a b.py", "--x=1" + HOSTILE],
-    config={
+    posterior_scale=SCALE,
+    prior_scale=2.0,
+)
+FULL: dict[str, Any] = {
+    "title": "A run" + HOSTILE,
+    "results": RESULTS,
+    "evidence": EVIDENCE,
+    "records": RECORDS,
+    "alarms": [
+        AlarmPeriod(2000, "collapse", "last message"),
+        AlarmPeriod(300, "floor", "floor message"),
+        AlarmPeriod(100, "collapse", "first message" + HOSTILE),
+    ],
+    "config": {
         "seed": 0,
         "jevb": {"df": 5.0, "name": HOSTILE},
         "data": {"paths": ["a", "b"], "none": None},
     },
-    environment={"commit" + HOSTILE: "abc" + HOSTILE, "versions": {"jax": "1", "flax": None}},
-)
+    "environment": {
+        "command": ["python", "train.py", "--config=a b.py", "--x=1" + HOSTILE],
+        "commit" + HOSTILE: "abc" + HOSTILE,
+        "versions": {"jax": "1", "flax": None},
+    },
+}
 
 
 class Drawn(NamedTuple):
@@ -209,7 +286,7 @@ def full(tmp_path_factory) -> Drawn:
     """The page with every part."""
     with pytest.MonkeyPatch.context() as patch:
         figures = keep_figures(patch)
-        return Drawn(write(tmp_path_factory.mktemp("full"), FULL), figures)
+        return Drawn(write(tmp_path_factory.mktemp("full"), **FULL), figures)
 
 
 def drawing(drawn: Drawn, start: str) -> tuple[Any, str]:
@@ -257,7 +334,10 @@ def test_headings_and_contents(full):
     ]
     assert page.texts("h2") == expected
     assert page.texts("a") == expected
-    assert page.texts("h1") == page.texts("title") == [FULL.title]
+    assert page.texts("h1") == page.texts("title") == [FULL["title"]]
+    assert page.texts("p", class_="subtitle") == [
+        f"step 1,500, test{HOSTILE} split, extended at step 1,000"
+    ]
 
 
 def test_every_image_has_words_and_pixels(full):
@@ -284,70 +364,81 @@ def test_hostile_words_stay_words(full):
     }
     assert len(page.texts("title")) == 1
     assert all(attributes["src"] != "x" for attributes in page.attributes("img"))
-    words = page.texts("body")[0] + "".join(a["alt"] for a in page.attributes("img"))
+    words = page.texts("body")[0] + squeeze("".join(a["alt"] for a in page.attributes("img")))
 
     def strings(value: Any) -> list[str]:
         if isinstance(value, str):
             return [value]
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return [s for pair in value.items() for item in pair for s in strings(item)]
         if isinstance(value, list | tuple):
             return [s for item in value for s in strings(item)]
-        if dataclasses.is_dataclass(value):
-            return [
-                s
-                for field in dataclasses.fields(value)
-                for s in strings(getattr(value, field.name))
-            ]
         return []
 
-    hostile = [text for text in strings(FULL) if HOSTILE in text and not text.startswith("--x")]
+    hostile = {text for text in strings(FULL) if HOSTILE in text and not text.startswith("--x")}
     assert len(hostile) > 30
+    words = words.replace("_", " ")  # names of numbers are shown as words
     for text in hostile:
-        assert text in words, text
+        assert squeeze(text).replace("_", " ") in words, text
     assert re.search(r"'--x=1 \$x\^\$<script.*</script><img src=x>'", words)
 
 
-def test_sections_are_left_out_without_a_trace(tmp_path):
-    empty = hr.RunReport(
-        "t",
-        ood=hr.OodPart(),
-        uncertainty=hr.UncertaintyPart("s"),
-        gallery=hr.GalleryPart(),
-        config={},
+def test_headline_is_of_the_representation_and_of_the_score_fixed_before(full):
+    values = zip(
+        full.page.texts("dt")[:2],
+        full.page.texts("dd", class_="value"),
+        full.page.texts("dd", class_="protocol"),
+        strict=True,
     )
-    for page in (write(tmp_path, hr.RunReport("t")), write(tmp_path, empty)):
-        body = [tag for tag, _, _ in page.elements][
-            [t for t, _, _ in page.elements].index("body") :
-        ]
-        assert body == ["body", "header", "h1", "main"]
-        assert page.texts("body") == ["t"]
-    calm = write(tmp_path, hr.RunReport("t", alarms=()))
-    assert calm.texts("body") == ["tNo health alarm was raised."]
+    assert list(values) == [
+        ("knn 20 accuracy, representation", "0.500", f"bank{HOSTILE}"),
+        (f"auroc near{HOSTILE}, a{HOSTILE}", "0.912", f"mean{HOSTILE}"),
+    ]
+
+
+def test_sections_are_left_out_without_a_trace(tmp_path):
+    page = write(tmp_path)
+    tags = [tag for tag, _, _ in page.elements]
+    assert tags[tags.index("body") :] == ["body", "header", "h1", "p", "main"]
+    assert page.texts("body") == [f"t {SUBTITLE}"]
+    calm = write(tmp_path, alarms=())
+    assert calm.texts("body") == [f"t {SUBTITLE} No health alarm was raised."]
     assert not calm.texts("h2")
+    of_features = [row for row in RESULTS["trained"] if row["features"] == "embedding"]
+    gallery = {"uncertainty_score": "s", "most_uncertain": EVIDENCE.most_uncertain}
+    gallery |= {"least_uncertain": EVIDENCE.least_uncertain, "neighbors": EVIDENCE.neighbors}
     parts: dict[str, dict[str, Any]] = {
-        "Health alarms": {"alarms": FULL.alarms},
-        "Results": {"results": FULL.results},
-        "Out-of-distribution detection": {"ood": hr.OodPart(rows=ROWS)},
-        "Uncertainty": {"uncertainty": hr.UncertaintyPart("s", [hr.Number("a", "1")])},
-        "Images": {"gallery": FULL.gallery},
-        "Reproduction": {"command": FULL.command},
+        "Health alarms": {"alarms": FULL["alarms"]},
+        "Results": {"results": NOTHING["results"] | {"trained": of_features}},
+        "Out-of-distribution detection": {"results": NOTHING["results"] | {"ood": RESULTS["ood"]}},
+        "Uncertainty": {"evidence": Evidence("s", severity=[SEVERITY])},
+        "Images": {"evidence": Evidence(neighbors=EVIDENCE.neighbors)},
+        "Map of the embedding": {"evidence": Evidence(embedding_map=EVIDENCE.embedding_map)},
+        "Posterior scales": {"evidence": Evidence(posterior_scale=SCALE)},
+        "Health": {"records": [{"step": 1, "health/effective_rank": 2.0}]},
+        "Reproduction": {"environment": {"command": ["python"]}},
     }
     headings = {}
     for heading, part in parts.items():
-        page = write(tmp_path, hr.RunReport("t", **part))
+        page = write(tmp_path, **part)
         assert page.texts("h2") == [heading]
         headings[heading] = page.texts("h3")
         assert "No health alarm" not in page.source
     assert headings["Reproduction"] == ["Command"]
-    assert len(headings["Images"]) == 3
+    assert headings["Images"] == ["Nearest neighbors"]
+    page = write(tmp_path, evidence=Evidence(**gallery))
+    assert page.texts("h3") == [
+        "Most uncertain, by s",
+        "Least uncertain, by s",
+        "Nearest neighbors",
+    ]
 
 
 def test_alarms_are_gathered_by_name_in_the_order_of_steps(full):
     page, _ = full
     items = page.texts("li")[len(page.texts("a")) :]
     assert items[0] == (
-        "collapse 2 times, first at step 100, last at step 2,000" + "first message" + HOSTILE
+        f"collapse 2 times, first at step 100, last at step 2,000first message{HOSTILE}"
     )
     assert items[1] == "floor step 300floor message"
     assert [item.split()[1] for item in items[2:]] == ["100", "300", "2,000"]
@@ -364,7 +455,7 @@ def table_of(page: Page, label: str) -> list[list[tuple[str, str, str]]]:
         elif inside and tag == "tr":
             rows.append([])
         elif inside and tag in ("td", "th"):
-            rows[-1].append(("".join(text), attributes.get("class", ""), ""))
+            rows[-1].append((squeeze("".join(text)), attributes.get("class", ""), ""))
         elif inside and tag == "strong":
             cell = rows[-1].pop()
             rows[-1].append((cell[0], cell[1], "".join(text)))
@@ -375,8 +466,8 @@ def test_results_table(full):
     rows = table_of(full.page, "Results")
     assert [[cell[0] for cell in row] for row in rows] == [
         ["measure", "features", "untrained", "trained"],
-        ["knn_20" + HOSTILE, "embedding" + HOSTILE, "0.2500", "0.5000"],
-        ["linear", "representation", "\u2013", "0.7500"],
+        ["knn_20_accuracy", "representation", "0.2500", "0.5000"],
+        ["linear" + HOSTILE, "embedding", "\u2013", "0.7500"],
     ]
     assert [cell[1] for cell in rows[1]] == ["", "", "number", "number"]
     assert "bank" + HOSTILE in full.page.texts("dd")
@@ -404,18 +495,19 @@ def test_auroc_table(full, tmp_path):
         *("a" + HOSTILE, "set 1", "near" + HOSTILE, "0.9000", "0.8500\u20130.9500"),
         *("0.8100", "0.8200", "0.3100", "0.3200"),
     ]
-    assert [cell[0] for cell in details[2]][3:] == [
-        "0.4000",
-        "\u2013",
-        "\u2013",
-        "\u2013",
-        "\u2013",
-        "\u2013",
-    ]
-    plain = [row._replace(group="") for row in ROWS[:2]]
-    page = write(tmp_path, hr.RunReport("t", ood=hr.OodPart(plain)))
+    assert [cell[0] for cell in details[2]][3:5] == ["0.4000", "\u2013"]
+    plain = [row | {"group": ""} for row in ROWS[:2]]
+    found = RESULTS["ood"] | {"rows": plain}
+    page = write(tmp_path, results=NOTHING["results"] | {"ood": found})
     header = table_of(page, "AUROC of scores by outside sets")[0]
     assert [cell[0] for cell in header] == ["score", "set 1", "set 2"]
+
+
+def test_protocol_of_detection(full):
+    assert full.page.texts("p", class_="note")[0] == (
+        f"Protocol: in, out{HOSTILE}. Default score of the method: a{HOSTILE}. "
+        f"Chosen: b, best of two{HOSTILE}. Left out: c{HOSTILE}, no labels{HOSTILE}."
+    )
 
 
 def test_text_of_figures_is_large_enough_and_within_them(full):
@@ -475,7 +567,7 @@ def test_histograms_hold_every_score(full):
         min(INSIDE.min(), *map(np.min, OUTSIDE.values())), high + 1.5 * (high - low), 49
     )
     for axis, (name, values) in zip(one.axes, OUTSIDE.items(), strict=True):
-        for patch, sample in zip(axis.patches, (INSIDE, values), strict=True):
+        for patch, sample in zip(axis.patches, (INSIDE_OF[name], values), strict=True):
             heights, found, _ = patch.get_data()
             np.testing.assert_allclose(found, edges)
             counts = np.histogram(sample, edges)[0].astype(float)
@@ -492,13 +584,11 @@ def test_roc_curves(full):
     one, alt = drawing(full, "ROC")
     curves = one.axes[0].lines[1:]
     for line, (name, values) in zip(curves, OUTSIDE.items(), strict=True):
-        ranks = stats.rankdata(np.concatenate([INSIDE, values]))[len(INSIDE) :]
-        n, m = len(INSIDE), len(values)
-        auroc = (ranks.sum() - m * (m + 1) / 2) / (n * m)
+        area = auroc(INSIDE_OF[name], values)
         flagged, found = np.asarray(line.get_xydata()).T
-        assert np.trapezoid(found, flagged) == pytest.approx(auroc, abs=1e-12)
-        assert f"{name} {auroc:.3f}" in alt
-        assert f"{auroc:.3f}" in str(line.get_label())
+        assert np.trapezoid(found, flagged) == pytest.approx(area, abs=1e-12)
+        assert f"{name} {area:.3f}" in alt
+        assert f"{area:.3f}" in str(line.get_label())
     assert len(one.legends[0].get_texts()) == 2  # a name that starts with an underscore too
 
 
@@ -537,8 +627,8 @@ def test_spectrum_of_scales(full, name, axis):
 
 
 def test_map(full):
-    assert FULL.embedding_map is not None
-    points = FULL.embedding_map.coordinates
+    assert EVIDENCE.embedding_map is not None
+    points = EVIDENCE.embedding_map.coordinates
     classes, _ = drawing(full, "Map of 300 images")
     looks = set()
     for label, dots in enumerate(classes.axes[0].collections):
@@ -559,8 +649,8 @@ def test_map(full):
 def test_map_of_many_classes_names_the_most_frequent(tmp_path, saved):
     labels = np.concatenate([np.arange(30), np.repeat(np.arange(10, 30), 2)])
     points = np.random.default_rng(1).normal(size=(70, 2))
-    part = hr.MapPart(points, labels, [f"name {i}" for i in range(30)])
-    write(tmp_path, hr.RunReport("t", embedding_map=part))
+    part = EmbeddingMap(points, labels, tuple(f"name {i}" for i in range(30)), None)
+    write(tmp_path, evidence=Evidence(embedding_map=part))
     (one,) = saved.values()
     names = [str(dots.get_label()) for dots in one.axes[0].collections]
     assert names == ["other (10 classes)", *(f"name {i}" for i in range(10, 30))]
@@ -574,24 +664,27 @@ def test_gallery_shows_the_pixels(full):
         np.testing.assert_array_equal(got, image.squeeze(-1) if image.shape[-1] == 1 else image)
     assert [photo["alt"] for photo in photos[3:6]] == [
         f"query: 3{HOSTILE}",
-        f"neighbour 1 of 3{HOSTILE}: 3{HOSTILE}, cosine 0.900",
-        f"neighbour 2 of 3{HOSTILE}: 5, cosine 0.800",
+        f"neighbor 1 of 3{HOSTILE}: 3{HOSTILE}, cosine 0.900",
+        f"neighbor 2 of 3{HOSTILE}: 5, cosine 0.800",
     ]
     assert full.page.texts("figure", class_="photo differs") == ["50.800"]
-    assert photos[7]["alt"] == "neighbour 1 of image: image, cosine 0.750"
+    assert photos[7]["alt"] == "neighbor 1 of image: image, cosine 0.750"
+    captions = full.page.texts("figure", class_="photo")[:3]
+    assert captions == [f"a{HOSTILE}, 2.5", "b, 1.5", "0.123"]
 
 
 def test_large_images_become_small(tmp_path):
     image = np.zeros((1, 320, 640, 3), np.uint8)
-    gallery = hr.GalleryPart(most_uncertain=hr.CaptionedImages(image, ["a"]))
-    page = write(tmp_path, hr.RunReport("t", gallery=gallery))
-    (photo,) = page.attributes("img")
+    one = ScoredImages(image, None, np.array([1.0]))
+    evidence = Evidence("s", most_uncertain=one, least_uncertain=one)
+    page = write(tmp_path, evidence=evidence)
+    photo, _ = page.attributes("img")
     assert pixels(photo["src"]).shape == (80, 160, 3)
     assert "class" not in photo
 
 
 def test_reproduction(full):
-    (command,) = full.page.texts("code")
+    (command,) = ("".join(text) for tag, _, text in full.page.elements if tag == "code")
     assert command.startswith("python train.py \\\n  '--config=a b.py' \\\n  '--x=1 $x^$<script")
     rows = table_of(full.page, "Settings of data")
     assert [[cell[0] for cell in row] for row in rows] == [
@@ -608,81 +701,22 @@ def test_reproduction(full):
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path):
-    sample = hr.ScoreSample("a", INSIDE, OUTSIDE)
-    report = hr.RunReport("t", records=RECORDS[3:], ood=hr.OodPart(samples=[sample]))
-    first = write(tmp_path, report).source
+    evidence = Evidence(separations={"a": SEPARATIONS})
+    found: dict[str, Any] = {"records": RECORDS[3:], "results": RESULTS, "evidence": evidence}
+    first = write(tmp_path, **found).source
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red"}):
-        second = write(tmp_path, report).source
+        second = write(tmp_path, **found).source
         assert matplotlib.rcParams["font.size"] == 20
     assert first == second
 
 
 def test_failure_leaves_the_page_as_it_was(tmp_path, monkeypatch):
-    page = write(tmp_path, hr.RunReport("before")).source
+    page = write(tmp_path).source
 
     def fail(*arguments, **keywords):
         raise RuntimeError("no figure")
 
     monkeypatch.setattr(figure.Figure, "savefig", fail)
     with pytest.raises(RuntimeError, match="no figure"):
-        hr.write_html_report(tmp_path / "report.html", hr.RunReport("after", records=RECORDS))
+        write(tmp_path, records=RECORDS)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
-
-
-def test_embedding_map_is_pca_of_the_directions():
-    rng = np.random.default_rng(1)
-    embedding = rng.normal(size=(50, 7)) * np.array([9.0, 5, 2, 1, 1, 1, 1]) + 1
-    directions = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
-    pca = PCA(2, svd_solver="full").fit(directions)
-    expected = pca.transform(directions)
-    loadings = np.asarray(pca.components_)
-    for axis in range(2):  # the oracle's signs are its own
-        expected[:, axis] *= np.sign(loadings[axis, np.abs(loadings[axis]).argmax()])
-    got = hr.embedding_map(embedding)
-    assert got.shape == (50, 2)
-    np.testing.assert_allclose(got, expected, atol=1e-12)
-    # Neither radius nor order of the images matters, up to float64 rounding.
-    radius = np.exp(rng.uniform(-600, 600, size=(50, 1)))
-    np.testing.assert_allclose(hr.embedding_map(embedding * radius), got, atol=1e-12)
-    np.testing.assert_allclose(hr.embedding_map(embedding[::-1]), got[::-1], atol=1e-12)
-    # Mirrored features mirror the map: the rule of signs looks at the loadings alone.
-    np.testing.assert_allclose(hr.embedding_map(-embedding), -got, atol=1e-12)
-    np.testing.assert_array_equal(hr.embedding_map(np.zeros((3, 4))), np.zeros((3, 2)))
-
-
-@pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1), (0, 3)])
-def test_embedding_map_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match=r"must be \[N, D\]"):
-        hr.embedding_map(np.ones(shape))
-
-
-def test_what_does_not_belong_together_is_refused():
-    four, three = np.arange(4.0), np.arange(3.0)
-    bad = [
-        (lambda: hr.embedding_map(np.full((3, 3), np.nan)), "9 values not finite"),
-        (lambda: hr.RiskCoverage("a", four, three), "coverage has 4, risk has 3"),
-        (lambda: hr.SeverityCurve("a", four, four, three, four), "lower_quartile has 3"),
-        (lambda: hr.ScoreSample("a", four, {}), "no outside set"),
-        (lambda: hr.ScoreSample("a", np.array([1, np.nan]), {"b": four}), "with 1 values"),
-        (lambda: hr.ScoreSample("a", four, {"b": four[None]}), "'b' must be"),
-        (lambda: hr.ScoreSample("a", four, {"b": four[:0]}), "'b' must be"),
-        (lambda: hr.OodPart([ROWS[0], ROWS[1], ROWS[0]]), "two rows"),
-        (lambda: hr.CaptionedImages(IMAGES[:2], ["a"]), "images has 2, captions has 1"),
-        (lambda: hr.CaptionedImages(IMAGES[0], ["a"]), r"uint8 \[K"),
-        (lambda: hr.CaptionedImages(IMAGES[:1] / 255, ["a"]), "got float64"),
-        (lambda: hr.Neighbours(IMAGES[0], "a", IMAGES[:2], ["b"], four[:2]), "labels has 1"),
-        (lambda: hr.Neighbours(IMAGES[0], "a", IMAGES[:2], None, three), "cosine has 3"),
-        (lambda: hr.Neighbours(IMAGES[:1], "a", IMAGES[:2], None, four[:2]), "image"),
-        (lambda: hr.MapPart(np.zeros((3, 3))), r"\[N, 2\]"),
-        (lambda: hr.MapPart(np.zeros((3, 2)), uncertainty=four), "uncertainty has 4"),
-        (lambda: hr.MapPart(np.zeros((3, 2)), np.array([0, 1, 2]), ["a", "b"]), "got 0 to 2"),
-        (lambda: hr.MapPart(np.zeros((1, 2)), np.array([-1]), ["a", "b"]), "got -1 to -1"),
-        (lambda: hr.MapPart(np.zeros((1, 2)), uncertainty=np.array([np.inf])), "finite"),
-        (lambda: hr.ScalePart(four), "posterior_scale"),
-        (lambda: hr.ScalePart(np.zeros((2, 2))), "least value 0"),
-        (lambda: hr.ScalePart(np.full((2, 2), np.inf)), "finite"),
-        (lambda: hr.RunReport("t", records=[{"step": 1}, {"loss": 1}]), "record 1 has no step"),
-    ]
-    for make, message in bad:
-        with pytest.raises(ValueError, match=message):
-            make()
