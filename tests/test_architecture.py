@@ -35,7 +35,7 @@ def test_mathematics_knows_no_framework_and_config_stops_at_the_door():
             assert not roots & {"flax", "optax", "ml_collections", "distrax"}, name
         if name not in CONFIG_DOORS:
             assert "ml_collections" not in roots, name
-        assert not roots & {"configs", "torch", "tensorflow"}, name
+        assert not roots & {"configs", "studies", "torch", "tensorflow"}, name
         assert not any(imported.startswith("jax._src") for imported in imports(path)), name
         assert path.stem not in ("utils", "helpers", "common"), name
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 
 from studies import figures
 from studies.evidence import read_evidence
-from studies.spec import Sweep
+from studies.spec import Study, Sweep
 from tests.studies.fabricated import directory
+
+
+def panels(number: int, made: Study, out: Path) -> list[Any]:
+    return figures.draw(made.figures[number], read_evidence(made, out)).axes
 
 
 def points(axis: Any) -> list[list[list[float]]]:
@@ -19,7 +24,7 @@ def points(axis: Any) -> list[list[list[float]]]:
 
 def test_comparison_shows_seeds_and_means(fabricated):
     made, out = fabricated
-    linear, rank = figures.draw(made.figures[0], read_evidence(made, out)).axes
+    linear, rank = panels(0, made, out)
     names = [label.get_text() for label in linear.get_yticklabels()]
     assert names == ["simsiam", "t", "gaussian (2 of 3 failed)"]
     assert linear.get_ylim() == (2.5, -0.5)  # the first on top
@@ -31,7 +36,7 @@ def test_comparison_shows_seeds_and_means(fabricated):
 
 def test_sweep_draws_infinity_at_the_edge_and_references(fabricated):
     made, out = fabricated
-    linear, _ = figures.draw(made.figures[1], read_evidence(made, out)).axes
+    linear, _ = panels(1, made, out)
     assert [label.get_text() for label in linear.get_xticklabels()] == ["1", "5", "∞"]
     edge = linear.get_xticks()[2]
     assert edge > 5
@@ -62,7 +67,7 @@ def test_sweep_of_the_limit_alone_or_without_results(fabricated, tmp_path):
 
 def test_curves_show_the_range_and_where_seeds_end(fabricated):
     made, out = fabricated
-    rank, nothing = figures.draw(made.figures[2], read_evidence(made, out)).axes
+    rank, nothing = panels(2, made, out)
     lines = points(rank)
     np.testing.assert_allclose(lines[0], [[10, 3], [20, 10], [30, 5]])  # the mean of t
     band = rank.collections[0].get_paths()[0].vertices
@@ -80,6 +85,6 @@ def test_curves_without_a_common_step_draw_every_seed(fabricated):
     made, out = fabricated
     where = directory(out, "t", 2) / "metrics.jsonl"
     where.write_text('{"step": 11, "health/effective_rank": 1.0}\n')
-    lines = points(figures.draw(made.figures[2], read_evidence(made, out)).axes[0])
+    lines = points(panels(2, made, out)[0])
     assert [[11, 1]] in lines
     assert [[10, 3], [20, 9], [30, 6]] in lines

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def asked(tmp_path) -> dict:
-    made = smoke.get_config()
+def asked(tmp_path) -> dict[str, Any]:
+    made: Any = smoke.get_config()
     made.jevb.df = math.inf
     values = to_json_values(made)
     files.write_json_atomically(tmp_path / ASKED_CONFIG, values)
@@ -81,8 +82,9 @@ def test_it_stops_when_its_standard_input_ends(tmp_path, asked):
         "runpy.run_module('studies.train_one', run_name='__main__')"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "training\n"
