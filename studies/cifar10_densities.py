@@ -1,6 +1,6 @@
 """Densities of mass one: tails, coordinates, degrees of freedom, prior and weight of the KL.
 
-python -m studies.run --study=studies/cifar10_densities.py --out=runs/cifar10_densities
+python -m studies.run studies/cifar10_densities.py --out=runs/cifar10_densities
 
 The older sweeps compare sub-densities, whose masses differ by tens of nats (docs eq. 31). Here every
 density has mass one: divided by its mass, or in stereographic coordinates. Recipe of
@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from studies import cifar10_uncertainty
-from studies.run import Comparison, Logged, Result, Study
+from studies.spec import Comparison, Logged, Result, Study
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "df 5": {},

@@ -1,6 +1,6 @@
 """Detection on CIFAR-10: JEVB, its isotropic ablation, VI-SimSiam and SimSiam, the same scores for all.
 
-python -m studies.run --study=studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
+python -m studies.run studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
 python -m studies.detection_table runs/cifar10_ood/runs/*/seed_* --out=runs/cifar10_ood/detection
 
 The recipe of `cifar10_small` with all 45,000 training images, evaluated on the test split against the
@@ -11,7 +11,7 @@ from typing import Any
 
 from configs import ood
 from studies import cifar10_small
-from studies.run import Comparison, Result, Study
+from studies.spec import Comparison, Result, Study
 
 METHODS = ("jevb", "vi_simsiam", "simsiam")
 

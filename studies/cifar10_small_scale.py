@@ -1,6 +1,6 @@
 """How wide the likelihood is against the prior: weight of the KL, scale of the prior, degrees of freedom.
 
-python -m studies.run --study=studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
+python -m studies.run studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
 
 In the recipe of `cifar10_small`, to choose defaults. One seed: it finds where to look, no more.
 """
@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
-from studies.run import Comparison, Curves, Study, Sweep
+from studies.spec import Comparison, Curves, Study, Sweep
 
 # (weight of the KL, scale of the prior, degrees of freedom)
 CELLS = (

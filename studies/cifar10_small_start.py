@@ -1,6 +1,6 @@
 """How residual blocks start, and the optimizer: `docs/full_size.md`.
 
-python -m studies.run --study=studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
+python -m studies.run studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
 
 In the recipe of `cifar10_small`, with AdamW as there, and with SGD as `configs/cifar10.py` had it.
 One seed.
@@ -9,7 +9,7 @@ One seed.
 from typing import Any
 
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
-from studies.run import Comparison, Study
+from studies.spec import Comparison, Study
 
 # (method, optimizer, its rate, weight decay)
 RECIPES = (

@@ -1,6 +1,6 @@
 """The methods of `cifar10_small` on the test split, once every choice is made.
 
-python -m studies.run --study=studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
+python -m studies.run studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
 
 Copies of finished run directories of `cifar10_small` are evaluated again and not trained again.
 """
@@ -8,7 +8,7 @@ Copies of finished run directories of `cifar10_small` are evaluated again and no
 from typing import Any
 
 from studies.cifar10_small import ACCURACIES, MEASURES, METHODS, method_config
-from studies.run import Comparison, Study
+from studies.spec import Comparison, Study
 
 
 def get_study() -> Study:

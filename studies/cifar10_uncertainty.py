@@ -1,6 +1,6 @@
 """What JEVB's uncertainty is worth: what the head sees, the tails, the mass, the weight of the KL.
 
-python -m studies.run --study=studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty
+python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty
 
 The recipe of `cifar10_ood` on 20,000 images (1,248 steps) with residual blocks open. Detection is
 measured on the 10,000 test images against 1,000 images of each outside set, which are
@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from studies import cifar10_ood
-from studies.run import Comparison, Logged, Result, Study
+from studies.spec import Comparison, Logged, Result, Study
 
 # Scores of the table, by the columns' names.
 SCORES = {

@@ -1,12 +1,12 @@
 """One-class detection on CIFAR-10: ten runs, each trained on one class, and their mean AUROC.
 
-python -m studies.run --study=studies/one_class_cifar10.py --out=runs/one_class_cifar10
+python -m studies.run studies/one_class_cifar10.py --out=runs/one_class_cifar10
 
 Reads CIFAR-10 by TFDS. For an accelerator; the form for a CPU is `one_class_digits.py`.
 """
 
 from studies import one_class_digits
-from studies.run import Study
+from studies.spec import Study
 
 
 def get_study() -> Study:

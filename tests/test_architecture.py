@@ -37,7 +37,7 @@ def test_mathematics_knows_no_framework_and_config_stops_at_the_door():
             assert "distrax" not in roots or name == "paper.distrax_faces", name
         if name not in CONFIG_DOORS:
             assert "ml_collections" not in roots, name
-        assert not roots & {"configs", "torch", "tensorflow"}, name
+        assert not roots & {"configs", "studies", "torch", "tensorflow"}, name
         assert not any(imported.startswith("jax._src") for imported in imports(path)), name
         # Outside of JAX's promises; `tracing` is the one place that needs it.
         assert name == "tracing" or not re.search(

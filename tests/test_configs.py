@@ -13,7 +13,6 @@ import pytest
 from configs import default, finetune_default, one_class, ood, recipes, transfer
 from jevb_jax import checkpoints, experiment, runner
 from jevb_jax.settings import saved_config
-from studies import run
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -188,28 +187,6 @@ def test_methods_that_do_not_fit_are_named(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         experiment.build_experiment(config)
-
-
-STUDIES = [
-    path
-    for path in sorted((ROOT / "studies").glob("*.py"))
-    if "def get_study(" in path.read_text(encoding="utf-8")
-]
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_study_builds_every_run(path):
-    runs: Any = run.load_study(path).runs
-    small = {"source": "shapes", "image_size": 16, "num_test_examples": 200}
-    for config in runs.values():
-        if config.data.source != "digits":  # digits are at hand
-            # Of one class, still more than the 200 neighbours of its k-NN.
-            num_images = 300 if config.data.inlier_class < 0 else 4000
-            config.data.update(small | {"num_train_examples": num_images})
-            config.train.batch_size = 128
-        built = experiment.build_experiment(config)
-        assert built.num_train_steps > 0
-        assert built.config["method"] == config.method
 
 
 def test_workdir_without_a_run(tmp_path):

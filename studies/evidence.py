@@ -1,0 +1,131 @@
+"""What the run directories of a study hold, and the numbers in it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jevb_jax import files
+from jevb_jax.blueprint import completed_config
+from jevb_jax.checkpoints import changed_keys
+from jevb_jax.metrics_log import MetricsLog
+from studies.spec import Measure, PlannedRun, Result, Study
+
+
+class RunData(NamedTuple):
+    """What a run directory holds; None or empty where it does not."""
+
+    config: dict[str, Any] | None  # completed by what is newer than the run
+    results: dict[str, Any] | None  # the run is finished
+    failure: dict[str, Any] | None  # the run was not finite: `train_one` writes it
+    records: list[dict[str, Any]]  # of `metrics.jsonl`
+    environment: dict[str, Any] | None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended without results, for a reason that is recorded."""
+        return self.results is None and self.failure is not None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return max((record["step"] for record in self.records), default=0)
+
+    def changes(self, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ: `{dotted key: (of this run, of the config)}`."""
+        return {} if self.config is None else changed_keys(self.config, config)
+
+    def entry(self, result: Result) -> dict[str, Any] | None:
+        """Where `results.json` has the number, and its protocol."""
+        entries = (self.results or {}).get(result.encoder, [])
+        names = (result.name, result.features)
+        return next((e for e in entries if (e["name"], e["features"]) == names), None)
+
+    def series(self, key: str) -> dict[int, float]:
+        """Logged values by step."""
+        return {record["step"]: record[key] for record in self.records if key in record}
+
+    def value(self, measure: Measure) -> float | None:
+        """The number, of a finished run."""
+        if self.results is None:
+            return None
+        if isinstance(measure, Result):
+            entry = self.entry(measure)
+            return None if entry is None else float(entry["value"])
+        values = list(self.series(measure.key).values())
+        take = {"last": lambda v: v[-1], "max": max, "min": min}[measure.take]
+        return float(take(values)) if values else None
+
+
+def read_run(directory: Path) -> RunData:
+    """Reads a run directory, whether the run is finished, under way or not there yet."""
+
+    def read(name: str) -> Any:
+        path = directory / f"{name}.json"
+        return files.read_json(path) if path.exists() else None
+
+    config = read("config")
+    return RunData(
+        config=None if config is None else completed_config(config),
+        results=read("results"),
+        failure=read("failure"),
+        records=MetricsLog.read(directory / "metrics.jsonl"),
+        environment=read("environment"),
+    )
+
+
+class Evidence(NamedTuple):
+    """A study and its run directories, read."""
+
+    study: Study
+    plan: Sequence[PlannedRun]
+    runs: Mapping[str, Mapping[int, RunData]]  # by name and seed
+
+    @property
+    def found(self) -> list[RunData]:
+        """All runs in the order of their names, whether there is anything of them or not."""
+        return [data for seeds in self.runs.values() for data in seeds.values()]
+
+    def values(self, run: str, label: str) -> dict[int, float]:
+        """A measure by seed, of finished runs that have it; of an average where all of them do."""
+        if run in self.study.averages:
+            parts = [self.values(one, label) for one in self.study.averages[run]]
+            seeds = set.intersection(*(set(part) for part in parts))
+            return {seed: float(np.mean([part[seed] for part in parts])) for seed in sorted(seeds)}
+        measure = next(one for one in self.study.measures if one.label == label)
+        pairs = ((seed, data.value(measure)) for seed, data in self.runs[run].items())
+        return {seed: value for seed, value in pairs if value is not None}
+
+    def failed(self, run: str) -> str:
+        """How many seeds failed, or nothing."""
+        count = sum(data.has_failed for data in self.runs[run].values())
+        return f"{count} of {len(self.runs[run])} failed" if count else ""
+
+    def status(self, run: str) -> str:
+        """What became of every seed."""
+        if run in self.study.averages:
+            return f"mean of {len(self.study.averages[run])} runs"
+        seeds = self.runs[run]
+        parts = [f"{sum(data.results is not None for data in seeds.values())} of {len(seeds)}"]
+        failures: dict[str, list[str]] = {}
+        for seed, data in seeds.items():
+            if data.results is not None:
+                continue
+            if data.failure is not None:
+                failures.setdefault(data.failure["error"], []).append(str(data.failure["step"]))
+            else:
+                at = f"unfinished at step {data.last_step}" if data.environment else "not started"
+                parts.append(f"seed {seed} {at}")
+        for error, steps in failures.items():
+            parts.append(f"{len(steps)} failed: {error} at step {', '.join(steps)}")
+        return "; ".join(parts)
+
+
+def read_evidence(study: Study, out: Path) -> Evidence:
+    """Reads every run directory of a study."""
+    plan = study.plan(out)
+    runs: dict[str, dict[int, RunData]] = {name: {} for name in study.runs}
+    for run in plan:
+        runs[run.name][run.seed] = read_run(run.directory)
+    return Evidence(study, plan, runs)

@@ -1,0 +1,197 @@
+"""What a study is: configs by a few seeds, the numbers of its table, the claims of its figures.
+
+A study file is Python with a function `get_study() -> Study`.
+"""
+
+import collections
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jevb_jax import files, schema
+from jevb_jax.checkpoints import config_hash
+from jevb_jax.experiment import to_json_values
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A number of `results.json`."""
+
+    label: str  # in the table and the figures
+    name: str  # such as "linear_accuracy"
+    features: str = "representation"  # or "embedding", "prediction", a score of detection
+    encoder: Literal["trained", "untrained"] = "trained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """A number of `metrics.jsonl`."""
+
+    label: str  # in the table and the figures
+    key: str  # such as "health/effective_rank"
+    take: Literal["last", "max", "min"] = "last"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A figure: a point for every seed of every run, and their mean."""
+
+    name: str  # of the file, without .png
+    title: str  # the claim
+    runs: Sequence[str]  # rows, from the top
+    measures: Sequence[str]  # labels; a panel each
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A figure: measures against one setting."""
+
+    name: str  # of the file, without .png
+    title: str  # the claim
+    x_label: str  # the setting
+    runs: Mapping[float, str]  # by value of the setting; infinity is drawn at the right edge
+    measures: Sequence[str]  # labels; a panel each
+    log_x: bool = False
+    references: Sequence[str] = ()  # runs drawn as horizontal lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """A figure: logged values by step, with a cross where a seed failed."""
+
+    name: str  # of the file, without .png
+    title: str  # the claim
+    runs: Sequence[str]  # a line each, at most 24
+    keys: Sequence[str]  # of `metrics.jsonl`; a panel each
+    log_y: bool = False
+
+
+Measure = Result | Logged
+Figure = Comparison | Sweep | Curves
+
+
+class PlannedRun(NamedTuple):
+    """A config with its seed, as plain values, and the directory where it runs."""
+
+    name: str
+    seed: int
+    config: dict[str, Any]
+    directory: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What to run, what to measure and what to draw.
+
+    Raises:
+      ValueError: what does not fit together, by name.
+    """
+
+    title: str  # heading above the table
+    runs: Mapping[str, ConfigDict]  # by name; the seed of each is set by the study
+    seeds: Sequence[int]  # each config is run once with each
+    measures: Sequence[Measure]  # columns of the table
+    figures: Sequence[Figure] = ()  # one for each claim
+    # Further rows of the table: the mean of several runs seed by seed, such as those of one-class
+    # detection over its classes.
+    averages: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Read once: an iterator would be empty the second time. ConfigDict takes no NumPy integers.
+        for field in ("seeds", "measures", "figures"):
+            object.__setattr__(self, field, tuple(schema.plain(tuple(getattr(self, field)))))
+        bad_seeds = [seed for seed in self.seeds if not schema.RUN["seed"].accepts(seed)]
+        if bad_seeds:
+            raise ValueError(f"every seed must be {schema.RUN['seed'].says}, got {bad_seeds}")
+        if not self.runs or not self.seeds:
+            raise ValueError("a study needs at least one run and one seed")
+        labels = [measure.label for measure in self.measures]
+        figure_names = [figure.name for figure in self.figures]
+        for what, names in (("seed", self.seeds), ("measure", labels), ("figure", figure_names)):
+            twice = [name for name, n in collections.Counter(names).items() if n > 1]
+            if twice:
+                raise ValueError(f"every {what} must occur once, these occur more often: {twice}")
+        bad = [n for n in (*self.runs, *figure_names) if not re.fullmatch(r"\w[\w.=+-]*", n)]
+        if bad:
+            raise ValueError(f"names are file names: letters, digits and _ . = + -, got {bad}")
+        for name, runs in self.averages.items():
+            if name in self.runs or not runs or not set(runs) <= set(self.runs):
+                raise ValueError(
+                    f"average {name} needs a name of its own and runs among {[*self.runs]}, "
+                    f"got {list(runs)}"
+                )
+        for figure in self.figures:
+            self._check_figure(figure, labels)
+        by_hash: dict[str, str] = {}
+        for name, config in self.runs.items():
+            other = by_hash.setdefault(config_hash(to_json_values(config)), name)
+            if other != name:
+                raise ValueError(
+                    f"runs {other} and {name} have the same config: make a new config for each, "
+                    "and use one name in several figures"
+                )
+
+    def _check_figure(self, figure: Figure, labels: Sequence[str]) -> None:
+        """Refuses a figure of what the study does not have."""
+        is_sweep = isinstance(figure, Sweep)
+        runs = [*figure.runs.values(), *figure.references] if is_sweep else figure.runs
+        panels = figure.keys if isinstance(figure, Curves) else figure.measures
+        if not runs or not panels:
+            raise ValueError(f"figure {figure.name} has nothing to draw")
+        unknown = [run for run in runs if run not in self.runs]
+        if unknown:
+            raise ValueError(f"figure {figure.name}: no runs {unknown} among {[*self.runs]}")
+        unknown = [label for label in panels if label not in labels]
+        if unknown and not isinstance(figure, Curves):
+            raise ValueError(f"figure {figure.name}: no measures {unknown} among {labels}")
+
+    def plan(self, out: Path) -> list[PlannedRun]:
+        """Every run of the first seed, then of the next: an early table has them all."""
+        runs = []
+        for seed in self.seeds:
+            for name, config in self.runs.items():
+                values = {**to_json_values(config), "seed": seed}
+                runs.append(PlannedRun(name, seed, values, out / "runs" / name / f"seed_{seed}"))
+        return runs
+
+    def check_settings(self) -> None:
+        """Refuses settings that a run would refuse; loads no data.
+
+        Raises:
+          ValueError: the name of the run and its settings, as `schema.check_run`.
+        """
+        for name, config in self.runs.items():
+            try:
+                schema.check_run(to_json_values(config))
+            except ValueError as error:
+                raise ValueError(f"run {name}: {error}") from error
+
+
+def load_study(path: str | Path) -> Study:
+    """Loads a study file.
+
+    Args:
+      path: Python file with `get_study()`.
+
+    Returns:
+      Its study.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      TypeError: it makes no study.
+    """
+    path = files.to_path(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(f"a study is a Python file with get_study(), got {path}")
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = module.get_study() if hasattr(module, "get_study") else None
+    if not isinstance(study, Study):
+        raise TypeError(f"{path} must define get_study() that returns a Study, got {study!r}")
+    return study

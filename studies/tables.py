@@ -1,0 +1,119 @@
+"""The table of a study, for people (Markdown) and for programs (CSV)."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jevb_jax.report.tables import csv_table, markdown_table
+from studies.evidence import Evidence
+from studies.spec import Logged
+
+
+def in_digits_of(value: float, near: float) -> str:
+    """A number with the digits that suit one of the size of `near`."""
+    size = abs(near)
+    return (
+        f"{value:.3e}" if size >= 1e5 or 0 < size < 1e-2 else f"{value:.{4 if size < 10 else 2}f}"
+    )
+
+
+def _cell(values: Sequence[float], num_finished: int) -> str:
+    """Mean ± sample standard deviation, with n where it is not that of the row."""
+    if not values:
+        return "-"
+    mean = float(np.mean(values))
+    spread = in_digits_of(float(np.std(values, ddof=1)), mean) if len(values) > 1 else "-"
+    count = "" if len(values) == num_finished else f" (n = {len(values)})"
+    return f"{in_digits_of(mean, mean)} ± {spread}{count}"
+
+
+def _facts(evidence: Evidence, command: str) -> list[str]:
+    """What made the numbers, and which runs had other settings than the study has now."""
+    environments = [data.environment for data in evidence.found if data.environment]
+    dirty = {True: " with uncommitted changes", False: ""}
+    facts = {
+        "commit": {
+            f"{e['commit'] or 'unknown'}{dirty[e['uncommitted_changes']]}" for e in environments
+        },
+        "jax": {e["versions"]["jax"] for e in environments},
+        "device": {f"{len(e['devices'])} x {e['devices'][0]}" for e in environments},
+    }
+    return [
+        f"command: `{command}`",
+        f"seeds: {', '.join(map(str, evidence.study.seeds))}",
+        *(f"{name}: {', '.join(sorted(values))}" for name, values in facts.items()),
+        *(
+            f"{run.name}, seed {run.seed} ran with {key} = {old!r}; now {new!r}"
+            for run in evidence.plan
+            for key, (old, new) in evidence.runs[run.name][run.seed].changes(run.config).items()
+        ),
+    ]
+
+
+def _footnotes(evidence: Evidence) -> list[str]:
+    """What every measure is, in the words of the protocol."""
+    lines = []
+    finished = [data for data in evidence.found if data.results is not None]
+    for measure in evidence.study.measures:
+        if isinstance(measure, Logged):
+            what = f"{measure.take} logged value of `{measure.key}`"
+        else:
+            entries = [entry for data in finished if (entry := data.entry(measure))]
+            texts = collections.Counter(entry["protocol"] for entry in entries)
+            what = f"`{measure.name}`, {measure.features}, {measure.encoder} encoder"
+            for text, count in texts.items():
+                what += f"; {text}" + (f" ({count} of {len(entries)})" if len(texts) > 1 else "")
+        if all(data.value(measure) is None for data in finished):
+            what += " (no finished run has it)"
+        lines.append(f"{measure.label}: {what}")
+    return lines
+
+
+def markdown_table(evidence: Evidence, command: str) -> str:
+    """`table.md`: what made the numbers, means over seeds, protocols, figures."""
+    study = evidence.study
+    labels = [measure.label for measure in study.measures]
+    rows = []
+    for name in (*study.runs, *study.averages):
+        columns = [[*evidence.values(name, label).values()] for label in labels]
+        if name in study.averages:
+            num_finished = max(map(len, columns))
+        else:
+            num_finished = sum(one.results is not None for one in evidence.runs[name].values())
+        cells = [_cell(values, num_finished) for values in columns]
+        rows.append([name, evidence.status(name), *cells])
+    lines = [
+        f"# {study.title}",
+        "",
+        *(f"* {fact}" for fact in _facts(evidence, command)),
+        "",
+        "Mean ± sample standard deviation over the finished seeds.",
+        "",
+        *markdown_table(["run", "finished", *labels], rows),
+        "",
+        *(f"* {note}" for note in _footnotes(evidence)),
+    ]
+    for figure in study.figures:
+        lines += ["", f"![{figure.title}]({figure.name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def csv_table(evidence: Evidence) -> str:
+    """`table.csv`: mean, sample standard deviation, count and every seed's value."""
+    study = evidence.study
+    parts = ("mean", "std", "n", *(f"seed {seed}" for seed in study.seeds))
+    labels = [measure.label for measure in study.measures]
+    rows: list[list[Any]] = []
+    for run in (*study.runs, *study.averages):
+        rows.append([run, evidence.status(run)])
+        for label in labels:
+            values = evidence.values(run, label)
+            numbers = list(values.values())
+            mean = float(np.mean(numbers)) if numbers else ""
+            spread = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else ""
+            seeds = (values.get(seed, "") for seed in study.seeds)
+            rows[-1] += [mean, spread, len(numbers), *seeds]
+    header = ["run", "finished", *(f"{label}: {part}" for label in labels for part in parts)]
+    return csv_table(header, rows)

@@ -1,0 +1,46 @@
+"""The process of one run of a study: `python -m studies.train_one RUN_DIRECTORY`.
+
+It trains the config that the study left there, while its standard input is open. When that ends, since
+the study stops or is gone, the run saves its state after its step and stops.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from jevb_jax import files, runner
+from jevb_jax.checkpoints import config_hash
+
+ASKED_CONFIG = "asked_config.json"
+
+
+def _stop_with_study() -> None:
+    os.read(0, 1)  # returns at the end of standard input, however the study went
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_one(directory: Path) -> None:
+    """Trains, or resumes, a run; records that it was not finite, which is a result of the study.
+
+    Any other error says nothing of the method, and is not recorded.
+    """
+    path = directory / ASKED_CONFIG
+    try:
+        runner.train(runner.read_config(path), directory)
+    except runner.NonFiniteError as error:
+        steps = [int(found.name.rpartition("_")[2]) for found in directory.glob("nonfinite_step_*")]
+        failure = {
+            "error": type(error).__name__,
+            "message": str(error),
+            "step": max(steps),
+            "config_hash": config_hash(files.read_json(path)),
+        }
+        files.write_json_atomically(directory / "failure.json", failure)
+        raise
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_with_study, daemon=True).start()
+    train_one(files.to_path(sys.argv[1]))

@@ -1,0 +1,57 @@
+"""What a study file may say, and that ours can be run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jevb_jax import experiment
+from studies.spec import Comparison, Curves, Logged, Study, Sweep, load_study
+from tests.studies.fabricated import config
+
+STUDIES = [
+    path
+    for path in sorted((Path(__file__).resolve().parents[2] / "studies").glob("*.py"))
+    if "def get_study(" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": {}}, "at least one run"),
+        ({"seeds": ()}, "one seed"),
+        ({"seeds": (1, 2, 1)}, r"every seed .*\[1\]"),
+        ({"runs": {"a/b": config()}}, "a/b"),
+        ({"runs": {"": config()}}, "file names"),
+        ({"runs": {"a": config(), "b": config()}}, "runs a and b have the same config"),
+        ({"measures": (Logged("x", "k"), Logged("x", "l"))}, r"measure .*\['x'\]"),
+        ({"figures": (Comparison("c", "", ("a", "z"), ("m",)),)}, r"figure c: no runs \['z'\]"),
+        ({"figures": (Comparison("c", "", ("a",), ("n",)),)}, r"no measures \['n'\] among \['m'\]"),
+        ({"figures": (Sweep("s", "", "x", {1.0: "z"}, ("m",)),)}, r"no runs \['z'\]"),
+        ({"figures": (Sweep("s", "", "x", {1.0: "a"}, ("m",), references=("y",)),)}, "'y'"),
+        ({"figures": (Curves("c", "", ("z",), ("k",)),)}, r"\['z'\] among \['a'\]"),
+        ({"figures": (Curves("c", "", ("a",), ()),)}, "nothing to draw"),
+        ({"figures": (Curves("c", "", ("a",), ("k",)),) * 2}, r"figure .*\['c'\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message):
+    fitting = {"runs": {"a": config()}, "seeds": (0,), "measures": (Logged("m", "k"),)}
+    Study("fits", **fitting)
+    with pytest.raises(ValueError, match=message):
+        Study("does not", **(fitting | changes))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_study_builds_every_run(path):
+    runs: Any = load_study(path).runs
+    small = {"source": "shapes", "image_size": 16, "num_test_examples": 200}
+    for made in runs.values():
+        if made.data.source != "digits":  # digits are at hand
+            # Of one class, still more than the 200 neighbours of its k-NN.
+            num_images = 300 if made.data.inlier_class < 0 else 4000
+            made.data.update(small | {"num_train_examples": num_images})
+            made.train.batch_size = 128
+        built = experiment.build_experiment(made)
+        assert built.num_train_steps > 0
+        assert built.config["method"] == made.method
