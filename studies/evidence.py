@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jevb_jax import files
-from jevb_jax.blueprint import completed_config
 from jevb_jax.checkpoints import changed_keys
 from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.settings.saved_config import saved_config
 from studies.spec import Measure, PlannedRun, Result, Study
 
 
@@ -67,7 +67,7 @@ def read_run(directory: Path) -> RunData:
 
     config = read("config")
     return RunData(
-        config=None if config is None else completed_config(config),
+        config=None if config is None else saved_config(config, directory / "config.json"),
         results=read("results"),
         failure=read("failure"),
         records=MetricsLog.read(directory / "metrics.jsonl"),

@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jevb_jax import files, schema
+from jevb_jax import files
 from jevb_jax.checkpoints import config_hash
 from jevb_jax.experiment import to_json_values
+from jevb_jax.settings import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +105,10 @@ class Study:
     def __post_init__(self) -> None:
         # Read once: an iterator would be empty the second time. ConfigDict takes no NumPy integers.
         for field in ("seeds", "measures", "figures"):
-            object.__setattr__(self, field, tuple(schema.plain(tuple(getattr(self, field)))))
-        bad_seeds = [seed for seed in self.seeds if not schema.RUN["seed"].accepts(seed)]
+            object.__setattr__(self, field, tuple(read.plain(tuple(getattr(self, field)))))
+        bad_seeds = [seed for seed in self.seeds if not read.RUN["seed"].accepts(seed)]
         if bad_seeds:
-            raise ValueError(f"every seed must be {schema.RUN['seed'].says}, got {bad_seeds}")
+            raise ValueError(f"every seed must be {read.RUN['seed'].says}, got {bad_seeds}")
         if not self.runs or not self.seeds:
             raise ValueError("a study needs at least one run and one seed")
         labels = [measure.label for measure in self.measures]
@@ -163,11 +164,11 @@ class Study:
         """Refuses settings that a run would refuse; loads no data.
 
         Raises:
-          ValueError: the name of the run and its settings, as `schema.check_run`.
+          ValueError: the name of the run and its settings, as `read.run_settings`.
         """
         for name, config in self.runs.items():
             try:
-                schema.check_run(to_json_values(config))
+                read.run_settings(to_json_values(config))
             except ValueError as error:
                 raise ValueError(f"run {name}: {error}") from error
 

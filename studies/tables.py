@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jevb_jax.report.tables import csv_table, markdown_table
+from jevb_jax.report import tables
 from studies.evidence import Evidence
 from studies.spec import Logged
 
@@ -91,7 +91,7 @@ def markdown_table(evidence: Evidence, command: str) -> str:
         "",
         "Mean ± sample standard deviation over the finished seeds.",
         "",
-        *markdown_table(["run", "finished", *labels], rows),
+        *tables.markdown_table(["run", "finished", *labels], rows),
         "",
         *(f"* {note}" for note in _footnotes(evidence)),
     ]
@@ -116,4 +116,4 @@ def csv_table(evidence: Evidence) -> str:
             seeds = (values.get(seed, "") for seed in study.seeds)
             rows[-1] += [mean, spread, len(numbers), *seeds]
     header = ["run", "finished", *(f"{label}: {part}" for label in labels for part in parts)]
-    return csv_table(header, rows)
+    return tables.csv_table(header, rows)
