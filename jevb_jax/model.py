@@ -337,11 +337,11 @@ class Model:
 
     @functools.cached_property
     def _score_entries(self) -> dict[str, ood_protocol.ScoreEntry]:
-        return ood_protocol.scores_of_config(self.config, has_labels=False)
+        return ood_protocol.scores_of_run(self.settings, has_labels=False)
 
     def _checked_score(self, score: str | None) -> str:
         if score is None:
-            score = ood_protocol.default_score(self.config["method"], self.config["ood"])
+            score = ood_protocol.default_score(self.settings)
         names = self.score_names()
         if score not in names:
             raise ValueError(
@@ -405,7 +405,7 @@ class Model:
                 terms = ood_protocol.jevb_terms_settings(
                     self.network,
                     blueprint.jevb_settings(self.settings, steps_per_epoch=0),
-                    self.config["ood"],
+                    self.settings.ood,
                     augmentation=self._view,
                 )
             self._extractors[key] = FeatureExtractor(

@@ -681,7 +681,7 @@ class _Run:
         parallel.on_main(self.check_held)
         score = None
         if self.experiment.settings.checkpoint.keep_best:
-            measure = protocol.best_measure(self.experiment.config["evaluation"])
+            measure = protocol.best_measure(self.experiment.settings.evaluation)
             score = self.validation_knn(state)[measure]
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.log.flush()
@@ -967,7 +967,7 @@ def _train_and_evaluate(
 ) -> bool:
     """`train` in a directory that process 0 holds."""
     run = _Run(experiment, workdir, console, mesh, stop, check_held, start)
-    reasons = protocol.left_out(experiment.config["evaluation"], experiment.dataset)
+    reasons = protocol.left_out(experiment.settings.evaluation, experiment.dataset)
     for line in protocol.left_out_lines(reasons):
         run.say(line)
     try:
@@ -1175,7 +1175,7 @@ def evaluate_on(
         raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
     workdir = files.to_path(workdir)
     described = read.data_section(to_json_values(section))
-    evaluation = to_json_values(config)["evaluation"]
+    evaluation = read.evaluation_section(to_json_values(config["evaluation"]))
     loaded = model.load(workdir, step)
     if described.source in ("folder", "tfds") and not described.image_size:
         # Photos are cut as the encoder's own were.
@@ -1185,7 +1185,11 @@ def evaluate_on(
         results = protocol.evaluate_transfer(
             evaluation, loaded.extractor, loaded.variables, dataset
         )
-    results |= {"step": loaded.step, "data": read.plain(vars(described)), "evaluation": evaluation}
+    results |= {
+        "step": loaded.step,
+        "data": read.plain(vars(described)),
+        "evaluation": read.plain(vars(evaluation)),
+    }
     made_of = {name: results[name] for name in ("step", "data", "evaluation")}
     # Paths do not tell data apart: relative ones, and files that were replaced.
     made_of["images"] = data_record.fingerprint(dataset)

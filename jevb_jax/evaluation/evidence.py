@@ -6,7 +6,7 @@ curves, the embedding in the plane.
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jevb_jax.evaluation.protocol import Evaluation, evaluated_split
 from jevb_jax.evaluation.uncertainty import RiskCoverage
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
+from jevb_jax.settings.sections import OodSection
 
 _NUM_GALLERY = 16
 _NUM_QUERIES = 4
@@ -235,11 +236,11 @@ def _separations(found: OODEvaluation, severities: tuple[int, ...]) -> dict[str,
 
 
 def _severity_curves(
-    found: OODEvaluation, score: str, ood_settings: dict[str, Any]
+    found: OODEvaluation, score: str, ood_settings: OodSection
 ) -> tuple[SeverityCurve, ...]:
-    severities = ood_settings["severities"]
+    severities = ood_settings.severities
     curves = []
-    for corruption in ood_settings["corruptions"]:
+    for corruption in ood_settings.corruptions:
         corrupted = [found.outside[f"{corruption}_{level}"][score] for level in severities]
         values = np.stack([found.inside[score][: len(corrupted[0])], *corrupted])
         lower, upper = np.quantile(values, (0.25, 0.75), axis=1)
@@ -296,8 +297,8 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
     Raises:
       ValueError: scores or embeddings that are not finite.
     """
-    config, bank = experiment.config, experiment.dataset.train
-    source = evaluated_split(config["evaluation"], experiment.dataset)[1]
+    settings, bank = experiment.settings, experiment.dataset.train
+    source = evaluated_split(settings.evaluation, experiment.dataset)[1]
     found, prediction = evaluation.ood, evaluation.test.prediction
     labels = evaluation.test.labels
     names = _class_names(bank)
@@ -306,11 +307,11 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
     if isinstance(prediction, Posterior):
         evidence = evidence._replace(
             posterior_scale=np.asarray(prediction.posterior_scale)[:_NUM_MAPPED],
-            prior_scale=config["jevb"]["prior_scale"],
+            prior_scale=settings.jevb.prior_scale,
         )
     if found is not None:
-        evidence = evidence._replace(separations=_separations(found, config["ood"]["severities"]))
-        score = _UNCERTAINTY_SCORES.get(config["method"], found.default_score)
+        evidence = evidence._replace(separations=_separations(found, settings.ood.severities))
+        score = _UNCERTAINTY_SCORES.get(settings.method, found.default_score)
         if score in found.inside:
             uncertainty = found.inside[score]
             order = np.argsort(-uncertainty, kind="stable")
@@ -323,7 +324,7 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
             evidence = evidence._replace(
                 uncertainty_score=score,
                 risk_coverage=evaluation.risk_coverage[score],
-                severity=_severity_curves(found, score, config["ood"]),
+                severity=_severity_curves(found, score, settings.ood),
                 most_uncertain=most,
                 least_uncertain=least,
             )

@@ -28,10 +28,12 @@ from jevb_jax.evaluation.ood_metrics import (
     bootstrap_intervals_of_scores,
     ood_metrics,
 )
+from jevb_jax.methods import METHODS
 from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
 from jevb_jax.paper import sphere
 from jevb_jax.paper.likelihood import likelihood_scale
 from jevb_jax.paper.objective import View
+from jevb_jax.settings.sections import OodSection, RunSettings
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
     from jevb_jax.evaluation import classification
@@ -84,13 +86,13 @@ class ScoreSettings:
         return max(1, min(round(self.residual_share * num_features), num_features - 1))
 
 
-def score_settings(ood_settings: dict[str, Any]) -> ScoreSettings:
+def score_settings(section: OodSection) -> ScoreSettings:
     """Those of the section `ood` of a config."""
     return ScoreSettings(
-        knn_k=ood_settings["knn_k"],
-        ssd_clusters=ood_settings["ssd_clusters"],
-        residual_share=ood_settings["residual_share"],
-        mixture_df=ood_settings["mixture_df"],
+        knn_k=section.knn_k,
+        ssd_clusters=section.ssd_clusters,
+        residual_share=section.residual_share,
+        mixture_df=section.mixture_df,
     )
 
 
@@ -382,33 +384,25 @@ def _fit_vim(settings: ScoreSettings, train: TrainingData) -> OfProbe:
     return OfProbe(probe, vim=vim)
 
 
-def scores_of_config(config: dict[str, Any], *, has_labels: bool) -> dict[str, ScoreEntry]:
+def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, ScoreEntry]:
     """Every score that a run will have, those that degenerate features leave out too.
 
     Args:
-      config: of the run.
+      settings: of the run.
       has_labels: whether the training images have labels.
 
     Returns:
       Entries of `score_table`.
     """
-    settings = config["ood"]
-    table = score_table(config["method"], score_settings(settings), num_views=settings["num_views"])
+    table = score_table(
+        settings.method, score_settings(settings.ood), num_views=settings.ood.num_views
+    )
     return {name: entry for name, entry in table.items() if has_labels or not entry.needs_labels}
 
 
-def default_score(method: str, ood_settings: dict[str, Any]) -> str:
-    """The score of a method where nothing may be chosen, or the config's own.
-
-    Args:
-      method: its name in the config, such as "jevb".
-      ood_settings: its section `ood`.
-
-    Returns:
-      The score's name.
-    """
-    own = DEFAULT_SCORES.get(method, _OTHER_DEFAULT_SCORE)
-    return ood_settings["default_score"] or own
+def default_score(settings: RunSettings) -> str:
+    """The name of the score where nothing may be chosen: that of the config, or of its method."""
+    return settings.ood.default_score or METHODS[settings.method].default_score
 
 
 class Scorers(NamedTuple):
@@ -667,11 +661,8 @@ def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
 
 # --- A run ----------------------------------------------------------------------------------------
 
+
 # The score of a method where nothing may be chosen (docs/ood.md says why).
-DEFAULT_SCORES = {"jevb": "jevb/mixture_and_residual", "vi_simsiam": "vi_simsiam/concentration"}
-_OTHER_DEFAULT_SCORE = "embedding/mahalanobis"
-
-
 class OODEvaluation(NamedTuple):
     """What `evaluate_ood` found.
 
@@ -705,12 +696,12 @@ def terms_settings(experiment: "Experiment") -> TermsSettings | None:
     Returns:
       Settings for the feature extractor.
     """
-    if experiment.config["method"] != "jevb":
+    if experiment.settings.method != "jevb":
         return None
     return jevb_terms_settings(
         experiment.model,
         experiment.jevb_settings,
-        experiment.config["ood"],
+        experiment.settings.ood,
         augmentation=experiment.view_augmentations[0],
     )
 
@@ -718,7 +709,7 @@ def terms_settings(experiment: "Experiment") -> TermsSettings | None:
 def jevb_terms_settings(
     model: JointEmbeddingModel,
     settings: methods.JevbSettings,
-    ood_settings: dict[str, Any],
+    section: OodSection,
     *,
     augmentation: augmentations.ViewAugmentation,
 ) -> TermsSettings:
@@ -727,7 +718,7 @@ def jevb_terms_settings(
     Args:
       model: networks.
       settings: of the objective. The weight of the KL is in no term, nor is its warm-up.
-      ood_settings: the section `ood` of a config.
+      section: how many views and samples.
       augmentation: what makes all views but the first, which is the plain image.
 
     Returns:
@@ -740,23 +731,19 @@ def jevb_terms_settings(
             key,
             View(views.embedding, views.posterior_mean, views.posterior_scale),
             settings.likelihood_at(radial_scale),
-            num_samples=ood_settings["num_samples"],
+            num_samples=section.num_samples,
             prior_scale=settings.prior_scale,
             untied_scale=settings.untied_scale(views),
             location=settings.location,
         )
 
-    return TermsSettings(
-        terms_of=terms_of, augmentation=augmentation, num_views=ood_settings["num_views"]
-    )
+    return TermsSettings(terms_of=terms_of, augmentation=augmentation, num_views=section.num_views)
 
 
-def is_asked(config: dict[str, Any]) -> bool:
+def is_asked(settings: RunSettings) -> bool:
     """Whether a config has anything to detect."""
-    settings = config["ood"]
-    return bool(
-        settings["outside"] or settings["corruptions"] or config["data"]["inlier_class"] >= 0
-    )
+    section = settings.ood
+    return bool(section.outside or section.corruptions or settings.data.inlier_class >= 0)
 
 
 def fit_rows(num_images: int, most: int) -> np.ndarray:
@@ -783,25 +770,25 @@ def _fit_features(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, train: Features
 ) -> Features:
     """Features of the training images that scores are fitted to, with terms for JEVB."""
-    rows = fit_rows(len(train.representation), experiment.config["ood"]["max_fit_images"])
-    if experiment.config["method"] == "jevb":
+    rows = fit_rows(len(train.representation), experiment.settings.ood.max_fit_images)
+    if experiment.settings.method == "jevb":
         return extract(variables, data.Subset(experiment.dataset.train, rows))
     return jax.tree.map(lambda values: values[rows], train)
 
 
 def _sets(experiment: "Experiment", inside: data.ImageSource, split: str) -> Iterator[OutsideSet]:
     """The sets of a config, each loaded or made when its turn comes."""
-    settings = experiment.config["ood"]
+    settings = experiment.settings.ood
     left_out = experiment.dataset.outside
     if left_out is not None:
         name = f"the {split} images of the other classes"
         yield OutsideSet("other_classes", "other_classes", left_out, name)
-    for description in settings["outside"]:
+    for description in settings.outside:
         yield load_outside_set(**description)
-    if settings["corruptions"]:
-        count = min(len(inside), settings["num_corrupted_images"])
+    if settings.corruptions:
+        count = min(len(inside), settings.num_corrupted_images)
         images = data.load_resident(data.Subset(inside, np.arange(count)))
-        yield from corrupted_sets(images, settings["corruptions"], settings["severities"], of=split)
+        yield from corrupted_sets(images, settings.corruptions, settings.severities, of=split)
 
 
 def _no_numbers(
@@ -825,7 +812,7 @@ def _choose(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, scorers: Scorers
 ) -> tuple[str | None, str]:
     """The label-free score with the best mean AUROC on the sets of `ood.choice`, and how."""
-    descriptions = experiment.config["ood"]["choice"]
+    descriptions = experiment.settings.ood.choice
     if not descriptions:
         return None, ""
     validation = experiment.dataset.validation
@@ -879,18 +866,18 @@ def evaluate_ood(
     Raises:
       ValueError: settings or sets that do not fit the run.
     """
-    settings = experiment.config["ood"]
-    method = experiment.config["method"]
+    settings = experiment.settings.ood
+    method = experiment.settings.method
     fit_features = _fit_features(experiment, variables, extract, train)
-    table = scores_of_config(experiment.config, has_labels=probe is not None)
+    table = scores_of_run(experiment.settings, has_labels=probe is not None)
     scorers = make_scorers(table, TrainingData(fit_features, probe))
-    default = default_score(method, settings)
+    default = default_score(experiment.settings)
     if default not in scorers.scores and default not in scorers.left_out:
         raise ValueError(
             f"ood.default_score must be one of {sorted(scorers.scores)}, got {default!r}"
         )
     inside_scores = score_features(
-        inside, scorers, batch_size=experiment.config["evaluation"]["batch_size"]
+        inside, scorers, batch_size=experiment.settings.evaluation.batch_size
     )
     results: list[SetResult] = []
     outside_scores: dict[str, dict[str, np.ndarray]] = {}
@@ -912,7 +899,7 @@ def evaluate_ood(
             scores,
             outside,
             inside_name=f"{experiment.dataset.train.name}, {split}",
-            num_bootstrap=settings["num_bootstrap"] if has_intervals else 0,
+            num_bootstrap=settings.num_bootstrap if has_intervals else 0,
         )
     # One set on which a score is no number leaves it out of all: its means would be of other sets.
     results = [result for result in results if result.score not in not_numbers]

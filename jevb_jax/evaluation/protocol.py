@@ -17,7 +17,7 @@ from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettin
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
 from jevb_jax.networks import Posterior
-from jevb_jax.settings import read
+from jevb_jax.settings.sections import EvaluationSection, OodSection
 
 Result = dict[str, Any]
 FEATURE_NAMES = ("representation", "embedding")
@@ -44,7 +44,7 @@ def make_extractors(
     """The forward passes that the evaluation of an experiment needs; see `FeatureExtractor`."""
     make = functools.partial(_extractor, experiment, mesh=mesh, check_stop=check_stop)
     plain = make()
-    is_detecting = ood_protocol.is_asked(experiment.config)
+    is_detecting = ood_protocol.is_asked(experiment.settings)
     terms = ood_protocol.terms_settings(experiment) if is_detecting else None
     return Extractors(plain, plain if terms is None else make(terms=terms))
 
@@ -58,7 +58,7 @@ def _extractor(
         image_size=view.size,
         mean=view.mean,
         std=view.std,
-        batch_size=experiment.config["evaluation"]["batch_size"],
+        batch_size=experiment.settings.evaluation.batch_size,
         terms=terms,
         **placement,
     )
@@ -72,12 +72,12 @@ def _result(name: str, features: str, value: float, protocol: str) -> Result:
 
 
 def evaluated_split(
-    settings: dict[str, Any], dataset: data.Dataset
+    settings: EvaluationSection, dataset: data.Dataset
 ) -> tuple[str, data.ImageSource]:
     """Name and source of the split that is reported.
 
     Args:
-      settings: the section `evaluation` of a config.
+      settings: what is measured, and how.
       dataset: images.
 
     Returns:
@@ -87,7 +87,7 @@ def evaluated_split(
     Raises:
       ValueError: labelled data have no such split.
     """
-    split = settings["split"]
+    split = settings.split
     source = getattr(dataset, split)
     if source is None and dataset.train.labels is None:
         return "validation", dataset.validation
@@ -99,22 +99,22 @@ def evaluated_split(
     return split, source
 
 
-def _few_label_measure(settings: dict[str, Any]) -> str:
+def _few_label_measure(settings: EvaluationSection) -> str:
     return f"linear_{settings['labels_per_class']}_labels_per_class_accuracy"
 
 
-def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
+def left_out(settings: EvaluationSection, dataset: data.Dataset) -> dict[str, str]:
     """What of the evaluation the data do not allow; known before any training.
 
     Args:
-      settings: the section `evaluation` of a config.
+      settings: what is measured, and how.
       dataset: images.
 
     Returns:
       Why, by the name of the measure; everything else is evaluated.
     """
     reasons: dict[str, str] = {}
-    if getattr(dataset, settings["split"]) is None and dataset.train.labels is None:
+    if getattr(dataset, settings.split) is None and dataset.train.labels is None:
         reasons["split"] = (
             f"there are no {settings['split']} images: what needs no labels is evaluated on the "
             "validation split"
@@ -135,11 +135,11 @@ def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
             reasons[name] = f"there are {len(train):,} training images"
     if not np.isin(validation, classes).any():
         reasons["linear_accuracy"] = "no validation image is of a class of the training images"
-    elif counts.min() < settings["labels_per_class"]:
+    elif counts.min() < settings.labels_per_class:
         rarest = classes[np.argmin(counts)]
         names = dataset.train.class_names
         name = rarest if names is None else names[rarest]
-        num_rare = int(np.sum(counts < settings["labels_per_class"]))
+        num_rare = int(np.sum(counts < settings.labels_per_class))
         reasons[_few_label_measure(settings)] = (
             f"class {name} has {counts.min():,} training images, and {num_rare:,} of "
             f"{len(classes):,} classes have too few: set evaluation.labels_per_class to at most "
@@ -148,11 +148,11 @@ def left_out(settings: dict[str, Any], dataset: data.Dataset) -> dict[str, str]:
     return reasons
 
 
-def best_measure(settings: dict[str, Any]) -> str:
+def best_measure(settings: EvaluationSection) -> str:
     """The k-NN accuracy by which `checkpoint.keep_best` ranks: that of the first `knn_k`.
 
     Args:
-      settings: the section `evaluation` of a config.
+      settings: what is measured, and how.
 
     Returns:
       Its name.
@@ -160,11 +160,11 @@ def best_measure(settings: dict[str, Any]) -> str:
     return next(iter(_knn_measures(settings)))
 
 
-def why_no_knn(settings: dict[str, Any], dataset: data.Dataset) -> str:
+def why_no_knn(settings: EvaluationSection, dataset: data.Dataset) -> str:
     """Why the data do not allow `best_measure`, or nothing.
 
     Args:
-      settings: the section `evaluation` of a config.
+      settings: what is measured, and how.
       dataset: images.
 
     Returns:
@@ -208,10 +208,10 @@ def _labels(features: Features) -> np.ndarray:
 # --- Classification -------------------------------------------------------------------------------
 
 
-def _knn_measures(settings: dict[str, Any]) -> dict[str, classification.Vote]:
+def _knn_measures(settings: EvaluationSection) -> dict[str, classification.Vote]:
     """The votes of every k-NN accuracy, by its name."""
-    weighted, uniform = settings["knn_k"], settings["knn_uniform_k"]
-    temperature = settings["knn_temperature"]
+    weighted, uniform = settings.knn_k, settings.knn_uniform_k
+    temperature = settings.knn_temperature
     return {
         **{f"knn_{k}_accuracy": classification.Vote(k, temperature) for k in weighted},
         **{f"knn_{k}_uniform_accuracy": classification.Vote(k, None) for k in uniform},
@@ -219,7 +219,11 @@ def _knn_measures(settings: dict[str, Any]) -> dict[str, classification.Vote]:
 
 
 def _knn_accuracies(
-    name: str, settings: dict[str, Any], train: Features, other: Features, without: dict[str, str]
+    name: str,
+    settings: EvaluationSection,
+    train: Features,
+    other: Features,
+    without: dict[str, str],
 ) -> dict[str, float]:
     """Every k-NN accuracy by its name, of one search."""
     measures = {key: one for key, one in _knn_measures(settings).items() if key not in without}
@@ -238,7 +242,7 @@ def _knn_accuracies(
 
 
 def _knn(
-    name: str, settings: dict[str, Any], train: Features, test: Features, without: dict[str, str]
+    name: str, settings: EvaluationSection, train: Features, test: Features, without: dict[str, str]
 ) -> list[Result]:
     """k-NN accuracy for every k, with its protocol."""
     measures = _knn_measures(settings)
@@ -251,7 +255,7 @@ def _knn(
                 k=measures[measure].k,
                 temperature=measures[measure].temperature,
                 bank=classification.Split("train split", len(getattr(train, name))),
-                evaluated=classification.Split(settings["split"], len(getattr(test, name))),
+                evaluated=classification.Split(settings.split, len(getattr(test, name))),
                 features=name,
             ),
         )
@@ -265,7 +269,7 @@ def _predicted(probe: classification.LinearProbe, features: Any) -> np.ndarray:
 
 def _linear(
     name: str,
-    settings: dict[str, Any],
+    settings: EvaluationSection,
     train: Features,
     validation: Features,
     test: Features,
@@ -285,17 +289,17 @@ def _linear(
         getattr(validation, name)[is_known],
         validation_y[is_known],
         num_classes=num_classes,
-        l2_grid=settings["l2_grid"],
+        l2_grid=settings.l2_grid,
     )
     test_y = _numbered(train, test)
     accuracy = float(np.mean(_predicted(selection.probe, getattr(test, name)) == test_y))
     protocol = classification.linear_protocol(
         solver=selection.probe.solver,
         l2_regularization=selection.l2_regularization,
-        num_strengths=len(settings["l2_grid"]),
+        num_strengths=len(settings.l2_grid),
         fitted=classification.Split(fitted_name, len(y)),
         validation=classification.Split("validation", int(is_known.sum())),
-        evaluated=classification.Split(settings["split"], len(test_y)),
+        evaluated=classification.Split(settings.split, len(test_y)),
         features=name,
     )
     return selection.probe, accuracy, protocol
@@ -303,7 +307,7 @@ def _linear(
 
 def _linear_results(
     name: str,
-    settings: dict[str, Any],
+    settings: EvaluationSection,
     train: Features,
     validation: Features,
     test: Features,
@@ -316,11 +320,11 @@ def _linear_results(
         name, settings, train, validation, test, None, "train split"
     )
     results = [_result("linear_accuracy", name, accuracy, protocol)]
-    per_class = settings["labels_per_class"]
+    per_class = settings.labels_per_class
     few_labels = _few_label_measure(settings)
     if per_class > 0 and few_labels not in without:
         accuracies = []
-        for seed in range(settings["few_label_seeds"]):
+        for seed in range(settings.few_label_seeds):
             rows = classification.labels_per_class_subset(
                 _labels(train), labels_per_class=per_class, seed=seed
             )
@@ -378,7 +382,7 @@ def evaluate_variables(
     Raises:
       ValueError: the data set has no such split, or settings that do not fit it.
     """
-    settings = experiment.config["evaluation"]
+    settings = experiment.settings.evaluation
     split, source = evaluated_split(settings, experiment.dataset)
     without = left_out(settings, experiment.dataset)
     extract, extract_terms = extractors
@@ -394,7 +398,7 @@ def evaluate_variables(
         results += linear
     probe = probes["representation"]
     found, curves = None, {}
-    if ood_protocol.is_asked(experiment.config):
+    if ood_protocol.is_asked(experiment.settings):
         found = ood_protocol.evaluate_ood(
             experiment,
             variables,
@@ -420,12 +424,12 @@ def evaluate_variables(
 
 
 def evaluate_transfer(
-    settings: dict[str, Any], extract: FeatureExtractor, variables: Any, dataset: data.Dataset
+    settings: EvaluationSection, extract: FeatureExtractor, variables: Any, dataset: data.Dataset
 ) -> dict[str, Any]:
     """k-NN and linear probes of an encoder on data that it was not trained on.
 
     Args:
-      settings: the section `evaluation` of a config.
+      settings: what is measured, and how.
       extract: the encoder's forward pass.
       variables: parameters and running statistics.
       dataset: labelled images.
@@ -439,7 +443,6 @@ def evaluate_transfer(
     if dataset.train.labels is None:
         raise ValueError(f"{dataset.train.name} has no labels: nothing can be evaluated on it")
     split, source = evaluated_split(settings, dataset)
-    read.evaluation_section(settings)
     without = left_out(settings, dataset)
     if {"knn_accuracy", "linear_accuracy"} <= without.keys():
         raise ValueError(
@@ -513,7 +516,7 @@ def _uncertainty_results(
                     f"mean risk over coverages, smaller is better, of {protocol}",
                 ),
             ]
-        results += _severity_results(experiment.config, found, name)
+        results += _severity_results(experiment.settings.ood, found, name)
     results += _disagreement_results(experiment, found)
     results += _spectrum_results(test, split)
     return results
@@ -538,7 +541,7 @@ def _spectrum_results(test: Features, split: str) -> list[Result]:
 
 
 def wrong_predictions(
-    settings: dict[str, Any],
+    settings: EvaluationSection,
     train: Features,
     test: Features,
     probe: classification.LinearProbe | None,
@@ -546,7 +549,7 @@ def wrong_predictions(
     """Which images k-NN and the linear probe of the representation get wrong.
 
     Args:
-      settings: the section `evaluation`.
+      settings: what is measured, and how.
       train: features of the training split.
       test: features of the evaluated split.
       probe: of the representation, or None.
@@ -558,7 +561,7 @@ def wrong_predictions(
         return {}
     labels, test_labels = _numbered(train, train), _numbered(train, test)
     wrong = {"linear": _predicted(probe, test.representation) != test_labels}
-    k = settings["knn_k"][0]
+    k = settings.knn_k[0]
     if k > len(labels):
         return wrong
     nearest = classification.knn_predict(
@@ -567,16 +570,16 @@ def wrong_predictions(
         test.representation,
         num_classes=int(labels.max()) + 1,
         k=k,
-        temperature=settings["knn_temperature"],
+        temperature=settings.knn_temperature,
     )
     return {f"{k}_nn": np.asarray(nearest) != test_labels} | wrong
 
 
-def _severity_results(config: dict[str, Any], found: OODEvaluation, score: str) -> list[Result]:
+def _severity_results(settings: OodSection, found: OODEvaluation, score: str) -> list[Result]:
     """Whether a score grows with the severity of each corruption."""
     results = []
-    for corruption in config["ood"]["corruptions"]:
-        sets = [f"{corruption}_{severity}" for severity in config["ood"]["severities"]]
+    for corruption in settings.corruptions:
+        sets = [f"{corruption}_{severity}" for severity in settings.severities]
         corrupted = [found.outside[name][score] for name in sets]
         scores = np.stack([found.inside[score][: len(corrupted[0])], *corrupted])
         results.append(
@@ -601,7 +604,7 @@ def _severity_results(config: dict[str, Any], found: OODEvaluation, score: str) 
 
 def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[Result]:
     """Correlation of the scores with the entropy of people's votes, if the config names them."""
-    path = experiment.config["ood"]["human_counts_path"]
+    path = experiment.settings.ood.human_counts_path
     if not path:
         return []
     with files.to_path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -647,7 +650,7 @@ def evaluate(
     Raises:
       ValueError: the data set has no such split, or settings that do not fit it.
     """
-    settings = experiment.config["evaluation"]
+    settings = experiment.settings.evaluation
     extractors = make_extractors(experiment, mesh=mesh, check_stop=check_stop)
     found = evaluate_variables(experiment, variables, extractors)
     results: dict[str, Any] = {
@@ -655,7 +658,7 @@ def evaluate(
         "left_out": left_out(settings, experiment.dataset),
         "trained": found.results,
     }
-    if experiment.config["evaluation"]["compare_untrained"]:
+    if experiment.settings.evaluation.compare_untrained:
         untrained = experiment.initial_state()._replace(ema_params=None).evaluation_variables
         results["untrained"] = evaluate_variables(
             experiment, untrained, extractors, has_intervals=False
@@ -667,7 +670,7 @@ def evaluate(
 
 def _ood_json(experiment: Experiment, found: OODEvaluation) -> dict[str, Any]:
     return {
-        "protocol": experiment.config["ood"]["name"],
+        "protocol": experiment.settings.ood.name,
         "default_score": found.default_score,
         "chosen_score": found.chosen_score,
         "choice": found.choice_protocol,
@@ -708,7 +711,7 @@ def validation_knn(
     Raises:
       ValueError: they allow none.
     """
-    settings = experiment.config["evaluation"]
+    settings = experiment.settings.evaluation
     reason = why_no_knn(settings, experiment.dataset)
     if reason:
         raise ValueError(f"no k-NN on the validation split: {reason}")

@@ -4,6 +4,7 @@ Training takes hours, and its evaluation reads files and settings that training 
 stop it there is refused here. What the data cannot give is left out by the evaluation itself.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,46 +26,47 @@ def check(experiment: Experiment) -> None:
       FileNotFoundError: a file of `ood.outside`, `ood.choice` or `ood.human_counts_path` is missing.
     """
     jax.eval_shape(experiment.initial_state)  # what the networks refuse of the views
-    config, dataset = experiment.config, experiment.dataset
+    settings, dataset = experiment.settings, experiment.dataset
     for section, name in (("checkpoint", "keep_best"), ("train", "knn_every_epochs")):
-        given = config[section][name]
-        reason = protocol.why_no_knn(config["evaluation"], dataset) if given else ""
+        given = getattr(getattr(settings, section), name)
+        reason = protocol.why_no_knn(settings.evaluation, dataset) if given else ""
         if reason:
             raise ValueError(
                 f"{section}.{name} = {given} needs k-NN on the validation split: {reason}; set it to 0"
             )
-    _, evaluated = protocol.evaluated_split(config["evaluation"], dataset)
-    if ood_protocol.is_asked(config):
+    _, evaluated = protocol.evaluated_split(settings.evaluation, dataset)
+    if ood_protocol.is_asked(settings):
         _check_detection(experiment, evaluated)
 
 
 def _check_detection(experiment: Experiment, evaluated: data.ImageSource) -> None:
-    config, dataset = experiment.config, experiment.dataset
-    settings = config["ood"]
-    num_fitted = len(ood_protocol.fit_rows(len(dataset.train), settings["max_fit_images"]))
-    for name in ("knn_k", "ssd_clusters"):
-        if max(settings[name], default=0) > num_fitted:
+    settings, dataset = experiment.settings.ood, experiment.dataset
+    num_fitted = len(ood_protocol.fit_rows(len(dataset.train), settings.max_fit_images))
+    for name, counts in (("knn_k", settings.knn_k), ("ssd_clusters", settings.ssd_clusters)):
+        if max(counts, default=0) > num_fitted:
             raise ValueError(
-                f"ood.{name} = {tuple(settings[name])} asks for more than the {num_fitted:,} images "
+                f"ood.{name} = {counts} asks for more than the {num_fitted:,} images "
                 "that scores are fitted to (the training images, at most ood.max_fit_images)"
             )
-    names = ood_protocol.scores_of_config(config, has_labels=dataset.train.labels is not None)
-    if settings["default_score"] and settings["default_score"] not in names:
+    names = ood_protocol.scores_of_run(
+        experiment.settings, has_labels=dataset.train.labels is not None
+    )
+    if settings.default_score and settings.default_score not in names:
         raise ValueError(
-            f"ood.default_score must be one of {sorted(names)}, got {settings['default_score']!r}"
+            f"ood.default_score must be one of {sorted(names)}, got {settings.default_score!r}"
         )
-    for part in ("outside", "choice"):
-        for number, description in enumerate(settings[part]):
+    for part, sets in (("outside", settings.outside), ("choice", settings.choice)):
+        for number, description in enumerate(sets):
             _check_outside_set(f"ood.{part}[{number}]", description, experiment)
     shape = data.image_shape(evaluated)
-    for name in settings["corruptions"]:
+    for name in settings.corruptions:
         # What an image is too small for at any severity, it is too small for at the largest.
-        _check_corruption(name, settings["severities"][-1], shape)
-    if settings["human_counts_path"]:
-        _check_human_counts(settings["human_counts_path"], len(evaluated))
+        _check_corruption(name, settings.severities[-1], shape)
+    if settings.human_counts_path:
+        _check_human_counts(settings.human_counts_path, len(evaluated))
 
 
-def _check_outside_set(where: str, description: dict[str, Any], experiment: Experiment) -> None:
+def _check_outside_set(where: str, description: Mapping[str, Any], experiment: Experiment) -> None:
     try:
         source = ood_protocol.load_outside_set(**description).source
         channels = data.image_shape(source)[-1]
