@@ -867,7 +867,6 @@ def evaluate_ood(
       ValueError: settings or sets that do not fit the run.
     """
     settings = experiment.settings.ood
-    method = experiment.settings.method
     fit_features = _fit_features(experiment, variables, extract, train)
     table = scores_of_run(experiment.settings, has_labels=probe is not None)
     scorers = make_scorers(table, TrainingData(fit_features, probe))
