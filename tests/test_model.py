@@ -511,17 +511,21 @@ def test_a_detector_keeps_its_false_alarm_rate(untrained):
     # with probability 36/40. Over splits of 120 images the mean share of alarms is 0.1.
     images = np.random.default_rng(2).integers(0, 256, (120, 16, 16, 3), np.uint8)
     rng = np.random.default_rng(3)
-    shares = []
-    for _ in range(60):
-        order = rng.permutation(len(images))
-        detector = untrained.model.detector(
-            0.1, "embedding/norm", calibration_images=images[order[:39]]
-        )
-        shares.append(detector.is_outside(images[order[39:]]).mean())
+    orders = [rng.permutation(len(images)) for _ in range(60)]
+    detectors = [
+        untrained.model.detector(0.1, "embedding/norm", calibration_images=images[order[:39]])
+        for order in orders
+    ]
+    shares = [
+        detector.is_outside(images[order[39:]]).mean()
+        for detector, order in zip(detectors, orders, strict=True)
+    ]
     assert np.std(shares) > 0
     assert abs(np.mean(shares) - 0.1) < 4 * np.std(shares) / np.sqrt(len(shares))
-    scores = -np.linalg.norm(untrained.model.embed(images[order[:39]]).astype(np.float64), axis=1)
-    assert detector.threshold == pytest.approx(np.sort(scores)[35], rel=1e-5)
+    scores = -np.linalg.norm(
+        untrained.model.embed(images[orders[0][:39]]).astype(np.float64), axis=1
+    )
+    assert detectors[0].threshold == pytest.approx(np.sort(scores)[35], rel=1e-5)
 
 
 def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]:

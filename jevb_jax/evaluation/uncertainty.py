@@ -5,7 +5,7 @@ score of `ood` can stand in for it.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -123,8 +123,8 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     ranks = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        found = np.asarray(stats.pearsonr(*ranks, axis=0).statistic)
-    return np.where(np.isnan(found), 0, found)
+        found: Any = stats.pearsonr(*ranks, axis=0)
+    return np.where(np.isnan(found.statistic), 0, found.statistic)
 
 
 class SeverityCorrelation(NamedTuple):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 
 def is_traced(*values: Any) -> bool:
@@ -17,4 +18,4 @@ def is_traced(*values: Any) -> bool:
     Returns:
       True where one is.
     """
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
