@@ -136,6 +136,7 @@ def _execute(
 ) -> bool:
     """Runs what is to do; False when Ctrl-C stopped it, after the steps that were under way."""
     environment = _environment(out, num_processes)
+    pin_to_share = _pin_to_share(num_processes)
     processes: list[subprocess.Popen] = []
     is_stopping = threading.Event()
     numbers = itertools.count(1)
@@ -172,7 +173,7 @@ def _execute(
 
     with (
         os.fdopen(stdin, "rb"),
-        ThreadPoolExecutor(num_processes, initializer=_pin_to_share(num_processes)) as pool,
+        ThreadPoolExecutor(num_processes, initializer=pin_to_share) as pool,
     ):
         futures = [pool.submit(attempt, run) for run in todo]
         try:

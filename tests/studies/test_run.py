@@ -181,6 +181,26 @@ def test_another_evaluation_is_made_again_and_a_mended_failure_runs(tmp_path, st
     assert not (failed / "failure.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "kept"),
+    [
+        ("evaluation", {"k": (3,)}, "results_*.json"),
+        ("train", {"num_epochs": 99, "extend": True}, "results_step_30.json"),
+    ],
+)
+def test_older_results_are_kept_and_never_pass_for_those_asked_for(
+    tmp_path, stubbed, section, changes, kept
+):
+    made = Study("Before", {"bug": smoke.get_config()}, (0,), MEASURES[:1])
+    where = fabricate(tmp_path, made, "bug", 0, accuracy=0.1)
+    old = (where / "results.json").read_bytes()
+    other = smoke.get_config()
+    other[section].update(changes)
+    assert execute(Study("After", {"bug": other}, (0,), MEASURES[:1]), tmp_path)[0] == 1
+    assert rows(tmp_path)["bug"] == ["0 of 1; seed 0 unfinished at step 0", "-"]
+    assert [path.read_bytes() for path in where.glob(kept)] == [old]
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_processes_at_once_have_their_own_cores(tmp_path, stubbed, monkeypatch):
     cores = os.sched_getaffinity(0)
@@ -310,7 +330,7 @@ def is_running(pid: int) -> bool:
     return path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
 
 
-def wait_until(condition: Any, *, seconds: float = 120) -> None:
+def wait_until(condition: Any, *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -348,6 +368,7 @@ def get_study():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_and_stopped_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(STUDY)
