@@ -38,7 +38,9 @@ def losses_of(batch: int, dim: int, num_samples: int) -> dict[str, tuple[Any, tu
             objective.View(targets[0], mean_1, scale_1),
             objective.View(targets[1], mean_2, scale_2),
         )
-        terms = objective.symmetric_elbo(keys, *views, LIKELIHOOD, num_samples=num_samples)
+        terms = objective.symmetric_elbo(
+            keys, *views, likelihood=LIKELIHOOD, num_samples=num_samples
+        )
         return -jnp.mean(terms.weighted_elbo) / dim
 
     def simsiam(predictions: tuple[jax.Array, ...], targets: Any) -> jax.Array:

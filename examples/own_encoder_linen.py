@@ -33,7 +33,7 @@ def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
     view_key, sample_key = jax.random.split(key)
     noise = 0.2 * jax.random.normal(view_key, (2, *x.shape))
     views: Any = [Encoder().apply(params, x + n) for n in noise]
-    terms = jevb_jax.symmetric_elbo(sample_key, *views, LIKELIHOOD, prior_scale=2.0)
+    terms = jevb_jax.symmetric_elbo(sample_key, *views, likelihood=LIKELIHOOD, prior_scale=2.0)
     return -terms.weighted_elbo.mean() / DIM
 
 

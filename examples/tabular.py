@@ -47,7 +47,7 @@ def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
     """Negative bound, nats per dimension, of two views of `x`."""
     key_1, key_2, sample_key = jax.random.split(key, 3)
     views: Any = [Encoder().apply(params, noise_and_mask(k, x)) for k in (key_1, key_2)]
-    terms = jevb_jax.symmetric_elbo(sample_key, *views, LIKELIHOOD, prior_scale=2.0)
+    terms = jevb_jax.symmetric_elbo(sample_key, *views, likelihood=LIKELIHOOD, prior_scale=2.0)
     return -terms.weighted_elbo.mean() / DIM
 
 

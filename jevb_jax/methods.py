@@ -128,7 +128,9 @@ def multi_view_elbo(
     ]
     scale_1, scale_2, *small_scales = (settings.untied_scale(view) for view in views)
     pair = scale_1 if scale_1 is None else (jnp.asarray(scale_1), jnp.asarray(scale_2))
-    terms = objective.symmetric_elbo(key, *sources, likelihood, untied_scale=pair, **elbo_settings)
+    terms = objective.symmetric_elbo(
+        key, *sources, likelihood=likelihood, untied_scale=pair, **elbo_settings
+    )
     num_pairs = 2
     total = jax.tree.map(lambda value: num_pairs * value, terms)
     for index, (small, scale) in enumerate(zip(views[2:], small_scales, strict=True)):

@@ -147,12 +147,11 @@ def test_terms_are_of_the_image_and_its_augmented_views():
         )
     )
     settings = experiment.jevb_settings
+    radial_scale: Any = experiment.model.apply(variables(), method=experiment.model.radial_scale)
     expected = ood.uncertainty_terms(
         jax.vmap(jax.random.fold_in, (0, None))(keys, 0),
         stacked,
-        settings.likelihood_at(
-            experiment.model.apply(variables(), method=experiment.model.radial_scale)
-        ),
+        settings.likelihood_at(radial_scale),
         num_samples=2,
         prior_scale=settings.prior_scale,
     )

@@ -80,10 +80,10 @@ def every_bound(keys, view_1, view_2, df, concentration):
     model = jevb_jax.Likelihood(df=df, radial_df=df, radial_scale=0.5)
     return {
         "conditional": jevb_jax.conditional_elbo(
-            keys, view_2.embedding, *view_1[1:], model, num_samples=2
+            keys, view_2.embedding, *view_1[1:], likelihood=model, num_samples=2
         ),
         "symmetric": jevb_jax.symmetric_elbo(keys, view_1, view_2, model, num_samples=2),
-        "bound": jevb_jax.importance_weighted_bound(keys, *view_1, model, num_samples=2),
+        "bound": jevb_jax.importance_weighted_bound(keys, *view_1, likelihood=model, num_samples=2),
     }
 
 
@@ -160,7 +160,7 @@ def loss(parameters, keys, view_1, view_2, df, concentration):
         for view in (view_1, view_2)
     )
     likelihood = jevb_jax.Likelihood(df=df, radial_df=df, radial_scale=0.5)
-    terms = jevb_jax.symmetric_elbo(keys, *views, likelihood)
+    terms = jevb_jax.symmetric_elbo(keys, *views, likelihood=likelihood)
     return -jnp.mean(terms.weighted_elbo)
 
 

@@ -352,7 +352,7 @@ def _in_one_type(
     h, mu, sigma, *numbers, p = sphere.at_least_float32(
         embedding, posterior_mean, posterior_scale, *given, prior_scale
     )
-    domain.same_matrices(**{name: h, "posterior_mean": mu, "posterior_scale": sigma})
+    domain.same_matrices(0, **{name: h, "posterior_mean": mu, "posterior_scale": sigma})
     sigma = domain.positive("posterior_scale", posterior_scale, sigma)
     # A column [batch, 1] would pair every example with the number of every other.
     of_examples = {

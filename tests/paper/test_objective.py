@@ -291,8 +291,10 @@ def test_samples_one_after_the_other_are_samples_side_by_side(float64, monkeypat
         monkeypatch.setattr(objective, "_SIDE_BY_SIDE_ELEMENTS", side_by_side)
 
         def weighted(*args):
-            terms = conditional_elbo(example_keys(3), *args, MODEL, num_samples=3)
-            bound = importance_weighted_bound(example_keys(4), *args, MODEL, num_samples=3)
+            terms = conditional_elbo(example_keys(3), *args, likelihood=MODEL, num_samples=3)
+            bound = importance_weighted_bound(
+                example_keys(4), *args, likelihood=MODEL, num_samples=3
+            )
             return jnp.sum(weights * terms.elbo) + jnp.sum(weights * bound), (terms, bound)
 
         run = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
@@ -823,8 +825,10 @@ def test_terms_share_the_widest_type_that_was_given():
             bound = functools.partial(importance_weighted_bound, num_samples=2)
             both = jax.eval_shape(
                 lambda *args: (
-                    conditional_elbo(jax.random.key(0), *args, likelihood, prior_scale=prior_scale),
-                    bound(jax.random.key(0), *args, likelihood, prior_scale=prior_scale),
+                    conditional_elbo(
+                        jax.random.key(0), *args, likelihood=likelihood, prior_scale=prior_scale
+                    ),
+                    bound(jax.random.key(0), *args, likelihood=likelihood, prior_scale=prior_scale),
                 ),
                 *args,
             )

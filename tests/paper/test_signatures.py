@@ -25,7 +25,9 @@ VIEW = View(*(jnp.asarray(VECTORS),) * 3)
 _pair = {"direction": VECTORS, "loc": VECTORS}
 _densities: dict[str, Any] = {**_pair, "scale_diag": VECTORS, "df": NUMBERS}
 _posterior = {"posterior_mean": VECTORS, "posterior_scale": VECTORS}
-_four = dict.fromkeys(("prediction_1", "prediction_2", "target_1", "target_2"), VECTORS)
+_four: dict[str, Any] = dict.fromkeys(
+    ("prediction_1", "prediction_2", "target_1", "target_2"), VECTORS
+)
 _of_domain = {"name": "x", "given": NUMBERS, "cast": NUMBERS}
 # Arguments of every public function, and for those that name a shape a wrong one: a batch or a width
 # of its own, or one axis too many or too few.
