@@ -83,21 +83,6 @@ class ChangedConfigError(ValueError):
     """The directory holds a run of another config."""
 
 
-# What a person can mend: shown as one message, without a traceback.
-USER_ERRORS = (
-    NonFiniteError,
-    CheckpointError,
-    OSError,  # no such file, no permission, no space left
-    ImportError,  # an extra that is not installed
-    StoppedError,
-    files.DirectoryInUseError,
-    parallel.MainProcessError,
-    workers.WorkerError,
-    TypeError,
-    ValueError,
-)
-
-
 def environment() -> dict[str, Any]:
     """What a published number needs beside its config: command, commit, versions, devices."""
     packages = (
@@ -1175,7 +1160,7 @@ def evaluate_on(
         raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
     workdir = files.to_path(workdir)
     described = read.data_section(to_json_values(section))
-    evaluation = read.evaluation_section(to_json_values(config["evaluation"]))
+    evaluation = read.evaluation_section(to_json_values(config)["evaluation"])
     loaded = model.load(workdir, step)
     if described.source in ("folder", "tfds") and not described.image_size:
         # Photos are cut as the encoder's own were.

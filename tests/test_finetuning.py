@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from configs import default, finetune_digits, transfer
 from configs import digits as digits_config
-from configs import finetune_digits, transfer
 from jevb_jax import data, export, finetuning, runner
 from jevb_jax import model as model_module
 from jevb_jax.evaluation import protocol
@@ -306,9 +306,10 @@ def test_transfer_needs_labels_and_the_split():
     labelled = data.ArraySource(images, np.arange(4))
     unlabelled = data.ArraySource(images, name="pictures")
     nothing: Any = None
+    settings = read.evaluation_section(to_json_values(default.get_config())["evaluation"])
     dataset = data.Dataset(unlabelled, unlabelled, unlabelled)
     with pytest.raises(ValueError, match="pictures has no labels"):
-        protocol.evaluate_transfer({"split": "test"}, nothing, nothing, dataset)
+        protocol.evaluate_transfer(settings, nothing, nothing, dataset)
     dataset = data.Dataset(labelled, labelled, None)
     with pytest.raises(ValueError, match="has no test part"):
-        protocol.evaluate_transfer({"split": "test"}, nothing, nothing, dataset)
+        protocol.evaluate_transfer(settings, nothing, nothing, dataset)

@@ -1,5 +1,6 @@
 """The evaluation of a tiny run: its numbers again with scikit-learn, from the features it extracts."""
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -16,6 +17,8 @@ from jevb_jax import augmentations, data
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.report import tables
+from jevb_jax.settings import read
+from jevb_jax.settings.sections import EvaluationSection
 
 
 def make_experiment(**sections: dict[str, Any]) -> Experiment:
@@ -167,27 +170,27 @@ def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[data.Dataset, An
     return data.Dataset(train=source(labels), validation=source(labels), test=test), extract
 
 
-SETTINGS = {
-    "split": "test",
-    "batch_size": 8,
-    "knn_k": (3,),
-    "knn_temperature": 0.1,
-    "knn_uniform_k": (2,),
-    "l2_grid": (1e-2,),
-    "labels_per_class": 4,
-    "few_label_seeds": 2,
-    "compare_untrained": False,
-}
+SETTINGS = EvaluationSection(
+    split="test",
+    batch_size=8,
+    knn_k=(3,),
+    knn_temperature=0.1,
+    knn_uniform_k=(2,),
+    l2_grid=(1e-2,),
+    labels_per_class=4,
+    few_label_seeds=2,
+    compare_untrained=False,
+)
 
 
-def transfer_values(settings: dict[str, Any], dataset: Any, extract: Any) -> dict[str, float]:
+def transfer_values(settings: EvaluationSection, dataset: Any, extract: Any) -> dict[str, float]:
     found = protocol.evaluate_transfer(settings, extract, None, dataset)
     return {r["name"]: r["value"] for r in found["trained"] if r["features"] == "embedding"}
 
 
 def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other():
     labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
-    whole = transfer_values(SETTINGS | {"labels_per_class": 2}, *synthetic(labels))
+    whole = transfer_values(dataclasses.replace(SETTINGS, labels_per_class=2), *synthetic(labels))
     assert set(whole) == {
         "knn_3_accuracy",
         "knn_2_uniform_accuracy",
@@ -220,7 +223,7 @@ def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other()
 def test_what_is_left_out_is_known_from_the_data():
     labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
     dataset, _ = synthetic(labels)
-    settings = SETTINGS | {"knn_k": (3, 64), "knn_uniform_k": (70,)}
+    settings = dataclasses.replace(SETTINGS, knn_k=(3, 64), knn_uniform_k=(70,))
     reasons = protocol.left_out(settings, dataset)
     few_labels = "linear_4_labels_per_class_accuracy"
     assert set(reasons) == {"knn_64_accuracy", "knn_70_uniform_accuracy", few_labels}
@@ -230,9 +233,9 @@ def test_what_is_left_out_is_known_from_the_data():
         "Not evaluated: knn_64_accuracy, knn_70_uniform_accuracy: there are 63 training images."
     )
     assert protocol.why_no_knn(settings, dataset) == ""
-    few = settings | {"knn_k": (64, 3)}
+    few = dataclasses.replace(settings, knn_k=(64, 3))
     assert protocol.why_no_knn(few, dataset) == "there are 63 training images"
-    assert protocol.left_out(SETTINGS | {"labels_per_class": 3}, dataset) == {}
+    assert protocol.left_out(dataclasses.replace(SETTINGS, labels_per_class=3), dataset) == {}
     one_class, one_extract = synthetic(np.zeros(20, int))
     assert set(protocol.left_out(SETTINGS, one_class)) == {"knn_accuracy", "linear_accuracy"}
     with pytest.raises(ValueError, match=r"nothing can be evaluated on .* one class, 0"):
@@ -249,12 +252,7 @@ def test_what_is_left_out_is_known_from_the_data():
         protocol.evaluated_split(SETTINGS, dataset._replace(test=None))
 
 
-def test_settings_are_checked_before_any_features():
-    dataset, _ = synthetic(np.arange(20) % 2)
-
-    def extract(*_: Any) -> Any:
-        raise AssertionError("features were computed")
-
+def test_a_section_alone_is_checked():
     for wrong in ({"knn_k": ()}, {"l2_grid": (-1.0,)}, {"few_label_seeds": 0}):
         with pytest.raises(ValueError, match=f"evaluation.{next(iter(wrong))} must"):
-            protocol.evaluate_transfer({**SETTINGS, **wrong}, extract, None, dataset)  # pyright: ignore[reportArgumentType]
+            read.evaluation_section(vars(SETTINGS) | wrong)

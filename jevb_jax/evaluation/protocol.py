@@ -100,7 +100,7 @@ def evaluated_split(
 
 
 def _few_label_measure(settings: EvaluationSection) -> str:
-    return f"linear_{settings['labels_per_class']}_labels_per_class_accuracy"
+    return f"linear_{settings.labels_per_class}_labels_per_class_accuracy"
 
 
 def left_out(settings: EvaluationSection, dataset: data.Dataset) -> dict[str, str]:
@@ -116,7 +116,7 @@ def left_out(settings: EvaluationSection, dataset: data.Dataset) -> dict[str, st
     reasons: dict[str, str] = {}
     if getattr(dataset, settings.split) is None and dataset.train.labels is None:
         reasons["split"] = (
-            f"there are no {settings['split']} images: what needs no labels is evaluated on the "
+            f"there are no {settings.split} images: what needs no labels is evaluated on the "
             "validation split"
         )
     train, validation = dataset.train.labels, dataset.validation.labels

@@ -235,7 +235,7 @@ def test_they_pass_through_jit_and_compose_with_distrax():
         logits = np.array([0.1, 0.5, -1.0], np.float32)
         mixture = distrax.MixtureSameFamily(distrax.Categorical(logits=logits), distribution)
         with jax.numpy_rank_promotion("allow"):
-            mixed = mixture.log_prob(u[0])
+            mixed: Any = mixture.log_prob(u[0])
         components = distribution.log_prob(np.broadcast_to(u[0], (3, 4)))
         expected = special.logsumexp(components + logits - special.logsumexp(logits))
         np.testing.assert_allclose(mixed, expected, rtol=1e-5)

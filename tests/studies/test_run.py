@@ -195,7 +195,7 @@ def test_older_results_are_kept_and_never_pass_for_those_asked_for(
     where = fabricate(tmp_path, made, "bug", 0, accuracy=0.1)
     old = (where / "results.json").read_bytes()
     other = smoke.get_config()
-    other[section].update(changes)
+    other.update({section: changes})
     assert execute(Study("After", {"bug": other}, (0,), MEASURES[:1]), tmp_path)[0] == 1
     assert rows(tmp_path)["bug"] == ["0 of 1; seed 0 unfinished at step 0", "-"]
     assert [path.read_bytes() for path in where.glob(kept)] == [old]
@@ -276,7 +276,7 @@ def test_two_studies_in_one_directory(tmp_path, stubbed):
 def test_training_in_a_directory_in_use_is_refused_and_changes_nothing(tmp_path):
     with (
         files.lock_directory(tmp_path),
-        pytest.raises(runner.USER_ERRORS, match="in use by process"),
+        pytest.raises(files.DirectoryInUseError, match="in use by process"),
     ):
         runner.train(smoke.get_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
