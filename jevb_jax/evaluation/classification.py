@@ -853,6 +853,7 @@ class _Standardisation(NamedTuple):
     std: Array
 
     def __call__(self, features: Array) -> Array:
+        """Features of mean 0 and deviation 1."""
         return (features - self.mean[None]) / self.std[None]
 
 
