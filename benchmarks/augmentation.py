@@ -26,7 +26,8 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import default
-from jevb_jax import augmentations
+from jevb_jax.images import augmentations
+from jevb_jax.images.augmentations import ViewAugmentation
 
 PEERS = ("pillow", "v2", "v2 batch", "kornia")
 KERNEL_SIZE = 3  # of 32 pixels, a tenth
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def operations(view: augmentations.ViewAugmentation) -> dict[str, Callable[[Any, Any], Any]]:
+def operations(view: ViewAugmentation) -> dict[str, Callable[[Any, Any], Any]]:
     """Functions of a key and an image.
 
     Args:
@@ -107,7 +108,7 @@ def main(arguments: argparse.Namespace) -> str:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.num_cores])
     num_threads = len(os.sched_getaffinity(0))
     settings: Any = default.get_config().augmentation
-    view = augmentations.ViewAugmentation(
+    view = ViewAugmentation(
         size=arguments.image_size,
         mean=settings.mean,
         std=settings.std,

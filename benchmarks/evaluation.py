@@ -35,8 +35,8 @@ from sklearn.neighbors import NearestNeighbors
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10
-from jevb_jax import data
 from jevb_jax.evaluation import classification, features, ood_metrics
+from jevb_jax.images.source import ArraySource
 from jevb_jax.networks import make_model
 
 TOLERANCES = tuple(10.0**-power for power in range(1, 7))
@@ -382,7 +382,7 @@ def _features(
     config.model.width, config.model.dtype = arguments.width, arguments.dtype
     model = make_model(head="none", has_likelihood_scale=False, **config.model.to_dict())
     view = config.augmentation
-    source = data.ArraySource(
+    source = ArraySource(
         np.random.default_rng(0).integers(
             0, 256, (arguments.num_images, view.image_size, view.image_size, 3), np.uint8
         )

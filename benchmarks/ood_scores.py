@@ -22,8 +22,10 @@ import jax
 import numpy as np
 
 from configs import default
-from jevb_jax import augmentations, data, experiment, files
+from jevb_jax import experiment, files
 from jevb_jax.evaluation import classification, features, ood_protocol
+from jevb_jax.images import augmentations
+from jevb_jax.images.source import ArraySource
 
 
 def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:
@@ -89,7 +91,7 @@ def main() -> None:
     pixels = np.random.default_rng(0).integers(
         0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 3), np.uint8
     )
-    source = data.ArraySource(pixels)
+    source = ArraySource(pixels)
     batch, _ = next(iter(with_terms.stream(variables, source)))
     score = jax.jit(lambda fitted, batch: fitted(batch))
     calls: dict[str, Callable[[], Any]] = {
@@ -117,7 +119,7 @@ def main() -> None:
         }
         for name in calls
     ]
-    images = data.ArraySource(np.resize(pixels, (arguments.num_images, *pixels.shape[1:])))
+    images = ArraySource(np.resize(pixels, (arguments.num_images, *pixels.shape[1:])))
     start = time.perf_counter()
     ood_protocol.score_images(with_terms, variables, images, scorers)
     one_pass = time.perf_counter() - start  # with the compilation of all scores together

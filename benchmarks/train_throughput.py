@@ -40,8 +40,9 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10, recipes
-from jevb_jax import augmentations, data, experiment, training
+from jevb_jax import experiment, training
 from jevb_jax.compilation import network_options
+from jevb_jax.images import augmentations, batch_order, batches
 
 PUBLISHED_HEAD_DIM = 2048
 
@@ -138,9 +139,9 @@ class StepTimer:
             )
         self._num_steps, self._chunk_steps = num_steps, steps_per_dispatch
         self._key, self._state = made.key, made.initial_state()
-        self._images = jnp.asarray(data.load_resident(made.dataset.train))
+        self._images = jnp.asarray(batches.load_resident(made.dataset.train))
         self._indices = functools.partial(
-            data.batch_indices,
+            batch_order.batch_indices,
             num_examples=len(made.dataset.train),
             batch_size=made.config["train"]["batch_size"],
             seed=0,

@@ -33,7 +33,7 @@ def outside_set(name: str, group: str, source: str, **keywords: Any) -> dict[str
       group: "near", "far", ...: AUROC is averaged over a group's sets.
       source: arrays | folder | image_list | tfds.
       **keywords: `paths`, `tfds_name`, `split`, `data_dir`, `image_size`, `exclude_labels`,
-        `num_examples` of `data.load_images`, and `protocol`, what the set is in words.
+        `num_examples` of `dataset.load_images`, and `protocol`, what the set is in words.
 
     Returns:
       A dict for a config.

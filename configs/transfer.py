@@ -16,7 +16,7 @@ from configs import default
 
 
 def get_config(source: str = "arrays") -> ConfigDict:
-    """Returns the section `data` of a source, one of `data.SOURCES`."""
+    """Returns the section `data` of a source, one of `dataset.SOURCES`."""
     section: Any = default.get_config().data
     section.source = source
     return section

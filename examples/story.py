@@ -24,12 +24,14 @@ from matplotlib.figure import Figure
 
 from configs import digits
 from configs.ood import outside_set
-from jevb_jax import data, runner
+from jevb_jax import runner
 from jevb_jax.checkpoints import Checkpointer
-from jevb_jax.evaluation import corruptions, protocol
+from jevb_jax.evaluation import protocol
 from jevb_jax.evaluation.evidence import embedding_map
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.images import batches, corruptions
+from jevb_jax.images import shapes as shapes_module
 from jevb_jax.report import figures
 
 SEVERITIES = (1, 3, 5)
@@ -55,7 +57,9 @@ def story_config(num_epochs: int) -> Any:
 
 def save_grey_shapes(path: Path) -> None:
     """Images that are no digits: procedural shapes, grey, of the digits' size."""
-    images = data.gather(data.shapes(NUM_SHAPES, seed=0, image_size=8), np.arange(NUM_SHAPES))
+    images = batches.gather(
+        shapes_module.shapes(NUM_SHAPES, seed=0, image_size=8), np.arange(NUM_SHAPES)
+    )
     np.savez(path, images=images.mean(axis=-1, keepdims=True).round().astype(np.uint8))
 
 

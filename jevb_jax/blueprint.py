@@ -5,7 +5,8 @@ Nothing here needs the libraries of training, so a model can be loaded and serve
 
 import dataclasses
 
-from jevb_jax import augmentations, methods
+from jevb_jax import methods
+from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.networks import JointEmbeddingModel, make_model
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.settings.sections import AugmentationSection, RunSettings
@@ -27,7 +28,7 @@ def make_network(settings: RunSettings) -> JointEmbeddingModel:
     )
 
 
-def view_augmentations(section: AugmentationSection) -> tuple[augmentations.ViewAugmentation, ...]:
+def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, ...]:
     """Two full views and the small crops, each with its own probabilities of blur and solarization.
 
     Returns:
@@ -36,10 +37,10 @@ def view_augmentations(section: AugmentationSection) -> tuple[augmentations.View
     Raises:
       ValueError: a value out of its range.
     """
-    own = {field.name for field in dataclasses.fields(augmentations.ViewAugmentation)}
+    own = {field.name for field in dataclasses.fields(ViewAugmentation)}
     shared = {name: value for name, value in vars(section).items() if name in own}
     full = tuple(
-        augmentations.ViewAugmentation(
+        ViewAugmentation(
             **shared
             | {
                 "size": section.image_size,

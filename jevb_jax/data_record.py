@@ -21,7 +21,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jevb_jax import data, files
+from jevb_jax import files
+from jevb_jax.images.dataset import Dataset
+from jevb_jax.images.image_files import FolderSource, ImageListSource
+from jevb_jax.images.shapes import ShapesSource
+from jevb_jax.images.source import ArraySource, ImageSource, Subset
+from jevb_jax.images.tfds import TfdsSource
 
 FILE = "data.json"
 _FORMAT = 1
@@ -45,20 +50,20 @@ class ChangedDataError(ValueError):
 # --- Fingerprints ---
 
 
-def fingerprint(dataset: data.Dataset) -> Fingerprint:
+def fingerprint(dataset: Dataset) -> Fingerprint:
     """Says which images a data set holds, in which order, with which labels and splits.
 
     The place of the files does not count, nor their times, nor what reading makes of them.
 
     Args:
-        dataset: of `data.load_dataset`.
+        dataset: of `dataset.load_dataset`.
 
     Returns:
         JSON values: `sources`, the sets that the parts are taken from, and `parts`, the rows of each.
     """
     sources: dict[str, Any] = {}
     parts: dict[str, Any] = {}
-    bases: dict[str, data.ImageSource] = {}
+    bases: dict[str, ImageSource] = {}
     for name, part in dataset._asdict().items():
         if part is None:
             continue
@@ -104,23 +109,23 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _base(source: data.ImageSource) -> tuple[data.ImageSource, np.ndarray]:
+def _base(source: ImageSource) -> tuple[ImageSource, np.ndarray]:
     rows = np.arange(len(source))
-    while isinstance(source, data.Subset):
+    while isinstance(source, Subset):
         source, rows = source.source, source.indices[rows]
     return source, rows
 
 
-def _of_source(source: data.ImageSource) -> Fingerprint:
+def _of_source(source: ImageSource) -> Fingerprint:
     found: Fingerprint = {"name": source.name, "images": len(source)}
-    if isinstance(source, data.ShapesSource):
+    if isinstance(source, ShapesSource):
         pass  # drawn from the config; their last bits are the machine's
-    elif isinstance(source, data.ArraySource):
+    elif isinstance(source, ArraySource):
         found["bytes"] = source.images.nbytes
         found["contents"] = _digest(np.ascontiguousarray(part) for part in _blocks(source.images))
-    elif isinstance(source, data.FolderSource | data.ImageListSource):
+    elif isinstance(source, FolderSource | ImageListSource):
         found |= _of_files(source.names, source.paths)
-    elif isinstance(source, data.TfdsSource):
+    elif isinstance(source, TfdsSource):
         found["version"] = source.name
         found["contents"] = _digest(source.encoded(i) for i in _spaced(len(source), _MAX_RECORDS))
     else:
@@ -219,7 +224,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_training(workdir: Path, dataset: data.Dataset, *, accept_change: bool) -> list[str]:
+def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> list[str]:
     """Records the data of a new run; refuses a run whose data changed since it was begun.
 
     A run without a checkpoint starts from the beginning whatever is there, and so do its data. Runs of
@@ -268,7 +273,7 @@ def check_training(workdir: Path, dataset: data.Dataset, *, accept_change: bool)
     return accepted
 
 
-def check_evaluation(workdir: Path, dataset: data.Dataset, *, accept_change: bool) -> list[str]:
+def check_evaluation(workdir: Path, dataset: Dataset, *, accept_change: bool) -> list[str]:
     """Refuses to evaluate a run on other data than those it was trained and validated on.
 
     Args:
@@ -297,7 +302,7 @@ def check_evaluation(workdir: Path, dataset: data.Dataset, *, accept_change: boo
     return [*record["changes"], *lines]
 
 
-def check_loaded(record: Mapping[str, Any], dataset: data.Dataset, *, instead: str) -> None:
+def check_loaded(record: Mapping[str, Any], dataset: Dataset, *, instead: str) -> None:
     """Refuses to fit or calibrate a loaded model on other data than those of its run.
 
     Args:
@@ -330,13 +335,13 @@ def _refuse(lines: list[str], what: str, instead: str, *, accept_change: bool) -
     )
 
 
-def _unread_before(dataset: data.Dataset) -> list[str]:
+def _unread_before(dataset: Dataset) -> list[str]:
     """Lines on pictures in folders that versions before this record did not read."""
     lines = []
     sources = {name: _base(part)[0] for name, part in dataset._asdict().items() if part is not None}
     for name in ("train", "test"):
         source = sources.get(name)
-        if isinstance(source, data.FolderSource):
+        if isinstance(source, FolderSource):
             known = sum(path.lower().endswith(_FIRST_SUFFIXES) for path in source.names)
             if known < len(source):
                 lines.append(

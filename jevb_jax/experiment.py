@@ -10,7 +10,10 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from jevb_jax import augmentations, blueprint, data, methods, training
+from jevb_jax import blueprint, methods, training
+from jevb_jax.images import batch_order
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.networks import JointEmbeddingModel
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import OptimizerSection, RunSettings
@@ -37,11 +40,11 @@ class Experiment:
 
     config: dict[str, Any]
     settings: RunSettings
-    dataset: data.Dataset
+    dataset: Dataset
     model: JointEmbeddingModel
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    view_augmentations: tuple[augmentations.ViewAugmentation, ...]
+    view_augmentations: tuple[ViewAugmentation, ...]
     method: methods.Loss
     jevb_settings: methods.JevbSettings
     steps_per_epoch: int
@@ -207,14 +210,14 @@ def build_experiment(config: ConfigDict) -> Experiment:
     settings = read.run_settings(values)
     train = settings.train
     views = blueprint.view_augmentations(settings.augmentation)
-    dataset = data.load_dataset(**vars(settings.data))
+    dataset = load_dataset(**vars(settings.data))
     channels = dataset.train[0].shape[-1]
     if channels != len(views[0].mean):
         raise ValueError(
             f"the images have {channels} channels, but augmentation.mean has "
             f"{len(views[0].mean)} values: give mean and std one for each channel"
         )
-    steps_per_epoch = data.steps_per_epoch(len(dataset.train), train.batch_size)
+    steps_per_epoch = batch_order.steps_per_epoch(len(dataset.train), train.batch_size)
     num_train_steps = round(train.num_epochs * steps_per_epoch)
     if num_train_steps < 1:
         raise ValueError(f"train.num_epochs = {train.num_epochs} makes a run of no steps")

@@ -33,8 +33,9 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
-from jevb_jax import archive, augmentations, blueprint, files, messages
+from jevb_jax import archive, blueprint, files, messages
 from jevb_jax.compilation import in_single_precision
+from jevb_jax.images import pixels
 from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Model, load, write_model
 from jevb_jax.networks import Posterior
@@ -58,8 +59,8 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
 
     def center_view(image: Array) -> Array:
         if model.square_size:
-            image = augmentations.cut_levels(image, size=model.square_size)
-        return augmentations.center_view(image, size=view.size, mean=view.mean, std=view.std)
+            image = pixels.cut_levels(image, size=model.square_size)
+        return pixels.center_view(image, size=view.size, mean=view.mean, std=view.std)
 
     def serve(images: Array) -> dict[str, Array]:
         views = jax.vmap(center_view)(images)

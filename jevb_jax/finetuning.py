@@ -18,9 +18,14 @@ from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, augmentations, data, files, messages, model, training, workers
+from jevb_jax import archive, files, messages, model, training
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs, network_options
 from jevb_jax.experiment import make_optimizer
+from jevb_jax.images import augmentations, batch_order, batches, workers
+from jevb_jax.images import source as source_module
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.dataset import Dataset, load_dataset
+from jevb_jax.images.source import ImageSource
 from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Images, Model
 from jevb_jax.settings import read
@@ -155,7 +160,7 @@ def finetune(
         None if init.step < 0 else init.step,
         batch_size=settings.evaluation.batch_size,
     ).with_square_size(settings.data.image_size)
-    dataset = data.load_dataset(**vars(settings.data))
+    dataset = load_dataset(**vars(settings.data))
     for part in dataset[:3]:  # read once more at the end: refused before the training
         if part is not None and part.labels is None:
             raise ValueError(f"fine-tuning needs labels, and {part.name} has none")
@@ -188,15 +193,15 @@ def _check_new(path: Path) -> None:
             raise ValueError(f"{path} holds {name} already: give another --workdir")
 
 
-def _labelled(source: data.ImageSource) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
     if source.labels is None:
         raise ValueError(f"fine-tuning needs labels, and {source.name} has none")
-    return data.load_resident(source), source.labels
+    return batches.load_resident(source), source.labels
 
 
 def _results(
     settings: FinetuneSettings,
-    dataset: data.Dataset,
+    dataset: Dataset,
     classifier: Classifier,
     accuracies: list[float],
 ) -> dict[str, Any]:
@@ -220,16 +225,16 @@ def _results(
 
 
 def _train(
-    settings: FinetuneSettings, encoder: Model, dataset: data.Dataset, console: Console
+    settings: FinetuneSettings, encoder: Model, dataset: Dataset, console: Console
 ) -> tuple[Classifier, list[float]]:
     """The best epoch's encoder and classifier, and validation accuracies by epoch."""
     images, labels = _labelled(dataset.train)
     validation_images, validation_labels = _labelled(dataset.validation)
     train, is_frozen = settings.train, settings.init.frozen
-    steps_per_epoch = data.steps_per_epoch(len(images), train.batch_size)
+    steps_per_epoch = batch_order.steps_per_epoch(len(images), train.batch_size)
     num_steps = train.num_epochs * steps_per_epoch
     backbone: Any = encoder.network.backbone
-    view = augmentations.ViewAugmentation(
+    view = ViewAugmentation(
         size=encoder.image_size,
         mean=encoder.settings.augmentation.mean,
         std=encoder.settings.augmentation.std,
@@ -254,7 +259,7 @@ def _train(
     frozen = encoder.variables["params"]["backbone"]
     # ViT has no BatchNorm, and so no statistics.
     batch_stats = encoder.variables["batch_stats"].get("backbone", {})
-    num_classes = data.num_classes(dataset.train)
+    num_classes = source_module.num_classes(dataset.train)
     tuned = Tuned(
         jnp.zeros((features.shape[1], num_classes)),
         jnp.zeros(num_classes),
@@ -302,7 +307,7 @@ def _train(
     accuracies = [accuracy(tuned, batch_stats)]
     best = tuned, batch_stats
     order = functools.partial(
-        data.batch_indices,
+        batch_order.batch_indices,
         num_examples=len(images),
         batch_size=train.batch_size,
         seed=settings.seed,

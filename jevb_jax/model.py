@@ -23,12 +23,14 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, blueprint, data, data_record, files, methods
+from jevb_jax import archive, blueprint, data_record, files, methods
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import ood, ood_protocol, saved_scores
 from jevb_jax.evaluation.features import FeatureExtractor, Features
-from jevb_jax.image_inputs import GivenImages, check_images, in_order, prepared
-from jevb_jax.image_preparation import cut_square
+from jevb_jax.images.dataset import Dataset, load_dataset
+from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
+from jevb_jax.images.preparation import cut_square
+from jevb_jax.images.source import Subset
 from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
 from jevb_jax.networks import Posterior
 from jevb_jax.settings import read
@@ -146,7 +148,7 @@ class Model:
         self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
         self._training_data: dict[bool, ood_protocol.TrainingData] = {}
         self._scorers: dict[str, ood_protocol.ScoreFunction] = {}
-        self._dataset: data.Dataset | None = None
+        self._dataset: Dataset | None = None
         self.recorded_data = recorded_data
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -370,16 +372,16 @@ class Model:
                 rows = ood_protocol.fit_rows(len(train), self.settings.ood.max_fit_images)
                 extract = self._extractor(self._batch_size, has_terms)
                 self._training_data[has_terms] = ood_protocol.TrainingData(
-                    extract(self.variables, data.Subset(train, rows))
+                    extract(self.variables, Subset(train, rows))
                 )
             self._scorers[name] = entry.make(self._training_data[has_terms])
         return self._scorers[name]
 
-    def _data(self, argument: str) -> data.Dataset:
+    def _data(self, argument: str) -> Dataset:
         """The run's own data; an error names the argument that makes them needless."""
         if self._dataset is None:
             try:
-                dataset = data.load_dataset(**vars(self.settings.data))
+                dataset = load_dataset(**vars(self.settings.data))
             except (OSError, ImportError, ValueError, TypeError) as error:
                 raise ValueError(
                     f"the run's own images ({self.settings.data.source}) cannot be loaded here "

@@ -24,8 +24,6 @@ from rich.console import Console
 
 from jevb_jax import (
     archive,
-    augmentations,
-    data,
     data_record,
     files,
     health,
@@ -34,13 +32,16 @@ from jevb_jax import (
     model,
     parallel,
     training,
-    workers,
 )
 from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import evidence, protocol, readiness
 from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
+from jevb_jax.images import augmentations, batch_order, pixels, workers
+from jevb_jax.images.batches import fits_resident, gather, load_resident, stream_batches
+from jevb_jax.images.dataset import load_dataset
+from jevb_jax.images.workers import ReadAhead
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 from jevb_jax.named_arrays import differences, flatten_names
 from jevb_jax.networks import (
@@ -349,18 +350,18 @@ class _Batches:
         source = experiment.dataset.train
         self._batch_size = settings.train.batch_size
         self._batch_indices = functools.partial(
-            data.batch_indices,
+            batch_order.batch_indices,
             num_examples=len(source),
             batch_size=self._batch_size,
             seed=settings.seed,
         )
         self._chunk_steps = _steps_per_dispatch(settings)
         placement = settings.input.placement
-        fits = data.fits_resident(source, limit_bytes=settings.input.resident_limit_bytes)
+        fits = fits_resident(source, limit_bytes=settings.input.resident_limit_bytes)
         self._is_resident = placement == "resident" or (placement == "auto" and fits)
-        self._load = lambda: parallel.put(data.load_resident(source), parallel.replicated(mesh))
+        self._load = lambda: parallel.put(load_resident(source), parallel.replicated(mesh))
         self._open = functools.partial(
-            data.stream_batches,
+            stream_batches,
             source,
             start_step=start_step,
             num_steps=experiment.num_train_steps - start_step,
@@ -371,7 +372,7 @@ class _Batches:
             rows=parallel.local_rows(self._batch_size),
         )
         self._resident: Array | None = None
-        self._stream: workers.ReadAhead[np.ndarray] | None = None
+        self._stream: ReadAhead[np.ndarray] | None = None
 
     def take(self, step: int, num_steps: int) -> tuple[Array, Array | None]:
         """What `training.make_train_chunk` takes for the next steps.
@@ -417,15 +418,13 @@ def _health_check(experiment: Experiment) -> Any:
     if count < 2:
         _logger.warning("No health will be logged: it needs 2 validation images, got %d.", count)
         return None
-    images = data.gather(source, np.arange(count))
+    images = gather(source, np.arange(count))
     view = experiment.view_augmentations[0]
 
     @jax.jit
     def check(state: training.TrainState, images: Array) -> dict[str, Array]:
         views = jax.vmap(
-            lambda image: augmentations.center_view(
-                image, size=view.size, mean=view.mean, std=view.std
-            )
+            lambda image: pixels.center_view(image, size=view.size, mean=view.mean, std=view.std)
         )(images)
         output: Any = experiment.model.apply(state.evaluation_variables, views, train=False)
         values = health.representation_health(output.embedding)
@@ -539,7 +538,7 @@ def _write_evidence(workdir: Path, experiment: Experiment, state: training.Train
     directory.mkdir(exist_ok=True)
     files.write_arrays_atomically(directory / "state.npz", arrays)
     settings = experiment.settings
-    indices = data.batch_indices(
+    indices = batch_order.batch_indices(
         step,
         num_examples=len(experiment.dataset.train),
         batch_size=settings.train.batch_size,
@@ -961,7 +960,7 @@ def _train_and_evaluate(
             run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
         if int(state.step) == 0 and parallel.is_main():
             train = experiment.dataset.train
-            images = data.gather(train, np.arange(min(_NUM_SHOWN_IMAGES, len(train))))
+            images = gather(train, np.arange(min(_NUM_SHOWN_IMAGES, len(train))))
             views = augmentations.visible_views(images, experiment.view_augmentations)
             figures.save_views_figure(workdir / "views.png", images, views)
         if int(state.step) < experiment.num_train_steps:
@@ -1165,7 +1164,7 @@ def evaluate_on(
     if described.source in ("folder", "tfds") and not described.image_size:
         # Photos are cut as the encoder's own were.
         described = dataclasses.replace(described, image_size=loaded.square_size)
-    dataset = data.load_dataset(**vars(described))
+    dataset = load_dataset(**vars(described))
     with parallel.StopRequest() as stop, stop.interrupting():
         results = protocol.evaluate_transfer(
             evaluation, loaded.extractor, loaded.variables, dataset

@@ -16,8 +16,10 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jevb_jax import augmentations, health, parallel
+from jevb_jax import health, parallel
 from jevb_jax.compilation import alone_on_a_cpu, jit_once, network_options
+from jevb_jax.images import augmentations
+from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.methods import Loss
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
@@ -430,7 +432,7 @@ def train_step(
     *,
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
-    view_augmentations: Sequence[augmentations.ViewAugmentation],
+    view_augmentations: Sequence[ViewAugmentation],
     method: Loss,
     num_micro_batches: int = 1,
     bn_group_size: int = 0,

@@ -30,14 +30,8 @@ import jax.numpy as jnp
 from jax import Array
 from matplotlib.figure import Figure
 
-from jevb_jax import (
-    data,
-    experiment,
-    files,
-    health,
-    methods,
-    training,
-)
+from jevb_jax import experiment, files, health, methods, training
+from jevb_jax.images import batch_order, batches
 from jevb_jax.networks import ViewOutputs
 from jevb_jax.paper import densities, likelihood, sphere
 from jevb_jax.report import figures
@@ -157,11 +151,11 @@ def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
     directions, scale = ARMS[arm]
     method = functools.partial(split_jevb, directions=directions, scale=scale)
     setup = dataclasses.replace(experiment.build_experiment(config), method=method)
-    images = jax.device_put(data.load_resident(setup.dataset.train))
+    images = jax.device_put(batches.load_resident(setup.dataset.train))
     chunk = training.make_train_chunk(setup.train_step)
     state, rows = setup.initial_state(), []
     for step in range(num_steps):
-        indices = data.batch_indices(
+        indices = batch_order.batch_indices(
             step,
             num_examples=len(setup.dataset.train),
             batch_size=setup.config["train"]["batch_size"],

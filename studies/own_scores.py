@@ -21,9 +21,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax import data, files, load, model
+from jevb_jax import files, load, model
 from jevb_jax.evaluation import mixture, ood_protocol
 from jevb_jax.evaluation.ood_metrics import ood_metrics
+from jevb_jax.images import batches
+from jevb_jax.images.dataset import load_dataset
 from jevb_jax.paper import mass
 from studies import cifar10_uncertainty
 
@@ -109,18 +111,18 @@ def _mixture_rows(
 def measure(directory: str) -> list[dict[str, Any]]:
     """Rows of one run; `leave_one_out` is in nats above the uniform density."""
     loaded = load(directory)
-    dataset = data.load_dataset(**loaded.config["data"])
+    dataset = load_dataset(**loaded.config["data"])
     if dataset.test is None:
         raise ValueError(f"{directory} was trained without test images, which are the inside set")
     rows = ood_protocol.fit_rows(len(dataset.train), NUM_FITTED)
     images: dict[str, Any] = {
-        "train": data.gather(dataset.train, rows),
-        "test": data.gather(dataset.test, np.arange(min(NUM_TEST, len(dataset.test)))),
+        "train": batches.gather(dataset.train, rows),
+        "test": batches.gather(dataset.test, np.arange(min(NUM_TEST, len(dataset.test)))),
     }
     groups = {}
     for described in cifar10_uncertainty.run_config("jevb").ood.outside:
         outside = ood_protocol.load_outside_set(**described)
-        images[outside.name] = data.load_resident(outside.source)
+        images[outside.name] = batches.load_resident(outside.source)
         groups[outside.name] = outside.group
     plain: list[dict[str, Any]] = []
     for name in ("jevb/mixture_and_residual", "embedding/mahalanobis"):

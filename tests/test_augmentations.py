@@ -17,12 +17,27 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from jevb_jax import augmentations as aug
+from jevb_jax.images import augmentations
+from jevb_jax.images import augmentations as aug
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    center_view,
+    gaussian_blur,
+    normalize,
+    resized_crop,
+    solarize,
+    to_float,
+    to_grayscale,
+)
 
 # float32 sums of a few dozen products of numbers in [0, 1]; a grey level of a byte is 4e-3.
 TOLERANCE = 3e-6
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-PLAIN = aug.ViewAugmentation(
+PLAIN = ViewAugmentation(
     size=24,
     mean=MEAN,
     std=STD,
@@ -91,7 +106,7 @@ BOXES = np.array(
     [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)],
 )
 def test_resized_crop_is_pillows(size, interpolation, method):
-    found = over_images(aug.resized_crop, *BOXES.T, size=size, interpolation=interpolation)
+    found = over_images(resized_crop, *BOXES.T, size=size, interpolation=interpolation)
     for images, image in zip(found, reals(photographs()), strict=True):
         for view, box in zip(images, BOXES, strict=True):
             expected = np.clip(pillow_resize(image, tuple(box), size, method), 0, 1)
@@ -100,27 +115,27 @@ def test_resized_crop_is_pillows(size, interpolation, method):
 
 def test_flip_and_identity():
     image = photographs()[0]
-    plain = aug.resized_crop(image, 2, 3, 24, 24, size=24)
+    plain = resized_crop(image, 2, 3, 24, 24, size=24)
     np.testing.assert_allclose(plain, reals(image)[2:26, 3:27], atol=1e-7)
-    flipped = aug.resized_crop(image, 2, 3, 24, 24, size=24, flip=True)
+    flipped = resized_crop(image, 2, 3, 24, 24, size=24, flip=True)
     np.testing.assert_array_equal(flipped, plain[:, ::-1])
     np.testing.assert_array_equal(
-        aug.random_horizontal_flip(jax.random.key(0), image, probability=1.0),
-        aug.to_float(image)[:, ::-1],
+        augmentations.random_horizontal_flip(jax.random.key(0), image, probability=1.0),
+        to_float(image)[:, ::-1],
     )
 
 
 def test_digits_have_one_channel():
     bundled: Any = load_digits()
     digits = (bundled.images * 255 / 16).astype(np.uint8)[:20, :, :, None]
-    found = jax.jit(jax.vmap(lambda x: aug.resized_crop(x, 1, 0, 6, 7, size=8)))(digits)
+    found = jax.jit(jax.vmap(lambda x: resized_crop(x, 1, 0, 6, 7, size=8)))(digits)
     for view, image in zip(found, reals(digits), strict=True):
         expected = pillow_resize(image, (1, 0, 6, 7), 8, Image.Resampling.BILINEAR)
         np.testing.assert_allclose(view, expected, atol=TOLERANCE)
     image = digits[0]
-    np.testing.assert_array_equal(aug.adjust_hue(image, 0.3), aug.to_float(image))
-    np.testing.assert_array_equal(aug.adjust_saturation(image, 0.3), aug.to_float(image))
-    np.testing.assert_array_equal(aug.to_grayscale(aug.to_float(image)), aug.to_float(image))
+    np.testing.assert_array_equal(adjust_hue(image, 0.3), to_float(image))
+    np.testing.assert_array_equal(adjust_saturation(image, 0.3), to_float(image))
+    np.testing.assert_array_equal(to_grayscale(to_float(image)), to_float(image))
 
 
 def torchvision_boxes(rng, count, height, width, scale, ratio):
@@ -141,7 +156,7 @@ def torchvision_boxes(rng, count, height, width, scale, ratio):
 
 
 def sampled_boxes(count: int, **keywords: Any) -> np.ndarray:
-    sample = jax.jit(jax.vmap(functools.partial(aug.sample_crop, **keywords)))
+    sample = jax.jit(jax.vmap(functools.partial(augmentations.sample_crop, **keywords)))
     return np.stack([np.asarray(v) for v in sample(keys(count))], axis=-1)
 
 
@@ -205,9 +220,9 @@ def luma(image: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("function", "other"),
     [
-        (aug.adjust_brightness, lambda x: np.zeros_like(x)),
-        (aug.adjust_contrast, lambda x: np.full_like(x, luma(x).mean())),
-        (aug.adjust_saturation, lambda x: np.repeat(luma(x)[..., None], 3, axis=-1)),
+        (adjust_brightness, lambda x: np.zeros_like(x)),
+        (adjust_contrast, lambda x: np.full_like(x, luma(x).mean())),
+        (adjust_saturation, lambda x: np.repeat(luma(x)[..., None], 3, axis=-1)),
     ],
 )
 def test_blends(function, other):
@@ -223,12 +238,12 @@ def test_contrast_of_one_channel_uses_its_mean():
     image = photographs()[0][..., :1]
     x = reals(image)
     expected = np.clip(0.4 * x + 0.6 * x.mean(), 0, 1)
-    np.testing.assert_allclose(aug.adjust_contrast(image, 0.4), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(adjust_contrast(image, 0.4), expected, atol=TOLERANCE)
 
 
 def test_hue_is_colorsys():
     shifts = np.array([-0.5, -0.21, 0.0, 0.1, 0.5], np.float32)
-    found = over_images(aug.adjust_hue, shifts)[:, :, ::3, ::3]
+    found = over_images(adjust_hue, shifts)[:, :, ::3, ::3]
     for images, image in zip(found, reals(photographs())[:, ::3, ::3], strict=True):
         for view, shift in zip(images, shifts.astype(np.float64), strict=True):
             expected = np.empty_like(image)
@@ -242,7 +257,7 @@ def test_hue_of_pure_colours():
     colours = np.array(
         [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0.4, 0.4, 0.4)]
     )
-    turned = aug.adjust_hue(colours[None].astype(np.float32), 1 / 3)
+    turned = adjust_hue(colours[None].astype(np.float32), 1 / 3)
     expected = np.array(
         [(0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0.4, 0.4, 0.4)]
     )
@@ -251,22 +266,22 @@ def test_hue_of_pure_colours():
 
 def test_grayscale_and_solarize():
     image = photographs()[1]
-    gray = aug.to_grayscale(aug.to_float(image))
+    gray = to_grayscale(to_float(image))
     np.testing.assert_allclose(
         gray, np.repeat(luma(reals(image))[..., None], 3, -1), atol=TOLERANCE
     )
     for threshold in (0.0, 0.5, 1.0, 1.1):
         expected = np.where(reals(image) >= threshold, 1 - reals(image), reals(image))
-        found = aug.solarize(image, threshold=threshold)
+        found = solarize(image, threshold=threshold)
         np.testing.assert_allclose(found, expected, atol=1e-7)
     white = np.full((2, 2, 1), 255, np.uint8)
-    assert np.all(np.asarray(aug.solarize(white, threshold=1.0)) == 0)  # at the threshold: inverted
+    assert np.all(np.asarray(solarize(white, threshold=1.0)) == 0)  # at the threshold: inverted
 
 
 def test_blur_is_scipys_with_torchs_kernel():
     sigmas = np.array([0.05, 0.1, 0.7, 2.0, 50.0], np.float32)
     for size in (1, 3, 9, 23):
-        found = over_images(aug.gaussian_blur, sigmas, kernel_size=size)
+        found = over_images(gaussian_blur, sigmas, kernel_size=size)
         offsets = np.arange(size) - size // 2
         for images, image in zip(found[::2], reals(photographs())[::2], strict=True):
             for view, sigma in zip(images, sigmas.astype(np.float64), strict=True):
@@ -277,7 +292,7 @@ def test_blur_is_scipys_with_torchs_kernel():
                 np.testing.assert_allclose(view, expected, atol=TOLERANCE)
     # The widest kernel that reflection allows: side 3, five taps.
     small = photographs()[0][:3, :3]
-    found = aug.gaussian_blur(small, 1.0, kernel_size=5)
+    found = gaussian_blur(small, 1.0, kernel_size=5)
     kernel = np.exp(-0.5 * np.arange(-2, 3.0) ** 2)
     kernel /= kernel.sum()
     expected = reals(small)
@@ -289,17 +304,17 @@ def test_blur_is_scipys_with_torchs_kernel():
 def test_normalize():
     image = photographs()[2]
     expected = (reals(image) - np.array(MEAN)) / np.array(STD)
-    np.testing.assert_allclose(aug.normalize(image, mean=MEAN, std=STD), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(normalize(image, mean=MEAN, std=STD), expected, atol=TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------ random choices
 
 RANDOM_OPERATIONS = {
-    "flip": aug.random_horizontal_flip,
-    "gray": aug.random_grayscale,
-    "blur": functools.partial(aug.random_gaussian_blur, kernel_size=3, sigma=(1.0, 2.0)),
-    "solarize": functools.partial(aug.random_solarize, threshold=0.0),
-    "jitter": aug.color_jitter,
+    "flip": augmentations.random_horizontal_flip,
+    "gray": augmentations.random_grayscale,
+    "blur": functools.partial(augmentations.random_gaussian_blur, kernel_size=3, sigma=(1.0, 2.0)),
+    "solarize": functools.partial(augmentations.random_solarize, threshold=0.0),
+    "jitter": augmentations.color_jitter,
 }
 
 
@@ -311,7 +326,7 @@ def test_probabilities(name):
     def shares(probability: float) -> np.ndarray:
         operation = functools.partial(RANDOM_OPERATIONS[name], probability=probability)
         views = jax.jit(jax.vmap(operation, (0, None)))(keys(count), image)
-        return np.any(np.asarray(views) != np.asarray(aug.to_float(image)), axis=(1, 2, 3))
+        return np.any(np.asarray(views) != np.asarray(to_float(image)), axis=(1, 2, 3))
 
     assert not shares(0.0).any()
     assert shares(1.0).all()
@@ -333,7 +348,7 @@ def test_jitter_factors_are_uniform(name, low, high):
     image = jnp.asarray([[[0.30, 0.25, 0.25], [0.20, 0.20, 0.20]]])
     strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 1.5, "hue": 0.3}
     keywords = {key: strengths[key] if key == name else 0.0 for key in strengths}
-    jitter = functools.partial(aug.color_jitter, probability=1.0, **keywords)
+    jitter = functools.partial(augmentations.color_jitter, probability=1.0, **keywords)
     views = np.asarray(jax.jit(jax.vmap(jitter, (0, None)))(keys(3000), image), np.float64)
     pixel = views[:, 0, 0]
     x = np.asarray(image, np.float64)
@@ -357,7 +372,7 @@ def test_blur_widths_are_uniform():
     dot = np.zeros((5, 5, 1), np.float32)
     dot[2, 2] = 1
     blur = functools.partial(
-        aug.random_gaussian_blur, kernel_size=3, sigma=(0.5, 2.0), probability=1.0
+        augmentations.random_gaussian_blur, kernel_size=3, sigma=(0.5, 2.0), probability=1.0
     )
     views = np.asarray(jax.jit(jax.vmap(blur, (0, None)))(keys(3000), dot), np.float64)[..., 0]
     # Beside the centre of the kernel: exp(-1 / (2 sigma^2)) of it.
@@ -366,10 +381,10 @@ def test_blur_widths_are_uniform():
 
 
 ADJUSTMENTS = {
-    "brightness": aug.adjust_brightness,
-    "contrast": aug.adjust_contrast,
-    "saturation": aug.adjust_saturation,
-    "hue": aug.adjust_hue,
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
 }
 
 
@@ -377,7 +392,7 @@ ADJUSTMENTS = {
     "strengths", [(0.4, 0.4, 0.4, 0.1), (0.0, 0.4, 0.4, 0.1), (0.4, 0.4, 0.4, 0.0)]
 )
 def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths):
-    image = aug.to_float(photographs()[0][:6, :5])
+    image = to_float(photographs()[0][:6, :5])
     settings = {n: strength for n, strength in zip(ADJUSTMENTS, strengths, strict=True) if strength}
     half_widths = np.array(list(settings.values()))
     centers = np.array([float(name != "hue") for name in settings])
@@ -400,7 +415,7 @@ def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths)
         return jax.lax.fori_loop(0, len(settings), position, image)
 
     off = dict.fromkeys(ADJUSTMENTS, 0.0)
-    jitter = functools.partial(aug.color_jitter, probability=1.0, **{**off, **settings})
+    jitter = functools.partial(augmentations.color_jitter, probability=1.0, **{**off, **settings})
     views = np.asarray(jax.jit(jax.vmap(jitter, (0, None)))(keys(1200), image))
     orders, factors = map(np.asarray, jax.vmap(draws)(keys(1200)))
     of_order = jax.jit(jax.vmap(plain))
@@ -416,7 +431,7 @@ def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths)
 def test_jitter_factor_never_goes_below_zero():
     image = photographs()[0][:4, :4]
     jitter = functools.partial(
-        aug.color_jitter, brightness=3.0, contrast=0, saturation=0, hue=0, probability=1.0
+        augmentations.color_jitter, brightness=3.0, contrast=0, saturation=0, hue=0, probability=1.0
     )
     views = jax.jit(jax.vmap(jitter, (0, None)))(keys(500), image)
     brightest = np.asarray(views).max(axis=(1, 2, 3))
@@ -433,9 +448,9 @@ def test_plain_view_is_the_view_of_evaluation_and_the_oracle():
     resized = pillow_resize(reals(image), (0, 0, 40, 40), 24, Image.Resampling.BILINEAR)
     expected = (resized - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(view, expected, atol=4 * TOLERANCE)  # divided by std, about 1/4
-    center = aug.center_view(image, size=24, mean=MEAN, std=STD)
+    center = center_view(image, size=24, mean=MEAN, std=STD)
     np.testing.assert_allclose(center, expected, atol=4 * TOLERANCE)
-    same = aug.center_view(image[:24, :24], size=24, mean=MEAN, std=STD)
+    same = center_view(image[:24, :24], size=24, mean=MEAN, std=STD)
     np.testing.assert_allclose(
         same, (reals(image[:24, :24]) - np.array(MEAN)) / np.array(STD), atol=4 * TOLERANCE
     )
@@ -492,7 +507,7 @@ def test_every_setting_reaches_its_operation_and_every_operation_has_its_key(mon
     names += ("random_gaussian_blur", "random_solarize")
     for name in names:
         monkeypatch.setattr(aug, name, record(name))
-    view = aug.ViewAugmentation(
+    view = ViewAugmentation(
         size=24,
         mean=MEAN,
         std=STD,
@@ -530,16 +545,14 @@ def test_every_setting_reaches_its_operation_and_every_operation_has_its_key(mon
     ]
 
 
-FULL = aug.ViewAugmentation(
-    size=16, mean=MEAN, std=STD, blur_probability=0.5, solarize_probability=0.3
-)
+FULL = ViewAugmentation(size=16, mean=MEAN, std=STD, blur_probability=0.5, solarize_probability=0.3)
 
 
 @pytest.mark.slow
 def test_views_depend_on_their_key_and_image_alone():
     images = photographs()[:4]
     small = dataclasses.replace(FULL, size=8, crop_scale=(0.05, 0.2))
-    batch = jax.jit(lambda k, x: aug.multi_view(k, x, (FULL, FULL, small)))
+    batch = jax.jit(lambda k, x: augmentations.multi_view(k, x, (FULL, FULL, small)))
     view_1, view_2, crop = batch(keys(4), images)
     assert view_1.shape == view_2.shape == (4, 16, 16, 3)
     assert crop.shape == (4, 8, 8, 3)
@@ -564,7 +577,7 @@ def test_jit_and_vmap_change_nothing():
     image, key = photographs()[3], jax.random.key(7)
     alone = FULL(key, image)
     np.testing.assert_allclose(jax.jit(FULL)(key, image), alone, atol=2e-5)
-    batched = aug.augment(key[None], image[None], FULL)
+    batched = augmentations.augment(key[None], image[None], FULL)
     np.testing.assert_allclose(batched[0], alone, atol=2e-5)
 
 
@@ -624,41 +637,43 @@ def test_settings_out_of_range(changes, message):
 def test_float32_stays_float32_where_x64_is_enabled():
     with jax.enable_x64(True):
         image = jnp.zeros((9, 8, 3), jnp.uint8)
-        blurred = jax.eval_shape(lambda x: aug.gaussian_blur(x, 1.0, kernel_size=3), image)
+        blurred = jax.eval_shape(lambda x: gaussian_blur(x, 1.0, kernel_size=3), image)
         assert blurred.dtype == jnp.float32
-        wide = [aug.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
-    narrow = [aug.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
+        wide = [augmentations.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
+    narrow = [augmentations.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
     np.testing.assert_array_equal(wide, narrow)
 
 
 def test_bad_images_and_arguments():
     with pytest.raises(ValueError, match="vmap over a batch"):
-        aug.to_float(photographs())
+        to_float(photographs())
     with pytest.raises(ValueError, match="1 or 3 channels"):
-        aug.to_float(np.zeros((4, 4, 2), np.uint8))
+        to_float(np.zeros((4, 4, 2), np.uint8))
     with pytest.raises(TypeError, match="uint8, or float"):
-        aug.to_float(np.zeros((4, 4, 3), np.int32))
+        to_float(np.zeros((4, 4, 3), np.int32))
     with pytest.raises(ValueError, match="mean and std need one value for each of 3"):
-        aug.normalize(photographs()[0], mean=(0.5,), std=(0.2,))
+        normalize(photographs()[0], mean=(0.5,), std=(0.2,))
     for kernel_size in (4, 9):
         with pytest.raises(ValueError, match="kernel_size must be odd"):
-            aug.gaussian_blur(np.zeros((4, 4, 3), np.uint8), 1.0, kernel_size=kernel_size)
+            gaussian_blur(np.zeros((4, 4, 3), np.uint8), 1.0, kernel_size=kernel_size)
     bad: Any = "area"
     with pytest.raises(ValueError, match="interpolation"):
-        aug.resized_crop(photographs()[0], 0, 0, 4, 4, size=4, interpolation=bad)
+        resized_crop(photographs()[0], 0, 0, 4, 4, size=4, interpolation=bad)
 
 
 def test_visible_views_are_the_views_before_they_are_normalized():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    plain = aug.ViewAugmentation(
+    plain = ViewAugmentation(
         size=8, mean=(0.0,) * 3, std=(1.0,) * 3, jitter_probability=0.0, grayscale_probability=0.0
     )
     shifted = dataclasses.replace(plain, mean=(0.5, 0.25, 0.1), std=(0.25, 0.5, 2.0))
-    first, second = aug.visible_views(images, (plain, plain), seed=3)
+    first, second = augmentations.visible_views(images, (plain, plain), seed=3)
     keys = jax.random.split(jax.random.key(3), 3)
-    expected = aug.multi_view(keys, images, (plain, plain))
+    expected = augmentations.multi_view(keys, images, (plain, plain))
     np.testing.assert_allclose(first, expected[0], atol=1e-6)
     np.testing.assert_allclose(second, expected[1], atol=1e-6)
-    np.testing.assert_allclose(aug.visible_views(images, (shifted,), seed=3)[0], first, atol=1e-6)
+    np.testing.assert_allclose(
+        augmentations.visible_views(images, (shifted,), seed=3)[0], first, atol=1e-6
+    )
     assert np.abs(first - second).max() > 0.1
     assert 0 <= first.min() < first.max() <= 1

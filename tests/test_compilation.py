@@ -14,8 +14,9 @@ from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from jevb_jax import compilation, data
+from jevb_jax import compilation
 from jevb_jax.evaluation import features
+from jevb_jax.images.source import ArraySource
 from jevb_jax.networks import make_model
 
 
@@ -130,7 +131,7 @@ def test_features_are_extracted_with_the_options(monkeypatch):
     extract = features.FeatureExtractor(model, image_size=8, mean=(0.5,), std=(0.5,), batch_size=2)
     variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-        extract(variables, data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8)))
+        extract(variables, ArraySource(np.zeros((2, 8, 8, 1), np.uint8)))
 
 
 # --- Programs of earlier processes ---

@@ -8,7 +8,7 @@ import pytest
 import scipy.ndimage
 from sklearn.datasets import load_sample_image
 
-from jevb_jax.evaluation import corruptions
+from jevb_jax.images import corruptions
 
 
 def images() -> np.ndarray:

@@ -20,7 +20,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from jevb_jax import data
+from jevb_jax.images import arrays, batch_order, dataset
+from jevb_jax.images import shapes as shapes_module
+from jevb_jax.images.batches import (
+    evaluation_batches,
+    fits_resident,
+    gather,
+    load_resident,
+    stream_batches,
+)
+from jevb_jax.images.image_files import FolderSource, ImageListSource
+from jevb_jax.images.shapes import ShapesSource, _draw_shapes, _shape_masks
+from jevb_jax.images.source import ArraySource, ImageSource, Subset, image_shape, num_classes
+from jevb_jax.images.tfds import TfdsSource, os
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -52,7 +64,7 @@ def write_folder(root: Path, images: np.ndarray, labels: np.ndarray | None) -> N
         (folder / f"{i:03d}.png").write_bytes(encoded(image))
 
 
-def as_array_source(source: data.ImageSource) -> np.ndarray:
+def as_array_source(source: ImageSource) -> np.ndarray:
     return np.stack([source[i] for i in range(len(source))])
 
 
@@ -61,10 +73,10 @@ def as_array_source(source: data.ImageSource) -> np.ndarray:
 
 def test_digits_are_scikit_learns():
     bunch = load_digits(return_X_y=True)
-    source = data.digits()
+    source = arrays.digits()
     assert len(source) == 1797
-    assert data.image_shape(source) == (8, 8, 1)
-    assert data.num_classes(source) == 10
+    assert image_shape(source) == (8, 8, 1)
+    assert num_classes(source) == 10
     np.testing.assert_array_equal(source.labels, bunch[1])
     # Half a level of rounding of 255/16 levels each.
     assert np.abs(source.images.reshape(1797, 64) - bunch[0] * 255 / 16).max() <= 0.5
@@ -73,10 +85,10 @@ def test_digits_are_scikit_learns():
 
 def test_array_source_reads_by_index():
     images = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
-    source = data.ArraySource(images, np.array([1, 0], np.uint8), ("a", "b", "c"))
+    source = ArraySource(images, np.array([1, 0], np.uint8), ("a", "b", "c"))
     assert source.labels is not None
     assert source.labels.dtype == np.int64
-    assert data.num_classes(source) == 3
+    assert num_classes(source) == 3
     np.testing.assert_array_equal(source[1], images[1])
 
 
@@ -109,18 +121,18 @@ def test_array_source_reads_by_index():
 def test_array_source_refuses(images, labels, names, error, message):
     labels = None if labels is None else np.asarray(labels)
     with pytest.raises(error, match=message):
-        data.ArraySource(images, labels, names, name="mine")
+        ArraySource(images, labels, names, name="mine")
 
 
 def test_subset_and_its_errors():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None]
-    source = data.ArraySource(images, np.array([0, 1, 2, 3, 4]))
-    subset = data.Subset(data.Subset(source, np.array([4, 2, 0])), np.array([2, 0]))
+    source = ArraySource(images, np.array([0, 1, 2, 3, 4]))
+    subset = Subset(Subset(source, np.array([4, 2, 0])), np.array([2, 0]))
     assert [int(subset[i].squeeze()) for i in range(2)] == [0, 4]
     np.testing.assert_array_equal(subset.labels, [0, 4])
-    np.testing.assert_array_equal(data.gather(subset, np.array([1, 0])).squeeze(), [4, 0])
+    np.testing.assert_array_equal(gather(subset, np.array([1, 0])).squeeze(), [4, 0])
     # The subset lacks classes, but they are still classes.
-    assert data.num_classes(data.Subset(source, np.array([0]))) == 5
+    assert num_classes(Subset(source, np.array([0]))) == 5
     for indices, error in [
         ([5], ValueError),
         ([-1], ValueError),
@@ -128,13 +140,13 @@ def test_subset_and_its_errors():
         ([0.0], TypeError),
     ]:
         with pytest.raises(error, match="expected"):
-            data.Subset(source, np.asarray(indices))
+            Subset(source, np.asarray(indices))
         with pytest.raises(error, match="expected"):
-            data.gather(source, np.asarray(indices))
+            gather(source, np.asarray(indices))
     with pytest.raises(ValueError, match=r"\[M\], M >= 1"):
-        data.Subset(source, np.zeros((0,), np.int64))
+        Subset(source, np.zeros((0,), np.int64))
     with pytest.raises(ValueError, match="no labels"):
-        data.num_classes(data.ArraySource(images))
+        num_classes(ArraySource(images))
 
 
 # --- npz files ---
@@ -153,14 +165,14 @@ def test_arrays_reads_and_concatenates(tmp_path, photos):
     np.savez_compressed(
         second, images=photos[40:], labels=labels[40:].astype(np.uint8), class_names=names, other=1
     )
-    source = data.arrays([first, str(second)])
+    source = arrays.arrays([first, str(second)])
     np.testing.assert_array_equal(source.images, photos)
     np.testing.assert_array_equal(source.labels, labels)
     assert source.class_names == ("x", "y", "z")
     assert "a.npz" in source.name
     assert "b.npz" in source.name
-    np.testing.assert_array_equal(data.arrays(first).images, photos[:40])
-    assert data.arrays(save(tmp_path / "c.npz", images=photos)).labels is None
+    np.testing.assert_array_equal(arrays.arrays(first).images, photos[:40])
+    assert arrays.arrays(save(tmp_path / "c.npz", images=photos)).labels is None
 
 
 def test_arrays_names_the_file_that_is_wrong(tmp_path):
@@ -193,7 +205,7 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
     for name, (entries, error, message) in cases.items():
         path = save(tmp_path / f"{name}.npz", **entries)
         with pytest.raises(error, match=message) as caught:
-            data.arrays([good, path])
+            arrays.arrays([good, path])
         assert str(path) in str(caught.value)
     broken = {
         "text": b"these are not arrays",
@@ -205,18 +217,18 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"cannot be read as an \.npz") as caught:
-            data.arrays([path])
+            arrays.arrays([path])
         assert str(path) in str(caught.value)
     with pytest.raises(ValueError, match=r"more than once: .*good\.npz"):
-        data.arrays([good, tmp_path / "." / "good.npz"])
+        arrays.arrays([good, tmp_path / "." / "good.npz"])
     single = tmp_path / "single.npy"
     np.save(single, images)
     with pytest.raises(ValueError, match=r"single\.npy cannot be read.*single array"):
-        data.arrays([single])
+        arrays.arrays([single])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
-        data.arrays(tmp_path / "nowhere.npz")
+        arrays.arrays(tmp_path / "nowhere.npz")
     with pytest.raises(ValueError, match="at least one"):
-        data.arrays([])
+        arrays.arrays([])
 
 
 @pytest.mark.parametrize("shapes", [(1, 2, 4), (4, 1, 2, 7, 1)])
@@ -225,7 +237,7 @@ def test_images_of_rare_shapes_are_no_mistakes(shapes):
     for channels in (1, 2, 3, 4, 9, 13, 224):
         for height in shapes:
             images = np.zeros((2, height + 5 * (channels > 15), 40, channels), np.uint8)
-            assert len(data.ArraySource(images)) == 2
+            assert len(ArraySource(images)) == 2
 
 
 def npz_that_claims(
@@ -245,7 +257,7 @@ def test_an_array_that_claims_more_than_it_holds_takes_no_memory(tmp_path, packe
     npz_that_claims(tmp_path / "x.npz", (count, 16, 16, 3), packed=packed)
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"x\.npz.*`images` claims .* bytes.*holds"):
-        data.arrays(tmp_path / "x.npz")
+        arrays.arrays(tmp_path / "x.npz")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
     # And a directory of the file that lies as well: the entry cannot be so large.
@@ -254,21 +266,21 @@ def test_an_array_that_claims_more_than_it_holds_takes_no_memory(tmp_path, packe
     content[place + 24 : place + 28] = (2**32 - 2).to_bytes(4, "little")
     (tmp_path / "x.npz").write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"x\.npz"):
-        data.arrays(tmp_path / "x.npz")
+        arrays.arrays(tmp_path / "x.npz")
 
 
 def test_images_that_do_not_fit_are_told_before_they_are_read(tmp_path, monkeypatch):
     images = np.zeros((4, 8, 8, 3), np.uint8)
     save(tmp_path / "x.npz", images=images)
-    monkeypatch.setattr(data.os, "sysconf", lambda name: 10)
+    monkeypatch.setattr(os, "sysconf", lambda name: 10)
     with pytest.raises(ValueError, match=r"no memory for the arrays of .*x\.npz.*768 bytes of 100"):
-        data.arrays(tmp_path / "x.npz")
+        arrays.arrays(tmp_path / "x.npz")
     monkeypatch.undo()
     # Another type needs up to eight times the memory: it is refused by the header.
     save(tmp_path / "y.npz", images=np.zeros((4, 600, 600, 3)))
     tracemalloc.start()
     with pytest.raises(TypeError, match=r"y\.npz: expected uint8 images, got float64"):
-        data.arrays(tmp_path / "y.npz")
+        arrays.arrays(tmp_path / "y.npz")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 
@@ -295,7 +307,7 @@ def test_folder_resizes_like_the_definition(tmp_path):
     sizes = [(90, 150), (150, 90), (91, 140), (37, 20), (48, 48), (48, 97), (64, 48)]
     for i, (height, width) in enumerate(sizes):
         Image.fromarray(photo[:height, :width]).save(tmp_path / f"{i}.png")
-    source = data.FolderSource(tmp_path, image_size=48)
+    source = FolderSource(tmp_path, image_size=48)
     assert source.labels is None
     assert source.class_names is None
     for i, (height, width) in enumerate(sizes):
@@ -319,7 +331,7 @@ def test_folder_layouts_and_formats(tmp_path, photos):
     (tmp_path / "labelled" / "c2" / "008.png").rename(
         tmp_path / "labelled" / "c2" / "more" / "008.png"
     )
-    source = data.FolderSource(tmp_path / "labelled")
+    source = FolderSource(tmp_path / "labelled")
     order = np.argsort(labels, kind="stable")
     np.testing.assert_array_equal(as_array_source(source), photos[:10][order])
     np.testing.assert_array_equal(source.labels, labels[order])
@@ -334,7 +346,7 @@ def test_folder_layouts_and_formats(tmp_path, photos):
     Image.fromarray(rgb).save(flat / "c.jpeg", quality=90)
     palette = Image.fromarray(rgb).quantize(16)
     palette.save(flat / "d_palette.png")
-    source = data.FolderSource(flat)
+    source = FolderSource(flat)
     np.testing.assert_array_equal(source[0], np.repeat(grey[..., None], 3, -1))
     over_white = 255 + (rgb.astype(np.float64) - 255) * 9 / 255
     assert np.abs(source[1] - over_white).max() <= 1
@@ -347,12 +359,12 @@ def test_folder_layouts_and_formats(tmp_path, photos):
 def test_folder_test_set_takes_the_training_classes(tmp_path, photos):
     write_folder(tmp_path / "train", photos[:3], np.array([0, 1, 2]))
     write_folder(tmp_path / "test", photos[3:5], np.array([2, 1]))
-    names = data.FolderSource(tmp_path / "train").class_names
-    source = data.FolderSource(tmp_path / "test", class_names=names)
+    names = FolderSource(tmp_path / "train").class_names
+    source = FolderSource(tmp_path / "test", class_names=names)
     np.testing.assert_array_equal(source.labels, [1, 2])  # not [0, 1], as alone
     write_folder(tmp_path / "test", photos[5:6], np.array([7]))
     with pytest.raises(ValueError, match=r"\['c7'\] that are not among"):
-        data.FolderSource(tmp_path / "test", class_names=names)
+        FolderSource(tmp_path / "test", class_names=names)
 
 
 def test_folder_names_the_unreadable_file_and_its_index(tmp_path, photos):
@@ -364,38 +376,38 @@ def test_folder_names_the_unreadable_file_and_its_index(tmp_path, photos):
     broken[60:90] = bytes(30)
     (tmp_path / "005.png").write_bytes(bytes(broken))
     Image.fromarray(photos[0, :, :, 0].astype(np.uint16) * 200).save(tmp_path / "006.png")
-    source = data.FolderSource(tmp_path, image_size=32)
+    source = FolderSource(tmp_path, image_size=32)
     for index, file in [(3, "003.jpg"), (4, "004.png"), (5, "005.png"), (6, "006.png")]:
         with pytest.raises(ValueError, match=rf"cannot read image {index}, .*{file}") as caught:
             source[index]
         if index == 6:
             assert "8 bits per channel" in str(caught.value)
     with pytest.raises(ValueError, match=r"cannot read image 3, .*003\.jpg"):
-        data.load_resident(source)
+        load_resident(source)
     (tmp_path / "003.jpg").unlink()
     with pytest.raises(ValueError, match=r"cannot read image 3, .*004\.png"):
-        data.FolderSource(tmp_path)  # reads headers, to see that sizes agree
+        FolderSource(tmp_path)  # reads headers, to see that sizes agree
 
 
 def test_folder_errors(tmp_path, photos):
     with pytest.raises(FileNotFoundError, match="no image directory"):
-        data.FolderSource(tmp_path / "nowhere")
+        FolderSource(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no pictures in"):
-        data.FolderSource(tmp_path)
+        FolderSource(tmp_path)
     with pytest.raises(ValueError, match="image_size >= 0"):
-        data.FolderSource(tmp_path, image_size=-1)
+        FolderSource(tmp_path, image_size=-1)
     write_folder(tmp_path / "both", photos[:2], np.array([0, 1]))
     write_folder(tmp_path / "both", photos[2:3], None)
     with pytest.raises(ValueError, match="both directly"):
-        data.FolderSource(tmp_path / "both")
+        FolderSource(tmp_path / "both")
     write_folder(tmp_path / "empty", photos[:2], np.array([0, 1]))
     (tmp_path / "empty" / "c2").mkdir()
     with pytest.raises(ValueError, match=r"without pictures.*\['c2'\]"):
-        data.FolderSource(tmp_path / "empty")
+        FolderSource(tmp_path / "empty")
     write_folder(tmp_path / "sizes", photos[:2], None)
     Image.fromarray(photos[0, :20]).save(tmp_path / "sizes" / "small.png")
     with pytest.raises(ValueError, match=r"image 2, .*small\.png is 32x20; set image_size"):
-        data.FolderSource(tmp_path / "sizes")
+        FolderSource(tmp_path / "sizes")
 
 
 # --- Sets by list, and any one set ---
@@ -413,15 +425,15 @@ def test_image_list_is_read_in_its_order(tmp_path, caplog):
     images = write_images(tmp_path)
     lists = tmp_path / "list.txt"
     lists.write_text("a b/2.png 7\n\na b/0.png 1\n")  # a space in the name, an empty line
-    source = data.load_images(source="image_list", paths=(str(lists), str(tmp_path)))
+    source = dataset.load_images(source="image_list", paths=(str(lists), str(tmp_path)))
     np.testing.assert_array_equal(source.labels, [7, 1])
-    np.testing.assert_array_equal(data.load_resident(source), [images[2], images[0]])
+    np.testing.assert_array_equal(load_resident(source), [images[2], images[0]])
     lists.write_text("\ufeffa b/2.png 7\na b/2.png 1\n", encoding="utf-8")  # begins with a mark
-    assert len(data.ImageListSource(lists, tmp_path)) == 2
+    assert len(ImageListSource(lists, tmp_path)) == 2
     assert "1 lines name a picture that another line names" in caplog.text
     lists.write_text("a b/2.png -1\na b/3.png -1\n")
-    assert data.ImageListSource(lists, tmp_path).labels is None
-    assert data.ImageListSource(lists, tmp_path, image_size=3)[0].shape == (3, 3, 3)
+    assert ImageListSource(lists, tmp_path).labels is None
+    assert ImageListSource(lists, tmp_path, image_size=3)[0].shape == (3, 3, 3)
 
 
 def test_image_list_refuses(tmp_path):
@@ -436,21 +448,21 @@ def test_image_list_refuses(tmp_path):
     ):
         lists.write_text(text)
         with pytest.raises(ValueError, match=message):
-            data.ImageListSource(lists, tmp_path)
+            ImageListSource(lists, tmp_path)
     lists.write_text("a b/0.png 1\na b/9.png 1\n")
     with pytest.raises(FileNotFoundError, match=r"1 of the 2 files of .* the first is .*9\.png"):
-        data.ImageListSource(lists, tmp_path)
+        ImageListSource(lists, tmp_path)
     with pytest.raises(FileNotFoundError, match="no image list"):
-        data.ImageListSource(tmp_path / "nothing", tmp_path)
+        ImageListSource(tmp_path / "nothing", tmp_path)
 
 
 def test_load_images_excludes_classes_and_limits(tmp_path, photos):
     labels = np.arange(len(photos)) % 3
     save(tmp_path / "x.npz", images=photos, labels=labels)
     paths = (str(tmp_path / "x.npz"),)
-    kept = data.load_images(source="arrays", paths=paths, exclude_labels=(0, 2))
-    np.testing.assert_array_equal(data.load_resident(kept), photos[labels == 1])
-    assert len(data.load_images(source="arrays", paths=paths, num_examples=2)) == 2
+    kept = dataset.load_images(source="arrays", paths=paths, exclude_labels=(0, 2))
+    np.testing.assert_array_equal(load_resident(kept), photos[labels == 1])
+    assert len(dataset.load_images(source="arrays", paths=paths, num_examples=2)) == 2
     save(tmp_path / "y.npz", images=photos)
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         (
@@ -463,13 +475,13 @@ def test_load_images_excludes_classes_and_limits(tmp_path, photos):
     )
     for keywords, message in cases:
         with pytest.raises(ValueError, match=message):
-            data.load_images(**keywords)
+            dataset.load_images(**keywords)
 
 
 def test_one_class_is_split_off_without_its_label():
     whole, one = (
-        data.load_dataset(source="digits"),
-        data.load_dataset(source="digits", inlier_class=4),
+        dataset.load_dataset(source="digits"),
+        dataset.load_dataset(source="digits", inlier_class=4),
     )
     assert whole.outside is None
     parts = ((whole.train, one.train), (whole.validation, one.validation), (whole.test, one.test))
@@ -478,40 +490,40 @@ def test_one_class_is_split_off_without_its_label():
         assert after is not None
         assert before.labels is not None
         assert after.labels is None
-        expected = data.load_resident(before)[before.labels == 4]
-        np.testing.assert_array_equal(data.load_resident(after), expected)
+        expected = load_resident(before)[before.labels == 4]
+        np.testing.assert_array_equal(load_resident(after), expected)
     assert one.outside is not None
     assert one.outside.labels is not None
     assert whole.test is not None
     assert len(one.outside) == int(np.sum(whole.test.labels != 4))
     assert set(one.outside.labels) == set(range(10)) - {4}
     with pytest.raises(ValueError, match=r"inlier_class=10: .* has no images with that label"):
-        data.load_dataset(source="digits", inlier_class=10)
+        dataset.load_dataset(source="digits", inlier_class=10)
 
 
 # --- Shapes ---
 
 
 def test_shapes_are_a_function_of_seed_and_index():
-    many = data.shapes(600, seed=3)
+    many = shapes_module.shapes(600, seed=3)
     assert many.images.shape == (600, 32, 32, 3)
     for count in (1, 7, 300):
-        few = data.shapes(count, seed=3)
+        few = shapes_module.shapes(count, seed=3)
         for attribute in ("images", "labels", "label_probabilities", "ambiguity"):
             np.testing.assert_array_equal(getattr(few, attribute), getattr(many, attribute)[:count])
-    other = data.shapes(600, seed=4)
+    other = shapes_module.shapes(600, seed=4)
     assert len(np.unique(np.concatenate([many.images, other.images]), axis=0)) == 1200
-    assert data.image_shape(data.shapes(1, seed=0, image_size=8)) == (8, 8, 3)
+    assert image_shape(shapes_module.shapes(1, seed=0, image_size=8)) == (8, 8, 3)
     for arguments in ({"num_examples": 0}, {"num_examples": 1, "image_size": 7}):
         with pytest.raises(ValueError, match="num_examples >= 1 and image_size >= 8"):
-            data.shapes(**arguments, seed=0)
+            shapes_module.shapes(**arguments, seed=0)
 
 
 def test_shapes_labels_follow_their_probabilities():
-    source = data.shapes(20_000, seed=0, image_size=8)
+    source = shapes_module.shapes(20_000, seed=0, image_size=8)
     assert source.labels is not None
     probabilities = source.label_probabilities.astype(np.float64)
-    assert data.num_classes(source) == 10
+    assert num_classes(source) == 10
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
     top_2 = np.sort(probabilities, 1)[:, :-3:-1]
     np.testing.assert_allclose(top_2[:, 1], source.ambiguity / 2, atol=1e-7)
@@ -539,7 +551,7 @@ def test_shapes_blend_two_classes_under_the_same_nuisances():
         draws[:, 2] = (1 + ambiguity) / 2
         if classes is not None:
             draws[:, 0] = (classes + 0.5) / 10
-        images, _, probabilities, recorded = data._draw_shapes(draws, 32)
+        images, _, probabilities, recorded = _draw_shapes(draws, 32)
         np.testing.assert_allclose(recorded, ambiguity, atol=1e-6)
         if classes is not None:
             np.testing.assert_array_equal(probabilities.argmax(1), classes)
@@ -559,7 +571,7 @@ def test_shapes_cover_their_exact_areas():
     angle = 0.4
     x = (np.cos(angle) * pixel[None, :] + np.sin(angle) * pixel[:, None]).astype(np.float32)
     y = (np.cos(angle) * pixel[:, None] - np.sin(angle) * pixel[None, :]).astype(np.float32)
-    masks = data._shape_masks(x[None], y[None], np.full((1, 1, 1), radius, np.float32))
+    masks = _shape_masks(x[None], y[None], np.full((1, 1, 1), radius, np.float32))
     exact = radius**2 * np.array(
         [
             np.pi * 0.8**2,
@@ -586,8 +598,8 @@ def numbered(num_examples: int, labels: np.ndarray | None, path: Path) -> str:
     return str(save(path, **entries))
 
 
-def numbers(source: data.ImageSource) -> np.ndarray:
-    images = data.load_resident(source).astype(int)
+def numbers(source: ImageSource) -> np.ndarray:
+    images = load_resident(source).astype(int)
     return images[:, 0, 0, 0] * 256 + images[:, 0, 0, 1]
 
 
@@ -605,7 +617,7 @@ def test_validation_is_carved_from_train(tmp_path, labelled):
             "test_paths": (test,),
             "validation_fraction": 0.25,
         }
-        return data.load_dataset(**(arguments | changed))
+        return dataset.load_dataset(**(arguments | changed))
 
     full = load()
     assert (len(full.train), len(full.validation)) == (750, 250)
@@ -644,27 +656,27 @@ def test_validation_is_carved_from_train(tmp_path, labelled):
 
 
 def test_digits_and_shapes_datasets():
-    everything = data.digits()
+    everything = arrays.digits()
     assert everything.labels is not None
-    parts = data.load_dataset(source="digits")
+    parts = dataset.load_dataset(source="digits")
     assert parts.test is not None
     assert [len(part) for part in parts if part is not None] == [1294, 144, 359]
-    images = np.concatenate([data.load_resident(part) for part in parts if part is not None])
+    images = np.concatenate([load_resident(part) for part in parts if part is not None])
     order = np.lexsort(images.reshape(1797, -1).T)
     expected = everything.images[np.lexsort(everything.images.reshape(1797, -1).T)]
     np.testing.assert_array_equal(images[order], expected)  # each once, in one part
     assert parts.test.labels is not None
     assert np.abs(np.bincount(parts.test.labels) - np.bincount(everything.labels) / 5).max() < 1
-    other = data.load_dataset(source="digits", split_seed=1).test
-    assert not np.array_equal(data.load_resident(parts.test), data.load_resident(other))  # pyright: ignore[reportArgumentType]
+    other = dataset.load_dataset(source="digits", split_seed=1).test
+    assert not np.array_equal(load_resident(parts.test), load_resident(other))  # pyright: ignore[reportArgumentType]
 
-    parts = data.load_dataset(
+    parts = dataset.load_dataset(
         source="shapes", num_train_examples=101, num_test_examples=50, image_size=16
     )
-    assert isinstance(parts.test, data.ShapesSource)
+    assert isinstance(parts.test, ShapesSource)
     assert (len(parts.train), len(parts.test)) == (101, 50)
-    assert data.image_shape(parts.train) == (16, 16, 3)
-    images = np.concatenate([data.load_resident(part) for part in parts if part is not None])
+    assert image_shape(parts.train) == (16, 16, 3)
+    images = np.concatenate([load_resident(part) for part in parts if part is not None])
     assert len(np.unique(images, axis=0)) == len(images)
 
 
@@ -727,11 +739,11 @@ def test_load_dataset_refuses(tmp_path, photos):
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
-            data.load_dataset(**arguments)
-    unlabelled = data.load_dataset(source="arrays", train_paths=(bare,))
+            dataset.load_dataset(**arguments)
+    unlabelled = dataset.load_dataset(source="arrays", train_paths=(bare,))
     assert unlabelled.test is None
     write_folder(tmp_path / "test_folder", images[:3], np.array([1, 1, 0]))
-    parts = data.load_dataset(
+    parts = dataset.load_dataset(
         source="folder", train_paths=(folder,), test_paths=(str(tmp_path / "test_folder"),)
     )
     assert [len(part) for part in parts if part is not None] == [18, 2, 3]
@@ -749,18 +761,20 @@ def test_load_dataset_refuses(tmp_path, photos):
 )
 def test_an_epoch_has_each_example_at_most_once(num_examples, batch_share, seed, epoch):
     batch_size = max(1, int(num_examples * batch_share))
-    steps = data.steps_per_epoch(num_examples, batch_size)
+    steps = batch_order.steps_per_epoch(num_examples, batch_size)
     assert steps == int(np.floor(num_examples / batch_size))
     arguments = {"num_examples": num_examples, "batch_size": batch_size, "seed": seed}
     # Backwards, so that no batch can depend on the one before it.
-    batches = [data.batch_indices(epoch * steps + i, **arguments) for i in reversed(range(steps))]
+    batches = [
+        batch_order.batch_indices(epoch * steps + i, **arguments) for i in reversed(range(steps))
+    ]
     seen = np.concatenate(batches)
     assert seen.dtype == np.int32
     assert len(np.unique(seen)) == len(seen) == steps * batch_size
     assert seen.min() >= 0
     assert seen.max() < num_examples
     again = np.concatenate(
-        [data.batch_indices(epoch * steps + i, **arguments) for i in range(steps)]
+        [batch_order.batch_indices(epoch * steps + i, **arguments) for i in range(steps)]
     )
     np.testing.assert_array_equal(again.reshape(steps, -1)[::-1].ravel(), seen)
 
@@ -768,7 +782,9 @@ def test_an_epoch_has_each_example_at_most_once(num_examples, batch_share, seed,
 def test_order_differs_by_seed_and_epoch_and_drops_different_examples():
     arguments = {"num_examples": 1000, "batch_size": 300}
     epochs = [
-        np.concatenate([data.batch_indices(3 * e + i, **arguments, seed=0) for i in range(3)])
+        np.concatenate(
+            [batch_order.batch_indices(3 * e + i, **arguments, seed=0) for i in range(3)]
+        )
         for e in range(20)
     ]
     dropped = {tuple(np.setdiff1d(np.arange(1000), epoch)) for epoch in epochs}
@@ -776,14 +792,17 @@ def test_order_differs_by_seed_and_epoch_and_drops_different_examples():
     assert len({tuple(epoch) for epoch in epochs}) == 20
     # Every example comes up: missing all of 20 epochs has probability 1e-20.
     assert len(np.unique(np.concatenate(epochs))) == 1000
-    other = data.batch_indices(0, **arguments, seed=1)
+    other = batch_order.batch_indices(0, **arguments, seed=1)
     assert not np.array_equal(other, epochs[0][:300])
 
 
 def test_order_is_uniform():
     """Where each of 8 examples lands over 4,000 epochs, by chi-squared; and pairs of places."""
     orders = np.stack(
-        [data.batch_indices(epoch, num_examples=8, batch_size=8, seed=5) for epoch in range(4000)]
+        [
+            batch_order.batch_indices(epoch, num_examples=8, batch_size=8, seed=5)
+            for epoch in range(4000)
+        ]
     )
     for codes, cells in [(orders, 8), (orders[:, ::2] * 8 + orders[:, 1::2], 64)]:
         for column in codes.T:
@@ -801,20 +820,20 @@ def test_order_is_the_same_on_every_machine():
 
     `np.argsort(np.random.Philox(np.random.SeedSequence(7, spawn_key=(0, 2))).random_raw(10))`
     """
-    order = data.batch_indices(2, num_examples=10, batch_size=10, seed=7)
+    order = batch_order.batch_indices(2, num_examples=10, batch_size=10, seed=7)
     np.testing.assert_array_equal(order, [9, 2, 7, 3, 8, 4, 6, 1, 5, 0])
 
 
 def test_order_refuses():
     with pytest.raises(ValueError, match="batch_size 11 is larger than the 10 training examples"):
-        data.steps_per_epoch(10, 11)
+        batch_order.steps_per_epoch(10, 11)
     with pytest.raises(ValueError, match="batch_size >= 1, got 0"):
-        data.steps_per_epoch(10, 0)
+        batch_order.steps_per_epoch(10, 0)
     with pytest.raises(ValueError, match="step >= 0, got -1"):
-        data.batch_indices(-1, num_examples=10, batch_size=5, seed=0)
+        batch_order.batch_indices(-1, num_examples=10, batch_size=5, seed=0)
     with pytest.raises(ValueError, match="batch_size 11 is larger"):
-        data.stream_batches(
-            data.Subset(data.digits(), np.arange(10)),
+        stream_batches(
+            Subset(arrays.digits(), np.arange(10)),
             start_step=0,
             num_steps=1,
             batch_size=11,
@@ -828,36 +847,36 @@ def test_order_refuses():
     ):
         arguments: Any = {"start_step": 0, "num_steps": 1, "batch_size": 5, "seed": 0} | changed
         with pytest.raises(ValueError, match=f"{next(iter(changed))} >="):
-            data.stream_batches(data.digits(), **arguments)
+            stream_batches(arrays.digits(), **arguments)
     with pytest.raises(ValueError, match="batch_size >= 1"):
-        data.evaluation_batches(data.digits(), 0)
+        evaluation_batches(arrays.digits(), 0)
 
 
 # --- Batches ---
 
 
 @pytest.fixture(scope="module")
-def folder_source(tmp_path_factory, photos) -> data.FolderSource:
+def folder_source(tmp_path_factory, photos) -> FolderSource:
     root = tmp_path_factory.mktemp("photos")
     write_folder(root, photos, None)
-    return data.FolderSource(root)
+    return FolderSource(root)
 
 
 def test_gather_resident_and_size(folder_source, photos):
     indices = np.array([5, 0, 59, 5], np.int32)
-    memory = data.ArraySource(photos)
+    memory = ArraySource(photos)
     for source in (folder_source, memory):
-        np.testing.assert_array_equal(data.gather(source, indices), photos[indices])
-        subset = data.Subset(source, np.arange(60)[::-1])
-        np.testing.assert_array_equal(data.gather(subset, indices), photos[::-1][indices])
-        np.testing.assert_array_equal(data.load_resident(subset), photos[::-1])
-        np.testing.assert_array_equal(data.load_resident(source), photos)
-        assert data.fits_resident(source, limit_bytes=60 * 32 * 32 * 3)
-        assert not data.fits_resident(source, limit_bytes=60 * 32 * 32 * 3 - 1)
+        np.testing.assert_array_equal(gather(source, indices), photos[indices])
+        subset = Subset(source, np.arange(60)[::-1])
+        np.testing.assert_array_equal(gather(subset, indices), photos[::-1][indices])
+        np.testing.assert_array_equal(load_resident(subset), photos[::-1])
+        np.testing.assert_array_equal(load_resident(source), photos)
+        assert fits_resident(source, limit_bytes=60 * 32 * 32 * 3)
+        assert not fits_resident(source, limit_bytes=60 * 32 * 32 * 3 - 1)
         # 61 images of a file-backed subset: more than a batch of the loader, and not a multiple.
-        more = data.Subset(source, np.arange(129) % 60)
-        np.testing.assert_array_equal(data.load_resident(more), photos[np.arange(129) % 60])
-    assert data.load_resident(memory) is photos
+        more = Subset(source, np.arange(129) % 60)
+        np.testing.assert_array_equal(load_resident(more), photos[np.arange(129) % 60])
+    assert load_resident(memory) is photos
 
 
 def resident_batches(images: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -873,9 +892,9 @@ def resident_batches(images: np.ndarray, start: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("prefetch_batches", [1, 5])
 def test_stream_equals_resident_order_from_any_step(folder_source, photos, prefetch_batches):
     expected = resident_batches(photos, 0, 20)
-    for source in (folder_source, data.ArraySource(photos)):
+    for source in (folder_source, ArraySource(photos)):
         for start, count in [(0, 20), (6, 3), (13, 7), (19, 1)]:
-            stream = data.stream_batches(
+            stream = stream_batches(
                 source,
                 start_step=start,
                 num_steps=count,
@@ -887,32 +906,30 @@ def test_stream_equals_resident_order_from_any_step(folder_source, photos, prefe
 
 
 def test_stream_can_be_closed_early_and_reports_errors(folder_source, tmp_path, photos):
-    stream = data.stream_batches(
-        folder_source, start_step=0, num_steps=10**9, batch_size=8, seed=11
-    )
+    stream = stream_batches(folder_source, start_step=0, num_steps=10**9, batch_size=8, seed=11)
     np.testing.assert_array_equal(next(stream), resident_batches(photos, 0, 1)[0])
     stream.close()
     assert list(stream) == []
     write_folder(tmp_path, photos[:8], None)
-    source = data.FolderSource(tmp_path)
+    source = FolderSource(tmp_path)
     (tmp_path / "005.png").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"cannot read image 5, .*005\.png"):
-        list(data.stream_batches(source, start_step=0, num_steps=1, batch_size=8, seed=0))
+        list(stream_batches(source, start_step=0, num_steps=1, batch_size=8, seed=0))
 
 
 @pytest.mark.slow
 def test_stream_from_worker_processes_equals_resident_order(folder_source, photos, tfds_root):
-    tfds_source = data.TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
-    sources = (folder_source, data.Subset(tfds_source, np.arange(60)))
+    tfds_source = TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
+    sources = (folder_source, Subset(tfds_source, np.arange(60)))
     for source in sources:
         for start, count in [(0, 20), (5, 4)]:
-            stream = data.stream_batches(
+            stream = stream_batches(
                 source, start_step=start, num_steps=count, batch_size=8, seed=11, num_workers=2
             )
             np.testing.assert_array_equal(
                 np.stack(list(stream)), resident_batches(photos, start, count)
             )
-    stream = data.stream_batches(
+    stream = stream_batches(
         folder_source, start_step=0, num_steps=10**9, batch_size=8, seed=11, num_workers=2
     )
     next(stream)
@@ -920,10 +937,10 @@ def test_stream_from_worker_processes_equals_resident_order(folder_source, photo
 
 
 def test_evaluation_visits_every_example_exactly_once(folder_source, photos):
-    memory = data.ArraySource(photos)
-    for source in (folder_source, memory, data.Subset(folder_source, np.arange(60))):
+    memory = ArraySource(photos)
+    for source in (folder_source, memory, Subset(folder_source, np.arange(60))):
         for batch_size in (1, 7, 20, 60, 64):
-            batches = list(data.evaluation_batches(source, batch_size, prefetch_batches=3))
+            batches = list(evaluation_batches(source, batch_size, prefetch_batches=3))
             images, masks = (np.stack(parts) for parts in zip(*batches, strict=True))
             assert images.shape == (-(-60 // batch_size), batch_size, 32, 32, 3)
             assert masks.dtype == bool
@@ -993,7 +1010,7 @@ def tfds_root(tmp_path_factory, photos) -> Path:
 
 
 def test_tfds_reads_bit_for_bit(tfds_root, photos):
-    source = data.TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
+    source = TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
     np.testing.assert_array_equal(as_array_source(source), photos)
     np.testing.assert_array_equal(source.labels, np.arange(60) % 3)
     assert source.class_names == ("zero", "one", "two")
@@ -1002,40 +1019,42 @@ def test_tfds_reads_bit_for_bit(tfds_root, photos):
         source[60]
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy[41], photos[41])
-    newest = data.TfdsSource("tiny_photos", "train", data_dir=str(tfds_root))
+    newest = TfdsSource("tiny_photos", "train", data_dir=str(tfds_root))
     np.testing.assert_array_equal(newest[0], photos[-1])  # 1.0.10, not 1.0.9
-    tail = data.TfdsSource("tiny_photos:1.0.0", "train[50%:]", data_dir=tfds_root)
+    tail = TfdsSource("tiny_photos:1.0.0", "train[50%:]", data_dir=tfds_root)
     np.testing.assert_array_equal(as_array_source(tail), photos[30:])
 
-    grey = data.TfdsSource("grey", "train", data_dir=tfds_root)
+    grey = TfdsSource("grey", "train", data_dir=tfds_root)
     np.testing.assert_array_equal(as_array_source(grey), photos[:5, ..., :1])
     assert grey.labels is None
     assert grey.class_names is None
-    sized = data.TfdsSource("sized", "train", data_dir=tfds_root, image_size=32)
+    sized = TfdsSource("sized", "train", data_dir=tfds_root, image_size=32)
     assert sized.labels is None  # all of them -1
     assert as_array_source(sized).shape == (3, 32, 32, 3)
-    parts = data.load_dataset(source="tfds", tfds_name="tiny_photos:1.0.0", data_dir=str(tfds_root))
+    parts = dataset.load_dataset(
+        source="tfds", tfds_name="tiny_photos:1.0.0", data_dir=str(tfds_root)
+    )
     assert [len(part) for part in parts if part is not None] == [54, 6, 7]
 
 
 def test_tfds_errors(tfds_root, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
-        data.TfdsSource("cifar10", "train", data_dir=tmp_path)
+        TfdsSource("cifar10", "train", data_dir=tmp_path)
     command = f"\n  tfds build cifar10 --file_format=array_record --data_dir={tmp_path}\n"
     assert command in str(caught.value)
     assert "pip install .[prepare]" in str(caught.value)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_root))
-    assert len(data.TfdsSource("grey", "train")) == 5
+    assert len(TfdsSource("grey", "train")) == 5
     with pytest.raises(FileNotFoundError, match=r"tfds build tiny_photos:9\.9\.9 --file_format"):
-        data.TfdsSource("tiny_photos:9.9.9", "train")
+        TfdsSource("tiny_photos:9.9.9", "train")
     with pytest.raises(ValueError, match="nowhere"):
-        data.TfdsSource("grey", "nowhere")
+        TfdsSource("grey", "nowhere")
     with pytest.raises(ValueError, match="set image_size"):
-        data.TfdsSource("sized", "train")
+        TfdsSource("sized", "train")
     with pytest.raises(ValueError, match="no uint8 image feature 'picture'"):
-        data.TfdsSource("grey", "train", image_key="picture")
+        TfdsSource("grey", "train", image_key="picture")
     with pytest.raises(ValueError, match="not a class label"):
-        data.TfdsSource("grey", "train", label_key="image")
+        TfdsSource("grey", "train", label_key="image")
 
     old = tmp_path / "grey" / "1.0.0"
     old.mkdir(parents=True)
@@ -1046,7 +1065,7 @@ def test_tfds_errors(tfds_root, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"(?s)cannot be read by index.*tfds build grey --file_format"
     ):
-        data.TfdsSource("grey", "train", data_dir=tmp_path)
+        TfdsSource("grey", "train", data_dir=tmp_path)
     # A record that is damaged on disk is named with its index.
     (old / "dataset_info.json").write_text(json.dumps(info))
     record = next(old.glob("*array_record*"))
@@ -1055,7 +1074,7 @@ def test_tfds_errors(tfds_root, tmp_path, monkeypatch):
     content[middle + 20 : middle + 60] = bytes(40)
     record.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"cannot read record 0 of grey:1\.0\.0/train"):
-        data.TfdsSource("grey", "train", data_dir=tmp_path)[0]
+        TfdsSource("grey", "train", data_dir=tmp_path)[0]
 
 
 def run_python(code: str) -> str:
@@ -1094,6 +1113,6 @@ def test_reading_tfds_imports_no_tensorflow(tfds_root, photos):
 
 
 def test_names_of_the_sources_are_documented():
-    documented = re.search(r"source: (.*?)\. For", data.load_dataset.__doc__ or "")
+    documented = re.search(r"source: (.*?)\. For", dataset.load_dataset.__doc__ or "")
     assert documented is not None
-    assert re.findall(r"`(\w+)`", documented[1]) == list(data.SOURCES)
+    assert re.findall(r"`(\w+)`", documented[1]) == list(dataset.SOURCES)

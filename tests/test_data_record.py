@@ -11,24 +11,26 @@ import pytest
 from PIL import Image
 
 from configs import smoke
-from jevb_jax import data, data_record, model, runner
+from jevb_jax import data_record, model, runner
 from jevb_jax.data_record import ChangedDataError, changes, fingerprint
+from jevb_jax.images.dataset import Dataset, load_dataset
+from jevb_jax.images.image_files import FolderSource
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
 LABELS = np.arange(40) % 4
 
 
-def arrays(root: Path, images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> data.Dataset:
+def arrays(root: Path, images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> Dataset:
     root.mkdir(parents=True, exist_ok=True)
     np.savez(root / "train.npz", images=images, labels=labels)
     np.savez(root / "test.npz", images=IMAGES[:9], labels=LABELS[:9])
     return load(root, "arrays")
 
 
-def load(root: Path, source: str, **keywords: Any) -> data.Dataset:
+def load(root: Path, source: str, **keywords: Any) -> Dataset:
     suffix = ".npz" if source == "arrays" else ""
     train, test = ((str(root / f"{part}{suffix}"),) for part in ("train", "test"))
-    return data.load_dataset(source=source, train_paths=train, test_paths=test, **keywords)
+    return load_dataset(source=source, train_paths=train, test_paths=test, **keywords)
 
 
 def folder(root: Path) -> None:
@@ -57,13 +59,13 @@ def test_only_the_images_count(tmp_path):
     assert sizes == (40, 36)
     # Procedural images are the config's own: they may differ by a level between machines.
     drawn = [
-        data.load_dataset(source="shapes", image_size=8, num_train_examples=n, num_test_examples=9)
+        load_dataset(source="shapes", image_size=8, num_train_examples=n, num_test_examples=9)
         for n in (50, 50, 60)
     ]
     prints = [fingerprint(one) for one in drawn]
     assert changes(prints[0], prints[1]) == []
     assert "found 67" in changes(prints[0], prints[2])[0]
-    digits = fingerprint(data.load_dataset(source="digits", inlier_class=3))
+    digits = fingerprint(load_dataset(source="digits", inlier_class=3))
     assert list(digits["sources"]) == ["training set"]
     assert digits["parts"].keys() == {"train", "validation", "test", "outside"}
 
@@ -125,7 +127,7 @@ def test_every_change_of_a_folder_is_seen(tmp_path):
 
 def test_contents_of_large_sets_are_sampled_evenly(tmp_path, monkeypatch):
     folder(tmp_path)
-    source = data.FolderSource(tmp_path / "train")
+    source = FolderSource(tmp_path / "train")
     total = sum(os.path.getsize(path) for path in source.paths)
     for limit, value in (("_MAX_BYTES", total // 4), ("_MAX_FILES", 10)):
         with monkeypatch.context() as patch:

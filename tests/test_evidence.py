@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 from sklearn.decomposition import PCA
 
-from jevb_jax import data
 from jevb_jax.evaluation import evidence
 from jevb_jax.evaluation.evidence import embedding_map, gather_evidence, separation
 from jevb_jax.evaluation.features import Features
@@ -17,6 +16,8 @@ from jevb_jax.evaluation.ood_metrics import OODMetrics
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation, SetResult
 from jevb_jax.evaluation.protocol import Evaluation
 from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.images.dataset import Dataset
+from jevb_jax.images.source import ArraySource
 from jevb_jax.networks import Posterior
 
 RNG = np.random.default_rng(0)
@@ -26,9 +27,9 @@ SCORES = ("jevb/posterior_entropy", "jevb/mixture_and_residual", "jevb/negative_
 CURVE = RiskCoverage(np.array([0.5, 1.0]), np.array([0.0, 0.25]), 0.1, 0.0)
 
 
-def images(count: int, *, has_labels: bool = True) -> data.ArraySource:
+def images(count: int, *, has_labels: bool = True) -> ArraySource:
     pixels = RNG.integers(0, 256, (count, 4, 4, 1), dtype=np.uint8)
-    return data.ArraySource(pixels, np.arange(count) % 3 if has_labels else None, CLASSES)
+    return ArraySource(pixels, np.arange(count) % 3 if has_labels else None, CLASSES)
 
 
 def features(count: int, labels: Any) -> Features:
@@ -41,7 +42,7 @@ def features(count: int, labels: Any) -> Features:
 
 def make(*, method: str = "jevb", has_labels: bool = True, has_ood: bool = True) -> Any:
     """An experiment and its evaluation, without networks; and the scores of the sets."""
-    dataset = data.Dataset(
+    dataset = Dataset(
         train=images(NUM_TRAIN, has_labels=has_labels),
         validation=images(9, has_labels=has_labels),
         test=images(NUM_TEST, has_labels=has_labels),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from configs import digits as digits_config
-from jevb_jax import archive, data, export
+from jevb_jax import archive, export
 from jevb_jax import model as model_module
 from jevb_jax.archive import ArchiveError
 from jevb_jax.experiment import to_json_values
+from jevb_jax.images.arrays import digits
 from jevb_jax.model import Model, load
 from jevb_jax.settings import read
 
@@ -51,7 +52,7 @@ def copy(exported, tmp_path):
 
 def test_served_function_equals_the_model_on_real_digits_for_any_batch(exported):
     model, directory = exported
-    images = data.digits().images
+    images = digits().images
     served = export.read_serving(directory)
     assert served.platforms == export.PLATFORMS
     # Any batch: the same program, without another export.
@@ -100,7 +101,7 @@ def test_photos_are_served_as_the_model_sees_them(tmp_path):
 
 def test_an_export_is_made_and_loaded_in_a_process_of_64_bits(exported, tmp_path):
     model, directory = exported
-    images = data.digits().images[:5]
+    images = digits().images[:5]
     expected = model.embed(images)
     with jax.enable_x64(True):
         np.testing.assert_allclose(load(directory).embed(images), expected, rtol=1e-5, atol=1e-6)

@@ -18,11 +18,16 @@ from rich.console import Console
 
 from configs import default, finetune_digits, transfer
 from configs import digits as digits_config
-from jevb_jax import data, export, finetuning, runner
+from jevb_jax import export, finetuning, runner
 from jevb_jax import model as model_module
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import to_json_values
 from jevb_jax.files import DirectoryInUseError, lock_directory
+from jevb_jax.images import batches
+from jevb_jax.images import dataset as dataset_module
+from jevb_jax.images.dataset import Dataset, load_dataset
+from jevb_jax.images.image_files import FolderSource
+from jevb_jax.images.source import ArraySource, image_shape
 from jevb_jax.model import Model, load
 from jevb_jax.settings import read
 
@@ -70,10 +75,10 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
     assert results["validation_accuracies"][0] < 0.3  # zeros: the first class
     assert results["test_accuracy"] > results["validation_accuracies"][0] + 0.2
     classifier = finetuning.load_classifier(tmp_path / "out")
-    dataset = data.load_dataset(source="digits")
+    dataset = load_dataset(source="digits")
     for part in ("validation", "test"):
         source = getattr(dataset, part)
-        accuracy = np.mean(classifier.predict(data.load_resident(source)) == source.labels)
+        accuracy = np.mean(classifier.predict(batches.load_resident(source)) == source.labels)
         assert accuracy == pytest.approx(results[f"{part}_accuracy"], abs=1e-9)
     load(tmp_path / "out")
     assert ("encoder as it was before" in caplog.text) == (mode == "full")
@@ -119,7 +124,7 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
         finetuning.finetune(config, tmp_path / "out", console=quiet())
     with pytest.raises(ValueError, match="must be full or frozen, got 'half'"):
         finetune_digits.get_config("half")
-    unlabelled = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
+    unlabelled = ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="needs labels"):
         finetuning._labelled(unlabelled)
 
@@ -141,7 +146,7 @@ def test_a_classifier_sees_photos_as_its_own_data_were_read(encoder, tmp_path):
     y, x = np.mgrid[:24, :50]
     photo = np.rint(127.5 + 127 * np.sin(x / 5) * np.cos(y / 4)).astype(np.uint8)[..., None]
     Image.fromarray(photo[..., 0]).save(tmp_path / "x.png")
-    seen = data.FolderSource(tmp_path, image_size=12)[0][..., :1]
+    seen = FolderSource(tmp_path, image_size=12)[0][..., :1]
     classifier = classifier_of(load(encoder).with_square_size(12))
     expected = classifier.logits(seen)
     for given in (photo, Image.fromarray(photo[..., 0])):
@@ -179,8 +184,8 @@ def test_a_finetune_is_of_the_data_s_size_and_its_config_may_hold_numpy(
         raise InterruptedError
 
     monkeypatch.setattr(finetuning, "_train", train)
-    empty = data.Dataset(None, None, None)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(data, "load_dataset", lambda **_: empty)
+    empty = Dataset(None, None, None)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(dataset_module, "load_dataset", lambda **_: empty)
     config = to_json_values(finetune_digits.get_config("frozen"))
     config["init"]["workdir"] = str(encoder)
     config["data"]["image_size"] = np.int64(12)
@@ -208,8 +213,8 @@ def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
 
     sizes = []
 
-    def evaluate(settings: Any, extract: Any, variables: Any, dataset: data.Dataset) -> Any:
-        sizes.append({data.image_shape(part) for part in dataset[:3] if part is not None})
+    def evaluate(settings: Any, extract: Any, variables: Any, dataset: Dataset) -> Any:
+        sizes.append({image_shape(part) for part in dataset[:3] if part is not None})
         raise InterruptedError
 
     monkeypatch.setattr(model_module, "load", lambda *_: Encoder)
@@ -279,10 +284,12 @@ def test_transfer_is_the_run_s_own_evaluation_on_its_own_data(encoder, tmp_path)
     assert json.loads((directory / "results_on_digits.json").read_text()) == results
     assert (directory / "results_on_digits.csv").exists()
     # By hand: cosine similarity to 20 neighbours, weighted by exp(s / 0.1).
-    dataset = data.load_dataset(source="digits")
+    dataset = load_dataset(source="digits")
     assert dataset.test is not None
     loaded = load(directory)
-    bank, queries = (loaded.represent(data.load_resident(x)) for x in (dataset.train, dataset.test))
+    bank, queries = (
+        loaded.represent(batches.load_resident(x)) for x in (dataset.train, dataset.test)
+    )
     bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
     similarity = queries @ bank.T
     nearest = np.argsort(-similarity, axis=1)[:, :20]
@@ -303,13 +310,13 @@ def test_transfer_is_the_run_s_own_evaluation_on_its_own_data(encoder, tmp_path)
 
 def test_transfer_needs_labels_and_the_split():
     images = np.zeros((4, 8, 8, 1), np.uint8)
-    labelled = data.ArraySource(images, np.arange(4))
-    unlabelled = data.ArraySource(images, name="pictures")
+    labelled = ArraySource(images, np.arange(4))
+    unlabelled = ArraySource(images, name="pictures")
     nothing: Any = None
     settings = read.evaluation_section(to_json_values(default.get_config())["evaluation"])
-    dataset = data.Dataset(unlabelled, unlabelled, unlabelled)
+    dataset = Dataset(unlabelled, unlabelled, unlabelled)
     with pytest.raises(ValueError, match="pictures has no labels"):
         protocol.evaluate_transfer(settings, nothing, nothing, dataset)
-    dataset = data.Dataset(labelled, labelled, None)
+    dataset = Dataset(labelled, labelled, None)
     with pytest.raises(ValueError, match="has no test part"):
         protocol.evaluate_transfer(settings, nothing, nothing, dataset)

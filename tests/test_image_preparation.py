@@ -6,8 +6,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jevb_jax import augmentations, pictures
-from jevb_jax.image_preparation import cut_picture, cut_square
+from jevb_jax.images import pictures
+from jevb_jax.images.pixels import center_view, cut_levels
+from jevb_jax.images.preparation import cut_picture, cut_square
 
 
 def axis_weights(source: int, resized: int, first: int, size: int) -> np.ndarray:
@@ -64,11 +65,11 @@ def test_square_is_the_filter_s(height, width, size, channels):
 @pytest.mark.parametrize("shape", [(28, 56), (57, 31), (9, 7), (16, 40)])
 def test_device_and_host_cut_the_same_square(shape):
     image = noise(*shape)
-    on_device = np.asarray(augmentations.cut_levels(image, size=16)).astype(int)
+    on_device = np.asarray(cut_levels(image, size=16)).astype(int)
     difference = np.abs(on_device - cut_square(image, 16))
     assert difference.max() <= 1  # a level between two
     assert np.mean(difference > 0) < 0.05
-    view = augmentations.center_view(image, size=16, mean=(0.0,) * 3, std=(1.0,) * 3)
+    view = center_view(image, size=16, mean=(0.0,) * 3, std=(1.0,) * 3)
     np.testing.assert_allclose(view, oracle(image, 16) / 255, atol=3e-6)
     assert on_device.shape == view.shape == (16, 16, 3)
 

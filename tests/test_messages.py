@@ -19,8 +19,10 @@ from absl import flags
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import command_line, data, experiment, files, messages, runner
+from jevb_jax import command_line, experiment, files, messages, runner
 from jevb_jax.checkpoints import Checkpointer
+from jevb_jax.images import batch_order, random_bits
+from jevb_jax.images.source import ArraySource
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +62,7 @@ def test_memory_that_runs_out_says_what_takes_less(work):
     "work",
     [
         lambda: files.to_path(""),
-        lambda: data.ArraySource(np.zeros((1, 2, 2, 3))),  # TypeError by name
+        lambda: ArraySource(np.zeros((1, 2, 2, 3))),  # TypeError by name
         lambda: files.read_json(Path("/no/such/file")),
         lambda: __import__("no_such_extra"),
         lambda: runner.load_config("/no/such/run"),
@@ -76,8 +78,8 @@ def test_mistakes_of_people_are_messages(work):
     [
         lambda: files.json_sha256(object()),  # TypeError, of json
         lambda: files.is_remote(5),  # type: ignore[arg-type]  # TypeError, by no statement of ours
-        lambda: data.steps_per_epoch("a", 1),  # type: ignore[arg-type]
-        lambda: data._permutation(-1, 0),  # ValueError, of NumPy
+        lambda: batch_order.steps_per_epoch("a", 1),  # type: ignore[arg-type]
+        lambda: random_bits.permutation(-1, 0),  # ValueError, of NumPy
         lambda: jnp.zeros(3) @ jnp.zeros(4),  # TypeError, of JAX
         lambda: {}["a"],
         lambda: 1 / 0,

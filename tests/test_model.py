@@ -22,13 +22,12 @@ from rich.console import Console
 
 import jevb_jax
 from configs import smoke
-from jevb_jax import archive, augmentations, data, image_inputs, runner
+from jevb_jax import archive, runner
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
 from jevb_jax.checkpoints import CheckpointError, CheckpointMismatchError
 from jevb_jax.evaluation import (
     classification,
-    corruptions,
     features,
     ood,
     ood_metrics,
@@ -36,6 +35,13 @@ from jevb_jax.evaluation import (
     saved_scores,
 )
 from jevb_jax.experiment import to_json_values
+from jevb_jax.images import corruptions, pixels
+from jevb_jax.images import dataset as dataset_module
+from jevb_jax.images.batches import load_resident
+from jevb_jax.images.dataset import load_dataset
+from jevb_jax.images.given import check_images
+from jevb_jax.images.image_files import FolderSource
+from jevb_jax.images.source import ArraySource, num_classes
 from jevb_jax.model import Detector, Model, load, load_detector
 from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
 from jevb_jax.settings import read
@@ -97,9 +103,9 @@ def run(tmp_path_factory) -> Run:
     overrides = [f"--config.{name}={value}" for name, value in SHORT.items()]
     python("train.py", "--config=configs/smoke.py", f"--workdir={directory}", *overrides)
     results = json.loads((directory / "results.json").read_text())
-    test = data.load_dataset(**short_config().data.to_dict()).test
+    test = load_dataset(**short_config().data.to_dict()).test
     assert test is not None
-    return Run(directory, results, load(directory), data.load_resident(test))
+    return Run(directory, results, load(directory), load_resident(test))
 
 
 class Untrained(NamedTuple):
@@ -159,13 +165,13 @@ def test_numbers_are_those_of_evaluate(run, tmp_path):
     label_free = {score for score, _ in rows if not score.startswith("probe/")}
     assert set(run.model.score_names()) == label_free | set(run.results["ood"]["left_out"])
 
-    dataset = data.load_dataset(**run.model.config["data"])
+    dataset = load_dataset(**run.model.config["data"])
     train, test = dataset.train, dataset.test
     assert train.labels is not None
     assert test is not None
     assert test.labels is not None
     images = {
-        "train": data.load_resident(train),
+        "train": load_resident(train),
         "test": run.test_images,
         "outside": corruptions.corrupt(run.test_images, "contrast", severity=5, seed=0),
     }
@@ -185,7 +191,7 @@ def test_numbers_are_those_of_evaluate(run, tmp_path):
             train.labels,
             found[f"test {name}"],
             test.labels,
-            num_classes=data.num_classes(train),
+            num_classes=num_classes(train),
             k=20,
         )
         (expected,) = (
@@ -241,9 +247,9 @@ def test_one_image_floats_and_grey(untrained):
 def test_many_images_are_compiled_once_and_padding_changes_nothing(untrained, monkeypatch):
     model = untrained_model()
     traces = []
-    original = augmentations.center_view
+    original = pixels.center_view
     monkeypatch.setattr(
-        augmentations, "center_view", lambda *a, **k: (traces.append(1), original(*a, **k))[1]
+        pixels, "center_view", lambda *a, **k: (traces.append(1), original(*a, **k))[1]
     )
     embeddings = model.embed(untrained.test_images)  # 80 = 32 + 32 + 16
     assert len(traces) == 1
@@ -292,7 +298,7 @@ def folder(tmp_path) -> Path:
 
 def test_photos_are_seen_as_the_evaluation_sees_their_files(untrained, folder):
     model = untrained.model
-    source = data.FolderSource(folder, image_size=16)
+    source = FolderSource(folder, image_size=16)
     seen = features.FeatureExtractor(
         model.network,
         image_size=16,
@@ -335,7 +341,7 @@ def test_pictures_of_every_mode_are_decoded_as_files_are(untrained, tmp_path, mo
     picture.save(name)
     picture = Image.open(name)
     assert picture.mode == mode
-    read = data.FolderSource(tmp_path, image_size=16)[0]
+    read = FolderSource(tmp_path, image_size=16)[0]
     same(untrained.model.embed(picture), untrained.model.embed(read))
 
 
@@ -410,7 +416,7 @@ def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
         batch_size=8,
         terms=settings,
     )
-    draws: Any = extract(model.variables, data.ArraySource(untrained.test_images[:20])).terms
+    draws: Any = extract(model.variables, ArraySource(untrained.test_images[:20])).terms
     assert len(draws) == 20
     np.testing.assert_array_equal(draws, draws[0])
     first = jax.random.fold_in(jax.random.key(0), 0)
@@ -685,8 +691,8 @@ def test_wrong_images_are_refused(untrained, images, error, message):
 
 @pytest.mark.slow
 def test_detector_is_calibrated_on_validation_or_given_images(run):
-    dataset = data.load_dataset(**run.model.config["data"])
-    train, validation = (data.load_resident(x) for x in (dataset.train, dataset.validation))
+    dataset = load_dataset(**run.model.config["data"])
+    train, validation = (load_resident(x) for x in (dataset.train, dataset.validation))
     detector = run.model.detector(0.1, "embedding/mahalanobis")
     scores = run.model.ood_score(validation, "embedding/mahalanobis")
     assert detector.threshold == np.sort(scores)[int(np.ceil(0.9 * (len(scores) + 1))) - 1]
@@ -720,7 +726,7 @@ def test_scores_that_cannot_be_made_are_refused(untrained, monkeypatch):
     def no_data(**_: Any) -> Any:
         raise FileNotFoundError("train.npz")
 
-    monkeypatch.setattr(data, "load_dataset", no_data)
+    monkeypatch.setattr(dataset_module, "load_dataset", no_data)
     assert len(fresh.ood_score(untrained.test_images, "embedding/norm")) == 80
     with pytest.raises(ValueError, match=r"train.npz\): pass fit_images= with"):
         fresh.ood_score(untrained.test_images, "embedding/mahalanobis")
@@ -857,11 +863,11 @@ def test_pictures_of_every_collection_are_pictures():
     given = [picture, picture]
     wanted = np.stack([np.asarray(picture.convert("RGB"))] * 2)
     for images in (given, collections.deque(given), dict(enumerate(given)).values(), iter(given)):
-        checked = image_inputs.check_images(images, num_channels=3, square_size=0)
+        checked = check_images(images, num_channels=3, square_size=0)
         np.testing.assert_array_equal(checked.stacks[0], wanted)
         assert not checked.is_single
     with pytest.raises(TypeError, match="must be uint8"):
-        image_inputs.check_images({"a": wanted}, num_channels=3, square_size=0)
+        check_images({"a": wanted}, num_channels=3, square_size=0)
 
 
 def test_a_batch_far_larger_than_the_set_is_not_filled_up(monkeypatch):
@@ -872,7 +878,7 @@ def test_a_batch_far_larger_than_the_set_is_not_filled_up(monkeypatch):
         return images
 
     monkeypatch.setattr(features.FeatureExtractor, "of_batch", of_batch)
-    source = data.ArraySource(np.zeros((9, 1, 1, 3), np.uint8))
+    source = ArraySource(np.zeros((9, 1, 1, 3), np.uint8))
     for batch_size in (4, 512, 3_000_000):
         network: Any = None
         extract = features.FeatureExtractor(

@@ -16,8 +16,10 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from configs import smoke
-from jevb_jax import data, files, runner
+from jevb_jax import files, runner
 from jevb_jax.checkpoints import Checkpointer
+from jevb_jax.images import arrays
+from jevb_jax.images.image_files import FolderSource
 from jevb_jax.metrics_log import MetricsLog
 
 
@@ -102,12 +104,12 @@ def test_arrays_of_a_bucket_are_read_and_folders_refused(bucket):
     (bucket / "x").mkdir(parents=True)
     images = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8, 1)
     np.savez(bucket / "x" / "a.npz", images=images, labels=np.arange(2))
-    source = data.arrays("gs://x/a.npz")
+    source = arrays.arrays("gs://x/a.npz")
     np.testing.assert_array_equal(source[1], images[1])
     with pytest.raises(FileNotFoundError, match=r"gs://x/b\.npz"):
-        data.arrays("gs://x/b.npz")
+        arrays.arrays("gs://x/b.npz")
     with pytest.raises(ValueError, match="gs://x/images is an object store: take a TFDS"):
-        data.FolderSource("gs://x/images")
+        FolderSource("gs://x/images")
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ import pytest
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score
 
-from jevb_jax import augmentations, data
-from jevb_jax.evaluation import corruptions, ood, ood_protocol, protocol
+from jevb_jax.evaluation import ood, ood_protocol, protocol
 from jevb_jax.evaluation.features import Features
 from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
+from jevb_jax.images.source import ArraySource
 from jevb_jax.networks import DirectionalPrediction, Posterior
 from jevb_jax.paper.objective import View
 from jevb_jax.report import tables
@@ -74,10 +75,10 @@ def outside_features() -> Any:
     """The first 40 test images at the worst contrast, extracted apart from the stream."""
     test = tiny().dataset.test
     assert test is not None
-    images = data.load_resident(test)[:40]
+    images = batches.load_resident(test)[:40]
     corrupted = corruptions.corrupt(images, "contrast", severity=5, seed=0)
     extract = protocol.make_extractors(tiny()).plain
-    return extract(variables(), data.ArraySource(corrupted))
+    return extract(variables(), ArraySource(corrupted))
 
 
 @pytest.mark.slow
@@ -126,16 +127,13 @@ def test_terms_are_of_the_image_and_its_augmented_views():
     experiment = tiny()
     test = experiment.dataset.test
     assert test is not None
-    images = data.load_resident(test)[:3]
+    images = batches.load_resident(test)[:3]
     view = experiment.view_augmentations[0]
     # One draw for all images.
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0), 0)] * 3)
     views = [
         jnp.stack(
-            [
-                augmentations.center_view(x, size=view.size, mean=view.mean, std=view.std)
-                for x in images
-            ]
+            [pixels.center_view(x, size=view.size, mean=view.mean, std=view.std) for x in images]
         ),
         augmentations.augment(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), images, view),
     ]
@@ -269,9 +267,9 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
     assert "gray.npz" in outside.protocol
     extract = protocol.make_extractors(tiny()).plain
     found = extract(variables(), outside.source)
-    again = extract(variables(), data.ArraySource(gray[labels != 1].repeat(3, axis=-1)))
+    again = extract(variables(), ArraySource(gray[labels != 1].repeat(3, axis=-1)))
     np.testing.assert_allclose(found.embedding, again.embedding, rtol=1e-5)
-    four = data.ArraySource(np.zeros((2, 8, 8, 4), np.uint8))
+    four = ArraySource(np.zeros((2, 8, 8, 4), np.uint8))
     with pytest.raises(ValueError, match="has 4 channels and the network was trained on 3"):
         extract(variables(), four)
 
@@ -359,7 +357,7 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers}
     scorers = ood_protocol.Scorers(dict.fromkeys(scored, lambda x: x), frozenset(), {})
     sets = [
-        ood_protocol.OutsideSet(name, "far", data.ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
+        ood_protocol.OutsideSet(name, "far", ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
         for name in ("first", "second")
     ]
     outside = iter(
@@ -438,7 +436,7 @@ def one_class() -> Experiment:
 def test_one_class_leaves_the_other_classes_outside():
     dataset: Any = one_class().dataset
     assert dataset.train.labels is None
-    digits = data.digits()
+    digits = arrays.digits()
     of_three = int(np.sum(digits.labels == 3))
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == of_three
     assert np.all(dataset.outside.labels != 3)

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from jevb_jax import data, networks, normalization, parallel, training
+from jevb_jax import networks, normalization, parallel, training
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.files import lock_directory
+from jevb_jax.images import batch_order, batches
 from jevb_jax.metrics_log import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,12 +143,12 @@ class Stepper:
         self.chunk = training.make_train_chunk(
             experiment.train_step, donate=False, mesh=self.mesh, shardings=self.shardings
         )
-        images = data.load_resident(experiment.dataset.train)
+        images = batches.load_resident(experiment.dataset.train)
         self.images = parallel.put(images, parallel.replicated(self.mesh))
 
     def __call__(self, state: training.TrainState) -> tuple[training.TrainState, float]:
         """The state after, and the loss."""
-        indices = data.batch_indices(
+        indices = batch_order.batch_indices(
             int(state.step),
             num_examples=len(self.images),
             batch_size=self.experiment.config["train"]["batch_size"],
@@ -360,7 +361,7 @@ def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
     chunk: Any = training.make_train_chunk(experiment.train_step, mesh=mesh, shardings=shardings)
     program = chunk.lower(
         parallel.put(state, shardings),
-        parallel.put(data.load_resident(experiment.dataset.train), parallel.replicated(mesh)),
+        parallel.put(batches.load_resident(experiment.dataset.train), parallel.replicated(mesh)),
         parallel.put(np.zeros((1, 64), np.int32), parallel.over_data(mesh, axis=1)),
         jnp.int32(1),
         parallel.put_key(experiment.key, mesh),

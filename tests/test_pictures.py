@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jevb_jax import data, pictures
+from jevb_jax.images import dataset, pictures
+from jevb_jax.images.image_files import FolderSource, ImageListSource
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 9, 3)).astype(np.uint8)
@@ -120,8 +121,8 @@ def test_every_reader_sees_the_same(tmp_path):
     (tmp_path / "list.csv").write_text("a.png 3\n", encoding="utf-8")
     encoded = io.BytesIO((tmp_path / "a.png").read_bytes())  # as TFDS keeps it
     for size in (0, 5):
-        folder = data.FolderSource(tmp_path, image_size=size)[0]
-        listed = data.ImageListSource(tmp_path / "list.csv", tmp_path, image_size=size)[0]
+        folder = FolderSource(tmp_path, image_size=size)[0]
+        listed = ImageListSource(tmp_path / "list.csv", tmp_path, image_size=size)[0]
         np.testing.assert_array_equal(folder, listed)
         np.testing.assert_array_equal(folder, read(encoded, image_size=size))
 
@@ -149,28 +150,28 @@ def png_header(width: int, height: int) -> bytes:
 def test_too_many_pixels_are_refused_from_the_header(tmp_path, size):
     (tmp_path / "large.png").write_bytes(png_header(*size))
     with pytest.raises(ValueError, match=r"large\.png.*max_image_pixels allows 89,478,485"):
-        data.FolderSource(tmp_path)
+        FolderSource(tmp_path)
     with pytest.raises(ValueError, match=r"large\.png.*max_image_pixels allows 89,478,485"):
-        data.FolderSource(tmp_path, image_size=8)[0]
+        FolderSource(tmp_path, image_size=8)[0]
 
 
 def test_the_limit_is_a_setting_even_above_pillows(tmp_path, monkeypatch):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(data.FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
+    np.testing.assert_array_equal(FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
     with pytest.raises(ValueError, match="9 x 6 = 54 pixels, and max_image_pixels allows 53"):
-        data.FolderSource(tmp_path, max_image_pixels=53)
+        FolderSource(tmp_path, max_image_pixels=53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
     with pytest.raises(ValueError, match="max_image_pixels allows 10"):
-        data.FolderSource(tmp_path, max_image_pixels=10)
-    np.testing.assert_array_equal(data.FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
+        FolderSource(tmp_path, max_image_pixels=10)
+    np.testing.assert_array_equal(FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"max_image_pixels": 0}, "max_image_pixels >= 1"),
         ({"image_size": 10_000}, r"image_size = 10000 makes pictures of 100,000,000 pixels"),
     ]
     for keywords, message in cases:
         with pytest.raises(ValueError, match=message):
-            data.load_images(source="folder", paths=(str(tmp_path),), **keywords)
+            dataset.load_images(source="folder", paths=(str(tmp_path),), **keywords)
 
 
 @pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 30_001)])
@@ -221,7 +222,7 @@ def test_all_endings_are_read_and_the_others_counted(tmp_path, caplog):
     )
     assert listing.endings == {".heic": 2, ".svg": 1, "without an ending": 1}
     assert listing.num_hidden == 1
-    data.FolderSource(tmp_path, image_size=4)
+    FolderSource(tmp_path, image_size=4)
     assert "4 files are left out, of no ending that is read: 2 .heic, 1 .svg" in caplog.text
     assert "1 hidden" in caplog.text
 
@@ -230,14 +231,14 @@ def test_what_no_picture_can_be_made_of_is_refused_by_name(tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.heic").touch()
     with pytest.raises(ValueError, match=r"no pictures in .*1 files are left out.*1 \.heic"):
-        data.FolderSource(tmp_path / "only", image_size=4)
+        FolderSource(tmp_path / "only", image_size=4)
     (tmp_path / "only" / "a.png").symlink_to("gone.png")
     with pytest.raises(ValueError, match=r"a\.png is a link to nothing"):
-        data.FolderSource(tmp_path / "only", image_size=4)
+        FolderSource(tmp_path / "only", image_size=4)
     (tmp_path / "only" / "a.png").unlink()
     os.mkfifo(tmp_path / "only" / "a.png")  # who opens it waits for ever
     with pytest.raises(ValueError, match=r"a\.png is no file"):
-        data.FolderSource(tmp_path / "only", image_size=4)
+        FolderSource(tmp_path / "only", image_size=4)
 
 
 def test_links_multiply_nothing(tmp_path, caplog):
@@ -265,14 +266,14 @@ def test_links_multiply_nothing(tmp_path, caplog):
     for name, target in links.items():
         (root / name).symlink_to(target)
     (outside / "to_set").symlink_to(root)
-    source = data.FolderSource(root, image_size=4)
+    source = FolderSource(root, image_size=4)
     levels = sorted(int(source[i][0, 0, 0]) for i in range(len(source)))
     assert levels == [1, 2, 3, 4, 5, 6, 7]
     assert source.class_names == ("cat", "dog")
     np.testing.assert_array_equal(np.bincount(source.labels), [2, 5])  # pyright: ignore[reportArgumentType]
     assert "10 links are not followed" in caplog.text
     (root / "cat" / "9.png").symlink_to("1.png")  # said, and meant: it is a file of its own
-    assert len(data.FolderSource(root, image_size=4)) == 8
+    assert len(FolderSource(root, image_size=4)) == 8
     assert "1 links lead to pictures that are in the set anyway" in caplog.text
 
 
@@ -302,7 +303,7 @@ def test_every_picture_of_a_tree_is_found_once(tmp_path_factory, parents, links)
 def test_names_that_look_the_same_are_told(tmp_path, caplog):
     for name in ("Cat", "cat", "caf\u00e9", "cafe\u0301", "dog"):
         place(tmp_path / name / "1.png")
-    source = data.FolderSource(tmp_path, image_size=4)
+    source = FolderSource(tmp_path, image_size=4)
     assert source.class_names is not None
     assert len(source.class_names) == 5
     assert "[['Cat', 'cat'], ['cafe\u0301', 'caf\u00e9']]" in caplog.text
@@ -315,4 +316,4 @@ def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path):
         with open(os.path.join(folder, b"a.png"), "wb") as file:
             file.write(content(Image.fromarray(PIXELS)).getvalue())
     with pytest.raises(ValueError, match=r"'caf\\udce9' .* is no UTF-8: rename it"):
-        data.FolderSource(tmp_path)
+        FolderSource(tmp_path)

@@ -13,9 +13,11 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from jevb_jax import augmentations, data
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax.images import pixels
+from jevb_jax.images.dataset import Dataset
+from jevb_jax.images.source import ArraySource
 from jevb_jax.report import tables
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import EvaluationSection
@@ -71,16 +73,16 @@ def test_features_are_of_every_image_once_in_order():
     assert source is not None
     view = experiment.view_augmentations[0]
     images = np.stack([source[i] for i in range(len(source))])
-    views = jax.vmap(
-        lambda x: augmentations.center_view(x, size=view.size, mean=view.mean, std=view.std)
-    )(images)
+    views = jax.vmap(lambda x: pixels.center_view(x, size=view.size, mean=view.mean, std=view.std))(
+        images
+    )
     direct: Any = experiment.model.apply(variables, views, train=False)
     found = features()[2]
     assert len(found.representation) == 70
     expected: Any = (direct.representation, direct.embedding, direct.prediction)
     chex.assert_trees_all_close(tuple(found)[:3], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.labels, source.labels)
-    unlabelled = protocol.make_extractors(experiment).plain(variables, data.ArraySource(images[:3]))
+    unlabelled = protocol.make_extractors(experiment).plain(variables, ArraySource(images[:3]))
     assert unlabelled.labels is None
     np.testing.assert_allclose(unlabelled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
 
@@ -152,12 +154,12 @@ def test_validation_score_for_the_best_checkpoint():
     assert score > 1.5 / (train.labels.max() + 1) / 2
 
 
-def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[data.Dataset, Any]:
+def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[Dataset, Any]:
     """A data set of black images, and features that separate its classes."""
     centres = np.random.default_rng(0).normal(size=(40, 6)) * 10
 
-    def source(labels: Any) -> data.ArraySource:
-        return data.ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.asarray(labels))
+    def source(labels: Any) -> ArraySource:
+        return ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.asarray(labels))
 
     def extract(_: Any, of: Any) -> Any:
         rng = np.random.default_rng(len(of))
@@ -167,7 +169,7 @@ def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[data.Dataset, An
         return protocol.Features(x, x, None, None, of.labels)
 
     test = source(labels if test_labels is None else test_labels)
-    return data.Dataset(train=source(labels), validation=source(labels), test=test), extract
+    return Dataset(train=source(labels), validation=source(labels), test=test), extract
 
 
 SETTINGS = EvaluationSection(
@@ -204,7 +206,7 @@ def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other()
     assert transfer_values(SETTINGS, *synthetic(sparse)) == rare
     # A test class that the training images lack is never right, and nothing else changes.
     dataset, extract = synthetic(labels)
-    unknown = data.ArraySource(np.zeros((63, 2, 2, 1), np.uint8), labels + 7 * (labels == 1))
+    unknown = ArraySource(np.zeros((63, 2, 2, 1), np.uint8), labels + 7 * (labels == 1))
     base = extract
 
     def lacking(variables: Any, of: Any) -> Any:
@@ -240,8 +242,8 @@ def test_what_is_left_out_is_known_from_the_data():
     assert set(protocol.left_out(SETTINGS, one_class)) == {"knn_accuracy", "linear_accuracy"}
     with pytest.raises(ValueError, match=r"nothing can be evaluated on .* one class, 0"):
         protocol.evaluate_transfer(SETTINGS, one_extract, None, one_class)
-    images = data.ArraySource(np.zeros((9, 2, 2, 1), np.uint8))
-    unlabelled = data.Dataset(train=images, validation=images, test=None)
+    images = ArraySource(np.zeros((9, 2, 2, 1), np.uint8))
+    unlabelled = Dataset(train=images, validation=images, test=None)
     assert set(protocol.left_out(SETTINGS, unlabelled)) == {
         "split",
         "knn_accuracy",

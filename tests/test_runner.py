@@ -21,9 +21,11 @@ import pytest
 from rich.console import Console
 
 from configs import finetune_digits, smoke, transfer
-from jevb_jax import data, files, health, parallel, runner, training
+from jevb_jax import files, health, parallel, runner, training
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
+from jevb_jax.images import batches
+from jevb_jax.images.source import ArraySource
 from jevb_jax.metrics_log import MetricsLog
 from jevb_jax.model import load
 from jevb_jax.settings import read
@@ -838,10 +840,10 @@ def test_the_config_of_a_finetune_or_an_export_can_be_given_again(tmp_path, mode
 
 def test_batches_are_those_of_a_longer_run_from_any_step():
     """Order does not depend on how many steps a run has."""
-    source = data.ArraySource(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1))
-    whole = data.stream_batches(source, start_step=0, num_steps=12, batch_size=8, seed=3)
-    first = data.stream_batches(source, start_step=0, num_steps=7, batch_size=8, seed=3)
-    rest = data.stream_batches(source, start_step=7, num_steps=5, batch_size=8, seed=3)
+    source = ArraySource(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1))
+    whole = batches.stream_batches(source, start_step=0, num_steps=12, batch_size=8, seed=3)
+    first = batches.stream_batches(source, start_step=0, num_steps=7, batch_size=8, seed=3)
+    rest = batches.stream_batches(source, start_step=7, num_steps=5, batch_size=8, seed=3)
     np.testing.assert_array_equal([*first, *rest], [*whole])
 
 

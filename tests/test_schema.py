@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, ood, smoke, transfer
-from jevb_jax import checkpoints, data, experiment, finetuning, runner
+from jevb_jax import checkpoints, experiment, finetuning, runner
 from jevb_jax.evaluation import readiness
+from jevb_jax.images.source import ArraySource
 from jevb_jax.settings import read
 
 INF, NAN = math.inf, math.nan
@@ -255,7 +256,7 @@ def test_an_evaluation_that_would_fail_is_refused_before_training(
 
 @pytest.mark.parametrize(("size", "severities"), [(20, [1, 5]), (18, [3]), (9, [1])])
 def test_images_that_a_corruption_cannot_divide_are_refused(built, size, severities):
-    images = data.ArraySource(np.zeros((2, size, size, 3), np.uint8))
+    images = ArraySource(np.zeros((2, size, size, 3), np.uint8))
     test = dataclasses.replace(built, dataset=built.dataset._replace(test=images))
     asked = {"corruptions": ["contrast", "patch_shuffle"], "severities": severities}
     with pytest.raises(ValueError, match=rf"patch_shuffle, severity {severities[-1]}: .* divides"):

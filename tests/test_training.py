@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from jevb_jax import augmentations, data, methods, training
+from jevb_jax import methods, training
+from jevb_jax.images import arrays
+from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.networks import make_model
 from jevb_jax.paper.likelihood import Likelihood
 
-VIEW = augmentations.ViewAugmentation(
+VIEW = ViewAugmentation(
     size=8,
     mean=(0.3,),
     std=(0.4,),
@@ -75,7 +77,7 @@ def initial_state(ema_decay: float = 0.0) -> training.TrainState:
 
 @functools.cache
 def images() -> jax.Array:
-    return jnp.asarray(data.digits().images[:32])
+    return jnp.asarray(arrays.digits().images[:32])
 
 
 def largest_difference(a: Any, b: Any) -> float:

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jevb_jax import data, finetuning, runner, workers
+from jevb_jax import finetuning, runner
+from jevb_jax.images import batches, workers
+from jevb_jax.images.source import ArraySource
+from jevb_jax.images.workers import Carried, ReadAhead, WorkerError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_carried_function_is_a_short_message_whatever_it_holds():
     images = np.arange(10**6)
-    carried = workers.Carried(lambda row: int(images[row]))  # not by name, as in a notebook
+    carried = Carried(lambda row: int(images[row]))  # not by name, as in a notebook
     message = pickle.dumps(carried)
     assert len(message) < 4096  # a pipe takes 65,536 bytes that nobody reads
     assert pickle.loads(message)(777) == 777
@@ -31,7 +34,7 @@ def test_a_carried_function_is_a_short_message_whatever_it_holds():
         pickle.loads(message)(777)
     assert carried(5) == 5
     with pytest.raises(TypeError, match="pickle"):
-        workers.Carried((i for i in range(3)).__next__)  # pyright: ignore[reportArgumentType]
+        Carried((i for i in range(3)).__next__)  # pyright: ignore[reportArgumentType]
 
 
 class Pipeline:
@@ -56,13 +59,13 @@ class Pipeline:
 def test_a_worker_that_ended_is_named_and_other_errors_are_themselves():
     died = "Worker process was terminated unexpectedly with exit code 1. Search the logs above."
     pipeline = Pipeline(1, RuntimeError(died), 2)
-    stream = workers.ReadAhead(pipeline, 3)
+    stream = ReadAhead(pipeline, 3)
     assert next(stream) == 1
-    with pytest.raises(workers.WorkerError, match=r"3 worker processes .* exit code 1\b.*__main__"):
+    with pytest.raises(WorkerError, match=r"3 worker processes .* exit code 1\b.*__main__"):
         next(stream)
     assert list(stream) == []  # closed
     pipeline = Pipeline(RuntimeError("of reading"), 2)
-    stream = workers.ReadAhead(pipeline, 1)
+    stream = ReadAhead(pipeline, 1)
     with pytest.raises(RuntimeError, match=r"^of reading$"):
         next(stream)
     assert list(stream) == [2]
@@ -85,9 +88,9 @@ def test_an_interrupted_item_is_the_next_calls():
     def interrupt(*_: object) -> None:
         raise Interrupted
 
-    carried = workers.Carried(str)
+    carried = Carried(str)
     pipeline = Slow(1, 2)
-    stream = workers.ReadAhead(pipeline, 1, carried)  # pyright: ignore[reportArgumentType]
+    stream = ReadAhead(pipeline, 1, carried)  # pyright: ignore[reportArgumentType]
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
@@ -106,8 +109,8 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "evaluate": lambda path: runner.evaluate(NOTHING, path, step=None),
     "evaluate_on": lambda path: runner.evaluate_on(NOTHING, NOTHING, path, step=None),
     "finetune": lambda path: finetuning.finetune(NOTHING, path),
-    "stream": lambda _: data.stream_batches(
-        data.ArraySource(np.zeros((8, 4, 4, 1), np.uint8)),
+    "stream": lambda _: batches.stream_batches(
+        ArraySource(np.zeros((8, 4, 4, 1), np.uint8)),
         start_step=0,
         num_steps=1,
         batch_size=8,
@@ -120,7 +123,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
 def test_work_that_a_starting_worker_repeats_is_refused(tmp_path, monkeypatch, door):
     workers.check_not_starting()
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(workers.WorkerError, match="has no guard: put what the script does under"):
+    with pytest.raises(WorkerError, match="has no guard: put what the script does under"):
         door(tmp_path)
     assert not list(tmp_path.iterdir())
 

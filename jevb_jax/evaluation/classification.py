@@ -19,7 +19,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax.evaluation import arguments
+from jevb_jax import arguments
 from jevb_jax.paper import sphere
 
 Solver = Literal["lbfgs", "sgd"]

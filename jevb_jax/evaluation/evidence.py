@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jevb_jax import data
 from jevb_jax.evaluation import classification
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
 from jevb_jax.evaluation.protocol import Evaluation, evaluated_split
 from jevb_jax.evaluation.uncertainty import RiskCoverage
 from jevb_jax.experiment import Experiment
+from jevb_jax.images import batches
+from jevb_jax.images.source import ImageSource, num_classes
 from jevb_jax.networks import Posterior
 from jevb_jax.settings.sections import OodSection
 
@@ -249,20 +250,18 @@ def _severity_curves(
     return tuple(curves)
 
 
-def _class_names(source: data.ImageSource) -> tuple[str, ...]:
+def _class_names(source: ImageSource) -> tuple[str, ...]:
     if source.labels is None:
         return ()
-    return source.class_names or tuple(map(str, range(data.num_classes(source))))
+    return source.class_names or tuple(map(str, range(num_classes(source))))
 
 
-def _labels_of(
-    source: data.ImageSource, rows: np.ndarray, names: tuple[str, ...]
-) -> list[str] | None:
+def _labels_of(source: ImageSource, rows: np.ndarray, names: tuple[str, ...]) -> list[str] | None:
     return None if source.labels is None else [names[source.labels[row]] for row in rows]
 
 
 def _neighbors(
-    evaluation: Evaluation, source: data.ImageSource, bank: data.ImageSource
+    evaluation: Evaluation, source: ImageSource, bank: ImageSource
 ) -> tuple[Neighbors, ...]:
     """Training images nearest to the first few evaluated ones."""
     cosine, index = classification.nearest_neighbours(
@@ -276,7 +275,7 @@ def _neighbors(
         Neighbors(
             source[query],
             None if labels is None else labels[query],
-            data.gather(bank, rows),
+            batches.gather(bank, rows),
             _labels_of(bank, rows, names),
             np.asarray(cosine[query]),
         )
@@ -317,7 +316,7 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
             order = np.argsort(-uncertainty, kind="stable")
             most, least = (
                 ScoredImages(
-                    data.gather(source, rows), _labels_of(source, rows, names), uncertainty[rows]
+                    batches.gather(source, rows), _labels_of(source, rows, names), uncertainty[rows]
                 )
                 for rows in (order[:_NUM_GALLERY], order[::-1][:_NUM_GALLERY])
             )

@@ -10,10 +10,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jevb_jax import augmentations, data, parallel
+from jevb_jax import arguments, parallel
 from jevb_jax.compilation import network_options
-from jevb_jax.evaluation import arguments
 from jevb_jax.evaluation.ood import UncertaintyTerms
+from jevb_jax.images import augmentations, pixels
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.batches import evaluation_batches
+from jevb_jax.images.source import ImageSource, image_shape
 from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
 
 _ALWAYS_WHOLE = 4096  # batches of at most so many images are filled up however few there are
@@ -56,7 +59,7 @@ class TermsSettings:
     """
 
     terms_of: Callable[[Any, Array, ViewOutputs], UncertaintyTerms]
-    augmentation: augmentations.ViewAugmentation
+    augmentation: ViewAugmentation
     num_views: int
     seed: int = 0
 
@@ -85,7 +88,7 @@ class FeatureExtractor:
 
         Args:
           model: networks.
-          image_size: pixels a side of the view, to which `augmentations.center_view` brings images.
+          image_size: pixels a side of the view, to which `pixels.center_view` brings images.
           mean: of the normalisation, one value for each channel.
           std: likewise.
           batch_size: images at a time, rounded up to a multiple of the devices.
@@ -106,7 +109,7 @@ class FeatureExtractor:
 
         def forward(variables: Any, images: Array) -> Features:
             views = jax.vmap(
-                lambda image: augmentations.center_view(image, size=image_size, mean=mean, std=std)
+                lambda image: pixels.center_view(image, size=image_size, mean=mean, std=std)
             )(images)
             apply: Any = model.apply
             if terms is None:
@@ -155,9 +158,7 @@ class FeatureExtractor:
         )
         return parallel.on_local_device(features)
 
-    def stream(
-        self, variables: Any, source: data.ImageSource
-    ) -> Iterator[tuple[Features, np.ndarray]]:
+    def stream(self, variables: Any, source: ImageSource) -> Iterator[tuple[Features, np.ndarray]]:
         """Features of `source` in order, a batch at a time: memory does not grow with the source.
 
         Args:
@@ -172,7 +173,7 @@ class FeatureExtractor:
         Raises:
           ValueError: images of a number of channels that is neither one nor the network's.
         """
-        channels = data.image_shape(source)[-1]
+        channels = image_shape(source)[-1]
         if channels not in (1, self._num_channels):
             raise ValueError(
                 f"{source.name} has {channels} channels and the network was trained on "
@@ -183,12 +184,12 @@ class FeatureExtractor:
         size = useful_batch_size(self._batch_size, len(source))
         size = -(-size // self._mesh.size) * self._mesh.size
         rows = parallel.local_rows(size) if is_shared else slice(None)
-        batches = data.evaluation_batches(source, size, rows=rows)
+        batches = evaluation_batches(source, size, rows=rows)
         for images, mask in batches:
             self._check_stop()
             yield self.of_batch(variables, images), mask
 
-    def __call__(self, variables: Any, source: data.ImageSource) -> Features:
+    def __call__(self, variables: Any, source: ImageSource) -> Features:
         """Features of every image of `source`, in its order, on the host.
 
         Args:

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax.evaluation import arguments
+from jevb_jax import arguments
 from jevb_jax.evaluation.ood import DegenerateFeaturesError, real_matrix
 from jevb_jax.paper import densities, mass, sphere
 

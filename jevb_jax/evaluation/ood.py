@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax.evaluation import arguments
+from jevb_jax import arguments
 from jevb_jax.paper import sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
 from jevb_jax.paper.likelihood import Likelihood

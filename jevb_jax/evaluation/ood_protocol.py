@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from jevb_jax import augmentations, data, methods
-from jevb_jax.evaluation import arguments, corruptions, mixture, ood
+from jevb_jax import arguments, methods
+from jevb_jax.evaluation import mixture, ood
 from jevb_jax.evaluation.features import (
     FeatureExtractor,
     Features,
@@ -28,6 +28,9 @@ from jevb_jax.evaluation.ood_metrics import (
     bootstrap_intervals_of_scores,
     ood_metrics,
 )
+from jevb_jax.images import batches, corruptions, dataset
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.source import ArraySource, ImageSource, Subset
 from jevb_jax.methods import METHODS
 from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
 from jevb_jax.paper import sphere
@@ -450,7 +453,7 @@ def _score_batch(scores: dict[str, ScoreFunction], features: Features) -> dict[s
 
 
 def score_images(
-    extract: FeatureExtractor, variables: Any, source: data.ImageSource, scorers: Scorers
+    extract: FeatureExtractor, variables: Any, source: ImageSource, scorers: Scorers
 ) -> dict[str, np.ndarray]:
     """Every score of every image of a source, streamed.
 
@@ -518,7 +521,7 @@ class OutsideSet(NamedTuple):
 
     name: str
     group: str
-    source: data.ImageSource
+    source: ImageSource
     protocol: str
 
 
@@ -529,16 +532,16 @@ def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> 
       name: what to call it.
       group: sets of one group are averaged.
       protocol: what it is, in words: which release, which split list.
-      **source: keyword arguments of `data.load_images`.
+      **source: keyword arguments of `dataset.load_images`.
 
     Returns:
       The set.
 
     Raises:
-      ValueError: as `data.load_images`.
+      ValueError: as `dataset.load_images`.
       FileNotFoundError: likewise.
     """
-    images = data.load_images(**source)
+    images = dataset.load_images(**source)
     return OutsideSet(name, group, images, protocol or f"{name}, {images.name}")
 
 
@@ -562,7 +565,7 @@ def corrupted_sets(
             yield OutsideSet(
                 f"{name}_{severity}",
                 CORRUPTED,
-                data.ArraySource(corrupted, name=f"{name}, severity {severity}"),
+                ArraySource(corrupted, name=f"{name}, severity {severity}"),
                 f"the first {len(images):,} images of {of} with {name}, severity {severity} of 5",
             )
 
@@ -711,7 +714,7 @@ def jevb_terms_settings(
     settings: methods.JevbSettings,
     section: OodSection,
     *,
-    augmentation: augmentations.ViewAugmentation,
+    augmentation: ViewAugmentation,
 ) -> TermsSettings:
     """How JEVB's terms are computed.
 
@@ -772,11 +775,11 @@ def _fit_features(
     """Features of the training images that scores are fitted to, with terms for JEVB."""
     rows = fit_rows(len(train.representation), experiment.settings.ood.max_fit_images)
     if experiment.settings.method == "jevb":
-        return extract(variables, data.Subset(experiment.dataset.train, rows))
+        return extract(variables, Subset(experiment.dataset.train, rows))
     return jax.tree.map(lambda values: values[rows], train)
 
 
-def _sets(experiment: "Experiment", inside: data.ImageSource, split: str) -> Iterator[OutsideSet]:
+def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator[OutsideSet]:
     """The sets of a config, each loaded or made when its turn comes."""
     settings = experiment.settings.ood
     left_out = experiment.dataset.outside
@@ -787,7 +790,7 @@ def _sets(experiment: "Experiment", inside: data.ImageSource, split: str) -> Ite
         yield load_outside_set(**description)
     if settings.corruptions:
         count = min(len(inside), settings.num_corrupted_images)
-        images = data.load_resident(data.Subset(inside, np.arange(count)))
+        images = batches.load_resident(Subset(inside, np.arange(count)))
         yield from corrupted_sets(images, settings.corruptions, settings.severities, of=split)
 
 
@@ -842,7 +845,7 @@ def evaluate_ood(
     extract: FeatureExtractor,
     train: Features,
     inside: Features,
-    inside_source: data.ImageSource,
+    inside_source: ImageSource,
     probe: "classification.LinearProbe | None",
     split: str,
     has_intervals: bool = True,

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jevb_jax import data, files
+from jevb_jax import files
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
+from jevb_jax.images.dataset import Dataset
+from jevb_jax.images.source import ImageSource
 from jevb_jax.networks import Posterior
 from jevb_jax.settings.sections import EvaluationSection, OodSection
 
@@ -71,9 +73,7 @@ def _result(name: str, features: str, value: float, protocol: str) -> Result:
 # --- What can be evaluated ------------------------------------------------------------------------
 
 
-def evaluated_split(
-    settings: EvaluationSection, dataset: data.Dataset
-) -> tuple[str, data.ImageSource]:
+def evaluated_split(settings: EvaluationSection, dataset: Dataset) -> tuple[str, ImageSource]:
     """Name and source of the split that is reported.
 
     Args:
@@ -103,7 +103,7 @@ def _few_label_measure(settings: EvaluationSection) -> str:
     return f"linear_{settings.labels_per_class}_labels_per_class_accuracy"
 
 
-def left_out(settings: EvaluationSection, dataset: data.Dataset) -> dict[str, str]:
+def left_out(settings: EvaluationSection, dataset: Dataset) -> dict[str, str]:
     """What of the evaluation the data do not allow; known before any training.
 
     Args:
@@ -160,7 +160,7 @@ def best_measure(settings: EvaluationSection) -> str:
     return next(iter(_knn_measures(settings)))
 
 
-def why_no_knn(settings: EvaluationSection, dataset: data.Dataset) -> str:
+def why_no_knn(settings: EvaluationSection, dataset: Dataset) -> str:
     """Why the data do not allow `best_measure`, or nothing.
 
     Args:
@@ -424,7 +424,7 @@ def evaluate_variables(
 
 
 def evaluate_transfer(
-    settings: EvaluationSection, extract: FeatureExtractor, variables: Any, dataset: data.Dataset
+    settings: EvaluationSection, extract: FeatureExtractor, variables: Any, dataset: Dataset
 ) -> dict[str, Any]:
     """k-NN and linear probes of an encoder on data that it was not trained on.
 

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax import data, files
-from jevb_jax.evaluation import corruptions, ood_protocol, protocol
+from jevb_jax import files
+from jevb_jax.evaluation import ood_protocol, protocol
 from jevb_jax.experiment import Experiment
+from jevb_jax.images import corruptions
+from jevb_jax.images.source import ImageSource, image_shape
 
 
 def check(experiment: Experiment) -> None:
@@ -39,7 +41,7 @@ def check(experiment: Experiment) -> None:
         _check_detection(experiment, evaluated)
 
 
-def _check_detection(experiment: Experiment, evaluated: data.ImageSource) -> None:
+def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
     settings, dataset = experiment.settings.ood, experiment.dataset
     num_fitted = len(ood_protocol.fit_rows(len(dataset.train), settings.max_fit_images))
     for name, counts in (("knn_k", settings.knn_k), ("ssd_clusters", settings.ssd_clusters)):
@@ -58,7 +60,7 @@ def _check_detection(experiment: Experiment, evaluated: data.ImageSource) -> Non
     for part, sets in (("outside", settings.outside), ("choice", settings.choice)):
         for number, description in enumerate(sets):
             _check_outside_set(f"ood.{part}[{number}]", description, experiment)
-    shape = data.image_shape(evaluated)
+    shape = image_shape(evaluated)
     for name in settings.corruptions:
         # What an image is too small for at any severity, it is too small for at the largest.
         _check_corruption(name, settings.severities[-1], shape)
@@ -69,7 +71,7 @@ def _check_detection(experiment: Experiment, evaluated: data.ImageSource) -> Non
 def _check_outside_set(where: str, description: Mapping[str, Any], experiment: Experiment) -> None:
     try:
         source = ood_protocol.load_outside_set(**description).source
-        channels = data.image_shape(source)[-1]
+        channels = image_shape(source)[-1]
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}, {description['name']!r}: {error}") from error
     wanted = experiment.view_shape[-1]

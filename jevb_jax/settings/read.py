@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jevb_jax.evaluation import corruptions
+from jevb_jax.images import corruptions
 from jevb_jax.methods import METHODS
 from jevb_jax.settings.domains import Domain
 from jevb_jax.settings.sections import (

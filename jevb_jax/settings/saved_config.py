@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jevb_jax import pictures
+from jevb_jax.images import pictures
 
 # Of `config.json`: raised when a key is renamed, removed or means something else. A new key needs no new
 # version, only its value in `_BEFORE`. Files without it are from before there were versions.

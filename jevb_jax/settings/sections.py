@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from jevb_jax import augmentations, data, methods, networks
-from jevb_jax.evaluation import corruptions
+from jevb_jax import methods, networks
+from jevb_jax.images import dataset, pixels
+from jevb_jax.images.corruptions import CORRUPTIONS, NUM_SEVERITIES
+from jevb_jax.images.pixels import Interpolation
 from jevb_jax.paper import densities, likelihood, mass, objective, sphere
 from jevb_jax.settings.domains import (
     BOOLEAN,
@@ -30,8 +32,8 @@ _WEIGHT = number(0)
 _DF = number(0, low_open=True, infinite=True, note="inf is the Gaussian")
 _SEED = integer(0, 2**32 - 1, note="the keys of JAX take 32 bits: of a longer hash, hash % 2**32")
 _PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
-_CORRUPTIONS = many(choice(*corruptions.CORRUPTIONS))
-_SEVERITIES = rising(integer(1, corruptions.NUM_SEVERITIES))
+_CORRUPTIONS = many(choice(*CORRUPTIONS))
+_SEVERITIES = rising(integer(1, NUM_SEVERITIES))
 _LIKELIHOODS = choice(*likelihood.LIKELIHOODS)
 _PATHS = many(text(is_empty_allowed=False))
 
@@ -57,7 +59,7 @@ class InitSection:
 class DataSection:
     """Which images."""
 
-    source: Annotated[str, choice(*data.SOURCES)]
+    source: Annotated[str, choice(*dataset.SOURCES)]
     train_paths: Paths
     test_paths: Paths
     tfds_name: Text
@@ -93,7 +95,7 @@ class AugmentationSection:
     image_size: Annotated[int, integer(1)]
     crop_scale: Annotated[tuple[float, float], interval(0, 1)]
     crop_ratio: Annotated[tuple[float, float], interval(0)]
-    interpolation: Annotated[augmentations.Interpolation, choice(*augmentations.INTERPOLATIONS)]
+    interpolation: Annotated[Interpolation, choice(*pixels.INTERPOLATIONS)]
     flip_probability: Probability
     jitter_probability: Probability
     brightness: Weight

@@ -1,7 +1,7 @@
 """The square that a network is given of a picture, for files and for whoever asks a trained model.
 
 The shorter side is brought to the size that is asked for, antialiased, and the center is cut out, as
-torchvision's `Resize` and `CenterCrop` do. Nothing is squashed. `augmentations.center_view` cuts by the
+torchvision's `Resize` and `CenterCrop` do. Nothing is squashed. `pixels.center_view` cuts by the
 same `square_cut` on the device.
 """
 

@@ -17,8 +17,9 @@ import numpy as np
 from jax import Array
 from jax.scipy.ndimage import map_coordinates
 
-from jevb_jax import augmentations
-from jevb_jax.evaluation import arguments
+from jevb_jax import arguments
+from jevb_jax.images import pixels as pixels_module
+from jevb_jax.images.pixels import resized_crop
 from jevb_jax.paper.tracing import is_traced
 
 NUM_SEVERITIES = 5
@@ -79,7 +80,7 @@ def gaussian_blur(key: Array, image: Array, *, severity: int) -> Array:
     """Blurs with a Gaussian, as far as three standard deviations."""
     del key
     sigma = _level(_BLUR_SIGMA, severity) * min(image.shape[:2])
-    return augmentations.gaussian_blur(image, sigma, kernel_size=2 * math.ceil(3 * sigma) + 1)
+    return pixels_module.gaussian_blur(image, sigma, kernel_size=2 * math.ceil(3 * sigma) + 1)
 
 
 def _box_weights(size: int, pixels: int) -> np.ndarray:
@@ -137,7 +138,7 @@ def crop(key: Array, image: Array, *, severity: int | Array) -> Array:
     sides = tuple(max(1, round(math.sqrt(area) * height)) for area in _CROP_AREA)
     side = jnp.asarray(_level(sides, severity), jnp.int32)
     top, left = jax.random.randint(key, (2,), 0, height - side + 1)
-    return augmentations.resized_crop(image, top, left, side, side, size=height)
+    return resized_crop(image, top, left, side, side, size=height)
 
 
 CORRUPTIONS: dict[str, Callable[..., Array]] = {

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jevb_jax import pictures
-from jevb_jax.image_preparation import cut_square
+from jevb_jax.images import pictures
+from jevb_jax.images.preparation import cut_square
 
 # Below a quarter of the step between two levels of 8 bits. Cubic filters, float16 and normalizing to
 # and fro leave [0, 1] by less; values beyond are of another range.

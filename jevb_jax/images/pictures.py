@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jevb_jax.image_preparation import MAX_PIXELS, cut_picture
+from jevb_jax.images.preparation import MAX_PIXELS, cut_picture
 
 # Endings by Pillow's format. A fixed list: were it Pillow's own, the images of a folder, and with them
 # order and splits, would follow from its version. Without vector graphics, films and icons.

@@ -1,0 +1,208 @@
+"""Batches of pixels, from the device's memory or streamed."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from jevb_jax.images import workers
+from jevb_jax.images.batch_order import batch_indices, steps_per_epoch
+from jevb_jax.images.source import ArraySource, ImageSource, Subset, checked_indices, image_shape
+from jevb_jax.images.workers import Carried, ReadAhead
+
+_T = TypeVar("_T")
+
+
+def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
+    """Returns the images at integer `indices` `[B]` as uint8 `[B, H, W, C]`.
+
+    Raises:
+        TypeError: indices are not integers.
+        ValueError: indices are empty, not rank 1 or out of range, or images differ in size.
+    """
+    indices = checked_indices(indices, len(source))
+    while isinstance(source, Subset):
+        source, indices = source.source, source.indices[indices]
+    if isinstance(source, ArraySource):
+        return source.images[indices]
+    images = [source[int(index)] for index in indices]
+    for index, image in zip(indices, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"images of differing size in {source.name}: image {indices[0]} is "
+                f"{images[0].shape}, image {index} is {image.shape}; set image_size to resize them on "
+                "load"
+            )
+    return np.stack(images)
+
+
+def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
+    """Says whether the images of `source` take at most `limit_bytes` as uint8."""
+    return len(source) * math.prod(image_shape(source)) <= limit_bytes
+
+
+def load_resident(source: ImageSource) -> np.ndarray:
+    """Returns all images as uint8 `[N, H, W, C]`, to be put on the device once.
+
+    An `ArraySource` gives its own array, not a copy; files are decoded by 16 threads.
+    """
+    if isinstance(source, ArraySource):
+        return source.images
+    if _in_memory(source):
+        return gather(source, np.arange(len(source)))
+    images = np.empty((len(source), *image_shape(source)), np.uint8)
+    start = 0
+    for batch, mask in evaluation_batches(source, 64, prefetch_batches=16):
+        stop = start + int(mask.sum())
+        images[start:stop] = batch[: stop - start]
+        start = stop
+    return images
+
+
+def stream_batches(
+    source: ImageSource,
+    *,
+    start_step: int,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    prefetch_batches: int = 4,
+    rows: slice = slice(None),
+) -> ReadAhead[np.ndarray]:
+    """Reads the batches of `num_steps` steps from `start_step` on ahead of their use, by Grain.
+
+    The pipeline runs over step numbers, each mapped to `gather(source, batch_indices(step, ...))`:
+    the images are exactly those of a resident data set, from any step, whatever the number of
+    workers.
+
+    Args:
+        source: where the images come from. With workers it is copied into each of them, so keep
+            images in memory to `num_workers=0`.
+        start_step: first step, at least 0.
+        num_steps: number of batches, at least 1.
+        batch_size: examples per batch.
+        seed: of the order, see `batch_indices`.
+        num_workers: worker processes; 0 reads in up to 16 threads of this process, which is enough
+            where decoding dominates (Pillow lets go of the interpreter lock). The caller's main
+            module must be importable without doing its work, as always with processes that are
+            spawned: a script needs `if __name__ == "__main__":`.
+        prefetch_batches: batches read ahead, by each worker or by this process, at least 1.
+        rows: of every batch, those to read: a process's own share.
+
+    Returns:
+        An iterator of uint8 `[batch_size, H, W, C]`, or as many as `rows` are. Closing it (or its
+        end) stops threads and workers.
+
+    Raises:
+        ValueError: arguments out of range; while iterating, whatever reading an image raises.
+        WorkerError: while iterating, a worker process could not start or was killed.
+    """
+    steps_per_epoch(len(source), batch_size)
+    if start_step < 0 or num_steps < 1:
+        raise ValueError(
+            f"expected start_step >= 0 and num_steps >= 1, got {start_step} and {num_steps}"
+        )
+    read = functools.partial(_read_step, source=source, batch_size=batch_size, seed=seed, rows=rows)
+    return _read_ahead(read, start_step, start_step + num_steps, num_workers, prefetch_batches)
+
+
+def _read_step(
+    step: int, *, source: ImageSource, batch_size: int, seed: int, rows: slice
+) -> np.ndarray:
+    indices = batch_indices(step, num_examples=len(source), batch_size=batch_size, seed=seed)
+    return gather(source, indices[rows])
+
+
+def evaluation_batches(
+    source: ImageSource,
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    prefetch_batches: int = 4,
+    rows: slice = slice(None),
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Visits every example exactly once, in order, in batches of one size.
+
+    Args:
+        source: where the images come from.
+        batch_size: examples per batch, at least 1; may exceed the number of examples.
+        num_workers: as for `stream_batches`; images in memory are read directly.
+        prefetch_batches: as for `stream_batches`.
+        rows: as for `stream_batches`; the mask is of the whole batch all the same.
+
+    Returns:
+        An iterator of images uint8 `[batch_size, H, W, C]` and mask bool `[batch_size]`, False
+        where the last batch was filled up with zeros.
+
+    Raises:
+        ValueError: arguments out of range; while iterating, whatever reading an image raises.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    num_batches = -(-len(source) // batch_size)
+    read = functools.partial(_read_padded, source=source, batch_size=batch_size, rows=rows)
+    if _in_memory(source):
+        return map(read, range(num_batches))
+    return _read_ahead(read, 0, num_batches, num_workers, prefetch_batches)
+
+
+def _read_padded(
+    batch: int, *, source: ImageSource, batch_size: int, rows: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    whole = np.arange(batch * batch_size, (batch + 1) * batch_size)
+    mask = whole < len(source)
+    asked = whole[rows]
+    indices = asked[asked < len(source)]
+    # A process's share of the last batch may be all padding.
+    images = np.empty((0, *image_shape(source)), np.uint8)
+    if len(indices):
+        images = gather(source, indices)
+    if len(indices) < len(asked):
+        padding = np.zeros((len(asked) - len(indices), *images.shape[1:]), np.uint8)
+        images = np.concatenate([images, padding])
+    return images, mask
+
+
+def _in_memory(source: ImageSource) -> bool:
+    while isinstance(source, Subset):
+        source = source.source
+    return isinstance(source, ArraySource)
+
+
+def _read_ahead(
+    read: Callable[[int], _T], start: int, stop: int, num_workers: int, prefetch_batches: int
+) -> ReadAhead[_T]:
+    """Gives `read(start), ..., read(stop - 1)`, computed ahead by threads or by processes."""
+    if num_workers < 0 or prefetch_batches < 1:
+        raise ValueError(
+            "expected num_workers >= 0 and prefetch_batches >= 1, "
+            f"got {num_workers} and {prefetch_batches}"
+        )
+    workers.check_not_starting()
+    import grain
+    from absl import flags
+
+    steps = grain.MapDataset.range(start, stop)
+    if num_workers == 0:
+        threads = min(prefetch_batches, 16)
+        pipeline = steps.map(read).to_iter_dataset(grain.ReadOptions(threads, prefetch_batches))
+        return ReadAhead(iter(pipeline), num_workers)
+    # Grain reads this flag of its own before it starts a worker, and absl refuses the flags of a
+    # program that does not parse any. Marked as given, it has its default; the program's own flags
+    # stay as they are.
+    profiling = "grain_enable_multiprocess_worker_profiling"
+    if profiling in flags.FLAGS:
+        flags.FLAGS[profiling].present = True
+    carried = Carried(read)
+    pipeline = (
+        steps.map(carried)
+        .to_iter_dataset(grain.ReadOptions(1, 1))
+        .mp_prefetch(
+            grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=prefetch_batches),
+            worker_init_fn=workers.start_worker,
+        )
+    )
+    return ReadAhead(iter(pipeline), num_workers, carried)

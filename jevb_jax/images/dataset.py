@@ -1,0 +1,321 @@
+"""Training, validation and test images of a config's section."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jevb_jax.files import to_path
+from jevb_jax.images import pictures
+from jevb_jax.images.arrays import arrays, digits
+from jevb_jax.images.image_files import FolderSource, ImageListSource
+from jevb_jax.images.random_bits import (
+    DIGITS_TEST,
+    TEST_SUBSET,
+    TRAIN_SUBSET,
+    VALIDATION,
+    permutation,
+)
+from jevb_jax.images.shapes import shapes
+from jevb_jax.images.source import ImageSource, Subset, image_shape, num_classes
+from jevb_jax.images.tfds import TfdsSource
+
+SOURCES = ("digits", "shapes", "arrays", "folder", "tfds")
+
+
+class Dataset(NamedTuple):
+    """The three parts of a data set.
+
+    Attributes:
+        train: what the encoder is trained on.
+        validation: held out of the training images: for every choice that is made.
+        test: for the final numbers only; None where the data are unlabelled and no test images
+            were given.
+        outside: test images of the classes that were left out of all three, or None.
+    """
+
+    train: ImageSource
+    validation: ImageSource
+    test: ImageSource | None
+    outside: ImageSource | None = None
+
+
+def load_dataset(
+    *,
+    source: str,
+    train_paths: Sequence[str] = (),
+    test_paths: Sequence[str] = (),
+    tfds_name: str = "",
+    data_dir: str = "",
+    train_split: str = "train",
+    test_split: str = "test",
+    image_size: int = 0,
+    max_image_pixels: int = pictures.MAX_PIXELS,
+    num_train_examples: int = 0,
+    num_test_examples: int = 0,
+    validation_fraction: float = 0.1,
+    split_seed: int = 0,
+    inlier_class: int = -1,
+) -> Dataset:
+    """Loads a data set and holds out its validation part.
+
+    The validation part is `validation_fraction` of all training images, stratified by label where
+    there are labels. It follows from `split_seed`, never touches the test images, and does not
+    change with `num_train_examples` (but for `shapes`, which draws as many images as it needs).
+
+    Args:
+        source: `digits`, `shapes`, `arrays`, `folder` or `tfds`. For `digits` a stratified 20% are
+            the test images.
+        train_paths: `.npz` files for `arrays`, one directory for `folder`.
+        test_paths: likewise.
+        tfds_name: see `TfdsSource`.
+        data_dir: see `TfdsSource`; for `tfds` only.
+        train_split: TFDS split of the training images.
+        test_split: TFDS split of the test images; empty for none.
+        image_size: side in pixels of the images of `folder` and `tfds`, which are resized on load,
+            and of `shapes` (0: 32). 0 keeps images as they are. Images in memory are not resized:
+            they must have this size.
+        max_image_pixels: pictures of `folder` and `tfds` that have more pixels are refused before they
+            are decoded.
+        num_train_examples: how many images remain for training, a stratified choice by
+            `split_seed`; 0 for all (`shapes`: 9,000).
+        num_test_examples: likewise for the test images (`shapes`: 2,000).
+        validation_fraction: share of the training images held out, in (0, 1).
+        split_seed: non-negative integer.
+        inlier_class: the one class to train on (one-class detection): the other classes' test images
+            become `outside`, and the labels of the rest, all equal, are dropped; numbers of examples
+            count all classes. -1: all classes.
+
+    Raises:
+        ValueError: unknown source, a fraction outside (0, 1) or that leaves a part empty, more
+            examples asked for than there are, labelled data without a test part, a test part that
+            is the training part, or training and test images that differ in size, channels, classes
+            or in having labels. Also whatever the source itself raises.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown data source {source!r}; expected one of {', '.join(SOURCES)}")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"expected validation_fraction in (0, 1), got {validation_fraction}")
+    pictures.check_limits(image_size, max_image_pixels)
+    if isinstance(train_paths, str) or isinstance(test_paths, str):
+        raise ValueError("train_paths and test_paths are sequences of paths, not one string")
+    if num_train_examples < 0 or num_test_examples < 0:
+        raise ValueError(
+            "expected num_train_examples and num_test_examples >= 0 (0 for all), "
+            f"got {num_train_examples} and {num_test_examples}"
+        )
+    train: ImageSource
+    test: ImageSource | None
+    match source:
+        case "digits":
+            everything = digits()
+            chosen = _stratified(everything, round(0.2 * len(everything)), split_seed, DIGITS_TEST)
+            train = Subset(everything, _complement(chosen, len(everything)))
+            test = Subset(everything, chosen)
+        case "shapes":
+            # Enough for num_train_examples to remain; odd and even seeds keep train and test apart.
+            num_train_examples = num_train_examples or 9_000
+            total = math.ceil(num_train_examples / (1 - validation_fraction))
+            train = shapes(total, seed=2 * split_seed, image_size=image_size or 32)
+            test = shapes(
+                num_test_examples or 2_000, seed=2 * split_seed + 1, image_size=image_size or 32
+            )
+        case "arrays":
+            _check_paths_apart(train_paths, test_paths)
+            train = arrays(train_paths)
+            test = arrays(test_paths) if test_paths else None
+        case "folder":
+            if len(train_paths) != 1 or len(test_paths) > 1:
+                raise ValueError(
+                    "source 'folder' takes one directory in train_paths and at most one in "
+                    f"test_paths, got {list(train_paths)} and {list(test_paths)}"
+                )
+            _check_paths_apart(train_paths, test_paths)
+            sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
+            train = FolderSource(train_paths[0], **sizes)
+            test = (
+                FolderSource(test_paths[0], class_names=train.class_names, **sizes)
+                if test_paths
+                else None
+            )
+        case _:
+            if not tfds_name:
+                raise ValueError("source 'tfds' needs tfds_name, for example 'cifar10'")
+            if train_split == test_split:
+                raise ValueError(f"train_split and test_split are both {train_split!r}")
+            read = functools.partial(
+                TfdsSource,
+                tfds_name,
+                data_dir=data_dir,
+                image_size=image_size,
+                max_image_pixels=max_image_pixels,
+            )
+            train = read(train_split)
+            test = read(test_split) if test_split else None
+    _check_train_and_test(train, test, image_size)
+
+    held_out = round(validation_fraction * len(train))
+    if not 0 < held_out < len(train):
+        raise ValueError(
+            f"validation_fraction={validation_fraction} of {len(train)} training images of "
+            f"{train.name} holds out {held_out}: choose one that leaves both parts non-empty"
+        )
+    chosen = _stratified(train, held_out, split_seed, VALIDATION)
+    validation = Subset(train, chosen)
+    train = Subset(train, _complement(chosen, len(train)))
+    train = _limited(train, num_train_examples, split_seed, TRAIN_SUBSET)
+    if test is not None:
+        test = _limited(test, num_test_examples, split_seed, TEST_SUBSET)
+    outside = None
+    if inlier_class >= 0:
+        train, validation = (_of_class(part, inlier_class) for part in (train, validation))
+        if test is None or test.labels is None:
+            raise ValueError(f"inlier_class={inlier_class} needs labelled test images")
+        outside = Subset(test, np.flatnonzero(test.labels != inlier_class))
+        test = _of_class(test, inlier_class)
+    return Dataset(train, validation, test, outside)
+
+
+def _of_class(source: ImageSource, label: int) -> Subset:
+    """The images of one class, without their labels."""
+    if source.labels is None or not np.any(source.labels == label):
+        raise ValueError(f"inlier_class={label}: {source.name} has no images with that label")
+    return Subset(source, np.flatnonzero(source.labels == label), has_labels=False)
+
+
+def load_images(
+    *,
+    source: str,
+    paths: Sequence[str] = (),
+    tfds_name: str = "",
+    data_dir: str = "",
+    split: str = "test",
+    image_size: int = 0,
+    max_image_pixels: int = pictures.MAX_PIXELS,
+    exclude_labels: Sequence[int] = (),
+    num_examples: int = 0,
+    split_seed: int = 0,
+) -> ImageSource:
+    """Loads one set of images, for instance one that is out of distribution.
+
+    Args:
+        source: `arrays`, `folder`, `tfds` or `image_list`.
+        paths: `.npz` files for `arrays`, one directory for `folder`, the list and the directory that
+            its paths start from for `image_list`.
+        tfds_name: see `TfdsSource`.
+        data_dir: see `TfdsSource`.
+        split: of `tfds`.
+        image_size: side in pixels that images read from files are resized to; 0 keeps them.
+        max_image_pixels: pictures in files that have more pixels are refused before they are decoded.
+        exclude_labels: classes to leave out, for instance those of the training set.
+        num_examples: a stratified choice by `split_seed`; 0 for all.
+        split_seed: non-negative integer.
+
+    Raises:
+        ValueError: unknown source, the wrong number of paths, classes to exclude from unlabelled
+            images, nothing left. Also whatever the source itself raises.
+    """
+    images: ImageSource
+    sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
+    match source:
+        case "arrays":
+            images = arrays(paths)
+        case "folder":
+            if len(paths) != 1:
+                raise ValueError(f"source 'folder' takes one directory in paths, got {list(paths)}")
+            images = FolderSource(paths[0], **sizes)
+        case "image_list":
+            if len(paths) != 2:
+                raise ValueError(
+                    f"source 'image_list' takes a list and a directory in paths, got {list(paths)}"
+                )
+            images = ImageListSource(paths[0], paths[1], **sizes)
+        case "tfds":
+            images = TfdsSource(tfds_name, split, data_dir=data_dir, **sizes)
+        case _:
+            raise ValueError(
+                f"unknown source {source!r}; expected arrays, folder, image_list or tfds"
+            )
+    if len(exclude_labels):
+        if images.labels is None:
+            raise ValueError(f"{images.name} has no labels: no class can be excluded")
+        images = Subset(images, np.flatnonzero(~np.isin(images.labels, list(exclude_labels))))
+    return _limited(images, num_examples, split_seed, TEST_SUBSET)
+
+
+def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) -> None:
+    train, test = ([to_path(path).resolve() for path in p] for p in (train_paths, test_paths))
+    shared = set(train) & set(test)
+    if shared:
+        raise ValueError(f"in both train_paths and test_paths: {sorted(map(str, shared))}")
+    for inner, outer in [*itertools.product(train, test), *itertools.product(test, train)]:
+        if inner.is_relative_to(outer):
+            raise ValueError(
+                f"{inner} lies in {outer}, so the one's images would be the other's too: give "
+                "train_paths and test_paths that lie side by side"
+            )
+
+
+def _check_train_and_test(train: ImageSource, test: ImageSource | None, image_size: int) -> None:
+    shape = image_shape(train)
+    if image_size and shape[:2] != (image_size, image_size):
+        raise ValueError(
+            f"{train.name} has {shape[0]}x{shape[1]} images and image_size is {image_size}; images "
+            "in memory are not resized: set image_size to 0 or prepare them at that size"
+        )
+    if test is None:
+        if train.labels is not None:
+            raise ValueError(
+                f"{train.name} is labelled but has no test images; give test_paths or test_split "
+                "(a test set is never cut from the training images)"
+            )
+        return
+    if image_shape(test) != shape:
+        raise ValueError(
+            f"training images are {shape} in {train.name}, "
+            f"test images are {image_shape(test)} in {test.name}"
+        )
+    if (train.labels is None) != (test.labels is None):
+        labelled, unlabelled = (train, test) if test.labels is None else (test, train)
+        raise ValueError(f"{labelled.name} has labels and {unlabelled.name} has none")
+    if train.labels is None or test.labels is None:
+        return
+    if train.class_names is not None and test.class_names not in (None, train.class_names):
+        raise ValueError(f"class_names differ between {train.name} and {test.name}")
+    if test.labels.max() >= num_classes(train):
+        raise ValueError(
+            f"label {test.labels.max()} of {test.name} is out of range: "
+            f"{train.name} has {num_classes(train)} classes"
+        )
+
+
+def _limited(source: ImageSource, num_examples: int, seed: int, purpose: int) -> ImageSource:
+    """A stratified choice of `num_examples`, or everything for 0."""
+    if num_examples > len(source):
+        raise ValueError(
+            f"{num_examples} examples asked for, but {source.name} has only {len(source)} "
+            "for this part"
+        )
+    if num_examples in (0, len(source)):
+        return source
+    return Subset(source, _stratified(source, num_examples, seed, purpose))
+
+
+def _stratified(source: ImageSource, count: int, seed: int, purpose: int) -> np.ndarray:
+    """Sorted int64 `[count]`: every class in proportion, by largest remainders."""
+    order = permutation(len(source), seed, purpose)
+    if source.labels is None:
+        return np.sort(order[:count])
+    _, sizes = np.unique(source.labels, return_counts=True)
+    quota, remainder = np.divmod(sizes * count, len(source))
+    quota[np.argsort(-remainder, kind="stable")[: count - quota.sum()]] += 1
+    by_class = order[np.argsort(source.labels[order], kind="stable")]
+    rank = np.arange(len(source)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(by_class[rank < np.repeat(quota, sizes)])
+
+
+def _complement(indices: np.ndarray, num_examples: int) -> np.ndarray:
+    return np.setdiff1d(np.arange(num_examples), indices)

@@ -1,0 +1,174 @@
+"""Procedural images: shapes with textures, made from a seed."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from jevb_jax.images.random_bits import SHAPES, random_bits
+from jevb_jax.images.source import ArraySource
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ShapesSource(ArraySource):
+    """Procedural images whose labels are uncertain by a known amount; made by `shapes`.
+
+    Attributes:
+        label_probabilities: float32 `[N, 10]`, the distribution each label was drawn from. It has
+            mass on at most two classes: `1 - ambiguity / 2` and `ambiguity / 2`.
+        ambiguity: float32 `[N]` in [0, 1]; 0 is certain, 1 is an even choice between two classes.
+    """
+
+    label_probabilities: np.ndarray
+    ambiguity: np.ndarray
+
+
+_SHAPE_NAMES = ("disc", "square", "triangle", "ring", "cross")
+_TEXTURE_NAMES = ("plain", "striped")
+_SHAPE_CLASSES = tuple(f"{texture} {shape}" for shape in _SHAPE_NAMES for texture in _TEXTURE_NAMES)
+
+
+def shapes(num_examples: int, *, seed: int, image_size: int = 32) -> ShapesSource:
+    """Draws coloured shapes with a ground truth for the uncertainty of their labels.
+
+    Ten classes: disc, square, triangle, ring or cross, each plain or striped. Position, size,
+    rotation, colours, stripes and the background's gradient are nuisances. Every image is the
+    pixelwise mean of two classes drawn with the same nuisances, with weights `1 - ambiguity / 2`
+    and `ambiguity / 2`, and its label is one of the two drawn with these probabilities: no
+    classifier can know it better than `label_probabilities`. Half the images have ambiguity exactly
+    0; in the others it is uniform on (0, 1), so that the best possible accuracy is 0.875 on
+    average.
+
+    Image `i` is a pure function of `(seed, i)`, whatever `num_examples`. The random bits are the
+    same everywhere; pixels may differ by one grey level between machines whose floating-point
+    libraries round differently.
+
+    Args:
+        num_examples: how many images, at least 1.
+        seed: non-negative integer.
+        image_size: side in pixels, at least 8.
+
+    Returns:
+        images uint8 `[num_examples, image_size, image_size, 3]`, labels, and the two arrays of
+        `ShapesSource`.
+
+    Raises:
+        ValueError: `num_examples` or `image_size` too small.
+    """
+    if num_examples < 1 or image_size < 8:
+        raise ValueError(
+            f"expected num_examples >= 1 and image_size >= 8, got {num_examples} and {image_size}"
+        )
+    # Whole blocks only, cut to length at the end: an image is always computed at the same place of
+    # an array of the same shape, so that vectorised loops cannot round it differently.
+    block = max(1, 2**18 // image_size**2)
+    num_blocks = -(-num_examples // block)
+    columns = 21  # uniform numbers an image uses
+    bits = random_bits(num_blocks * block * columns, seed, SHAPES)
+    uniform = ((bits >> np.uint64(11)) * 2.0**-53).reshape(num_blocks, block, columns)
+    parts = [_draw_shapes(draws, image_size) for draws in uniform]
+    images, labels, probabilities, ambiguity = (
+        np.concatenate(arrays)[:num_examples] for arrays in zip(*parts, strict=True)
+    )
+    return ShapesSource(
+        images,
+        labels,
+        _SHAPE_CLASSES,
+        "shapes",
+        label_probabilities=probabilities,
+        ambiguity=ambiguity,
+    )
+
+
+def _draw_shapes(
+    uniform: np.ndarray, image_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images, labels, label probabilities and ambiguity from uniform numbers `[block, 21]`."""
+    rows = np.arange(len(uniform))
+    # In float64: float32 rounds the largest uniform numbers to 1, which is no class.
+    first = (uniform[:, 0] * 10).astype(np.int64)
+    second = (first + 1 + (uniform[:, 1] * 9).astype(np.int64)) % 10
+    u = iter(uniform[:, 2:].astype(np.float32).T)
+    ambiguity = np.maximum(0, 2 * next(u) - 1)
+    labels = np.where(next(u) < ambiguity / 2, second, first)
+    probabilities = np.zeros((len(uniform), 10), np.float32)
+    probabilities[rows, first] = 1 - ambiguity / 2
+    probabilities[rows, second] = ambiguity / 2
+
+    # Geometry in pixels around the shape's centre; every shape fits in a circle of this radius.
+    radius = image_size * (0.24 + 0.14 * next(u))
+    centre_x = radius + (image_size - 2 * radius) * next(u)
+    centre_y = radius + (image_size - 2 * radius) * next(u)
+    angle, phase = 2 * np.pi * next(u), next(u)
+    period = _per_image(image_size * (0.14 + 0.06 * next(u)))
+    pixel = np.arange(image_size, dtype=np.float32) + 0.5
+    x = pixel[None, None, :] - _per_image(centre_x)
+    y = pixel[None, :, None] - _per_image(centre_y)
+    cos, sin = _per_image(np.cos(angle)), _per_image(np.sin(angle))
+    across, along = cos * x + sin * y, cos * y - sin * x
+
+    # A light shape before a linear gradient of two dark colours, or the negative of that.
+    colours = [
+        _hsv_to_rgb(next(u), 0.5 + 0.5 * next(u), 0.7 + 0.3 * next(u)),
+        _hsv_to_rgb(next(u), 0.8 * next(u), 0.4 * next(u)),
+        _hsv_to_rgb(next(u), 0.8 * next(u), 0.4 * next(u)),
+    ]
+    negative = next(u)[:, None] < 0.5
+    plain, corner_1, corner_2 = (
+        np.where(negative, 1 - colour, colour)[:, None, None, :] for colour in colours
+    )
+    slope = 2 * np.pi * next(u)
+    centred = (pixel / image_size - 0.5) / math.sqrt(2)
+    gradient = (
+        0.5
+        + _per_image(np.cos(slope)) * centred[None, None, :]
+        + _per_image(np.sin(slope)) * centred[None, :, None]
+    )[..., None]
+    background = corner_1 * (1 - gradient) + corner_2 * gradient
+
+    # Stripes of the complementary colour; coverage from the distance to the nearest edge.
+    wave = np.mod(across / period + _per_image(phase), 1)
+    stripe = np.clip(0.5 + (np.abs(wave - 0.5) - 0.25) * period, 0, 1)[..., None]
+    striped = plain * (1 - stripe) + (1 - plain) * stripe
+
+    masks = _shape_masks(across, along, _per_image(radius))
+    image = np.zeros_like(background)
+    for which, weight in ((first, 1 - ambiguity / 2), (second, ambiguity / 2)):
+        mask = masks[which // 2, rows][..., None]
+        texture = np.where(_per_image(which % 2 == 1)[..., None], striped, plain)
+        image += _per_image(weight)[..., None] * (background + mask * (texture - background))
+    images = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return images, labels, probabilities, ambiguity
+
+
+def _shape_masks(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Antialiased coverage `[5, block, H, W]` by each shape at coordinates `[block, H, W]`, pixels.
+
+    A pixel whose centre lies `d` outside the edge is covered by `clip(1/2 - d, 0, 1)`: exact for
+    straight edges along the grid, within a few grey levels otherwise.
+    """
+    distance = np.sqrt(x * x + y * y)
+    abs_x, abs_y = np.abs(x), np.abs(y)
+    half_width, arm = 0.28 * radius, 0.95 * radius
+    outside = (
+        distance - 0.8 * radius,
+        np.maximum(abs_x, abs_y) - 0.7 * radius,
+        np.maximum(y, math.sqrt(0.75) * abs_x - 0.5 * y) - 0.5 * radius,
+        np.abs(distance - 0.72 * radius) - 0.2 * radius,
+        np.minimum(
+            np.maximum(abs_x - half_width, abs_y - arm), np.maximum(abs_x - arm, abs_y - half_width)
+        ),
+    )
+    return np.clip(0.5 - np.stack(outside), 0, 1)
+
+
+def _per_image(values: np.ndarray) -> np.ndarray:
+    """One value per image, `[block]`, shaped to meet `[block, H, W]`."""
+    return values[:, None, None]
+
+
+def _hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Colours `[n, 3]` in [0, 1] from hue, saturation and value `[n]` in [0, 1]."""
+    sector = np.mod(hue[:, None] * 6 + np.array([5, 3, 1], np.float32), 6)
+    fall = np.clip(np.minimum(sector, 4 - sector), 0, 1)
+    return value[:, None] * (1 - saturation[:, None] * fall)

@@ -1,0 +1,216 @@
+"""What a source of images is, and what is asked of every one."""
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jevb_jax.files import is_remote, to_path
+
+
+class ImageSource(Protocol):
+    """A set of N labelled or unlabelled images of one shape, read by index."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 `[N]` in `[0, num_classes(source))`, or None where there are none."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name per class, or None where unknown."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What to call the source in messages and reports."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns image `index`, uint8 `[H, W, C]`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images that are already in memory.
+
+    Attributes:
+        images: uint8 `[N, H, W, C]`, N >= 1.
+        labels: any integer dtype, `[N]`, non-negative and below `len(class_names)` where names are
+            given; kept as int64. None for unlabelled images.
+        class_names: one name per class, or None.
+        name: what to call the source in messages.
+
+    Raises:
+        TypeError: images are not uint8, or labels are not integers.
+        ValueError: wrong rank, no images, labels of another length or out of range.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
+    name: str = "arrays"
+
+    def __post_init__(self) -> None:
+        check_images(self.images.shape, self.images.dtype, where=self.name)
+        if self.labels is not None:
+            labels = checked_labels(
+                self.labels, len(self.images), self.class_names, where=self.name
+            )
+            object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some examples of another source, in the order of `indices`.
+
+    Attributes:
+        source: where the images come from.
+        indices: integers `[M]`, M >= 1, each in `[0, len(source))`; kept as int64.
+        has_labels: whether the labels of the source, if any, are those of the subset.
+
+    Raises:
+        TypeError: indices are not integers.
+        ValueError: indices are empty, not rank 1, or out of range.
+    """
+
+    source: ImageSource
+    indices: np.ndarray
+    has_labels: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "indices", checked_indices(self.indices, len(self.source)))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 `[M]`, or None."""
+        labels = self.source.labels
+        return None if labels is None or not self.has_labels else labels[self.indices]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The class names of the whole source."""
+        return self.source.class_names
+
+    @property
+    def name(self) -> str:
+        """The name of the whole source."""
+        return self.source.name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.source[int(self.indices[index])]
+
+
+def num_classes(source: ImageSource) -> int:
+    """Returns the number of class names, or, without names, the largest label plus one.
+
+    Raises:
+        ValueError: the source is unlabelled.
+    """
+    if source.class_names is not None:
+        return len(source.class_names)
+    if isinstance(source, Subset):  # a subset may lack the last class
+        return num_classes(source.source)
+    if source.labels is None:
+        raise ValueError(f"{source.name} has no labels, so it has no classes")
+    return int(source.labels.max()) + 1
+
+
+def image_shape(source: ImageSource) -> tuple[int, int, int]:
+    """Returns `(height, width, channels)` of the first image, and so of every one."""
+    height, width, channels = source[0].shape
+    return height, width, channels
+
+
+def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
+    """Refuses what is no `[N, H, W, C]` uint8 array of images, saying how to mend it."""
+    if dtype != np.uint8:
+        raise TypeError(
+            f"{where}: expected uint8 images, got {dtype}; "
+            "scale them to 0..255 and convert them with `.astype(np.uint8)`"
+        )
+    if len(shape) == 3:
+        one = "; or, where this is one image, a first axis: `images[None]`" * (shape[-1] in (3, 4))
+        raise ValueError(
+            f"{where}: expected images of shape [N, H, W, C], got {shape}; "
+            f"add a channel axis: `images[..., None]`{one}"
+        )
+    if len(shape) != 4:
+        raise ValueError(f"{where}: expected images of shape [N, H, W, C], got {shape}")
+    if 0 in shape:
+        raise ValueError(f"{where}: no images, the array has shape {shape}")
+    _, first, height, width = shape
+    # Images of one to four rows and as many channels as columns, or more than fifteen, are none.
+    if first <= 4 < width and (height == width or width > 15):
+        raise ValueError(
+            f"{where}: these look like {first} x {height} x {width} arrays with the channels first "
+            f"([N, C, H, W], PyTorch's order), got shape {shape}; expected [N, H, W, C]: give "
+            "`np.moveaxis(images, 1, -1)`"
+        )
+
+
+def checked_labels(
+    labels: np.ndarray, num_examples: int, class_names: tuple[str, ...] | None, *, where: str
+) -> np.ndarray:
+    """Labels as int64 `[N]`, in the range of the classes."""
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        advice = "give `labels.argmax(1)`, if they are one-hot"
+        if labels.ndim != 2:
+            advice = "convert them with `.astype(np.int64)`, if they are numbers of classes"
+        raise TypeError(f"{where}: expected integer labels, got {labels.dtype}; {advice}")
+    if labels.shape != (num_examples,):
+        advice = ""
+        if labels.ndim == 2 and len(labels) == num_examples:
+            advice = "; give `labels.ravel()`"
+            if labels.shape[1] != 1:
+                advice = "; give `labels.argmax(1)`, if they are one-hot"
+        raise ValueError(
+            f"{where}: expected one label for each of the {num_examples} images, "
+            f"got labels of shape {labels.shape}{advice}"
+        )
+    limit = np.iinfo(np.int64).max if class_names is None else len(class_names)
+    wrong = (labels < 0) | (labels >= limit)
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        allowed = ">= 0" if class_names is None else f"in [0, {limit})"
+        raise ValueError(
+            f"{where}: label {labels[index]} at index {index} is out of range, expected {allowed}"
+        )
+    return labels.astype(np.int64)
+
+
+def checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
+    """Indices as int64 `[M]`, each of an example."""
+    indices = np.asarray(indices)
+    if not np.issubdtype(indices.dtype, np.integer):
+        raise TypeError(f"expected integer indices, got {indices.dtype}")
+    if indices.ndim != 1 or indices.size == 0:
+        raise ValueError(f"expected indices of shape [M], M >= 1, got {indices.shape}")
+    if indices.min() < 0 or indices.max() >= num_examples:
+        raise ValueError(
+            f"expected indices in [0, {num_examples}), got {indices.min()} to {indices.max()}"
+        )
+    return indices.astype(np.int64)
+
+
+def check_local(root: str | os.PathLike[str], what: str) -> None:
+    """Refuses a folder in an object store."""
+    if is_remote(to_path(root)):
+        raise ValueError(
+            f"{what} are read from file systems, and {root} is an object store: take a TFDS data set "
+            "or .npz files there, or mount the store"
+        )

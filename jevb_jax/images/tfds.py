@@ -1,0 +1,178 @@
+"""Data sets of TFDS, read without TensorFlow."""
+
+import functools
+import importlib
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jevb_jax.files import to_path
+from jevb_jax.images import pictures
+from jevb_jax.images.source import checked_labels
+
+
+class TfdsSource:
+    """A split of a prepared TensorFlow Datasets directory, read without TensorFlow.
+
+    Only the array_record format can be read by index, and only from local or mounted directories.
+    Images are decoded here, by Pillow: TFDS itself would take OpenCV where that is installed, whose
+    JPEG pixels may differ. (TFDS needs importlib_resources too, and declares neither.)
+
+    Args:
+        name: as TFDS spells it: `cifar10`, `cifar10:3.0.2`, `imagenet_resized/32x32`. Without a
+            version the highest one on disk is taken.
+        split: a TFDS split, slices included: `train`, `test`, `train[:10%]`.
+        data_dir: the directory above the data set's; empty for TFDS's own (`$TFDS_DATA_DIR`, else
+            `~/tensorflow_datasets`).
+        image_size: as for `FolderSource`; needed where the data set's images differ in size.
+        max_image_pixels: as for `FolderSource`.
+        image_key: the feature with the image.
+        label_key: the feature with the class label; a data set without it is unlabelled.
+
+    Raises:
+        FileNotFoundError: the data set is not there; the message holds the command that makes it.
+        ValueError: another file format, unknown split, no such image feature, labels that are not
+            class labels, or `image_size=0` where images differ in size. Reading raises ValueError
+            with the record's index.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        *,
+        data_dir: str | os.PathLike[str] = "",
+        image_size: int = 0,
+        max_image_pixels: int = pictures.MAX_PIXELS,
+        image_key: str = "image",
+        label_key: str = "label",
+    ):
+        pictures.check_limits(image_size, max_image_pixels)
+        self._arguments: dict[str, Any] = {
+            "name": name,
+            "split": split,
+            "data_dir": data_dir,
+            "image_size": image_size,
+            "max_image_pixels": max_image_pixels,
+            "image_key": image_key,
+            "label_key": label_key,
+        }
+        root = to_path(
+            os.path.expanduser(
+                data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+            )
+        )
+        directory = _tfds_directory(name, root)
+        # Not an import statement, because TFDS's lazy modules mislead type checkers.
+        tfds: Any = importlib.import_module("tensorflow_datasets")
+        builder = tfds.builder_from_directory(directory)
+        features: dict[str, Any] = dict(builder.info.features.items())
+        image: Any = features.get(image_key)
+        if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype) != np.uint8:
+            raise ValueError(
+                f"{directory} has no uint8 image feature {image_key!r}; its features are {features}"
+            )
+        height, width, channels = image.shape
+        if channels not in (1, 3, None):
+            raise ValueError(f"expected images of 1 or 3 channels in {directory}, got {channels}")
+        if image_size == 0 and (height is None or width is None):
+            raise ValueError(
+                f"the images of {directory} may differ in size: "
+                "set image_size to resize them on load"
+            )
+        label = features.get(label_key)
+        if label is not None and not isinstance(label, tfds.features.ClassLabel):
+            raise ValueError(f"feature {label_key!r} of {directory} is not a class label: {label}")
+        try:
+            # The encoded bytes: reading labels then decodes no image.
+            self._records: Any = builder.as_data_source(
+                split, decoders={image_key: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{directory} is stored as {builder.info.file_format}, which cannot be read by "
+                "index; remove it, or choose another data_dir, and build it with\n"
+                f"  {_tfds_build_command(name, root)}"
+            ) from error
+        self.name = f"{builder.name}:{builder.version}/{split}"
+        self.image_size = image_size
+        self.class_names: tuple[str, ...] | None = None if label is None else tuple(label.names)
+        self._mode = "L" if channels == 1 else "RGB"
+        if len(self._records) == 0:
+            raise ValueError(f"{self.name} has no examples")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes open their own readers: TFDS's builder and features do not travel.
+        return functools.partial(TfdsSource, **self._arguments), ()
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 `[N]`, or None.
+
+        None too where every label is -1, TFDS's mark for an unlabelled split. The first use reads
+        every record once (but decodes no image): minutes for a set of ImageNet's size.
+        """
+        return self._all_labels
+
+    @functools.cached_property
+    def _all_labels(self) -> np.ndarray | None:
+        if self.class_names is None:
+            return None
+        chunk = 4096  # records read together, by TFDS's own threads
+        parts = []
+        for start in range(0, len(self), chunk):
+            records = self._records.__getitems__(range(start, min(start + chunk, len(self))))
+            parts += [record[self._arguments["label_key"]] for record in records]
+        labels = np.asarray(parts, np.int64)
+        if (labels == -1).all():
+            return None
+        return checked_labels(labels, len(self), self.class_names, where=self.name)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
+        return pictures.read(
+            io.BytesIO(self.encoded(index)),
+            mode=self._mode,
+            image_size=self.image_size,
+            max_pixels=self._arguments["max_image_pixels"],
+            where=self._where(index),
+        )
+
+    def encoded(self, index: int) -> bytes:
+        """Returns image `index` as it is stored."""
+        try:
+            return self._records[index][self._arguments["image_key"]]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"cannot read {self._where(index)}: {error}") from error
+
+    def _where(self, index: int) -> str:
+        return f"record {index} of {self.name}"
+
+
+def _tfds_directory(name: str, root: Path) -> Path:
+    """The directory of data set `name`, highest version on disk unless the name says which."""
+    base, _, version = name.partition(":")
+    found = [
+        path
+        for path in (root / base).glob(version or "*")
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file()
+    ]
+    if not found:
+        raise FileNotFoundError(
+            f"no prepared TFDS data set {name!r} in {root}; make it with\n"
+            f"  {_tfds_build_command(name, root)}\n"
+            "which needs TensorFlow once (`pip install .[prepare]`); reading does not"
+        )
+    return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
+
+
+def _tfds_build_command(name: str, root: Path) -> str:
+    return f"tfds build {name} --file_format=array_record --data_dir={root}"
