@@ -37,7 +37,7 @@ from benchmarks.peer_process import PeerProcess
 from configs import cifar10
 from jevb_jax.evaluation import classification, features, ood_metrics
 from jevb_jax.images.source import ArraySource
-from jevb_jax.networks import make_model
+from jevb_jax.networks.joint import make_model
 
 TOLERANCES = tuple(10.0**-power for power in range(1, 7))
 MAX_ITERATIONS = 1000

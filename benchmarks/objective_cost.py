@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from jevb_jax.compilation import network_options
-from jevb_jax.networks import ResNet
+from jevb_jax.networks.resnet import ResNet
 from jevb_jax.paper import baselines, objective
 from jevb_jax.paper.likelihood import Likelihood
 

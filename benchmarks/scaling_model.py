@@ -23,7 +23,9 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from configs import imagenet
-from jevb_jax import files, networks
+from jevb_jax import files
+from jevb_jax.networks import joint
+from jevb_jax.networks.joint import JointEmbeddingModel
 
 # Assumptions.
 MODEL_FLOPS_UTILISATION = 0.3  # share of the bfloat16 peak; BatchNorm networks are bound by memory
@@ -205,7 +207,7 @@ def step_time(work: Workload, num_chips: int, chip: Chip, *, utilisation: float)
 
 
 def count_workload(
-    model: networks.JointEmbeddingModel, *, batch_size: int, view_size: int, stored_size: int
+    model: JointEmbeddingModel, *, batch_size: int, view_size: int, stored_size: int
 ) -> Workload:
     """Counts a model on abstract shapes: nothing is computed, no memory is taken.
 
@@ -247,7 +249,7 @@ def count_workload(
     return Workload(
         batch_size=batch_size,
         flops_per_image=NUM_VIEWS * flops / num_images,
-        num_parameters=networks.parameter_count(variables["params"]),
+        num_parameters=joint.parameter_count(variables["params"]),
         num_norm_layers=len(statistics) // 2,
         num_norm_features=sum(leaf.size for leaf in statistics) // 2,
         input_bytes_per_image=stored_size * stored_size * 3,
@@ -321,9 +323,7 @@ def imagenet_workload(batch_size: int) -> Workload:
       The workload of a step.
     """
     config: Any = imagenet.get_config()
-    model = networks.make_model(
-        head="posterior", has_likelihood_scale=False, **config.model.to_dict()
-    )
+    model = joint.make_model(head="posterior", has_likelihood_scale=False, **config.model.to_dict())
     return count_workload(
         model,
         batch_size=batch_size,

@@ -7,7 +7,7 @@ import dataclasses
 
 from jevb_jax import methods
 from jevb_jax.images.augmentations import ViewAugmentation
-from jevb_jax.networks import JointEmbeddingModel, make_model
+from jevb_jax.networks.joint import JointEmbeddingModel, make_model
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.settings.sections import AugmentationSection, RunSettings
 

@@ -14,7 +14,7 @@ from jevb_jax import blueprint, methods, training
 from jevb_jax.images import batch_order
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.dataset import Dataset, load_dataset
-from jevb_jax.networks import JointEmbeddingModel
+from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import OptimizerSection, RunSettings
 

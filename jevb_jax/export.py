@@ -38,7 +38,7 @@ from jevb_jax.compilation import in_single_precision
 from jevb_jax.images import pixels
 from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Model, load, write_model
-from jevb_jax.networks import Posterior
+from jevb_jax.networks.heads import Posterior
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SERVED = "model.stablehlo"

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax.networks import HeadName, ViewOutputs
+from jevb_jax.networks.heads import HeadName
+from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper import baselines, objective
 from jevb_jax.paper.likelihood import Likelihood
 

@@ -32,7 +32,7 @@ from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
 from jevb_jax.images.preparation import cut_square
 from jevb_jax.images.source import Subset
 from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
-from jevb_jax.networks import Posterior
+from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings import read
 from jevb_jax.settings.saved_config import completed_config, saved_config
 from jevb_jax.settings.sections import RunSettings

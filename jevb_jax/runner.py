@@ -44,11 +44,8 @@ from jevb_jax.images.dataset import load_dataset
 from jevb_jax.images.workers import ReadAhead
 from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 from jevb_jax.named_arrays import differences, flatten_names
-from jevb_jax.networks import (
-    DirectionalPrediction,
-    Posterior,
-    ViewOutputs,
-)
+from jevb_jax.networks.heads import DirectionalPrediction, Posterior
+from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper.likelihood import likelihood_scale
 from jevb_jax.paper.objective import ElboTerms, conditional_elbo
 from jevb_jax.parallel import StoppedError

@@ -21,7 +21,7 @@ from jevb_jax.compilation import alone_on_a_cpu, jit_once, network_options
 from jevb_jax.images import augmentations
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.methods import Loss
-from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
+from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 
 
 class TrainState(NamedTuple):

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from jevb_jax import experiment, files, health, methods, training
 from jevb_jax.images import batch_order, batches
-from jevb_jax.networks import ViewOutputs
+from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper import densities, likelihood, sphere
 from jevb_jax.report import figures
 from studies import cifar10_uncertainty

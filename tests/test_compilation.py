@@ -17,7 +17,7 @@ from configs import smoke
 from jevb_jax import compilation
 from jevb_jax.evaluation import features
 from jevb_jax.images.source import ArraySource
-from jevb_jax.networks import make_model
+from jevb_jax.networks.joint import make_model
 
 
 def draw(key, scale):

@@ -18,7 +18,7 @@ from jevb_jax.evaluation.protocol import Evaluation
 from jevb_jax.evaluation.uncertainty import RiskCoverage
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ArraySource
-from jevb_jax.networks import Posterior
+from jevb_jax.networks.heads import Posterior
 
 RNG = np.random.default_rng(0)
 NUM_TRAIN, NUM_TEST = 30, 40

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jevb_jax import methods
-from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
+from jevb_jax.networks.heads import DirectionalPrediction, Posterior
+from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper import baselines, objective
 from jevb_jax.paper.likelihood import Likelihood
 

@@ -43,7 +43,8 @@ from jevb_jax.images.given import check_images
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, num_classes
 from jevb_jax.model import Detector, Model, load, load_detector
-from jevb_jax.networks import DirectionalPrediction, Posterior, ViewOutputs
+from jevb_jax.networks.heads import DirectionalPrediction, Posterior
+from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.settings import read
 from tests.conftest import AS_USERS_RUN_IT
 

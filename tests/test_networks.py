@@ -12,24 +12,37 @@ import pytest
 from flax import linen as nn
 
 from configs import cifar10
-from jevb_jax import blueprint, networks
+from jevb_jax import blueprint
+from jevb_jax.networks import joint
+from jevb_jax.networks.heads import (
+    HEAD_INPUTS,
+    DirectionalPrediction,
+    DirectionalPredictor,
+    InferenceNetwork,
+    Predictor,
+    Projector,
+    head_features,
+)
+from jevb_jax.networks.joint import JointEmbeddingModel
+from jevb_jax.networks.resnet import ConvNet, ResidualBlock, ResNet, resnet18, resnet34, resnet50
+from jevb_jax.networks.vit import ViT, sincos_position_embedding, vit_small, vit_tiny
 from jevb_jax.settings import read
 
 # float32 against float64 through at most a dozen layers of unit-sized activations.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 TINY_BACKBONES = {
-    "resnet": networks.ResNet(stage_sizes=(1, 1), bottleneck=False, stem="cifar", width=6),
-    "convnet": networks.ConvNet(widths=(6, 8), convs_per_stage=1),
-    "vit": networks.ViT(patch_size=4, hidden_size=8, depth=2, num_heads=2),
+    "resnet": ResNet(stage_sizes=(1, 1), bottleneck=False, stem="cifar", width=6),
+    "convnet": ConvNet(widths=(6, 8), convs_per_stage=1),
+    "vit": ViT(patch_size=4, hidden_size=8, depth=2, num_heads=2),
 }
 
 
 def tiny_model(backbone="convnet", dtype=jnp.float32):
-    return networks.JointEmbeddingModel(
+    return JointEmbeddingModel(
         backbone=TINY_BACKBONES[backbone].clone(dtype=dtype),
-        projector=networks.Projector(hidden_dims=(12, 12), embedding_dim=10, dtype=dtype),
-        head=networks.InferenceNetwork(hidden_dim=7, dim=10, dtype=dtype),
+        projector=Projector(hidden_dims=(12, 12), embedding_dim=10, dtype=dtype),
+        head=InferenceNetwork(hidden_dim=7, dim=10, dtype=dtype),
     )
 
 
@@ -164,7 +177,7 @@ def check_against_oracle(module, x, forward):
 def test_residual_block_matches_oracle(bottleneck, stride, strides):
     features = 3
     channels = 4 * features if bottleneck else features
-    module = networks.ResidualBlock(features=features, stride=stride, bottleneck=bottleneck)
+    module = ResidualBlock(features=features, stride=stride, bottleneck=bottleneck)
     x = normal(1, 3, 6, 5, channels)  # one even and one odd side: paddings differ
     check_against_oracle(module, x, lambda oracle, x: oracle.block(x, strides))
     has_shortcut = "shortcut_conv" in abstract_variables(module, x)["params"]
@@ -173,7 +186,7 @@ def test_residual_block_matches_oracle(bottleneck, stride, strides):
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_resnet_matches_oracle(stem):
-    module = networks.ResNet(stage_sizes=(2, 1), bottleneck=True, stem=stem, width=2)
+    module = ResNet(stage_sizes=(2, 1), bottleneck=True, stem=stem, width=2)
     stem_stride = 1 if stem == "cifar" else 2
 
     def forward(oracle, x):
@@ -192,7 +205,7 @@ def test_resnet_matches_oracle(stem):
 
 
 def test_convnet_matches_oracle():
-    module = networks.ConvNet(widths=(3, 4), convs_per_stage=2)
+    module = ConvNet(widths=(3, 4), convs_per_stage=2)
 
     def forward(oracle, x):
         for suffix, stride in (("1_1", 1), ("1_2", 1), ("2_1", 2), ("2_2", 1)):
@@ -203,7 +216,7 @@ def test_convnet_matches_oracle():
 
 
 def test_projector_matches_oracle():
-    module = networks.Projector(hidden_dims=(6, 5), embedding_dim=4)
+    module = Projector(hidden_dims=(6, 5), embedding_dim=4)
 
     def forward(oracle, x):
         x = relu(oracle.bn(x @ oracle.params["dense1"]["kernel"], "bn1"))
@@ -214,7 +227,7 @@ def test_projector_matches_oracle():
 
 
 def test_inference_network_matches_oracle():
-    module = networks.InferenceNetwork(hidden_dim=5, dim=4, min_scale=0.25)
+    module = InferenceNetwork(hidden_dim=5, dim=4, min_scale=0.25)
 
     def forward(oracle, x):
         x = relu(oracle.bn(x @ oracle.params["dense"]["kernel"], "bn"))
@@ -239,7 +252,7 @@ def test_inference_network_matches_oracle():
 
 
 def test_projector_without_its_last_batchnorm_matches_oracle():
-    module = networks.Projector(hidden_dims=(8,), embedding_dim=5, normalize_output=False)
+    module = Projector(hidden_dims=(8,), embedding_dim=5, normalize_output=False)
 
     def forward(oracle, x):
         x = relu(oracle.bn(x @ oracle.params["dense1"]["kernel"], "bn1"))
@@ -256,7 +269,7 @@ def test_predictors_match_oracle():
         return x @ oracle.params[name]["kernel"] + oracle.params[name]["bias"]
 
     check_against_oracle(
-        networks.Predictor(hidden_dim=5, dim=4),
+        Predictor(hidden_dim=5, dim=4),
         normal(5, 9, 4),
         lambda oracle, x: head(oracle, hidden(oracle, x), "out"),
     )
@@ -265,7 +278,7 @@ def test_predictors_match_oracle():
         """Direction and concentration side by side."""
 
         def setup(self):
-            self.network = networks.DirectionalPredictor(hidden_dim=5, dim=4)
+            self.network = DirectionalPredictor(hidden_dim=5, dim=4)
 
         def __call__(self, x, *, train):
             direction, concentration = self.network(x, train=train)
@@ -283,7 +296,7 @@ def test_predictors_match_oracle():
 
 def test_isotropic_and_untied_scales():
     x = normal(6, 9, 4)
-    module = networks.InferenceNetwork(
+    module = InferenceNetwork(
         hidden_dim=5, dim=4, min_scale=0.25, isotropic=True, has_likelihood_scale=True
     )
     variables = random_variables(module, x)
@@ -302,7 +315,7 @@ def test_isotropic_and_untied_scales():
     start: Any = module.apply(module.init(jax.random.key(0), x, train=False), x, train=False)
     np.testing.assert_allclose(start.posterior_scale, 1.0, rtol=1e-6)
     np.testing.assert_allclose(start.likelihood_scale, 1.0, rtol=1e-6)
-    tied = networks.InferenceNetwork(hidden_dim=5, dim=4)
+    tied = InferenceNetwork(hidden_dim=5, dim=4)
     variables = tied.init(jax.random.key(0), x, train=False)
     posterior = tied.apply(variables, x, train=False)
     assert posterior.likelihood_scale is None
@@ -311,13 +324,13 @@ def test_isotropic_and_untied_scales():
 @pytest.mark.parametrize(
     ("head", "module", "output"),
     [
-        ("vector", networks.Predictor, jax.Array),
-        ("direction", networks.DirectionalPredictor, networks.DirectionalPrediction),
+        ("vector", Predictor, jax.Array),
+        ("direction", DirectionalPredictor, DirectionalPrediction),
         ("none", None, type(None)),
     ],
 )
 def test_heads_of_other_methods(head, module, output):
-    model = networks.make_model(**arguments(head=head, projector_normalizes_output=False))
+    model = joint.make_model(**arguments(head=head, projector_normalizes_output=False))
     x = normal(0, 2, 8, 8, 3)
     variables: Any = model.init(jax.random.key(0), x, train=True)
     assert set(variables["params"]) == {"backbone", "projector"} | ({"head"} if module else set())
@@ -330,7 +343,7 @@ def test_heads_of_other_methods(head, module, output):
 
 def test_vit_matches_oracle():
     size, heads, patch = 8, 2, 2
-    module = networks.ViT(patch_size=patch, hidden_size=size, depth=2, num_heads=heads)
+    module = ViT(patch_size=patch, hidden_size=size, depth=2, num_heads=heads)
     images = normal(6, 2, 4, 6, 3)
     params = random_variables(module, images)["params"]
 
@@ -379,7 +392,7 @@ def test_vit_matches_oracle():
 
 def test_sincos_position_embedding_matches_its_formula():
     rows, columns, dim = 3, 5, 12
-    table = networks.sincos_position_embedding(rows, columns, dim=dim, max_period=100.0)
+    table = sincos_position_embedding(rows, columns, dim=dim, max_period=100.0)
     assert table.shape == (rows * columns, dim)
     assert table.dtype == np.float32
     for i in range(rows):
@@ -402,19 +415,19 @@ def test_vit_takes_images_of_any_size_with_the_same_parameters():
 
 def count(module, size):
     variables = abstract_variables(module, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    return networks.parameter_count(variables["params"])
+    return joint.parameter_count(variables["params"])
 
 
 @pytest.mark.parametrize(
     ("build", "stem", "expected"),
     [
         # torchvision's totals less the classifier (512 * 1000 + 1000, or 2048 * 1000 + 1000).
-        (networks.resnet18, "imagenet", 11_689_512 - 513_000),
-        (networks.resnet34, "imagenet", 21_797_672 - 513_000),
-        (networks.resnet50, "imagenet", 25_557_032 - 2_049_000),
+        (resnet18, "imagenet", 11_689_512 - 513_000),
+        (resnet34, "imagenet", 21_797_672 - 513_000),
+        (resnet50, "imagenet", 25_557_032 - 2_049_000),
         # The 3x3 stem replaces the 7x7 one.
-        (networks.resnet18, "cifar", 11_176_512 - 7 * 7 * 3 * 64 + 3 * 3 * 3 * 64),
-        (networks.resnet50, "cifar", 23_508_032 - 7 * 7 * 3 * 64 + 3 * 3 * 3 * 64),
+        (resnet18, "cifar", 11_176_512 - 7 * 7 * 3 * 64 + 3 * 3 * 3 * 64),
+        (resnet50, "cifar", 23_508_032 - 7 * 7 * 3 * 64 + 3 * 3 * 3 * 64),
     ],
 )
 def test_resnet_parameter_counts(build, stem, expected):
@@ -423,7 +436,7 @@ def test_resnet_parameter_counts(build, stem, expected):
 
 @pytest.mark.parametrize(
     ("build", "dim", "deit_total"),
-    [(networks.vit_tiny, 192, 5_524_416), (networks.vit_small, 384, 21_665_664)],
+    [(vit_tiny, 192, 5_524_416), (vit_small, 384, 21_665_664)],
 )
 def test_vit_parameter_counts(build, dim, deit_total):
     patch_embedding = 16 * 16 * 3 * dim + dim
@@ -438,10 +451,8 @@ def test_vit_parameter_counts(build, dim, deit_total):
 
 def test_simsiam_projector_parameter_count():
     # SimSiam's projector on ResNet-50: three 2048 x 2048 matrices, two affine BatchNorms.
-    variables = abstract_variables(
-        networks.Projector(), jax.ShapeDtypeStruct((1, 2048), jnp.float32)
-    )
-    assert networks.parameter_count(variables["params"]) == 3 * 2048**2 + 2 * 2 * 2048
+    variables = abstract_variables(Projector(), jax.ShapeDtypeStruct((1, 2048), jnp.float32))
+    assert joint.parameter_count(variables["params"]) == 3 * 2048**2 + 2 * 2 * 2048
 
 
 def arguments(**changes):
@@ -483,7 +494,7 @@ def arguments(**changes):
     ],
 )
 def test_make_model_shapes_and_types(backbone, width, features):
-    model = networks.make_model(**arguments(backbone=backbone, width=width, dtype="bfloat16"))
+    model = joint.make_model(**arguments(backbone=backbone, width=width, dtype="bfloat16"))
     images = jax.ShapeDtypeStruct((5, 32, 32, 3), jnp.float32)
     variables = abstract_variables(model, images, train=True)
     assert set(variables) <= {"params", "batch_stats"}
@@ -506,15 +517,15 @@ def test_make_model_shapes_and_types(backbone, width, features):
 
 
 @pytest.mark.parametrize("head", ["posterior", "direction"])
-@pytest.mark.parametrize("head_input", networks.HEAD_INPUTS)
+@pytest.mark.parametrize("head_input", HEAD_INPUTS)
 def test_a_head_that_sees_the_direction_says_the_same_of_every_radius(head, head_input):
-    model = networks.make_model(**arguments(head=head, head_input=head_input))
+    model = joint.make_model(**arguments(head=head, head_input=head_input))
     variables: Any = random_variables(model, jnp.zeros((2, 8, 8, 1)))
     embedding = normal(0, 5, 12)
 
     def prediction(embedding):
         bound: Any = model.bind(variables)
-        features = networks.head_features(embedding, model.head_input)
+        features = head_features(embedding, model.head_input)
         return jax.tree.leaves(bound.head(features, train=False))
 
     near, far = prediction(embedding), prediction(1e3 * embedding)
@@ -525,40 +536,36 @@ def test_a_head_that_sees_the_direction_says_the_same_of_every_radius(head, head
 def test_head_features_against_numpy_and_at_the_edges():
     h = np.random.default_rng(0).normal(size=(4, 9)) * np.array([[1e-20], [1.0], [3.0], [1e20]])
     radius = np.linalg.norm(h, axis=1, keepdims=True)
-    features = networks.head_features(jnp.asarray(h, jnp.float32), "direction_and_radius")
+    features = head_features(jnp.asarray(h, jnp.float32), "direction_and_radius")
     expected = [3 * h / radius, 3 * (radius**2 - 9) / (radius**2 + 9)]
     np.testing.assert_allclose(features, np.concatenate(expected, axis=1), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(
-        networks.head_features(jnp.asarray(h), "embedding"), jnp.asarray(h)
-    )
+    np.testing.assert_array_equal(head_features(jnp.asarray(h), "embedding"), jnp.asarray(h))
 
     def total(x):
-        return jnp.sum(networks.head_features(x, "direction_and_radius"))
+        return jnp.sum(head_features(x, "direction_and_radius"))
 
     assert np.all(np.isfinite(jax.grad(total)(jnp.zeros((2, 9)))))
     with pytest.raises(ValueError, match="head_input must be one of"):
-        networks.head_features(jnp.asarray(h), "radius")  # pyright: ignore[reportArgumentType]
+        head_features(jnp.asarray(h), "radius")  # pyright: ignore[reportArgumentType]
 
 
 def test_heads_that_predict_a_vector_see_the_embedding():
-    assert networks.make_model(**arguments(head="vector")).head_input == "embedding"
+    assert joint.make_model(**arguments(head="vector")).head_input == "embedding"
 
 
 def test_make_model_passes_its_arguments_on():
-    model = networks.make_model(**arguments(width=4, dtype="bfloat16"))
-    assert model.backbone == networks.ConvNet(widths=(4, 8, 16), dtype=jnp.bfloat16)
-    assert model.projector == networks.Projector(
-        hidden_dims=(16, 16), embedding_dim=12, dtype=jnp.bfloat16
-    )
-    assert model.head == networks.InferenceNetwork(
+    model = joint.make_model(**arguments(width=4, dtype="bfloat16"))
+    assert model.backbone == ConvNet(widths=(4, 8, 16), dtype=jnp.bfloat16)
+    assert model.projector == Projector(hidden_dims=(16, 16), embedding_dim=12, dtype=jnp.bfloat16)
+    assert model.head == InferenceNetwork(
         hidden_dim=8, dim=12, initial_scale=0.7, min_scale=0.01, dtype=jnp.bfloat16
     )
     assert model.initial_radial_scale == 0.3
 
-    resnet = networks.make_model(**arguments(backbone="resnet34", stem="imagenet")).backbone
-    assert resnet == networks.resnet34(stem="imagenet")
-    vit = networks.make_model(**arguments(backbone="vit_small", patch_size=8)).backbone
-    assert vit == networks.vit_small(patch_size=8)
+    resnet = joint.make_model(**arguments(backbone="resnet34", stem="imagenet")).backbone
+    assert resnet == resnet34(stem="imagenet")
+    vit = joint.make_model(**arguments(backbone="vit_small", patch_size=8)).backbone
+    assert vit == vit_small(patch_size=8)
 
 
 def torch_names(name: str) -> str:
@@ -586,7 +593,7 @@ def test_resnet18_and_its_gradients_are_those_of_the_installed_torchvision():
     for parameter in theirs.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    ours = networks.resnet18(stem="cifar")
+    ours = resnet18(stem="cifar")
     images, weights = normal(20, 8, 16, 16, 3), normal(21, 8, 512)
     out = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2)))
     (out * torch.from_numpy(weights)).sum().backward()
@@ -631,7 +638,7 @@ def test_resnet18_and_its_gradients_are_those_of_the_installed_torchvision():
 def test_block_starts_as_its_shortcut_with_zero_init_residual(bottleneck, stride):
     features = 4
     channels = 4 * features if bottleneck else features
-    module = networks.ResidualBlock(
+    module = ResidualBlock(
         features=features, stride=stride, bottleneck=bottleneck, zero_init_residual=True
     )
     x = normal(7, 2, 4, 4, channels)
@@ -660,9 +667,9 @@ def test_scales_of_batch_norms_start_at_one_but_where_asked(zero_init_residual):
 
 
 def test_initial_kernels_have_the_published_spread():
-    resnet = networks.ResNet(stage_sizes=(1, 1), bottleneck=False, stem="imagenet", width=64)
+    resnet = ResNet(stage_sizes=(1, 1), bottleneck=False, stem="imagenet", width=64)
     params = initialise(resnet, jnp.zeros((1, 8, 8, 3)))["params"]
-    projector = networks.Projector(hidden_dims=(128,), embedding_dim=256)
+    projector = Projector(hidden_dims=(128,), embedding_dim=256)
     projector_params = initialise(projector, jnp.zeros((2, 512)))["params"]
     he = {
         # torchvision's kaiming_normal_(mode="fan_out"): variance 2 / (out * kernel area)
@@ -678,7 +685,7 @@ def test_initial_kernels_have_the_published_spread():
         error = 5 * math.sqrt(2 / kernel.size)
         np.testing.assert_allclose(np.var(kernel), variance, rtol=error, err_msg=name)
 
-    vit = networks.ViT(patch_size=4, hidden_size=64, depth=1, num_heads=2)
+    vit = ViT(patch_size=4, hidden_size=64, depth=1, num_heads=2)
     params = initialise(vit, jnp.zeros((1, 8, 8, 3)))["params"]
     xavier = {
         "patch_embedding": (params["patch_embedding"]["kernel"], 48, 64),
@@ -694,9 +701,7 @@ def test_initial_kernels_have_the_published_spread():
     ("initial_scale", "min_scale"), [(1.0, 1e-3), (1.1e-3, 1e-3), (0.05, 0.0), (80.0, 0.5)]
 )
 def test_posterior_scale_starts_at_initial_scale(initial_scale, min_scale):
-    module = networks.InferenceNetwork(
-        hidden_dim=4, dim=3, initial_scale=initial_scale, min_scale=min_scale
-    )
+    module = InferenceNetwork(hidden_dim=4, dim=3, initial_scale=initial_scale, min_scale=min_scale)
     embedding = normal(8, 16, 3) * np.float32(1e3)
     variables = initialise(module, embedding)
     for train in (False, True):
@@ -837,7 +842,7 @@ def test_bfloat16_multiplies_in_bfloat16_except_in_the_heads(backbone):
 
 
 def test_projector_output_has_unit_variance_and_no_affine():
-    module = networks.Projector(hidden_dims=(16,), embedding_dim=8)
+    module = Projector(hidden_dims=(16,), embedding_dim=8)
     x = normal(14, 64, 12)
     variables = initialise(module, x)
     assert set(variables["params"]) == {"dense1", "bn1", "dense_out"}
@@ -850,7 +855,7 @@ def test_projector_output_has_unit_variance_and_no_affine():
 
 def test_projector_variance_survives_a_nearly_constant_input():
     # Mean 100, standard deviation 0.1: E[x^2] - E[x]^2 in float32 is off by several percent.
-    module = networks.Projector(hidden_dims=(), embedding_dim=4)
+    module = Projector(hidden_dims=(), embedding_dim=4)
     x = 100 + np.float32(0.1) * normal(15, 256, 4)
     variables = initialise(module, x)
     variables = {**variables, "params": {"dense_out": {"kernel": jnp.eye(4)}}}
@@ -886,15 +891,15 @@ def test_projector_variance_survives_a_nearly_constant_input():
 )
 def test_make_model_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        networks.make_model(**arguments(**changes))
+        joint.make_model(**arguments(**changes))
 
 
 @pytest.mark.parametrize("sizes", [(), (8, 0)])
 def test_backbones_refuse_empty_and_zero_sizes(sizes):
     with pytest.raises(ValueError, match="widths must be"):
-        networks.ConvNet(widths=sizes)
+        ConvNet(widths=sizes)
     with pytest.raises(ValueError, match="stage_sizes must be"):
-        networks.ResNet(stage_sizes=sizes, bottleneck=False, stem="cifar")
+        ResNet(stage_sizes=sizes, bottleneck=False, stem="cifar")
 
 
 @pytest.mark.parametrize("backbone", TINY_BACKBONES.values(), ids=TINY_BACKBONES)
@@ -914,10 +919,10 @@ def test_vit_refuses_sides_that_patches_do_not_tile(shape):
 @pytest.mark.parametrize(
     "module",
     [
-        networks.Projector(hidden_dims=(4,), embedding_dim=4),
-        networks.InferenceNetwork(hidden_dim=4, dim=4),
-        networks.Predictor(hidden_dim=4, dim=4),
-        networks.DirectionalPredictor(hidden_dim=4, dim=4),
+        Projector(hidden_dims=(4,), embedding_dim=4),
+        InferenceNetwork(hidden_dim=4, dim=4),
+        Predictor(hidden_dim=4, dim=4),
+        DirectionalPredictor(hidden_dim=4, dim=4),
     ],
     ids=["projector", "posterior", "vector", "direction"],
 )
@@ -961,7 +966,7 @@ def scalar_of_training(model, images):
 def test_forward_mode_of_every_network_agrees_with_reverse_mode(backbone, width, head):
     options = arguments(backbone=backbone, width=width, head=head)
     plain, fused = (
-        networks.make_model(**{**options, "batch_norm": kind}) for kind in ("plain", "fused")
+        joint.make_model(**{**options, "batch_norm": kind}) for kind in ("plain", "fused")
     )
     images = normal(0, 4, 16, 16, 3)
     forward, params = scalar_of_training(plain, images)

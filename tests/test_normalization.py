@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from jax import Array
 
-from jevb_jax import normalization
+from jevb_jax.networks import batch_norm
+from jevb_jax.networks.batch_norm import BatchNorm
 
 EPSILON = 1e-5
 SHAPE = (6, 5, 4, 7)
@@ -34,7 +35,7 @@ def plain(x: Array, shortcut: Array | None, scale: Array, bias: Array, *, relu: 
 
 
 def ours(x: Array, shortcut: Array | None, scale: Array, bias: Array, *, relu: bool) -> Any:
-    return normalization.batch_norm(x, shortcut, scale, bias, EPSILON, relu)
+    return batch_norm.batch_norm(x, shortcut, scale, bias, EPSILON, relu)
 
 
 def inputs(has_shortcut: bool, *, mean: float = 0.3, dtype: Any = np.float32) -> Any:
@@ -157,7 +158,7 @@ def test_second_derivatives_in_reverse_mode():
 def test_module_is_that_of_flax(train, fused, dtype):
     rng = np.random.default_rng(1)
     x, shortcut = (jnp.asarray(rng.normal(size=SHAPE), jnp.float32) for _ in range(2))
-    mine = normalization.BatchNorm(0.8, EPSILON, dtype, fused=fused)
+    mine = BatchNorm(0.8, EPSILON, dtype, fused=fused)
     theirs = nn.BatchNorm(momentum=0.8, epsilon=EPSILON, dtype=dtype)
     variables = mine.init(jax.random.key(0), x, train=True)
     initial = theirs.init(jax.random.key(0), x, use_running_average=False)

@@ -17,7 +17,7 @@ from jevb_jax.evaluation.features import Features
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
 from jevb_jax.images.source import ArraySource
-from jevb_jax.networks import DirectionalPrediction, Posterior
+from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.paper.objective import View
 from jevb_jax.report import tables
 

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from jevb_jax import networks, normalization, parallel, training
+from jevb_jax import parallel, training
 from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.files import lock_directory
 from jevb_jax.images import batch_order, batches
 from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.networks import batch_norm as batch_norm_module
+from jevb_jax.networks import vit
 
 ROOT = Path(__file__).resolve().parent.parent
 # Colour is an image's own business, takes long to compile and has tests of its own.
@@ -51,16 +53,16 @@ def without_kinks(monkeypatch):
     another, and that example's gradient differs by a share that no tolerance of rounding covers (about
     one step in twenty of these networks, 1e-5 to 3e-4 of a bias).
     """
-    batch_norm = normalization.batch_norm
+    batch_norm = batch_norm_module.batch_norm
 
     def smooth(*arguments: Any) -> Any:
         *others, relu = arguments
         outputs: Any = batch_norm(*others, False)
         y, *statistics = outputs
-        return networks.nn.softplus(y) if relu else y, *statistics
+        return vit.nn.softplus(y) if relu else y, *statistics
 
-    monkeypatch.setattr(normalization, "batch_norm", smooth)  # it has a ReLU of its own
-    monkeypatch.setattr(networks.nn, "relu", networks.nn.softplus)
+    monkeypatch.setattr(batch_norm_module, "batch_norm", smooth)  # it has a ReLU of its own
+    monkeypatch.setattr(vit.nn, "relu", vit.nn.softplus)
 
 
 def wait_for_a_signal() -> None:

@@ -11,7 +11,7 @@ import pytest
 from jevb_jax import methods, training
 from jevb_jax.images import arrays
 from jevb_jax.images.augmentations import ViewAugmentation
-from jevb_jax.networks import make_model
+from jevb_jax.networks.joint import make_model
 from jevb_jax.paper.likelihood import Likelihood
 
 VIEW = ViewAugmentation(

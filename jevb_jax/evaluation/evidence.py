@@ -17,7 +17,7 @@ from jevb_jax.evaluation.uncertainty import RiskCoverage
 from jevb_jax.experiment import Experiment
 from jevb_jax.images import batches
 from jevb_jax.images.source import ImageSource, num_classes
-from jevb_jax.networks import Posterior
+from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings.sections import OodSection
 
 _NUM_GALLERY = 16

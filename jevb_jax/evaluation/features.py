@@ -17,7 +17,7 @@ from jevb_jax.images import augmentations, pixels
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.batches import evaluation_batches
 from jevb_jax.images.source import ImageSource, image_shape
-from jevb_jax.networks import JointEmbeddingModel, ViewOutputs
+from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 
 _ALWAYS_WHOLE = 4096  # batches of at most so many images are filled up however few there are
 

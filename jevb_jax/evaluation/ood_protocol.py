@@ -32,7 +32,8 @@ from jevb_jax.images import batches, corruptions, dataset
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.source import ArraySource, ImageSource, Subset
 from jevb_jax.methods import METHODS
-from jevb_jax.networks import JointEmbeddingModel, Posterior, ViewOutputs
+from jevb_jax.networks.heads import Posterior
+from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.paper import sphere
 from jevb_jax.paper.likelihood import likelihood_scale
 from jevb_jax.paper.objective import View

@@ -18,7 +18,7 @@ from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.experiment import Experiment
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ImageSource
-from jevb_jax.networks import Posterior
+from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings.sections import EvaluationSection, OodSection
 
 Result = dict[str, Any]

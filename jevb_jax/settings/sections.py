@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from jevb_jax import methods, networks
+from jevb_jax import methods
 from jevb_jax.images import dataset, pixels
 from jevb_jax.images.corruptions import CORRUPTIONS, NUM_SEVERITIES
 from jevb_jax.images.pixels import Interpolation
+from jevb_jax.networks import heads
+from jevb_jax.networks.heads import HeadInput
 from jevb_jax.paper import densities, likelihood, mass, objective, sphere
 from jevb_jax.settings.domains import (
     BOOLEAN,
@@ -137,7 +139,7 @@ class ModelSection:
     projector_hidden_dims: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
     projector_normalizes_output: Flag
     embedding_dim: Annotated[int, integer(1)]
-    head_input: Annotated[networks.HeadInput, choice(*networks.HEAD_INPUTS)]
+    head_input: Annotated[HeadInput, choice(*heads.HEAD_INPUTS)]
     head_hidden_dim: Annotated[int, integer(1)]
     initial_scale: Annotated[float, number(0, low_open=True)]
     min_scale: Annotated[float, number(0)]

@@ -1,0 +1,1 @@
+"""Networks: encoders, projector and heads, in Flax Linen."""

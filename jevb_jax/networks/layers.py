@@ -1,0 +1,87 @@
+"""Layers that several networks share, and what is asked of their input."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+# He initialisation. Convolutions as torchvision (kaiming_normal, fan_out); MLPs by fan_in, which
+# keeps the forward variance when hidden widths differ.
+_CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_DENSE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def conv_layer(features: int, size: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
+    # Explicit symmetric padding: with stride 2, "SAME" pads an even image on one side only, unlike
+    # torchvision.
+    """A convolution without bias, initialized as in residual networks."""
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding=((size // 2, size // 2),) * 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=_CONV_INIT,
+        name=name,
+    )
+
+
+def dense_layer(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+    """A dense layer, initialized as all of ours."""
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_DENSE_INIT, name=name)
+
+
+def mlp_batch_norm(
+    dtype: DTypeLike, momentum: float, epsilon: float, name: str, *, affine: bool = True
+) -> nn.BatchNorm:
+    # E[x^2] - E[x]^2 cancels when features hardly vary, which is what a collapsing embedding does:
+    # here, where arrays are small, take the two-pass variance. Images keep the one-pass one, which
+    # reads their large activations once.
+    """BatchNorm between the layers of a projector or a head."""
+    return nn.BatchNorm(
+        momentum=momentum,
+        epsilon=epsilon,
+        dtype=dtype,
+        use_scale=affine,
+        use_bias=affine,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """Mean over height and width, `[N, C]`."""
+    return x.astype(jnp.float32).mean(axis=(1, 2))
+
+
+def check_sizes(**sizes: int | Sequence[int]) -> None:
+    """Refuses sizes that are not positive, by their names."""
+    for name, size in sizes.items():
+        values = (size,) if isinstance(size, int) else tuple(size)
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_images(images: jax.Array) -> None:
+    """Refuses what is no `[N, H, W, C]` of a float type."""
+    if images.ndim != 4:
+        raise ValueError(f"images must be [batch, height, width, channels], got {images.shape}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images must be floating point, got {images.dtype}; normalise them first "
+            "(jevb_jax.augmentations)"
+        )
+
+
+def check_features(x: jax.Array, *, train: bool) -> None:
+    """Refuses what is no `[N, F]`, and a single example in training."""
+    if x.ndim != 2:
+        raise ValueError(f"expected [batch, features], got {x.shape}")
+    if train and x.shape[0] < 2:
+        raise ValueError(
+            f"BatchNorm needs at least 2 examples in a training batch, got {x.shape[0]}: enlarge "
+            "the batch, or use train=False"
+        )

@@ -1,0 +1,177 @@
+"""Vision transformers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jevb_jax.networks.layers import check_images, check_sizes
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block: self-attention, then a GELU MLP, each added to its input.
+
+    Attributes:
+        num_heads: heads; must divide the input's width.
+        mlp_dim: hidden width of the MLP.
+        dtype: compute type; attention weights are normalised in float32.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps `[batch, num_tokens, hidden_size]` to the same shape."""
+        batch, num_tokens, hidden_size = tokens.shape
+        heads = (batch, num_tokens, self.num_heads, hidden_size // self.num_heads)
+
+        x = self._layer_norm("attention_norm")(tokens)
+        query = self._dense(hidden_size, "query")(x).reshape(heads)
+        # Softmax ignores what all keys share, so a key bias has zero gradient: noise that Adam
+        # would amplify.
+        key = self._dense(hidden_size, "key", use_bias=False)(x).reshape(heads)
+        value = self._dense(hidden_size, "value")(x).reshape(heads)
+        x = jax.nn.dot_product_attention(query, key, value).reshape(tokens.shape)
+        tokens = tokens + self._dense(hidden_size, "attention_out")(x)
+
+        x = self._layer_norm("mlp_norm")(tokens)
+        x = nn.gelu(self._dense(self.mlp_dim, "mlp_in")(x))
+        return tokens + self._dense(hidden_size, "mlp_out")(x)
+
+    def _layer_norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
+
+    def _dense(self, features: int, name: str, *, use_bias: bool = True) -> nn.Dense:
+        return nn.Dense(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name=name,
+        )
+
+
+class ViT(nn.Module):
+    """Vision transformer (arXiv 2010.11929), in the plain form of Beyer et al. (arXiv 2205.01580).
+
+    Positions are fixed 2-D sine-cosine embeddings and the output is the mean over tokens, with no
+    class token: no parameter depends on the image's size, so smaller crops go through the same
+    network. Gains of the final LayerNorm are learned but it has no bias: the projector's BatchNorm
+    would remove it, leaving it a random walk under Adam and an arbitrary offset in the
+    representation. With a class token, learned positions at 224 pixels and the two kinds of bias
+    left out, the parameter counts would be those of DeiT-Ti/16 and DeiT-S/16.
+
+    Attributes:
+        patch_size: side of a square patch, pixels.
+        hidden_size: token width; a multiple of `num_heads` and of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `hidden_size`.
+        dtype: compute type.
+
+    Raises:
+        ValueError: a size below one, or `hidden_size` not divisible as above; when called, an image
+            whose sides `patch_size` does not divide.
+    """
+
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: int = 4
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+        )
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads = {self.num_heads} and of 4 "
+                f"(sine and cosine on two axes), got {self.hidden_size}"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images `[batch, h, w, c]` to representations `[batch, hidden_size]`, float32.
+
+        `train` changes nothing (neither BatchNorm nor dropout) and is there so that all backbones
+        are called alike.
+        """
+        del train
+        check_images(images)
+        batch, height, width, channels = images.shape
+        size = self.patch_size
+        if height % size or width % size:
+            raise ValueError(
+                f"patch_size = {size} must divide the image's sides, got {height}x{width}; "
+                "resize or crop the images, or choose another patch_size"
+            )
+        rows, columns = height // size, width // size
+        # A strided convolution written as a matrix product, so that the initialiser sees the fans
+        # of MoCo v3.
+        patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+        patches = patches.reshape(batch, rows * columns, size * size * channels)
+        tokens = nn.Dense(
+            self.hidden_size,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="patch_embedding",
+        )(patches)
+        positions = sincos_position_embedding(rows, columns, dim=self.hidden_size)
+        tokens = tokens + jnp.asarray(positions[None], self.dtype)
+
+        for index in range(self.depth):
+            tokens = TransformerBlock(
+                num_heads=self.num_heads,
+                mlp_dim=self.mlp_ratio * self.hidden_size,
+                dtype=self.dtype,
+                name=f"block{index + 1}",
+            )(tokens)
+        tokens = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=jnp.float32, name="final_norm")(
+            tokens
+        )
+        return tokens.mean(axis=1)
+
+
+def vit_tiny(*, hidden_size: int = 192, num_heads: int = 3, depth: int = 12, **kwargs: Any) -> ViT:
+    """ViT-Tiny: width 192, 3 heads, 12 blocks; `kwargs` are `ViT`'s other attributes."""
+    return ViT(hidden_size=hidden_size, num_heads=num_heads, depth=depth, **kwargs)
+
+
+def vit_small(*, hidden_size: int = 384, num_heads: int = 6, depth: int = 12, **kwargs: Any) -> ViT:
+    """ViT-Small: width 384, 6 heads, 12 blocks; `kwargs` are `ViT`'s other attributes."""
+    return ViT(hidden_size=hidden_size, num_heads=num_heads, depth=depth, **kwargs)
+
+
+def sincos_position_embedding(
+    rows: int, columns: int, *, dim: int, max_period: float = 10_000.0
+) -> np.ndarray:
+    """Fixed 2-D sine-cosine position embedding of a grid of patches (MoCo v3, arXiv 2104.02057).
+
+    With frequencies `w_k = max_period**(-k / (dim/4))`, `k = 0 ... dim/4 - 1`, the patch in row `i`
+    and column `j` gets `[sin(j w), cos(j w), sin(i w), cos(i w)]`. A constant, computed in float64.
+
+    Args:
+        rows: number of patches down.
+        columns: number of patches across.
+        dim: width of the embedding, a multiple of 4.
+        max_period: bound of the slowest period over 2 pi, in patches.
+
+    Returns:
+        `[rows * columns, dim]` float32, row by row.
+    """
+    frequencies = max_period ** (-np.arange(dim // 4) / (dim // 4))
+    row, column = np.indices((rows, columns)).reshape(2, -1, 1) * frequencies
+    parts = [np.sin(column), np.cos(column), np.sin(row), np.cos(row)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
