@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jevb_jax import files
+from jevb_jax.runs import files
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 

@@ -22,10 +22,11 @@ import jax
 import numpy as np
 
 from configs import default
-from jevb_jax import experiment, files
+from jevb_jax import experiment
 from jevb_jax.evaluation import classification, features, ood_protocol
 from jevb_jax.images import augmentations
 from jevb_jax.images.source import ArraySource
+from jevb_jax.runs import files
 
 
 def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:

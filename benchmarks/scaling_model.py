@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from configs import imagenet
-from jevb_jax import files
 from jevb_jax.networks import joint
 from jevb_jax.networks.joint import JointEmbeddingModel
+from jevb_jax.runs import files
 
 # Assumptions.
 MODEL_FLOPS_UTILISATION = 0.3  # share of the bfloat16 peak; BatchNorm networks are bound by memory

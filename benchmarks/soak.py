@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jevb_jax.checkpoints import Checkpointer
-from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.runs.metrics_log import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 from configs import digits
 from configs.ood import outside_set
 from jevb_jax import runner
-from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.evaluation import protocol
 from jevb_jax.evaluation.evidence import embedding_map
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
@@ -33,6 +32,7 @@ from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.images import batches, corruptions
 from jevb_jax.images import shapes as shapes_module
 from jevb_jax.report import figures
+from jevb_jax.runs.checkpoints import Checkpointer
 
 SEVERITIES = (1, 3, 5)
 CORRUPTIONS = ("crop", "rotation", "gaussian_noise", "contrast")

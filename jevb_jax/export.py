@@ -33,12 +33,13 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
-from jevb_jax import archive, blueprint, files, messages
+from jevb_jax import blueprint, messages
 from jevb_jax.compilation import in_single_precision
 from jevb_jax.images import pixels
-from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Model, load, write_model
 from jevb_jax.networks.heads import Posterior
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.metrics_log import standard_output, unbroken
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SERVED = "model.stablehlo"

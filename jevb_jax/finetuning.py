@@ -18,7 +18,7 @@ from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, files, messages, model, training
+from jevb_jax import messages, model, training
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs, network_options
 from jevb_jax.experiment import make_optimizer
 from jevb_jax.images import augmentations, batch_order, batches, workers
@@ -26,8 +26,10 @@ from jevb_jax.images import source as source_module
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.source import ImageSource
-from jevb_jax.metrics_log import standard_output, unbroken
 from jevb_jax.model import Images, Model
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.archive import ArchiveError
+from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import FinetuneSettings
 
@@ -120,7 +122,7 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
     try:
         return Classifier(encoder, safetensors.load(content))
     except ValueError as error:
-        raise archive.ArchiveError(f"{path / CLASSIFIER}: {error}") from error
+        raise ArchiveError(f"{path / CLASSIFIER}: {error}") from error
 
 
 @in_single_precision

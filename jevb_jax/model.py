@@ -23,16 +23,19 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import numpy as safetensors
 
-from jevb_jax import archive, blueprint, data_record, files, methods
+from jevb_jax import blueprint, methods
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import ood, ood_protocol, saved_scores
 from jevb_jax.evaluation.features import FeatureExtractor, Features
+from jevb_jax.images import data_record
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
 from jevb_jax.images.preparation import cut_square
 from jevb_jax.images.source import Subset
-from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
 from jevb_jax.networks.heads import Posterior
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.archive import ArchiveError
+from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
 from jevb_jax.settings import read
 from jevb_jax.settings.saved_config import completed_config, saved_config
 from jevb_jax.settings.sections import RunSettings
@@ -735,7 +738,7 @@ def load_archive(directory: Path, batch_size: int | None = None) -> Model:
     arrays = archive.read_arrays(directory, manifest)
     problems = differences(arrays, flatten_names(wanted), where="export")
     if problems:
-        raise archive.ArchiveError(f"{directory} does not fit its config:\n" + "\n".join(problems))
+        raise ArchiveError(f"{directory} does not fit its config:\n" + "\n".join(problems))
     return Model(
         config,
         unflatten_names(arrays, wanted),
@@ -805,14 +808,12 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: Detector.save writes it")
     manifest = archive.read_manifest(path)
     if "detector" not in manifest:
-        raise archive.ArchiveError(
-            f"{path} holds a model without a detector: Detector.save writes one"
-        )
+        raise ArchiveError(f"{path} holds a model without a detector: Detector.save writes one")
     saved = manifest["detector"]
     arrays = safetensors.load(archive.read_file(path, manifest, DETECTOR))
     model = load_archive(path, batch_size)
     if saved["score"] not in model.score_names():
-        raise archive.ArchiveError(
+        raise ArchiveError(
             f"the detector in {path} is not one of this version: no score {saved['score']!r}"
         )
     try:
@@ -820,15 +821,13 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
         scorer = saved_scores.rebuild(saved["scorer"], arrays)
         return Detector(model, scorer, saved["score"], saved["false_alarm_rate"], threshold)
     except (KeyError, saved_scores.SavedScoreError) as error:
-        raise archive.ArchiveError(
-            f"the detector in {path} is not one of this version: {error}"
-        ) from error
+        raise ArchiveError(f"the detector in {path} is not one of this version: {error}") from error
 
 
 def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     # Orbax and Optax, which an export does without.
-    from jevb_jax.checkpoints import Checkpointer, CheckpointError
     from jevb_jax.experiment import state_shapes
+    from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
 
     if step is not None and not isinstance(step, str):
         step = _whole_number("step", step)

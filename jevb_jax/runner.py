@@ -22,34 +22,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jevb_jax import (
-    archive,
-    data_record,
-    files,
-    health,
-    messages,
-    methods,
-    model,
-    parallel,
-    training,
-)
-from jevb_jax.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
+from jevb_jax import health, messages, methods, model, parallel, training
 from jevb_jax.compilation import in_single_precision, keep_compiled_programs
 from jevb_jax.evaluation import evidence, protocol, readiness
 from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
-from jevb_jax.images import augmentations, batch_order, pixels, workers
+from jevb_jax.images import augmentations, batch_order, data_record, pixels, workers
 from jevb_jax.images.batches import fits_resident, gather, load_resident, stream_batches
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.images.workers import ReadAhead
-from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
-from jevb_jax.named_arrays import differences, flatten_names
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper.likelihood import likelihood_scale
 from jevb_jax.paper.objective import ElboTerms, conditional_elbo
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.array_names import differences, flatten_names
+from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, changed_keys, saved_steps
+from jevb_jax.runs.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 from jevb_jax.settings import read
 from jevb_jax.settings.saved_config import completed_finetune, saved_config, versioned
 from jevb_jax.settings.sections import RunSettings

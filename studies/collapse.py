@@ -30,11 +30,12 @@ import jax.numpy as jnp
 from jax import Array
 from matplotlib.figure import Figure
 
-from jevb_jax import experiment, files, health, methods, training
+from jevb_jax import experiment, health, methods, training
 from jevb_jax.images import batch_order, batches
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper import densities, likelihood, sphere
 from jevb_jax.report import figures
+from jevb_jax.runs import files
 from studies import cifar10_uncertainty
 
 DF = 5.0

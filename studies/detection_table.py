@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from jevb_jax import files
 from jevb_jax.evaluation.ood_protocol import CORRUPTED
 from jevb_jax.report.tables import csv_table, markdown_table
+from jevb_jax.runs import files
 from studies import mistakes_as_messages
 from studies.evidence import read_run
 

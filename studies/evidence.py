@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jevb_jax import files
-from jevb_jax.checkpoints import changed_keys
-from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import changed_keys
+from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings.saved_config import saved_config
 from studies.spec import Measure, PlannedRun, Result, Study
 

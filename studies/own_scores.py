@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax import files, load, model
+from jevb_jax import load, model
 from jevb_jax.evaluation import mixture, ood_protocol
 from jevb_jax.evaluation.ood_metrics import ood_metrics
 from jevb_jax.images import batches
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.paper import mass
+from jevb_jax.runs import files
 from studies import cifar10_uncertainty
 
 # What training images are taken of, and how many of each evaluated set.

@@ -22,10 +22,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from jevb_jax import files, messages, runner
-from jevb_jax.checkpoints import config_hash
+from jevb_jax import messages, runner
 from jevb_jax.compilation import CACHE_VARIABLE
-from jevb_jax.metrics_log import standard_output, unbroken
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import config_hash
+from jevb_jax.runs.files import DirectoryInUseError
+from jevb_jax.runs.metrics_log import standard_output, unbroken
 from studies import figures, mistakes_as_messages, tables
 from studies.evidence import RunData, read_evidence, read_run
 from studies.spec import PlannedRun, Study, load_study
@@ -147,7 +149,7 @@ def _execute(
         start = time.monotonic()
         try:
             _prepare(run)
-        except files.DirectoryInUseError as error:
+        except DirectoryInUseError as error:
             outcome = f"skipped: {error}"
         else:
             with (run.directory / "log.txt").open("a+", encoding="utf-8", errors="replace") as log:

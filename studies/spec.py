@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jevb_jax import files
-from jevb_jax.checkpoints import config_hash
 from jevb_jax.experiment import to_json_values
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.settings import read
 
 

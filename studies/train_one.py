@@ -10,8 +10,9 @@ import sys
 import threading
 from pathlib import Path
 
-from jevb_jax import files, runner
-from jevb_jax.checkpoints import config_hash
+from jevb_jax import runner
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import config_hash
 
 ASKED_CONFIG = "asked_config.json"
 

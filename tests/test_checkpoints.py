@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jevb_jax.checkpoints import (
+from jevb_jax.runs.checkpoints import (
     Checkpointer,
     CheckpointError,
     CheckpointMismatchError,
@@ -120,7 +120,7 @@ def test_save_on_a_full_disk_is_an_error_that_leaves_what_was_there(tmp_path):
     code = """
 import resource, sys
 import jax, numpy as np
-from jevb_jax.checkpoints import Checkpointer, CheckpointError
+from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
 
 checkpointer = Checkpointer(sys.argv[1])
 state = {"w": np.random.default_rng(0).normal(size=100_000)}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, one_class, ood, recipes, transfer
-from jevb_jax import checkpoints, experiment, runner
+from jevb_jax import experiment, runner
+from jevb_jax.runs import checkpoints
 from jevb_jax.settings import saved_config
 
 ROOT = Path(__file__).resolve().parent.parent

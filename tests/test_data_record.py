@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import smoke
-from jevb_jax import data_record, model, runner
-from jevb_jax.data_record import ChangedDataError, changes, fingerprint
+from jevb_jax import model, runner
+from jevb_jax.images import data_record
+from jevb_jax.images.data_record import ChangedDataError, changes, fingerprint
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.image_files import FolderSource
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jevb_jax import files
+from jevb_jax.runs import files
+from jevb_jax.runs.files import DirectoryInUseError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,13 +170,13 @@ def test_a_directory_is_held_until_the_process_ends(tmp_path):
         assert process.stdout.readline() == "held\n"
         message = rf"in use by process {process.pid} on "
         for _ in range(2):  # a refused attempt does not spoil the note of who holds it
-            with pytest.raises(files.DirectoryInUseError, match=message):
+            with pytest.raises(DirectoryInUseError, match=message):
                 files.lock_directory(tmp_path).__enter__()
         process.kill()
     with files.lock_directory(tmp_path):  # nothing stale is left
         holder = f"process {os.getpid()} on {platform.node()}\n"
         assert (tmp_path / ".lock").read_text() == holder  # and nobody of before
-        with pytest.raises(files.DirectoryInUseError), files.lock_directory(tmp_path):
+        with pytest.raises(DirectoryInUseError), files.lock_directory(tmp_path):
             pass
     with files.lock_directory(tmp_path):
         pass

@@ -22,13 +22,13 @@ from jevb_jax import export, finetuning, runner
 from jevb_jax import model as model_module
 from jevb_jax.evaluation import protocol
 from jevb_jax.experiment import to_json_values
-from jevb_jax.files import DirectoryInUseError, lock_directory
 from jevb_jax.images import batches
 from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, image_shape
 from jevb_jax.model import Model, load
+from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.settings import read
 
 ROOT = Path(__file__).resolve().parent.parent

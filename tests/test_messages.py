@@ -19,10 +19,11 @@ from absl import flags
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import command_line, experiment, files, messages, runner
-from jevb_jax.checkpoints import Checkpointer
+from jevb_jax import command_line, experiment, messages, runner
 from jevb_jax.images import batch_order, random_bits
 from jevb_jax.images.source import ArraySource
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import Checkpointer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jevb_jax import metrics_log
-from jevb_jax.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
+from jevb_jax.runs import metrics_log
+from jevb_jax.runs.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 
 event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path):
     # Files may grow to 4 KiB. The events' file, the longer one, is full long before the lines' is.
     code = """
 import pathlib, resource, sys
-from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.runs.metrics_log import MetricsLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 log = MetricsLog(pathlib.Path(sys.argv[1]))
 for step in range(200):
@@ -200,7 +200,7 @@ def test_a_console_of_standard_output_stays_one(monkeypatch):
 def test_standard_output_whose_reader_is_gone_ends_with_the_status_of_the_work():
     code = """
 import sys
-from jevb_jax.metrics_log import standard_output, unbroken
+from jevb_jax.runs.metrics_log import standard_output, unbroken
 console = standard_output()
 with unbroken(console):
     for number in range(1000):

@@ -22,10 +22,9 @@ from rich.console import Console
 
 import jevb_jax
 from configs import smoke
-from jevb_jax import archive, runner
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
-from jevb_jax.checkpoints import CheckpointError, CheckpointMismatchError
+from jevb_jax import runner
 from jevb_jax.evaluation import (
     classification,
     features,
@@ -45,6 +44,8 @@ from jevb_jax.images.source import ArraySource, num_classes
 from jevb_jax.model import Detector, Model, load, load_detector
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
+from jevb_jax.runs.archive import ArchiveError
+from jevb_jax.runs.checkpoints import CheckpointError, CheckpointMismatchError
 from jevb_jax.settings import read
 from tests.conftest import AS_USERS_RUN_IT
 
@@ -490,12 +491,12 @@ def test_a_detector_is_saved_without_a_pickle(untrained, tmp_path):
     content = bytearray((tmp_path / "d" / "detector.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "d" / "detector.safetensors").write_bytes(content)
-    with pytest.raises(archive.ArchiveError, match=r"detector.safetensors is not what was written"):
+    with pytest.raises(ArchiveError, match=r"detector.safetensors is not what was written"):
         load_detector(tmp_path / "d")
     with pytest.raises(FileNotFoundError, match=r"Detector.save writes it"):
         load_detector(tmp_path / "nothing")
     model_module.write_model(untrained.model, tmp_path / "m", manifest={}, extra_files={})
-    with pytest.raises(archive.ArchiveError, match="a model without a detector"):
+    with pytest.raises(ArchiveError, match="a model without a detector"):
         load_detector(tmp_path / "m")
     with pytest.raises(ValueError, match=r"holds a model \(export\)"):
         detector.save(tmp_path / "m")

@@ -16,11 +16,13 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from configs import smoke
-from jevb_jax import files, runner
-from jevb_jax.checkpoints import Checkpointer
+from jevb_jax import runner
 from jevb_jax.images import arrays
 from jevb_jax.images.image_files import FolderSource
-from jevb_jax.metrics_log import MetricsLog
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.runs.files import DirectoryInUseError
+from jevb_jax.runs.metrics_log import MetricsLog
 
 
 class Bucket(DirFileSystem):
@@ -81,7 +83,7 @@ def test_last_to_come_holds_a_bucket(bucket):
         check_first()
         with files.lock_directory(path) as check_second:
             check_second()
-            with pytest.raises(files.DirectoryInUseError, match="was taken over by process"):
+            with pytest.raises(DirectoryInUseError, match="was taken over by process"):
                 check_first()
 
 
@@ -137,7 +139,7 @@ def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
         original(self, state)
 
     monkeypatch.setattr(runner._Run, "save", take_over)
-    with pytest.raises(files.DirectoryInUseError, match="process 7 elsewhere"):
+    with pytest.raises(DirectoryInUseError, match="process 7 elsewhere"):
         runner.train(config, "gs://x/cut")
     assert runner.train(config, "gs://x/cut")
     whole, cut = (bucket / "x" / name for name in ("whole", "cut"))

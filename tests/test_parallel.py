@@ -18,13 +18,13 @@ import pytest
 
 from configs import smoke
 from jevb_jax import parallel, training
-from jevb_jax.checkpoints import Checkpointer
 from jevb_jax.experiment import Experiment, build_experiment
-from jevb_jax.files import lock_directory
 from jevb_jax.images import batch_order, batches
-from jevb_jax.metrics_log import MetricsLog
 from jevb_jax.networks import batch_norm as batch_norm_module
 from jevb_jax.networks import vit
+from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.runs.files import lock_directory
+from jevb_jax.runs.metrics_log import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
 # Colour is an image's own business, takes long to compile and has tests of its own.

@@ -21,13 +21,14 @@ import pytest
 from rich.console import Console
 
 from configs import finetune_digits, smoke, transfer
-from jevb_jax import files, health, parallel, runner, training
-from jevb_jax.checkpoints import Checkpointer
+from jevb_jax import health, parallel, runner, training
 from jevb_jax.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.images import batches
 from jevb_jax.images.source import ArraySource
-from jevb_jax.metrics_log import MetricsLog
 from jevb_jax.model import load
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings import read
 from tests.conftest import AS_USERS_RUN_IT
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, ood, smoke, transfer
-from jevb_jax import checkpoints, experiment, finetuning, runner
+from jevb_jax import experiment, finetuning, runner
 from jevb_jax.evaluation import readiness
 from jevb_jax.images.source import ArraySource
+from jevb_jax.runs import checkpoints
 from jevb_jax.settings import read
 
 INF, NAN = math.inf, math.nan

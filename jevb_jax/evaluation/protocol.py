@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jevb_jax import files
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
@@ -19,6 +18,7 @@ from jevb_jax.experiment import Experiment
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ImageSource
 from jevb_jax.networks.heads import Posterior
+from jevb_jax.runs import files
 from jevb_jax.settings.sections import EvaluationSection, OodSection
 
 Result = dict[str, Any]

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax import files
 from jevb_jax.evaluation import ood_protocol, protocol
 from jevb_jax.experiment import Experiment
 from jevb_jax.images import corruptions
 from jevb_jax.images.source import ImageSource, image_shape
+from jevb_jax.runs import files
 
 
 def check(experiment: Experiment) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jevb_jax.files import to_path
 from jevb_jax.images.source import ArraySource, check_images
+from jevb_jax.runs.files import to_path
 
 # What NumPy and zipfile raise on damaged files.
 _DAMAGED_ZIP = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jevb_jax.files import to_path
 from jevb_jax.images import pictures
 from jevb_jax.images.arrays import arrays, digits
 from jevb_jax.images.image_files import FolderSource, ImageListSource
@@ -22,6 +21,7 @@ from jevb_jax.images.random_bits import (
 from jevb_jax.images.shapes import shapes
 from jevb_jax.images.source import ImageSource, Subset, image_shape, num_classes
 from jevb_jax.images.tfds import TfdsSource
+from jevb_jax.runs.files import to_path
 
 SOURCES = ("digits", "shapes", "arrays", "folder", "tfds")
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jevb_jax.files import is_remote, to_path
+from jevb_jax.runs.files import is_remote, to_path
 
 
 class ImageSource(Protocol):

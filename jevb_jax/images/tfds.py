@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jevb_jax.files import to_path
 from jevb_jax.images import pictures
 from jevb_jax.images.source import checked_labels
+from jevb_jax.runs.files import to_path
 
 
 class TfdsSource:

@@ -15,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import files, runner
-from jevb_jax.checkpoints import config_hash
+from jevb_jax import runner
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import config_hash
+from jevb_jax.runs.files import DirectoryInUseError
 from studies import run
 from studies.evidence import read_run
 from studies.spec import Study
@@ -268,7 +270,7 @@ def test_a_second_ctrl_c_ends_the_study_and_its_children_at_once(tmp_path, stubb
 def test_two_studies_in_one_directory(tmp_path, stubbed):
     with (
         files.lock_directory(tmp_path),
-        pytest.raises(files.DirectoryInUseError, match="in use by process"),
+        pytest.raises(DirectoryInUseError, match="in use by process"),
     ):
         execute(tiny("a"), tmp_path)
 
@@ -276,7 +278,7 @@ def test_two_studies_in_one_directory(tmp_path, stubbed):
 def test_training_in_a_directory_in_use_is_refused_and_changes_nothing(tmp_path):
     with (
         files.lock_directory(tmp_path),
-        pytest.raises(files.DirectoryInUseError, match="in use by process"),
+        pytest.raises(DirectoryInUseError, match="in use by process"),
     ):
         runner.train(smoke.get_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

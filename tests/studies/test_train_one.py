@@ -12,9 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import smoke
-from jevb_jax import files, runner
-from jevb_jax.checkpoints import config_hash
+from jevb_jax import runner
 from jevb_jax.experiment import to_json_values
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import config_hash
+from jevb_jax.runs.files import DirectoryInUseError
 from studies.train_one import ASKED_CONFIG, train_one
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +51,7 @@ def test_it_trains_what_the_study_asked_for(tmp_path, asked, monkeypatch):
         (ImportError("no such module"), False),
         (ValueError("bad setting"), False),
         (MemoryError(), False),
-        (files.DirectoryInUseError("in use"), False),
+        (DirectoryInUseError("in use"), False),
     ],
 )
 def test_only_numbers_that_are_not_finite_are_a_result(

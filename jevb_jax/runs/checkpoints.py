@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 from orbax.checkpoint import checkpoint_managers
 
-from jevb_jax import files
-from jevb_jax.named_arrays import differences, flatten_names, unflatten_names
+from jevb_jax.runs import files
+from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
 
 State = TypeVar("State")
 _FORMAT = 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jevb_jax import files
+from jevb_jax.runs import files
 
 FORMAT = 1
 MANIFEST = "model.json"

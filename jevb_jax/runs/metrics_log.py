@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jevb_jax import files
+from jevb_jax.runs import files
 
 _PLAIN_LINE_SECONDS = 15.0
 

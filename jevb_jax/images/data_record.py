@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jevb_jax import files
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 from jevb_jax.images.shapes import ShapesSource
 from jevb_jax.images.source import ArraySource, ImageSource, Subset
 from jevb_jax.images.tfds import TfdsSource
+from jevb_jax.runs import files
 
 FILE = "data.json"
 _FORMAT = 1
