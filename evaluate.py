@@ -9,7 +9,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jevb_jax import command_line, runner
+from jevb_jax import command_line, commands
+from jevb_jax.settings import run_config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of train.py.", required=True)
 _STEP = flags.DEFINE_integer(
@@ -37,16 +38,16 @@ flags.adopt_module_key_flags(command_line)  # --help shows them too
 
 def evaluate() -> None:
     """Evaluates the run on its own data, or on others."""
-    config: Any = runner.load_config(_WORKDIR.value)
+    config: Any = run_config.load_config(_WORKDIR.value)
     if _DATA.value is not None:
         if _OOD.value is not None:
             raise ValueError("give --data or --ood: on other data nothing is detected")
-        runner.evaluate_on(config, _DATA.value, _WORKDIR.value, step=_STEP.value)
+        commands.evaluate_on(config, _DATA.value, _WORKDIR.value, step=_STEP.value)
         return
     if _OOD.value is not None:
         config.ood = _OOD.value
     config.input.accept_changed_data = _ACCEPT.value
-    runner.evaluate(config, _WORKDIR.value, step=_STEP.value)
+    commands.evaluate(config, _WORKDIR.value, step=_STEP.value)
 
 
 def main(argv: list[str]) -> None:

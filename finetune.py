@@ -4,7 +4,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jevb_jax import command_line, experiment, finetuning
+from jevb_jax import command_line, finetuning
+from jevb_jax.training import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config of the fine-tune.", lock_config=True

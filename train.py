@@ -4,7 +4,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jevb_jax import command_line, runner
+from jevb_jax import command_line, commands
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -15,7 +15,7 @@ flags.adopt_module_key_flags(command_line)  # --help shows them too
 
 def main(argv: list[str]) -> None:
     """Runs the flags."""
-    command_line.run(argv, lambda: runner.train(_CONFIG.value, _WORKDIR.value))
+    command_line.run(argv, lambda: commands.train(_CONFIG.value, _WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ import numpy as np
 
 from benchmarks import measure
 from configs import default
-from jevb_jax import experiment
-from jevb_jax.compilation import network_options
+from jevb_jax.training import experiment
+from jevb_jax.training.experiment import Experiment
+from jevb_jax.xla_options import network_options
 
 MIB = 2.0**20
 
 
-def _experiment(arguments: argparse.Namespace, settings: dict[str, int]) -> experiment.Experiment:
+def _experiment(arguments: argparse.Namespace, settings: dict[str, int]) -> Experiment:
     config: Any = default.get_config()
     config.data.source = "shapes"
     config.data.num_train_examples = 2 * settings["batch"] + 256  # above every k of k-NN

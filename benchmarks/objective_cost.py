@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from jevb_jax.compilation import network_options
 from jevb_jax.networks.resnet import ResNet
 from jevb_jax.paper import baselines, objective
 from jevb_jax.paper.likelihood import Likelihood
+from jevb_jax.xla_options import network_options
 
 LIKELIHOOD = Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 FEWEST_ARRAYS = 10  # six read, four written

@@ -22,14 +22,15 @@ import jax
 import numpy as np
 
 from configs import default
-from jevb_jax import experiment
 from jevb_jax.evaluation import classification, features, ood_protocol
 from jevb_jax.images import augmentations
 from jevb_jax.images.source import ArraySource
 from jevb_jax.runs import files
+from jevb_jax.training import experiment
+from jevb_jax.training.experiment import Experiment
 
 
-def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:
+def _experiment(arguments: argparse.Namespace) -> Experiment:
     config: Any = default.get_config()
     config.data.source = "shapes"
     config.data.num_train_examples = arguments.num_fit_images

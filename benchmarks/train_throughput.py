@@ -40,9 +40,10 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10, recipes
-from jevb_jax import experiment, training
-from jevb_jax.compilation import network_options
 from jevb_jax.images import augmentations, batch_order, batches
+from jevb_jax.training import experiment, step
+from jevb_jax.training.experiment import Experiment
+from jevb_jax.xla_options import network_options
 
 PUBLISHED_HEAD_DIM = 2048
 
@@ -121,7 +122,7 @@ class StepTimer:
       flops: of a step, counted.
     """
 
-    def __init__(self, made: experiment.Experiment, *, num_steps: int, steps_per_dispatch: int):
+    def __init__(self, made: Experiment, *, num_steps: int, steps_per_dispatch: int):
         """Compiles and places the images.
 
         Args:
@@ -147,7 +148,7 @@ class StepTimer:
             seed=0,
         )
         self._step = 0
-        self._chunk = training.make_train_chunk(made.train_step)
+        self._chunk = step.make_train_chunk(made.train_step)
         shape = (made.config["train"]["batch_size"], *self._images.shape[1:])
         self.flops = measure.counted_flops(
             made.train_step, self._state, jax.ShapeDtypeStruct(shape, jnp.uint8), self._key
@@ -172,7 +173,7 @@ class StepTimer:
 
 
 def part_timers(
-    made: experiment.Experiment, arguments: argparse.Namespace
+    made: Experiment, arguments: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
     """The parts alone.
 

@@ -7,9 +7,9 @@ The scripts read a `--config` that ends in .json by this file.
 
 from ml_collections import ConfigDict
 
-from jevb_jax import runner
+from jevb_jax.settings import run_config
 
 
 def get_config(path: str) -> ConfigDict:
     """Returns the settings of a `config.json`; those it does not have are as they were then."""
-    return runner.read_config(path)
+    return run_config.read_config(path)

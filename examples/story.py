@@ -24,15 +24,15 @@ from matplotlib.figure import Figure
 
 from configs import digits
 from configs.ood import outside_set
-from jevb_jax import runner
+from jevb_jax import commands
 from jevb_jax.evaluation import protocol
 from jevb_jax.evaluation.evidence import embedding_map
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
-from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.images import batches, corruptions
 from jevb_jax.images import shapes as shapes_module
 from jevb_jax.report import figures
 from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.training.experiment import Experiment, build_experiment
 
 SEVERITIES = (1, 3, 5)
 CORRUPTIONS = ("crop", "rotation", "gaussian_noise", "contrast")
@@ -206,7 +206,7 @@ def tell(out: Path, *, num_epochs: int) -> None:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     config = story_config(num_epochs)
-    if not runner.train(config, out / "run"):
+    if not commands.train(config, out / "run"):
         return  # a signal stopped it; the same command goes on
     (out / "1_views.png").write_bytes((out / "run" / "views.png").read_bytes())
     (out / "2_training.png").write_bytes((out / "run" / "curves.png").read_bytes())

@@ -33,13 +33,14 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
-from jevb_jax import blueprint, messages
-from jevb_jax.compilation import in_single_precision
+from jevb_jax import messages
 from jevb_jax.images import pixels
 from jevb_jax.model import Model, load, write_model
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.metrics_log import standard_output, unbroken
+from jevb_jax.training import from_settings
+from jevb_jax.xla_options import in_single_precision
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SERVED = "model.stablehlo"
@@ -56,7 +57,7 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
       "posterior_mean" and "posterior_scale", `[b, D]`; float32. Images of any size are prepared as in
       `Model`; of those that have to be resized, a level may differ by one of 255 (`cut_levels`).
     """
-    view = blueprint.view_augmentations(model.settings.augmentation)[0]
+    view = from_settings.view_augmentations(model.settings.augmentation)[0]
 
     def center_view(image: Array) -> Array:
         if model.square_size:

@@ -18,9 +18,7 @@ from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import messages, model, training
-from jevb_jax.compilation import in_single_precision, keep_compiled_programs, network_options
-from jevb_jax.experiment import make_optimizer
+from jevb_jax import messages, model
 from jevb_jax.images import augmentations, batch_order, batches, workers
 from jevb_jax.images import source as source_module
 from jevb_jax.images.augmentations import ViewAugmentation
@@ -32,6 +30,9 @@ from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import FinetuneSettings
+from jevb_jax.training import optimizers
+from jevb_jax.training.experiment import make_optimizer
+from jevb_jax.xla_options import in_single_precision, keep_compiled_programs, network_options
 
 CLASSIFIER = "classifier.safetensors"
 RESULTS = "results.json"
@@ -251,7 +252,7 @@ def _train(
         "feature_mean": features.mean(axis=0),
         "feature_std": np.where(std > 1e-6 * np.abs(features).max(), std, 1).astype(np.float32),
     }
-    schedule = training.make_schedule(
+    schedule = optimizers.make_schedule(
         learning_rate=settings.optimizer.learning_rate,
         warmup_steps=round(settings.optimizer.warmup_epochs * steps_per_epoch),
         num_steps=num_steps,

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import numpy as safetensors
 
-from jevb_jax import blueprint, methods
-from jevb_jax.compilation import in_single_precision, keep_compiled_programs
+from jevb_jax import methods
 from jevb_jax.evaluation import ood, ood_protocol, saved_scores
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.images import data_record
@@ -39,6 +38,8 @@ from jevb_jax.runs.array_names import differences, flatten_names, unflatten_name
 from jevb_jax.settings import read
 from jevb_jax.settings.saved_config import completed_config, saved_config
 from jevb_jax.settings.sections import RunSettings
+from jevb_jax.training import from_settings
+from jevb_jax.xla_options import in_single_precision, keep_compiled_programs
 
 _T = TypeVar("_T")
 
@@ -133,8 +134,8 @@ class Model:
         self.config = config
         self.settings = read.saved_settings(config)
         self.step = _whole_number("step", step)
-        self.network = blueprint.make_network(self.settings)
-        self._view = blueprint.view_augmentations(self.settings.augmentation)[0]
+        self.network = from_settings.make_network(self.settings)
+        self._view = from_settings.view_augmentations(self.settings.augmentation)[0]
         self.image_size = self._view.size
         self.num_channels = len(self._view.mean)
         self.square_size = _whole_number(
@@ -409,7 +410,7 @@ class Model:
             if has_terms:
                 terms = ood_protocol.jevb_terms_settings(
                     self.network,
-                    blueprint.jevb_settings(self.settings, steps_per_epoch=0),
+                    from_settings.jevb_settings(self.settings, steps_per_epoch=0),
                     self.settings.ood,
                     augmentation=self._view,
                 )
@@ -656,7 +657,7 @@ def load(
     Strict: every array must be there, none may be left over, shapes and types must fit the config, and
     the bits must be those that were saved. Of a run with averaged parameters (`train.ema_decay`), the
     average is loaded, as in evaluation. The data of the run are not read. From here on, the process
-    keeps what it compiles (`compilation.keep_compiled_programs`).
+    keeps what it compiles (`xla_options.keep_compiled_programs`).
 
     Args:
       path: directory, here or in an object store.
@@ -699,8 +700,8 @@ def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
     """Settings of a config, refused if this version cannot build networks and views from them."""
     try:
         settings = read.saved_settings(config)
-        blueprint.make_network(settings)
-        blueprint.view_augmentations(settings.augmentation)
+        from_settings.make_network(settings)
+        from_settings.view_augmentations(settings.augmentation)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the config of {where} is of another version of jevb_jax: {error}"
@@ -711,8 +712,8 @@ def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
 @in_single_precision
 def variable_shapes(settings: RunSettings) -> Any:
     """Parameters and running statistics of a run's networks, as shapes and types."""
-    network = blueprint.make_network(settings)
-    view = blueprint.view_augmentations(settings.augmentation)[0]
+    network = from_settings.make_network(settings)
+    view = from_settings.view_augmentations(settings.augmentation)[0]
     image = jax.ShapeDtypeStruct((2, view.size, view.size, len(view.mean)), np.float32)
     return jax.eval_shape(
         lambda key, images: network.init(key, images, train=True), jax.random.key(0), image
@@ -826,8 +827,8 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
 
 def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     # Orbax and Optax, which an export does without.
-    from jevb_jax.experiment import state_shapes
     from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
+    from jevb_jax.training.experiment import state_shapes
 
     if step is not None and not isinstance(step, str):
         step = _whole_number("step", step)
@@ -836,7 +837,7 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     settings = _saved_settings(config, directory)
     if not (directory / "checkpoints").exists():
         raise CheckpointError(f"{directory} holds no checkpoint: train first")
-    view = blueprint.view_augmentations(settings.augmentation)[0]
+    view = from_settings.view_augmentations(settings.augmentation)[0]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -30,12 +30,14 @@ import jax.numpy as jnp
 from jax import Array
 from matplotlib.figure import Figure
 
-from jevb_jax import experiment, health, methods, training
+from jevb_jax import methods
 from jevb_jax.images import batch_order, batches
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper import densities, likelihood, sphere
 from jevb_jax.report import figures
 from jevb_jax.runs import files
+from jevb_jax.training import experiment, health
+from jevb_jax.training.step import make_train_chunk
 from studies import cifar10_uncertainty
 
 DF = 5.0
@@ -153,7 +155,7 @@ def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
     method = functools.partial(split_jevb, directions=directions, scale=scale)
     setup = dataclasses.replace(experiment.build_experiment(config), method=method)
     images = jax.device_put(batches.load_resident(setup.dataset.train))
-    chunk = training.make_train_chunk(setup.train_step)
+    chunk = make_train_chunk(setup.train_step)
     state, rows = setup.initial_state(), []
     for step in range(num_steps):
         indices = batch_order.batch_indices(

@@ -22,12 +22,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from jevb_jax import messages, runner
-from jevb_jax.compilation import CACHE_VARIABLE
-from jevb_jax.runs import files
+from jevb_jax import messages
+from jevb_jax.runs import files, result_files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.runs.files import DirectoryInUseError
 from jevb_jax.runs.metrics_log import standard_output, unbroken
+from jevb_jax.training import resume
+from jevb_jax.training.loop import NonFiniteError
+from jevb_jax.training.resume import ChangedConfigError
+from jevb_jax.xla_options import CACHE_VARIABLE
 from studies import figures, mistakes_as_messages, tables
 from studies.evidence import RunData, read_evidence, read_run
 from studies.spec import PlannedRun, Study, load_study
@@ -45,7 +48,7 @@ def _is_done(run: PlannedRun, found: RunData) -> bool:
     failure = found.failure
     return (
         failure is not None
-        and failure["error"] == runner.NonFiniteError.__name__
+        and failure["error"] == NonFiniteError.__name__
         and failure["config_hash"] == config_hash(run.config)
     )
 
@@ -61,10 +64,10 @@ def _to_do(plan: Sequence[PlannedRun]) -> list[PlannedRun]:
         f"  {run.directory}, {key}: the run has {old!r}, got {new!r}"
         for run, data in zip(plan, found, strict=True)
         if data.config is not None
-        for key, (old, new) in runner.refused_changes(data.config, run.config).items()
+        for key, (old, new) in resume.refused_changes(data.config, run.config).items()
     ]
     if refused:
-        raise runner.ChangedConfigError(
+        raise ChangedConfigError(
             "the study has changed since these runs were started:\n" + "\n".join(refused) + "\n"
             "Nothing was run. Give another --out, other names to the changed runs, or the old settings."
         )
@@ -83,9 +86,11 @@ def _prepare(run: PlannedRun) -> None:
         found = read_run(run.directory)
         # Other results stay, under another name.
         if found.results is not None and "train.num_epochs" in found.changes(run.config):
-            runner.rename_results(run.directory, "", f"_step_{found.results['step']}")
+            result_files.rename_results(run.directory, "", f"_step_{found.results['step']}")
         elif found.results is not None:
-            runner.keep_other_results(run.directory, "", runner.settings_sha256(run.config))
+            result_files.keep_other_results(
+                run.directory, "", result_files.settings_sha256(run.config)
+            )
             (run.directory / "results.json").unlink()
         files.write_json_atomically(run.directory / ASKED_CONFIG, run.config)
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jevb_jax.experiment import to_json_values
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.settings import read
+from jevb_jax.training.experiment import to_json_values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
-from jevb_jax import runner
+from jevb_jax import commands
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
+from jevb_jax.settings import run_config
+from jevb_jax.training.loop import NonFiniteError
 
 ASKED_CONFIG = "asked_config.json"
 
@@ -29,8 +31,8 @@ def train_one(directory: Path) -> None:
     """
     path = directory / ASKED_CONFIG
     try:
-        runner.train(runner.read_config(path), directory)
-    except runner.NonFiniteError as error:
+        commands.train(run_config.read_config(path), directory)
+    except NonFiniteError as error:
         steps = [int(found.name.rpartition("_")[2]) for found in directory.glob("nonfinite_step_*")]
         failure = {
             "error": type(error).__name__,

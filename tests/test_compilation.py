@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from jevb_jax import compilation
+from jevb_jax import xla_options
 from jevb_jax.evaluation import features
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.joint import make_model
@@ -36,7 +36,7 @@ def test_same_numbers_and_the_fast_compilation_at_the_top_only(monkeypatch):
         )[1]
 
     monkeypatch.setattr(jax, "jit", recorded)
-    once = compilation.jit_once(draw)
+    once = xla_options.jit_once(draw)
     key, scale = jax.random.key(3), jnp.float32(2.0)
     np.testing.assert_allclose(once(key, scale=scale)["w"], draw(key, scale)["w"], rtol=1e-6)
     assert seen == [True]
@@ -46,11 +46,11 @@ def test_same_numbers_and_the_fast_compilation_at_the_top_only(monkeypatch):
     inner = jax.jit(lambda scale: once(key, scale))(scale)
     np.testing.assert_allclose(inner["w"], draw(key, scale)["w"], rtol=1e-6)
     # Options that other platforms do not know are not given to them.
-    monkeypatch.setattr(compilation, "_QUICK_ON_CPU", {"no_such_option": True})
+    monkeypatch.setattr(xla_options, "_QUICK_ON_CPU", {"no_such_option": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-        compilation.jit_once(draw)(key, scale)
+        xla_options.jit_once(draw)(key, scale)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compilation.jit_once(draw)(key, scale)["w"].shape == (4, 3)
+    assert xla_options.jit_once(draw)(key, scale)["w"].shape == (4, 3)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
     shapes = (5, 8, 8, 16), (size, size, 16, 32), (5, 8 // stride, 8 // stride, 32)
     x, kernel, cotangent = (generator.normal(size=shape).astype(np.float32) for shape in shapes)
     expected = by_definition(x, kernel, cotangent, stride)
-    for compiler_options in ({}, compilation.network_options()):
+    for compiler_options in ({}, xla_options.network_options()):
         of_stride = functools.partial(gradients, stride=stride)
         function = jax.jit(of_stride, compiler_options=compiler_options)
         compiled: Any = function.lower(x, kernel, cotangent).compile()
@@ -107,20 +107,20 @@ def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
 
 @pytest.mark.usefixtures("one_device")
 def test_options_are_given_where_the_compiler_knows_them(monkeypatch):
-    (option,) = known = compilation.network_options()
-    monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {**known, "no_such_option": ""})
-    assert compilation.network_options() == known
+    (option,) = known = xla_options.network_options()
+    monkeypatch.setattr(xla_options, "_WITHOUT_YNNPACK", {**known, "no_such_option": ""})
+    assert xla_options.network_options() == known
     # What it knows and cannot read is an error, not another version's option.
-    monkeypatch.setattr(compilation, "_WITHOUT_YNNPACK", {option: "perhaps"})
+    monkeypatch.setattr(xla_options, "_WITHOUT_YNNPACK", {option: "perhaps"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
-        compilation.network_options()
+        xla_options.network_options()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compilation.network_options() == {}
+    assert xla_options.network_options() == {}
 
 
 def test_several_devices_get_no_options():
     assert jax.device_count() == 8
-    assert compilation.network_options() == {}
+    assert xla_options.network_options() == {}
 
 
 def test_features_are_extracted_with_the_options(monkeypatch):
@@ -199,19 +199,19 @@ def test_where_programs_are_kept_is_the_users_choice(no_cache, tmp_path, monkeyp
     del no_cache
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", "OFF")
-    assert compilation.keep_compiled_programs() is None
+    assert xla_options.keep_compiled_programs() is None
     assert jax.config.jax_compilation_cache_dir is None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", "~/mine")
-    assert compilation.keep_compiled_programs() == tmp_path / "mine"
+    assert xla_options.keep_compiled_programs() == tmp_path / "mine"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")  # pyright: ignore[reportAttributeAccessIssue]
     # JAX's own setting is left alone.
     monkeypatch.delenv("JEVB_JAX_COMPILE_CACHE")
-    assert compilation.keep_compiled_programs() is None
+    assert xla_options.keep_compiled_programs() is None
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", None)
     (tmp_path / ".cache").write_text("a file where the directory should be")
     with caplog.at_level(logging.WARNING):
-        assert compilation.keep_compiled_programs() is None
+        assert xla_options.keep_compiled_programs() is None
     assert "Compiled programs are not kept for the next process" in caplog.text
     assert "JEVB_JAX_COMPILE_CACHE names another directory" in caplog.text
 
@@ -223,22 +223,22 @@ def test_several_processes_keep_programs_only_where_they_are_told_to(
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert compilation.keep_compiled_programs() is None
+    assert xla_options.keep_compiled_programs() is None
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", str(tmp_path / "shared"))
-    assert compilation.keep_compiled_programs() == tmp_path / "shared"
+    assert xla_options.keep_compiled_programs() == tmp_path / "shared"
 
 
 def test_the_directory_stays_small(no_cache, tmp_path, monkeypatch):
     del no_cache
     monkeypatch.setenv("JEVB_JAX_COMPILE_CACHE", str(tmp_path))
-    monkeypatch.setattr(compilation, "_MOST_CACHED_BYTES", 250)
+    monkeypatch.setattr(xla_options, "_MOST_CACHED_BYTES", 250)
     (tmp_path / "directory").mkdir()
     for age, name in enumerate(("new", "middle", "old", "oldest")):
         (tmp_path / name).write_bytes(bytes(100))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     os.utime(tmp_path / "oldest", (1e9, 1e8))  # written long ago, and read just now
-    compilation.keep_compiled_programs()
+    xla_options.keep_compiled_programs()
     assert {path.name for path in tmp_path.iterdir()} == {"new", "oldest", "directory"}
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, one_class, ood, recipes, transfer
-from jevb_jax import experiment, runner
 from jevb_jax.runs import checkpoints
-from jevb_jax.settings import saved_config
+from jevb_jax.settings import run_config, saved_config
+from jevb_jax.training import experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -50,7 +50,7 @@ def test_config_has_the_keys_of_default_and_survives_json(name, arguments, tmp_p
     assert names(config) == names(default.get_config())
     values = experiment.to_json_values(config)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    loaded: Any = runner.load_config(tmp_path)
+    loaded: Any = run_config.load_config(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     with pytest.raises(AttributeError):
         loaded.optimizer.learning_rat = 1.0
@@ -192,4 +192,4 @@ def test_methods_that_do_not_fit_are_named(changes, message):
 
 def test_workdir_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        runner.load_config(tmp_path)
+        run_config.load_config(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import smoke
-from jevb_jax import model, runner
+from jevb_jax import commands, model
 from jevb_jax.images import data_record
 from jevb_jax.images.data_record import ChangedDataError, changes, fingerprint
 from jevb_jax.images.dataset import Dataset, load_dataset
@@ -230,17 +230,17 @@ def test_train_evaluate_and_a_loaded_model_refuse_before_any_work(tmp_path, capl
     workdir.mkdir()
     data_record.check_training(workdir, dataset, accept_change=False)
     begun(workdir)
-    (workdir / "config.json").write_text(json.dumps(runner.to_json_values(config)))
+    (workdir / "config.json").write_text(json.dumps(commands.to_json_values(config)))
     np.savez(root / "train.npz", images=IMAGES[:-1], labels=LABELS[:-1])
     with pytest.raises(ChangedDataError, match="the run has 40, found 39"):
-        runner.train(config, workdir)
+        commands.train(config, workdir)
     with pytest.raises(ChangedDataError, match="the run has 40, found 39"):
-        runner.evaluate(config, workdir, step=None)
+        commands.evaluate(config, workdir, step=None)
     written = {path.name for path in workdir.iterdir()}
     assert written == {"config.json", "data.json", "checkpoints", ".lock"}
     with caplog.at_level(logging.ERROR):
         loaded = model.Model(
-            runner.to_json_values(config), {}, step=0, recorded_data=data_record.read(workdir)
+            commands.to_json_values(config), {}, step=0, recorded_data=data_record.read(workdir)
         )
         with pytest.raises(ChangedDataError, match=r"(?s)found 39.*fit_images="):
             loaded.detector(score="embedding/mahalanobis")

@@ -10,12 +10,12 @@ import pytest
 from configs import digits as digits_config
 from jevb_jax import export
 from jevb_jax import model as model_module
-from jevb_jax.experiment import to_json_values
 from jevb_jax.images.arrays import digits
 from jevb_jax.model import Model, load
 from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.settings import read
+from jevb_jax.training.experiment import to_json_values
 
 
 def small_model(method: str = "jevb", *, square_size: int = 0, **model: Any) -> Model:

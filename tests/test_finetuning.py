@@ -18,10 +18,9 @@ from rich.console import Console
 
 from configs import default, finetune_digits, transfer
 from configs import digits as digits_config
-from jevb_jax import export, finetuning, runner
+from jevb_jax import commands, export, finetuning
 from jevb_jax import model as model_module
 from jevb_jax.evaluation import protocol
-from jevb_jax.experiment import to_json_values
 from jevb_jax.images import batches
 from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.dataset import Dataset, load_dataset
@@ -30,6 +29,7 @@ from jevb_jax.images.source import ArraySource, image_shape
 from jevb_jax.model import Model, load
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.settings import read
+from jevb_jax.training.experiment import to_json_values
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -222,7 +222,7 @@ def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
     for asked in (0, 24):  # what a section asks for is done
         section.image_size = asked
         with pytest.raises(InterruptedError):
-            runner.evaluate_on(
+            commands.evaluate_on(
                 digits_config.get_config(), section, tmp_path, step=None, console=quiet()
             )
     assert sizes == [{(16, 16, 3)}, {(24, 24, 3)}]
@@ -280,7 +280,7 @@ def test_transfer_is_the_run_s_own_evaluation_on_its_own_data(encoder, tmp_path)
     for file in encoder.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     section = transfer.get_config("digits")
-    results = runner.evaluate_on(config, section, directory, step=None, console=quiet())
+    results = commands.evaluate_on(config, section, directory, step=None, console=quiet())
     assert json.loads((directory / "results_on_digits.json").read_text()) == results
     assert (directory / "results_on_digits.csv").exists()
     # By hand: cosine similarity to 20 neighbours, weighted by exp(s / 0.1).

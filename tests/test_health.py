@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jevb_jax import ElboTerms, health
+from jevb_jax import ElboTerms
+from jevb_jax.training import health
+from jevb_jax.training.alarms import alarm_history, health_alarms, judge
 
 
 def embedding_with_spectrum(singular_values, *, num_images, seed=0, offset=0.0):
@@ -348,14 +350,14 @@ VI_SIMSIAM = {**REPRESENTATION, "concentration_mean": 8.5}
 
 
 def alarms(values, *, embedding_dim=128, step=100):
-    raised = health.health_alarms(values, step=step, embedding_dim=embedding_dim)
+    raised = health_alarms(values, step=step, embedding_dim=embedding_dim)
     assert all(alarm.message.count("\n") == 0 and "Try " in alarm.message for alarm in raised)
     return {alarm.name: alarm.message for alarm in raised}
 
 
 def test_a_method_is_judged_by_the_alarms_of_its_values():
     def judged(values):
-        return health.judge(values, step=100, embedding_dim=128)
+        return judge(values, step=100, embedding_dim=128)
 
     jevb = ("collapse", "posterior_is_prior", "scale_at_floor", "radius_drift")
     assert judged(JEVB) == dict.fromkeys(jevb)
@@ -364,7 +366,7 @@ def test_a_method_is_judged_by_the_alarms_of_its_values():
     assert judged({"effective_rank": 1.0}) == {}
     information = {"predictive_information": 0.5}
     assert judged(information) == {}  # too early
-    assert health.judge(information, step=200, embedding_dim=128) == {"no_information": None}
+    assert judge(information, step=200, embedding_dim=128) == {"no_information": None}
 
 
 @pytest.mark.parametrize("value", [-0.1, -50.0, math.nan])
@@ -471,8 +473,8 @@ def test_embeddings_that_shrink_to_a_point_have_collapsed():
 def test_nothing_is_judged_before_the_running_statistics_have_settled():
     sick = {**JEVB, "embedding_std": 0.16}
     for step in (0, 1, 19):
-        assert health.judge(sick, step=step, embedding_dim=64) == {}
-        assert health.health_alarms(sick, step=step, embedding_dim=64) == []
+        assert judge(sick, step=step, embedding_dim=64) == {}
+        assert health_alarms(sick, step=step, embedding_dim=64) == []
     assert alarms(sick, step=20).keys() == {"collapse"}
 
 
@@ -491,7 +493,7 @@ def test_history_has_a_period_for_every_time_an_alarm_was_raised():
         record(80, posterior_kl_per_dimension=0.0),
         record(100, embedding_std=math.nan, posterior_kl_per_dimension=0.0),
     ]
-    history = health.alarm_history(records, embedding_dim=128)
+    history = alarm_history(records, embedding_dim=128)
     assert [(period.step, period.name) for period in history] == [
         (40, "collapse"),
         (60, "posterior_is_prior"),
@@ -503,4 +505,4 @@ def test_history_has_a_period_for_every_time_an_alarm_was_raised():
     assert prior.startswith("KL(q || p) 0 nats")
     assert prior.endswith(" Not cleared by the last health check.")
     assert last.startswith("embedding_std nan")
-    assert health.alarm_history([], embedding_dim=128) == []
+    assert alarm_history([], embedding_dim=128) == []

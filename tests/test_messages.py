@@ -19,11 +19,14 @@ from absl import flags
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import command_line, experiment, messages, runner
+from jevb_jax import command_line, messages
 from jevb_jax.images import batch_order, random_bits
 from jevb_jax.images.source import ArraySource
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.settings import run_config
+from jevb_jax.training import experiment, loop
+from jevb_jax.training.loop import RunLoop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +69,7 @@ def test_memory_that_runs_out_says_what_takes_less(work):
         lambda: ArraySource(np.zeros((1, 2, 2, 3))),  # TypeError by name
         lambda: files.read_json(Path("/no/such/file")),
         lambda: __import__("no_such_extra"),
-        lambda: runner.load_config("/no/such/run"),
+        lambda: run_config.load_config("/no/such/run"),
     ],
 )
 def test_mistakes_of_people_are_messages(work):
@@ -116,8 +119,8 @@ def test_steps_that_are_logged(every, logged):
         learning_rate=lambda step: 0.1 * step,
         log=Mock(),
     )
-    dispatch = runner._Dispatch(0, 4, {"loss": jnp.arange(4.0)}, jnp.asarray(True))
-    runner._Run.record(run, dispatch, SimpleNamespace(step=4))  # type: ignore[arg-type]
+    dispatch = loop._Dispatch(0, 4, {"loss": jnp.arange(4.0)}, jnp.asarray(True))
+    RunLoop.record(run, dispatch, SimpleNamespace(step=4))  # type: ignore[arg-type]
     assert [call.args[0] for call in run.log.write.call_args_list] == logged
     rates = [call.args[1]["train/learning_rate"] for call in run.log.write.call_args_list]
     assert rates == [pytest.approx(0.1 * (step - 1)) for step in logged]
@@ -143,7 +146,7 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
         loaded.seed = 5  # not locked: overrides change it
     path.write_text(json.dumps(experiment.to_json_values(config)))  # as before, with bare Infinity
     assert "Infinity," in path.read_text()
-    assert runner.read_config(path).to_dict() == config.to_dict()
+    assert run_config.read_config(path).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ import jevb_jax
 from configs import smoke
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
-from jevb_jax import runner
 from jevb_jax.evaluation import (
     classification,
     features,
@@ -33,7 +32,6 @@ from jevb_jax.evaluation import (
     ood_protocol,
     saved_scores,
 )
-from jevb_jax.experiment import to_json_values
 from jevb_jax.images import corruptions, pixels
 from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.batches import load_resident
@@ -46,7 +44,8 @@ from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.checkpoints import CheckpointError, CheckpointMismatchError
-from jevb_jax.settings import read
+from jevb_jax.settings import read, run_config
+from jevb_jax.training.experiment import to_json_values
 from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -777,7 +776,7 @@ def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_
     old = load(other)
     assert old.network.head_input == "embedding"
     assert (old.config["jevb"]["tails"], old.config["jevb"]["normalized"]) == ("joint", False)
-    loaded: Any = runner.load_config(other)
+    loaded: Any = run_config.load_config(other)
     assert loaded.model.head_input == "embedding"
 
 

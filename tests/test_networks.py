@@ -12,7 +12,6 @@ import pytest
 from flax import linen as nn
 
 from configs import cifar10
-from jevb_jax import blueprint
 from jevb_jax.networks import joint
 from jevb_jax.networks.heads import (
     HEAD_INPUTS,
@@ -27,6 +26,7 @@ from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.networks.resnet import ConvNet, ResidualBlock, ResNet, resnet18, resnet34, resnet50
 from jevb_jax.networks.vit import ViT, sincos_position_embedding, vit_small, vit_tiny
 from jevb_jax.settings import read
+from jevb_jax.training import from_settings
 
 # float32 against float64 through at most a dozen layers of unit-sized activations.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -657,7 +657,7 @@ def test_scales_of_batch_norms_start_at_one_but_where_asked(zero_init_residual):
     config: Any = cifar10.get_config("jevb")
     config.model.update(backbone="resnet8", width=4, embedding_dim=4, **options)
     config.model.update(projector_hidden_dims=(4,), head_hidden_dim=4)
-    model = blueprint.make_network(read.saved_settings(config.to_dict()))
+    model = from_settings.make_network(read.saved_settings(config.to_dict()))
     params = initialise(model, jnp.zeros((2, 8, 8, 3)))["params"]["backbone"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)

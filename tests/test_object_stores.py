@@ -16,13 +16,15 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from configs import smoke
-from jevb_jax import runner
+from jevb_jax import commands
 from jevb_jax.images import arrays
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.files import DirectoryInUseError
 from jevb_jax.runs.metrics_log import MetricsLog
+from jevb_jax.settings import run_config
+from jevb_jax.training.loop import RunLoop
 
 
 class Bucket(DirFileSystem):
@@ -117,7 +119,7 @@ def test_arrays_of_a_bucket_are_read_and_folders_refused(bucket):
 @pytest.mark.slow
 def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
     monkeypatch.setattr(
-        runner,
+        commands,
         "Checkpointer",
         lambda directory, **keywords: Checkpointer(
             bucket / os.fspath(directory).removeprefix("gs://"), **keywords
@@ -128,9 +130,9 @@ def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
     config.augmentation.grayscale_probability = 0.0
     config.ood.corruptions = ("contrast",)
     config.evaluation.labels_per_class = 0
-    assert runner.train(config, "gs://x/whole")
+    assert commands.train(config, "gs://x/whole")
     # Another run takes the directory over: the first writes no more.
-    original, calls = runner._Run.save, []
+    original, calls = RunLoop.save, []
 
     def take_over(self: Any, state: Any) -> None:
         calls.append(int(state.step))
@@ -138,10 +140,10 @@ def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
             files.write_text_atomically(self.workdir / ".lock", "process 7 elsewhere")
         original(self, state)
 
-    monkeypatch.setattr(runner._Run, "save", take_over)
+    monkeypatch.setattr(RunLoop, "save", take_over)
     with pytest.raises(DirectoryInUseError, match="process 7 elsewhere"):
-        runner.train(config, "gs://x/cut")
-    assert runner.train(config, "gs://x/cut")
+        commands.train(config, "gs://x/cut")
+    assert commands.train(config, "gs://x/cut")
     whole, cut = (bucket / "x" / name for name in ("whole", "cut"))
     assert (whole / "metrics.jsonl").read_text() == (cut / "metrics.jsonl").read_text()
     assert json.loads((whole / "results.json").read_text()) == json.loads(
@@ -149,4 +151,4 @@ def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
     )
     expected = {"views.png", "curves.png", "report.html", "results.csv", "config.json"}
     assert expected <= {path.name for path in cut.iterdir()}
-    runner.evaluate(runner.load_config("gs://x/cut"), "gs://x/cut", step=None)
+    commands.evaluate(run_config.load_config("gs://x/cut"), "gs://x/cut", step=None)

@@ -14,12 +14,12 @@ from sklearn.metrics import roc_auc_score
 
 from jevb_jax.evaluation import ood, ood_protocol, protocol
 from jevb_jax.evaluation.features import Features
-from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.paper.objective import View
 from jevb_jax.report import tables
+from jevb_jax.training.experiment import Experiment, build_experiment
 
 
 def make_config(method: str = "jevb") -> Any:

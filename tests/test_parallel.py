@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from jevb_jax import parallel, training
-from jevb_jax.experiment import Experiment, build_experiment
+from jevb_jax import parallel
 from jevb_jax.images import batch_order, batches
 from jevb_jax.networks import batch_norm as batch_norm_module
 from jevb_jax.networks import vit
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.files import lock_directory
 from jevb_jax.runs.metrics_log import MetricsLog
+from jevb_jax.training.experiment import Experiment, build_experiment
+from jevb_jax.training.step import TrainState, make_train_chunk, state_shardings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Colour is an image's own business, takes long to compile and has tests of its own.
@@ -139,16 +140,16 @@ class Stepper:
     def __init__(self, experiment: Experiment, devices: list[Any]):
         self.experiment, self.mesh = experiment, parallel.make_mesh(devices)
         is_cut = experiment.config["train"]["shard_optimizer_state"]
-        self.shardings = training.state_shardings(
+        self.shardings = state_shardings(
             experiment.initial_state(), self.mesh, shard_optimizer_state=is_cut
         )
-        self.chunk = training.make_train_chunk(
+        self.chunk = make_train_chunk(
             experiment.train_step, donate=False, mesh=self.mesh, shardings=self.shardings
         )
         images = batches.load_resident(experiment.dataset.train)
         self.images = parallel.put(images, parallel.replicated(self.mesh))
 
-    def __call__(self, state: training.TrainState) -> tuple[training.TrainState, float]:
+    def __call__(self, state: TrainState) -> tuple[TrainState, float]:
         """The state after, and the loss."""
         indices = batch_order.batch_indices(
             int(state.step),
@@ -165,7 +166,7 @@ class Stepper:
 
 def run_steps(
     experiment: Experiment, devices: list[Any], num_steps: int, *, state: Any = None
-) -> tuple[training.TrainState, list[float]]:
+) -> tuple[TrainState, list[float]]:
     """Steps from a state, the initial one by default, and their losses."""
     step, losses = Stepper(experiment, devices), []
     state = experiment.initial_state() if state is None else state
@@ -359,8 +360,8 @@ def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
     experiment = make_experiment(changes=changes)
     mesh = parallel.make_mesh()
     state = experiment.initial_state()
-    shardings = training.state_shardings(state, mesh, shard_optimizer_state=False)
-    chunk: Any = training.make_train_chunk(experiment.train_step, mesh=mesh, shardings=shardings)
+    shardings = state_shardings(state, mesh, shard_optimizer_state=False)
+    chunk: Any = make_train_chunk(experiment.train_step, mesh=mesh, shardings=shardings)
     program = chunk.lower(
         parallel.put(state, shardings),
         parallel.put(batches.load_resident(experiment.dataset.train), parallel.replicated(mesh)),

@@ -14,13 +14,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from jevb_jax.evaluation import protocol
-from jevb_jax.experiment import Experiment, build_experiment
 from jevb_jax.images import pixels
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ArraySource
 from jevb_jax.report import tables
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import EvaluationSection
+from jevb_jax.training.experiment import Experiment, build_experiment
 
 
 def make_experiment(**sections: dict[str, Any]) -> Experiment:

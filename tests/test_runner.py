@@ -21,15 +21,19 @@ import pytest
 from rich.console import Console
 
 from configs import finetune_digits, smoke, transfer
-from jevb_jax import health, parallel, runner, training
-from jevb_jax.experiment import Experiment, build_experiment, to_json_values
+from jevb_jax import commands, parallel
 from jevb_jax.images import batches
 from jevb_jax.images.source import ArraySource
 from jevb_jax.model import load
-from jevb_jax.runs import files
+from jevb_jax.runs import files, provenance, result_files
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.metrics_log import MetricsLog
-from jevb_jax.settings import read
+from jevb_jax.settings import read, run_config
+from jevb_jax.training import alarms, health_check, loop, resume
+from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
+from jevb_jax.training.loop import RunLoop
+from jevb_jax.training.resume import ChangedConfigError
+from jevb_jax.training.step import TrainState
 from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +208,7 @@ def test_health_of_pairs_is_logged_for_jevb(scale):
     config.jevb.likelihood_scale = scale
     config.jevb.space = "linear" if scale == "fixed" else "log"
     experiment = build_experiment(config)
-    check = runner._health_check(experiment)
+    check = health_check.health_check(experiment)
     values = {name: float(value) for name, value in check(experiment.initial_state()).items()}
     assert np.all(np.isfinite([*values.values()]))
     assert values["gradient_kl"] > 0
@@ -233,7 +237,7 @@ def test_other_methods_train_and_are_evaluated(tmp_path, method):
     config.optimizer.warmup_epochs = 0.0
     config.evaluation.labels_per_class = 0
     config.evaluation.split = "validation"
-    assert runner.train(config, tmp_path / "run", console=Console(quiet=True))
+    assert commands.train(config, tmp_path / "run", console=Console(quiet=True))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     protocols = {r["name"]: r["protocol"] for r in results["trained"]}
     scores = {r["features"] for r in results["trained"] if r["name"] == "auroc_corrupted"}
@@ -245,7 +249,7 @@ def test_other_methods_train_and_are_evaluated(tmp_path, method):
     assert "errors of linear on validation (" in protocols["error_auroc_linear"]
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     # Finished: the same command trains no more, and evaluates.
-    assert runner.train(config, tmp_path / "run", console=Console(quiet=True))
+    assert commands.train(config, tmp_path / "run", console=Console(quiet=True))
 
 
 def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch):
@@ -263,7 +267,7 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
 
     # A narrow console, and brackets that are no markup.
     make = functools.partial(
-        runner._Run,
+        RunLoop,
         experiment,
         tmp_path,
         mesh=parallel.make_mesh(),
@@ -300,11 +304,11 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
 def test_too_few_validation_images_leave_out_the_rank_alone(caplog):
     config: Any = smoke.get_config()
     config.train.health_num_images = 16
-    check: Any = runner._health_check(build_experiment(config))
+    check: Any = health_check.health_check(build_experiment(config))
     assert "No effective rank will be logged" in caplog.text
     assert check is not None
     config.train.health_num_images = 1
-    assert runner._health_check(build_experiment(config)) is None
+    assert health_check.health_check(build_experiment(config)) is None
     assert "No health will be logged" in caplog.text
 
 
@@ -386,7 +390,7 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     experiment = build_experiment(config)
     out = io.StringIO()
     mesh = parallel.make_mesh(jax.devices()[:1])
-    run = runner._Run(
+    run = RunLoop(
         experiment,
         tmp_path,
         Console(file=out, width=80),
@@ -408,7 +412,7 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     assert [record["step"] for record in checks] == [10, 20, 30, 40, 48]  # and at the end
     flags = {name: [r.get(name) for r in checks] for name in checks[-1] if "/alarm_" in name}
     assert all(values[0] is None for values in flags.values())
-    history = health.alarm_history(records, embedding_dim=32)
+    history = alarms.alarm_history(records, embedding_dim=32)
     if cause is None:
         assert all(values[1:] == [0, 0, 0, 0] for values in flags.values())
         assert history == []
@@ -440,9 +444,9 @@ def test_a_process_of_64_bits_trains_in_32(tmp_path, monkeypatch):
         seen.append(jnp.zeros(1).dtype)
         raise InterruptedError
 
-    monkeypatch.setattr(runner, "build_experiment", build)
+    monkeypatch.setattr(commands, "build_experiment", build)
     with jax.enable_x64(True), pytest.raises(InterruptedError):
-        runner.train(smoke.get_config(), tmp_path / "run")
+        commands.train(smoke.get_config(), tmp_path / "run")
     assert seen == [np.float32]
 
 
@@ -481,11 +485,11 @@ def as_experiment(config: Any) -> Any:
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_a_run_may_train_in_any_thread_and_says_what_that_means(tmp_path, monkeypatch, is_main):
-    monkeypatch.setattr(runner, "_train_and_evaluate", lambda *_: True)
+    monkeypatch.setattr(commands, "_train_and_evaluate", lambda *_: True)
     console, found = text_console(), []
 
     def work() -> None:
-        found.append(runner.train(short_config(), tmp_path, console=console))
+        found.append(commands.train(short_config(), tmp_path, console=console))
 
     if is_main:
         work()
@@ -503,10 +507,10 @@ def test_a_signal_while_a_batch_is_waited_for_saves_and_ends(tmp_path, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(300)  # a worker that does not answer
 
-    monkeypatch.setattr(runner._Batches, "take", take)
+    monkeypatch.setattr(loop._Batches, "take", take)
     console = text_console()
     config = short_config(train__health_every_steps=0)
-    assert not runner.train(config, tmp_path, console=console)
+    assert not commands.train(config, tmp_path, console=console)
     assert "SIGTERM: saved step 0 of 20" in said(console)
     assert (tmp_path / "checkpoints" / "0").is_dir()
 
@@ -522,8 +526,8 @@ def test_output_that_nobody_reads_any_more_asks_a_run_to_stop(tmp_path, monkeypa
         console.print("step 2")
         return not stop.is_requested()
 
-    monkeypatch.setattr(runner, "_train_and_evaluate", train)
-    assert not runner.train(short_config(), tmp_path, console=Console(file=Gone()))
+    monkeypatch.setattr(commands, "_train_and_evaluate", train)
+    assert not commands.train(short_config(), tmp_path, console=Console(file=Gone()))
     assert caplog.text.count("It saves its state and stops") == 1
 
 
@@ -541,12 +545,12 @@ def names_of(directory: Path) -> list[str]:
 
 
 def test_results_of_other_settings_are_kept_and_those_of_the_same_are_not(tmp_path):
-    runner.keep_other_results(tmp_path, "", "a" * 64)  # nothing there
+    result_files.keep_other_results(tmp_path, "", "a" * 64)  # nothing there
     results_of(tmp_path, "", "a" * 64)
     before = names_of(tmp_path)
-    runner.keep_other_results(tmp_path, "", "a" * 64)
+    result_files.keep_other_results(tmp_path, "", "a" * 64)
     assert names_of(tmp_path) == before == ["report.html", "results.csv", "results.json"]
-    runner.keep_other_results(tmp_path, "", "b" * 64)
+    result_files.keep_other_results(tmp_path, "", "b" * 64)
     kept = {f"{name.split('.')[0]}_aaaaaaaa.{name.split('.')[1]}" for name in before}
     assert set(names_of(tmp_path)) == {*before, *kept}
     for name in before:
@@ -555,7 +559,7 @@ def test_results_of_other_settings_are_kept_and_those_of_the_same_are_not(tmp_pa
         assert copy == (tmp_path / name).read_text()
     # Of a version that wrote no hash, and of a step.
     results_of(tmp_path, "_step_8", None)
-    runner.keep_other_results(tmp_path, "_step_8", "b" * 64)
+    result_files.keep_other_results(tmp_path, "_step_8", "b" * 64)
     (copy,) = tmp_path.glob("results_step_8_*.json")
     assert copy.read_text() == (tmp_path / "results_step_8.json").read_text()
 
@@ -574,8 +578,8 @@ def test_a_longer_run_is_refused_with_the_setting_that_allows_it(tmp_path):
     experiment = as_experiment(short_config(train__num_epochs=4))
     started_run(tmp_path, short_config(), 20)
     before = names_of(tmp_path)
-    with pytest.raises(runner.ChangedConfigError) as caught:
-        runner._check_config(tmp_path, experiment, lambda: None)
+    with pytest.raises(ChangedConfigError) as caught:
+        resume.check_config(tmp_path, experiment, lambda: None)
     assert "train.num_epochs: the run has 2, got 4" in str(caught.value)
     assert "--config.train.extend=True" in str(caught.value)
     for refused in (
@@ -583,21 +587,21 @@ def test_a_longer_run_is_refused_with_the_setting_that_allows_it(tmp_path):
         {"train__num_epochs": 4, "train__extend": True, "seed": 1},
     ):
         changed = as_experiment(short_config(**refused))
-        with pytest.raises(runner.ChangedConfigError) as caught:
-            runner._check_config(tmp_path, changed, lambda: None)
+        with pytest.raises(ChangedConfigError) as caught:
+            resume.check_config(tmp_path, changed, lambda: None)
         assert "--config.train.extend=True" not in str(caught.value)
     assert names_of(tmp_path) == before
-    runner._check_config(tmp_path, as_experiment(short_config(train__extend=True)), lambda: None)
+    resume.check_config(tmp_path, as_experiment(short_config(train__extend=True)), lambda: None)
     assert "extensions.json" not in names_of(tmp_path)  # no longer than it was
 
 
 def test_extensions_are_recorded_and_what_was_before_them_is_kept(tmp_path):
     def extend(num_epochs: int) -> list[tuple[int, int]]:
         config = short_config(train__num_epochs=num_epochs, train__extend=True)
-        runner._check_config(tmp_path, as_experiment(config), lambda: None)
+        resume.check_config(tmp_path, as_experiment(config), lambda: None)
         saved = json.loads((tmp_path / "config.json").read_text())
         assert saved["train"]["num_epochs"] == num_epochs
-        return [(one.num_steps, one.until_step) for one in runner.read_extensions(tmp_path)]
+        return [(one.num_steps, one.until_step) for one in resume.read_extensions(tmp_path)]
 
     started_run(tmp_path, short_config())
     assert extend(3) == []  # killed before its first save: nothing of it counts
@@ -626,7 +630,9 @@ def finished_run(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("short") / "run"
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(runner.train(short_config(), directory, console=text_console()))
+        target=lambda: found.append(
+            commands.train(short_config(), directory, console=text_console())
+        )
     )
     thread.start()
     thread.join()
@@ -644,23 +650,23 @@ def copy_of(run: Path, directory: Path) -> Path:
 def test_an_extended_run_is_the_longer_one_bit_for_bit(finished_run, tmp_path, monkeypatch):
     """Where the rate does not depend on the length, nothing tells the two apart."""
     whole = tmp_path / "whole"
-    assert runner.train(short_config(train__num_epochs=4), whole, console=text_console())
+    assert commands.train(short_config(train__num_epochs=4), whole, console=text_console())
     extended, console = copy_of(finished_run, tmp_path / "extended"), text_console()
     longer = short_config(train__num_epochs=4, train__extend=True)
     # Stopped once on the way, and gone on by the same command.
-    record_health = runner._Run.record_health
+    record_health = RunLoop.record_health
 
-    def stop_at_30(run: Any, state: training.TrainState) -> None:
+    def stop_at_30(run: Any, state: TrainState) -> None:
         record_health(run, state)
         if int(state.step) == 30:
             run.stop.request("the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner._Run, "record_health", stop_at_30)
-        assert not runner.train(longer, extended, console=console)
+        patch.setattr(RunLoop, "record_health", stop_at_30)
+        assert not commands.train(longer, extended, console=console)
     assert "A run of 20 steps until step 20, extended." in said(console)
     assert "the test: saved step 30 of 40" in said(console)
-    assert runner.train(longer, extended, console=console)
+    assert commands.train(longer, extended, console=console)
     assert final_fingerprint(extended) == final_fingerprint(whole)
     losses = [
         [
@@ -685,7 +691,7 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(finished_run, tmp_path, m
 def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
     config = short_config(train__num_epochs=1, seed=5, init__workdir=str(finished_run))
     workdir = tmp_path / "run"
-    assert runner.train(config, workdir, console=text_console())
+    assert commands.train(config, workdir, console=text_console())
     start, end = Checkpointer(workdir / "checkpoints"), Checkpointer(finished_run / "checkpoints")
     saved, given = start.read_meta(0)["fingerprint"], end.read_meta(20)["fingerprint"]
     start.close()
@@ -696,7 +702,7 @@ def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
     assert saved["step"] != given["step"]
     other = short_config(init__workdir=str(finished_run), model__embedding_dim=8)
     with pytest.raises(ValueError, match=r"init\.workdir = .* holds another network:\n"):
-        runner.train(other, tmp_path / "other", console=text_console())
+        commands.train(other, tmp_path / "other", console=text_console())
     assert not (tmp_path / "other").exists()
 
 
@@ -704,14 +710,14 @@ def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
 def test_transfer_results_of_files_of_one_name_stand_side_by_side(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "run")
     generator = np.random.default_rng(0)
-    config = runner.load_config(run)
+    config = run_config.load_config(run)
 
     def evaluate(name: str, num_train_examples: int = 0) -> None:
         section: Any = transfer.get_config()
         section.train_paths = (str(tmp_path / name / "train.npz"),)
         section.test_paths = (str(tmp_path / name / "test.npz"),)
         section.num_train_examples = num_train_examples
-        runner.evaluate_on(config, section, run, step=None, console=text_console())
+        commands.evaluate_on(config, section, run, step=None, console=text_console())
 
     def found() -> dict[str, str]:
         return {path.name: path.read_text() for path in run.glob("results_on_*.json")}
@@ -737,7 +743,7 @@ def test_transfer_results_of_files_of_one_name_stand_side_by_side(finished_run, 
 def test_a_run_is_not_trained_where_an_export_lies(tmp_path):
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an export"):
-        runner.train(short_config(), tmp_path)
+        commands.train(short_config(), tmp_path)
     assert names_of(tmp_path) == ["model.json"]
 
 
@@ -754,12 +760,12 @@ OTHERS_CONFIGS = (
 def test_a_config_of_another_program_is_refused_by_every_reader(tmp_path, monkeypatch, content):
     path = tmp_path / "config.json"
     path.write_text(content)
-    for reads in (runner.read_config, runner.load_config, load):
+    for reads in (run_config.read_config, run_config.load_config, load):
         with pytest.raises(ValueError, match=r"config\.json holds no config of a run"):
-            reads(path if reads is runner.read_config else tmp_path)
-    monkeypatch.setattr(runner.readiness, "check", lambda _: None)
+            reads(path if reads is run_config.read_config else tmp_path)
+    monkeypatch.setattr(commands.readiness, "check", lambda _: None)
     with pytest.raises(ValueError, match=r"config\.json holds no config of a run"):
-        runner.train(short_config(), tmp_path, console=text_console())
+        commands.train(short_config(), tmp_path, console=text_console())
     assert path.read_text() == content
     assert set(names_of(tmp_path)) <= {".lock", "config.json"}
 
@@ -769,27 +775,27 @@ def test_a_run_begins_neither_over_another_s_files_nor_on_unknown_settings(
     tmp_path, monkeypatch, name
 ):
     (tmp_path / name).write_text('{"loss": 3}\n')
-    monkeypatch.setattr(runner.readiness, "check", lambda _: None)
+    monkeypatch.setattr(commands.readiness, "check", lambda _: None)
     with pytest.raises(ValueError, match=rf"holds {name} and no config\.json"):
-        runner.train(short_config(), tmp_path, console=text_console())
+        commands.train(short_config(), tmp_path, console=text_console())
     assert (tmp_path / name).read_text() == '{"loss": 3}\n'
     assert set(names_of(tmp_path)) <= {".lock", name}
 
 
 def test_results_of_accepted_other_data_are_others():
     config = to_json_values(short_config())
-    before = runner.settings_sha256(config)
-    assert before == runner.settings_sha256(config, [])
-    changed = [runner.settings_sha256(config, [line]) for line in ("a", "b")]
+    before = result_files.settings_sha256(config)
+    assert before == result_files.settings_sha256(config, [])
+    changed = [result_files.settings_sha256(config, [line]) for line in ("a", "b")]
     assert len({before, *changed}) == 3
 
 
 def test_transfer_results_of_replaced_files_stand_side_by_side(tmp_path, monkeypatch):
     encoder = types.SimpleNamespace(square_size=0, extractor=None, variables=None, step=1)
-    monkeypatch.setattr(runner.model, "load", lambda *_: encoder)
-    monkeypatch.setattr(runner.protocol, "evaluate_transfer", lambda *_: {})
-    monkeypatch.setattr(runner.tables, "results_csv", lambda _: "")
-    monkeypatch.setattr(runner.tables, "classification_table", lambda _: "")
+    monkeypatch.setattr(commands.model, "load", lambda *_: encoder)
+    monkeypatch.setattr(commands.protocol, "evaluate_transfer", lambda *_: {})
+    monkeypatch.setattr(commands.tables, "results_csv", lambda _: "")
+    monkeypatch.setattr(commands.tables, "classification_table", lambda _: "")
     section: Any = transfer.get_config()
     section.train_paths, section.test_paths = ("train.npz",), ("test.npz",)
     for level, place in enumerate(("a", "b", "a")):  # relative paths, and files that are replaced
@@ -799,7 +805,9 @@ def test_transfer_results_of_replaced_files_stand_side_by_side(tmp_path, monkeyp
             images = np.full((20, 4, 4, 3), level, np.uint8)
             np.savez(f"{part}.npz", images=images, labels=np.arange(20) % 2)
         for _ in range(2):
-            runner.evaluate_on(short_config(), section, tmp_path, step=None, console=text_console())
+            commands.evaluate_on(
+                short_config(), section, tmp_path, step=None, console=text_console()
+            )
         assert len(list(tmp_path.glob("results_on_*.json"))) == level + 1
 
 
@@ -807,10 +815,10 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
     tmp_path, monkeypatch
 ):
     found = []
-    monkeypatch.setattr(runner.page, "write_page", lambda *_, **given: found.append(given))
-    monkeypatch.setattr(runner.evidence, "gather_evidence", lambda *_: None)
-    monkeypatch.setattr(runner.tables, "results_csv", lambda _: "")
-    monkeypatch.setattr(runner.tables, "classification_table", lambda _: "")
+    monkeypatch.setattr(commands.page, "write_page", lambda *_, **given: found.append(given))
+    monkeypatch.setattr(commands.evidence, "gather_evidence", lambda *_: None)
+    monkeypatch.setattr(commands.tables, "results_csv", lambda _: "")
+    monkeypatch.setattr(commands.tables, "classification_table", lambda _: "")
     experiment: Any = types.SimpleNamespace(
         num_train_steps=4,
         config=to_json_values(short_config()),
@@ -818,7 +826,7 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
     )
     results = {"step": 4, "settings_sha256": "a" * 64}
     evaluation: Any = types.SimpleNamespace(ood=None)
-    runner._write_results(experiment, tmp_path, results, evaluation, text_console())
+    commands._write_results(experiment, tmp_path, results, evaluation, text_console())
     assert found[0]["environment"] == {"command": []}
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
@@ -832,11 +840,11 @@ def test_the_config_of_a_finetune_or_an_export_can_be_given_again(tmp_path, mode
     del tuned["data"]["max_image_pixels"]  # of a version before it
     path = tmp_path / "model.json"
     files.write_json_atomically(path, {"config": train, "finetuned": tuned})
-    again = to_json_values(runner.read_config(path))
+    again = to_json_values(run_config.read_config(path))
     assert again == to_json_values(tune)
     read.finetune_settings(again)
     files.write_json_atomically(path, {"config": train})
-    assert to_json_values(runner.read_config(path)) == train
+    assert to_json_values(run_config.read_config(path)) == train
 
 
 def test_batches_are_those_of_a_longer_run_from_any_step():
@@ -860,13 +868,13 @@ def test_the_commit_of_a_run_is_that_of_the_package_and_of_no_project_around_it(
     for file in (own, installed):
         file.parent.mkdir(parents=True)
         file.write_text("x = 1\n")
-    assert runner._own_commit(own) == (None, False)  # no repository
+    assert provenance._own_commit(own) == (None, False)  # no repository
     git("init", "--quiet")
     git("add", str(own))
     git("commit", "--quiet", "-m", "x")
     commit = git("rev-parse", "HEAD")
-    assert runner._own_commit(own) == (commit, False)
+    assert provenance._own_commit(own) == (commit, False)
     own.write_text("x = 2\n")
-    assert runner._own_commit(own) == (commit, True)
-    assert runner._own_commit(installed) == (None, False)
-    assert set(runner.environment()) >= {"commit", "uncommitted_changes", "versions"}
+    assert provenance._own_commit(own) == (commit, True)
+    assert provenance._own_commit(installed) == (None, False)
+    assert set(provenance.environment()) >= {"commit", "uncommitted_changes", "versions"}

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from configs import default, finetune_default, ood, smoke, transfer
-from jevb_jax import experiment, finetuning, runner
+from jevb_jax import commands, finetuning
 from jevb_jax.evaluation import readiness
 from jevb_jax.images.source import ArraySource
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import read
+from jevb_jax.training import experiment
+from jevb_jax.training.experiment import Experiment
 
 INF, NAN = math.inf, math.nan
 
@@ -225,13 +227,13 @@ def test_keys_are_those_of_the_script():
 
 
 @pytest.fixture(scope="module")
-def built() -> experiment.Experiment:
+def built() -> Experiment:
     config: Any = smoke.get_config()
     config.data.update({"num_train_examples": 160, "num_test_examples": 40})
     return experiment.build_experiment(config)
 
 
-def with_settings(built: experiment.Experiment, section: str, **keys: Any) -> experiment.Experiment:
+def with_settings(built: Experiment, section: str, **keys: Any) -> Experiment:
     changed_section = built.config[section] | keys
     return dataclasses.replace(built, config=built.config | {section: changed_section})
 
@@ -278,7 +280,7 @@ def test_outside_images_and_votes_fit_the_run(built, tmp_path, monkeypatch):
         readiness.check(with_settings(built, "ood", human_counts_path="votes.npz"))
 
 
-def unlabelled(built: experiment.Experiment, **parts: Any) -> experiment.Experiment:
+def unlabelled(built: Experiment, **parts: Any) -> Experiment:
     dataset = built.dataset._replace(
         train=dataclasses.replace(built.dataset.train, has_labels=False),  # pyright: ignore[reportArgumentType]
         **parts,
@@ -300,8 +302,8 @@ def test_refused_settings_leave_nothing_behind(tmp_path):
     config.ood.outside = (outside(paths=(str(tmp_path / "no.npz"),)),)
     config.data.update({"num_train_examples": 160, "num_test_examples": 40})
     with pytest.raises(FileNotFoundError, match=r"ood\.outside"):
-        runner.train(config, tmp_path / "run")
+        commands.train(config, tmp_path / "run")
     config.train.ema_decay = 1.0
     with pytest.raises(ValueError, match="ema_decay"):
-        runner.train(config, tmp_path / "run")
+        commands.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

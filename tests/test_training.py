@@ -8,11 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from jevb_jax import methods, training
+from jevb_jax import methods
 from jevb_jax.images import arrays
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.networks.joint import make_model
 from jevb_jax.paper.likelihood import Likelihood
+from jevb_jax.training import optimizers
+from jevb_jax.training.optimizers import EarlierLength
+from jevb_jax.training.step import TrainState, apply_views, init_state, make_train_chunk, train_step
 
 VIEW = ViewAugmentation(
     size=8,
@@ -65,14 +68,12 @@ def step_function(**overrides: Any):
         "view_augmentations": (VIEW, VIEW),
         "method": functools.partial(methods.jevb, settings=SETTINGS),
     }
-    return functools.partial(training.train_step, **(keywords | overrides))
+    return functools.partial(train_step, **(keywords | overrides))
 
 
 @functools.cache
-def initial_state(ema_decay: float = 0.0) -> training.TrainState:
-    return training.init_state(
-        jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), ema_decay=ema_decay
-    )
+def initial_state(ema_decay: float = 0.0) -> TrainState:
+    return init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), ema_decay=ema_decay)
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def largest_difference(a: Any, b: Any) -> float:
 
 
 @functools.cache
-def first_step() -> tuple[training.TrainState, dict[str, jax.Array]]:
+def first_step() -> tuple[TrainState, dict[str, jax.Array]]:
     step = jax.jit(step_function(ema_decay=0.9))
     return step(initial_state(0.9), images(), jax.random.key(0))
 
@@ -170,7 +171,7 @@ def test_steps_are_compiled_with_the_options_for_gradients(monkeypatch):
     kernels = []
     for count in (1, 8):
         monkeypatch.setattr(jax, "device_count", lambda count=count: count)
-        chunk: Any = training.make_train_chunk(convolve)
+        chunk: Any = make_train_chunk(convolve)
         rows = jnp.arange(len(images()))[None]
         lowered = chunk.lower(jnp.zeros(3), images(), rows, jnp.int32(1), jax.random.key(0))
         text = lowered.compile().as_text()
@@ -183,13 +184,13 @@ def test_steps_are_compiled_with_the_options_for_gradients(monkeypatch):
 def test_batch_norm_in_groups_is_the_network_on_each_group():
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (32, 8, 8, 1)) for seed in range(2)]
-    outputs, batch_stats = training.apply_views(
+    outputs, batch_stats = apply_views(
         model(), state.params, state.batch_stats, views, train=True, bn_group_size=16
     )
     expected = state.batch_stats
     for view, output in zip(views, outputs, strict=True):
         alone = [
-            training.apply_views(model(), state.params, expected, [group], train=True)
+            apply_views(model(), state.params, expected, [group], train=True)
             for group in jnp.split(view, 2)
         ]
         embeddings = np.concatenate([found[0].embedding for found, _ in alone])
@@ -198,7 +199,7 @@ def test_batch_norm_in_groups_is_the_network_on_each_group():
         np.testing.assert_allclose(output.prediction.posterior_scale, scales, rtol=1e-5)
         expected = jax.tree.map(lambda *stats: sum(stats) / 2, *[stats for _, stats in alone])
     assert largest_difference(batch_stats, expected) < 1e-6
-    whole, _ = training.apply_views(model(), state.params, state.batch_stats, views, train=True)
+    whole, _ = apply_views(model(), state.params, state.batch_stats, views, train=True)
     assert largest_difference(whole[0].embedding, outputs[0].embedding) > 0.01
 
 
@@ -208,7 +209,7 @@ def test_groups_that_do_not_divide_are_refused(size):
         step_function(bn_group_size=size)(initial_state(), images(), jax.random.key(0))
 
 
-def toy_step(state: training.TrainState, batch: jax.Array, key: jax.Array):
+def toy_step(state: TrainState, batch: jax.Array, key: jax.Array):
     """A step of the right shape that compiles at once; not finite at step 2 if a pixel says so."""
     noise = jax.random.normal(jax.random.fold_in(key, state.step), (64,))
     pixels = batch.reshape(len(batch), -1).astype(jnp.float32) / 255
@@ -218,14 +219,14 @@ def toy_step(state: training.TrainState, batch: jax.Array, key: jax.Array):
     return state._replace(step=state.step + 1, params={"w": weights * bad}), metrics
 
 
-def toy_state() -> training.TrainState:
-    return training.TrainState(jnp.int32(0), {"w": jnp.ones(64)}, {}, (), None, None)
+def toy_state() -> TrainState:
+    return TrainState(jnp.int32(0), {"w": jnp.ones(64)}, {}, (), None, None)
 
 
 def test_chunks_of_any_length_compute_the_same_bits_as_one():
     key = jax.random.key(0)
     order = np.stack([np.roll(np.arange(32), i)[:16] for i in range(6)]).astype(np.int32)
-    chunk = training.make_train_chunk(toy_step, donate=False)
+    chunk = make_train_chunk(toy_step, donate=False)
     whole = chunk(toy_state(), images(), jnp.asarray(order), jnp.int32(6), key)
     state = toy_state()
     losses = []
@@ -246,7 +247,7 @@ def test_chunks_of_any_length_compute_the_same_bits_as_one():
 
 @pytest.mark.parametrize("chunk_steps", [1, 4])
 def test_a_step_that_is_not_finite_is_not_taken(chunk_steps):
-    chunk = training.make_train_chunk(toy_step, donate=False)
+    chunk = make_train_chunk(toy_step, donate=False)
     rows = jnp.zeros((chunk_steps, 8), jnp.int32)
     white = jnp.full_like(images(), 255)
     state, finite = toy_state(), []
@@ -272,14 +273,14 @@ def test_small_crops_train():
 
 
 def test_schedule():
-    schedule = training.make_schedule(
+    schedule = optimizers.make_schedule(
         learning_rate=2.0, warmup_steps=10, num_steps=110, final_learning_rate=0.5
     )
     steps = np.array([0, 5, 10, 60, 110])
     expected = [0, 1, 2, 0.5 + 1.5 * 0.5, 0.5]
     np.testing.assert_allclose([float(np.asarray(schedule(s))) for s in steps], expected, rtol=1e-6)
     with pytest.raises(ValueError, match="warm-up of 10 steps"):
-        training.make_schedule(
+        optimizers.make_schedule(
             learning_rate=1.0, warmup_steps=10, num_steps=10, final_learning_rate=0
         )
 
@@ -287,7 +288,7 @@ def test_schedule():
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_weight_decay_spares_biases_batchnorm_and_scalars(name):
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2), "raw_radial_scale": jnp.ones(())}
-    optimizer = training.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         name=name,
         schedule=optax.constant_schedule(0.1),
         momentum=0.9,
@@ -315,7 +316,7 @@ def optimizer_updates(
         "bias_rate_factor": 1.0,
         "max_gradient_norm": 0.0,
     }
-    optimizer = training.make_optimizer(**(keywords | settings))
+    optimizer = optimizers.make_optimizer(**(keywords | settings))
     state = optimizer.init(params)
     updates = []
     for gradient in gradients:
@@ -398,7 +399,7 @@ def test_head_rate_may_stay_and_biases_may_learn_slower():
 def test_target_decay_is_byols_schedule():
     steps = np.array([0, 25, 50, 100])
     decays = [
-        float(training.target_decay_at(step, target_decay=0.96, num_steps=100)) for step in steps
+        float(optimizers.target_decay_at(step, target_decay=0.96, num_steps=100)) for step in steps
     ]
     expected = 1 - 0.04 * (np.cos(np.pi * steps / 100) + 1) / 2
     np.testing.assert_allclose(decays, expected, rtol=1e-6)
@@ -408,9 +409,7 @@ def test_target_decay_is_byols_schedule():
 
 @pytest.mark.slow
 def test_target_network_is_the_recursion_and_gives_the_targets():
-    start = training.init_state(
-        jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9
-    )
+    start = init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
     assert set(start.target_params) == {"backbone", "projector"}
     step = jax.jit(step_function(target_decay=lambda step: 0.9 + 0.01 * step))
     first, metrics = step(start, images(), jax.random.key(0))
@@ -433,9 +432,7 @@ def test_target_network_is_the_recursion_and_gives_the_targets():
 
 @pytest.mark.slow
 def test_accumulation_leaves_the_target_network_alone():
-    start = training.init_state(
-        jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9
-    )
+    start = init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
     whole, parts = (
         jax.jit(
             step_function(
@@ -448,7 +445,7 @@ def test_accumulation_leaves_the_target_network_alone():
 
 
 def test_clipping_and_unknown_optimizer():
-    optimizer = training.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         name="sgd",
         schedule=optax.constant_schedule(1.0),
         momentum=0.0,
@@ -462,7 +459,7 @@ def test_clipping_and_unknown_optimizer():
     updates: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
     np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 1.0, rtol=1e-6)
     with pytest.raises(ValueError, match="sgd, lars, larc or adamw"):
-        training.make_optimizer(
+        optimizers.make_optimizer(
             name="adam",
             schedule=optax.constant_schedule(1.0),
             momentum=0,
@@ -478,12 +475,12 @@ def test_batchnorm_normalises_each_view_by_itself():
     views = [jnp.asarray(np.random.default_rng(i).normal(i, 1 + i, (16, 8, 8, 1))) for i in (0, 1)]
     views = [view.astype(jnp.float32) for view in views]
     state = initial_state()
-    together, _ = training.apply_views(model(), state.params, state.batch_stats, views, train=True)
-    alone, _ = training.apply_views(model(), state.params, state.batch_stats, views[1:], train=True)
+    together, _ = apply_views(model(), state.params, state.batch_stats, views, train=True)
+    alone, _ = apply_views(model(), state.params, state.batch_stats, views[1:], train=True)
     np.testing.assert_allclose(together[1].embedding, alone[0].embedding, rtol=1e-6, atol=1e-6)
 
 
-EARLIER = (training.EarlierLength(100, 60), training.EarlierLength(150, 150))
+EARLIER = (EarlierLength(100, 60), EarlierLength(150, 150))
 
 
 def length_at(step: int) -> int:
@@ -493,7 +490,7 @@ def length_at(step: int) -> int:
 
 @pytest.mark.parametrize("earlier", [(), EARLIER])
 def test_schedules_of_an_extended_run_are_those_of_each_length_at_its_steps(earlier):
-    schedule = training.make_schedule(
+    schedule = optimizers.make_schedule(
         learning_rate=0.3,
         warmup_steps=20,
         num_steps=400,
@@ -503,7 +500,9 @@ def test_schedules_of_an_extended_run_are_those_of_each_length_at_its_steps(earl
     steps = range(401)
     rates = np.asarray(schedule(jnp.arange(401)))
     decays = np.asarray(
-        training.target_decay_at(jnp.arange(401), target_decay=0.96, num_steps=400, earlier=earlier)
+        optimizers.target_decay_at(
+            jnp.arange(401), target_decay=0.96, num_steps=400, earlier=earlier
+        )
     )
     for step in steps:
         length = length_at(step) if earlier else 400

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jevb_jax import finetuning, runner
+from jevb_jax import commands, finetuning
 from jevb_jax.images import batches, workers
 from jevb_jax.images.source import ArraySource
 from jevb_jax.images.workers import Carried, ReadAhead, WorkerError
@@ -105,9 +105,9 @@ def test_an_interrupted_item_is_the_next_calls():
 
 NOTHING: Any = None  # never looked at
 DOORS: dict[str, Callable[[Path], object]] = {
-    "train": lambda path: runner.train(NOTHING, path),
-    "evaluate": lambda path: runner.evaluate(NOTHING, path, step=None),
-    "evaluate_on": lambda path: runner.evaluate_on(NOTHING, NOTHING, path, step=None),
+    "train": lambda path: commands.train(NOTHING, path),
+    "evaluate": lambda path: commands.evaluate(NOTHING, path, step=None),
+    "evaluate_on": lambda path: commands.evaluate_on(NOTHING, NOTHING, path, step=None),
     "finetune": lambda path: finetuning.finetune(NOTHING, path),
     "stream": lambda _: batches.stream_batches(
         ArraySource(np.zeros((8, 4, 4, 1), np.uint8)),

@@ -14,11 +14,11 @@ from jevb_jax.evaluation import classification
 from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
 from jevb_jax.evaluation.protocol import Evaluation, evaluated_split
 from jevb_jax.evaluation.uncertainty import RiskCoverage
-from jevb_jax.experiment import Experiment
 from jevb_jax.images import batches
 from jevb_jax.images.source import ImageSource, num_classes
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings.sections import OodSection
+from jevb_jax.training.experiment import Experiment
 
 _NUM_GALLERY = 16
 _NUM_QUERIES = 4

@@ -41,7 +41,7 @@ from jevb_jax.settings.sections import OodSection, RunSettings
 
 if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
     from jevb_jax.evaluation import classification
-    from jevb_jax.experiment import Experiment
+    from jevb_jax.training.experiment import Experiment
 
 # Severity 0 is the image itself.
 CORRUPTED = "corrupted"

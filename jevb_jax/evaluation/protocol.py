@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from jevb_jax.evaluation import classification, ood_protocol, uncertainty
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
 from jevb_jax.evaluation.ood_protocol import OODEvaluation
-from jevb_jax.experiment import Experiment
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ImageSource
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.runs import files
 from jevb_jax.settings.sections import EvaluationSection, OodSection
+from jevb_jax.training.experiment import Experiment
 
 Result = dict[str, Any]
 FEATURE_NAMES = ("representation", "embedding")

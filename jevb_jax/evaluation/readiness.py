@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from jevb_jax.evaluation import ood_protocol, protocol
-from jevb_jax.experiment import Experiment
 from jevb_jax.images import corruptions
 from jevb_jax.images.source import ImageSource, image_shape
 from jevb_jax.runs import files
+from jevb_jax.training.experiment import Experiment
 
 
 def check(experiment: Experiment) -> None:

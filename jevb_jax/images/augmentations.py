@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax.compilation import jit_once
 from jevb_jax.images.pixels import (
     Adjustment,
     Interpolation,
@@ -29,6 +28,7 @@ from jevb_jax.images.pixels import (
     turn_hue,
 )
 from jevb_jax.paper import domain
+from jevb_jax.xla_options import jit_once
 
 _CROP_ATTEMPTS = 10
 

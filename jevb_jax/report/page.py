@@ -20,9 +20,9 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from jevb_jax.evaluation.evidence import Evidence, Neighbors, ScoredImages
-from jevb_jax.health import AlarmPeriod
 from jevb_jax.report import figures, tables, training_curves
 from jevb_jax.runs import files
+from jevb_jax.training.alarms import AlarmPeriod
 
 _THUMBNAIL_PIXELS = 160  # longest side of an image on the page
 _PIXELATED_BELOW = 64  # smaller images are enlarged without smoothing

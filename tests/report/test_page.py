@@ -26,8 +26,8 @@ from jevb_jax.evaluation.evidence import (
     separation,
 )
 from jevb_jax.evaluation.uncertainty import RiskCoverage
-from jevb_jax.health import AlarmPeriod
 from jevb_jax.report import page as page_module
+from jevb_jax.training.alarms import AlarmPeriod
 
 # Markup, and mathematics that matplotlib cannot read.
 HOSTILE = """ $x^$<script src="http://a.b/c">&'"</script><img src=x>"""

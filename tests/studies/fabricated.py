@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jevb_jax.experiment import to_json_values
 from jevb_jax.runs.checkpoints import config_hash
+from jevb_jax.training.experiment import to_json_values
 from studies.spec import Logged, Result, Study
 
 ENVIRONMENT = {

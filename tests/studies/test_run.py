@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import runner
+from jevb_jax import commands
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.runs.files import DirectoryInUseError
+from jevb_jax.training.resume import ChangedConfigError
 from studies import run
 from studies.evidence import read_run
 from studies.spec import Study
@@ -161,7 +162,7 @@ def test_changed_configs_are_refused_by_name_and_nothing_runs(tmp_path, stubbed)
     fabricate(tmp_path, made, "a", 1, failed_at=3)
     other = Study("Other", {"a": config(name="a", df=3.0), "b": config()}, (0, 1), made.measures)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    with pytest.raises(runner.ChangedConfigError, match=r"seed_0, df: the run has 5.0, got 3.0"):
+    with pytest.raises(ChangedConfigError, match=r"seed_0, df: the run has 5.0, got 3.0"):
         execute(other, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
     assert started(tmp_path) == []
@@ -280,7 +281,7 @@ def test_training_in_a_directory_in_use_is_refused_and_changes_nothing(tmp_path)
         files.lock_directory(tmp_path),
         pytest.raises(DirectoryInUseError, match="in use by process"),
     ):
-        runner.train(smoke.get_config(), tmp_path)
+        commands.train(smoke.get_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 

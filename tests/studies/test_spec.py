@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jevb_jax import experiment
+from jevb_jax.training import experiment
 from studies.spec import Comparison, Curves, Logged, Study, Sweep, load_study
 from tests.studies.fabricated import config
 

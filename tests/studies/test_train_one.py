@@ -12,11 +12,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import smoke
-from jevb_jax import runner
-from jevb_jax.experiment import to_json_values
+from jevb_jax import commands
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.runs.files import DirectoryInUseError
+from jevb_jax.training.experiment import to_json_values
+from jevb_jax.training.loop import NonFiniteError
 from studies.train_one import ASKED_CONFIG, train_one
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ def test_it_trains_what_the_study_asked_for(tmp_path, asked, monkeypatch):
         given.append((to_json_values(config), where))
         return True
 
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(commands, "train", train)
     train_one(tmp_path)
     assert given == [(asked, tmp_path)]
 
@@ -46,7 +47,7 @@ def test_it_trains_what_the_study_asked_for(tmp_path, asked, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "is_result"),
     [
-        (runner.NonFiniteError("loss nan"), True),
+        (NonFiniteError("loss nan"), True),
         (TypeError("no such argument"), False),
         (ImportError("no such module"), False),
         (ValueError("bad setting"), False),
@@ -62,7 +63,7 @@ def test_only_numbers_that_are_not_finite_are_a_result(
             (tmp_path / f"nonfinite_step_{step}").mkdir()
         raise error
 
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(commands, "train", train)
     with pytest.raises(type(error)):
         train_one(tmp_path)
     path = tmp_path / "failure.json"

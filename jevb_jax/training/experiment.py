@@ -10,13 +10,16 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from jevb_jax import blueprint, methods, training
+from jevb_jax import methods
 from jevb_jax.images import batch_order
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import OptimizerSection, RunSettings
+from jevb_jax.training import from_settings, optimizers, step
+from jevb_jax.training.optimizers import EarlierLength
+from jevb_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Experiment:
     jevb_settings: methods.JevbSettings
     steps_per_epoch: int
     num_train_steps: int
-    earlier: tuple[training.EarlierLength, ...] = ()
+    earlier: tuple[EarlierLength, ...] = ()
 
     @property
     def key(self) -> Array:
@@ -63,8 +66,8 @@ class Experiment:
         return size, size, len(self.view_augmentations[0].mean)
 
     @functools.cached_property
-    def _init(self) -> Callable[[Array], training.TrainState]:
-        return training.compiled_init(
+    def _init(self) -> Callable[[Array], TrainState]:
+        return step.compiled_init(
             self.model,
             self.optimizer,
             self.view_shape,
@@ -72,15 +75,15 @@ class Experiment:
             target_decay=self.settings.train.target_decay,
         )
 
-    def initial_state(self) -> training.TrainState:
+    def initial_state(self) -> TrainState:
         """The state before the first step."""
         return self._init(jax.random.fold_in(self.key, 2**31 - 1))  # no step is ever this one
 
     def train_step(
-        self, state: training.TrainState, images: Array, key: Array
-    ) -> tuple[training.TrainState, dict[str, Array]]:
-        """`training.train_step` with this experiment's networks and settings."""
-        return training.train_step(
+        self, state: TrainState, images: Array, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """`step.train_step` with this experiment's networks and settings."""
+        return step.train_step(
             state,
             images,
             key,
@@ -92,14 +95,14 @@ class Experiment:
             bn_group_size=self.settings.train.bn_group_size,
             ema_decay=self.settings.train.ema_decay,
             target_decay=functools.partial(
-                training.target_decay_at,
+                optimizers.target_decay_at,
                 target_decay=self.settings.train.target_decay,
                 num_steps=self.num_train_steps,
                 earlier=self.earlier,
             ),
         )
 
-    def extended(self, earlier: Sequence[training.EarlierLength]) -> "Experiment":
+    def extended(self, earlier: Sequence[EarlierLength]) -> "Experiment":
         """This experiment as the last part of a run that was shorter before.
 
         Args:
@@ -141,10 +144,10 @@ def _schedule(
     *,
     steps_per_epoch: int,
     num_steps: int,
-    earlier: Sequence[training.EarlierLength] = (),
+    earlier: Sequence[EarlierLength] = (),
 ) -> optax.Schedule:
     """The learning rate of the section `optimizer`."""
-    return training.make_schedule(
+    return optimizers.make_schedule(
         learning_rate=section.learning_rate,
         warmup_steps=round(section.warmup_epochs * steps_per_epoch),
         num_steps=num_steps,
@@ -156,8 +159,8 @@ def _schedule(
 def make_optimizer(
     section: OptimizerSection, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """The optimizer of the section `optimizer` with a schedule; see `training.make_optimizer`."""
-    return training.make_optimizer(
+    """The optimizer of the section `optimizer` with a schedule; see `optimizers.make_optimizer`."""
+    return optimizers.make_optimizer(
         name=section.name,
         schedule=schedule,
         momentum=section.momentum,
@@ -169,7 +172,7 @@ def make_optimizer(
     )
 
 
-def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> training.TrainState:
+def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> TrainState:
     """The state of a run as shapes and types, without its data.
 
     Args:
@@ -182,9 +185,9 @@ def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> tra
     # The schedule's length follows from the data; the shape of the optimizer's state does not.
     optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(1.0))
     return jax.eval_shape(
-        lambda key: training.init_state(
+        lambda key: step.init_state(
             key,
-            blueprint.make_network(settings),
+            from_settings.make_network(settings),
             optimizer,
             view_shape,
             ema_decay=settings.train.ema_decay,
@@ -209,7 +212,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     values = to_json_values(config)
     settings = read.run_settings(values)
     train = settings.train
-    views = blueprint.view_augmentations(settings.augmentation)
+    views = from_settings.view_augmentations(settings.augmentation)
     dataset = load_dataset(**vars(settings.data))
     channels = dataset.train[0].shape[-1]
     if channels != len(views[0].mean):
@@ -224,12 +227,12 @@ def build_experiment(config: ConfigDict) -> Experiment:
     schedule = _schedule(
         settings.optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_train_steps
     )
-    jevb_settings = blueprint.jevb_settings(settings, steps_per_epoch=steps_per_epoch)
+    jevb_settings = from_settings.jevb_settings(settings, steps_per_epoch=steps_per_epoch)
     return Experiment(
         config=values,
         settings=settings,
         dataset=dataset,
-        model=blueprint.make_network(settings),
+        model=from_settings.make_network(settings),
         optimizer=make_optimizer(settings.optimizer, schedule),
         schedule=schedule,
         view_augmentations=views,

@@ -1,0 +1,400 @@
+"""Train, evaluate, evaluate on other data: what the command line and a notebook call."""
+
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jevb_jax import messages, model, parallel
+from jevb_jax.evaluation import evidence, protocol, readiness
+from jevb_jax.images import augmentations, data_record, workers
+from jevb_jax.images.batches import gather
+from jevb_jax.images.dataset import load_dataset
+from jevb_jax.parallel import StoppedError
+from jevb_jax.report import figures, page, tables, training_curves
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.array_names import differences, flatten_names
+from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, saved_steps
+from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
+from jevb_jax.runs.provenance import environment, read_environment
+from jevb_jax.runs.result_files import is_own, keep_other_results, result_files, settings_sha256
+from jevb_jax.settings import read
+from jevb_jax.training import alarms
+from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
+from jevb_jax.training.loop import RunLoop
+from jevb_jax.training.resume import check_config, read_extensions
+from jevb_jax.training.step import TrainState
+from jevb_jax.xla_options import in_single_precision, keep_compiled_programs
+
+_logger = logging.getLogger(__name__)
+_NUM_SHOWN_IMAGES = 8  # in views.png
+
+
+def _start_variables(experiment: Experiment) -> dict[str, Any]:
+    """Parameters and statistics of the encoder that `init.workdir` names.
+
+    Raises:
+      ValueError: they are those of another network; every difference is named.
+    """
+    settings = experiment.settings.init
+    loaded = model.load(settings.workdir, None if settings.step < 0 else settings.step)
+    shapes = jax.eval_shape(experiment.initial_state)
+    wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    problems = differences(
+        flatten_names(loaded.variables), flatten_names(wanted), where="init.workdir"
+    )
+    if problems:
+        raise ValueError(
+            f"init.workdir = {settings.workdir} holds another network:\n"
+            + "\n".join(problems)
+            + "\nGive the method and the section model of that run, or leave init.workdir empty."
+        )
+    return loaded.variables
+
+
+@in_single_precision
+def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = None) -> bool:
+    """Trains, or resumes, the run of `config` in `workdir`, and evaluates it at the end.
+
+    Args:
+      config: see `configs/default.py`.
+      workdir: directory of the run; made if it does not exist, resumed if it holds this run.
+      console: where people read; standard output by default.
+
+    Returns:
+      True when the run is complete, False when a signal stopped it after a save.
+
+    Raises:
+      ChangedConfigError: the directory holds a run of another config.
+      ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
+      DirectoryInUseError: another process works on the directory.
+      NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
+      CheckpointError: no checkpoint of the run can be read.
+      ValueError: settings that do not fit each other.
+    """
+    workers.check_not_starting()
+    keep_compiled_programs()
+    console = console or _console()
+    workdir = files.to_path(workdir)
+    if archive.is_archive(workdir):
+        raise ValueError(
+            f"{workdir} holds an export or a fine-tuned encoder: give another --workdir to the run"
+        )
+    experiment = build_experiment(config)
+    readiness.check(experiment)
+    mesh = parallel.make_mesh()
+    parallel.check_divisible(
+        experiment.settings.train.batch_size,
+        experiment.settings.train.num_micro_batches,
+        mesh,
+    )
+    start = None
+    if experiment.settings.init.workdir and not saved_steps(workdir / "checkpoints"):
+        start = _start_variables(experiment)
+    with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
+        check_held: Callable[[], None] = _check_nothing
+        data_changes: list[str] = []
+
+        def check_data() -> None:
+            accept = experiment.settings.input.accept_changed_data
+            data_changes.extend(
+                data_record.check_training(workdir, experiment.dataset, accept_change=accept)
+            )
+
+        def prepare() -> None:
+            nonlocal check_held
+            workdir.mkdir(parents=True, exist_ok=True)
+            check_held = held.enter_context(files.lock_directory(workdir))
+            check_config(workdir, experiment, check_data)
+            files.write_json_atomically(workdir / "environment.json", environment())
+
+        def stop_unread(error: Exception) -> None:
+            if stop.signal_name is not None:  # the reader was stopped too
+                return
+            outcome = "It goes on; metrics.jsonl has every number."
+            if stop.request("closed output"):
+                outcome = "It saves its state and stops; the same command goes on from there."
+            _logger.warning(
+                "What this run prints cannot be written any more (%r). %s", error, outcome
+            )
+
+        held.enter_context(unbroken(console, stop_unread))
+        parallel.on_main(prepare)
+        if not stop.is_heeding:
+            console.print(
+                "This is not the main thread: SIGTERM and Ctrl-C will not save the state of the run. "
+                "After them, the same command goes on from the last checkpoint."
+            )
+        extended = experiment.extended(read_extensions(workdir))
+        return _train_and_evaluate(
+            extended, workdir, console, mesh, stop, check_held, data_changes, start
+        )
+
+
+def _check_nothing() -> None:
+    """The check of processes beside the first, which hold no directory."""
+
+
+def _console() -> Console:
+    """Standard output, of one process."""
+    return standard_output(quiet=not parallel.is_main())
+
+
+def _train_and_evaluate(
+    experiment: Experiment,
+    workdir: Path,
+    console: Console,
+    mesh: Mesh,
+    stop: parallel.StopRequest,
+    check_held: Callable[[], None],
+    data_changes: list[str],
+    start: dict[str, Any] | None,
+) -> bool:
+    """`train` in a directory that process 0 holds."""
+    run = RunLoop(experiment, workdir, console, mesh, stop, check_held, start)
+    reasons = protocol.left_out(experiment.settings.evaluation, experiment.dataset)
+    for line in protocol.left_out_lines(reasons):
+        run.say(line)
+    try:
+        state = run.restore()
+        for length in experiment.earlier:
+            run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
+        if int(state.step) == 0 and parallel.is_main():
+            train = experiment.dataset.train
+            images = gather(train, np.arange(min(_NUM_SHOWN_IMAGES, len(train))))
+            views = augmentations.visible_views(images, experiment.view_augmentations)
+            figures.save_views_figure(workdir / "views.png", images, views)
+        if int(state.step) < experiment.num_train_steps:
+            state = run.train(state)
+    finally:
+        try:
+            run.checkpointer.close()
+        finally:
+            run.log.close()
+    step, last = int(state.step), experiment.num_train_steps
+    again = "the same command goes on from there."
+    if step < last:
+        run.say(f"{stop.signal_name}: saved step {step} of {last} in {workdir}; {again}")
+        return False
+    if parallel.is_main():
+        training_curves.save_curves_figure(
+            workdir / "curves.png", MetricsLog.read(workdir / "metrics.jsonl")
+        )
+    try:
+        _evaluate_and_report(experiment, workdir, state, console, mesh, stop, data_changes)
+    except StoppedError:
+        run.say(f"{stop.signal_name}: trained to the end, not yet evaluated; {again}")
+        return False
+    messages.say(console, f"Run files: {workdir}")
+    return True
+
+
+def _evaluate_and_report(
+    experiment: Experiment,
+    workdir: Path,
+    state: TrainState,
+    console: Console,
+    mesh: Mesh,
+    stop: parallel.StopRequest,
+    data_changes: list[str],
+) -> dict[str, Any]:
+    """Evaluates a state; writes `results.json`, `results.csv` and `report.html`, prints the tables."""
+
+    def check_stop() -> None:
+        if stop.is_requested():
+            raise StoppedError
+
+    try:
+        with stop.interrupting():
+            results, evaluation = protocol.evaluate(
+                experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
+            )
+    except StoppedError as error:
+        raise StoppedError(
+            f"{stop.signal_name}: the evaluation of {workdir} was stopped"
+        ) from error
+    results["step"] = int(state.step)
+    if data_changes:
+        results["data_changes"] = data_changes
+    if earlier := read_extensions(workdir):
+        results["earlier_lengths"] = [length._asdict() for length in earlier]
+    results["settings_sha256"] = settings_sha256(experiment.config, data_changes)
+    parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
+    return results
+
+
+def _write_results(
+    experiment: Experiment,
+    workdir: Path,
+    results: dict[str, Any],
+    evaluation: protocol.Evaluation,
+    console: Console,
+) -> None:
+    step = results["step"]
+    suffix = "" if step == experiment.num_train_steps else f"_step_{step}"
+    keep_other_results(workdir, suffix, results["settings_sha256"])
+    files.write_text_atomically(workdir / f"results{suffix}.csv", tables.results_csv(results))
+    records = MetricsLog.read(workdir / "metrics.jsonl")
+    embedding_dim = experiment.settings.model.embedding_dim
+    is_watched = any(alarms.logged_health(record) for record in records)
+    page.write_page(
+        workdir / f"report{suffix}.html",
+        title=f"{experiment.config['method']} on {experiment.dataset.train.name}",
+        results=results,
+        evidence=evidence.gather_evidence(experiment, evaluation),
+        records=records,
+        alarms=alarms.alarm_history(records, embedding_dim=embedding_dim) if is_watched else None,
+        config=experiment.config,
+        environment=read_environment(workdir),
+    )
+    # The last of the files: who finds it finds the others.
+    files.write_json_atomically(workdir / f"results{suffix}.json", results)
+    for copy in result_files(workdir, f"{suffix}_{results['settings_sha256'][:8]}"):
+        copy.unlink(missing_ok=True)  # of the same settings, from before others took the name
+    console.print(tables.classification_table(results))
+    if evaluation.ood is not None:
+        console.print(tables.detection_table(results))
+    console.print(f"Every number: results{suffix}.csv; the page: report{suffix}.html")
+
+
+@in_single_precision
+def evaluate(
+    config: ConfigDict, workdir: str | Path, *, step: int | None, console: Console | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run; writes `results.json`, `results.csv` and `report.html`.
+
+    Results of other settings that have these names are kept under others (`keep_other_results`).
+
+    Args:
+      config: the config of the run; only `evaluation`, `ood` and `input` may differ from what it was
+        trained with.
+      workdir: directory of the run.
+      step: a checkpoint's step, or None for the latest.
+      console: where people read.
+
+    Returns:
+      The results, as written.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be used.
+      ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
+      StoppedError: a signal ended it.
+    """
+    workers.check_not_starting()
+    keep_compiled_programs()
+    console = console or _console()
+    workdir = files.to_path(workdir)
+    experiment = build_experiment(config)
+    data_changes = data_record.check_evaluation(
+        workdir,
+        experiment.dataset,
+        accept_change=experiment.settings.input.accept_changed_data,
+    )
+    readiness.check(experiment)
+    if not (workdir / "environment.json").exists():
+        _logger.warning(
+            "%s holds no environment.json: the report cannot say with which versions and devices it "
+            "was trained.",
+            workdir,
+        )
+    mesh = parallel.make_mesh()
+    replicated = parallel.replicated(mesh)
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(experiment.initial_state),
+    )
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    try:
+        if step is None:
+            restored = checkpointer.restore_latest(template)
+            if restored is None:
+                raise CheckpointError(f"{workdir} holds no checkpoint: train first")
+            _, state = restored
+        elif step in checkpointer.steps():
+            state = checkpointer.restore(step, template)
+        else:
+            raise CheckpointError(f"{workdir} has checkpoints {checkpointer.steps()}, not {step}")
+    finally:
+        checkpointer.close()
+    with parallel.StopRequest() as stop, unbroken(console):
+        results = _evaluate_and_report(
+            experiment, workdir, state, console, mesh, stop, data_changes
+        )
+        messages.say(console, f"Run files: {workdir}")
+    return results
+
+
+@in_single_precision
+def evaluate_on(
+    config: ConfigDict,
+    section: ConfigDict,
+    workdir: str | Path,
+    *,
+    step: int | None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """k-NN and linear probes of a run's encoder on other data; writes `results_on_NAME.json`, `.csv`.
+
+    Where that name is taken by results of other data (files in two directories may have one name),
+    another step or other settings, a part of a hash of these is added to it. The same call again
+    replaces its own files.
+
+    Args:
+      config: of the run, for its section `evaluation`.
+      section: `data` of a config.
+      workdir: directory of the run.
+      step: a checkpoint's step, or None for the latest.
+      console: where people read.
+
+    Returns:
+      The results, as written.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be used.
+      ValueError: data that cannot be loaded, have no labels or do not fit; more than one process.
+    """
+    workers.check_not_starting()
+    keep_compiled_programs()
+    console = console or _console()
+    if jax.process_count() > 1:
+        raise ValueError(f"other data are evaluated by one process, got {jax.process_count()}")
+    workdir = files.to_path(workdir)
+    described = read.data_section(to_json_values(section))
+    evaluation = read.evaluation_section(to_json_values(config)["evaluation"])
+    loaded = model.load(workdir, step)
+    if described.source in ("folder", "tfds") and not described.image_size:
+        # Photos are cut as the encoder's own were.
+        described = dataclasses.replace(described, image_size=loaded.square_size)
+    dataset = load_dataset(**vars(described))
+    with parallel.StopRequest() as stop, stop.interrupting():
+        results = protocol.evaluate_transfer(
+            evaluation, loaded.extractor, loaded.variables, dataset
+        )
+    results |= {
+        "step": loaded.step,
+        "data": read.plain(vars(described)),
+        "evaluation": read.plain(vars(evaluation)),
+    }
+    made_of = {name: results[name] for name in ("step", "data", "evaluation")}
+    # Paths do not tell data apart: relative ones, and files that were replaced.
+    made_of["images"] = data_record.fingerprint(dataset)
+    results["settings_sha256"] = files.json_sha256(made_of)
+    name = re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset.train.name).name).strip("_")
+    stem = f"results_on_{name}" + ("" if step is None else f"_step_{step}")
+    if not is_own(workdir / f"{stem}.json", results["settings_sha256"]):
+        stem += f"_{results['settings_sha256'][:8]}"
+    files.write_text_atomically(workdir / f"{stem}.csv", tables.results_csv(results))
+    files.write_json_atomically(workdir / f"{stem}.json", results)
+    with unbroken(console):
+        console.print(tables.classification_table(results))
+        messages.say(console, f"{workdir / stem}.json")
+    return results

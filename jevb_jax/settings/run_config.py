@@ -1,0 +1,58 @@
+"""The config of a run, read from its directory."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jevb_jax.runs import archive, files
+from jevb_jax.settings.saved_config import completed_finetune, saved_config
+
+
+def load_config(workdir: str | Path) -> ConfigDict:
+    """The config of a run directory.
+
+    Args:
+      workdir: directory of the run.
+
+    Returns:
+      The config, locked. Lists are tuples again.
+
+    Raises:
+      FileNotFoundError: no run was started there.
+    """
+    path = files.to_path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: --workdir must be a directory of train.py")
+    config = read_config(path)
+    config.lock()
+    return config
+
+
+def read_config(path: str | Path) -> ConfigDict:
+    """The config that a run saved, to be changed and given again.
+
+    Args:
+      path: a `config.json`; or the `model.json` of a fine-tune or an export.
+
+    Returns:
+      The config, not locked. Lists are tuples again, and settings that did not exist yet are as they
+      were then.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a config.
+    """
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    path = files.to_path(path)
+    found = files.read_json(path)
+    if path.name == archive.MANIFEST and isinstance(found, dict):
+        if "finetuned" in found:
+            return ConfigDict(tuples(completed_finetune(found["finetuned"])))
+        found = found.get("config")
+    return ConfigDict(tuples(saved_config(found, path)))

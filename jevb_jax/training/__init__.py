@@ -1,0 +1,1 @@
+"""Training: what a run is, its methods, its step and its loop."""

@@ -1,0 +1,163 @@
+"""What a run in its directory may change, and how it is made longer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jevb_jax.runs import files
+from jevb_jax.runs.checkpoints import changed_keys, saved_steps
+from jevb_jax.runs.result_files import rename_results
+from jevb_jax.settings.saved_config import saved_config, versioned
+from jevb_jax.training.experiment import Experiment
+from jevb_jax.training.optimizers import EarlierLength
+
+# Settings that a resumed run may change, because no number of the run depends on them.
+CHANGEABLE_ON_RESUME = (
+    "checkpoint.",
+    "evaluation.",
+    "ood.",
+    "input.accept_changed_data",
+    "input.num_workers",
+    "input.prefetch_batches",
+    "train.extend",
+    "train.health_every_steps",
+    "train.health_pairs",
+    "train.health_num_images",
+    "train.knn_every_epochs",
+    "train.log_every_steps",
+)
+
+
+class ChangedConfigError(ValueError):
+    """The directory holds a run of another config."""
+
+
+def refused_changes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that a run in its directory may not change.
+
+    Args:
+      saved: the config of the run, completed.
+      config: the config asked for.
+
+    Returns:
+      `{dotted key: (saved, asked for)}`; a larger `train.num_epochs` is none of them where
+      `train.extend` allows it.
+    """
+    refused = {
+        key: values
+        for key, values in changed_keys(saved, config).items()
+        if not key.startswith(CHANGEABLE_ON_RESUME)
+    }
+    if is_longer(refused) and config["train"]["extend"]:
+        del refused["train.num_epochs"]
+    return refused
+
+
+def is_longer(changes: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether a run is to have more epochs than it has."""
+    if "train.num_epochs" not in changes:
+        return False
+    saved, asked = changes["train.num_epochs"]
+    return isinstance(saved, int | float) and asked > saved
+
+
+# What a run writes once its config.json is there, and would replace.
+_WRITTEN_LATER = (
+    "checkpoints",
+    "metrics.jsonl",
+    "views.png",
+    "curves.png",
+    "results.json",
+    "results.csv",
+    "report.html",
+)
+
+
+def _check_unused(workdir: Path) -> None:
+    """Refuses to begin a run where files lie that it would replace, or go on from."""
+    found = [name for name in _WRITTEN_LATER if (workdir / name).exists()]
+    if found:
+        raise ValueError(
+            f"{workdir} holds {', '.join(found)} and no config.json: a new run would replace what "
+            "another program wrote there, or go on from checkpoints of settings that nobody knows. "
+            "Give another --workdir, or bring the config.json of the run back"
+        )
+
+
+def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[], None]) -> None:
+    """Writes the config of a new run; of an old one, refuses what changed, and makes it longer."""
+    path, config = workdir / "config.json", experiment.config
+    if not path.exists():
+        _check_unused(workdir)
+        check_data()
+        files.write_json_atomically(path, versioned(config))
+        return
+    found = saved_config(files.read_json(path), path)
+    refused = refused_changes(found, config)
+    if refused:
+        lines = [
+            f"  {key}: the run has {old!r}, got {new!r}" for key, (old, new) in refused.items()
+        ]
+        longer = ""
+        if is_longer(refused):
+            longer = (
+                "\nTo train this run longer, set train.extend to True beside train.num_epochs "
+                "(--config.train.extend=True): from where it stands on, its learning rate is that of "
+                "a run of the new length."
+            )
+        raise ChangedConfigError(
+            f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
+            "Give the same settings to resume it, or another --workdir to start anew. Only "
+            f"{', '.join(CHANGEABLE_ON_RESUME)} may change.{longer}"
+        )
+    check_data()
+    changes = changed_keys(found, config)
+    if is_longer(changes):
+        _extend(workdir, round(found["train"]["num_epochs"] * experiment.steps_per_epoch))
+    if changes:
+        files.write_json_atomically(path, versioned(config))
+
+
+_EXTENSIONS = "extensions.json"
+
+
+def _extend(workdir: Path, num_steps: int) -> None:
+    """Records where a run that becomes longer stands, and keeps what was written of the shorter one.
+
+    Args:
+      workdir: directory of the run.
+      num_steps: how long the shorter run was.
+    """
+    stands = max(saved_steps(workdir / "checkpoints"), default=0)
+    earlier: list[EarlierLength] = []
+    start = 0
+    for length in (*read_extensions(workdir), EarlierLength(num_steps, stands)):
+        until = min(length.until_step, stands)
+        if until > start:  # a length that no saved step had is none
+            earlier.append(length._replace(until_step=until))
+            start = until
+    if not earlier:  # killed before its first save: it starts anew
+        return
+    for name in ("config", "environment"):
+        kept = workdir / f"{name}_until_step_{stands}.json"
+        if not kept.exists():
+            files.write_bytes_atomically(kept, (workdir / f"{name}.json").read_bytes())
+    rename_results(workdir, "", f"_step_{stands}")
+    if (workdir / "curves.png").exists():
+        (workdir / "curves.png").replace(workdir / f"curves_step_{stands}.png")
+    files.write_json_atomically(workdir / _EXTENSIONS, [length._asdict() for length in earlier])
+
+
+def read_extensions(workdir: Path) -> list[EarlierLength]:
+    """Lengths that a run was to have before it was extended, the first one first.
+
+    Args:
+      workdir: directory of the run, of `files.to_path`.
+
+    Returns:
+      The lengths; none of a run that was never extended.
+    """
+    path = workdir / _EXTENSIONS
+    if not path.exists():
+        return []
+    return [EarlierLength(**one) for one in files.read_json(path)]
