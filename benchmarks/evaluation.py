@@ -35,7 +35,13 @@ from sklearn.neighbors import NearestNeighbors
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10
-from jevb_jax.evaluation import classification, features, ood_metrics
+from jevb_jax.evaluation import (
+    detection_metrics,
+    features,
+    labeled_features,
+    linear_probe,
+    neighbors,
+)
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.joint import make_model
 
@@ -155,7 +161,7 @@ def _knn(
     on_device = jnp.asarray(bank), jnp.asarray(queries)
 
     def ours() -> Any:
-        _, index = classification.nearest_neighbours(*on_device, k=arguments.k)
+        _, index = neighbors.nearest_neighbours(*on_device, k=arguments.k)
         found["jevb_jax"] = np.asarray(index)
 
     def by_sklearn(*, metric: str) -> None:
@@ -210,7 +216,7 @@ def _probe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     on_device = jnp.asarray(x), jnp.asarray(y)
 
     def ours(tolerance: float) -> Any:
-        return classification.fit_linear_probe(
+        return linear_probe.fit_linear_probe(
             *on_device,
             num_classes=arguments.num_classes,
             l2_regularization=l2,
@@ -262,7 +268,7 @@ def _probe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _few_labels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     bank, labels, _ = draw_features(arguments)
-    rows = classification.labels_per_class_subset(
+    rows = labeled_features.labels_per_class_subset(
         labels, labels_per_class=arguments.labels_per_class, seed=0
     )
     x, y = bank[rows], labels[rows]
@@ -272,7 +278,7 @@ def _few_labels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     iterations: dict[str, int] = {}
 
     def ours() -> None:
-        selection = classification.select_linear_probe(
+        selection = linear_probe.select_linear_probe(
             x, y, *validation, num_classes=arguments.num_classes, l2_grid=L2_GRID
         )
         accuracies["jevb_jax"] = selection.validation_accuracy
@@ -343,7 +349,7 @@ def _detection(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         found: dict[str, tuple[float, float]] = {}
 
         def ours(inside: Any = inside, outside: Any = outside, found: Any = found) -> None:
-            low, high = ood_metrics.bootstrap_intervals(
+            low, high = detection_metrics.bootstrap_intervals(
                 inside, outside, num_resamples=arguments.num_resamples, seed=0
             )
             found["jevb_jax"] = low.auroc, high.auroc

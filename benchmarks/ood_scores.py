@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from configs import default
-from jevb_jax.evaluation import classification, features, ood_protocol
+from jevb_jax.evaluation import detection, features, linear_probe, score_table
+from jevb_jax.evaluation.score_table import ScoreSettings, TrainingData
 from jevb_jax.images import augmentations
 from jevb_jax.images.source import ArraySource
 from jevb_jax.runs import files
@@ -74,22 +75,20 @@ def main() -> None:
         "batch_size": arguments.batch_size,
     }
     plain = features.FeatureExtractor(made.model, **keywords)
-    terms = ood_protocol.terms_settings(made)
+    terms = detection.terms_settings(made)
     with_terms = features.FeatureExtractor(made.model, **keywords, terms=terms)
 
     train = with_terms(variables, made.dataset.train)
     labels: Any = made.dataset.train.labels
-    probe = classification.fit_linear_probe(
+    probe = linear_probe.fit_linear_probe(
         train.representation, labels, num_classes=int(labels.max()) + 1, l2_regularization=1e-2
     )
-    table = ood_protocol.score_table(
+    table = score_table.score_table(
         "jevb",
-        ood_protocol.ScoreSettings(
-            knn_k=(50,), ssd_clusters=(1, 10), residual_share=0.5, mixture_df=5.0
-        ),
+        ScoreSettings(knn_k=(50,), ssd_clusters=(1, 10), residual_share=0.5, mixture_df=5.0),
         num_views=made.config["ood"]["num_views"],
     )
-    scorers = ood_protocol.make_scorers(table, ood_protocol.TrainingData(train, probe))
+    scorers = score_table.make_scorers(table, TrainingData(train, probe))
     pixels = np.random.default_rng(0).integers(
         0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 3), np.uint8
     )
@@ -123,10 +122,10 @@ def main() -> None:
     ]
     images = ArraySource(np.resize(pixels, (arguments.num_images, *pixels.shape[1:])))
     start = time.perf_counter()
-    ood_protocol.score_images(with_terms, variables, images, scorers)
+    score_table.score_images(with_terms, variables, images, scorers)
     one_pass = time.perf_counter() - start  # with the compilation of all scores together
     start = time.perf_counter()
-    ood_protocol.score_images(with_terms, variables, images, scorers)
+    score_table.score_images(with_terms, variables, images, scorers)
     second_pass = time.perf_counter() - start
     facts = {
         "command": " ".join(["python -m benchmarks.ood_scores", *sys.argv[1:]]),

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from configs import digits
 from configs.ood import outside_set
 from jevb_jax import commands
-from jevb_jax.evaluation import protocol
+from jevb_jax.evaluation.detection import OODEvaluation
+from jevb_jax.evaluation.evaluate import Evaluation, evaluate_variables, make_extractors
 from jevb_jax.evaluation.evidence import embedding_map
-from jevb_jax.evaluation.ood_protocol import OODEvaluation
 from jevb_jax.images import batches, corruptions
 from jevb_jax.images import shapes as shapes_module
 from jevb_jax.report import figures
@@ -63,7 +63,7 @@ def save_grey_shapes(path: Path) -> None:
     np.savez(path, images=images.mean(axis=-1, keepdims=True).round().astype(np.uint8))
 
 
-def evaluate(config: Any, out: Path) -> tuple[Experiment, protocol.Evaluation, np.ndarray]:
+def evaluate(config: Any, out: Path) -> tuple[Experiment, Evaluation, np.ndarray]:
     """Scores of the trained encoder, and the untrained one's embedding of the same images."""
     shapes_path = out / "grey_shapes.npz"
     save_grey_shapes(shapes_path)
@@ -83,21 +83,21 @@ def evaluate(config: Any, out: Path) -> tuple[Experiment, protocol.Evaluation, n
         checkpointer.close()
     if restored is None:
         raise FileNotFoundError(f"{out}/run holds no checkpoint: was the run stopped at its start?")
-    extractors = protocol.make_extractors(experiment)
-    found = protocol.evaluate_variables(experiment, restored[1].evaluation_variables, extractors)
+    extractors = make_extractors(experiment)
+    found = evaluate_variables(experiment, restored[1].evaluation_variables, extractors)
     source = experiment.dataset.test
     if source is None:
         raise ValueError("the digits have a test split")
     return experiment, found, extractors.plain(initial.evaluation_variables, source).embedding
 
 
-def accuracy(evaluation: protocol.Evaluation) -> float:
+def accuracy(evaluation: Evaluation) -> float:
     """Of k-NN on the representation."""
     wanted = ("knn_20_accuracy", "representation")
     return next(r["value"] for r in evaluation.results if (r["name"], r["features"]) == wanted)
 
 
-def draw_map(path: Path, before: np.ndarray, after: protocol.Evaluation) -> None:
+def draw_map(path: Path, before: np.ndarray, after: Evaluation) -> None:
     """Both embeddings in the plane, each image as its digit."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     labels = after.test.labels

@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jevb_jax import messages, model, parallel
-from jevb_jax.evaluation import evidence, protocol, readiness
+from jevb_jax.evaluation import accuracy, evidence, readiness
+from jevb_jax.evaluation import evaluate as evaluate_module
+from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
 from jevb_jax.images import augmentations, data_record, workers
 from jevb_jax.images.batches import gather
 from jevb_jax.images.dataset import load_dataset
@@ -161,8 +163,8 @@ def _train_and_evaluate(
 ) -> bool:
     """`train` in a directory that process 0 holds."""
     run = RunLoop(experiment, workdir, console, mesh, stop, check_held, start)
-    reasons = protocol.left_out(experiment.settings.evaluation, experiment.dataset)
-    for line in protocol.left_out_lines(reasons):
+    reasons = accuracy.left_out(experiment.settings.evaluation, experiment.dataset)
+    for line in accuracy.left_out_lines(reasons):
         run.say(line)
     try:
         state = run.restore()
@@ -215,7 +217,7 @@ def _evaluate_and_report(
 
     try:
         with stop.interrupting():
-            results, evaluation = protocol.evaluate(
+            results, evaluation = evaluate_module.evaluate(
                 experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
             )
     except StoppedError as error:
@@ -236,7 +238,7 @@ def _write_results(
     experiment: Experiment,
     workdir: Path,
     results: dict[str, Any],
-    evaluation: protocol.Evaluation,
+    evaluation: Evaluation,
     console: Console,
 ) -> None:
     step = results["step"]
@@ -376,9 +378,7 @@ def evaluate_on(
         described = dataclasses.replace(described, image_size=loaded.square_size)
     dataset = load_dataset(**vars(described))
     with parallel.StopRequest() as stop, stop.interrupting():
-        results = protocol.evaluate_transfer(
-            evaluation, loaded.extractor, loaded.variables, dataset
-        )
+        results = evaluate_transfer(evaluation, loaded.extractor, loaded.variables, dataset)
     results |= {
         "step": loaded.step,
         "data": read.plain(vars(described)),

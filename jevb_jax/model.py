@@ -24,8 +24,9 @@ from rich.progress import Progress
 from safetensors import numpy as safetensors
 
 from jevb_jax import methods
-from jevb_jax.evaluation import ood, ood_protocol, saved_scores
+from jevb_jax.evaluation import conformal, detection, detector_input, saved_scores, score_table
 from jevb_jax.evaluation.features import FeatureExtractor, Features
+from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingData
 from jevb_jax.images import data_record
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
@@ -150,8 +151,8 @@ class Model:
             raise ValueError(f"square_size must be at least 0, got {self.square_size}")
         self.variables = jax.device_put(variables, jax.local_devices()[0])
         self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
-        self._training_data: dict[bool, ood_protocol.TrainingData] = {}
-        self._scorers: dict[str, ood_protocol.ScoreFunction] = {}
+        self._training_data: dict[bool, TrainingData] = {}
+        self._scorers: dict[str, ScoreFunction] = {}
         self._dataset: Dataset | None = None
         self.recorded_data = recorded_data
 
@@ -315,7 +316,7 @@ class Model:
           ValueError: fewer than `1 / false_alarm_rate - 1` calibration images; and as `ood_score`.
         """
         name = self._checked_score(score)
-        rate = ood.checked_share("false_alarm_rate", false_alarm_rate)
+        rate = detector_input.checked_share("false_alarm_rate", false_alarm_rate)
         checked: GivenImages | None = None
         source: Any = None
         if calibration_images is None:
@@ -326,7 +327,7 @@ class Model:
             checked = self._checked_images(calibration_images)
         # What cannot have a threshold is known before the fit.
         count = len(source) if checked is None else checked.num_images
-        ood.conformal_threshold(np.zeros(count), rate)
+        conformal.conformal_threshold(np.zeros(count), rate)
         scorer = self._scorer(name, fit_images)
         if checked is None:
             extract = self._extractor(self._batch_size, self._score_entries[name].needs_terms)
@@ -337,17 +338,17 @@ class Model:
             calibration = np.concatenate(parts)
         else:
             calibration = np.atleast_1d(self._score_checked(checked, name, scorer))
-        return Detector(self, scorer, name, rate, ood.conformal_threshold(calibration, rate))
+        return Detector(self, scorer, name, rate, conformal.conformal_threshold(calibration, rate))
 
     # --- Scores ---
 
     @functools.cached_property
-    def _score_entries(self) -> dict[str, ood_protocol.ScoreEntry]:
-        return ood_protocol.scores_of_run(self.settings, has_labels=False)
+    def _score_entries(self) -> dict[str, ScoreEntry]:
+        return score_table.scores_of_run(self.settings, has_labels=False)
 
     def _checked_score(self, score: str | None) -> str:
         if score is None:
-            score = ood_protocol.default_score(self.settings)
+            score = score_table.default_score(self.settings)
         names = self.score_names()
         if score not in names:
             raise ValueError(
@@ -356,7 +357,7 @@ class Model:
             )
         return score
 
-    def _scorer(self, name: str, fit_images: Images | None) -> ood_protocol.ScoreFunction:
+    def _scorer(self, name: str, fit_images: Images | None) -> ScoreFunction:
         """A score, fitted if it has to be."""
         entry = self._score_entries[name]
         if not entry.is_fitted:
@@ -369,13 +370,13 @@ class Model:
             if images.is_single:
                 raise ValueError("fit_images must be [N, h, w, c], got one image")
             features = self._run(images, lambda features: features, has_terms)
-            return entry.make(ood_protocol.TrainingData(features))
+            return entry.make(TrainingData(features))
         if name not in self._scorers:
             if has_terms not in self._training_data:
                 train = self._data("fit_images").train
-                rows = ood_protocol.fit_rows(len(train), self.settings.ood.max_fit_images)
+                rows = detection.fit_rows(len(train), self.settings.ood.max_fit_images)
                 extract = self._extractor(self._batch_size, has_terms)
-                self._training_data[has_terms] = ood_protocol.TrainingData(
+                self._training_data[has_terms] = TrainingData(
                     extract(self.variables, Subset(train, rows))
                 )
             self._scorers[name] = entry.make(self._training_data[has_terms])
@@ -408,7 +409,7 @@ class Model:
         if key not in self._extractors:
             terms = None
             if has_terms:
-                terms = ood_protocol.jevb_terms_settings(
+                terms = detection.jevb_terms_settings(
                     self.network,
                     from_settings.jevb_settings(self.settings, steps_per_epoch=0),
                     self.settings.ood,
@@ -428,9 +429,7 @@ class Model:
         """`output` of the plain features of every image, on the host."""
         return self._map_checked(self._checked_images(images), output, has_terms=False)
 
-    def _score_checked(
-        self, images: GivenImages, name: str, scorer: ood_protocol.ScoreFunction
-    ) -> np.ndarray:
+    def _score_checked(self, images: GivenImages, name: str, scorer: ScoreFunction) -> np.ndarray:
         def scores(features: Features) -> Array:
             return _apply(scorer, features)
 
@@ -546,7 +545,7 @@ class Detector:
     """
 
     model: Model
-    scorer: ood_protocol.ScoreFunction
+    scorer: ScoreFunction
     score_name: str
     false_alarm_rate: float
     threshold: float
@@ -573,7 +572,7 @@ class Detector:
         Returns:
           bool `[N]`, or `[]` of one image. A score that is not a finite number is an alarm.
         """
-        return ood.exceeds(self.score(images), self.threshold)
+        return conformal.exceeds(self.score(images), self.threshold)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the detector with its model, for `load_detector`.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from jevb_jax.evaluation.ood_protocol import CORRUPTED
+from jevb_jax.evaluation.outside_sets import CORRUPTED
 from jevb_jax.report.tables import csv_table, markdown_table
 from jevb_jax.runs import files
 from studies import mistakes_as_messages

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from jevb_jax import load, model
-from jevb_jax.evaluation import mixture, ood_protocol
-from jevb_jax.evaluation.ood_metrics import ood_metrics
+from jevb_jax.evaluation import detection, mixture_fit, outside_sets
+from jevb_jax.evaluation.detection_metrics import ood_metrics
 from jevb_jax.images import batches
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.paper import mass
@@ -91,10 +91,10 @@ def _mixture_rows(
     rows = []
     for df in KERNEL_DFS:
         for label, scale in (("own scales", own_scale), ("one scale for all", one_scale)):
-            choice = mixture.choose_bandwidth(
+            choice = mixture_fit.choose_bandwidth(
                 posterior.mean, scale, embeddings["train"], df=df, num_queries=1000
             )
-            fitted = mixture.fit_training_mixture(
+            fitted = mixture_fit.fit_training_mixture(
                 posterior.mean, scale, df=df, bandwidth=choice.bandwidth
             )
             scores = {part: np.asarray(apply(fitted, x)) for part, x in embeddings.items()}
@@ -115,14 +115,14 @@ def measure(directory: str) -> list[dict[str, Any]]:
     dataset = load_dataset(**loaded.config["data"])
     if dataset.test is None:
         raise ValueError(f"{directory} was trained without test images, which are the inside set")
-    rows = ood_protocol.fit_rows(len(dataset.train), NUM_FITTED)
+    rows = detection.fit_rows(len(dataset.train), NUM_FITTED)
     images: dict[str, Any] = {
         "train": batches.gather(dataset.train, rows),
         "test": batches.gather(dataset.test, np.arange(min(NUM_TEST, len(dataset.test)))),
     }
     groups = {}
     for described in cifar10_uncertainty.run_config("jevb").ood.outside:
-        outside = ood_protocol.load_outside_set(**described)
+        outside = outside_sets.load_outside_set(**described)
         images[outside.name] = batches.load_resident(outside.source)
         groups[outside.name] = outside.group
     plain: list[dict[str, Any]] = []

@@ -14,7 +14,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from jevb_jax.evaluation import classification
+from jevb_jax.evaluation import knn, labeled_features, linear_probe, neighbors, probe_solvers
+from jevb_jax.evaluation.knn import Vote
+from jevb_jax.evaluation.labeled_features import Split
+from jevb_jax.evaluation.probe_solvers import ProbeParameters
 
 
 def digits():
@@ -63,7 +66,7 @@ def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size):
     train, test, num_classes = random_problem()
     ks = (20, 1, 200, 700)  # unordered; 700 is the whole bank
     for temperature in (0.07, 1.0):
-        scores = classification.knn_class_scores(
+        scores = knn.knn_class_scores(
             *train,
             test[0],
             num_classes=num_classes,
@@ -83,25 +86,25 @@ def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
     train, test, num_classes = random_problem()
     settings: Any = {"num_classes": num_classes}
     searched: list[int] = []
-    search = classification._checked_nearest
+    search = neighbors.checked_nearest
     monkeypatch.setattr(
-        classification,
-        "_checked_nearest",
+        neighbors,
+        "checked_nearest",
         lambda *args, k, **keywords: (searched.append(k), search(*args, k=k, **keywords))[1],
     )
-    votes = [classification.Vote(*one) for one in ((10, None), (20, 0.1), (1, None), (5, 0.07))]
-    accuracies = classification.knn_accuracies(*train, *test, votes=votes, **settings)
+    votes = [Vote(*one) for one in ((10, None), (20, 0.1), (1, None), (5, 0.07))]
+    accuracies = knn.knn_accuracies(*train, *test, votes=votes, **settings)
     assert searched == [20]
     with pytest.raises(ValueError, match="votes must hold at least one"):
-        classification.knn_accuracies(*train, *test, votes=[], **settings)
+        knn.knn_accuracies(*train, *test, votes=[], **settings)
     for (k, temperature), accuracy in zip(votes, accuracies, strict=True):
         settings["temperature"] = temperature
-        assert accuracy == classification.knn_accuracy(*train, *test, k=k, **settings)
+        assert accuracy == knn.knn_accuracy(*train, *test, k=k, **settings)
         if temperature is None:
             model = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(*train)
-            predicted = classification.knn_predict(*train, test[0], k=k, **settings)
+            predicted = knn.knn_predict(*train, test[0], k=k, **settings)
             np.testing.assert_array_equal(predicted, model.predict(test[0]))
-            shares = classification.knn_class_scores(*train, test[0], k=k, **settings)
+            shares = knn.knn_class_scores(*train, test[0], k=k, **settings)
             np.testing.assert_allclose(shares, model.predict_proba(test[0]), rtol=1e-6)
 
 
@@ -110,17 +113,17 @@ def test_knn_equals_sklearn_on_digits():
     train, _, test = digits_splits()
     ks = (1, 5, 20, 200)
     options = {"num_classes": 10, "temperature": 0.1, "chunk_size": 100, "bank_chunk_size": 500}
-    predictions = classification.knn_predict(*train, test[0], k=ks, **options)
+    predictions = knn.knn_predict(*train, test[0], k=ks, **options)
     assert predictions.dtype == jnp.int32
-    accuracies = classification.knn_accuracy(*train, *test, k=ks, **options)
+    accuracies = knn.knn_accuracy(*train, *test, k=ks, **options)
     for k, predictions_of_k, accuracy in zip(ks, predictions, accuracies, strict=True):
         expected, _ = sklearn_knn(train, test[0], k=k, temperature=0.1)
         np.testing.assert_array_equal(predictions_of_k, expected)
         assert accuracy == np.mean(expected == test[1])
-    one = classification.knn_predict(*train, test[0], k=20, **options)
+    one = knn.knn_predict(*train, test[0], k=20, **options)
     np.testing.assert_array_equal(one, predictions[ks.index(20)])
-    assert classification.knn_accuracy(*train, *test, k=20, **options) == accuracies[2]
-    assert classification.knn_accuracy(*train, *train, k=1, num_classes=10) == 1.0
+    assert knn.knn_accuracy(*train, *test, k=20, **options) == accuracies[2]
+    assert knn.knn_accuracy(*train, *train, k=1, num_classes=10) == 1.0
 
 
 @pytest.mark.parametrize(("chunk_size", "bank_chunk_size"), [*CHUNKS, (4, 3), (1, 1)])
@@ -130,7 +133,7 @@ def test_ties_go_to_the_lower_row_and_the_lower_class(chunk_size, bank_chunk_siz
     bank = np.eye(3, dtype=np.float32)[axis] * np.arange(1, 11, dtype=np.float32)[:, None]
     queries = np.eye(3, dtype=np.float32)[[0, 1, 2, 2]]
     chunks = {"chunk_size": chunk_size, "bank_chunk_size": bank_chunk_size}
-    cosine, index = classification.nearest_neighbours(bank, queries, k=7, **chunks)
+    cosine, index = neighbors.nearest_neighbours(bank, queries, k=7, **chunks)
     expected = queries @ np.eye(3)[axis].T
     order = np.argsort(-expected, axis=1, kind="stable")[:, :7]
     np.testing.assert_array_equal(index, order)
@@ -138,15 +141,15 @@ def test_ties_go_to_the_lower_row_and_the_lower_class(chunk_size, bank_chunk_siz
     # Two neighbours of one vote each, of different classes: the lower class, in either order.
     same = np.ones((2, 4), np.float32)
     for labels in (np.array([3, 1]), np.array([1, 3])):
-        prediction = classification.knn_predict(same, labels, same[:1], num_classes=5, k=2)
+        prediction = knn.knn_predict(same, labels, same[:1], num_classes=5, k=2)
         assert prediction.tolist() == [1]
 
 
 def test_neighbours_do_not_depend_on_the_chunks():
     train, test, _ = random_problem(1)
-    cosine, index = classification.nearest_neighbours(train[0], test[0], k=200)
+    cosine, index = neighbors.nearest_neighbours(train[0], test[0], k=200)
     for chunk_size, bank_chunk_size in CHUNKS[1:]:
-        other_cosine, other_index = classification.nearest_neighbours(
+        other_cosine, other_index = neighbors.nearest_neighbours(
             train[0], test[0], k=200, chunk_size=chunk_size, bank_chunk_size=bank_chunk_size
         )
         # Four float32 epsilons; neighbours closer together than that may change places.
@@ -163,7 +166,7 @@ def test_neighbours_do_not_depend_on_the_chunks():
 )
 def test_cosines_of_any_length_and_of_zero_rows(bank, queries, bank_exponent, query_exponent):
     bank, queries = np.array(bank, np.float64), np.array(queries, np.float64)
-    cosine, index = classification.nearest_neighbours(
+    cosine, index = neighbors.nearest_neighbours(
         (bank * 10.0**bank_exponent).astype(np.float32),
         (queries * 10.0**query_exponent).astype(np.float32),
         k=11,
@@ -227,12 +230,12 @@ def test_neighbours_are_exact_whatever_they_have_in_common(name, chunks):
     features = hard_features(name)
     bank, queries = features[:256], features[256:]
     half, expected = exact_neighbours(bank, queries, k=9)
-    cosine, index = classification.nearest_neighbours(bank, queries, k=9, **chunks)
+    cosine, index = neighbors.nearest_neighbours(bank, queries, k=9, **chunks)
     if name != "half precision":  # there rows may be equal but for the oracle's rounding
         np.testing.assert_array_equal(index, expected)
     np.testing.assert_allclose(cosine, 1 - half, atol=6e-8)
     # Leave one out: a row's first neighbour is the row, or the first zero row.
-    _, own = classification.nearest_neighbours(bank, bank[:64], k=9, **chunks)
+    _, own = neighbors.nearest_neighbours(bank, bank[:64], k=9, **chunks)
     if name != "zero rows":
         distinct = np.unique(bank, axis=0, return_index=True)[1]
         rows = np.intersect1d(distinct, np.arange(64))
@@ -242,7 +245,7 @@ def test_neighbours_are_exact_whatever_they_have_in_common(name, chunks):
 def test_float64_features_are_not_rounded():
     features = hard_features("offset 0").astype(np.float64) + 1e9
     _, expected = exact_neighbours(features[:256], features[256:], k=9)
-    cosine, index = classification.nearest_neighbours(features[:256], features[256:], k=9)
+    cosine, index = neighbors.nearest_neighbours(features[:256], features[256:], k=9)
     np.testing.assert_array_equal(index, expected)
     assert cosine.dtype == jnp.float32
 
@@ -254,12 +257,10 @@ def test_crowds_of_ties_are_ordered_by_row():
     lengths = generator.choice([1.0, 3.0, 7.0], (256, 1)).astype(np.float32)
     bank, queries = signs[:256].astype(np.float32) * lengths, signs[256:].astype(np.float32)
     expected = np.argsort(-signs[256:] @ signs[:256].T, axis=1, kind="stable")[:, :9]
-    np.testing.assert_array_equal(
-        classification.nearest_neighbours(bank, queries, k=9)[1], expected
-    )
+    np.testing.assert_array_equal(neighbors.nearest_neighbours(bank, queries, k=9)[1], expected)
     # One direction only, or none: every row is as near as any other.
     for same in (bank[:1] * lengths, np.zeros_like(bank)):
-        _, index = classification.nearest_neighbours(same, queries, k=9)
+        _, index = neighbors.nearest_neighbours(same, queries, k=9)
         np.testing.assert_array_equal(index, np.tile(np.arange(9), (64, 1)))
 
 
@@ -272,7 +273,7 @@ def test_accuracy_is_that_of_the_exact_neighbours(offset):
     weights = np.exp((half[:, :1] - half) / 0.1)
     votes = np.stack([np.bincount(labels[i], w, 10) for i, w in zip(index, weights, strict=True)])
     expected = np.mean(votes.argmax(axis=1) == test[1][:256])
-    found = classification.knn_accuracy(
+    found = knn.knn_accuracy(
         bank, labels, queries, test[1][:256], num_classes=10, k=20, temperature=0.1
     )
     assert found == expected
@@ -282,32 +283,30 @@ def test_label_numbers_with_gaps_of_billions():
     train, test, num_classes = random_problem(num_train=256, num_test=64)
     numbers = 500_000_003 * np.arange(num_classes)
     options: dict[str, Any] = {"k": 5}
-    expected = classification.knn_accuracy(*train, *test, num_classes=num_classes, **options)
+    expected = knn.knn_accuracy(*train, *test, num_classes=num_classes, **options)
     sparse = [(x, numbers[y]) for x, y in (train, test)]
-    found = classification.knn_accuracy(
-        *sparse[0], *sparse[1], num_classes=int(numbers[-1]) + 1, **options
-    )
+    found = knn.knn_accuracy(*sparse[0], *sparse[1], num_classes=int(numbers[-1]) + 1, **options)
     assert found == expected
-    scores = classification.knn_class_scores(
+    scores = knn.knn_class_scores(
         train[0], 3 * train[1], test[0], num_classes=3 * num_classes, **options
     )
-    plain = classification.knn_class_scores(*train, test[0], num_classes=num_classes, **options)
+    plain = knn.knn_class_scores(*train, test[0], num_classes=num_classes, **options)
     np.testing.assert_array_equal(scores[:, ::3], plain)
     assert np.sum(scores) == pytest.approx(64, abs=1e-3)
     with pytest.raises(ValueError, match="hold 7 classes: number these from 0"):
-        classification.fit_linear_probe(
+        linear_probe.fit_linear_probe(
             train[0], 3_000_000 * train[1], num_classes=18_000_001, l2_regularization=1
         )
     for labels in (np.array(["cat", "dog"] * 128), train[1].astype(float)):
         with pytest.raises(TypeError, match=r"train_labels must be integers, got .*return_inverse"):
-            classification.knn_predict(train[0], labels, test[0], num_classes=7, k=5)
+            knn.knn_predict(train[0], labels, test[0], num_classes=7, k=5)
 
 
 def test_settings_of_numpy_and_any_iterable():
     train, test, num_classes = random_problem(num_train=256, num_test=64)
-    expected = classification.knn_accuracy(*train, *test, num_classes=num_classes, k=(3, 5))
+    expected = knn.knn_accuracy(*train, *test, num_classes=num_classes, k=(3, 5))
     for k in (np.array([3, 5]), range(3, 6, 2), (n for n in (3, np.int64(5))), jnp.array([3, 5])):
-        found = classification.knn_accuracy(  # pyright: ignore[reportCallIssue]
+        found = knn.knn_accuracy(  # pyright: ignore[reportCallIssue]
             *train,
             *test,
             num_classes=np.int32(num_classes),  # pyright: ignore[reportArgumentType]
@@ -317,9 +316,9 @@ def test_settings_of_numpy_and_any_iterable():
         )
         assert found == expected
     for k in (np.uint8(5), np.array(5)):
-        assert classification.knn_accuracy(*train, *test, num_classes=7, k=k) == expected[1]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        assert knn.knn_accuracy(*train, *test, num_classes=7, k=k) == expected[1]  # pyright: ignore[reportArgumentType, reportCallIssue]
     points = [
-        classification.select_linear_probe(
+        linear_probe.select_linear_probe(
             *train,
             *test,
             num_classes=np.int64(7),  # pyright: ignore[reportArgumentType]
@@ -329,7 +328,7 @@ def test_settings_of_numpy_and_any_iterable():
         for grid in ((0.1, 1.0), np.logspace(-1, 0, 2), (10.0**n for n in range(-1, 1)))
     ]
     assert points[0] == points[1] == points[2]
-    rows = classification.labels_per_class_subset(
+    rows = labeled_features.labels_per_class_subset(
         train[1],
         labels_per_class=np.int64(2),  # pyright: ignore[reportArgumentType]
         seed=np.uint32(1),  # pyright: ignore[reportArgumentType]
@@ -350,7 +349,7 @@ def test_settings_of_numpy_and_any_iterable():
     ):
         options: dict[str, Any] = {"num_classes": 7, "k": 5} | refused
         with pytest.raises(TypeError, match=f"{next(iter(refused))} must be"):
-            classification.knn_predict(*train, test[0], **options)
+            knn.knn_predict(*train, test[0], **options)
     for grid, message in (
         (0.1, "must be a sequence"),
         ("0.1", "must be a sequence"),
@@ -358,17 +357,17 @@ def test_settings_of_numpy_and_any_iterable():
         (iter(()), "at least one"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"l2_grid .*{message}"):
-            classification.select_linear_probe(*train, *test, num_classes=7, l2_grid=grid)  # pyright: ignore[reportArgumentType]
+            linear_probe.select_linear_probe(*train, *test, num_classes=7, l2_grid=grid)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="labels_per_class must be one whole number"):
-        classification.labels_per_class_subset(train[1], labels_per_class=whole, seed=0)
+        labeled_features.labels_per_class_subset(train[1], labels_per_class=whole, seed=0)
 
 
 def test_low_temperature_does_not_overflow():
     train, test, num_classes = random_problem()
     options = {"num_classes": num_classes, "k": 20}
-    cold = classification.knn_class_scores(*train, test[0], temperature=1e-6, **options)
+    cold = knn.knn_class_scores(*train, test[0], temperature=1e-6, **options)
     assert np.all(np.isfinite(cold))
-    nearest = classification.knn_predict(*train, test[0], num_classes=num_classes, k=1)
+    nearest = knn.knn_predict(*train, test[0], num_classes=num_classes, k=1)
     np.testing.assert_array_equal(np.argmax(cold, axis=-1), nearest)
 
 
@@ -385,16 +384,16 @@ def temporary_bytes(compiled):
 
 def test_memory_never_holds_all_pairs():
     num_bank, num_queries, num_features, num_candidates = 20_000, 4_096, 64, 225
-    parameters = inspect.signature(classification.nearest_neighbours).parameters
+    parameters = inspect.signature(neighbors.nearest_neighbours).parameters
 
     def compile_search(*, chunk_size, bank_chunk_size):
         with jax.enable_x64(True):
-            bank = classification._Bank(
+            bank = neighbors._Bank(
                 jax.ShapeDtypeStruct((num_bank, num_features), jnp.float32),  # pyright: ignore[reportArgumentType]
                 jax.ShapeDtypeStruct((num_bank,), jnp.float64),  # pyright: ignore[reportArgumentType]
                 jax.ShapeDtypeStruct((num_features,), jnp.float64),  # pyright: ignore[reportArgumentType]
             )
-            lowered = classification._search.lower(
+            lowered = neighbors._search.lower(
                 bank,
                 jax.ShapeDtypeStruct((num_queries, num_features), jnp.float32),
                 k=200,
@@ -433,7 +432,7 @@ def test_knn_errors():
         train_x: Any = train[0], train_y: Any = train[1], test_x: Any = test[0], **options: Any
     ):
         options = {"num_classes": num_classes, "k": 5} | options
-        return classification.knn_predict(train_x, train_y, test_x, **options)
+        return knn.knn_predict(train_x, train_y, test_x, **options)
 
     for k in (51, (5, 51)):
         with pytest.raises(ValueError, match="k must be between 1 and the size of the bank, 50"):
@@ -470,7 +469,7 @@ def test_knn_errors():
     with pytest.raises(ValueError, match=r"must lie in \[0, 7\), 4 of 50 do not"):
         predict(train_y=unlabelled)
     with pytest.raises(ValueError, match=r"test_labels must lie in \[0, 7\)"):
-        classification.knn_accuracy(*train, test[0], test[1] + 7, num_classes=7, k=5)
+        knn.knn_accuracy(*train, test[0], test[1] + 7, num_classes=7, k=5)
 
 
 # --- linear probe ---------------------------------------------------------------------------------
@@ -512,7 +511,7 @@ def least_curvature_in_bias(oracle, features):
 @pytest.mark.parametrize("l2_regularization", [1e-1, 1e-3])
 def test_lbfgs_equals_sklearn_on_digits(l2_regularization):
     (features, labels), _, test = digits_splits()
-    probe = classification.fit_linear_probe(
+    probe = linear_probe.fit_linear_probe(
         features,
         labels,
         num_classes=10,
@@ -531,9 +530,9 @@ def test_lbfgs_equals_sklearn_on_digits(l2_regularization):
     atol = max(1e-6 / l2_regularization, 1e-6 / least_curvature_in_bias(oracle, features))
     np.testing.assert_allclose(bias, oracle.intercept_ - oracle.intercept_.mean(), atol=atol)
     standardised = numpy_standardise(test[0], features)
-    predictions = np.argmax(classification.probe_logits(probe, test[0]), axis=-1)
+    predictions = np.argmax(linear_probe.probe_logits(probe, test[0]), axis=-1)
     np.testing.assert_array_equal(predictions, oracle.predict(standardised))
-    assert classification.probe_accuracy(probe, *test) == oracle.score(standardised, test[1])
+    assert linear_probe.probe_accuracy(probe, *test) == oracle.score(standardised, test[1])
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1000.0])
@@ -541,10 +540,10 @@ def test_cross_entropy_errs_relative_to_its_value(size):
     generator = np.random.default_rng(0)
     logits = (size * generator.normal(size=(40, 5))).astype(np.float32)
     labels = np.where(np.arange(40) < 20, logits.argmax(axis=1), generator.integers(0, 5, 40))
-    parameters = classification._Parameters(jnp.eye(5), jnp.zeros(5))
+    parameters = ProbeParameters(jnp.eye(5), jnp.zeros(5))
 
     def total(x):
-        values = classification._cross_entropy(parameters, x, jnp.asarray(labels))
+        values = probe_solvers._cross_entropy(parameters, x, jnp.asarray(labels))
         return jnp.sum(values), values
 
     gradient, values = jax.grad(total, has_aux=True)(jnp.asarray(logits))
@@ -568,14 +567,12 @@ def test_few_separable_labels_are_fitted_to_the_tolerance():
     centres = generator.normal(size=(10, 512)) / 8
     labels = np.repeat(np.arange(10), 10)
     features = (centres[labels] + generator.normal(size=(100, 512))).astype(np.float32)
-    selection = classification.select_linear_probe(
+    selection = linear_probe.select_linear_probe(
         features, labels, features, labels, num_classes=10, l2_grid=[10.0**-n for n in range(1, 7)]
     )
     assert all(point.converged for point in selection.grid)
     assert max(point.num_iterations for point in selection.grid) < 50
-    probe = classification.fit_linear_probe(
-        features, labels, num_classes=10, l2_regularization=1e-6
-    )
+    probe = linear_probe.fit_linear_probe(features, labels, num_classes=10, l2_regularization=1e-6)
     value, gradient_norm = numpy_objective(probe, features, labels, l2_regularization=1e-6)
     assert value < 1e-3
     np.testing.assert_allclose(probe.gradient_norm, gradient_norm, rtol=1e-3)
@@ -586,7 +583,7 @@ def test_sgd_comes_near_lbfgs_and_is_seeded():
     l2_regularization = 1e-2
 
     def fit(**options):
-        return classification.fit_linear_probe(
+        return linear_probe.fit_linear_probe(
             features, labels, num_classes=10, l2_regularization=l2_regularization, **options
         )
 
@@ -601,7 +598,7 @@ def test_sgd_comes_near_lbfgs_and_is_seeded():
     value, gradient_norm = objective(probe)
     least, least_gradient_norm = objective(exact)
     assert least <= value <= 1.002 * least  # measured: 1.0003
-    accuracies = [classification.probe_accuracy(p, *test) for p in (probe, exact)]
+    accuracies = [linear_probe.probe_accuracy(p, *test) for p in (probe, exact)]
     assert abs(accuracies[0] - accuracies[1]) <= 2 / 360
     # What the fit says of itself, against float64.
     np.testing.assert_allclose(probe.gradient_norm, gradient_norm, rtol=1e-3)
@@ -617,8 +614,8 @@ def test_sgd_steps_fit_the_curvature_of_correlated_features():
     (features, labels), _, num_classes = random_problem(num_features=8)
     noise = np.random.default_rng(0).normal(size=(700, 56))
     features = np.concatenate([features, features[:, :1] + 0.1 * noise], axis=1, dtype=np.float32)
-    eigenvalue = classification._largest_eigenvalue(
-        jax.random.key(0), jnp.asarray(features), classification._standardisation(features)
+    eigenvalue = probe_solvers._largest_eigenvalue(
+        jax.random.key(0), jnp.asarray(features), probe_solvers.fit_standardization(features)
     )
     correlation = np.cov(numpy_standardise(features, features).T, bias=True)
     largest = np.linalg.eigvalsh(correlation).max()
@@ -626,7 +623,7 @@ def test_sgd_steps_fit_the_curvature_of_correlated_features():
     np.testing.assert_allclose(eigenvalue, largest, rtol=1e-3)
     values = []
     for solver in ("lbfgs", "sgd"):
-        probe = classification.fit_linear_probe(
+        probe = linear_probe.fit_linear_probe(
             features,
             labels,
             num_classes=num_classes,
@@ -646,14 +643,14 @@ def test_auto_solver_goes_by_size(monkeypatch):
     options = {"num_classes": num_classes, "l2_regularization": 0.1, "num_epochs": 2}
     elements = 700 * (24 + num_classes)
     for limit, solver in ((elements, "lbfgs"), (elements - 1, "sgd")):
-        monkeypatch.setattr(classification, "LBFGS_MAX_ELEMENTS", limit)
-        assert classification.fit_linear_probe(features, labels, **options).solver == solver
+        monkeypatch.setattr(probe_solvers, "LBFGS_MAX_ELEMENTS", limit)
+        assert linear_probe.fit_linear_probe(features, labels, **options).solver == solver
 
 
 def test_an_unfinished_fit_says_so():
     (features, labels), _, num_classes = random_problem()
     options = {"num_classes": num_classes, "l2_regularization": 1e-3}
-    probe = classification.fit_linear_probe(features, labels, max_iterations=3, **options)
+    probe = linear_probe.fit_linear_probe(features, labels, max_iterations=3, **options)
     assert not bool(probe.converged)
     assert int(probe.num_iterations) == 3
     assert probe.gradient_norm > 1e-5
@@ -662,7 +659,7 @@ def test_an_unfinished_fit_says_so():
 def test_constant_features_and_units_do_not_matter():
     (features, labels), test, num_classes = random_problem()
     options = {"num_classes": num_classes, "l2_regularization": 1e-2, "tolerance": 1e-6}
-    plain = classification.fit_linear_probe(features, labels, **options)
+    plain = linear_probe.fit_linear_probe(features, labels, **options)
 
     def disguise(x):
         # Other units, other origins, a constant column, and one that varies by its last bit.
@@ -673,16 +670,16 @@ def test_constant_features_and_units_do_not_matter():
         )[:, None].astype(np.float32)
         return np.concatenate([(x + np.float32(10)) * units[None], constant, last_bit], axis=1)
 
-    probe = classification.fit_linear_probe(disguise(features), labels, **options)
+    probe = linear_probe.fit_linear_probe(disguise(features), labels, **options)
     assert bool(probe.converged)
     np.testing.assert_array_equal(probe.feature_std[24:], 1.0)
     np.testing.assert_allclose(probe.feature_mean[24:], [0.1, 1.0], rtol=1e-6)
     np.testing.assert_allclose(probe.weights[24:], 0.0, atol=1e-5)
     # An origin at 10 costs the features their last four bits, 1e-6; tolerance / l2 is 1e-4.
     np.testing.assert_allclose(probe.weights[:24], plain.weights, atol=2e-4)
-    expected = classification.probe_logits(plain, test[0])
+    expected = linear_probe.probe_logits(plain, test[0])
     np.testing.assert_allclose(
-        classification.probe_logits(probe, disguise(test[0])), expected, atol=1e-3
+        linear_probe.probe_logits(probe, disguise(test[0])), expected, atol=1e-3
     )
 
 
@@ -691,7 +688,7 @@ def test_standardisation_against_numpy():
     features = generator.normal(size=(3000, 6)) * 10.0 ** np.arange(-3, 3) + 5
     features[:, 2] = 1000.1
     features = features.astype(np.float32)
-    statistics = classification._standardisation(jnp.asarray(features))
+    statistics = probe_solvers.fit_standardization(jnp.asarray(features))
     features = features.astype(np.float64)
     np.testing.assert_allclose(statistics.mean, features.mean(axis=0), rtol=1e-6)
     std = features.std(axis=0)
@@ -702,12 +699,12 @@ def test_standardisation_against_numpy():
 @pytest.mark.parametrize("exponent", [-100, 100, 124])
 def test_standardised_features_do_not_depend_on_a_power_of_two(exponent):
     features = np.random.default_rng(0).normal(size=(50, 3)).clip(-3, 3).astype(np.float32)
-    expected = classification._standardisation(jnp.asarray(features))(features)
+    expected = probe_solvers.fit_standardization(jnp.asarray(features))(features)
     scaled = np.ldexp(features, exponent)
-    found = classification._standardisation(jnp.asarray(scaled))(scaled)
+    found = probe_solvers.fit_standardization(jnp.asarray(scaled))(scaled)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"features vary by up to .*: divide them"):
-        classification.fit_linear_probe(
+        linear_probe.fit_linear_probe(
             np.ldexp(features, 126), np.arange(50) % 2, num_classes=2, l2_regularization=1e-3
         )
 
@@ -715,18 +712,18 @@ def test_standardised_features_do_not_depend_on_a_power_of_two(exponent):
 def test_an_absent_class_and_no_penalty_are_survived():
     (features, labels), _, num_classes = random_problem()
     for num, l2_regularization in ((num_classes + 2, 1e-2), (num_classes, 0.0)):
-        probe = classification.fit_linear_probe(
+        probe = linear_probe.fit_linear_probe(
             features, labels, num_classes=num, l2_regularization=l2_regularization
         )
         assert probe.weights.shape == (24, num)
         assert np.all(np.isfinite(probe.weights))
-        predictions = np.argmax(classification.probe_logits(probe, features), axis=-1)
+        predictions = np.argmax(linear_probe.probe_logits(probe, features), axis=-1)
         assert set(predictions.tolist()) <= set(labels.tolist())
 
 
 def test_probe_is_a_pytree_of_arrays():
     (features, labels), _, num_classes = random_problem()
-    probe = classification.fit_linear_probe(
+    probe = linear_probe.fit_linear_probe(
         features, labels, num_classes=num_classes, l2_regularization=0.1
     )
     leaves, structure = jax.tree.flatten(probe)
@@ -740,7 +737,7 @@ def test_probe_errors():
 
     def fit(x: Any = features, y: Any = labels, **options):
         options = {"num_classes": num_classes, "l2_regularization": 0.1} | options
-        return classification.fit_linear_probe(x, y, **options)
+        return linear_probe.fit_linear_probe(x, y, **options)
 
     for strength in (-1e-3, np.nan, np.inf):
         with pytest.raises(ValueError, match="l2_regularization must be at least 0 and finite"):
@@ -761,9 +758,9 @@ def test_probe_errors():
         fit(y=labels.astype(np.float32))
     probe = fit()
     with pytest.raises(ValueError, match="same number of features, got 23 and 24"):
-        classification.probe_logits(probe, features[:, 1:])
+        linear_probe.probe_logits(probe, features[:, 1:])
     with pytest.raises(ValueError, match="must lie in"):
-        classification.probe_accuracy(probe, features, labels + 1)
+        linear_probe.probe_accuracy(probe, features, labels + 1)
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -783,7 +780,7 @@ def few_and_noisy():
 
 def test_selection_equals_sklearns_on_validation():
     train, validation, _ = few_and_noisy()
-    selection = classification.select_linear_probe(
+    selection = linear_probe.select_linear_probe(
         *train, *validation, num_classes=3, l2_grid=GRID, tolerance=1e-6
     )
     strengths = sorted(GRID, reverse=True)
@@ -807,14 +804,14 @@ def test_selection_uses_the_validation_split_for_nothing_but_the_choice():
     train, validation, test = few_and_noisy()
 
     def select(validation, **options):
-        return classification.select_linear_probe(
+        return linear_probe.select_linear_probe(
             *train, *validation, num_classes=3, l2_grid=GRID, tolerance=1e-6, **options
         )
 
     selection = select(validation)
     # The chosen probe is the one fitted on the training split alone, from zero or from a warm
     # start.
-    alone = classification.fit_linear_probe(
+    alone = linear_probe.fit_linear_probe(
         *train, num_classes=3, l2_regularization=selection.l2_regularization, tolerance=1e-6
     )
     atol = 2e-6 / selection.l2_regularization
@@ -826,7 +823,7 @@ def test_selection_uses_the_validation_split_for_nothing_but_the_choice():
     assert same_choice.l2_regularization == selection.l2_regularization
     np.testing.assert_array_equal(same_choice.probe.weights, selection.probe.weights)
     # Each strength starts from the solution before it, here from its own.
-    twice = classification.select_linear_probe(
+    twice = linear_probe.select_linear_probe(
         *train, *validation, num_classes=3, l2_grid=(1e-2, 1e-2), tolerance=1e-6
     )
     assert twice.grid[0].num_iterations > 10
@@ -836,18 +833,18 @@ def test_selection_uses_the_validation_split_for_nothing_but_the_choice():
     assert overfit.l2_regularization < selection.l2_regularization
     assert overfit.validation_accuracy == 1.0
     # And it pays on a test split that took no part.
-    accuracies = [classification.probe_accuracy(p.probe, *test) for p in (overfit, selection)]
+    accuracies = [linear_probe.probe_accuracy(p.probe, *test) for p in (overfit, selection)]
     assert accuracies[0] < accuracies[1]
 
 
 def test_ties_take_the_strongest_and_refit_takes_both_splits():
     train, validation, _ = few_and_noisy()
-    tied = classification.select_linear_probe(
+    tied = linear_probe.select_linear_probe(
         *train, train[0][:1], train[1][:1], num_classes=3, l2_grid=(1e-4, 1e-2, 1e-3)
     )
     assert {point.validation_accuracy for point in tied.grid} == {1.0}
     assert tied.l2_regularization == 1e-2
-    refitted = classification.select_linear_probe(
+    refitted = linear_probe.select_linear_probe(
         *train, *validation, num_classes=3, l2_grid=GRID, tolerance=1e-6, refit=True
     )
     both = [np.concatenate(pair) for pair in zip(train, validation, strict=True)]
@@ -859,15 +856,13 @@ def test_ties_take_the_strongest_and_refit_takes_both_splits():
 def test_selection_errors():
     train, validation, _ = few_and_noisy()
     with pytest.raises(ValueError, match="l2_grid must hold at least one"):
-        classification.select_linear_probe(*train, *validation, num_classes=3, l2_grid=())
+        linear_probe.select_linear_probe(*train, *validation, num_classes=3, l2_grid=())
     with pytest.raises(ValueError, match="l2_regularization must be at least 0"):
-        classification.select_linear_probe(*train, *validation, num_classes=3, l2_grid=(0.1, -0.1))
+        linear_probe.select_linear_probe(*train, *validation, num_classes=3, l2_grid=(0.1, -0.1))
     with pytest.raises(ValueError, match="validation_labels must lie in"):
-        classification.select_linear_probe(*train, validation[0], validation[1] + 1, num_classes=3)
+        linear_probe.select_linear_probe(*train, validation[0], validation[1] + 1, num_classes=3)
     with pytest.raises(ValueError, match="same number of features, got 40 and 39"):
-        classification.select_linear_probe(
-            *train, validation[0][:, 1:], validation[1], num_classes=3
-        )
+        linear_probe.select_linear_probe(*train, validation[0][:, 1:], validation[1], num_classes=3)
 
 
 # --- subsets and protocols ------------------------------------------------------------------------
@@ -875,51 +870,51 @@ def test_selection_errors():
 
 def test_subset_has_exactly_so_many_of_each_class_and_is_seeded():
     _, labels = digits()
-    rows = classification.labels_per_class_subset(labels, labels_per_class=10, seed=0)
+    rows = labeled_features.labels_per_class_subset(labels, labels_per_class=10, seed=0)
     assert np.bincount(labels[rows]).tolist() == [10] * 10
     assert np.all(np.diff(rows) > 0)
-    again = classification.labels_per_class_subset(labels, labels_per_class=10, seed=0)
+    again = labeled_features.labels_per_class_subset(labels, labels_per_class=10, seed=0)
     np.testing.assert_array_equal(rows, again)
-    other = classification.labels_per_class_subset(labels, labels_per_class=10, seed=1)
+    other = labeled_features.labels_per_class_subset(labels, labels_per_class=10, seed=1)
     assert len(np.intersect1d(rows, other)) < 50
     # Over many draws every row of a class comes as often as any other: here 20 rows, half drawn.
     two = np.repeat([0, 5], 20)
     draws = [
-        classification.labels_per_class_subset(two, labels_per_class=10, seed=seed)
+        labeled_features.labels_per_class_subset(two, labels_per_class=10, seed=seed)
         for seed in range(400)
     ]
     frequency = np.bincount(np.concatenate(draws), minlength=40) / 400
     np.testing.assert_allclose(frequency, 0.5, atol=5 * np.sqrt(0.25 / 400))
-    everything = classification.labels_per_class_subset(two, labels_per_class=20, seed=0)
+    everything = labeled_features.labels_per_class_subset(two, labels_per_class=20, seed=0)
     np.testing.assert_array_equal(everything, np.arange(40))
 
 
 def test_subset_errors():
     with pytest.raises(ValueError, match=r"fewer: \{1: 2, 3: 1\}. Ask for at most 1"):
-        classification.labels_per_class_subset(
+        labeled_features.labels_per_class_subset(
             np.array([0, 0, 0, 1, 1, 3]), labels_per_class=3, seed=0
         )
     with pytest.raises(ValueError, match="with minimum -1"):
-        classification.labels_per_class_subset(np.array([0, -1]), labels_per_class=1, seed=0)
+        labeled_features.labels_per_class_subset(np.array([0, -1]), labels_per_class=1, seed=0)
     with pytest.raises(ValueError, match="non-empty"):
-        classification.labels_per_class_subset(np.zeros(0, int), labels_per_class=1, seed=0)
+        labeled_features.labels_per_class_subset(np.zeros(0, int), labels_per_class=1, seed=0)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        classification.labels_per_class_subset(np.array([0, 1]), labels_per_class=0, seed=0)
+        labeled_features.labels_per_class_subset(np.array([0, 1]), labels_per_class=0, seed=0)
     with pytest.raises(TypeError, match="must be integers"):
-        classification.labels_per_class_subset(np.array([0.0, 1.0]), labels_per_class=1, seed=0)
+        labeled_features.labels_per_class_subset(np.array([0.0, 1.0]), labels_per_class=1, seed=0)
 
 
 def test_protocols():
-    train = classification.Split("train split", 1294)
-    validation = classification.Split("validation", 143)
-    test = classification.Split("test", 360)
-    assert classification.knn_protocol(k=20, temperature=0.1, bank=train, evaluated=test) == (
+    train = Split("train split", 1294)
+    validation = Split("validation", 143)
+    test = Split("test", 360)
+    assert knn.knn_protocol(k=20, temperature=0.1, bank=train, evaluated=test) == (
         "k-NN cosine, k=20, T=0.1, un-augmented features, bank=train split (1,294), "
         "evaluated on test (360)"
     )
-    uniform = classification.knn_protocol(k=10, temperature=None, bank=train, evaluated=test)
+    uniform = knn.knn_protocol(k=10, temperature=None, bank=train, evaluated=test)
     assert uniform.startswith("k-NN cosine, k=10, uniform votes, un-augmented features, ")
-    protocol = classification.linear_protocol(
+    protocol = linear_probe.linear_protocol(
         solver="lbfgs",
         l2_regularization=1e-3,
         num_strengths=6,

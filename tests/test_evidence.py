@@ -10,12 +10,13 @@ from scipy import stats
 from sklearn.decomposition import PCA
 
 from jevb_jax.evaluation import evidence
+from jevb_jax.evaluation.detection import OODEvaluation, SetResult
+from jevb_jax.evaluation.detection_metrics import OODMetrics
+from jevb_jax.evaluation.evaluate import Evaluation
 from jevb_jax.evaluation.evidence import embedding_map, gather_evidence, separation
 from jevb_jax.evaluation.features import Features
-from jevb_jax.evaluation.ood_metrics import OODMetrics
-from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation, SetResult
-from jevb_jax.evaluation.protocol import Evaluation
-from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.evaluation.outside_sets import CORRUPTED
+from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.heads import Posterior

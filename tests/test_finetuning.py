@@ -20,7 +20,8 @@ from configs import default, finetune_digits, transfer
 from configs import digits as digits_config
 from jevb_jax import commands, export, finetuning
 from jevb_jax import model as model_module
-from jevb_jax.evaluation import protocol
+from jevb_jax.evaluation import evaluate as evaluate_module
+from jevb_jax.evaluation.evaluate import evaluate_transfer
 from jevb_jax.images import batches
 from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.dataset import Dataset, load_dataset
@@ -218,7 +219,7 @@ def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(model_module, "load", lambda *_: Encoder)
-    monkeypatch.setattr(protocol, "evaluate_transfer", evaluate)
+    monkeypatch.setattr(evaluate_module, "evaluate_transfer", evaluate)
     for asked in (0, 24):  # what a section asks for is done
         section.image_size = asked
         with pytest.raises(InterruptedError):
@@ -316,7 +317,7 @@ def test_transfer_needs_labels_and_the_split():
     settings = read.evaluation_section(to_json_values(default.get_config())["evaluation"])
     dataset = Dataset(unlabelled, unlabelled, unlabelled)
     with pytest.raises(ValueError, match="pictures has no labels"):
-        protocol.evaluate_transfer(settings, nothing, nothing, dataset)
+        evaluate_transfer(settings, nothing, nothing, dataset)
     dataset = Dataset(labelled, labelled, None)
     with pytest.raises(ValueError, match="has no test part"):
-        protocol.evaluate_transfer(settings, nothing, nothing, dataset)
+        evaluate_transfer(settings, nothing, nothing, dataset)

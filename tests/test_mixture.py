@@ -10,8 +10,9 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from jevb_jax.evaluation import mixture
-from jevb_jax.evaluation.ood import DegenerateFeaturesError
+from jevb_jax.evaluation import mixture_fit
+from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
+from jevb_jax.evaluation.mixture import TrainingMixture
 from jevb_jax.paper import mass
 
 DFS = (0.5, 5.0, 127.0, np.inf)
@@ -19,7 +20,7 @@ RADIAL: dict[str, Any] = {"radial_scale": 0.3, "radial_df": 4.0}
 
 
 @jax.jit
-def score(fitted: mixture.TrainingMixture, embedding: Any) -> jax.Array:
+def score(fitted: TrainingMixture, embedding: Any) -> jax.Array:
     return fitted(embedding)
 
 
@@ -102,7 +103,7 @@ def test_score_is_the_double_loop(float64, df, scale, radial):
     # With the spread of ten, scales are 0.01 to 10.
     mean, s, embedding = images(scale=scale)
     new = np.concatenate([embedding, images(seed=5)[0]])
-    fitted = mixture.fit_training_mixture(mean, s, df=df, bandwidth=1.0, **(radial or {}))
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=df, bandwidth=1.0, **(radial or {}))
     expected = -log_mean(pair_log_probs(new, mean, s, df, fitted.log_mass, radial))
     np.testing.assert_allclose(score(fitted, new), expected, rtol=1e-9, atol=1e-9)
     loc = mean / np.linalg.norm(mean, axis=1, keepdims=True)
@@ -117,7 +118,7 @@ def test_float32_is_near_float64(df):
     for scale, dim in ((0.03, 6), (0.3, 6), (3.0, 6), (0.06, 32)):
         mean, s, embedding = images(9, dim, scale)
         new = np.concatenate([embedding, mean, images(9, dim, seed=5)[0]])
-        fitted = mixture.fit_training_mixture(
+        fitted = mixture_fit.fit_training_mixture(
             mean.astype(np.float32), s.astype(np.float32), df=df, bandwidth=0.5, **RADIAL
         )
         assert fitted.location.dtype == jnp.float32
@@ -137,7 +138,7 @@ def test_float32_is_near_float64(df):
 def test_mass_of_equal_scales_is_a_quadrature_over_the_angle(float64, df, width):
     mean, _, embedding = images()
     scale = np.full(mean.shape, width)
-    found = mixture.fit_training_mixture(mean, scale, df=df, bandwidth=1.0)(embedding)
+    found = mixture_fit.fit_training_mixture(mean, scale, df=df, bandwidth=1.0)(embedding)
     m, e = np.eye(6)[0], np.eye(6)[1]
     basis = np.eye(6)[:, 1:]
     area = 8 * np.pi**2 / 3  # of the unit sphere of the tangent space R^5
@@ -158,7 +159,7 @@ def test_mass_of_equal_scales_is_a_quadrature_over_the_angle(float64, df, width)
 @pytest.mark.parametrize("df", [0.5, np.inf])
 def test_queries_at_a_location_and_at_its_antipode(df):
     mean, s, _ = images(1, 32, 0.05)
-    fitted = mixture.fit_training_mixture(mean, s, df=df, bandwidth=1.0)
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=df, bandwidth=1.0)
     # Float32 would be off by 0.1 at the location if its distance were not computed a second time.
     expected = -pair_log_probs(mean, mean, s, df, fitted.log_mass)[:, 0]
     np.testing.assert_allclose(score(fitted, 5 * mean), expected, rtol=1e-5)
@@ -178,7 +179,7 @@ def test_queries_at_a_location_and_at_its_antipode(df):
 def test_rounding_makes_no_far_image_a_near_one():
     # Without its bounds the distance multiplied out is noise close to the antipode, below zero too.
     mean, s, _ = images(9, 32, 0.02)
-    fitted = mixture.fit_training_mixture(mean, s, df=np.inf, bandwidth=1.0)
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=np.inf, bandwidth=1.0)
     direction = (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
     rng = np.random.default_rng(3)
     for angle in (0.0, 1e-5, 1e-3, 0.02, 0.04):
@@ -191,7 +192,7 @@ def test_rounding_makes_no_far_image_a_near_one():
 
 def test_antipode_is_a_mean_over_tangent_directions():
     mean, s, _ = images(9, 32, 0.5)
-    fitted = mixture.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0)
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0)
     for i, m in enumerate(mean / np.linalg.norm(mean, axis=1, keepdims=True)):
         basis = np.linalg.svd(m[None])[2][1:].T
         squared = 4 * np.trace(basis.T @ np.diag(s[i] ** -2.0) @ basis) / 31
@@ -205,22 +206,22 @@ def test_many_copies_under_the_resolution_of_float32():
     mean, s, _ = images(9, 32, 1e-4)
     for i in range(9):
         copies = np.full(9, i)
-        fitted = mixture.fit_training_mixture(mean[copies], s[copies], df=0.5, bandwidth=1.0)
+        fitted = mixture_fit.fit_training_mixture(mean[copies], s[copies], df=0.5, bandwidth=1.0)
         excess = float(score(fitted, mean[i : i + 1])[0]) + float(fitted.log_weight[0])
         assert -1e-3 < excess < np.log(9 / 4) + 1e-3  # four are computed again
 
 
 def test_radial_part_alone_sees_the_radius():
     mean, s, embedding = images()
-    directional = mixture.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0)
+    directional = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0)
     np.testing.assert_allclose(
         score(directional, 7 * embedding), score(directional, embedding), rtol=1e-5
     )
-    both = mixture.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0, **RADIAL)
+    both = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0, **RADIAL)
     assert np.all(np.abs(score(both, 7 * embedding) - score(both, embedding)) > 0.1)
     # Equal radii: the radial density is one factor for all components.
     unit = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    both = mixture.fit_training_mixture(unit, s, df=5.0, bandwidth=1.0, **RADIAL)
+    both = mixture_fit.fit_training_mixture(unit, s, df=5.0, bandwidth=1.0, **RADIAL)
     r = np.linalg.norm(embedding, axis=1)
     expected = scipy.stats.t.logpdf(np.log(r) / 0.3, 4) - np.log(0.3 * r)
     np.testing.assert_allclose(
@@ -236,7 +237,9 @@ def test_order_and_copies_of_training_images_do_not_matter():
     mean, s, embedding = images(9)
 
     def fit(index):
-        return mixture.fit_training_mixture(mean[index], s[index], df=5.0, bandwidth=1.0, **RADIAL)
+        return mixture_fit.fit_training_mixture(
+            mean[index], s[index], df=5.0, bandwidth=1.0, **RADIAL
+        )
 
     expected = score(fit(np.arange(9)), embedding)
     shuffled = np.random.default_rng(1).permutation(9)
@@ -251,7 +254,7 @@ def test_order_and_copies_of_training_images_do_not_matter():
 def test_a_score_depends_on_its_own_image_alone_and_passes_through_jit():
     mean, s, _ = images()
     embedding = images(70)[2]
-    fitted = mixture.fit_training_mixture(mean, s, df=5.0, bandwidth=0.5, **RADIAL)
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=0.5, **RADIAL)
     expected = np.asarray(score(fitted, embedding))
     np.testing.assert_allclose(fitted(embedding), expected, rtol=1e-5, atol=1e-5)
     alone = [score(fitted, embedding[i : i + 1])[0] for i in range(70)]
@@ -268,7 +271,7 @@ def test_a_score_depends_on_its_own_image_alone_and_passes_through_jit():
 @pytest.mark.parametrize("df", [5.0, np.inf])
 def test_gradients_are_finite(df):
     mean, s, embedding = images()
-    fitted = mixture.fit_training_mixture(mean, s, df=df, bandwidth=1.0, **RADIAL)
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=df, bandwidth=1.0, **RADIAL)
     special = np.concatenate([embedding, mean, -mean, np.zeros((1, 6))]).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda h: jnp.sum(fitted(h))))(jnp.asarray(special))
     assert np.isfinite(gradient).all()
@@ -285,10 +288,10 @@ def test_gradients_are_finite(df):
 @pytest.mark.parametrize("radial", [None, RADIAL])
 def test_leave_one_out_is_the_loop_without_the_own_image(float64, df, radial, num_images):
     mean, s, embedding = images(num_images)
-    fitted = mixture.fit_training_mixture(mean, s, df=df, bandwidth=1.0, **(radial or {}))
+    fitted = mixture_fit.fit_training_mixture(mean, s, df=df, bandwidth=1.0, **(radial or {}))
     log_probs = pair_log_probs(embedding, mean, s, df, fitted.log_mass, radial)
     some = np.array([2, 0, num_images - 1])
-    found = mixture.leave_one_out_log_likelihood(fitted, embedding[some], some)
+    found = mixture_fit.leave_one_out_log_likelihood(fitted, embedding[some], some)
     np.testing.assert_allclose(found, without_own(log_probs)[some], rtol=1e-9, atol=1e-9)
 
 
@@ -300,10 +303,10 @@ def test_bandwidth_is_the_best_of_the_loops(float64, factor):
     centers, s, noise = images(scale=0.1)
     mean = centers[np.arange(9) % 3] + 0.3 * noise
     embedding = mean + 0.3 * np.roll(noise, 1, axis=0)
-    choice = mixture.choose_bandwidth(mean, factor * s, embedding, df=5.0, **RADIAL)
+    choice = mixture_fit.choose_bandwidth(mean, factor * s, embedding, df=5.0, **RADIAL)
     loop = []
     for bandwidth in choice.grid:
-        at = mixture.fit_training_mixture(mean, factor * s, df=5.0, bandwidth=bandwidth)
+        at = mixture_fit.fit_training_mixture(mean, factor * s, df=5.0, bandwidth=bandwidth)
         scale = bandwidth * factor * s
         pairs = pair_log_probs(embedding, mean, scale, 5.0, at.log_mass, RADIAL)
         loop.append(np.mean(without_own(pairs)))
@@ -313,8 +316,10 @@ def test_bandwidth_is_the_best_of_the_loops(float64, factor):
     np.testing.assert_allclose(np.diff(np.log2(choice.grid)), 0.5)
     assert choice.grid[0] <= 1 / 8 < 2 <= choice.grid[-1]
     assert 0 < np.argmax(loop) < len(loop) - 1
-    fitted = mixture.fit_training_mixture(mean, factor * s, df=5.0, embedding=embedding, **RADIAL)
-    given = mixture.fit_training_mixture(
+    fitted = mixture_fit.fit_training_mixture(
+        mean, factor * s, df=5.0, embedding=embedding, **RADIAL
+    )
+    given = mixture_fit.fit_training_mixture(
         mean, factor * s, df=5.0, embedding=embedding, bandwidth=choice.bandwidth, **RADIAL
     )
     found: Any
@@ -328,12 +333,12 @@ def test_bandwidth_from_a_seeded_draw_of_images(float64):
     mean, s, embedding = images()
     draw: Any = {"df": 5.0, "bandwidth": 1.0, "embedding": embedding, "num_queries": 4}
     found = [
-        float(mixture.fit_training_mixture(mean, s, seed=seed, **draw).leave_one_out)  # pyright: ignore[reportArgumentType]
+        float(mixture_fit.fit_training_mixture(mean, s, seed=seed, **draw).leave_one_out)  # pyright: ignore[reportArgumentType]
         for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2]
     rows = np.random.default_rng(0).choice(9, 4, replace=False)
-    log_mass = mixture.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0).log_mass
+    log_mass = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0).log_mass
     expected = without_own(pair_log_probs(embedding, mean, s, 5.0, log_mass))[rows].mean()
     np.testing.assert_allclose(found[0], expected, rtol=1e-9)
 
@@ -343,10 +348,10 @@ def test_bandwidth_of_copies_and_of_noise():
     mean, s, _ = images()
     copies = np.repeat(mean[:1], 9, axis=0)
     with pytest.raises(DegenerateFeaturesError, match=r"still rises at a bandwidth of 0\.002"):
-        mixture.choose_bandwidth(copies, s, copies, df=5.0)
+        mixture_fit.choose_bandwidth(copies, s, copies, df=5.0)
     # Embeddings that have nothing to do with their posteriors: uniform is best, and the search ends.
     noise = images(seed=8)[2]
-    uniform = mixture.choose_bandwidth(mean, s, noise, df=np.inf)
+    uniform = mixture_fit.choose_bandwidth(mean, s, noise, df=np.inf)
     assert 1 <= uniform.bandwidth <= 2**7
     assert np.isfinite(uniform.log_likelihoods).all()
 
@@ -390,18 +395,18 @@ NAN = np.where(np.arange(6) == 2, np.nan, MEAN)
 def test_bad_arguments(change, message):
     good: Any = {"posterior_mean": MEAN, "scale_diag": SCALE, "df": 5.0, "bandwidth": 1.0}
     with pytest.raises(ValueError, match=message):
-        mixture.fit_training_mixture(**{**good, **change})
+        mixture_fit.fit_training_mixture(**{**good, **change})
 
 
 @pytest.mark.parametrize("change", [{"num_queries": 5.0}, {"seed": None}])
 def test_counts_that_are_no_whole_numbers(change):
     with pytest.raises(TypeError, match=f"{next(iter(change))} must be one whole number"):
-        mixture.fit_training_mixture(MEAN, SCALE, df=5.0, embedding=EMBEDDING, **change)
+        mixture_fit.fit_training_mixture(MEAN, SCALE, df=5.0, embedding=EMBEDDING, **change)
 
 
 @pytest.mark.slow
 def test_bad_queries():
-    fitted = mixture.fit_training_mixture(MEAN, SCALE, df=5.0, bandwidth=1.0)
+    fitted = mixture_fit.fit_training_mixture(MEAN, SCALE, df=5.0, bandwidth=1.0)
     for bad in (EMBEDDING[:, :5], EMBEDDING[0]):
         with pytest.raises(ValueError, match=r"embedding must be \[M, 6\]"):
             fitted(bad)
@@ -415,17 +420,17 @@ def test_bad_queries():
     assert np.isfinite(far[2])
     for own in (np.arange(3), np.arange(9.0)):
         with pytest.raises(ValueError, match=r"own must be integers \[9\]"):
-            mixture.leave_one_out_log_likelihood(fitted, EMBEDDING, own)
+            mixture_fit.leave_one_out_log_likelihood(fitted, EMBEDDING, own)
     for own in (np.arange(9) - 1, np.arange(9) + 1):
         with pytest.raises(ValueError, match=r"own must be in \[0, 9\)"):
-            mixture.leave_one_out_log_likelihood(fitted, EMBEDDING, own)
+            mixture_fit.leave_one_out_log_likelihood(fitted, EMBEDDING, own)
 
 
 @pytest.mark.slow
 def test_means_and_degrees_of_freedom_of_any_size():
-    def fitted(**change: Any) -> mixture.TrainingMixture:
+    def fitted(**change: Any) -> TrainingMixture:
         given: Any = {"posterior_mean": MEAN, "scale_diag": SCALE, "df": np.inf, "bandwidth": 1.0}
-        return mixture.fit_training_mixture(**{**given, **change})
+        return mixture_fit.fit_training_mixture(**{**given, **change})
 
     expected = fitted()
     for factor in (1e300, 1e-300):
@@ -437,10 +442,10 @@ def test_means_and_degrees_of_freedom_of_any_size():
 @pytest.mark.slow
 def test_one_image_has_a_likelihood_and_no_leave_one_out():
     one = slice(0, 1)
-    fitted = mixture.fit_training_mixture(MEAN[one], SCALE[one], df=5.0, bandwidth=1.0)
+    fitted = mixture_fit.fit_training_mixture(MEAN[one], SCALE[one], df=5.0, bandwidth=1.0)
     expected = -pair_log_probs(EMBEDDING, MEAN[one], SCALE[one], 5.0, fitted.log_mass)[:, 0]
     np.testing.assert_allclose(fitted(EMBEDDING), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="at least 2 training images, got 1"):
-        mixture.leave_one_out_log_likelihood(fitted, EMBEDDING[one], np.array([0]))
+        mixture_fit.leave_one_out_log_likelihood(fitted, EMBEDDING[one], np.array([0]))
     with pytest.raises(ValueError, match="at least 2 training images, got 1"):
-        mixture.choose_bandwidth(MEAN[one], SCALE[one], EMBEDDING[one], df=5.0)
+        mixture_fit.choose_bandwidth(MEAN[one], SCALE[one], EMBEDDING[one], df=5.0)

@@ -24,14 +24,9 @@ import jevb_jax
 from configs import smoke
 from jevb_jax import export as export_module
 from jevb_jax import model as model_module
-from jevb_jax.evaluation import (
-    classification,
-    features,
-    ood,
-    ood_metrics,
-    ood_protocol,
-    saved_scores,
-)
+from jevb_jax.evaluation import detection_metrics, features, knn, saved_scores, score_table
+from jevb_jax.evaluation.gaussian_detectors import Gaussians
+from jevb_jax.evaluation.score_table import OfFeature, ScoreSettings, TrainingData
 from jevb_jax.images import corruptions, pixels
 from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.batches import load_resident
@@ -42,6 +37,7 @@ from jevb_jax.images.source import ArraySource, num_classes
 from jevb_jax.model import Detector, Model, load, load_detector
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
+from jevb_jax.paper.scores import UncertaintyTerms
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.checkpoints import CheckpointError, CheckpointMismatchError
 from jevb_jax.settings import read, run_config
@@ -183,11 +179,13 @@ def test_numbers_are_those_of_evaluate(run, tmp_path):
     found = np.load(tmp_path / "found.npz")
 
     for score in SCORES:
-        auroc = ood_metrics.ood_metrics(found[f"test {score}"], found[f"outside {score}"]).auroc
+        auroc = detection_metrics.ood_metrics(
+            found[f"test {score}"], found[f"outside {score}"]
+        ).auroc
         assert auroc == pytest.approx(rows[score, "contrast_5"], abs=1e-6), score
     np.testing.assert_array_equal(found["test default"], found[f"test {default}"])
     for name in ("representation", "embedding"):
-        accuracy = classification.knn_accuracy(
+        accuracy = knn.knn_accuracy(
             found[f"train {name}"],
             train.labels,
             found[f"test {name}"],
@@ -544,12 +542,12 @@ def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]
         terms,
         None,
     )
-    settings = ood_protocol.ScoreSettings(
+    settings = ScoreSettings(
         knn_k=(5,), ssd_clusters=(2,), residual_share=0.5, mixture_df=float("inf")
     )
     method = "vi_simsiam" if terms is None else "jevb"
-    table = ood_protocol.score_table(method, settings, num_views=2)
-    train = ood_protocol.TrainingData(found)
+    table = score_table.score_table(method, settings, num_views=2)
+    train = TrainingData(found)
     return {
         name: (entry.make(train), found) for name, entry in table.items() if not entry.needs_labels
     }
@@ -559,7 +557,7 @@ def fitted_scores(prediction: Any, terms: Any, size: int = 60) -> dict[str, Any]
 def test_every_score_is_rebuilt_from_json_and_arrays():
     random = np.random.default_rng(1)
     mean = jnp.asarray(random.normal(size=(60, 4)), jnp.float32)
-    terms = ood.UncertaintyTerms(*jnp.asarray(random.normal(size=(6, 60)), jnp.float32))
+    terms = UncertaintyTerms(*jnp.asarray(random.normal(size=(6, 60)), jnp.float32))
     scores = fitted_scores(Posterior(mean, jnp.exp(mean / 4)), terms)
     scores |= fitted_scores(DirectionalPrediction(mean, jnp.exp(mean[:, 0])), None)
     assert {"jevb/mixture_and_residual", "vi_simsiam/concentration", "embedding/knn_5"} <= set(
@@ -573,8 +571,8 @@ def test_every_score_is_rebuilt_from_json_and_arrays():
 
 
 def test_a_saved_score_holds_names_of_ours_alone():
-    score = ood_protocol.OfFeature(
-        ood.Gaussians(*(jnp.zeros(1), jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)))), "embedding"
+    score = OfFeature(
+        Gaussians(*(jnp.zeros(1), jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)))), "embedding"
     )
     description, arrays = saved_scores.describe(score)
     assert sorted(arrays) == [

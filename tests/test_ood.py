@@ -14,9 +14,32 @@ from hypothesis import strategies as st
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
-from jevb_jax.evaluation import ood, ood_metrics
+from jevb_jax.evaluation import (
+    conformal,
+    detection_metrics,
+    gaussian_detectors,
+    labeled_detectors,
+    neighbor_detectors,
+)
+from jevb_jax.evaluation.detector_input import DegenerateFeaturesError, FewImagesWarning
+from jevb_jax.evaluation.gaussian_detectors import Residual
+from jevb_jax.evaluation.labeled_detectors import VirtualLogit
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.paper.objective import View, importance_weighted_bound
+from jevb_jax.paper.scores import (
+    UncertaintyTerms,
+    concentration_score,
+    cross_view_score,
+    directional_score,
+    importance_weighted_score,
+    kl_score,
+    negative_elbo_score,
+    negative_log_likelihood_score,
+    posterior_entropy_score,
+    radial_score,
+    typicality_features,
+    uncertainty_terms,
+)
 from tests import oracles
 
 V, N, D = 3, 5, 6
@@ -45,14 +68,14 @@ def views(num_views: int = V) -> View:
 @functools.partial(jax.jit, static_argnames="num_samples")
 def compute(
     keys: jax.Array, views: View, num_samples: int = 4, untied_scale: float | None = None
-) -> ood.UncertaintyTerms:
-    return ood.uncertainty_terms(
+) -> UncertaintyTerms:
+    return uncertainty_terms(
         keys, views, LIKELIHOOD, num_samples=num_samples, untied_scale=untied_scale
     )
 
 
 @functools.cache
-def terms(num_views: int = V) -> ood.UncertaintyTerms:
+def terms(num_views: int = V) -> UncertaintyTerms:
     return compute(keys(), views(num_views), num_samples=4 if num_views > 1 else 2000)
 
 
@@ -64,7 +87,7 @@ def test_terms_are_means_over_views_and_ordered_pairs():
     # A posterior without width samples its mean, so the likelihood is one number.
     e, m, _ = views()
     narrow = View(e, m, jnp.full((V, N, D), 1e-6))
-    found: Any = ood.uncertainty_terms(keys(), narrow, LIKELIHOOD, num_samples=2, untied_scale=0.8)
+    found: Any = uncertainty_terms(keys(), narrow, LIKELIHOOD, num_samples=2, untied_scale=0.8)
 
     def log_likelihood(target: int, source: int) -> tuple[np.ndarray, np.ndarray]:
         h, z = np.asarray(e[target], np.float64), np.asarray(m[source], np.float64)
@@ -122,7 +145,7 @@ def test_one_key_serves_all_images(untied_scale):
 def test_the_bounds_and_a_single_view():
     # The importance-weighted bound is at least the ELBO, both with little noise of 2,000 samples.
     bound = terms(1).importance_weighted_bound
-    assert np.all(bound >= -ood.negative_elbo_score(terms(1)) - 0.05)
+    assert np.all(bound >= -negative_elbo_score(terms(1)) - 0.05)
     assert terms(1).cross_view_log_likelihood is None
 
 
@@ -146,28 +169,28 @@ def test_scores_have_their_sign():
     t = terms()
     a, b, kl = t.directional_log_likelihood, t.radial_log_likelihood, t.kl
     for score, value in (
-        (ood.negative_log_likelihood_score, -(a + b)),
-        (ood.directional_score, -a),
-        (ood.radial_score, -b),
-        (ood.negative_elbo_score, -(a + b - kl)),
-        (ood.importance_weighted_score, -t.importance_weighted_bound),
-        (ood.kl_score, -kl),
-        (ood.posterior_entropy_score, t.posterior_entropy),
-        (ood.cross_view_score, -np.asarray(t.cross_view_log_likelihood)),
+        (negative_log_likelihood_score, -(a + b)),
+        (directional_score, -a),
+        (radial_score, -b),
+        (negative_elbo_score, -(a + b - kl)),
+        (importance_weighted_score, -t.importance_weighted_bound),
+        (kl_score, -kl),
+        (posterior_entropy_score, t.posterior_entropy),
+        (cross_view_score, -np.asarray(t.cross_view_log_likelihood)),
     ):
         np.testing.assert_allclose(score(t), value, rtol=1e-6)
-    np.testing.assert_array_equal(ood.concentration_score(np.array([1.0, 9.0])), [-1, -9])
-    assert ood.typicality_features(t).shape == (N, 5)
-    assert ood.typicality_features(terms(1)).shape == (N, 4)
+    np.testing.assert_array_equal(concentration_score(np.array([1.0, 9.0])), [-1, -9])
+    assert typicality_features(t).shape == (N, 5)
+    assert typicality_features(terms(1)).shape == (N, 4)
     with pytest.raises(ValueError, match="at least 2 views"):
-        ood.cross_view_score(terms(1))
+        cross_view_score(terms(1))
 
 
 def test_views_must_share_a_shape():
     e, m, s = views()
     for bad in (View(e[0], m[0], s[0]), View(e, m[:2], s)):
         with pytest.raises(ValueError, match=r"one shape \[V, N, D\]"):
-            ood.uncertainty_terms(keys(), bad, LIKELIHOOD, num_samples=1)
+            uncertainty_terms(keys(), bad, LIKELIHOOD, num_samples=1)
 
 
 # --- Features ---
@@ -176,17 +199,21 @@ def test_views_must_share_a_shape():
 def test_mahalanobis_is_scikit_learns():
     train, new = correlated(0, 400), correlated(1, 50)
     oracle = EmpiricalCovariance().fit(train.astype(np.float64))
-    found = ood.fit_mahalanobis(train)(new)
+    found = gaussian_detectors.fit_mahalanobis(train)(new)
     np.testing.assert_allclose(found, oracle.mahalanobis(new.astype(np.float64)), rtol=1e-4)
 
 
 def test_mahalanobis_knows_no_units_and_no_dead_features():
     train, new = correlated(0, 400), correlated(1, 50)
-    found = ood.fit_mahalanobis(train)(new)
+    found = gaussian_detectors.fit_mahalanobis(train)(new)
     units = np.geomspace(1e-3, 1e3, 7).astype(np.float32)
-    np.testing.assert_allclose(ood.fit_mahalanobis(train * units)(new * units), found, rtol=5e-3)
+    np.testing.assert_allclose(
+        gaussian_detectors.fit_mahalanobis(train * units)(new * units), found, rtol=5e-3
+    )
     dead = functools.partial(np.pad, pad_width=((0, 0), (0, 3)))
-    np.testing.assert_allclose(ood.fit_mahalanobis(dead(train))(dead(new)), found, rtol=1e-4)
+    np.testing.assert_allclose(
+        gaussian_detectors.fit_mahalanobis(dead(train))(dead(new)), found, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("k", [1, 5, 60])
@@ -197,7 +224,9 @@ def test_knn_is_scikit_learns(k):
         NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit[0]).kneighbors(unit[1])
     )
     # Where a distance is zero scikit-learn's own is the square root of a rounding error.
-    np.testing.assert_allclose(ood.fit_knn(train, k=k)(new), distances[:, -1], rtol=1e-5, atol=2e-7)
+    np.testing.assert_allclose(
+        neighbor_detectors.fit_knn(train, k=k)(new), distances[:, -1], rtol=1e-5, atol=2e-7
+    )
 
 
 def test_whitened_knn_is_scikit_learns_after_whitening():
@@ -208,7 +237,7 @@ def test_whitened_knn_is_scikit_learns_after_whitening():
         metric_params={"VI": np.linalg.inv(covariance)},
     ).fit(train)  # fmt: skip
     distances, _ = oracle.kneighbors(new)
-    found = ood.fit_whitened_knn(train, k=5)(new.astype(np.float32))
+    found = neighbor_detectors.fit_whitened_knn(train, k=5)(new.astype(np.float32))
     np.testing.assert_allclose(found, distances[:, -1], rtol=1e-3)
 
 
@@ -221,11 +250,11 @@ def test_ssd_is_a_loop_over_clusters():
     distances = [
         EmpiricalCovariance().fit(unit[0][which == c]).mahalanobis(unit[1]) for c in range(3)
     ]
-    found = ood.fit_ssd(train, num_clusters=3)(new)
+    found = gaussian_detectors.fit_ssd(train, num_clusters=3)(new)
     np.testing.assert_allclose(found, np.min(distances, axis=0), rtol=2e-3)
     one = EmpiricalCovariance().fit(unit[0]).mahalanobis(unit[1])
-    np.testing.assert_allclose(ood.fit_ssd(train)(new), one, rtol=2e-3)
-    np.testing.assert_allclose(ood.fit_ssd(train)(7 * new), one, rtol=2e-3)
+    np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(new), one, rtol=2e-3)
+    np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(7 * new), one, rtol=2e-3)
 
 
 def test_residual_is_what_the_principal_components_leave():
@@ -233,7 +262,7 @@ def test_residual_is_what_the_principal_components_leave():
     _, _, axes = np.linalg.svd(train - train.mean(axis=0))
     shifted = new - train.mean(axis=0)
     expected = np.linalg.norm(shifted - shifted @ axes[:4].T @ axes[:4], axis=1)
-    found = ood.fit_residual(train, num_components=4)(new.astype(np.float32))
+    found = gaussian_detectors.fit_residual(train, num_components=4)(new.astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -241,14 +270,16 @@ def test_logit_scores_are_scipys():
     logits = 30 * normal(0, 40, 10)
     x = logits.astype(np.float64)
     np.testing.assert_allclose(
-        ood.energy_score(logits), -np.asarray(scipy.special.logsumexp(x, axis=1)), rtol=1e-6
+        labeled_detectors.energy_score(logits),
+        -np.asarray(scipy.special.logsumexp(x, axis=1)),
+        rtol=1e-6,
     )
     expected = scipy.special.softmax(x, axis=1).max(axis=1)
-    found = np.asarray(ood.max_softmax_score(logits), np.float64)
+    found = np.asarray(labeled_detectors.max_softmax_score(logits), np.float64)
     np.testing.assert_allclose(-np.expm1(found), expected, rtol=1e-5)
-    np.testing.assert_array_equal(ood.max_logit_score(logits), -logits.max(axis=1))
+    np.testing.assert_array_equal(labeled_detectors.max_logit_score(logits), -logits.max(axis=1))
     np.testing.assert_allclose(
-        ood.feature_norm_score(logits), -np.linalg.norm(x, axis=1), rtol=1e-6
+        neighbor_detectors.feature_norm_score(logits), -np.linalg.norm(x, axis=1), rtol=1e-6
     )
 
 
@@ -266,9 +297,11 @@ def test_class_mahalanobis_and_rmd_are_the_papers():
     to_classes = np.min(
         [np.einsum("nf,fg,ng->n", q - m, precision, q - m) for m in means.values()], 0
     )
-    np.testing.assert_allclose(ood.fit_class_mahalanobis(train, labels)(new), to_classes, rtol=1e-3)
+    np.testing.assert_allclose(
+        labeled_detectors.fit_class_mahalanobis(train, labels)(new), to_classes, rtol=1e-3
+    )
     relative = to_classes - EmpiricalCovariance().fit(x).mahalanobis(q)
-    found = ood.fit_relative_mahalanobis(train, labels)(new)
+    found = labeled_detectors.fit_relative_mahalanobis(train, labels)(new)
     np.testing.assert_allclose(found, relative, rtol=1e-3, atol=1e-2)
 
 
@@ -284,32 +317,32 @@ def test_vim_is_the_published_code_written_again():
     expected = np.linalg.norm((q - u) @ null, axis=1) * alpha - scipy.special.logsumexp(
         q @ w + b, axis=1
     )
-    score = ood.fit_vim(train, train @ w + b, origin=u, num_components=4)
+    score = labeled_detectors.fit_vim(train, train @ w + b, origin=u, num_components=4)
     np.testing.assert_allclose(score(new, new @ w + b), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_vim_origin_is_the_published_one_and_not_of_rounding_errors():
     w, b = normal(0, 16, 10), normal(1, 10)
     np.testing.assert_allclose(
-        ood.vim_origin(w, b), -np.linalg.pinv(w.T.astype(np.float64)) @ b, rtol=1e-12
+        labeled_detectors.vim_origin(w, b), -np.linalg.pinv(w.T.astype(np.float64)) @ b, rtol=1e-12
     )
     # Of a softmax probe: weights and biases that sum to zero over the classes, up to rounding.
     w, b = w - w.mean(axis=1, keepdims=True), b - b.mean()
-    origin = ood.vim_origin(w, b)
+    origin = labeled_detectors.vim_origin(w, b)
     exact = w.astype(np.float64) - w.astype(np.float64).mean(axis=1, keepdims=True)
     np.testing.assert_allclose(origin @ exact + b, 0, atol=1e-5)
     np.testing.assert_allclose(origin, np.linalg.lstsq(exact.T, -b, rcond=1e-9)[0], atol=1e-5)
     for seed in range(2, 6):
         noisy = [(x + 1e-6 * normal(seed, *x.shape)).astype(np.float32) for x in (w, b)]
-        np.testing.assert_allclose(ood.vim_origin(*noisy), origin, atol=1e-4)
+        np.testing.assert_allclose(labeled_detectors.vim_origin(*noisy), origin, atol=1e-4)
 
 
 FITS = {
-    "knn": ood.fit_knn,
-    "whitened_knn": ood.fit_whitened_knn,
-    "mahalanobis": ood.fit_mahalanobis,
-    "ssd": functools.partial(ood.fit_ssd, num_clusters=2),
-    "residual": functools.partial(ood.fit_residual, num_components=3),
+    "knn": neighbor_detectors.fit_knn,
+    "whitened_knn": neighbor_detectors.fit_whitened_knn,
+    "mahalanobis": gaussian_detectors.fit_mahalanobis,
+    "ssd": functools.partial(gaussian_detectors.fit_ssd, num_clusters=2),
+    "residual": functools.partial(gaussian_detectors.fit_residual, num_components=3),
 }
 
 
@@ -332,28 +365,41 @@ def test_fitted_scores_are_per_example_trees_and_refuse_bad_features(name):
 def test_settings_out_of_range_and_features_without_variance():
     train = correlated(0, 200)
     for fit, message in (
-        (functools.partial(ood.fit_knn, k=201), r"k must be in \[1, 200\]"),
-        (functools.partial(ood.fit_whitened_knn, k=0), r"k must be in \[1, 200\]"),
-        (functools.partial(ood.fit_residual, num_components=7), r"in \[1, 6\]"),
-        (functools.partial(ood.fit_ssd, num_clusters=101), r"in \[1, 100\]"),
-        (functools.partial(ood.fit_class_mahalanobis, labels=np.zeros(3, int)), "labels must be"),
+        (functools.partial(neighbor_detectors.fit_knn, k=201), r"k must be in \[1, 200\]"),
+        (functools.partial(neighbor_detectors.fit_whitened_knn, k=0), r"k must be in \[1, 200\]"),
+        (functools.partial(gaussian_detectors.fit_residual, num_components=7), r"in \[1, 6\]"),
+        (functools.partial(gaussian_detectors.fit_ssd, num_clusters=101), r"in \[1, 100\]"),
+        (
+            functools.partial(labeled_detectors.fit_class_mahalanobis, labels=np.zeros(3, int)),
+            "labels must be",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             fit(train)
     constant = np.ones((60, 3), np.float32)
-    residual = functools.partial(ood.fit_residual, num_components=2)
-    for fit in (ood.fit_mahalanobis, ood.fit_whitened_knn, ood.fit_ssd, residual):
-        with pytest.raises(ood.DegenerateFeaturesError, match="do not vary"):
+    residual = functools.partial(gaussian_detectors.fit_residual, num_components=2)
+    for fit in (
+        gaussian_detectors.fit_mahalanobis,
+        neighbor_detectors.fit_whitened_knn,
+        gaussian_detectors.fit_ssd,
+        residual,
+    ):
+        with pytest.raises(DegenerateFeaturesError, match="do not vary"):
             fit(constant)
     # Below, float32 has no digits; above, no inverse of a variance.
-    for fit in (ood.fit_mahalanobis, ood.fit_knn, ood.fit_ssd, residual):
-        with pytest.raises(ood.DegenerateFeaturesError, match="Multiply all features"):
+    for fit in (
+        gaussian_detectors.fit_mahalanobis,
+        neighbor_detectors.fit_knn,
+        gaussian_detectors.fit_ssd,
+        residual,
+    ):
+        with pytest.raises(DegenerateFeaturesError, match="Multiply all features"):
             fit(train.astype(np.float64) * 1e-38)
-    with pytest.raises(ood.DegenerateFeaturesError, match="divide all features"):
-        ood.fit_mahalanobis(train.astype(np.float64) * 1e36)
+    with pytest.raises(DegenerateFeaturesError, match="divide all features"):
+        gaussian_detectors.fit_mahalanobis(train.astype(np.float64) * 1e36)
     for seed in (-1, 1.0, None, 2**32):
         with pytest.raises(ValueError, match="seed must be"):
-            ood.fit_ssd(train, num_clusters=2, seed=seed)  # pyright: ignore[reportArgumentType]
+            gaussian_detectors.fit_ssd(train, num_clusters=2, seed=seed)  # pyright: ignore[reportArgumentType]
 
 
 def test_typicality_is_right_on_both_sides():
@@ -361,7 +407,7 @@ def test_typicality_is_right_on_both_sides():
     rng = np.random.default_rng(0)
     inside, train = rng.normal(size=(2, 1000, 4)).astype(np.float32)
     likely, unlikely = inside + np.float32(5), inside - np.float32(5)
-    for fit in (ood.fit_mahalanobis, ood.fit_whitened_knn):
+    for fit in (gaussian_detectors.fit_mahalanobis, neighbor_detectors.fit_whitened_knn):
         score = fit(train)
         limit = np.quantile(score(inside), 0.95)
         assert np.mean(np.asarray(score(likely)) > limit) > 0.99
@@ -392,25 +438,25 @@ def left_out(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_images", [20, 5])
-@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.ood.FewImagesWarning")
+@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.detector_input.FewImagesWarning")
 def test_few_images_are_shrunk_by_what_explains_images_left_out(num_images):
     train, new = correlated(0, num_images).astype(np.float64), correlated(1, 50).astype(np.float64)
     shifted = new - train.mean(axis=0)
     expected = np.einsum("nf,fg,ng->n", shifted, left_out(train), shifted)
-    np.testing.assert_allclose(ood.fit_mahalanobis(train)(new), expected, rtol=1e-3)
+    np.testing.assert_allclose(gaussian_detectors.fit_mahalanobis(train)(new), expected, rtol=1e-3)
     # Copies say nothing new.
     copies = np.tile(train, (40, 1))
-    np.testing.assert_allclose(ood.fit_mahalanobis(copies)(new), expected, rtol=1e-3)
+    np.testing.assert_allclose(gaussian_detectors.fit_mahalanobis(copies)(new), expected, rtol=1e-3)
 
 
 DENSITIES = {
-    "mahalanobis": ood.fit_mahalanobis,
-    "class": lambda x: ood.fit_class_mahalanobis(x, np.arange(len(x)) % 2),
-    "relative": lambda x: ood.fit_relative_mahalanobis(x, np.arange(len(x)) % 2),
-    "whitened_knn": functools.partial(ood.fit_whitened_knn, k=2),
-    "ssd": ood.fit_ssd,
-    "clusters": functools.partial(ood.fit_ssd, num_clusters=2),
-    "residual": functools.partial(ood.fit_residual, num_components=12),
+    "mahalanobis": gaussian_detectors.fit_mahalanobis,
+    "class": lambda x: labeled_detectors.fit_class_mahalanobis(x, np.arange(len(x)) % 2),
+    "relative": lambda x: labeled_detectors.fit_relative_mahalanobis(x, np.arange(len(x)) % 2),
+    "whitened_knn": functools.partial(neighbor_detectors.fit_whitened_knn, k=2),
+    "ssd": gaussian_detectors.fit_ssd,
+    "clusters": functools.partial(gaussian_detectors.fit_ssd, num_clusters=2),
+    "residual": functools.partial(gaussian_detectors.fit_residual, num_components=12),
 }
 
 
@@ -425,16 +471,16 @@ def spectrum(num_images: int, rng: np.random.Generator, factor: float = 1.0) -> 
 def test_as_few_images_as_features_tell_strange_ones(name):
     rng = np.random.default_rng(0)
     train, inside, outside = (spectrum(*x) for x in ((24, rng), (200, rng), (200, rng, 4.0)))  # pyright: ignore[reportArgumentType]
-    with pytest.warns(ood.FewImagesWarning) as caught:
+    with pytest.warns(FewImagesWarning) as caught:
         score = DENSITIES[name](train)
     assert caught[0].filename == __file__
     found = np.asarray(score(inside)), np.asarray(score(outside))
-    assert ood_metrics.ood_metrics(*found).auroc > 0.9
+    assert detection_metrics.ood_metrics(*found).auroc > 0.9
 
 
 @pytest.mark.parametrize("num_images", [300, 9])
 @pytest.mark.parametrize("name", DENSITIES)
-@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.ood.FewImagesWarning")
+@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.detector_input.FewImagesWarning")
 def test_what_leaves_the_span_is_strange(name, num_images):
     # Seven features that a plane of three spans, a copy, a dead one and one that never moves.
     plane = normal(3, 3, 7)
@@ -443,7 +489,7 @@ def test_what_leaves_the_span_is_strange(name, num_images):
         x = normal(seed, count, 3) @ plane
         return np.concatenate([x, x[:, :1], np.zeros((count, 1)), np.full((count, 1), 4)], axis=1)
 
-    fit = functools.partial(ood.fit_residual, num_components=5)
+    fit = functools.partial(gaussian_detectors.fit_residual, num_components=5)
     score = (DENSITIES | {"residual": fit})[name](on_the_plane(0, num_images))
     off = np.linalg.svd(plane)[2][-1]
     directions = [*np.eye(10)[7:], np.append(off, [off[0], 0, 0])]
@@ -462,7 +508,7 @@ def test_dead_features_change_nothing_where_they_are_dead(name):
     found = (
         DENSITIES[name]
         if name != "residual"
-        else functools.partial(ood.fit_residual, num_components=4)
+        else functools.partial(gaussian_detectors.fit_residual, num_components=4)
     )
     np.testing.assert_allclose(found(dead(train))(dead(new)), found(train)(new), rtol=1e-4)
 
@@ -471,14 +517,14 @@ def test_what_cannot_be_fitted_is_refused():
     train = correlated(0, 40)
     equal = np.repeat(train[:2], 20, axis=0)
     for fit in (
-        functools.partial(ood.fit_ssd, num_clusters=2),
-        functools.partial(ood.fit_class_mahalanobis, labels=np.repeat([0, 1], 20)),
-        functools.partial(ood.fit_relative_mahalanobis, labels=np.repeat([0, 1], 20)),
+        functools.partial(gaussian_detectors.fit_ssd, num_clusters=2),
+        functools.partial(labeled_detectors.fit_class_mahalanobis, labels=np.repeat([0, 1], 20)),
+        functools.partial(labeled_detectors.fit_relative_mahalanobis, labels=np.repeat([0, 1], 20)),
     ):
-        with pytest.raises(ood.DegenerateFeaturesError, match=r"are all equal|do not vary"):
+        with pytest.raises(DegenerateFeaturesError, match=r"are all equal|do not vary"):
             fit(equal)
-    with pytest.raises(ood.DegenerateFeaturesError, match="at least 2 features"):
-        ood.fit_residual(train[:, :1], num_components=1)
+    with pytest.raises(DegenerateFeaturesError, match="at least 2 features"):
+        gaussian_detectors.fit_residual(train[:, :1], num_components=1)
 
 
 @pytest.mark.parametrize("offset", [0, 300])
@@ -490,7 +536,7 @@ def test_neighbours_are_found_under_an_offset_and_among_near_duplicates(offset):
     # A direction has a rounding error of 1e-7 itself.
     for k in (1, 7):
         np.testing.assert_allclose(
-            ood.fit_knn(train, k=k)(new), distances[:, k - 1], rtol=1e-5, atol=4e-7
+            neighbor_detectors.fit_knn(train, k=k)(new), distances[:, k - 1], rtol=1e-5, atol=4e-7
         )
 
 
@@ -507,21 +553,21 @@ def test_neighbours_in_two_far_crowds():
     unit = [np.asarray(x, np.float64) for x in (train, new)]
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in unit]
     distances = np.sort(np.linalg.norm(unit[0][None] - unit[1][:, None], axis=-1), axis=1)
-    found = ood.fit_knn(train, k=5)(new)
+    found = neighbor_detectors.fit_knn(train, k=5)(new)
     np.testing.assert_allclose(found, distances[:, 4], rtol=5e-3)
 
 
 def test_directions_of_features_with_much_in_common():
     rng = np.random.default_rng(0)
     train, inside, outside = (1e4 + s * rng.normal(size=(200, 6)) for s in (1, 1, 3))
-    score = ood.fit_ssd(train)
-    found = ood_metrics.ood_metrics(score(inside), score(outside)).auroc
+    score = gaussian_detectors.fit_ssd(train)
+    found = detection_metrics.ood_metrics(score(inside), score(outside)).auroc
     # In float64, without the direction of the offset, in which directions do not vary.
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, inside, outside)]
     centered = [x - unit[0].mean(axis=0) for x in unit]
     inverse = np.linalg.pinv(centered[0].T @ centered[0], rcond=1e-6)
     lengths = [np.einsum("ni,ij,nj->n", x, inverse, x) for x in centered[1:]]
-    assert abs(found - ood_metrics.ood_metrics(*lengths).auroc) < 0.02
+    assert abs(found - detection_metrics.ood_metrics(*lengths).auroc) < 0.02
 
 
 # --- Logits ---
@@ -531,7 +577,7 @@ def test_max_softmax_keeps_the_order_of_sure_networks():
     mpmath = pytest.importorskip("mpmath")
     margins = np.array([0, 1e-3, 1, 5, 17, 28, 90, 99.5, 1e3, 1e4], np.float32)
     logits = np.stack([margins, np.zeros_like(margins), np.full_like(margins, -3)], axis=1) + 7
-    found = np.asarray(ood.max_softmax_score(logits), np.float64)
+    found = np.asarray(labeled_detectors.max_softmax_score(logits), np.float64)
     with mpmath.workdps(50):
         for row, score in zip(logits, found, strict=True):
             first, *rest = sorted((mpmath.mpf(float(x)) for x in row), reverse=True)
@@ -540,7 +586,11 @@ def test_max_softmax_keeps_the_order_of_sure_networks():
     assert np.all(np.diff(found) < 0)
 
 
-LOGIT_SCORES = (ood.max_softmax_score, ood.max_logit_score, ood.energy_score)
+LOGIT_SCORES = (
+    labeled_detectors.max_softmax_score,
+    labeled_detectors.max_logit_score,
+    labeled_detectors.energy_score,
+)
 
 
 @pytest.mark.parametrize("score", LOGIT_SCORES)
@@ -567,10 +617,10 @@ def test_digits_that_all_logits_share_are_not_lost():
     for base, kind in ((2**40, np.int64), (2**63, np.uint64), (2**30, np.int32), (1e9, np.float64)):
         logits = np.full((3, 2), base, kind)
         logits[:, 0] += margins.astype(kind)
-        np.testing.assert_allclose(ood.max_softmax_score(logits), expected, rtol=1e-6)
+        np.testing.assert_allclose(labeled_detectors.max_softmax_score(logits), expected, rtol=1e-6)
     ends = np.iinfo(np.int64)
     np.testing.assert_allclose(
-        ood.max_softmax_score(np.array([[ends.max, ends.min]])), [-(2.0**64)]
+        labeled_detectors.max_softmax_score(np.array([[ends.max, ends.min]])), [-(2.0**64)]
     )
 
 
@@ -582,16 +632,18 @@ def test_an_overflow_is_never_inside():
         assert np.isposinf(found[:3]).all()
         assert np.isfinite(found[3])
     # A class that is ruled out leaves all to the other.
-    ruled_out = np.asarray(ood.max_softmax_score(np.array([[0, -inf], [99, 0]], np.float32)))
+    ruled_out = np.asarray(
+        labeled_detectors.max_softmax_score(np.array([[0, -inf], [99, 0]], np.float32))
+    )
     assert -inf < ruled_out[0] < ruled_out[1] == -99
-    assert np.isposinf(ood.feature_norm_score(np.array([[inf, 1.0]])))
-    assert np.isposinf(ood.concentration_score(np.array([inf])))
+    assert np.isposinf(neighbor_detectors.feature_norm_score(np.array([[inf, 1.0]])))
+    assert np.isposinf(concentration_score(np.array([inf])))
     huge = jnp.full(1, inf)
-    terms = ood.UncertaintyTerms(huge, huge, huge, -huge, huge, None)
-    assert np.isposinf(ood.kl_score(terms))
-    assert np.isposinf(ood.posterior_entropy_score(terms))
-    residual = ood.Residual(jnp.zeros(2), jnp.eye(2)[:, :1])
-    vim = ood.VirtualLogit(residual, jnp.asarray(1e9, jnp.float32))
+    terms = UncertaintyTerms(huge, huge, huge, -huge, huge, None)
+    assert np.isposinf(kl_score(terms))
+    assert np.isposinf(posterior_entropy_score(terms))
+    residual = Residual(jnp.zeros(2), jnp.eye(2)[:, :1])
+    vim = VirtualLogit(residual, jnp.asarray(1e9, jnp.float32))
     features = np.array([[3e38, 0], [1, 1], [1, 1]], np.float32)
     found = np.asarray(vim(features, np.array([[inf, 0], [inf, 0], [1, 0]], np.float32)))
     assert np.isposinf(found).tolist() == [True, True, False]
@@ -601,11 +653,11 @@ def test_an_overflow_is_never_inside():
 def test_half_precision_features_and_terms_are_promoted():
     half = jnp.asarray(correlated(0, 60), jnp.bfloat16)
     whole = np.asarray(half, np.float32)
-    for fit in (*FITS.values(), lambda _: ood.feature_norm_score):
+    for fit in (*FITS.values(), lambda _: neighbor_detectors.feature_norm_score):
         np.testing.assert_array_equal(fit(half)(half), fit(whole)(whole))
-    np.testing.assert_array_equal(ood.concentration_score(np.array([3, 5], np.uint8)), [-3, -5])
-    assert ood.concentration_score(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32
-    found = ood.uncertainty_terms(
+    np.testing.assert_array_equal(concentration_score(np.array([3, 5], np.uint8)), [-3, -5])
+    assert concentration_score(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32
+    found = uncertainty_terms(
         keys(), View(*(x.astype(jnp.bfloat16) for x in views())), LIKELIHOOD, num_samples=1
     )
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
@@ -615,7 +667,12 @@ def test_log_probabilities_are_no_logits():
     train, w, b = correlated(0, 200), normal(2, 7, 3), normal(3, 3)
     logits = train @ w + b
     sure = np.asarray(jax.nn.log_softmax(logits))
-    fit = functools.partial(ood.fit_vim, train, origin=ood.vim_origin(w, b), num_components=4)
+    fit = functools.partial(
+        labeled_detectors.fit_vim,
+        train,
+        origin=labeled_detectors.vim_origin(w, b),
+        num_components=4,
+    )
     for values, message in (
         (sure, "not log-probabilities"),
         (np.exp(sure), "got probabilities"),
@@ -625,20 +682,20 @@ def test_log_probabilities_are_no_logits():
         with pytest.raises(ValueError, match=message):
             fit(values)
     with pytest.raises(ValueError, match="before log_softmax"):
-        ood.energy_score(sure)
+        labeled_detectors.energy_score(sure)
     with pytest.raises(ValueError, match="before log_softmax"):
-        ood.energy_score(jnp.asarray(sure, jnp.bfloat16))
+        labeled_detectors.energy_score(jnp.asarray(sure, jnp.bfloat16))
     with pytest.raises(ValueError, match="at least 2 classes"):
-        ood.max_softmax_score(logits[:, :1])
+        labeled_detectors.max_softmax_score(logits[:, :1])
     with pytest.raises(ValueError, match="one row for each image"):
         fit(logits)(train, logits[:1])
     with pytest.raises(ValueError, match="before log_softmax"):
         fit(logits)(train, sure)
     for origin in (np.zeros(1), np.full(7, np.nan)):
         with pytest.raises(ValueError, match=r"origin must be finite \[7\]"):
-            ood.fit_residual(train, num_components=4, origin=origin)
+            gaussian_detectors.fit_residual(train, num_components=4, origin=origin)
     with pytest.raises(ValueError, match="one number for each class"):
-        ood.vim_origin(w, b[:1])
+        labeled_detectors.vim_origin(w, b[:1])
 
 
 def test_vim_weighs_few_images_as_many():
@@ -648,12 +705,12 @@ def test_vim_weighs_few_images_as_many():
     alpha = []
     for count in (2000, 30):
         x = spectrum(count, rng)
-        score = ood.fit_vim(x, x @ w + b, origin=np.full(24, 0.3), num_components=20)
+        score = labeled_detectors.fit_vim(x, x @ w + b, origin=np.full(24, 0.3), num_components=20)
         alpha.append(float(score.scale))
     assert alpha[1] == pytest.approx(alpha[0], rel=0.4)
     flat = normal(0, 90, 3) @ normal(1, 3, 24)
-    with pytest.raises(ood.DegenerateFeaturesError, match="explains every feature"):
-        ood.fit_vim(flat, flat @ w + b, origin=np.zeros(24), num_components=20)
+    with pytest.raises(DegenerateFeaturesError, match="explains every feature"):
+        labeled_detectors.fit_vim(flat, flat @ w + b, origin=np.zeros(24), num_components=20)
 
 
 # --- What is no count, no number, or of another width ---
@@ -663,21 +720,21 @@ def test_vim_weighs_few_images_as_many():
 def test_counts_are_integers_and_a_wrong_one_spoils_no_right_one(bad):
     train = normal(0, 60, 8)
     for fit, name in (
-        (ood.fit_knn, "k"),
-        (ood.fit_whitened_knn, "k"),
-        (ood.fit_residual, "num_components"),
-        (ood.fit_ssd, "num_clusters"),
+        (neighbor_detectors.fit_knn, "k"),
+        (neighbor_detectors.fit_whitened_knn, "k"),
+        (gaussian_detectors.fit_residual, "num_components"),
+        (gaussian_detectors.fit_ssd, "num_clusters"),
     ):
         with pytest.raises(TypeError, match=f"{name} must be one whole number"):
             fit(train, **{name: bad})
     for k in (np.int64(7), 7):
-        assert np.all(np.isfinite(ood.fit_knn(train, k=k)(train[:2])))  # pyright: ignore[reportArgumentType]
+        assert np.all(np.isfinite(neighbor_detectors.fit_knn(train, k=k)(train[:2])))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", [*DENSITIES, "knn"])
 def test_features_of_another_width_are_refused_and_no_images_have_no_scores(name):
     train = correlated(0, 40, 14)
-    score = (DENSITIES | {"knn": functools.partial(ood.fit_knn, k=2)})[name](train)
+    score = (DENSITIES | {"knn": functools.partial(neighbor_detectors.fit_knn, k=2)})[name](train)
     for bad in (
         train[:, :1],
         train[:, :13],
@@ -699,21 +756,21 @@ def test_features_of_another_width_are_refused_and_no_images_have_no_scores(name
 
 def test_features_beyond_float32_fit_no_score_and_none_is_usual():
     train = correlated(0, 200)
-    for fit in (*FITS.values(), functools.partial(ood.fit_knn, k=3)):
+    for fit in (*FITS.values(), functools.partial(neighbor_detectors.fit_knn, k=3)):
         with pytest.raises(ValueError, match=r"beyond|must lie within"):
             fit(np.where(np.arange(7) == 2, 1e39, train.astype(np.float64)))
-    score = ood.fit_mahalanobis(train)
-    threshold = ood.conformal_threshold(score(correlated(1, 100)), 0.05)
+    score = gaussian_detectors.fit_mahalanobis(train)
+    threshold = conformal.conformal_threshold(score(correlated(1, 100)), 0.05)
     far = score(np.full((2, 7), [[3e38], [-3e38]], np.float32))
-    assert ood.exceeds(far, threshold).all()
+    assert conformal.exceeds(far, threshold).all()
 
 
 def test_threshold_of_infinite_scores():
     scores = np.append(np.arange(97.0), [np.inf] * 3)
-    assert ood.conformal_threshold(scores, 0.05) == 95
+    assert conformal.conformal_threshold(scores, 0.05) == 95
     with pytest.raises(ValueError, match="3 of 100 calibration scores are infinite"):
-        ood.conformal_threshold(scores, 0.02)
-    found = ood.exceeds([1.0, 95.0, 95.5, np.inf, -np.inf, np.nan], 95.0)  # pyright: ignore[reportArgumentType]
+        conformal.conformal_threshold(scores, 0.02)
+    found = conformal.exceeds([1.0, 95.0, 95.5, np.inf, -np.inf, np.nan], 95.0)  # pyright: ignore[reportArgumentType]
     assert found.tolist() == [False, False, True, True, True, True]
 
 
@@ -721,10 +778,14 @@ def test_threshold_of_infinite_scores():
 def test_shares_of_few_bits_are_the_decimal_numbers_that_they_show(kind):
     scores = np.arange(99.0)
     for rate in (0.05, 0.3, 0.7):
-        assert ood.conformal_threshold(scores, kind(rate)) == ood.conformal_threshold(scores, rate)
+        assert conformal.conformal_threshold(scores, kind(rate)) == conformal.conformal_threshold(
+            scores, rate
+        )
     for tpr in (0.7, 0.8, 0.95):
-        expected = ood_metrics.ood_metrics(scores[:10], scores[:10] + 0.5, tpr=tpr)
-        assert ood_metrics.ood_metrics(scores[:10], scores[:10] + 0.5, tpr=kind(tpr)) == expected
+        expected = detection_metrics.ood_metrics(scores[:10], scores[:10] + 0.5, tpr=tpr)
+        assert (
+            detection_metrics.ood_metrics(scores[:10], scores[:10] + 0.5, tpr=kind(tpr)) == expected
+        )
 
 
 @pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (99, 0.07), (200, 0.1), (50, 0.5)])
@@ -733,7 +794,7 @@ def test_threshold_keeps_its_false_alarm_rate(n, rate):
     draws = rng.standard_cauchy((20_000, n + 1))  # of no use of its shape is made
     rank = int(np.ceil((n + 1) * (1 - rate) - 1e-9))
     alarm = draws[:, -1] > np.sort(draws[:, :-1], axis=1)[:, rank - 1]
-    assert ood.conformal_threshold(draws[0, :-1], rate) == np.sort(draws[0, :-1])[rank - 1]
+    assert conformal.conformal_threshold(draws[0, :-1], rate) == np.sort(draws[0, :-1])[rank - 1]
     error = 4 * np.sqrt(rate * (1 - rate) / len(draws))
     assert rate - 1 / (n + 1) - error < alarm.mean() < rate + error
 
@@ -747,22 +808,22 @@ def test_at_most_the_rate_of_calibration_scores_and_a_new_one_are_above(scores, 
     n = len(scores)
     if (n + 1) * rate < 1 - 1e-9:
         with pytest.raises(ValueError, match="needs at least"):
-            ood.conformal_threshold(scores, rate)
+            conformal.conformal_threshold(scores, rate)
         return
-    threshold = ood.conformal_threshold(scores, rate)
+    threshold = conformal.conformal_threshold(scores, rate)
     # Exchangeability: the new score is any of the n + 1, so the count above bounds the probability.
     assert np.sum(np.asarray(scores) > threshold) + 1 <= (n + 1) * rate + 1 + 1e-6
 
 
 def test_threshold_refuses():
     with pytest.raises(ValueError, match="needs at least 99 calibration scores, got 98"):
-        ood.conformal_threshold(np.arange(98.0), 0.01)
-    assert ood.conformal_threshold(np.arange(99.0), 0.01) == 98
+        conformal.conformal_threshold(np.arange(98.0), 0.01)
+    assert conformal.conformal_threshold(np.arange(99.0), 0.01) == 98
     for rate in (0.0, 1.0, np.nan, True, "0.1", [0.1]):
         with pytest.raises(ValueError, match="false_alarm_rate must be in"):
-            ood.conformal_threshold(np.arange(9.0), rate)  # pyright: ignore[reportArgumentType]
+            conformal.conformal_threshold(np.arange(9.0), rate)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="without NaN or -inf: 2 of 3"):
-        ood.conformal_threshold([0.0, np.nan, -np.inf], 0.5)  # pyright: ignore[reportArgumentType]
+        conformal.conformal_threshold([0.0, np.nan, -np.inf], 0.5)  # pyright: ignore[reportArgumentType]
     for scores in (np.array([0.0, np.nan]), np.array([0.0, -np.inf]), np.zeros((2, 2))):
         with pytest.raises(ValueError, match=r"must be \[n\] without NaN"):
-            ood.conformal_threshold(scores, 0.5)
+            conformal.conformal_threshold(scores, 0.5)

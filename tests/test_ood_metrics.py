@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.evaluation import metrics_by_sklearn
-from jevb_jax.evaluation import ood_metrics as ood_metrics_module
-from jevb_jax.evaluation.ood_metrics import (
+from jevb_jax.evaluation import detection_metrics as ood_metrics_module
+from jevb_jax.evaluation.detection_metrics import (
     bootstrap_intervals,
     bootstrap_intervals_of_scores,
     ood_metrics,
@@ -186,7 +186,7 @@ def test_intervals_of_areas_are_of_resampled_images(name, monkeypatch):
     ends = np.quantile(both, [tail, 1 - tail], axis=1)
     itself = ood_metrics(a, b)[1:3]
     for chunk_numbers in (1, 2**15):
-        monkeypatch.setattr("jevb_jax.evaluation.ood_metrics._CHUNK_NUMBERS", chunk_numbers)
+        monkeypatch.setattr("jevb_jax.evaluation.detection_metrics._CHUNK_NUMBERS", chunk_numbers)
         low, high = bootstrap_intervals(a, b, num_resamples=7, level=0.8, seed=3)
         lowest, highest = (
             np.minimum(ends[0].min(axis=0), itself),

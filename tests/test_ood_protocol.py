@@ -12,12 +12,19 @@ import pytest
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score
 
-from jevb_jax.evaluation import ood, ood_protocol, protocol
+from jevb_jax.evaluation import detection, evaluate, outside_sets, score_table
+from jevb_jax.evaluation import score_table as ood_protocol
+from jevb_jax.evaluation.accuracy import wrong_predictions
+from jevb_jax.evaluation.detection import OODEvaluation
+from jevb_jax.evaluation.evaluate import Evaluation
 from jevb_jax.evaluation.features import Features
+from jevb_jax.evaluation.outside_sets import OutsideSet
+from jevb_jax.evaluation.score_table import ScoreEntry, Scorers, ScoreSettings, TrainingData
 from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.paper.objective import View
+from jevb_jax.paper.scores import UncertaintyTerms, uncertainty_terms
 from jevb_jax.report import tables
 from jevb_jax.training.experiment import Experiment, build_experiment
 
@@ -61,11 +68,11 @@ def variables(method: str = "jevb") -> Any:
 
 
 @functools.cache
-def evaluation(method: str = "jevb") -> tuple[dict[str, Any], protocol.Evaluation]:
-    return protocol.evaluate(tiny(method), variables(method))
+def evaluation(method: str = "jevb") -> tuple[dict[str, Any], Evaluation]:
+    return evaluate.evaluate(tiny(method), variables(method))
 
 
-def found() -> ood_protocol.OODEvaluation:
+def found() -> OODEvaluation:
     result = evaluation()[1].ood
     assert result is not None
     return result
@@ -77,7 +84,7 @@ def outside_features() -> Any:
     assert test is not None
     images = batches.load_resident(test)[:40]
     corrupted = corruptions.corrupt(images, "contrast", severity=5, seed=0)
-    extract = protocol.make_extractors(tiny()).plain
+    extract = evaluate.make_extractors(tiny()).plain
     return extract(variables(), ArraySource(corrupted))
 
 
@@ -146,7 +153,7 @@ def test_terms_are_of_the_image_and_its_augmented_views():
     )
     settings = experiment.jevb_settings
     radial_scale: Any = experiment.model.apply(variables(), method=experiment.model.radial_scale)
-    expected = ood.uncertainty_terms(
+    expected = uncertainty_terms(
         jax.vmap(jax.random.fold_in, (0, None))(keys, 0),
         stacked,
         settings.likelihood_at(radial_scale),
@@ -201,7 +208,7 @@ def test_uncertainty_is_checked_against_errors_and_severity():
         "error_auroc_5_nn", "error_auroc_linear", "area_under_risk_coverage_linear",
         "severity_correlation_contrast", "share_increased_contrast", "auroc_corrupted",
     } <= names  # fmt: skip
-    errors = protocol.wrong_predictions(
+    errors = wrong_predictions(
         tiny().config["evaluation"], evaluated.train, evaluated.test, evaluated.probe
     )
     accuracy = {
@@ -245,8 +252,8 @@ def test_choice_sees_validation_images_only(tmp_path):
          "paths": (str(tmp_path / "noise.npz"),)},
     )  # fmt: skip
     experiment = build_experiment(config)
-    extractors = protocol.make_extractors(experiment)
-    chosen = protocol.evaluate_variables(experiment, variables(), extractors).ood
+    extractors = evaluate.make_extractors(experiment)
+    chosen = evaluate.evaluate_variables(experiment, variables(), extractors).ood
     assert chosen is not None
     assert chosen.chosen_score is not None
     assert chosen.chosen_score not in chosen.with_labels
@@ -259,13 +266,13 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
     gray = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 1), np.uint8)
     labels = np.arange(12) % 3
     np.savez(tmp_path / "gray.npz", images=gray, labels=labels)
-    outside = ood_protocol.load_outside_set(
+    outside = outside_sets.load_outside_set(
         name="gray", group="far", protocol="", source="arrays",
         paths=(str(tmp_path / "gray.npz"),), exclude_labels=(1,),
     )  # fmt: skip
     assert len(outside.source) == 8
     assert "gray.npz" in outside.protocol
-    extract = protocol.make_extractors(tiny()).plain
+    extract = evaluate.make_extractors(tiny()).plain
     found = extract(variables(), outside.source)
     again = extract(variables(), ArraySource(gray[labels != 1].repeat(3, axis=-1)))
     np.testing.assert_allclose(found.embedding, again.embedding, rtol=1e-5)
@@ -274,7 +281,7 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
         extract(variables(), four)
 
 
-def without_labels(table: dict[str, ood_protocol.ScoreEntry]) -> dict[str, ood_protocol.ScoreEntry]:
+def without_labels(table: dict[str, ScoreEntry]) -> dict[str, ScoreEntry]:
     return {name: entry for name, entry in table.items() if not entry.needs_labels}
 
 
@@ -300,13 +307,11 @@ def test_an_entry_says_what_its_score_needs(method, num_views):
         random.normal(size=(60, 5)).astype(np.float32),
         random.normal(size=(60, 4)).astype(np.float32),
         Posterior(mean, jnp.exp(mean / 4)) if is_jevb else DirectionalPrediction(mean, rows[0]),
-        ood.UncertaintyTerms(*rows[:5], cross_view_log_likelihood=cross_view) if is_jevb else None,
+        UncertaintyTerms(*rows[:5], cross_view_log_likelihood=cross_view) if is_jevb else None,
         np.arange(60) % 2,
     )
-    settings = ood_protocol.ScoreSettings(
-        knn_k=(5, 3), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0
-    )
-    table = ood_protocol.score_table(method, settings, num_views=num_views)
+    settings = ScoreSettings(knn_k=(5, 3), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0)
+    table = score_table.score_table(method, settings, num_views=num_views)
     assert ("jevb/cross_view" in table) == (is_jevb and num_views > 1)
     assert ("vi_simsiam/concentration" in table) == (not is_jevb)
     assert {name for name, entry in table.items() if entry.needs_labels} == {
@@ -315,7 +320,7 @@ def test_an_entry_says_what_its_score_needs(method, num_views):
     for name, entry in without_labels(table).items():
         hidden = {field: None for field in whole._fields if field not in READ[entry.made_of]}
         features = whole._replace(**hidden)
-        train = ood_protocol.TrainingData(features) if entry.is_fitted else None
+        train = TrainingData(features) if entry.is_fitted else None
         scores = entry.make(train)(features)
         assert scores.shape == (60,), name
         assert np.all(np.isfinite(scores)), name
@@ -329,11 +334,9 @@ def test_what_two_scores_share_is_fitted_once():
     random = np.random.default_rng(0)
     mean = jnp.asarray(random.normal(size=(60, 4)), jnp.float32)
     features = Features(None, mean + 1, Posterior(mean, jnp.exp(mean / 4)), None, None)
-    settings = ood_protocol.ScoreSettings(
-        knn_k=(), ssd_clusters=(), residual_share=0.5, mixture_df=5.0
-    )
-    table = ood_protocol.score_table("jevb", settings, num_views=1)
-    train = ood_protocol.TrainingData(features)
+    settings = ScoreSettings(knn_k=(), ssd_clusters=(), residual_share=0.5, mixture_df=5.0)
+    table = score_table.score_table("jevb", settings, num_views=1)
+    train = TrainingData(features)
     both: Any = table["jevb/mixture_and_residual"].make(train)
     assert both.mixture is table["jevb/mixture"].make(train)
     assert both.residual is table["jevb/residual_mahalanobis"].make(train)
@@ -343,11 +346,9 @@ def test_what_two_scores_share_is_fitted_once():
 def test_degenerate_features_leave_a_score_out_by_name():
     train = evaluation()[1].train
     constant = train._replace(embedding=np.ones_like(train.embedding), terms=None)
-    settings = ood_protocol.ScoreSettings(
-        knn_k=(5,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0
-    )
-    table = ood_protocol.score_table("simsiam", settings, num_views=1)
-    scorers = ood_protocol.make_scorers(without_labels(table), ood_protocol.TrainingData(constant))
+    settings = ScoreSettings(knn_k=(5,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0)
+    table = score_table.score_table("simsiam", settings, num_views=1)
+    scorers = score_table.make_scorers(without_labels(table), TrainingData(constant))
     assert "do not vary" in scorers.left_out["embedding/mahalanobis"]
     assert "representation/mahalanobis" in scorers.scores
 
@@ -355,9 +356,9 @@ def test_degenerate_features_leave_a_score_out_by_name():
 def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     numbers, row = np.arange(4.0), np.array([0, np.nan, 2, 3])
     scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers}
-    scorers = ood_protocol.Scorers(dict.fromkeys(scored, lambda x: x), frozenset(), {})
+    scorers = Scorers(dict.fromkeys(scored, lambda x: x), frozenset(), {})
     sets = [
-        ood_protocol.OutsideSet(name, "far", ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
+        OutsideSet(name, "far", ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
         for name in ("first", "second")
     ]
     outside = iter(
@@ -371,10 +372,10 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
         ("_choose", (None, "")),
     ):
         monkeypatch.setattr(ood_protocol, name, lambda *_, value=value, **__: value)
-    monkeypatch.setattr(ood_protocol, "score_images", lambda *_: next(outside))
+    monkeypatch.setattr(score_table, "score_images", lambda *_: next(outside))
     config = {**tiny().config, "ood": {**tiny().config["ood"], "default_score": "a/good"}}
     unused: Any = None
-    found = ood_protocol.evaluate_ood(
+    found = detection.evaluate_ood(
         dataclasses.replace(tiny(), config=config), unused, extract=unused, train=unused,
         inside=unused, inside_source=unused, probe=None, split="test",
     )  # fmt: skip
@@ -393,29 +394,29 @@ def test_settings_of_scores_are_counts_and_shares():
         {"knn_k": 5}, {"ssd_clusters": np.int64(1)}, {"knn_k": "5"},
     ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=f"ood.{next(iter(change))} must be"):
-            ood_protocol.ScoreSettings(**{**good, **change})
-    found = ood_protocol.ScoreSettings(**{**good, "knn_k": (np.int64(5),)})
+            ScoreSettings(**{**good, **change})
+    found = ScoreSettings(**{**good, "knn_k": (np.int64(5),)})
     assert type(found.knn_k[0]) is int
-    whole = ood_protocol.ScoreSettings(**{**good, "residual_share": np.float32(0.99)})
+    whole = ScoreSettings(**{**good, "residual_share": np.float32(0.99)})
     assert [whole.num_components(np.zeros((3, width))) for width in (2, 8, 200)] == [1, 7, 198]
     for most, error in ((-1, ValueError), (5.0, TypeError)):
         with pytest.raises(error, match="max_fit_images must be"):
-            ood_protocol.fit_rows(10, most)  # pyright: ignore[reportArgumentType]
+            detection.fit_rows(10, most)  # pyright: ignore[reportArgumentType]
 
 
 def test_more_neighbours_than_images_leave_a_score_out():
     train = evaluation()[1].train
     few = jax.tree.map(lambda x: x[:100], train._replace(terms=None, prediction=None))
-    settings = ood_protocol.ScoreSettings(
+    settings = ScoreSettings(
         knn_k=(5, 500), ssd_clusters=(1, 80), residual_share=0.5, mixture_df=5.0
     )
-    table = ood_protocol.score_table("simsiam", settings, num_views=1)
-    scorers = ood_protocol.make_scorers(without_labels(table), ood_protocol.TrainingData(few))
+    table = score_table.score_table("simsiam", settings, num_views=1)
+    scorers = score_table.make_scorers(without_labels(table), TrainingData(few))
     assert "k must be in [1, 100]" in scorers.left_out["embedding/knn_500"]
     assert "num_clusters must be in [1, 50]" in scorers.left_out["embedding/ssd_80"]
     assert "embedding/knn_5" in scorers.scores
     nothing = few._replace(**{k: getattr(few, k)[:0] for k in ("representation", "embedding")})
-    empty = ood_protocol.score_features(nothing, scorers, batch_size=64)
+    empty = score_table.score_features(nothing, scorers, batch_size=64)
     assert {values.shape for values in empty.values()} == {(0,)}
 
 
@@ -446,7 +447,7 @@ def test_one_class_leaves_the_other_classes_outside():
 def test_one_class_is_detected_without_labels():
     experiment = one_class()
     initial = experiment.initial_state().evaluation_variables
-    found = protocol.evaluate_variables(experiment, initial, protocol.make_extractors(experiment))
+    found = evaluate.evaluate_variables(experiment, initial, evaluate.make_extractors(experiment))
     assert found.ood is not None
     assert set(found.ood.outside) == {"other_classes"}
     assert found.probe is None
@@ -490,4 +491,4 @@ def test_settings_are_checked_before_training():
         config={**tiny().config, "ood": {**tiny().config["ood"], "default_score": "no/such"}},
     )
     with pytest.raises(ValueError, match=r"ood\.default_score must be one of"):
-        protocol.evaluate_variables(unknown, variables(), protocol.make_extractors(tiny()))
+        evaluate.evaluate_variables(unknown, variables(), evaluate.make_extractors(tiny()))

@@ -13,7 +13,8 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from jevb_jax.evaluation import protocol
+from jevb_jax.evaluation import accuracy, evaluate
+from jevb_jax.evaluation.evaluate import Features
 from jevb_jax.images import pixels
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.source import ArraySource
@@ -49,7 +50,7 @@ def tiny() -> Experiment:
 @functools.cache
 def features() -> Any:
     experiment = tiny()
-    extract = protocol.make_extractors(experiment).plain
+    extract = evaluate.make_extractors(experiment).plain
     variables = experiment.initial_state().evaluation_variables
     dataset: Any = experiment.dataset
     return tuple(extract(variables, s) for s in (dataset.train, dataset.validation, dataset.test))
@@ -57,7 +58,7 @@ def features() -> Any:
 
 @functools.cache
 def results() -> dict[str, Any]:
-    return protocol.evaluate(tiny(), tiny().initial_state().evaluation_variables)[0]
+    return evaluate.evaluate(tiny(), tiny().initial_state().evaluation_variables)[0]
 
 
 def value(name: str, of: str, which: str = "trained") -> float:
@@ -82,7 +83,7 @@ def test_features_are_of_every_image_once_in_order():
     expected: Any = (direct.representation, direct.embedding, direct.prediction)
     chex.assert_trees_all_close(tuple(found)[:3], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.labels, source.labels)
-    unlabelled = protocol.make_extractors(experiment).plain(variables, ArraySource(images[:3]))
+    unlabelled = evaluate.make_extractors(experiment).plain(variables, ArraySource(images[:3]))
     assert unlabelled.labels is None
     np.testing.assert_allclose(unlabelled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
 
@@ -144,8 +145,8 @@ def test_every_number_has_its_protocol_and_its_untrained_pair():
 def test_validation_score_for_the_best_checkpoint():
     experiment = tiny()
     variables = experiment.initial_state().evaluation_variables
-    extract = protocol.make_extractors(experiment).plain
-    scores = protocol.validation_knn(experiment, variables, extract)
+    extract = evaluate.make_extractors(experiment).plain
+    scores = evaluate.validation_knn(experiment, variables, extract)
     assert list(scores) == ["knn_5_accuracy", "knn_20_accuracy", "knn_10_uniform_accuracy"]
     score = scores["knn_5_accuracy"]
     train, validation, _ = features()
@@ -166,7 +167,7 @@ def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[Dataset, Any]:
         classes = np.unique(labels, return_inverse=True)[0]
         x = centres[np.searchsorted(classes, of.labels)] + rng.normal(size=(len(of), 6))
         x = x.astype(np.float32)
-        return protocol.Features(x, x, None, None, of.labels)
+        return Features(x, x, None, None, of.labels)
 
     test = source(labels if test_labels is None else test_labels)
     return Dataset(train=source(labels), validation=source(labels), test=test), extract
@@ -186,7 +187,7 @@ SETTINGS = EvaluationSection(
 
 
 def transfer_values(settings: EvaluationSection, dataset: Any, extract: Any) -> dict[str, float]:
-    found = protocol.evaluate_transfer(settings, extract, None, dataset)
+    found = evaluate.evaluate_transfer(settings, extract, None, dataset)
     return {r["name"]: r["value"] for r in found["trained"] if r["features"] == "embedding"}
 
 
@@ -212,7 +213,7 @@ def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other()
     def lacking(variables: Any, of: Any) -> Any:
         return base(variables, dataset.test)._replace(labels=of.labels)
 
-    found = protocol.evaluate_transfer(
+    found = evaluate.evaluate_transfer(
         SETTINGS,
         lambda v, of: lacking(v, of) if of is unknown else base(v, of),  # pyright: ignore[reportArgumentType]
         None,
@@ -226,32 +227,32 @@ def test_what_is_left_out_is_known_from_the_data():
     labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
     dataset, _ = synthetic(labels)
     settings = dataclasses.replace(SETTINGS, knn_k=(3, 64), knn_uniform_k=(70,))
-    reasons = protocol.left_out(settings, dataset)
+    reasons = accuracy.left_out(settings, dataset)
     few_labels = "linear_4_labels_per_class_accuracy"
     assert set(reasons) == {"knn_64_accuracy", "knn_70_uniform_accuracy", few_labels}
     assert "class 3 has 3 training images, and 1 of 4 classes" in reasons[few_labels]
-    line, _ = protocol.left_out_lines(reasons)
+    line, _ = accuracy.left_out_lines(reasons)
     assert line == (
         "Not evaluated: knn_64_accuracy, knn_70_uniform_accuracy: there are 63 training images."
     )
-    assert protocol.why_no_knn(settings, dataset) == ""
+    assert accuracy.why_no_knn(settings, dataset) == ""
     few = dataclasses.replace(settings, knn_k=(64, 3))
-    assert protocol.why_no_knn(few, dataset) == "there are 63 training images"
-    assert protocol.left_out(dataclasses.replace(SETTINGS, labels_per_class=3), dataset) == {}
+    assert accuracy.why_no_knn(few, dataset) == "there are 63 training images"
+    assert accuracy.left_out(dataclasses.replace(SETTINGS, labels_per_class=3), dataset) == {}
     one_class, one_extract = synthetic(np.zeros(20, int))
-    assert set(protocol.left_out(SETTINGS, one_class)) == {"knn_accuracy", "linear_accuracy"}
+    assert set(accuracy.left_out(SETTINGS, one_class)) == {"knn_accuracy", "linear_accuracy"}
     with pytest.raises(ValueError, match=r"nothing can be evaluated on .* one class, 0"):
-        protocol.evaluate_transfer(SETTINGS, one_extract, None, one_class)
+        evaluate.evaluate_transfer(SETTINGS, one_extract, None, one_class)
     images = ArraySource(np.zeros((9, 2, 2, 1), np.uint8))
     unlabelled = Dataset(train=images, validation=images, test=None)
-    assert set(protocol.left_out(SETTINGS, unlabelled)) == {
+    assert set(accuracy.left_out(SETTINGS, unlabelled)) == {
         "split",
         "knn_accuracy",
         "linear_accuracy",
     }
-    assert protocol.evaluated_split(SETTINGS, unlabelled) == ("validation", images)
+    assert accuracy.evaluated_split(SETTINGS, unlabelled) == ("validation", images)
     with pytest.raises(ValueError, match=r"has no test part.*set evaluation.split"):
-        protocol.evaluated_split(SETTINGS, dataset._replace(test=None))
+        accuracy.evaluated_split(SETTINGS, dataset._replace(test=None))
 
 
 def test_a_section_alone_is_checked():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from jevb_jax.evaluation import uncertainty
+from jevb_jax.evaluation import reliability
 
 levels = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30)
 
@@ -26,12 +26,12 @@ def test_error_auroc_is_scikit_learns(pairs):
     values, errors = split(pairs)
     if errors.all() or not errors.any():
         with pytest.raises(ValueError, match="needs right and wrong images"):
-            uncertainty.error_auroc(values, errors)
+            reliability.error_auroc(values, errors)
         return
     expected = roc_auc_score(errors, values)
-    assert uncertainty.error_auroc(values, errors) == pytest.approx(expected, abs=1e-14)
+    assert reliability.error_auroc(values, errors) == pytest.approx(expected, abs=1e-14)
     with_infinity = np.where(values == values.max(), np.inf, values)
-    assert uncertainty.error_auroc(with_infinity, errors) == pytest.approx(expected, abs=1e-14)
+    assert reliability.error_auroc(with_infinity, errors) == pytest.approx(expected, abs=1e-14)
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,7 +39,7 @@ def test_error_auroc_is_scikit_learns(pairs):
 def test_risk_coverage_without_ties_is_a_loop(pairs):
     values, errors = split(pairs)
     values = values + np.arange(len(values)) / 100
-    found = uncertainty.risk_coverage_curve(values, errors)
+    found = reliability.risk_coverage_curve(values, errors)
     order = sorted(range(len(values)), key=lambda i: values[i])
     risk = [np.mean([errors[i] for i in order[:n]]) for n in range(1, len(order) + 1)]
     best = [np.mean(np.sort(errors)[:n]) for n in range(1, len(order) + 1)]
@@ -53,10 +53,10 @@ def test_risk_with_ties_is_the_mean_over_orders():
     rng = np.random.default_rng(0)
     values, errors = rng.integers(0, 3, 12).astype(float), rng.random(12) < 0.4
     curves = [
-        uncertainty.risk_coverage_curve(values + 1e-6 * rng.random(12), errors).risk
+        reliability.risk_coverage_curve(values + 1e-6 * rng.random(12), errors).risk
         for _ in range(4000)
     ]
-    found = uncertainty.risk_coverage_curve(values, errors).risk
+    found = reliability.risk_coverage_curve(values, errors).risk
     error = 4 * np.std(curves, axis=0) / np.sqrt(4000) + 1e-12
     assert np.all(np.abs(found - np.mean(curves, axis=0)) < error)
     assert found[-1] == pytest.approx(errors.mean())
@@ -64,29 +64,29 @@ def test_risk_with_ties_is_the_mean_over_orders():
 
 def test_perfect_and_useless_orders():
     errors = np.array([False, False, True])
-    assert uncertainty.risk_coverage_curve([1, 2, 3], errors).excess == pytest.approx(0)
-    assert uncertainty.risk_coverage_curve([1, 1, 1], errors).area == pytest.approx(1 / 3)
-    assert uncertainty.risk_coverage_curve([1, 2, 3], ~errors).area > 0.5
+    assert reliability.risk_coverage_curve([1, 2, 3], errors).excess == pytest.approx(0)
+    assert reliability.risk_coverage_curve([1, 1, 1], errors).area == pytest.approx(1 / 3)
+    assert reliability.risk_coverage_curve([1, 2, 3], ~errors).area > 0.5
 
 
 def test_severity_correlation_is_scipys():
     rng = np.random.default_rng(1)
     values = rng.integers(0, 5, (6, 40)) + 0.5 * np.arange(6)[:, None]
     values[:, 0] = 3  # never changes
-    found = uncertainty.severity_correlation(values)
+    found = reliability.severity_correlation(values)
     each = [scipy.stats.spearmanr(np.arange(6), column)[0] for column in values.T[1:]]
     assert found.mean_per_image == pytest.approx(np.sum(each) / 40, abs=1e-13)
     severity = np.repeat(np.arange(6), 40)
     expected = scipy.stats.spearmanr(severity, values.ravel())[0]
     assert found.pooled == pytest.approx(expected, abs=1e-13)
-    assert uncertainty.severity_correlation(np.arange(8.0).reshape(4, 2)) == (
+    assert reliability.severity_correlation(np.arange(8.0).reshape(4, 2)) == (
         1,
         pytest.approx(1, abs=0.1),
     )
 
 
 def test_share_increased():
-    assert uncertainty.share_increased([1, 2, 3, 4], [2, 2, 2, 5]) == pytest.approx(2.5 / 4)
+    assert reliability.share_increased([1, 2, 3, 4], [2, 2, 2, 5]) == pytest.approx(2.5 / 4)
 
 
 def test_disagreement_is_scipys():
@@ -95,10 +95,10 @@ def test_disagreement_is_scipys():
     counts[0] = [50, *[0] * 9]
     values = rng.normal(size=60)
     entropy = scipy.stats.entropy(counts, axis=1)
-    np.testing.assert_allclose(uncertainty.label_entropy(counts), entropy, atol=1e-14)
-    found = uncertainty.human_disagreement_correlation(values, counts)
+    np.testing.assert_allclose(reliability.label_entropy(counts), entropy, atol=1e-14)
+    found = reliability.human_disagreement_correlation(values, counts)
     assert found == pytest.approx(scipy.stats.spearmanr(values, entropy)[0], abs=1e-13)
-    assert uncertainty.human_disagreement_correlation(np.ones(60), counts) == 0
+    assert reliability.human_disagreement_correlation(np.ones(60), counts) == 0
 
 
 def test_equal_entropies_are_a_tie_and_tiny_differences_are_not():
@@ -106,24 +106,24 @@ def test_equal_entropies_are_a_tie_and_tiny_differences_are_not():
     row = np.array([31, 11, 5, 2, 1, 1, 0, 0, 0, 0])
     permuted = np.stack([rng.permutation(row) for _ in range(300)])
     for votes in (permuted, permuted / 51, 3 * permuted):
-        assert len(np.unique(uncertainty.label_entropy(votes))) == 1
+        assert len(np.unique(reliability.label_entropy(votes))) == 1
         values = votes[:, 8].astype(float)
-        assert uncertainty.human_disagreement_correlation(values, votes) == 0
+        assert reliability.human_disagreement_correlation(values, votes) == 0
     # Two bits either way.
-    two_bits = uncertainty.label_entropy([[4, 1, 1, 1, 1], [2, 0, 2, 2, 2]])
+    two_bits = reliability.label_entropy([[4, 1, 1, 1, 1], [2, 0, 2, 2, 2]])
     assert two_bits[0] == two_bits[1] == pytest.approx(2 * np.log(2), rel=1e-15)
     # One vote among so many: the entropy falls with each, by 1e-8 of itself.
     most = 10**8 + np.arange(5)
     votes = np.stack([most, np.ones(5, int)], axis=1)
     with mpmath.workdps(50):
         exact = [float(_exact_entropy(int(n))) for n in most]
-    found = uncertainty.label_entropy(votes)
+    found = reliability.label_entropy(votes)
     np.testing.assert_allclose(found, exact, rtol=1e-15)
-    assert uncertainty.human_disagreement_correlation(-np.arange(5.0), votes) == 1
-    assert uncertainty.label_entropy([[7, 0], [1e308, 1e308]]).tolist() == [0, np.log(2)]
+    assert reliability.human_disagreement_correlation(-np.arange(5.0), votes) == 1
+    assert reliability.label_entropy([[7, 0], [1e308, 1e308]]).tolist() == [0, np.log(2)]
     # Integers beyond the digits of float64 keep their order.
     large = np.array([2**60, 2**60 + 1])
-    assert uncertainty.error_auroc(large, np.array([False, True])) == 1
+    assert reliability.error_auroc(large, np.array([False, True])) == 1
 
 
 def _exact_entropy(most: int) -> Any:
@@ -134,9 +134,9 @@ def _exact_entropy(most: int) -> Any:
 def test_spectrum_of_scales_that_hardly_vary():
     rng = np.random.default_rng(5)
     by_image = np.exp(1e-8 * rng.normal(size=(50, 1))) * np.ones((1, 8))
-    assert uncertainty.scale_spectrum(by_image).image_share == pytest.approx(1, abs=1e-6)
+    assert reliability.scale_spectrum(by_image).image_share == pytest.approx(1, abs=1e-6)
     rounded = np.float32(0.3) * (1 + 6e-8 * rng.integers(0, 2, (50, 8))).astype(np.float32)
-    assert uncertainty.scale_spectrum(rounded)[2:] == (0, 0, 0)
+    assert reliability.scale_spectrum(rounded)[2:] == (0, 0, 0)
 
 
 def test_spectrum_splits_the_variance():
@@ -144,7 +144,7 @@ def test_spectrum_splits_the_variance():
     by_image, by_feature = rng.normal(size=(50, 1)), 2 * rng.normal(size=(1, 8))
     rest = rng.normal(size=(50, 8))
     log_scale = by_image + by_feature + 0.5 * rest
-    found = uncertainty.scale_spectrum(np.exp(log_scale))
+    found = reliability.scale_spectrum(np.exp(log_scale))
     total = np.sum((log_scale - log_scale.mean()) ** 2)
     features = 50 * np.sum((log_scale.mean(axis=0) - log_scale.mean()) ** 2) / total
     images = 8 * np.sum((log_scale.mean(axis=1) - log_scale.mean()) ** 2) / total
@@ -154,29 +154,29 @@ def test_spectrum_splits_the_variance():
     geometric = scipy.stats.gmean(np.exp(log_scale), axis=0)
     np.testing.assert_allclose(found.feature_scale, np.sort(geometric)[::-1], rtol=1e-12)
     assert np.all(np.diff(found.image_scale) <= 0)
-    isotropic = uncertainty.scale_spectrum(np.exp(np.broadcast_to(by_image, (50, 8))))
+    isotropic = reliability.scale_spectrum(np.exp(np.broadcast_to(by_image, (50, 8))))
     assert (isotropic.feature_share, isotropic.image_share) == pytest.approx((0, 1), abs=1e-12)
-    assert uncertainty.scale_spectrum(np.full((4, 3), 0.3)).image_share == 0
+    assert reliability.scale_spectrum(np.full((4, 3), 0.3)).image_share == 0
 
 
 def test_refuses():
     wrong = np.array([True, False])
     for values in (["1", "2"], np.array([1j, 2])):
         with pytest.raises(TypeError, match="uncertainty must be real numbers"):
-            uncertainty.error_auroc(values, wrong)
+            reliability.error_auroc(values, wrong)
     for call, message in (
-        (lambda: uncertainty.error_auroc([0, np.nan], wrong), "1 of 2 are NaN"),
-        (lambda: uncertainty.error_auroc([0, 1, 2], wrong), r"must be bool \[3\]"),
-        (lambda: uncertainty.risk_coverage_curve([0, 1], wrong.astype(int)), r"must be bool \[2\]"),
-        (lambda: uncertainty.severity_correlation([[0, 1]]), r"must be \[S \+ 1, N\]"),
-        (lambda: uncertainty.severity_correlation([[0], [np.nan]]), "1 of 2 are NaN"),
-        (lambda: uncertainty.share_increased([0, 1], [0]), "of the same images, got 2 and 1"),
-        (lambda: uncertainty.label_entropy([[0, 0], [1, 0]]), "a vote for each image"),
-        (lambda: uncertainty.label_entropy([[-1, 2]]), "a vote for each image"),
-        (lambda: uncertainty.label_entropy([[np.inf, 2]]), "finite"),
-        (lambda: uncertainty.label_entropy(np.ones((0, 2))), "a vote for each image"),
-        (lambda: uncertainty.human_disagreement_correlation([1], [[1, 0], [0, 1]]), "for 2 images"),
-        (lambda: uncertainty.scale_spectrum([[1.0, 0.0]]), "positive, finite"),
+        (lambda: reliability.error_auroc([0, np.nan], wrong), "1 of 2 are NaN"),
+        (lambda: reliability.error_auroc([0, 1, 2], wrong), r"must be bool \[3\]"),
+        (lambda: reliability.risk_coverage_curve([0, 1], wrong.astype(int)), r"must be bool \[2\]"),
+        (lambda: reliability.severity_correlation([[0, 1]]), r"must be \[S \+ 1, N\]"),
+        (lambda: reliability.severity_correlation([[0], [np.nan]]), "1 of 2 are NaN"),
+        (lambda: reliability.share_increased([0, 1], [0]), "of the same images, got 2 and 1"),
+        (lambda: reliability.label_entropy([[0, 0], [1, 0]]), "a vote for each image"),
+        (lambda: reliability.label_entropy([[-1, 2]]), "a vote for each image"),
+        (lambda: reliability.label_entropy([[np.inf, 2]]), "finite"),
+        (lambda: reliability.label_entropy(np.ones((0, 2))), "a vote for each image"),
+        (lambda: reliability.human_disagreement_correlation([1], [[1, 0], [0, 1]]), "for 2 images"),
+        (lambda: reliability.scale_spectrum([[1.0, 0.0]]), "positive, finite"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

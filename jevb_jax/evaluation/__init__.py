@@ -1,1 +1,1 @@
-"""Evaluation of frozen features: protocols whose every choice is made on a validation split."""
+"""Evaluation: what features, scores and uncertainty are worth."""

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jevb_jax.evaluation import classification
-from jevb_jax.evaluation.ood_protocol import CORRUPTED, OODEvaluation
-from jevb_jax.evaluation.protocol import Evaluation, evaluated_split
-from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.evaluation.accuracy import evaluated_split
+from jevb_jax.evaluation.detection import OODEvaluation
+from jevb_jax.evaluation.evaluate import Evaluation
+from jevb_jax.evaluation.neighbors import nearest_neighbours
+from jevb_jax.evaluation.outside_sets import CORRUPTED
+from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images import batches
 from jevb_jax.images.source import ImageSource, num_classes
 from jevb_jax.networks.heads import Posterior
@@ -264,7 +266,7 @@ def _neighbors(
     evaluation: Evaluation, source: ImageSource, bank: ImageSource
 ) -> tuple[Neighbors, ...]:
     """Training images nearest to the first few evaluated ones."""
-    cosine, index = classification.nearest_neighbours(
+    cosine, index = nearest_neighbours(
         evaluation.train.representation,
         evaluation.test.representation[:_NUM_QUERIES],
         k=min(_NUM_NEIGHBORS, len(bank)),

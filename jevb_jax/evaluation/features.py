@@ -11,12 +11,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jevb_jax import arguments, parallel
-from jevb_jax.evaluation.ood import UncertaintyTerms
 from jevb_jax.images import augmentations, pixels
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.batches import evaluation_batches
 from jevb_jax.images.source import ImageSource, image_shape
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
+from jevb_jax.paper.scores import UncertaintyTerms
 from jevb_jax.xla_options import network_options
 
 _ALWAYS_WHOLE = 4096  # batches of at most so many images are filled up however few there are

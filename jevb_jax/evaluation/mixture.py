@@ -1,22 +1,7 @@
-"""Likelihood of an embedding under the posteriors of the training images, all of them at once.
-
-The aggregated posterior in the prior's place (VampPrior; Tomczak and Welling 2018), read in the space
-of embeddings: every training image `n` lays a kernel around its own direction, as wide as its own
-posterior says.
-
-    log p(h) = log 1/N sum_n p(u | m_n, s_n) p(r | rho_n)
-
-Here `m_n` and `rho_n` are direction and radius of the posterior mean, `s_n` is a bandwidth times the
-likelihood scale, and the directional density is divided by its mass on the sphere (docs eq. 4 and 31).
-The bandwidth matters most. It is found without labels and without outside data, by the
-leave-one-out likelihood of training images (Duin 1976).
-
-A score costs four matrix products, `N` columns wide, where a search for neighbors costs one.
-"""
+"""The mixture over training images: their posteriors as a density of embeddings (docs eq. 35)."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,31 +9,19 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import arguments
-from jevb_jax.evaluation.ood import DegenerateFeaturesError, real_matrix
-from jevb_jax.paper import densities, mass, sphere
+from jevb_jax.paper import densities, sphere
 
 # As in `ood`: a bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # Queries at a time: as many rows of `[N]` are in memory, as in a search for neighbors.
-_BATCH_SIZE = 64
-# Components at a time where their masses are computed.
-_MASS_BATCH_SIZE = 1024
+BATCH_SIZE = 64
 # Components of largest density whose distance is computed again without cancellation. Of further copies
 # of an image the distance is zero up to rounding, 1e-7 / scale^2.
 _NUM_EXACT = 4
-# Scales that the mass and float32 can hold.
-_SCALE_LIMITS = (1e-15, 1e15)
-# Degrees of freedom beyond which float32 has the Gaussian, and an overflow in its place.
-_GAUSSIAN_DF = 1e30
-
-# Bandwidths that are tried, as powers of the root of two: 1/8 to 2, and where to stop at last.
-_FIRST_STEPS = range(-6, 3)
-_STEP_LIMITS = (-18, 14)
 
 
-def _student_t_kernel(squared_length: Array, df: float, n: int) -> Array:
+def student_t_kernel(squared_length: Array, df: float, n: int) -> Array:
     """`((df + n)/2) log(1 + Q/df)`, which is `Q/2` at `df = inf`."""
     if np.isinf(df):
         return squared_length / 2
@@ -79,7 +52,7 @@ class RadialComponents:
     def kernels(self, log_radius: Array) -> Array:
         """`log_peak` less the log-densities `[N]` of one radius `[]`."""
         distance = (log_radius[None] - self.log_radius) / self.scale
-        return _student_t_kernel(jnp.square(distance), self.df, 1)
+        return student_t_kernel(jnp.square(distance), self.df, 1)
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +141,7 @@ class TrainingMixture:
             return jax.nn.logsumexp(log_prob.at[nearest].set(exact))
 
         queries = (direction, sphere.safe_log(radius), own)
-        log_sum = jax.lax.map(of_query, queries, batch_size=_BATCH_SIZE)
+        log_sum = jax.lax.map(of_query, queries, batch_size=BATCH_SIZE)
         return log_sum if self.radial is None else log_sum + self.radial.log_peak(radius)
 
     def _log_probs(self, direction: Array) -> Array:
@@ -194,7 +167,7 @@ class TrainingMixture:
             squared_chord * self.least_precision,
             squared_chord * self.greatest_precision,
         )
-        return self.log_weight - _student_t_kernel(squared, self.df, self.location.shape[1] - 1)
+        return self.log_weight - student_t_kernel(squared, self.df, self.location.shape[1] - 1)
 
     def _exact_log_probs(self, direction: Array, index: Array) -> Array:
         """`_log_probs(direction)[index]` free of cancellation, for near duplicates in float32."""
@@ -205,369 +178,3 @@ class TrainingMixture:
             df=self.df,
         )
         return log_prob - self.log_mass[index]
-
-
-class BandwidthChoice(NamedTuple):
-    """What `choose_bandwidth` found.
-
-    Attributes:
-      bandwidth: that of the largest log-likelihood.
-      log_likelihood: nats, mean over training images, there.
-      grid: `[G]`, all bandwidths that were tried, ascending.
-      log_likelihoods: `[G]`, nats, of each.
-    """
-
-    bandwidth: float
-    log_likelihood: float
-    grid: np.ndarray
-    log_likelihoods: np.ndarray
-
-
-def fit_training_mixture(
-    posterior_mean: ArrayLike,
-    scale_diag: ArrayLike,
-    *,
-    df: float,
-    bandwidth: float | None = None,
-    embedding: ArrayLike | None = None,
-    radial_scale: float | None = None,
-    radial_df: float | None = None,
-    num_queries: int = 2000,
-    seed: int = 0,
-) -> TrainingMixture:
-    """Likelihood under the posteriors of the training images (docs eq. 35).
-
-    The VampPrior of Tomczak and Welling 2018, read as a density of embeddings.
-
-    Args:
-      posterior_mean: `[N, D]`, of in-distribution images, `D >= 3`, not zero.
-      scale_diag: `[N, D]`, scales of the directional likelihood, in units of the sphere, positive.
-      df: degrees of freedom of the directional density, positive; `inf` is the Gaussian.
-      bandwidth: multiplies the scales, positive. None: as `choose_bandwidth` finds.
-      embedding: `[N, D]` of the same images, in their order. Needed without a bandwidth; with one, it
-        is for `leave_one_out` alone.
-      radial_scale: relative width of the radius, positive; None leaves the radial density out.
-      radial_df: its degrees of freedom, positive; needed with `radial_scale` and only then.
-      num_queries: training images whose leave-one-out likelihood is taken, at most.
-      seed: of their draw, where there are more; an integer of at least 0.
-
-    Returns:
-      A score, embeddings `[M, D]` to `[M]`, nats.
-
-    Raises:
-      ValueError: no images, shapes that differ, `D < 3`, values that are not finite, means of zero,
-        scales, `df` or bandwidth that are not positive or leave 1e-15 to 1e15, and as
-        `choose_bandwidth` where embeddings are needed or given.
-    """
-    components = _Components.of(posterior_mean, scale_diag, df, radial_scale, radial_df)
-    if bandwidth is None:
-        if embedding is None:
-            raise ValueError(
-                "give the embeddings of the training images, to choose a bandwidth by, or a bandwidth"
-            )
-        choice = _choose_bandwidth(components, embedding, num_queries, seed)
-        bandwidth, leave_one_out = choice.bandwidth, choice.log_likelihood
-        mixture = components.at(bandwidth)
-    else:
-        mixture = components.at(bandwidth)
-        if embedding is None:
-            return mixture
-        h, own = _queries(components, embedding, num_queries, seed)
-        leave_one_out = _mean_leave_one_out(mixture, h, own)
-    return dataclasses.replace(
-        mixture, leave_one_out=jnp.asarray(leave_one_out, mixture.location.dtype)
-    )
-
-
-def choose_bandwidth(
-    posterior_mean: ArrayLike,
-    scale_diag: ArrayLike,
-    embedding: ArrayLike,
-    *,
-    df: float,
-    radial_scale: float | None = None,
-    radial_df: float | None = None,
-    num_queries: int = 2000,
-    seed: int = 0,
-) -> BandwidthChoice:
-    """Bandwidth of the largest leave-one-out likelihood, without labels or outside data (Duin 1976).
-
-    Half octaves from 1/8 to 2 are tried, and on from there while the largest is at an end: down to
-    2^-9, where copies among the images are the cause, and up to 2^7, where the density is uniform.
-
-    Args:
-      posterior_mean: as for `fit_training_mixture`.
-      scale_diag: as for `fit_training_mixture`.
-      embedding: `[N, D]` of the same images, in their order.
-      df: as for `fit_training_mixture`.
-      radial_scale: as for `fit_training_mixture`.
-      radial_df: as for `fit_training_mixture`.
-      num_queries: images whose likelihood is taken, at most; every image stays a component.
-      seed: of their draw, where there are more.
-
-    Returns:
-      `BandwidthChoice`.
-
-    Raises:
-      ValueError: as `fit_training_mixture`; fewer than 2 images; `num_queries < 1`.
-      DegenerateFeaturesError: the likelihood still rises at a bandwidth of 2^-9.
-    """
-    components = _Components.of(posterior_mean, scale_diag, df, radial_scale, radial_df)
-    return _choose_bandwidth(components, embedding, num_queries, seed)
-
-
-def leave_one_out_log_likelihood(
-    mixture: TrainingMixture, embedding: ArrayLike, own: ArrayLike
-) -> Array:
-    """`log 1/(N - 1) sum_(n != own) p(h | n)`, of each row without the component of its own image.
-
-    Args:
-      mixture: of at least 2 images.
-      embedding: `[M, D]`, of images of the fit.
-      own: `[M]` integers in `[0, N)`, the place of each in the fit.
-
-    Returns:
-      `[M]`, nats.
-
-    Raises:
-      ValueError: fewer than 2 images, an embedding that is not `[M, D]`, places that are not integers
-        `[M]` or out of range.
-    """
-    num_components = _at_least_two(len(mixture.location))
-    rows = jnp.shape(embedding)[:1]
-    place = np.asarray(own)
-    if place.shape != rows or not np.issubdtype(place.dtype, np.integer):
-        raise ValueError(
-            f"own must be integers {list(rows)}, one for each row of embedding, got {place.dtype} "
-            f"{place.shape}"
-        )
-    if place.size and not (place.min() >= 0 and place.max() < num_components):
-        raise ValueError(
-            f"own must be in [0, {num_components}), the fitted images, got {place.min()} to "
-            f"{place.max()}"
-        )
-    return _leave_one_out(mixture, jnp.asarray(embedding), jnp.asarray(place, jnp.int32))
-
-
-@jax.jit
-def _leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) -> Array:
-    return mixture._log_sum(embedding, own) - float(np.log(len(mixture.location) - 1))
-
-
-def _mean_leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) -> float:
-    return float(np.mean(np.asarray(_leave_one_out(mixture, embedding, own), np.float64)))
-
-
-def _at_least_two(num_images: int) -> int:
-    if num_images < 2:
-        raise ValueError(
-            f"leave-one-out needs at least 2 training images, got {num_images}: give a bandwidth and "
-            "no embeddings"
-        )
-    return num_images
-
-
-def _queries(
-    components: "_Components", embedding: ArrayLike, num_queries: int, seed: int
-) -> tuple[Array, Array]:
-    """Embeddings `[M, D]` of drawn training images, and their places `[M]`."""
-    h = _finite_matrix("embedding", embedding)
-    if h.shape != components.location.shape:
-        raise ValueError(
-            f"embedding must be {components.location.shape} as the posterior means, got {h.shape}"
-        )
-    num_images = _at_least_two(len(h))
-    num_queries = arguments.whole_number("num_queries", num_queries, at_least=1)
-    seed = arguments.whole_number("seed", seed, at_least=0)
-    largest = float(jnp.finfo(components.dtype).max)
-    num_large = int(np.sum((np.abs(h) > largest).any(axis=1)))
-    if num_large:
-        raise ValueError(
-            f"embedding must lie within {largest:.3g}, the largest {components.dtype}: {num_large} of "
-            f"{num_images} rows do not"
-        )
-    own = np.arange(num_images)
-    if num_queries < num_images:
-        drawn = np.random.default_rng(seed).choice(num_images, num_queries, replace=False)
-        own = np.sort(drawn)
-    return jax.device_put((h[own].astype(components.dtype), own.astype(np.int32)))
-
-
-def _choose_bandwidth(
-    components: "_Components", embedding: ArrayLike, num_queries: int, seed: int
-) -> BandwidthChoice:
-    h, own = _queries(components, embedding, num_queries, seed)
-
-    def log_likelihood(step: int) -> float:
-        return _mean_leave_one_out(components.at(2 ** (step / 2)), h, own)
-
-    values = {step: log_likelihood(step) for step in _FIRST_STEPS}
-    lowest, highest = _STEP_LIMITS
-    while True:
-        best = max(values, key=values.__getitem__)
-        if best == min(values) and best > lowest:
-            values[best - 1] = log_likelihood(best - 1)
-        elif best == max(values) and best < highest:
-            values[best + 1] = log_likelihood(best + 1)
-        else:
-            break
-    if best == lowest:
-        raise DegenerateFeaturesError(
-            f"the leave-one-out likelihood still rises at a bandwidth of {2 ** (best / 2):.2g}: are "
-            "training images copies of each other, or has the encoder collapsed? Leave copies out, or "
-            "give a bandwidth"
-        )
-    steps = sorted(values)
-    return BandwidthChoice(
-        2 ** (best / 2),
-        values[best],
-        2 ** (np.array(steps) / 2),
-        np.array([values[step] for step in steps]),
-    )
-
-
-class _Components(NamedTuple):
-    """Checked components in float64, before a bandwidth is known.
-
-    Attributes:
-      location: `[N, D]`, directions.
-      log_radius: `[N]`.
-      scale_diag: `[N, D]`.
-      df: positive.
-      radial_scale: or None.
-      radial_df: or None.
-      dtype: what the arrays of the mixture are rounded to.
-    """
-
-    location: np.ndarray
-    log_radius: np.ndarray
-    scale_diag: np.ndarray
-    df: float
-    radial_scale: float | None
-    radial_df: float | None
-    dtype: np.dtype
-
-    @classmethod
-    def of(
-        cls,
-        posterior_mean: ArrayLike,
-        scale_diag: ArrayLike,
-        df: float,
-        radial_scale: float | None,
-        radial_df: float | None,
-    ) -> "_Components":
-        """Checks the arguments of `fit_training_mixture`."""
-        mean = _finite_matrix("posterior_mean", posterior_mean)
-        scale = _finite_matrix("scale_diag", scale_diag)
-        if mean.shape != scale.shape:
-            raise ValueError(
-                f"posterior_mean and scale_diag must share one shape [N, D], got {mean.shape} and "
-                f"{scale.shape}"
-            )
-        if mean.shape[1] < 3:
-            raise ValueError(
-                f"the embedding dimension D must be at least 3 (the last axis), got {mean.shape[1]}"
-            )
-        num_zero = int(np.sum(~np.any(mean, axis=1)))
-        if num_zero:
-            raise ValueError(
-                f"a posterior mean of zero has no direction: leave {num_zero} of {len(mean)} rows out"
-            )
-        if not np.all(scale > 0):
-            raise ValueError(f"scale_diag must be positive, got {scale.min()}")
-        _require_positive("df", df, may_be_infinite=True)
-        if (radial_scale is None) != (radial_df is None):
-            raise ValueError(
-                "give both radial_scale and radial_df, or neither to leave the radial density out, "
-                f"got {radial_scale} and {radial_df}"
-            )
-        if radial_scale is not None and radial_df is not None:
-            _require_positive("radial_scale", radial_scale)
-            _require_positive("radial_df", radial_df, may_be_infinite=True)
-            radial_scale, radial_df = float(radial_scale), _finite_or_gaussian(radial_df)
-        # Squares of the scaled means neither overflow nor vanish.
-        size = np.max(np.abs(mean), axis=1)
-        scaled = mean / size[:, None]
-        norm = np.linalg.norm(scaled, axis=1)
-        log_radius = np.log(size) + np.log(norm)
-        given: Any = (posterior_mean, scale_diag)
-        types = (x[:0] if hasattr(x, "dtype") else 0.0 for x in given)
-        dtype = sphere.at_least_float32(*types)[0].dtype
-        location = scaled / norm[:, None]
-        return cls(
-            location, log_radius, scale, _finite_or_gaussian(df), radial_scale, radial_df, dtype
-        )
-
-    def at(self, bandwidth: float) -> TrainingMixture:
-        """The mixture with all scales multiplied by `bandwidth`."""
-        _require_positive("bandwidth", bandwidth)
-        bandwidth = float(bandwidth)
-        scale = bandwidth * self.scale_diag
-        smallest, largest = _SCALE_LIMITS
-        if scale.min() < smallest or scale.max() > largest:
-            raise ValueError(
-                f"scale_diag times bandwidth must be in [{smallest}, {largest}], got "
-                f"[{scale.min()}, {scale.max()}]"
-            )
-        precision = scale**-2
-        location_precision = np.sum(np.square(self.location) * precision, axis=1)
-        tangent_dim = scale.shape[1] - 1
-
-        def as_array(values: ArrayLike) -> Array:  # rounded by NumPy, which compiles nothing
-            return jax.device_put(np.asarray(values, self.dtype))
-
-        location = as_array(self.location)
-        log_peak, log_mass = _log_peak_and_mass(location, as_array(scale), as_array(self.df))
-        radial = None
-        if self.radial_scale is not None and self.radial_df is not None:
-            radial = RadialComponents(
-                as_array(self.log_radius), as_array(self.radial_scale), self.radial_df
-            )
-        return TrainingMixture(
-            location=location,
-            precision=as_array(precision),
-            weighted_location=as_array(self.location * precision),
-            location_precision=as_array(location_precision),
-            least_precision=as_array(precision.min(axis=1)),
-            greatest_precision=as_array(precision.max(axis=1)),
-            mean_precision=as_array((precision.sum(axis=1) - location_precision) / tangent_dim),
-            log_mass=log_mass,
-            log_weight=log_peak - log_mass,
-            bandwidth=as_array(bandwidth),
-            df=self.df,
-            radial=radial,
-        )
-
-
-@jax.jit
-def _log_peak_and_mass(location: Array, scale_diag: Array, df: Array) -> tuple[Array, Array]:
-    """Of the directional densities: logarithm at the location and of the mass, each `[N]`, nats."""
-
-    def of_component(component: tuple[Array, Array]) -> tuple[Array, Array]:
-        m, s = component
-        log_peak = densities.directional_log_prob(m, loc=m, scale_diag=s, df=df)
-        return log_peak, mass.directional_log_mass(s, loc=m, df=df)
-
-    return jax.lax.map(of_component, (location, scale_diag), batch_size=_MASS_BATCH_SIZE)
-
-
-def _finite_or_gaussian(df: float) -> float:
-    return float(df) if df <= _GAUSSIAN_DF else np.inf
-
-
-def _finite_matrix(name: str, values: ArrayLike) -> np.ndarray:
-    """`[N, D]` float64, finite, at least one row."""
-    return real_matrix(name, values, least=1, of="training image", axes="[N, D]")
-
-
-def _require_positive(name: str, value: float, *, may_be_infinite: bool = False) -> None:
-    is_number = isinstance(value, int | float | np.integer | np.floating | np.ndarray | Array)
-    if (
-        not is_number
-        or isinstance(value, bool)
-        or np.ndim(value)
-        or not value > 0
-        or (np.isinf(value) and not may_be_infinite)
-    ):
-        finite = "" if may_be_infinite else "finite "
-        raise ValueError(f"{name} must be one positive {finite}number, got {value}")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax.evaluation import ood_protocol, protocol
+from jevb_jax.evaluation import accuracy, detection, outside_sets, score_table
 from jevb_jax.images import corruptions
 from jevb_jax.images.source import ImageSource, image_shape
 from jevb_jax.runs import files
@@ -31,26 +31,26 @@ def check(experiment: Experiment) -> None:
     settings, dataset = experiment.settings, experiment.dataset
     for section, name in (("checkpoint", "keep_best"), ("train", "knn_every_epochs")):
         given = getattr(getattr(settings, section), name)
-        reason = protocol.why_no_knn(settings.evaluation, dataset) if given else ""
+        reason = accuracy.why_no_knn(settings.evaluation, dataset) if given else ""
         if reason:
             raise ValueError(
                 f"{section}.{name} = {given} needs k-NN on the validation split: {reason}; set it to 0"
             )
-    _, evaluated = protocol.evaluated_split(settings.evaluation, dataset)
-    if ood_protocol.is_asked(settings):
+    _, evaluated = accuracy.evaluated_split(settings.evaluation, dataset)
+    if outside_sets.is_asked(settings):
         _check_detection(experiment, evaluated)
 
 
 def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
     settings, dataset = experiment.settings.ood, experiment.dataset
-    num_fitted = len(ood_protocol.fit_rows(len(dataset.train), settings.max_fit_images))
+    num_fitted = len(detection.fit_rows(len(dataset.train), settings.max_fit_images))
     for name, counts in (("knn_k", settings.knn_k), ("ssd_clusters", settings.ssd_clusters)):
         if max(counts, default=0) > num_fitted:
             raise ValueError(
                 f"ood.{name} = {counts} asks for more than the {num_fitted:,} images "
                 "that scores are fitted to (the training images, at most ood.max_fit_images)"
             )
-    names = ood_protocol.scores_of_run(
+    names = score_table.scores_of_run(
         experiment.settings, has_labels=dataset.train.labels is not None
     )
     if settings.default_score and settings.default_score not in names:
@@ -70,7 +70,7 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
 
 def _check_outside_set(where: str, description: Mapping[str, Any], experiment: Experiment) -> None:
     try:
-        source = ood_protocol.load_outside_set(**description).source
+        source = outside_sets.load_outside_set(**description).source
         channels = image_shape(source)[-1]
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}, {description['name']!r}: {error}") from error

@@ -29,7 +29,7 @@ def describe(score: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """Takes a fitted score apart.
 
     Args:
-      score: of an entry of `ood_protocol.score_table`, or of a `fit_*` of `ood`.
+      score: of an entry of `score_table.score_table`, or of a `fit_*` of `ood`.
 
     Returns:
       JSON values that name classes, functions and arrays; and those arrays by name.

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jevb_jax.evaluation.evidence import EmbeddingMap, Separation, SeverityCurve
-from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.runs import files
 
 _DOTS_PER_INCH = 192  # twice the 96 of a CSS inch: sharp on dense screens

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from jevb_jax.evaluation.ood_metrics import OODMetrics
-from jevb_jax.evaluation.protocol import FEATURE_NAMES, left_out_lines
+from jevb_jax.evaluation.accuracy import FEATURE_NAMES, left_out_lines
+from jevb_jax.evaluation.detection_metrics import OODMetrics
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

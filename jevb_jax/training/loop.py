@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jevb_jax import messages, parallel
-from jevb_jax.evaluation import protocol
+from jevb_jax.evaluation import accuracy, evaluate
 from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.images import batch_order
 from jevb_jax.images.batches import fits_resident, load_resident, stream_batches
@@ -238,7 +238,7 @@ class RunLoop:
         parallel.on_main(self.check_held)
         score = None
         if self.experiment.settings.checkpoint.keep_best:
-            measure = protocol.best_measure(self.experiment.settings.evaluation)
+            measure = accuracy.best_measure(self.experiment.settings.evaluation)
             score = self.validation_knn(state)[measure]
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.log.flush()
@@ -274,13 +274,13 @@ class RunLoop:
     @functools.cached_property
     def extractor(self) -> FeatureExtractor:
         """The forward pass of k-NN, compiled once for the run."""
-        return protocol.make_extractors(self.experiment, mesh=self.mesh).plain
+        return evaluate.make_extractors(self.experiment, mesh=self.mesh).plain
 
     def validation_knn(self, state: TrainState) -> dict[str, float]:
         """k-NN accuracies of a state by name, computed once a step; all processes do."""
         step = int(state.step)
         if self.latest_knn is None or self.latest_knn[0] != step:
-            accuracies = protocol.validation_knn(
+            accuracies = evaluate.validation_knn(
                 self.experiment, state.evaluation_variables, self.extractor
             )
             self.latest_knn = step, accuracies

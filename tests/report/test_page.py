@@ -25,7 +25,7 @@ from jevb_jax.evaluation.evidence import (
     embedding_map,
     separation,
 )
-from jevb_jax.evaluation.uncertainty import RiskCoverage
+from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.report import page as page_module
 from jevb_jax.training.alarms import AlarmPeriod
 

@@ -18,7 +18,7 @@ import scipy.special
 from numpy.typing import ArrayLike
 
 from jevb_jax import arguments
-from jevb_jax.evaluation.ood import checked_share
+from jevb_jax.evaluation.detector_input import checked_share
 
 _CHUNK_NUMBERS = 2**15  # of resampled counts worked on at once, few enough for a core's cache
 

@@ -1,0 +1,328 @@
+"""Accuracies of features, and what of an evaluation the data do not allow."""
+
+from typing import Any
+
+import numpy as np
+
+from jevb_jax.evaluation import knn, labeled_features, linear_probe
+from jevb_jax.evaluation.features import Features
+from jevb_jax.evaluation.knn import Vote
+from jevb_jax.evaluation.labeled_features import Split
+from jevb_jax.evaluation.linear_probe import LinearProbe
+from jevb_jax.images.dataset import Dataset
+from jevb_jax.images.source import ImageSource
+from jevb_jax.settings.sections import EvaluationSection
+
+Result = dict[str, Any]
+FEATURE_NAMES = ("representation", "embedding")
+
+
+def result_of(name: str, features: str, value: float, protocol: str) -> Result:
+    """One number, beside what it is of and how it was measured."""
+    return {"name": name, "features": features, "value": value, "protocol": protocol}
+
+
+def evaluated_split(settings: EvaluationSection, dataset: Dataset) -> tuple[str, ImageSource]:
+    """Name and source of the split that is reported.
+
+    Args:
+      settings: what is measured, and how.
+      dataset: images.
+
+    Returns:
+      `evaluation.split`; for unlabelled data without test images the validation split, which
+      nothing is then chosen on.
+
+    Raises:
+      ValueError: labelled data have no such split.
+    """
+    split = settings.split
+    source = getattr(dataset, split)
+    if source is None and dataset.train.labels is None:
+        return "validation", dataset.validation
+    if source is None:
+        raise ValueError(
+            f"{dataset.train.name} has no {split} part, which evaluation.split asks for: give "
+            "test images, or set evaluation.split to 'validation'"
+        )
+    return split, source
+
+
+def _few_label_measure(settings: EvaluationSection) -> str:
+    return f"linear_{settings.labels_per_class}_labels_per_class_accuracy"
+
+
+def left_out(settings: EvaluationSection, dataset: Dataset) -> dict[str, str]:
+    """What of the evaluation the data do not allow; known before any training.
+
+    Args:
+      settings: what is measured, and how.
+      dataset: images.
+
+    Returns:
+      Why, by the name of the measure; everything else is evaluated.
+    """
+    reasons: dict[str, str] = {}
+    if getattr(dataset, settings.split) is None and dataset.train.labels is None:
+        reasons["split"] = (
+            f"there are no {settings.split} images: what needs no labels is evaluated on the "
+            "validation split"
+        )
+    train, validation = dataset.train.labels, dataset.validation.labels
+    if train is None or validation is None:
+        return reasons | dict.fromkeys(
+            ("knn_accuracy", "linear_accuracy"), "the images have no labels"
+        )
+    classes, counts = np.unique(train, return_counts=True)
+    if len(classes) == 1:
+        return reasons | dict.fromkeys(
+            ("knn_accuracy", "linear_accuracy"),
+            f"all training images are of one class, {classes[0]}",
+        )
+    for name, vote in _knn_measures(settings).items():
+        if vote.k > len(train):
+            reasons[name] = f"there are {len(train):,} training images"
+    if not np.isin(validation, classes).any():
+        reasons["linear_accuracy"] = "no validation image is of a class of the training images"
+    elif counts.min() < settings.labels_per_class:
+        rarest = classes[np.argmin(counts)]
+        names = dataset.train.class_names
+        name = rarest if names is None else names[rarest]
+        num_rare = int(np.sum(counts < settings.labels_per_class))
+        reasons[_few_label_measure(settings)] = (
+            f"class {name} has {counts.min():,} training images, and {num_rare:,} of "
+            f"{len(classes):,} classes have too few: set evaluation.labels_per_class to at most "
+            f"{counts.min():,}, or to 0"
+        )
+    return reasons
+
+
+def best_measure(settings: EvaluationSection) -> str:
+    """The k-NN accuracy by which `checkpoint.keep_best` ranks: that of the first `knn_k`.
+
+    Args:
+      settings: what is measured, and how.
+
+    Returns:
+      Its name.
+    """
+    return next(iter(_knn_measures(settings)))
+
+
+def why_no_knn(settings: EvaluationSection, dataset: Dataset) -> str:
+    """Why the data do not allow `best_measure`, or nothing.
+
+    Args:
+      settings: what is measured, and how.
+      dataset: images.
+
+    Returns:
+      A reason of `left_out`.
+    """
+    reasons = left_out(settings, dataset)
+    return reasons.get("knn_accuracy", reasons.get(best_measure(settings), ""))
+
+
+def left_out_lines(reasons: dict[str, str]) -> list[str]:
+    """Sentences for people of what `left_out` returns, one for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"Not as asked: {reason}."
+        if measures == ["split"]
+        else f"Not evaluated: {', '.join(measures)}: {reason}."
+        for reason, measures in names.items()
+    ]
+
+
+def _numbered(train: Features, other: Features) -> np.ndarray:
+    """Labels of `other` `[N]` as numbers of the `C` classes of `train`; `C` where it has none such.
+
+    Labels may be numbers of a database, in the millions: arrays then have an entry for each class
+    that occurs.
+    """
+    classes = np.unique(_labels(train))
+    labels = _labels(other)
+    number = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    return np.where(classes[number] == labels, number, len(classes))
+
+
+def _labels(features: Features) -> np.ndarray:
+    if features.labels is None:
+        raise ValueError("k-NN and linear probes need labels")
+    return features.labels
+
+
+def _knn_measures(settings: EvaluationSection) -> dict[str, Vote]:
+    """The votes of every k-NN accuracy, by its name."""
+    weighted, uniform = settings.knn_k, settings.knn_uniform_k
+    temperature = settings.knn_temperature
+    return {
+        **{f"knn_{k}_accuracy": Vote(k, temperature) for k in weighted},
+        **{f"knn_{k}_uniform_accuracy": Vote(k, None) for k in uniform},
+    }
+
+
+def knn_accuracies_by_name(
+    name: str,
+    settings: EvaluationSection,
+    train: Features,
+    other: Features,
+    without: dict[str, str],
+) -> dict[str, float]:
+    """Every k-NN accuracy by its name, of one search."""
+    measures = {key: one for key, one in _knn_measures(settings).items() if key not in without}
+    if "knn_accuracy" in without or not measures:
+        return {}
+    labels = _numbered(train, train)
+    accuracies = knn.knn_accuracies(
+        getattr(train, name),
+        labels,
+        getattr(other, name),
+        _numbered(train, other),
+        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
+        votes=tuple(measures.values()),
+    )
+    return dict(zip(measures, accuracies, strict=True))
+
+
+def knn_results(
+    name: str, settings: EvaluationSection, train: Features, test: Features, without: dict[str, str]
+) -> list[Result]:
+    """k-NN accuracy for every k, with its protocol."""
+    measures = _knn_measures(settings)
+    return [
+        result_of(
+            measure,
+            name,
+            accuracy,
+            knn.knn_protocol(
+                k=measures[measure].k,
+                temperature=measures[measure].temperature,
+                bank=Split("train split", len(getattr(train, name))),
+                evaluated=Split(settings.split, len(getattr(test, name))),
+                features=name,
+            ),
+        )
+        for measure, accuracy in knn_accuracies_by_name(
+            name, settings, train, test, without
+        ).items()
+    ]
+
+
+def _predicted(probe: LinearProbe, features: Any) -> np.ndarray:
+    return np.argmax(np.asarray(linear_probe.probe_logits(probe, features)), axis=-1)
+
+
+def _linear(
+    name: str,
+    settings: EvaluationSection,
+    train: Features,
+    validation: Features,
+    test: Features,
+    rows: np.ndarray | None,
+    fitted_name: str,
+) -> tuple[LinearProbe, float, str]:
+    """A linear probe fitted on `rows` of the training split, its test accuracy and protocol."""
+    x, y = getattr(train, name), _numbered(train, train)
+    num_classes = int(y.max()) + 1
+    if rows is not None:
+        x, y = x[rows], y[rows]
+    validation_y = _numbered(train, validation)
+    is_known = validation_y < num_classes  # of another class no probe is right
+    selection = linear_probe.select_linear_probe(
+        x,
+        y,
+        getattr(validation, name)[is_known],
+        validation_y[is_known],
+        num_classes=num_classes,
+        l2_grid=settings.l2_grid,
+    )
+    test_y = _numbered(train, test)
+    accuracy = float(np.mean(_predicted(selection.probe, getattr(test, name)) == test_y))
+    protocol = linear_probe.linear_protocol(
+        solver=selection.probe.solver,
+        l2_regularization=selection.l2_regularization,
+        num_strengths=len(settings.l2_grid),
+        fitted=Split(fitted_name, len(y)),
+        validation=Split("validation", int(is_known.sum())),
+        evaluated=Split(settings.split, len(test_y)),
+        features=name,
+    )
+    return selection.probe, accuracy, protocol
+
+
+def linear_results(
+    name: str,
+    settings: EvaluationSection,
+    train: Features,
+    validation: Features,
+    test: Features,
+    without: dict[str, str],
+) -> tuple[LinearProbe | None, list[Result]]:
+    """The probe on all labels, and the mean over seeds of probes on a few labels a class."""
+    if "linear_accuracy" in without:
+        return None, []
+    probe, accuracy, protocol = _linear(
+        name, settings, train, validation, test, None, "train split"
+    )
+    results = [result_of("linear_accuracy", name, accuracy, protocol)]
+    per_class = settings.labels_per_class
+    few_labels = _few_label_measure(settings)
+    if per_class > 0 and few_labels not in without:
+        accuracies = []
+        for seed in range(settings.few_label_seeds):
+            rows = labeled_features.labels_per_class_subset(
+                _labels(train), labels_per_class=per_class, seed=seed
+            )
+            fitted_name = f"{per_class} labels per class of the train split, seed {seed}"
+            _, accuracy, protocol = _linear(
+                name, settings, train, validation, test, rows, fitted_name
+            )
+            accuracies.append(accuracy)
+        results.append(
+            result_of(
+                few_labels,
+                name,
+                float(np.mean(accuracies)),
+                f"mean of {len(accuracies)} seeds (standard deviation "
+                f"{np.std(accuracies):.4f}), the last of them: {protocol}",
+            )
+        )
+    return probe, results
+
+
+def wrong_predictions(
+    settings: EvaluationSection,
+    train: Features,
+    test: Features,
+    probe: LinearProbe | None,
+) -> dict[str, np.ndarray]:
+    """Which images k-NN and the linear probe of the representation get wrong.
+
+    Args:
+      settings: what is measured, and how.
+      train: features of the training split.
+      test: features of the evaluated split.
+      probe: of the representation, or None.
+
+    Returns:
+      `[N]` bool by the name of the classifier; nothing for unlabelled data.
+    """
+    if train.labels is None or test.labels is None or probe is None:
+        return {}
+    labels, test_labels = _numbered(train, train), _numbered(train, test)
+    wrong = {"linear": _predicted(probe, test.representation) != test_labels}
+    k = settings.knn_k[0]
+    if k > len(labels):
+        return wrong
+    nearest = knn.knn_predict(
+        train.representation,
+        labels,
+        test.representation,
+        num_classes=int(labels.max()) + 1,
+        k=k,
+        temperature=settings.knn_temperature,
+    )
+    return {f"{k}_nn": np.asarray(nearest) != test_labels} | wrong

@@ -1,0 +1,386 @@
+"""Detection: scores of inside and outside images, and how well they tell them apart."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jevb_jax import arguments, methods
+from jevb_jax.evaluation.detection_metrics import (
+    OODMetrics,
+    bootstrap_intervals_of_scores,
+    ood_metrics,
+)
+from jevb_jax.evaluation.features import (
+    FeatureExtractor,
+    Features,
+    TermsSettings,
+)
+from jevb_jax.images import batches
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.source import ImageSource, Subset
+from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
+from jevb_jax.paper.objective import View
+from jevb_jax.paper.scores import UncertaintyTerms, uncertainty_terms
+from jevb_jax.settings.sections import OodSection
+
+if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+    from jevb_jax.evaluation.linear_probe import LinearProbe
+    from jevb_jax.training.experiment import Experiment
+
+from jevb_jax.evaluation.outside_sets import CORRUPTED, OutsideSet, corrupted_sets, load_outside_set
+from jevb_jax.evaluation.score_table import (
+    Scorers,
+    TrainingData,
+    default_score,
+    make_scorers,
+    score_features,
+    score_images,
+    scores_of_run,
+)
+
+
+class SetResult(NamedTuple):
+    """One score against one set.
+
+    Attributes:
+      score: its name.
+      outside: the set's name.
+      group: the set's group.
+      metrics: point estimates.
+      low: ends of their intervals, of `bootstrap_intervals`; None where none were asked for.
+      high: likewise.
+      protocol: how they were made.
+    """
+
+    score: str
+    outside: str
+    group: str
+    metrics: OODMetrics
+    low: OODMetrics | None
+    high: OODMetrics | None
+    protocol: str
+
+
+def compare(
+    inside: dict[str, np.ndarray],
+    outside: dict[str, np.ndarray],
+    outside_set: OutsideSet,
+    *,
+    inside_name: str,
+    num_bootstrap: int,
+) -> list[SetResult]:
+    """Metrics of every score for one outside set.
+
+    Args:
+      inside: scores of in-distribution images by name.
+      outside: scores of the set by name.
+      outside_set: the set.
+      inside_name: of the in-distribution images.
+      num_bootstrap: resamples of the intervals; 0 leaves the intervals out.
+
+    Returns:
+      One result for each score.
+    """
+    intervals: Sequence[tuple[OODMetrics | None, OODMetrics | None]] = [(None, None)] * len(inside)
+    protocol = (
+        f"outside: {outside_set.protocol} ({len(outside_set.source):,}); "
+        "larger score = more out of distribution"
+    )
+    if num_bootstrap:
+        intervals = bootstrap_intervals_of_scores(
+            list(inside.values()),
+            [outside[name] for name in inside],
+            num_resamples=num_bootstrap,
+            level=0.95,
+            seed=0,
+        )
+        protocol += (
+            f"; 95% intervals over images, {num_bootstrap} resamples for the areas of precision and "
+            "recall"
+        )
+    return [
+        SetResult(
+            name,
+            outside_set.name,
+            outside_set.group,
+            ood_metrics(scores, outside[name]),
+            low,
+            high,
+            f"inside: {inside_name} ({len(scores):,}); {protocol}",
+        )
+        for (name, scores), (low, high) in zip(inside.items(), intervals, strict=True)
+    ]
+
+
+def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
+    """AUROC averaged over the sets of a group, as OpenOOD averages near and far.
+
+    Args:
+      results: of `compare`.
+
+    Returns:
+      By score, then by group, in the order in which the groups first appear.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        groups = values.setdefault(result.score, {})
+        groups.setdefault(result.group, []).append(result.metrics.auroc)
+    return {
+        score: {group: float(np.mean(aurocs)) for group, aurocs in groups.items()}
+        for score, groups in values.items()
+    }
+
+
+# The score of a method where nothing may be chosen (docs/ood.md says why).
+class OODEvaluation(NamedTuple):
+    """What `evaluate_ood` found.
+
+    Attributes:
+      results: one for each score and set.
+      inside: scores of the evaluated images by name.
+      outside: by set, then by score.
+      default_score: fixed before any result was seen.
+      chosen_score: the best on validation images against the sets of `ood.choice`, or None.
+      choice_protocol: how it was chosen.
+      with_labels: scores that were fitted with labels.
+      left_out: why a score is missing, by name.
+    """
+
+    results: list[SetResult]
+    inside: dict[str, np.ndarray]
+    outside: dict[str, dict[str, np.ndarray]]
+    default_score: str
+    chosen_score: str | None
+    choice_protocol: str
+    with_labels: frozenset[str]
+    left_out: dict[str, str]
+
+
+def terms_settings(experiment: "Experiment") -> TermsSettings | None:
+    """How the run's own terms are computed, or None for a method that has none.
+
+    Args:
+      experiment: with the section `ood` in its config.
+
+    Returns:
+      Settings for the feature extractor.
+    """
+    if experiment.settings.method != "jevb":
+        return None
+    return jevb_terms_settings(
+        experiment.model,
+        experiment.jevb_settings,
+        experiment.settings.ood,
+        augmentation=experiment.view_augmentations[0],
+    )
+
+
+def jevb_terms_settings(
+    model: JointEmbeddingModel,
+    settings: methods.JevbSettings,
+    section: OodSection,
+    *,
+    augmentation: ViewAugmentation,
+) -> TermsSettings:
+    """How JEVB's terms are computed.
+
+    Args:
+      model: networks.
+      settings: of the objective. The weight of the KL is in no term, nor is its warm-up.
+      section: how many views and samples.
+      augmentation: what makes all views but the first, which is the plain image.
+
+    Returns:
+      Settings for the feature extractor.
+    """
+
+    def terms_of(variables: Any, key: Array, views: ViewOutputs) -> UncertaintyTerms:
+        radial_scale: Any = model.apply(variables, method=model.radial_scale)
+        return uncertainty_terms(
+            key,
+            View(views.embedding, views.posterior_mean, views.posterior_scale),
+            settings.likelihood_at(radial_scale),
+            num_samples=section.num_samples,
+            prior_scale=settings.prior_scale,
+            untied_scale=settings.untied_scale(views),
+            location=settings.location,
+        )
+
+    return TermsSettings(terms_of=terms_of, augmentation=augmentation, num_views=section.num_views)
+
+
+def fit_rows(num_images: int, most: int) -> np.ndarray:
+    """Which training images scores are fitted to: a fixed choice, in order.
+
+    Args:
+      num_images: in the training split.
+      most: how many of them; 0 for all.
+
+    Returns:
+      `[M]` row numbers.
+
+    Raises:
+      ValueError: `most` below zero.
+      TypeError: it is not an integer.
+    """
+    most = arguments.whole_number("ood.max_fit_images", most, at_least=0)
+    if not 0 < most < num_images:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(0).permutation(num_images)[:most])
+
+
+def _fit_features(
+    experiment: "Experiment", variables: Any, extract: FeatureExtractor, train: Features
+) -> Features:
+    """Features of the training images that scores are fitted to, with terms for JEVB."""
+    rows = fit_rows(len(train.representation), experiment.settings.ood.max_fit_images)
+    if experiment.settings.method == "jevb":
+        return extract(variables, Subset(experiment.dataset.train, rows))
+    return jax.tree.map(lambda values: values[rows], train)
+
+
+def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator[OutsideSet]:
+    """The sets of a config, each loaded or made when its turn comes."""
+    settings = experiment.settings.ood
+    left_out = experiment.dataset.outside
+    if left_out is not None:
+        name = f"the {split} images of the other classes"
+        yield OutsideSet("other_classes", "other_classes", left_out, name)
+    for description in settings.outside:
+        yield load_outside_set(**description)
+    if settings.corruptions:
+        count = min(len(inside), settings.num_corrupted_images)
+        images = batches.load_resident(Subset(inside, np.arange(count)))
+        yield from corrupted_sets(images, settings.corruptions, settings.severities, of=split)
+
+
+def _no_numbers(
+    name: str, inside: dict[str, np.ndarray], outside: Sequence[dict[str, np.ndarray]]
+) -> str:
+    """Why a score cannot be ranked, or nothing: it is NaN of some images."""
+    for where, scores in (
+        ("inside", inside[name]),
+        *(("outside", values[name]) for values in outside),
+    ):
+        count = int(np.isnan(scores).sum())
+        if count:
+            return (
+                f"{count} of {len(scores)} scores of {where} images are NaN: look for a diverged network "
+                "or features outside the score's domain"
+            )
+    return ""
+
+
+def _choose(
+    experiment: "Experiment", variables: Any, extract: FeatureExtractor, scorers: Scorers
+) -> tuple[str | None, str]:
+    """The label-free score with the best mean AUROC on the sets of `ood.choice`, and how."""
+    descriptions = experiment.settings.ood.choice
+    if not descriptions:
+        return None, ""
+    validation = experiment.dataset.validation
+    inside = score_images(extract, variables, validation, scorers)
+    sets = [load_outside_set(**description) for description in descriptions]
+    outside = [score_images(extract, variables, one.source, scorers) for one in sets]
+    candidates = [name for name in scorers.scores if name not in scorers.with_labels]
+    # A score that is no number on some image cannot be chosen.
+    candidates = [name for name in candidates if not _no_numbers(name, inside, outside)]
+    if not candidates:
+        return None, ""
+    mean = {
+        name: np.mean([ood_metrics(inside[name], scores[name]).auroc for scores in outside])
+        for name in candidates
+    }
+    names = ", ".join(one.protocol for one in sets)
+    return max(candidates, key=lambda name: mean[name]), (
+        f"best mean AUROC of {len(candidates)} label-free scores on validation ({len(validation):,}) "
+        f"against {names}"
+    )
+
+
+def evaluate_ood(
+    experiment: "Experiment",
+    variables: Any,
+    *,
+    extract: FeatureExtractor,
+    train: Features,
+    inside: Features,
+    inside_source: ImageSource,
+    probe: "LinearProbe | None",
+    split: str,
+    has_intervals: bool = True,
+) -> OODEvaluation:
+    """Every score against every set of the config.
+
+    Args:
+      experiment: data, networks and settings.
+      variables: parameters and running statistics.
+      extract: with `terms_settings`.
+      train: features of the training split.
+      inside: features of the evaluated in-distribution images, with terms for JEVB.
+      inside_source: those images.
+      probe: of the representation, or None.
+      split: name of the evaluated split.
+      has_intervals: whether the metrics get intervals.
+
+    Returns:
+      The evaluation.
+
+    Raises:
+      ValueError: settings or sets that do not fit the run.
+    """
+    settings = experiment.settings.ood
+    fit_features = _fit_features(experiment, variables, extract, train)
+    table = scores_of_run(experiment.settings, has_labels=probe is not None)
+    scorers = make_scorers(table, TrainingData(fit_features, probe))
+    default = default_score(experiment.settings)
+    if default not in scorers.scores and default not in scorers.left_out:
+        raise ValueError(
+            f"ood.default_score must be one of {sorted(scorers.scores)}, got {default!r}"
+        )
+    inside_scores = score_features(
+        inside, scorers, batch_size=experiment.settings.evaluation.batch_size
+    )
+    results: list[SetResult] = []
+    outside_scores: dict[str, dict[str, np.ndarray]] = {}
+    not_numbers: dict[str, str] = {}
+    for outside in _sets(experiment, inside_source, split):
+        if outside.name in outside_scores:
+            raise ValueError(f"two outside sets are called {outside.name!r}")
+        scores = score_images(extract, variables, outside.source, scorers)
+        outside_scores[outside.name] = scores
+        for name in scores:
+            reason = _no_numbers(name, inside_scores, [scores])
+            if reason:
+                not_numbers.setdefault(name, reason)
+        # A corrupted image is compared with the images that were corrupted.
+        count = len(outside.source) if outside.group == CORRUPTED else None
+        ranked = [name for name in scores if name not in not_numbers]
+        results += compare(
+            {name: inside_scores[name][:count] for name in ranked},
+            scores,
+            outside,
+            inside_name=f"{experiment.dataset.train.name}, {split}",
+            num_bootstrap=settings.num_bootstrap if has_intervals else 0,
+        )
+    # One set on which a score is no number leaves it out of all: its means would be of other sets.
+    results = [result for result in results if result.score not in not_numbers]
+    inside_scores, *numbers = (
+        {name: values for name, values in scores.items() if name not in not_numbers}
+        for scores in (inside_scores, *outside_scores.values())
+    )
+    outside_scores = dict(zip(outside_scores, numbers, strict=True))
+    chosen, choice_protocol = _choose(experiment, variables, extract, scorers)
+    return OODEvaluation(
+        results=results,
+        inside=inside_scores,
+        outside=outside_scores,
+        default_score=default,
+        chosen_score=chosen,
+        choice_protocol=choice_protocol,
+        with_labels=scorers.with_labels,
+        left_out=scorers.left_out | not_numbers,
+    )

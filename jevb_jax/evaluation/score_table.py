@@ -1,0 +1,531 @@
+"""Every score: what it is made of, how it is fitted, how it is computed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+
+from jevb_jax import arguments
+from jevb_jax.evaluation import (
+    detector_input,
+    gaussian_detectors,
+    labeled_detectors,
+    mixture_fit,
+    neighbor_detectors,
+)
+from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
+from jevb_jax.evaluation.features import (
+    FeatureExtractor,
+    Features,
+    useful_batch_size,
+)
+from jevb_jax.evaluation.gaussian_detectors import Residual
+from jevb_jax.evaluation.labeled_detectors import VirtualLogit
+from jevb_jax.evaluation.mixture import TrainingMixture
+from jevb_jax.images.source import ImageSource
+from jevb_jax.methods import METHODS
+from jevb_jax.networks.heads import Posterior
+from jevb_jax.paper import sphere
+from jevb_jax.paper.likelihood import likelihood_scale
+from jevb_jax.paper.scores import (
+    UncertaintyTerms,
+    concentration_score,
+    cross_view_score,
+    directional_score,
+    importance_weighted_score,
+    kl_score,
+    negative_elbo_score,
+    negative_log_likelihood_score,
+    posterior_entropy_score,
+    radial_score,
+    typicality_features,
+)
+from jevb_jax.settings.sections import OodSection, RunSettings
+
+if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+    from jevb_jax.evaluation.linear_probe import LinearProbe
+
+
+# Training images whose leave-one-out likelihood chooses the mixture's bandwidth.
+_NUM_LEFT_OUT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    """Settings of the feature scores.
+
+    Attributes:
+      knn_k: one score for each.
+      ssd_clusters: one score for each.
+      residual_share: of the features, in (0, 1), that the principal subspace spans.
+      mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
+
+    Raises:
+      ValueError: counts below one, a share outside (0, 1), degrees of freedom that are not positive.
+      TypeError: counts that are not integers, degrees of freedom that are not a number.
+    """
+
+    knn_k: tuple[int, ...]
+    ssd_clusters: tuple[int, ...]
+    residual_share: float
+    mixture_df: float
+
+    def __post_init__(self) -> None:
+        for name in ("knn_k", "ssd_clusters"):
+            given = getattr(self, name)
+            if arguments.is_single(given) or isinstance(given, str):
+                raise ValueError(f"ood.{name} must be a sequence, for example (5,), got {given!r}")
+            counts = tuple(arguments.whole_number(f"ood.{name}", x, at_least=1) for x in given)
+            object.__setattr__(self, name, counts)
+        share = detector_input.checked_share("ood.residual_share", self.residual_share)
+        object.__setattr__(self, "residual_share", share)
+        df = arguments.real_number("ood.mixture_df", self.mixture_df)
+        if not df > 0:
+            raise ValueError(f"ood.mixture_df must be positive, got {df}")
+        object.__setattr__(self, "mixture_df", df)
+
+    def num_components(self, features: Any) -> int:
+        """Of the principal subspace of features `[N, F]`."""
+        num_features = features.shape[1]
+        # A share below one leaves something over, also of few features.
+        return max(1, min(round(self.residual_share * num_features), num_features - 1))
+
+
+def score_settings(section: OodSection) -> ScoreSettings:
+    """Those of the section `ood` of a config."""
+    return ScoreSettings(
+        knn_k=section.knn_k,
+        ssd_clusters=section.ssd_clusters,
+        residual_share=section.residual_share,
+        mixture_df=section.mixture_df,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfTerms:
+    """A score of JEVB's terms."""
+
+    score: Callable[[UncertaintyTerms], Array] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        terms: Any = features.terms
+        return self.score(terms)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfFeature:
+    """A fitted score of the features called `name`."""
+
+    score: Callable[[Array], Array]
+    name: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        return self.score(feature(features, self.name))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfMixtureAndResidual:
+    """Where the embedding lies, and how its posterior errs: two negative log-densities (docs eq. 36).
+
+    Half a squared Mahalanobis distance is a Gaussian's negative log-density, up to a constant.
+    """
+
+    mixture: OfFeature
+    residual: OfFeature
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        return self.mixture(features) + self.residual(features) / 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfProbe:
+    """A score of the logits of a linear probe, or of its features and its logits."""
+
+    probe: "LinearProbe"
+    vim: VirtualLogit | None = None
+    score: Callable[[Array], Array] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def standardised(self, features: Features) -> Array:
+        """`[N, F]`, what the logits are linear in."""
+        x = jnp.asarray(features.representation)
+        return (x - self.probe.feature_mean[None]) / self.probe.feature_std[None]
+
+    def logits(self, features: Features) -> Array:
+        """`[N, C]`."""
+        products = jnp.matmul(
+            self.standardised(features), self.probe.weights, precision=jax.lax.Precision.HIGHEST
+        )
+        return products + self.probe.bias[None]
+
+    def __call__(self, features: Features) -> Array:
+        """Scores, `[N]`."""
+        if self.score is not None:
+            return self.score(self.logits(features))
+        vim: Any = self.vim
+        return vim(self.standardised(features), self.logits(features))
+
+
+@jax.jit
+def _probe_values(of_probe: OfProbe, features: Features) -> tuple[Array, Array]:
+    """What the logits are linear in, and the logits."""
+    return of_probe.standardised(features), of_probe.logits(features)
+
+
+ScoreFunction = Callable[[Features], Array]
+
+
+def feature(features: Features, name: str) -> Array:
+    """The features that a score is of.
+
+    Args:
+      features: what `FeatureExtractor` returns.
+      name: "representation", "embedding", "log_scale" (of the posterior, JEVB), "posterior_residual"
+        (of the embedding against its posterior, in standard deviations, JEVB), "terms"
+        (`scores.typicality_features`, JEVB) or "concentration" (VI-SimSiam).
+
+    Returns:
+      `[N, F]`, or `[N]` of a concentration.
+    """
+    if name == "concentration":
+        return jnp.asarray(features.prediction.concentration)
+    if name == "log_scale":
+        (scale,) = sphere.at_least_float32(features.prediction.posterior_scale)
+        return jnp.log(scale)
+    if name == "posterior_residual":
+        embedding, mean, scale = sphere.at_least_float32(
+            features.embedding, *features.prediction[:2]
+        )
+        return (embedding - mean) / scale
+    if name == "terms":
+        terms: Any = jax.tree.map(jnp.asarray, features.terms)
+        return typicality_features(terms)
+    return getattr(features, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What scores are fitted to.
+
+    Attributes:
+      features: of in-distribution training images; with `terms` where a score is made of them, with
+        labels where it needs labels.
+      probe: of the representation, or None without labels.
+    """
+
+    features: Features
+    probe: "LinearProbe | None" = None
+    _shared: dict[str, OfFeature] = dataclasses.field(default_factory=dict)
+
+    def fit(self, name: str, function: Callable[[Any], Any]) -> OfFeature:
+        """Fits a score to the features of a name; see `feature`."""
+        return OfFeature(function(feature(self.features, name)), name)
+
+    def fit_once(self, score: str, name: str, function: Callable[[Any], Any]) -> OfFeature:
+        """As `fit`, for what two scores have in common: the second gets what the first fitted."""
+        if score not in self._shared:
+            self._shared[score] = self.fit(name, function)
+        return self._shared[score]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreEntry:
+    """One score of `score_table`.
+
+    Attributes:
+      made_of: which features of an image it reads: "representation", "embedding", "posterior" (the
+        embedding's, JEVB), "terms" (JEVB's, of views and samples), "cross_view" (the term between
+        views), "concentration" (VI-SimSiam).
+      is_fitted: to in-distribution images.
+      needs_labels: of the training images.
+      make: the score; of `TrainingData`, or of None where nothing is fitted.
+    """
+
+    made_of: str
+    is_fitted: bool
+    needs_labels: bool
+    make: Callable[[Any], ScoreFunction]
+
+    @property
+    def needs_terms(self) -> bool:
+        """Whether features must be extracted with JEVB's terms, of several views and samples."""
+        return self.made_of in ("terms", "cross_view")
+
+
+def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict[str, ScoreEntry]:
+    """Every score of a method, and what each needs.
+
+    Args:
+      method: its name in the config, such as "jevb".
+      settings: neighbors, clusters and the like.
+      num_views: of JEVB's terms.
+
+    Returns:
+      By name, `family/score`.
+    """
+    plain = functools.partial(ScoreEntry, is_fitted=False, needs_labels=False)
+    fitted = functools.partial(ScoreEntry, is_fitted=True, needs_labels=False)
+    with_labels = functools.partial(ScoreEntry, is_fitted=True, needs_labels=True)
+
+    def of_terms(score: Callable[[UncertaintyTerms], Array]) -> Callable[..., OfTerms]:
+        return lambda _: OfTerms(score)
+
+    def of_feature(name: str, score: Callable[[Array], Array]) -> Callable[..., OfFeature]:
+        return lambda _: OfFeature(Partial(score), name)
+
+    def of_logits(score: Callable[[Array], Array]) -> Callable[..., OfProbe]:
+        return lambda train: OfProbe(train.probe, score=score)
+
+    def fit(name: str, function: Callable[..., Any], **keywords: Any) -> Callable[..., OfFeature]:
+        return lambda train: train.fit(name, functools.partial(function, **keywords))
+
+    def fit_classes(function: Callable[..., Any]) -> Callable[..., OfFeature]:
+        return lambda train: train.fit(
+            "representation", functools.partial(function, labels=train.features.labels)
+        )
+
+    def fit_residual(features: Any) -> Residual:
+        return gaussian_detectors.fit_residual(
+            features, num_components=settings.num_components(features)
+        )
+
+    def of_mixture(train: TrainingData) -> OfFeature:
+        posterior = train.features.prediction
+        return train.fit_once(
+            "jevb/mixture",
+            "embedding",
+            functools.partial(_fit_mixture, posterior, settings.mixture_df),
+        )
+
+    def of_residual(train: TrainingData) -> OfFeature:
+        return train.fit_once(
+            "jevb/residual", "posterior_residual", gaussian_detectors.fit_mahalanobis
+        )
+
+    table = {
+        "jevb/negative_log_likelihood": plain(
+            "terms", make=of_terms(negative_log_likelihood_score)
+        ),
+        "jevb/directional": plain("terms", make=of_terms(directional_score)),
+        "jevb/radial": plain("terms", make=of_terms(radial_score)),
+        "jevb/negative_elbo": plain("terms", make=of_terms(negative_elbo_score)),
+        "jevb/importance_weighted": plain("terms", make=of_terms(importance_weighted_score)),
+        "jevb/kl": plain("terms", make=of_terms(kl_score)),
+        "jevb/posterior_entropy": plain("terms", make=of_terms(posterior_entropy_score)),
+        "jevb/cross_view": plain("cross_view", make=of_terms(cross_view_score)),
+        "jevb/typicality_mahalanobis": fitted(
+            "terms", make=fit("terms", gaussian_detectors.fit_mahalanobis)
+        ),
+    }
+    if settings.knn_k:
+        knn = fit("terms", neighbor_detectors.fit_whitened_knn, k=min(settings.knn_k))
+        table["jevb/typicality_knn"] = fitted("terms", make=knn)
+    table |= {
+        "jevb/scale_mahalanobis": fitted(
+            "posterior", make=fit("log_scale", gaussian_detectors.fit_mahalanobis)
+        ),
+        "jevb/mixture": fitted("posterior", make=of_mixture),
+        "jevb/residual_mahalanobis": fitted("posterior", make=of_residual),
+        "jevb/mixture_and_residual": fitted(
+            "posterior",
+            make=lambda train: OfMixtureAndResidual(of_mixture(train), of_residual(train)),
+        ),
+        "vi_simsiam/concentration": plain(
+            "concentration", make=of_feature("concentration", concentration_score)
+        ),
+    }
+    for name in ("representation", "embedding"):
+        for k in settings.knn_k:
+            table[f"{name}/knn_{k}"] = fitted(name, make=fit(name, neighbor_detectors.fit_knn, k=k))
+        table[f"{name}/mahalanobis"] = fitted(
+            name, make=fit(name, gaussian_detectors.fit_mahalanobis)
+        )
+        for count in settings.ssd_clusters:
+            ssd = fit(name, gaussian_detectors.fit_ssd, num_clusters=count)
+            table[f"{name}/ssd_{count}"] = fitted(name, make=ssd)
+        table[f"{name}/residual"] = fitted(name, make=fit(name, fit_residual))
+        table[f"{name}/norm"] = plain(
+            name, make=of_feature(name, neighbor_detectors.feature_norm_score)
+        )
+    made_of = "representation"
+    table |= {
+        "probe/max_softmax": with_labels(
+            made_of, make=of_logits(labeled_detectors.max_softmax_score)
+        ),
+        "probe/max_logit": with_labels(made_of, make=of_logits(labeled_detectors.max_logit_score)),
+        "probe/energy": with_labels(made_of, make=of_logits(labeled_detectors.energy_score)),
+        "probe/class_mahalanobis": with_labels(
+            made_of, make=fit_classes(labeled_detectors.fit_class_mahalanobis)
+        ),
+        "probe/relative_mahalanobis": with_labels(
+            made_of, make=fit_classes(labeled_detectors.fit_relative_mahalanobis)
+        ),
+        "probe/vim": with_labels(made_of, make=functools.partial(_fit_vim, settings)),
+    }
+    features = {"representation", "embedding"}
+    if method == "jevb":
+        features |= {"posterior", "terms"} | ({"cross_view"} if num_views > 1 else set())
+    elif method == "vi_simsiam":
+        features |= {"concentration"}
+    return {name: entry for name, entry in table.items() if entry.made_of in features}
+
+
+def _fit_mixture(posterior: Posterior, df: float, embedding: Array) -> TrainingMixture:
+    """The training posteriors as a density. Units of the scales cancel in its bandwidth."""
+    tied = posterior.likelihood_scale is None
+    scale: Any = posterior.posterior_scale if tied else posterior.likelihood_scale
+    return mixture_fit.fit_training_mixture(
+        posterior.posterior_mean,
+        likelihood_scale(scale),
+        df=df,
+        embedding=embedding,
+        num_queries=_NUM_LEFT_OUT,
+    )
+
+
+def _fit_vim(settings: ScoreSettings, train: TrainingData) -> OfProbe:
+    probe: Any = train.probe
+    standardised, logits = _probe_values(OfProbe(probe), train.features._replace(labels=None))
+    vim = labeled_detectors.fit_vim(
+        standardised,
+        logits,
+        origin=labeled_detectors.vim_origin(probe.weights, probe.bias),
+        num_components=settings.num_components(train.features.representation),
+    )
+    return OfProbe(probe, vim=vim)
+
+
+def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, ScoreEntry]:
+    """Every score that a run will have, those that degenerate features leave out too.
+
+    Args:
+      settings: of the run.
+      has_labels: whether the training images have labels.
+
+    Returns:
+      Entries of `score_table`.
+    """
+    table = score_table(
+        settings.method, score_settings(settings.ood), num_views=settings.ood.num_views
+    )
+    return {name: entry for name, entry in table.items() if has_labels or not entry.needs_labels}
+
+
+def default_score(settings: RunSettings) -> str:
+    """The name of the score where nothing may be chosen: that of the config, or of its method."""
+    return settings.ood.default_score or METHODS[settings.method].default_score
+
+
+class Scorers(NamedTuple):
+    """Scores by name, `family/score`.
+
+    Attributes:
+      scores: `Features -> [N]`, trees of arrays.
+      with_labels: names of those that were fitted with labels.
+      left_out: why, by name: features that do not vary have no density, and too few images no k-th
+        neighbor.
+    """
+
+    scores: dict[str, ScoreFunction]
+    with_labels: frozenset[str]
+    left_out: dict[str, str]
+
+
+def make_scorers(table: dict[str, ScoreEntry], train: TrainingData) -> Scorers:
+    """Every score of a table, fitted to training images.
+
+    Args:
+      table: of `score_table`, without the scores that `train` has no labels for.
+      train: features of in-distribution training images, with `terms` for JEVB.
+
+    Returns:
+      The scores.
+
+    Raises:
+      ValueError: settings that do not fit the features.
+    """
+    scores: dict[str, ScoreFunction] = {}
+    left_out: dict[str, str] = {}
+    for name, entry in table.items():
+        try:
+            scores[name] = entry.make(train)
+        except DegenerateFeaturesError as error:
+            left_out[name] = str(error)
+    with_labels = frozenset(name for name, entry in table.items() if entry.needs_labels)
+    return Scorers(scores, with_labels, left_out)
+
+
+@jax.jit
+def _score_batch(scores: dict[str, ScoreFunction], features: Features) -> dict[str, Array]:
+    return {name: score(features) for name, score in scores.items()}
+
+
+def score_images(
+    extract: FeatureExtractor, variables: Any, source: ImageSource, scorers: Scorers
+) -> dict[str, np.ndarray]:
+    """Every score of every image of a source, streamed.
+
+    Args:
+      extract: with terms for JEVB.
+      variables: parameters and running statistics.
+      source: images.
+      scorers: of `make_scorers`.
+
+    Returns:
+      `[N]` by the score's name.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in scorers.scores}
+    for features, mask in extract.stream(variables, source):
+        for name, values in jax.device_get(_score_batch(scorers.scores, features)).items():
+            parts[name].append(values[mask])
+    return {name: _joined(values) for name, values in parts.items()}
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def score_features(
+    features: Features, scorers: Scorers, *, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Every score of features that are at hand.
+
+    Args:
+      features: of `N` images, with terms for JEVB.
+      scorers: of `make_scorers`.
+      batch_size: images at a time.
+
+    Returns:
+      `[N]` by the score's name.
+
+    Raises:
+      ValueError: `batch_size` below one.
+      TypeError: it is not an integer.
+    """
+    batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
+    num_images = len(features.representation)
+    batch_size = useful_batch_size(batch_size, num_images)
+    unlabelled = features._replace(labels=None)
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, num_images, batch_size):
+        # The last batch repeats its last row, so that everything is compiled for one size.
+        rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
+        batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabelled)
+        # Where features that are streamed are too: one compiled program serves both.
+        batch = jax.device_put(batch, jax.local_devices()[0])
+        parts.append(jax.device_get(_score_batch(scorers.scores, batch)))
+    return {name: _joined([part[name] for part in parts])[:num_images] for name in scorers.scores}

@@ -1,0 +1,251 @@
+"""Scores of JEVB's own terms: a larger one is more out of distribution."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jevb_jax import arguments
+from jevb_jax.paper import sphere
+from jevb_jax.paper.densities import gaussian_kl_divergence
+from jevb_jax.paper.likelihood import Likelihood
+from jevb_jax.paper.objective import Location, View, conditional_elbo, importance_weighted_bound
+
+
+def dtype_of(values: Any) -> np.dtype:
+    """The type of numbers, without copying them."""
+    return np.dtype(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
+
+
+def real_numbers(name: str, values: ArrayLike) -> Array:
+    """As floats of at least 32 bits, which neither tie nor wrap."""
+    dtype = dtype_of(values)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real numbers, got {dtype}")
+    (numbers,) = sphere.at_least_float32(values)
+    return numbers
+
+
+def never_certain(score: Array) -> Array:
+    """Infinite where it is minus infinity: an overflow does not say that an image is as usual."""
+    return jnp.where(jnp.isneginf(score), jnp.inf, score)
+
+
+class UncertaintyTerms(NamedTuple):
+    """JEVB's terms of images, each `[N]`, nats: means over views and samples.
+
+    A view explains itself in all of them but the last.
+
+    Attributes:
+      directional_log_likelihood: `E_q(z | h)[log p_dir(u | z)]`.
+      radial_log_likelihood: `E_q(z | h)[log p_rad(r | z)]`.
+      kl: `KL(q(z | h) || p(z))`.
+      posterior_entropy: differential entropy of `q(z | h)`.
+      importance_weighted_bound: of `log p(h)` (docs eq. 15).
+      cross_view_log_likelihood: `E_q(z | h_s)[log p(h_t | z)]` over ordered pairs of different
+        views; None of a single view.
+    """
+
+    directional_log_likelihood: Array
+    radial_log_likelihood: Array
+    kl: Array
+    posterior_entropy: Array
+    importance_weighted_bound: Array
+    cross_view_log_likelihood: Array | None
+
+
+def uncertainty_terms(
+    key: Array,
+    views: View,
+    likelihood: Likelihood,
+    *,
+    num_samples: int,
+    prior_scale: ArrayLike = 1.0,
+    untied_scale: ArrayLike | None = None,
+    location: Location = "sample",
+) -> UncertaintyTerms:
+    """JEVB's terms of images from one or more of their views (docs eq. 22).
+
+    Args:
+      key: one typed key, whose draws serve all images; or `[N]` keys, one for each image. Either way a
+        score does not depend on the batch.
+      views: embedding, posterior_mean and posterior_scale of every view, each `[V, N, D]`.
+      likelihood: see `conditional_elbo`.
+      num_samples: draws of each posterior.
+      prior_scale: standard deviation of the prior.
+      untied_scale: as for `conditional_elbo`, a number or `[V, N, D]`.
+      location: as for `conditional_elbo`; the importance-weighted bound is always of samples.
+
+    Returns:
+      `UncertaintyTerms` of `[N]`.
+
+    Raises:
+      ValueError: arrays that are not `[V, N, D]`, and as `conditional_elbo`.
+    """
+    shapes = {name: jnp.shape(values) for name, values in views._asdict().items()}
+    if len(set(shapes.values())) > 1 or len(shapes["embedding"]) != 3:
+        raise ValueError(f"views must share one shape [V, N, D], got {shapes}")
+    num_views, _, dim = shapes["embedding"]
+    if num_views < 1:
+        raise ValueError(f"terms need at least 1 view, the first axis of views, got {shapes}")
+    num_samples = arguments.whole_number("num_samples", num_samples, at_least=1)
+    views = View(*sphere.at_least_float32(*views))
+    mean, scale = views.posterior_mean, views.posterior_scale
+    if untied_scale is not None:
+        untied_scale = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
+
+    fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
+
+    def of_views(function: Callable[..., Any], purpose: ArrayLike, embedding: Array) -> Any:
+        """A function of the keys of a purpose and of the arrays of every view, its values `[V, N]`."""
+        keys = jax.vmap(lambda view: fold_in(key, purpose * num_views + view))(
+            jnp.arange(num_views)
+        )
+        if key.ndim:
+            return jax.vmap(function)(keys, embedding, mean, scale, untied_scale)
+
+        def of_image(key: Array, *arrays: Array | None) -> Any:
+            batch_of_one = jax.tree.map(lambda x: x[None], arrays)
+            return jax.tree.map(lambda x: x[0], function(key[None], *batch_of_one))
+
+        # The draws depend on the key alone: they are made once, not for each image.
+        of_images = jax.vmap(of_image, in_axes=(None, 0, 0, 0, 0))
+        return jax.vmap(of_images)(keys, embedding, mean, scale, untied_scale)
+
+    def log_likelihood(
+        key: Array, target: Array, mean: Array, scale: Array, untied_scale: Array | None
+    ) -> tuple[Array, Array]:
+        terms = conditional_elbo(
+            key,
+            target,
+            mean,
+            scale,
+            likelihood,
+            prior_scale=prior_scale,
+            num_samples=num_samples,
+            untied_scale=untied_scale,
+            location=location,
+        )
+        return terms.directional_log_likelihood, terms.radial_log_likelihood
+
+    def log_likelihoods(shift: Array) -> tuple[Array, Array]:
+        """The target of view `v` is view `v + shift`."""
+        return of_views(log_likelihood, shift, jnp.roll(views.embedding, -shift, axis=0))
+
+    def log_bound(
+        key: Array, embedding: Array, mean: Array, scale: Array, untied_scale: Array | None
+    ) -> Array:
+        return importance_weighted_bound(
+            key,
+            embedding,
+            mean,
+            scale,
+            likelihood,
+            num_samples=num_samples,
+            prior_scale=prior_scale,
+            untied_scale=untied_scale,
+        )
+
+    # One shift after the other: compiled once, and memory does not grow with the pairs of views.
+    directional, radial = jax.lax.map(log_likelihoods, jnp.arange(num_views))
+    bound = of_views(log_bound, num_views, views.embedding)
+    cross_view = None
+    if num_views > 1:
+        cross_view = jnp.mean((directional + radial)[1:], axis=(0, 1))
+    kl = gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
+    entropy = jnp.sum(jnp.log(scale), axis=-1) + dim / 2 * math.log(2 * math.pi * math.e)
+    over_views = functools.partial(jnp.mean, axis=0)
+    return UncertaintyTerms(
+        directional_log_likelihood=over_views(directional[0]),
+        radial_log_likelihood=over_views(radial[0]),
+        kl=over_views(kl),
+        posterior_entropy=over_views(entropy),
+        importance_weighted_bound=over_views(bound),
+        cross_view_log_likelihood=cross_view,
+    )
+
+
+def negative_log_likelihood_score(terms: UncertaintyTerms) -> Array:
+    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23): the embedding surprises its posterior."""
+    return -(terms.directional_log_likelihood + terms.radial_log_likelihood)
+
+
+def directional_score(terms: UncertaintyTerms) -> Array:
+    """`-E_q[log p_dir]`, `[N]`, nats (docs eq. 23)."""
+    return -terms.directional_log_likelihood
+
+
+def radial_score(terms: UncertaintyTerms) -> Array:
+    """`-E_q[log p_rad]`, `[N]`, nats (docs eq. 23)."""
+    return -terms.radial_log_likelihood
+
+
+def negative_elbo_score(terms: UncertaintyTerms) -> Array:
+    """The negative bound, both weights one, `[N]`, nats (docs eq. 23)."""
+    return negative_log_likelihood_score(terms) + terms.kl
+
+
+def importance_weighted_score(terms: UncertaintyTerms) -> Array:
+    """The negative importance-weighted bound, `[N]`, nats (docs eq. 23)."""
+    return -terms.importance_weighted_bound
+
+
+def kl_score(terms: UncertaintyTerms) -> Array:
+    """`-KL(q || p)`, `[N]`, nats (docs eq. 23): high where the posterior is near the prior.
+
+    The sign is the one that an encoder's uncertainty suggests. It is not right for every set: see
+    `typicality_features`.
+    """
+    return never_certain(-terms.kl)
+
+
+def posterior_entropy_score(terms: UncertaintyTerms) -> Array:
+    """Differential entropy of the posterior, `[N]`, nats (docs eq. 23)."""
+    return never_certain(terms.posterior_entropy)
+
+
+def cross_view_score(terms: UncertaintyTerms) -> Array:
+    """`-E_q(z | h_s)[log p(h_t | z)]` over pairs of views, `[N]`, nats: they disagree (docs eq. 23).
+
+    Raises:
+      ValueError: terms of a single view.
+    """
+    if terms.cross_view_log_likelihood is None:
+        raise ValueError("the cross-view score needs terms of at least 2 views")
+    return -terms.cross_view_log_likelihood
+
+
+def typicality_features(terms: UncertaintyTerms) -> Array:
+    """The vector of JEVB's terms, `[N, 5]` (`[N, 4]` of a single view), nats (docs eq. 24).
+
+    One term alone calls images more likely that are simpler than any in the training set (Nalisnick
+    et al. 2019). A density fitted to these vectors of in-distribution images, by `fit_mahalanobis` or
+    `fit_whitened_knn`, calls an image strange on either side of what is usual.
+    """
+    columns = [
+        terms.directional_log_likelihood,
+        terms.radial_log_likelihood,
+        terms.kl,
+        terms.posterior_entropy,
+    ]
+    if terms.cross_view_log_likelihood is not None:
+        columns.append(terms.cross_view_log_likelihood)
+    return jnp.stack(columns, axis=-1)
+
+
+def concentration_score(concentration: ArrayLike) -> Array:
+    """VI-SimSiam's uncertainty, `-k`, high where unsure (docs eq. 23; Nakamura et al. 2023).
+
+    Args:
+      concentration: `[N]`, positive.
+
+    Returns:
+      `[N]`.
+    """
+    return never_certain(-real_numbers("concentration", concentration))
