@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable
@@ -151,6 +152,16 @@ def _console() -> Console:
     return standard_output(quiet=not parallel.is_main())
 
 
+def _validation(experiment: Experiment, mesh: Mesh) -> Callable[[TrainState], dict[str, float]]:
+    """k-NN on the validation split; its forward pass is compiled once, when it is first needed."""
+    extractor = functools.cache(
+        lambda: evaluate_module.make_extractors(experiment, mesh=mesh).plain
+    )
+    return lambda state: evaluate_module.validation_knn(
+        experiment, state.evaluation_variables, extractor()
+    )
+
+
 def _train_and_evaluate(
     experiment: Experiment,
     workdir: Path,
@@ -162,7 +173,17 @@ def _train_and_evaluate(
     start: dict[str, Any] | None,
 ) -> bool:
     """`train` in a directory that process 0 holds."""
-    run = RunLoop(experiment, workdir, console, mesh, stop, check_held, start)
+    run = RunLoop(
+        experiment,
+        workdir,
+        console,
+        mesh,
+        stop,
+        check_held,
+        validate=_validation(experiment, mesh),
+        best_measure=accuracy.best_measure(experiment.settings.evaluation),
+        start=start,
+    )
     reasons = accuracy.left_out(experiment.settings.evaluation, experiment.dataset)
     for line in accuracy.left_out_lines(reasons):
         run.say(line)

@@ -1,7 +1,7 @@
 """Fitted scores as plain JSON and arrays: names of our own classes and functions, and no code.
 
-A fitted score is a tree: dataclasses and named tuples of `jevb_jax.evaluation`, arrays, functions of the
-same modules, and plain values. Reading builds these and nothing else, and takes a field only if its class
+A fitted score is a tree: dataclasses and named tuples of `jevb_jax`, arrays, functions of the same
+modules, and plain values. Reading builds these and nothing else, and takes a field only if its class
 has it.
 """
 
@@ -18,7 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-_PACKAGE = "jevb_jax.evaluation."
+_PACKAGE = "jevb_jax."
+# Where the names of modules that were split or moved are now. Detectors saved before name these.
+_FORMERLY: dict[str, tuple[str, ...]] = {
+    "ood": (
+        "paper.scores",
+        "evaluation.detector_input",
+        "evaluation.neighbor_detectors",
+        "evaluation.gaussian_detectors",
+        "evaluation.labeled_detectors",
+    ),
+    "ood_protocol": ("evaluation.score_table",),
+    "mixture": ("evaluation.mixture",),
+    "classification": ("evaluation.linear_probe",),
+    "features": ("evaluation.features",),
+}
 
 
 class SavedScoreError(ValueError):
@@ -122,17 +136,18 @@ def _module(name: str) -> types.ModuleType:
 
 def _named(name: Any) -> Any:
     """What a description names; only what a module of ours itself defines."""
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z_]+:\w+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z_.]+:\w+", name):
         raise SavedScoreError(f"not a name of a class or function: {name!r}")
     module_name, _, attribute = name.partition(":")
-    try:
-        module = _module(_PACKAGE + module_name)
-    except ImportError as error:
-        raise SavedScoreError(f"this version has no {_PACKAGE}{module_name}") from error
-    found = getattr(module, attribute, None)
-    if found is None or getattr(found, "__module__", "") != _PACKAGE + module_name:
-        raise SavedScoreError(f"this version has no {attribute} in {_PACKAGE}{module_name}")
-    return found
+    for candidate in _FORMERLY.get(module_name, (module_name,)):
+        try:
+            module = _module(_PACKAGE + candidate)
+        except ImportError as error:
+            raise SavedScoreError(f"this version has no {_PACKAGE}{candidate}") from error
+        found = getattr(module, attribute, None)
+        if found is not None and getattr(found, "__module__", "") == _PACKAGE + candidate:
+            return found
+    raise SavedScoreError(f"this version has no {attribute} in {_PACKAGE}{module_name}")
 
 
 def _rebuild(description: Any, arrays: Mapping[str, np.ndarray], used: set[str]) -> Any:

@@ -72,7 +72,7 @@ def check_images(images: jax.Array) -> None:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be floating point, got {images.dtype}; normalise them first "
-            "(jevb_jax.augmentations)"
+            "(jevb_jax.images.augmentations)"
         )
 
 

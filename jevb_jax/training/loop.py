@@ -15,8 +15,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jevb_jax import messages, parallel
-from jevb_jax.evaluation import accuracy, evaluate
-from jevb_jax.evaluation.features import FeatureExtractor
 from jevb_jax.images import batch_order
 from jevb_jax.images.batches import fits_resident, load_resident, stream_batches
 from jevb_jax.images.workers import ReadAhead
@@ -183,8 +181,25 @@ class RunLoop:
         mesh: Mesh,
         stop: parallel.StopRequest,
         check_held: Callable[[], None],
+        validate: Callable[[TrainState], dict[str, float]],
+        best_measure: str,
         start: dict[str, Any] | None = None,
     ):
+        """Opens the logs and the checkpoints of a directory.
+
+        Args:
+          experiment: what the run is.
+          workdir: its directory.
+          console: where people read.
+          mesh: the devices.
+          stop: what a signal asks for.
+          check_held: raises where the directory is no longer this process's own.
+          validate: accuracies of a state by name, on the validation split.
+          best_measure: the one of them by which the best checkpoints are kept.
+          start: weights of another run to start from.
+        """
+        self.validate = validate
+        self.best_measure = best_measure
         self.experiment = experiment
         self.start = start
         self.mesh = mesh
@@ -238,8 +253,7 @@ class RunLoop:
         parallel.on_main(self.check_held)
         score = None
         if self.experiment.settings.checkpoint.keep_best:
-            measure = accuracy.best_measure(self.experiment.settings.evaluation)
-            score = self.validation_knn(state)[measure]
+            score = self.validation_knn(state)[self.best_measure]
             self.log.write(int(state.step), {"validation/knn_accuracy": score})
         self.log.flush()
         self.checkpointer.save(int(state.step), state, config=self.experiment.config, score=score)
@@ -271,19 +285,11 @@ class RunLoop:
             )
         return values
 
-    @functools.cached_property
-    def extractor(self) -> FeatureExtractor:
-        """The forward pass of k-NN, compiled once for the run."""
-        return evaluate.make_extractors(self.experiment, mesh=self.mesh).plain
-
     def validation_knn(self, state: TrainState) -> dict[str, float]:
         """k-NN accuracies of a state by name, computed once a step; all processes do."""
         step = int(state.step)
         if self.latest_knn is None or self.latest_knn[0] != step:
-            accuracies = evaluate.validation_knn(
-                self.experiment, state.evaluation_variables, self.extractor
-            )
-            self.latest_knn = step, accuracies
+            self.latest_knn = step, self.validate(state)
         return self.latest_knn[1]
 
     def record_knn(self, state: TrainState) -> None:
