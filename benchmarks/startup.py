@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ("import jax", "import jevb_jax", "from jevb_jax import runner", "import train")
+IMPORTS = ("import jax", "import jevb_jax", "from jevb_jax import commands", "import train")
 
 
 def import_seconds(statement: str) -> float:

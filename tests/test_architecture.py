@@ -85,7 +85,7 @@ def test_files_of_report_are_short():
 def test_training_starts_without_what_only_its_end_needs():
     # scikit-learn, with SciPy's statistics, takes as long to import as everything else together.
     code = (
-        "import sys; from jevb_jax import runner; print({'sklearn', 'scipy.stats', 'distrax', "
+        "import sys; from jevb_jax import commands; print({'sklearn', 'scipy.stats', 'distrax', "
         "'tensorflow_probability', 'tensorflow_datasets', 'tensorflow', 'torch', 'pandas', "
         "'matplotlib.pyplot'} & set(sys.modules) or '')"
     )

@@ -1101,11 +1101,12 @@ def test_reading_tfds_imports_no_tensorflow(tfds_root, photos):
             def create_module(self, spec):
                 raise AssertionError("imported " + spec.name)
         sys.meta_path.insert(0, Explosive())
-        from jevb_jax import data
+        from jevb_jax.images.batches import load_resident
+        from jevb_jax.images.tfds import TfdsSource
         heavy = ["sklearn", "PIL", "grain", "tensorflow_datasets", "flax", "optax"]
         print([name for name in heavy if name in sys.modules])
-        source = data.TfdsSource("tiny_photos:1.0.0", "train", data_dir={str(tfds_root)!r})
-        images = data.load_resident(source)
+        source = TfdsSource("tiny_photos:1.0.0", "train", data_dir={str(tfds_root)!r})
+        images = load_resident(source)
         print(int(images.astype(int).sum()), int(source.labels.sum()))
         print([name for name in sys.modules if name.partition(".")[0] in ("tensorflow", "torch")])
     """)

@@ -159,7 +159,7 @@ def test_no_room_for_one_of_several_leaves_all_as_they_were(tmp_path, monkeypatc
 
 def test_a_directory_is_held_until_the_process_ends(tmp_path):
     hold = (
-        "import sys, time; from pathlib import Path; from jevb_jax import files\n"
+        "import sys, time; from pathlib import Path; from jevb_jax.runs import files\n"
         "with files.lock_directory(Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

@@ -30,6 +30,7 @@ from jevb_jax.images.source import ArraySource, image_shape
 from jevb_jax.model import Model, load
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.settings import read
+from jevb_jax.training import from_settings
 from jevb_jax.training.experiment import to_json_values
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def encoder(tmp_path_factory):
     config.model.head_hidden_dim = 8
     values = to_json_values(config)
     shapes = model_module.variable_shapes(read.saved_settings(values))
-    network = model_module.blueprint.make_network(read.saved_settings(values))
+    network = from_settings.make_network(read.saved_settings(values))
     variables = jax.jit(lambda key: network.init(key, jnp.zeros((2, 8, 8, 1)), train=True))(
         jax.random.key(0)
     )

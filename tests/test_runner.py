@@ -273,6 +273,8 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
         mesh=parallel.make_mesh(),
         stop=parallel.StopRequest(),
         check_held=lambda: None,
+        validate=lambda _: {},
+        best_measure="",
     )
     run = make(Console(file=out, width=30))
     assert check(run, 10, sick) == ""  # too early to judge
@@ -397,6 +399,8 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
         mesh,
         parallel.StopRequest(),
         lambda: None,
+        validate=lambda _: {},
+        best_measure="",
     )
     state = run.train(run.restore())
     run.checkpointer.close()
@@ -793,7 +797,7 @@ def test_results_of_accepted_other_data_are_others():
 def test_transfer_results_of_replaced_files_stand_side_by_side(tmp_path, monkeypatch):
     encoder = types.SimpleNamespace(square_size=0, extractor=None, variables=None, step=1)
     monkeypatch.setattr(commands.model, "load", lambda *_: encoder)
-    monkeypatch.setattr(commands.protocol, "evaluate_transfer", lambda *_: {})
+    monkeypatch.setattr(commands, "evaluate_transfer", lambda *_: {})
     monkeypatch.setattr(commands.tables, "results_csv", lambda _: "")
     monkeypatch.setattr(commands.tables, "classification_table", lambda _: "")
     section: Any = transfer.get_config()
@@ -863,8 +867,8 @@ def test_the_commit_of_a_run_is_that_of_the_package_and_of_no_project_around_it(
             cwd=tmp_path, capture_output=True, text=True, check=True,
         ).stdout.strip()  # fmt: skip
 
-    own = tmp_path / "jevb_jax" / "runner.py"
-    installed = tmp_path / ".venv" / "jevb_jax" / "runner.py"
+    own = tmp_path / "jevb_jax" / "provenance.py"
+    installed = tmp_path / ".venv" / "jevb_jax" / "provenance.py"
     for file in (own, installed):
         file.parent.mkdir(parents=True)
         file.write_text("x = 1\n")

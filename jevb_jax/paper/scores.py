@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import arguments
-from jevb_jax.paper import sphere
+from jevb_jax.paper import domain, sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.paper.objective import Location, View, conditional_elbo, importance_weighted_bound
@@ -94,7 +93,7 @@ def uncertainty_terms(
     num_views, _, dim = shapes["embedding"]
     if num_views < 1:
         raise ValueError(f"terms need at least 1 view, the first axis of views, got {shapes}")
-    num_samples = arguments.whole_number("num_samples", num_samples, at_least=1)
+    num_samples = domain.whole_number("num_samples", num_samples, 1)
     views = View(*sphere.at_least_float32(*views))
     mean, scale = views.posterior_mean, views.posterior_scale
     if untied_scale is not None:

@@ -411,8 +411,8 @@ def test_killed_and_stopped_study_goes_on_and_agrees_with_single_runs(tmp_path):
     assert diverged.failure["config_hash"] == config_hash(diverged.config or {})
 
     code = (
-        "import sys; from jevb_jax import runner; from studies.spec import load_study; "
-        "runner.train(load_study(sys.argv[1]).runs['b'], sys.argv[2])"
+        "import sys; from jevb_jax import commands; from studies.spec import load_study; "
+        "commands.train(load_study(sys.argv[1]).runs['b'], sys.argv[2])"
     )
     alone = tmp_path / "alone"
     single = [sys.executable, "-c", code, str(file), str(alone)]

@@ -80,8 +80,8 @@ def test_only_numbers_that_are_not_finite_are_a_result(
 @pytest.mark.slow
 def test_it_stops_when_its_standard_input_ends(tmp_path, asked):
     code = (
-        "import runpy, sys, time; from jevb_jax import runner\n"
-        "runner.train = lambda *_: (print('training', flush=True), time.sleep(300))\n"
+        "import runpy, sys, time; from jevb_jax import commands\n"
+        "commands.train = lambda *_: (print('training', flush=True), time.sleep(300))\n"
         "runpy.run_module('studies.train_one', run_name='__main__')"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
