@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from configs import default
-from jevb_jax.evaluation import detection, features, linear_probe, score_table
+from jevb_jax.evaluation import detection, features, linear_probe, score_table, scoring
 from jevb_jax.evaluation.score_table import ScoreSettings, TrainingData
 from jevb_jax.images import augmentations
 from jevb_jax.images.source import ArraySource
@@ -88,7 +88,7 @@ def main() -> None:
         ScoreSettings(knn_k=(50,), ssd_clusters=(1, 10), residual_share=0.5, mixture_df=5.0),
         num_views=made.config["ood"]["num_views"],
     )
-    scorers = score_table.make_scorers(table, TrainingData(train, probe))
+    scorers = scoring.make_scorers(table, TrainingData(train, probe))
     pixels = np.random.default_rng(0).integers(
         0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 3), np.uint8
     )
@@ -122,10 +122,10 @@ def main() -> None:
     ]
     images = ArraySource(np.resize(pixels, (arguments.num_images, *pixels.shape[1:])))
     start = time.perf_counter()
-    score_table.score_images(with_terms, variables, images, scorers)
+    scoring.score_images(with_terms, variables, images, scorers)
     one_pass = time.perf_counter() - start  # with the compilation of all scores together
     start = time.perf_counter()
-    score_table.score_images(with_terms, variables, images, scorers)
+    scoring.score_images(with_terms, variables, images, scorers)
     second_pass = time.perf_counter() - start
     facts = {
         "command": " ".join(["python -m benchmarks.ood_scores", *sys.argv[1:]]),

@@ -29,7 +29,8 @@ from jevb_jax.paper.objective import (
 from jevb_jax.paper.sphere import polar_decomposition
 
 if TYPE_CHECKING:
-    from jevb_jax.model import Detector, Model, load, load_detector
+    from jevb_jax.loading import load, load_detector
+    from jevb_jax.model import Detector, Model
     from jevb_jax.paper.distrax_faces import (
         PowerSpherical,
         SphericalStudentT,
@@ -70,16 +71,21 @@ __all__ = [
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
-_MODEL_NAMES = ("Detector", "Model", "load", "load_detector")
+_MODEL_NAMES = ("Detector", "Model")
+_LOADING_NAMES = ("load", "load_detector")
 
 
 def __getattr__(name: str) -> object:
     if name in _DISTRAX_NAMES:
-        import jevb_jax.paper.distrax_faces as distrax_faces
+        from jevb_jax.paper import distrax_faces
 
         return getattr(distrax_faces, name)
     if name in _MODEL_NAMES:
         from jevb_jax import model
 
         return getattr(model, name)
+    if name in _LOADING_NAMES:
+        from jevb_jax import loading
+
+        return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jevb_jax import messages, model, parallel
+from jevb_jax import loading, messages, parallel
 from jevb_jax.evaluation import accuracy, evidence, readiness
 from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
@@ -49,7 +49,7 @@ def _start_variables(experiment: Experiment) -> dict[str, Any]:
       ValueError: they are those of another network; every difference is named.
     """
     settings = experiment.settings.init
-    loaded = model.load(settings.workdir, None if settings.step < 0 else settings.step)
+    loaded = loading.load(settings.workdir, None if settings.step < 0 else settings.step)
     shapes = jax.eval_shape(experiment.initial_state)
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     problems = differences(
@@ -271,7 +271,7 @@ def _write_results(
     is_watched = any(alarms.logged_health(record) for record in records)
     page.write_page(
         workdir / f"report{suffix}.html",
-        title=f"{experiment.config['method']} on {experiment.dataset.train.name}",
+        title=f"{experiment.settings.method} on {experiment.dataset.train.name}",
         results=results,
         evidence=evidence.gather_evidence(experiment, evaluation),
         records=records,
@@ -393,7 +393,7 @@ def evaluate_on(
     workdir = files.to_path(workdir)
     described = read.data_section(to_json_values(section))
     evaluation = read.evaluation_section(to_json_values(config)["evaluation"])
-    loaded = model.load(workdir, step)
+    loaded = loading.load(workdir, step)
     if described.source in ("folder", "tfds") and not described.image_size:
         # Photos are cut as the encoder's own were.
         described = dataclasses.replace(described, image_size=loaded.square_size)

@@ -18,7 +18,7 @@ from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import messages, model
+from jevb_jax import loading, messages, model
 from jevb_jax.images import augmentations, batch_order, batches, workers
 from jevb_jax.images import source as source_module
 from jevb_jax.images.augmentations import ViewAugmentation
@@ -118,7 +118,7 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
     path = files.to_path(directory)
     if not archive.is_archive(path):
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: finetune.py writes it")
-    encoder = model.load_archive(path)
+    encoder = loading.load_archive(path)
     content = archive.read_file(path, archive.read_manifest(path), CLASSIFIER)
     try:
         return Classifier(encoder, safetensors.load(content))
@@ -158,7 +158,7 @@ def finetune(
     if jax.process_count() > 1:
         raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
     init = settings.init
-    encoder = model.load(
+    encoder = loading.load(
         init.workdir,
         None if init.step < 0 else init.step,
         batch_size=settings.evaluation.batch_size,

@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax import load, model
+from jevb_jax import load
 from jevb_jax.evaluation import detection, mixture_fit, outside_sets
 from jevb_jax.evaluation.detection_metrics import ood_metrics
 from jevb_jax.images import batches
 from jevb_jax.images.dataset import load_dataset
+from jevb_jax.model import Model
 from jevb_jax.paper import mass
 from jevb_jax.runs import files
 from studies import cifar10_uncertainty
@@ -64,7 +65,7 @@ def two_sided(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _term_rows(
-    loaded: model.Model, images: Mapping[str, Any], groups: Mapping[str, str]
+    loaded: Model, images: Mapping[str, Any], groups: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     rows = []
     for term in TERMS:
@@ -78,7 +79,7 @@ def _term_rows(
 
 
 def _mixture_rows(
-    loaded: model.Model, images: Mapping[str, Any], groups: Mapping[str, str]
+    loaded: Model, images: Mapping[str, Any], groups: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     embeddings = {part: loaded.embed(x) for part, x in images.items()}
     posterior = loaded.posterior(images["train"])

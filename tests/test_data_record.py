@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from configs import smoke
-from jevb_jax import commands, model
+from jevb_jax import commands
 from jevb_jax.images import data_record
 from jevb_jax.images.data_record import ChangedDataError, changes, fingerprint
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.image_files import FolderSource
+from jevb_jax.model import Model
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
 LABELS = np.arange(40) % 4
@@ -239,7 +240,7 @@ def test_train_evaluate_and_a_loaded_model_refuse_before_any_work(tmp_path, capl
     written = {path.name for path in workdir.iterdir()}
     assert written == {"config.json", "data.json", "checkpoints", ".lock"}
     with caplog.at_level(logging.ERROR):
-        loaded = model.Model(
+        loaded = Model(
             commands.to_json_values(config), {}, step=0, recorded_data=data_record.read(workdir)
         )
         with pytest.raises(ChangedDataError, match=r"(?s)found 39.*fit_images="):

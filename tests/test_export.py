@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from configs import digits as digits_config
-from jevb_jax import export
-from jevb_jax import model as model_module
+from jevb_jax import export, loading
 from jevb_jax.images.arrays import digits
-from jevb_jax.model import Model, load
+from jevb_jax.loading import load
+from jevb_jax.model import Model, write_model
 from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.settings import read
@@ -29,7 +29,7 @@ def small_model(method: str = "jevb", *, square_size: int = 0, **model: Any) -> 
     config.model.update(model)
     config.jevb.df = float("inf")  # JSON must carry it
     values = to_json_values(config)
-    leaves, tree = jax.tree.flatten(model_module.variable_shapes(read.saved_settings(values)))
+    leaves, tree = jax.tree.flatten(loading.variable_shapes(read.saved_settings(values)))
     random = np.random.default_rng(0)
     arrays = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
     variables = jax.tree.unflatten(tree, arrays)
@@ -91,13 +91,11 @@ def test_photos_are_served_as_the_model_sees_them(tmp_path):
     assert np.linalg.norm(squashed - embedded) / np.linalg.norm(embedded) > 0.05
     # The archive remembers the size that its photos are read to, also where it is not the config's.
     np.testing.assert_allclose(load(tmp_path / "x").embed(photo), embedded, rtol=1e-5, atol=1e-5)
-    model_module.write_model(
-        model.with_square_size(16), tmp_path / "y", manifest={}, extra_files={}
-    )
+    write_model(model.with_square_size(16), tmp_path / "y", manifest={}, extra_files={})
     assert load(tmp_path / "y").square_size == 16
     finetuned = {"config": model.config, "finetuned": {"data": {"image_size": 20}}}
-    assert model_module._saved_square_size(finetuned) == 20
-    assert model_module._saved_square_size({"config": model.config}) == 12
+    assert loading._saved_square_size(finetuned) == 20
+    assert loading._saved_square_size({"config": model.config}) == 12
 
 
 def test_an_export_is_made_and_loaded_in_a_process_of_64_bits(exported, tmp_path):

@@ -18,8 +18,7 @@ from rich.console import Console
 
 from configs import default, finetune_digits, transfer
 from configs import digits as digits_config
-from jevb_jax import commands, export, finetuning
-from jevb_jax import model as model_module
+from jevb_jax import commands, export, finetuning, loading
 from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import evaluate_transfer
 from jevb_jax.images import batches
@@ -27,7 +26,8 @@ from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, image_shape
-from jevb_jax.model import Model, load
+from jevb_jax.loading import load
+from jevb_jax.model import Model
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.settings import read
 from jevb_jax.training import from_settings
@@ -49,7 +49,7 @@ def encoder(tmp_path_factory):
     config.model.embedding_dim = 8
     config.model.head_hidden_dim = 8
     values = to_json_values(config)
-    shapes = model_module.variable_shapes(read.saved_settings(values))
+    shapes = loading.variable_shapes(read.saved_settings(values))
     network = from_settings.make_network(read.saved_settings(values))
     variables = jax.jit(lambda key: network.init(key, jnp.zeros((2, 8, 8, 1)), train=True))(
         jax.random.key(0)
@@ -219,7 +219,7 @@ def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
         sizes.append({image_shape(part) for part in dataset[:3] if part is not None})
         raise InterruptedError
 
-    monkeypatch.setattr(model_module, "load", lambda *_: Encoder)
+    monkeypatch.setattr(loading, "load", lambda *_: Encoder)
     monkeypatch.setattr(evaluate_module, "evaluate_transfer", evaluate)
     for asked in (0, 24):  # what a section asks for is done
         section.image_size = asked

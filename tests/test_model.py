@@ -23,6 +23,7 @@ from rich.console import Console
 import jevb_jax
 from configs import smoke
 from jevb_jax import export as export_module
+from jevb_jax import loading
 from jevb_jax import model as model_module
 from jevb_jax.evaluation import detection_metrics, features, knn, saved_scores, score_table
 from jevb_jax.evaluation.gaussian_detectors import Gaussians
@@ -34,7 +35,8 @@ from jevb_jax.images.dataset import load_dataset
 from jevb_jax.images.given import check_images
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, num_classes
-from jevb_jax.model import Detector, Model, load, load_detector
+from jevb_jax.loading import load, load_detector
+from jevb_jax.model import Detector, Model, _with_progress, write_model
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper.scores import UncertaintyTerms
@@ -112,7 +114,7 @@ class Untrained(NamedTuple):
 
 def untrained_model(*, batch_size: int = 32) -> Model:
     config = to_json_values(short_config())
-    shapes = model_module.variable_shapes(read.saved_settings(config))
+    shapes = loading.variable_shapes(read.saved_settings(config))
     leaves, tree = jax.tree.flatten(shapes)
     random = np.random.default_rng(0)
     values = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
@@ -492,7 +494,7 @@ def test_a_detector_is_saved_without_a_pickle(untrained, tmp_path):
         load_detector(tmp_path / "d")
     with pytest.raises(FileNotFoundError, match=r"Detector.save writes it"):
         load_detector(tmp_path / "nothing")
-    model_module.write_model(untrained.model, tmp_path / "m", manifest={}, extra_files={})
+    write_model(untrained.model, tmp_path / "m", manifest={}, extra_files={})
     with pytest.raises(ArchiveError, match="a model without a detector"):
         load_detector(tmp_path / "m")
     with pytest.raises(ValueError, match=r"holds a model \(export\)"):
@@ -642,11 +644,11 @@ def test_a_threshold_that_cannot_be_is_known_before_the_fit(untrained, monkeypat
 def test_a_bar_appears_when_it_takes_long(monkeypatch):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True)
-    batches = list(model_module._with_progress(iter("abc"), total=3, console=console))
+    batches = list(_with_progress(iter("abc"), total=3, console=console))
     assert batches == ["a", "b", "c"]
     assert "images" not in shown.getvalue()
     monkeypatch.setattr(model_module, "_PROGRESS_AFTER_SECONDS", -1.0)
-    assert list(model_module._with_progress(iter("abc"), total=3, console=console)) == [*"abc"]
+    assert list(_with_progress(iter("abc"), total=3, console=console)) == [*"abc"]
     assert "images" in shown.getvalue()
 
 

@@ -12,14 +12,15 @@ import pytest
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score
 
-from jevb_jax.evaluation import detection, evaluate, outside_sets, score_table
+from jevb_jax.evaluation import detection, evaluate, outside_sets, score_table, scoring
 from jevb_jax.evaluation import score_table as ood_protocol
 from jevb_jax.evaluation.accuracy import wrong_predictions
 from jevb_jax.evaluation.detection import OODEvaluation
 from jevb_jax.evaluation.evaluate import Evaluation
 from jevb_jax.evaluation.features import Features
 from jevb_jax.evaluation.outside_sets import OutsideSet
-from jevb_jax.evaluation.score_table import ScoreEntry, Scorers, ScoreSettings, TrainingData
+from jevb_jax.evaluation.score_table import ScoreEntry, ScoreSettings, TrainingData
+from jevb_jax.evaluation.scoring import Scorers
 from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
@@ -348,7 +349,7 @@ def test_degenerate_features_leave_a_score_out_by_name():
     constant = train._replace(embedding=np.ones_like(train.embedding), terms=None)
     settings = ScoreSettings(knn_k=(5,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0)
     table = score_table.score_table("simsiam", settings, num_views=1)
-    scorers = score_table.make_scorers(without_labels(table), TrainingData(constant))
+    scorers = scoring.make_scorers(without_labels(table), TrainingData(constant))
     assert "do not vary" in scorers.left_out["embedding/mahalanobis"]
     assert "representation/mahalanobis" in scorers.scores
 
@@ -372,7 +373,7 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
         ("_choose", (None, "")),
     ):
         monkeypatch.setattr(ood_protocol, name, lambda *_, value=value, **__: value)
-    monkeypatch.setattr(score_table, "score_images", lambda *_: next(outside))
+    monkeypatch.setattr(scoring, "score_images", lambda *_: next(outside))
     config = {**tiny().config, "ood": {**tiny().config["ood"], "default_score": "a/good"}}
     unused: Any = None
     found = detection.evaluate_ood(
@@ -411,12 +412,12 @@ def test_more_neighbours_than_images_leave_a_score_out():
         knn_k=(5, 500), ssd_clusters=(1, 80), residual_share=0.5, mixture_df=5.0
     )
     table = score_table.score_table("simsiam", settings, num_views=1)
-    scorers = score_table.make_scorers(without_labels(table), TrainingData(few))
+    scorers = scoring.make_scorers(without_labels(table), TrainingData(few))
     assert "k must be in [1, 100]" in scorers.left_out["embedding/knn_500"]
     assert "num_clusters must be in [1, 50]" in scorers.left_out["embedding/ssd_80"]
     assert "embedding/knn_5" in scorers.scores
     nothing = few._replace(**{k: getattr(few, k)[:0] for k in ("representation", "embedding")})
-    empty = score_table.score_features(nothing, scorers, batch_size=64)
+    empty = scoring.score_features(nothing, scorers, batch_size=64)
     assert {values.shape for values in empty.values()} == {(0,)}
 
 

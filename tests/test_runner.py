@@ -24,7 +24,7 @@ from configs import finetune_digits, smoke, transfer
 from jevb_jax import commands, parallel
 from jevb_jax.images import batches
 from jevb_jax.images.source import ArraySource
-from jevb_jax.model import load
+from jevb_jax.loading import load
 from jevb_jax.runs import files, provenance, result_files
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.metrics_log import MetricsLog

@@ -31,15 +31,8 @@ if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, whi
     from jevb_jax.training.experiment import Experiment
 
 from jevb_jax.evaluation.outside_sets import CORRUPTED, OutsideSet, corrupted_sets, load_outside_set
-from jevb_jax.evaluation.score_table import (
-    Scorers,
-    TrainingData,
-    default_score,
-    make_scorers,
-    score_features,
-    score_images,
-    scores_of_run,
-)
+from jevb_jax.evaluation.score_table import TrainingData, default_score, scores_of_run
+from jevb_jax.evaluation.scoring import Scorers, make_scorers, score_features, score_images
 
 
 class SetResult(NamedTuple):

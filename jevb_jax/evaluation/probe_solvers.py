@@ -234,11 +234,11 @@ class ProbeSettings(NamedTuple):
     seed: int
 
 
-def checked_settings(**settings: Any) -> ProbeSettings:
+def checked_settings(**given: Any) -> ProbeSettings:
     """Settings of a probe, each refused by its name."""
-    if settings["solver"] not in ("auto", *SOLVER_NAMES):
+    if given["solver"] not in ("auto", *SOLVER_NAMES):
         raise ValueError(
-            f"solver must be one of {('auto', *SOLVER_NAMES)}, got {settings['solver']!r}"
+            f"solver must be one of {('auto', *SOLVER_NAMES)}, got {given['solver']!r}"
         )
     whole_numbers = {
         "num_classes": (2, 2**31 - 1),
@@ -248,11 +248,9 @@ def checked_settings(**settings: Any) -> ProbeSettings:
         "seed": (0, arguments.LARGEST_SEED),
     }
     for name, (at_least, at_most) in whole_numbers.items():
-        settings[name] = arguments.whole_number(
-            name, settings[name], at_least=at_least, at_most=at_most
-        )
-    settings["tolerance"] = arguments.positive_number("tolerance", settings["tolerance"])
-    return ProbeSettings(**settings)
+        given[name] = arguments.whole_number(name, given[name], at_least=at_least, at_most=at_most)
+    given["tolerance"] = arguments.positive_number("tolerance", given["tolerance"])
+    return ProbeSettings(**given)
 
 
 def checked_strength(value: Any) -> float:
