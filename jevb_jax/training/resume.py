@@ -7,6 +7,7 @@ from typing import Any
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import changed_keys, saved_steps
 from jevb_jax.runs.result_files import rename_results
+from jevb_jax.settings import read
 from jevb_jax.settings.saved_config import saved_config, versioned
 from jevb_jax.training.experiment import Experiment
 from jevb_jax.training.optimizers import EarlierLength
@@ -48,7 +49,7 @@ def refused_changes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, 
         for key, values in changed_keys(saved, config).items()
         if not key.startswith(CHANGEABLE_ON_RESUME)
     }
-    if is_longer(refused) and config["train"]["extend"]:
+    if is_longer(refused) and read.saved_settings(config).train.extend:
         del refused["train.num_epochs"]
     return refused
 

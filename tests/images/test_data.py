@@ -34,7 +34,7 @@ from jevb_jax.images.shapes import ShapesSource, _draw_shapes, _shape_masks
 from jevb_jax.images.source import ArraySource, ImageSource, Subset, image_shape, num_classes
 from jevb_jax.images.tfds import TfdsSource, os
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

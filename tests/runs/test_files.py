@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jevb_jax.runs import files
 from jevb_jax.runs.files import DirectoryInUseError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_files_are_whole_or_as_they_were(tmp_path):

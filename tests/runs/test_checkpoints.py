@@ -17,7 +17,7 @@ from jevb_jax.runs.checkpoints import (
     saved_steps,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"seed": 0, "train": {"batch_size": 4}}
 
 

@@ -20,7 +20,7 @@ from jevb_jax.images import batches, workers
 from jevb_jax.images.source import ArraySource
 from jevb_jax.images.workers import Carried, ReadAhead, WorkerError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_carried_function_is_a_short_message_whatever_it_holds():

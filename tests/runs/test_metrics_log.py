@@ -15,7 +15,7 @@ from jevb_jax.runs import metrics_log
 from jevb_jax.runs.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
 
 event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_log_survives_a_line_cut_short_and_forgets_steps_to_come(tmp_path):
