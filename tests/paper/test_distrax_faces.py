@@ -237,7 +237,7 @@ def test_they_pass_through_jit_and_compose_with_distrax():
         with jax.numpy_rank_promotion("allow"):
             mixed: Any = mixture.log_prob(u[0])
         components = distribution.log_prob(np.broadcast_to(u[0], (3, 4)))
-        expected = special.logsumexp(components + logits - special.logsumexp(logits))
+        expected: Any = special.logsumexp(components + logits - special.logsumexp(logits))
         np.testing.assert_allclose(np.asarray(mixed), expected, rtol=1e-5)
 
 
