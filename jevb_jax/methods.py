@@ -285,6 +285,7 @@ class Method:
       loss: as the module says; with the keyword arguments of its own section, if it has one.
       head: what follows the projector.
       default_score: of detection, where none is asked for.
+      uncertainty_score: what the report draws as an image's uncertainty; "" is the default score.
       target: whether an averaged network is needed, possible, or makes no sense.
       takes_small_crops: whether further views are of any use.
       section: of the config, whose settings are keyword arguments of the loss; "" without one. The
@@ -294,6 +295,7 @@ class Method:
     loss: Callable[..., MethodOutput]
     head: HeadName
     default_score: str
+    uncertainty_score: str = ""
     target: Literal["needed", "possible", "none"] = "possible"
     takes_small_crops: bool = False
     section: str = ""
@@ -305,6 +307,7 @@ METHODS: dict[str, Method] = {
         jevb,
         head="posterior",
         default_score="jevb/mixture_and_residual",
+        uncertainty_score="jevb/posterior_entropy",
         takes_small_crops=True,
         section="jevb",
     ),

@@ -21,6 +21,7 @@ from jevb_jax.evaluation.features import (
 from jevb_jax.images import batches
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.source import ImageSource, Subset
+from jevb_jax.methods import METHODS
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.paper.objective import View
 from jevb_jax.paper.scores import UncertaintyTerms, uncertainty_terms
@@ -161,7 +162,7 @@ def terms_settings(experiment: "Experiment") -> TermsSettings | None:
     Returns:
       Settings for the feature extractor.
     """
-    if experiment.settings.method != "jevb":
+    if METHODS[experiment.settings.method].head != "posterior":
         return None
     return jevb_terms_settings(
         experiment.model,
@@ -230,7 +231,7 @@ def _fit_features(
 ) -> Features:
     """Features of the training images that scores are fitted to, with terms for JEVB."""
     rows = fit_rows(len(train.representation), experiment.settings.ood.max_fit_images)
-    if experiment.settings.method == "jevb":
+    if METHODS[experiment.settings.method].head == "posterior":
         return extract(variables, Subset(experiment.dataset.train, rows))
     return jax.tree.map(lambda values: values[rows], train)
 

@@ -18,6 +18,7 @@ from jevb_jax.evaluation.outside_sets import CORRUPTED
 from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images import batches
 from jevb_jax.images.source import ImageSource, num_classes
+from jevb_jax.methods import METHODS
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings.sections import OodSection
 from jevb_jax.training.experiment import Experiment
@@ -29,8 +30,6 @@ _NUM_MAPPED = 2000
 _MOST_DRAWN_SETS = 6
 # Drawn beside the score fixed before: the one that tells where a likelihood alone goes wrong.
 _PATHOLOGY = "jevb/negative_elbo"
-# What "uncertain" means where nothing is to be detected: other methods have their default score alone.
-_UNCERTAINTY_SCORES = {"jevb": "jevb/posterior_entropy"}
 
 
 class Separation(NamedTuple):
@@ -312,7 +311,7 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
         )
     if found is not None:
         evidence = evidence._replace(separations=_separations(found, settings.ood.severities))
-        score = _UNCERTAINTY_SCORES.get(settings.method, found.default_score)
+        score = METHODS[settings.method].uncertainty_score or found.default_score
         if score in found.inside:
             uncertainty = found.inside[score]
             order = np.argsort(-uncertainty, kind="stable")

@@ -372,9 +372,10 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
         "probe/vim": with_labels(made_of, make=functools.partial(_fit_vim, settings)),
     }
     features = {"representation", "embedding"}
-    if method == "jevb":
+    head = METHODS[method].head
+    if head == "posterior":
         features |= {"posterior", "terms"} | ({"cross_view"} if num_views > 1 else set())
-    elif method == "vi_simsiam":
+    elif head == "direction":
         features |= {"concentration"}
     return {name: entry for name, entry in table.items() if entry.made_of in features}
 

@@ -133,7 +133,7 @@ def to_json_values(config: ConfigDict) -> dict[str, Any]:
 def _loss(settings: RunSettings, jevb_settings: methods.JevbSettings) -> methods.Loss:
     """The loss of the method, given the settings of its own section."""
     method = methods.METHODS[settings.method]
-    if method.section == "jevb":
+    if method.head == "posterior":
         return functools.partial(method.loss, settings=jevb_settings)
     keywords = vars(getattr(settings, method.section)) if method.section else {}
     return functools.partial(method.loss, **keywords)
