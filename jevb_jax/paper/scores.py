@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
 from jevb_jax.paper import domain, sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
 from jevb_jax.paper.likelihood import Likelihood
-from jevb_jax.paper.objective import Location, View, conditional_elbo, importance_weighted_bound
+from jevb_jax.paper.objective import (
+    Keys,
+    Location,
+    View,
+    conditional_elbo,
+    importance_weighted_bound,
+)
 
 
 def dtype_of(values: Any) -> np.dtype:
@@ -22,7 +29,7 @@ def dtype_of(values: Any) -> np.dtype:
     return np.dtype(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
 
 
-def real_numbers(name: str, values: ArrayLike) -> Array:
+def real_numbers(name: str, values: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
     """As floats of at least 32 bits, which neither tie nor wrap."""
     dtype = dtype_of(values)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
@@ -31,7 +38,7 @@ def real_numbers(name: str, values: ArrayLike) -> Array:
     return numbers
 
 
-def never_certain(score: Array) -> Array:
+def never_certain(score: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Infinite where it is minus infinity: an overflow does not say that an image is as usual."""
     return jnp.where(jnp.isneginf(score), jnp.inf, score)
 
@@ -51,22 +58,22 @@ class UncertaintyTerms(NamedTuple):
         views; None of a single view.
     """
 
-    directional_log_likelihood: Array
-    radial_log_likelihood: Array
-    kl: Array
-    posterior_entropy: Array
-    importance_weighted_bound: Array
-    cross_view_log_likelihood: Array | None
+    directional_log_likelihood: Float[Array, " batch"]
+    radial_log_likelihood: Float[Array, " batch"]
+    kl: Float[Array, " batch"]
+    posterior_entropy: Float[Array, " batch"]
+    importance_weighted_bound: Float[Array, " batch"]
+    cross_view_log_likelihood: Float[Array, " batch"] | None
 
 
 def uncertainty_terms(
-    key: Array,
+    key: Keys,
     views: View,
     likelihood: Likelihood,
     *,
     num_samples: int,
-    prior_scale: ArrayLike = 1.0,
-    untied_scale: ArrayLike | None = None,
+    prior_scale: Real[ArrayLike, "..."] = 1.0,
+    untied_scale: Real[ArrayLike, "..."] | None = None,
     location: Location = "sample",
 ) -> UncertaintyTerms:
     """JEVB's terms of images from one or more of their views (docs eq. 22).
@@ -170,32 +177,32 @@ def uncertainty_terms(
     )
 
 
-def negative_log_likelihood_score(terms: UncertaintyTerms) -> Array:
+def negative_log_likelihood_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23): the embedding surprises its posterior."""
     return -(terms.directional_log_likelihood + terms.radial_log_likelihood)
 
 
-def directional_score(terms: UncertaintyTerms) -> Array:
+def directional_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """`-E_q[log p_dir]`, `[N]`, nats (docs eq. 23)."""
     return -terms.directional_log_likelihood
 
 
-def radial_score(terms: UncertaintyTerms) -> Array:
+def radial_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """`-E_q[log p_rad]`, `[N]`, nats (docs eq. 23)."""
     return -terms.radial_log_likelihood
 
 
-def negative_elbo_score(terms: UncertaintyTerms) -> Array:
+def negative_elbo_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """The negative bound, both weights one, `[N]`, nats (docs eq. 23)."""
     return negative_log_likelihood_score(terms) + terms.kl
 
 
-def importance_weighted_score(terms: UncertaintyTerms) -> Array:
+def importance_weighted_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """The negative importance-weighted bound, `[N]`, nats (docs eq. 23)."""
     return -terms.importance_weighted_bound
 
 
-def kl_score(terms: UncertaintyTerms) -> Array:
+def kl_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """`-KL(q || p)`, `[N]`, nats (docs eq. 23): high where the posterior is near the prior.
 
     The sign is the one that an encoder's uncertainty suggests. It is not right for every set: see
@@ -204,12 +211,12 @@ def kl_score(terms: UncertaintyTerms) -> Array:
     return never_certain(-terms.kl)
 
 
-def posterior_entropy_score(terms: UncertaintyTerms) -> Array:
+def posterior_entropy_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """Differential entropy of the posterior, `[N]`, nats (docs eq. 23)."""
     return never_certain(terms.posterior_entropy)
 
 
-def cross_view_score(terms: UncertaintyTerms) -> Array:
+def cross_view_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
     """`-E_q(z | h_s)[log p(h_t | z)]` over pairs of views, `[N]`, nats: they disagree (docs eq. 23).
 
     Raises:
@@ -220,7 +227,7 @@ def cross_view_score(terms: UncertaintyTerms) -> Array:
     return -terms.cross_view_log_likelihood
 
 
-def typicality_features(terms: UncertaintyTerms) -> Array:
+def typicality_features(terms: UncertaintyTerms) -> Float[Array, "batch terms"]:
     """The vector of JEVB's terms, `[N, 5]` (`[N, 4]` of a single view), nats (docs eq. 24).
 
     One term alone calls images more likely that are simpler than any in the training set (Nalisnick
@@ -238,7 +245,7 @@ def typicality_features(terms: UncertaintyTerms) -> Array:
     return jnp.stack(columns, axis=-1)
 
 
-def concentration_score(concentration: ArrayLike) -> Array:
+def concentration_score(concentration: Real[ArrayLike, "*batch"]) -> Float[Array, "*batch"]:
     """VI-SimSiam's uncertainty, `-k`, high where unsure (docs eq. 23; Nakamura et al. 2023).
 
     Args:

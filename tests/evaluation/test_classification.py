@@ -88,7 +88,7 @@ def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
     searched: list[int] = []
     search = neighbors.checked_nearest
     monkeypatch.setattr(
-        neighbors,
+        knn,
         "checked_nearest",
         lambda *args, k, **keywords: (searched.append(k), search(*args, k=k, **keywords))[1],
     )
@@ -643,7 +643,7 @@ def test_auto_solver_goes_by_size(monkeypatch):
     options = {"num_classes": num_classes, "l2_regularization": 0.1, "num_epochs": 2}
     elements = 700 * (24 + num_classes)
     for limit, solver in ((elements, "lbfgs"), (elements - 1, "sgd")):
-        monkeypatch.setattr(probe_solvers, "LBFGS_MAX_ELEMENTS", limit)
+        monkeypatch.setattr(linear_probe, "LBFGS_MAX_ELEMENTS", limit)
         assert linear_probe.fit_linear_probe(features, labels, **options).solver == solver
 
 

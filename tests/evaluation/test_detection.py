@@ -13,7 +13,6 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score
 
 from jevb_jax.evaluation import detection, evaluate, outside_sets, score_table, scoring
-from jevb_jax.evaluation import score_table as ood_protocol
 from jevb_jax.evaluation.accuracy import wrong_predictions
 from jevb_jax.evaluation.detection import OODEvaluation
 from jevb_jax.evaluation.evaluate import Evaluation
@@ -210,7 +209,7 @@ def test_uncertainty_is_checked_against_errors_and_severity():
         "severity_correlation_contrast", "share_increased_contrast", "auroc_corrupted",
     } <= names  # fmt: skip
     errors = wrong_predictions(
-        tiny().config["evaluation"], evaluated.train, evaluated.test, evaluated.probe
+        tiny().settings.evaluation, evaluated.train, evaluated.test, evaluated.probe
     )
     accuracy = {
         r["name"]: r["value"] for r in results["trained"] if r["features"] == "representation"
@@ -372,12 +371,15 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
         ("_sets", sets),
         ("_choose", (None, "")),
     ):
-        monkeypatch.setattr(ood_protocol, name, lambda *_, value=value, **__: value)
-    monkeypatch.setattr(scoring, "score_images", lambda *_: next(outside))
-    config = {**tiny().config, "ood": {**tiny().config["ood"], "default_score": "a/good"}}
+        monkeypatch.setattr(detection, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(detection, "score_images", lambda *_: next(outside))
+    settings = tiny().settings
+    settings = dataclasses.replace(
+        settings, ood=dataclasses.replace(settings.ood, default_score="a/good")
+    )
     unused: Any = None
     found = detection.evaluate_ood(
-        dataclasses.replace(tiny(), config=config), unused, extract=unused, train=unused,
+        dataclasses.replace(tiny(), settings=settings), unused, extract=unused, train=unused,
         inside=unused, inside_source=unused, probe=None, split="test",
     )  # fmt: skip
     assert [(r.score, r.outside) for r in found.results] == [("a/good", s.name) for s in sets]
@@ -489,7 +491,10 @@ def test_settings_are_checked_before_training():
             build_experiment(config)
     unknown = dataclasses.replace(
         tiny(),
-        config={**tiny().config, "ood": {**tiny().config["ood"], "default_score": "no/such"}},
+        settings=dataclasses.replace(
+            tiny().settings,
+            ood=dataclasses.replace(tiny().settings.ood, default_score="no/such"),
+        ),
     )
     with pytest.raises(ValueError, match=r"ood\.default_score must be one of"):
         evaluate.evaluate_variables(unknown, variables(), evaluate.make_extractors(tiny()))

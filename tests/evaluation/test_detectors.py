@@ -397,8 +397,8 @@ def test_settings_out_of_range_and_features_without_variance():
             fit(train.astype(np.float64) * 1e-38)
     with pytest.raises(DegenerateFeaturesError, match="divide all features"):
         gaussian_detectors.fit_mahalanobis(train.astype(np.float64) * 1e36)
-    for seed in (-1, 1.0, None, 2**32):
-        with pytest.raises(ValueError, match="seed must be"):
+    for seed, error in ((-1, ValueError), (1.0, TypeError), (None, TypeError), (2**32, ValueError)):
+        with pytest.raises(error, match="seed must be"):
             gaussian_detectors.fit_ssd(train, num_clusters=2, seed=seed)  # pyright: ignore[reportArgumentType]
 
 

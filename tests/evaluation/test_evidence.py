@@ -48,12 +48,13 @@ def make(*, method: str = "jevb", has_labels: bool = True, has_ood: bool = True)
         validation=images(9, has_labels=has_labels),
         test=images(NUM_TEST, has_labels=has_labels),
     )
-    config = {
-        "method": method,
-        "evaluation": {"split": "test"},
-        "ood": {"corruptions": ("blur",), "severities": (1, 4)},
-        "jevb": {"prior_scale": 2.0},
-    }
+    section = types.SimpleNamespace
+    settings = section(
+        method=method,
+        evaluation=section(split="test"),
+        ood=section(corruptions=("blur",), severities=(1, 4)),
+        jevb=section(prior_scale=2.0),
+    )
     sizes = {"far_set": 25, "blur_1": 10, "blur_4": 10}
     scores = (*SCORES, "other/score")
     inside = {name: RNG.normal(size=NUM_TEST) for name in scores}
@@ -79,7 +80,7 @@ def make(*, method: str = "jevb", has_labels: bool = True, has_ood: bool = True)
         ood=found if has_ood else None,
         risk_coverage={score: {"linear": CURVE} for score in scores},
     )
-    return types.SimpleNamespace(config=config, dataset=dataset), evaluation
+    return section(settings=settings, dataset=dataset), evaluation
 
 
 def test_images_are_ordered_by_uncertainty():

@@ -15,12 +15,16 @@ import pytest
 from jevb_jax import paper
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.paper.objective import View
+from jevb_jax.paper.scores import UncertaintyTerms
 
 B, D = 3, 5
 VECTORS, NUMBERS, NUMBER = np.full((B, D), 0.5), np.ones(B), np.ones(())
 LIKELIHOOD = Likelihood(df=5.0, radial_df=NUMBERS, radial_scale=0.5)
 KEY = jax.random.key(0)
 VIEW = View(*(jnp.asarray(VECTORS),) * 3)
+VIEWS = View(*(jnp.full((2, B, D), 0.5),) * 3)
+ONE_FOR_ALL = Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
+TERMS = UncertaintyTerms(*(jnp.asarray(NUMBERS),) * 6)
 
 _pair = {"direction": VECTORS, "loc": VECTORS}
 _densities: dict[str, Any] = {**_pair, "scale_diag": VECTORS, "df": NUMBERS}
@@ -175,6 +179,28 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"embedding_1": VECTORS, "embedding_2": VECTORS},
         {"embedding_2": VECTORS[1:]},
     ),
+    "scores.dtype_of": ({"values": NUMBERS}, {}),
+    "scores.real_numbers": ({"name": "x", "values": VECTORS}, {}),
+    "scores.never_certain": ({"score": NUMBERS}, {}),
+    "scores.uncertainty_terms": (
+        {"key": KEY, "views": VIEWS, "likelihood": ONE_FOR_ALL, "num_samples": 2},
+        {},
+    ),
+    **{
+        f"scores.{name}": ({"terms": TERMS}, {})
+        for name in (
+            "negative_log_likelihood_score",
+            "directional_score",
+            "radial_score",
+            "negative_elbo_score",
+            "importance_weighted_score",
+            "kl_score",
+            "posterior_entropy_score",
+            "cross_view_score",
+            "typicality_features",
+        )
+    },
+    "scores.concentration_score": ({"concentration": NUMBERS}, {}),
     "distrax_faces.gaussian_posterior": (_posterior, {"posterior_scale": VECTORS[:, 1:]}),
     "distrax_faces.gaussian_prior": ({"dim": D, "prior_scale": NUMBERS}, {}),
 }
@@ -212,7 +238,7 @@ def is_made_of_arrays(value: Any) -> bool:
 def test_every_public_function_is_called_here_and_names_its_shapes():
     functions = public_functions()
     # Of any number of arrays of any shapes: nothing to call with a wrong one.
-    assert set(functions) - {"sphere.at_least_float32"} == set(CALLS)
+    assert set(functions) - {"sphere.at_least_float32", "tracing.is_traced"} == set(CALLS)
     for name, function in functions.items():
         for argument, annotation in inspect.get_annotations(function).items():
             assert annotation is not jax.Array, f"{name}: {argument} is an array of no shape"

@@ -234,8 +234,8 @@ def built() -> Experiment:
 
 
 def with_settings(built: Experiment, section: str, **keys: Any) -> Experiment:
-    changed_section = built.config[section] | keys
-    return dataclasses.replace(built, config=built.config | {section: changed_section})
+    config = built.config | {section: built.config[section] | keys}
+    return dataclasses.replace(built, config=config, settings=read.saved_settings(config))
 
 
 @pytest.mark.parametrize(

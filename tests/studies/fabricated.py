@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import smoke
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.training.experiment import to_json_values
 from studies.spec import Logged, Result, Study
@@ -26,8 +27,12 @@ MEASURES = (
 
 
 def config(**settings: Any) -> ConfigDict:
-    evaluation = {"k": (1, 2), "knn_uniform_k": (10,), **settings.pop("evaluation", {})}
-    return ConfigDict({"seed": 0, "evaluation": evaluation, "df": 5.0, **settings})
+    """The config of a run, with settings that no other config has."""
+    made: Any = smoke.get_config()
+    with made.unlocked():
+        made.evaluation.update({"k": (1, 2), **settings.pop("evaluation", {})})
+        made.update({"df": 5.0, **settings})
+    return made
 
 
 def directory(out: Path, name: str, seed: int) -> Path:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs import smoke
+from jevb_jax.training.experiment import to_json_values
 from studies import detection_table
 
 # auroc by (score, set): the sets of a group are averaged, and the severities of a corruption.
@@ -49,7 +51,7 @@ def fabricate(directory: Path, *, seed: int, shift: float, **changes: Any) -> Pa
     for name, value in (
         ("results", results),
         ("environment", environment),
-        ("config", {"seed": seed}),
+        ("config", to_json_values(smoke.get_config()) | {"seed": seed}),
     ):
         (directory / f"{name}.json").write_text(json.dumps(value))
     return directory
