@@ -188,7 +188,7 @@ def get_config() -> ConfigDict:
             "corruptions": (),  # of the evaluated images, see corruptions.py; () = none
             "severities": (1, 2, 3, 4, 5),
             "num_corrupted_images": 2000,  # the first so many
-            "default_score": "",  # the row without a choice ("" = the method's own, runner prints it)
+            "default_score": "",  # the row without a choice ("" = the method's own: methods.METHODS)
             "num_views": 4,  # of jevb's terms: the image itself and augmented ones
             "num_samples": 8,  # of each view's posterior
             "max_fit_images": 10_000,  # of the training split, for the feature scores; 0 = all

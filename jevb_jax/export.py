@@ -10,7 +10,7 @@ TPU with any size of batch, which needs JAX alone:
 
 `read_serving` does the same and checks the file's hash first. Height and width are those of the export
 (`--height`, `--width`): by default those of the images that the network was trained on, as its files were
-read. Images of another size are prepared inside the function as everywhere (`image_preparation`): the
+read. Images of another size are prepared inside the function as everywhere (`images.preparation`): the
 shorter side is brought to the trained size and the center is cut out, nothing is squashed. For photos of
 many sizes, read each to the default size first, or export once for each size.
 

@@ -76,7 +76,7 @@ class Model:
 
     Any `h` and `w`. An image is prepared as those that the network was trained and evaluated on. Where
     the run's images were read to a size (`data.image_size`), its shorter side is brought to that size
-    and the center square is cut out (`image_preparation`), to the same pixels as of a file. An image of
+    and the center square is cut out (`images.preparation`), to the same pixels as of a file. An image of
     that size, and every image where there is none, goes as it is to the view of evaluation, which brings
     the shorter side to `image_size` and takes the center. Nothing is squashed.
 

@@ -586,7 +586,9 @@ def test_a_saved_score_holds_names_of_ours_alone():
         saved_scores.rebuild(description, {})
     for wrong in (
         {"function": "os:system"},
-        {"function": "..runner:train"},
+        {"function": "..commands:train"},
+        {"function": "commands:train"},
+        {"function": "evaluation.gaussian_detectors:jnp"},
         {"function": "ood:jnp"},
         {"function": "ood:np"},
         {"class": "ood:DegenerateFeaturesError", "fields": {}},

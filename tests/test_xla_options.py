@@ -246,19 +246,19 @@ COUNTING = """
 import collections, sys
 import jax
 from configs import smoke
-from jevb_jax import runner
-from jevb_jax.evaluation import protocol
+from jevb_jax import commands
+from jevb_jax.evaluation import evaluate as whole
 programs, part = collections.Counter(), ["train"]
 def count(event, _, fun_name="", **__):
     if event.endswith("backend_compile_duration"):
         programs[part[0], fun_name] += 1
 jax.monitoring.register_event_duration_secs_listener(count)
-evaluate = protocol.evaluate
+evaluate = whole.evaluate
 def of_evaluation(*args, **keywords):
     part[0] = "evaluation"
     return evaluate(*args, **keywords)
-protocol.evaluate = of_evaluation
-runner.train(smoke.get_config(), sys.argv[1])
+whole.evaluate = of_evaluation
+commands.train(smoke.get_config(), sys.argv[1])
 for (part, name), number in sorted(programs.items(), key=str):
     print("COUNTED", part, number, name)
 """

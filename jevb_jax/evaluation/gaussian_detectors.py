@@ -27,7 +27,7 @@ from jevb_jax.evaluation.detector_input import (
 )
 from jevb_jax.paper import sphere
 
-# As in `classification`: a bfloat16 product would reorder images on an accelerator.
+# A bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 NUM_FOLDS = 5
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jevb_jax.paper import densities, sphere
 
-# As in `ood`: a bfloat16 product would reorder images on an accelerator.
+# A bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # Queries at a time: as many rows of `[N]` are in memory, as in a search for neighbors.

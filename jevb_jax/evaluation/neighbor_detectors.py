@@ -22,7 +22,7 @@ from jevb_jax.evaluation.gaussian_detectors import mean_and_whitening
 from jevb_jax.paper import sphere
 from jevb_jax.paper.scores import never_certain, real_numbers
 
-# As in `classification`: a bfloat16 product would reorder images on an accelerator.
+# A bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 # Neighbours beyond the k-th whose distances are computed again without cancellation.
 _NUM_SPARE = 32

@@ -1,7 +1,7 @@
 """Does the uncertainty mean anything? The checks of the URL benchmark (Kirchhof et al. 2023).
 
 Pure functions of arrays on the host, in float64. An uncertainty is `[N]`, larger = less certain; any
-score of `ood` can stand in for it.
+score of `score_table` can stand in for it.
 """
 
 import warnings

@@ -19,6 +19,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 _PACKAGE = "jevb_jax."
+# Nothing else of the package is ever named: what a file says is not run from anywhere.
+_HOMES = re.compile(r"(evaluation|paper)\.[a-z_]+")
 # Where the names of modules that were split or moved are now. Detectors saved before name these.
 _FORMERLY: dict[str, tuple[str, ...]] = {
     "ood": (
@@ -43,7 +45,7 @@ def describe(score: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """Takes a fitted score apart.
 
     Args:
-      score: of an entry of `score_table.score_table`, or of a `fit_*` of `ood`.
+      score: of an entry of `score_table.score_table`, or of a `fit_*` of the detectors.
 
     Returns:
       JSON values that name classes, functions and arrays; and those arrays by name.
@@ -125,9 +127,10 @@ def _fields(owner: type) -> tuple[str, ...]:
 
 def _name_of(named: Any, value: Any) -> str:
     module, name = named.__module__, named.__qualname__
-    if not module.startswith(_PACKAGE) or getattr(_module(module), name, None) is not named:
-        raise TypeError(f"a score cannot be saved: {value!r} has no name in {_PACKAGE[:-1]}")
-    return f"{module.removeprefix(_PACKAGE)}:{name}"
+    home = module.removeprefix(_PACKAGE)
+    if not _HOMES.fullmatch(home) or getattr(_module(module), name, None) is not named:
+        raise TypeError(f"a score cannot be saved: {value!r} has no name where scores are")
+    return f"{home}:{name}"
 
 
 def _module(name: str) -> types.ModuleType:
@@ -139,7 +142,10 @@ def _named(name: Any) -> Any:
     if not isinstance(name, str) or not re.fullmatch(r"[a-z_.]+:\w+", name):
         raise SavedScoreError(f"not a name of a class or function: {name!r}")
     module_name, _, attribute = name.partition(":")
-    for candidate in _FORMERLY.get(module_name, (module_name,)):
+    candidates = _FORMERLY.get(module_name, (module_name,))
+    if not all(_HOMES.fullmatch(candidate) for candidate in candidates):
+        raise SavedScoreError(f"{name} is not where scores are")
+    for candidate in candidates:
         try:
             module = _module(_PACKAGE + candidate)
         except ImportError as error:

@@ -72,7 +72,7 @@ def read(
     Args:
         file: its path or content.
         mode: `RGB`, or `L` for grey.
-        image_size: side of the square that is cut out of it (`image_preparation`), 0 for none.
+        image_size: side of the square that is cut out of it (`images.preparation`), 0 for none.
         max_pixels: a picture of more is refused before it is decoded. Above Pillow's own limit,
             that is raised to it, for the process.
         where: what to call the picture in messages.

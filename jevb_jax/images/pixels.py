@@ -291,7 +291,7 @@ def center_view(
     std: Sequence[float],
     interpolation: Interpolation = "bilinear",
 ) -> Array:
-    """The view of evaluation, normalised: nothing is squashed, see `image_preparation`.
+    """The view of evaluation, normalised: nothing is squashed, see `images.preparation`.
 
     An image of another size is resized, antialiased, until its shorter side is `size`, and its center is
     cut out. Of a square image that is the whole.
