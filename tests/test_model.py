@@ -598,7 +598,7 @@ def test_a_saved_score_holds_names_of_ours_alone():
     ):
         with pytest.raises(saved_scores.SavedScoreError):
             saved_scores.rebuild(wrong, {})
-    with pytest.raises(TypeError, match=r"has no name in jevb_jax.evaluation"):
+    with pytest.raises(TypeError, match=r"has no name where scores are"):
         saved_scores.describe(lambda x: x)
 
 
