@@ -19,10 +19,8 @@ from rich.console import Console
 from configs import default, finetune_digits, transfer
 from configs import digits as digits_config
 from jevb_jax import commands, export, finetuning, loading
-from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import evaluate_transfer
 from jevb_jax.images import batches
-from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, image_shape
@@ -30,6 +28,7 @@ from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.settings import read
+from jevb_jax.settings.sections import FinetuneSettings
 from jevb_jax.training import from_settings
 from jevb_jax.training.experiment import to_json_values
 
@@ -181,13 +180,13 @@ def test_a_finetune_is_of_the_data_s_size_and_its_config_may_hold_numpy(
 ):
     seen = []
 
-    def train(config: dict[str, Any], model: Model, *_: Any) -> Any:
-        seen.append((config, model))
+    def train(settings: FinetuneSettings, model: Model, *_: Any) -> Any:
+        seen.append((settings, model))
         raise InterruptedError
 
     monkeypatch.setattr(finetuning, "_train", train)
     empty = Dataset(None, None, None)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(dataset_module, "load_dataset", lambda **_: empty)
+    monkeypatch.setattr(finetuning, "load_dataset", lambda **_: empty)
     config = to_json_values(finetune_digits.get_config("frozen"))
     config["init"]["workdir"] = str(encoder)
     config["data"]["image_size"] = np.int64(12)
@@ -196,7 +195,7 @@ def test_a_finetune_is_of_the_data_s_size_and_its_config_may_hold_numpy(
         finetuning.finetune(config, tmp_path / "out", console=quiet())
     ((plain, model),) = seen
     assert model.square_size == 12
-    assert type(plain["train"]["num_epochs"]) is int
+    assert type(plain.train.num_epochs) is int
 
 
 def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
@@ -220,7 +219,7 @@ def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(loading, "load", lambda *_: Encoder)
-    monkeypatch.setattr(evaluate_module, "evaluate_transfer", evaluate)
+    monkeypatch.setattr(commands, "evaluate_transfer", evaluate)
     for asked in (0, 24):  # what a section asks for is done
         section.image_size = asked
         with pytest.raises(InterruptedError):

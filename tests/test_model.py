@@ -29,7 +29,6 @@ from jevb_jax.evaluation import detection_metrics, features, knn, saved_scores, 
 from jevb_jax.evaluation.gaussian_detectors import Gaussians
 from jevb_jax.evaluation.score_table import OfFeature, ScoreSettings, TrainingData
 from jevb_jax.images import corruptions, pixels
-from jevb_jax.images import dataset as dataset_module
 from jevb_jax.images.batches import load_resident
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.images.given import check_images
@@ -729,7 +728,7 @@ def test_scores_that_cannot_be_made_are_refused(untrained, monkeypatch):
     def no_data(**_: Any) -> Any:
         raise FileNotFoundError("train.npz")
 
-    monkeypatch.setattr(dataset_module, "load_dataset", no_data)
+    monkeypatch.setattr(model_module, "load_dataset", no_data)
     assert len(fresh.ood_score(untrained.test_images, "embedding/norm")) == 80
     with pytest.raises(ValueError, match=r"train.npz\): pass fit_images= with"):
         fresh.ood_score(untrained.test_images, "embedding/mahalanobis")
