@@ -823,9 +823,11 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
     monkeypatch.setattr(commands.evidence, "gather_evidence", lambda *_: None)
     monkeypatch.setattr(commands.tables, "results_csv", lambda _: "")
     monkeypatch.setattr(commands.tables, "classification_table", lambda _: "")
+    config = to_json_values(short_config())
     experiment: Any = types.SimpleNamespace(
         num_train_steps=4,
-        config=to_json_values(short_config()),
+        config=config,
+        settings=read.run_settings(config),
         dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits")),
     )
     results = {"step": 4, "settings_sha256": "a" * 64}
