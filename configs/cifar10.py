@@ -1,4 +1,4 @@
-"""JEVB and its neighbours on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16. For one accelerator.
+"""JEVB and its neighbors on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16. For one accelerator.
 
 python train.py --config=configs/cifar10.py --workdir=runs/cifar10
 python train.py --config=configs/cifar10.py:byol --workdir=runs/cifar10_byol

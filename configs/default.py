@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
             "num_small_crops": 0,  # further views, sources only: they predict both full views
             "small_crop_size": 16,  # pixels a side
             "small_crop_scale": (0.05, 0.2),  # share of the image's area
-            "mean": (0.4914, 0.4822, 0.4465),  # of the normalisation, a channel each
+            "mean": (0.4914, 0.4822, 0.4465),  # of the normalization, a channel each
             "std": (0.2470, 0.2435, 0.2616),
         }
     )

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config: Any = default.get_config()
     config.data.source = "digits"
 
-    # Grey 8x8 digits: no mirror images (a mirrored 2 is not a 2) and no colour.
+    # Gray 8x8 digits: no mirror images (a mirrored 2 is not a 2) and no color.
     config.augmentation.image_size = 8
     config.augmentation.crop_scale = (0.4, 1.0)
     config.augmentation.flip_probability = 0.0

@@ -1,4 +1,4 @@
-"""JEVB and its neighbours on ImageNet: ResNet-50, bfloat16, 224 pixels, the published recipes.
+"""JEVB and its neighbors on ImageNet: ResNet-50, bfloat16, 224 pixels, the published recipes.
 
 python train.py --config=configs/imagenet.py --workdir=runs/imagenet
 python train.py --config=configs/imagenet.py:byol --workdir=runs/imagenet_byol

@@ -87,7 +87,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     before, so that what is wrong with it, or with an override, is said in one message.
 
     Args:
-      argv: of the process, the script's name first.
+      argv: what the process was called with, the script's name first.
 
     Returns:
       The arguments that are no flags, the script's name first.

@@ -372,7 +372,7 @@ def evaluate_on(
     replaces its own files.
 
     Args:
-      config: of the run, for its section `evaluation`.
+      config: the run's; its section `evaluation` is read.
       section: `data` of a config.
       workdir: directory of the run.
       step: a checkpoint's step, or None for the latest.

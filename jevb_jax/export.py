@@ -51,7 +51,7 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
     """What is served, as a function of images alone.
 
     Args:
-      model: of `load`; its weights are constants of the function.
+      model: what `load` gave; its weights are constants of the function.
 
     Returns:
       `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and of JEVB
@@ -82,9 +82,9 @@ def export_serving(model: Model, *, height: int, width: int) -> bytes:
     """The serving form: StableHLO for every platform, any size of batch.
 
     Args:
-      model: of `load`.
-      height: of the images that will be served, pixels.
-      width: likewise.
+      model: what `load` gave.
+      height: pixels of the images that will be served.
+      width: pixels of the images that will be served.
 
     Returns:
       What `jax.export.deserialize` reads.
@@ -102,11 +102,11 @@ def export_model(
     """Writes both forms of a model.
 
     Args:
-      model: of `load`.
+      model: what `load` gave.
       directory: made if it does not exist; an older export in it is replaced.
       height: of the images that will be served, pixels; by default the model's `square_size`, or its
         `image_size` where there is none.
-      width: likewise.
+      width: pixels of the images that will be served.
 
     Raises:
       ValueError: a size below one pixel, or a directory that holds a run, a classifier or a detector.

@@ -42,7 +42,7 @@ class Tuned(NamedTuple):
     """What is learned.
 
     Attributes:
-      kernel: `[F, C]`, of the classifier on standardised representations.
+      kernel: `[F, C]`, of the classifier on standardized representations.
       bias: `[C]`.
       backbone: parameters of the encoder, or None where it is frozen.
     """
@@ -143,7 +143,7 @@ def finetune(
       The results, as written: accuracies and the sentence that says how they were made.
 
     Raises:
-      ValueError: unlabelled data, settings that do not fit each other, results that exist.
+      ValueError: unlabeled data, settings that do not fit each other, results that exist.
       FileNotFoundError: no encoder there.
       OSError: the directory cannot be written.
       DirectoryInUseError: another process works on it.

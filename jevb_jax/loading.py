@@ -108,7 +108,7 @@ def load_archive(directory: Path, batch_size: int | None = None) -> Model:
     """Loads the model of an archive: an export, a detector's or a fine-tuned encoder.
 
     Args:
-      directory: of `files.to_path`.
+      directory: a path that `files.to_path` made.
       batch_size: see `load`.
 
     Returns:

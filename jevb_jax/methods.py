@@ -32,7 +32,7 @@ class MethodOutput(NamedTuple):
     """What a method says of a batch.
 
     Attributes:
-      loss: `[batch]`, or `[]` where the loss couples examples; minimised.
+      loss: `[batch]`, or `[]` where the loss couples examples; minimized.
       metrics: terms by name, each `[batch]` or `[]`.
     """
 
@@ -62,7 +62,7 @@ class JevbSettings:
 
     Attributes:
       likelihood: its `radial_scale` is the one that training starts from, see `likelihood_at`.
-      fixed_scale: of the likelihood, in the latent's units; None where it is tied or learned.
+      fixed_scale: the likelihood's, in the latent's units; None where it is tied or learned.
       kl_warmup_steps: until the weight of the KL, linear from zero, is `kl_weight`.
     """
 
@@ -284,7 +284,7 @@ class Method:
     Attributes:
       loss: as the module says; with the keyword arguments of its own section, if it has one.
       head: what follows the projector.
-      default_score: of detection, where none is asked for.
+      default_score: what detects where no score is asked for.
       uncertainty_score: what the report draws as an image's uncertainty; "" is the default score.
       target: whether an averaged network is needed, possible, or makes no sense.
       takes_small_crops: whether further views are of any use.

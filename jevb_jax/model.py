@@ -56,7 +56,7 @@ class GaussianPosterior(NamedTuple):
 
     Attributes:
       mean: `[N, D]`, or `[D]` of one image.
-      scale: likewise, standard deviations.
+      scale: its standard deviations, `[N, D]`.
     """
 
     mean: np.ndarray
@@ -70,7 +70,7 @@ class Model:
     axis; a Pillow picture; or a list, a tuple or an iterator of images `[h, w, c]` and pictures, which
     may differ in size. Arrays, of NumPy, JAX or whatever NumPy reads, are uint8, or floating point in
     [0, 1]; what lies beyond by a rounding, 0.001 or one step of a coarser type, is clipped. Other
-    integers are taken as levels of 0 to 255, booleans as black and white. Grey images are repeated to
+    integers are taken as levels of 0 to 255, booleans as black and white. Gray images are repeated to
     the network's channels. Pictures are decoded as the run's files were, whatever their mode, as long
     as it has 8 bits a channel.
 
@@ -92,14 +92,14 @@ class Model:
     all, for NaN, and for values out of the range.
 
     Attributes:
-      config: of the run, plain values.
+      config: what the run was trained with, plain values.
       settings: the same, typed.
       step: training step of the checkpoint, from 0.
       variables: parameters and running statistics, for use with `network.apply`.
       network: the Flax module.
       image_size: pixels a side that the network sees.
       square_size: pixels a side of the square that is cut out of images before the view, 0 for none.
-      num_channels: 1 for grey images, 3 for color.
+      num_channels: 1 for gray images, 3 for color.
       recorded_data: what the run remembers of its data (`data_record.read`), or None.
     """
 
@@ -117,12 +117,12 @@ class Model:
         """Prepares the forward pass; `load` is the usual way here.
 
         Args:
-          config: of the run, plain values.
+          config: what the run was trained with, plain values.
           variables: parameters and running statistics.
           step: that they are from.
           batch_size: images at a time; the config's `evaluation.batch_size` by default.
           square_size: see the class; the config's `data.image_size` by default.
-          recorded_data: of `data_record.read`, that the run's own data are held to.
+          recorded_data: what `data_record.read` gave; the run's own data are held to it.
 
         Raises:
           ValueError: a batch size below one, or numbers that are not whole.
@@ -533,7 +533,7 @@ class Detector:
 
     Attributes:
       model: whose features are scored.
-      scorer: of features, fitted.
+      scorer: the fitted score, a function of features.
       score_name: which score it is, such as "jevb/kl".
       false_alarm_rate: the share of in-distribution images that may be called strange.
       threshold: scores above it are alarms.

@@ -1,6 +1,6 @@
 """Devices and processes: one mesh axis over all of them, arrays laid over it, start-up, agreement.
 
-Parallelism is over examples alone. The state is the same on every device; a batch is cut into as many
+Parallelizm is over examples alone. The state is the same on every device; a batch is cut into as many
 equal, consecutive parts as there are devices, in the order of processes. What couples examples
 (BatchNorm, VICReg, Barlow Twins) is written for the global batch, and XLA adds the collectives.
 """
@@ -77,7 +77,7 @@ def start_processes(
       environ: environment variables.
       coordinator_address: "host:port" of process 0.
       num_processes: how many train together.
-      process_id: of this process, from 0.
+      process_id: number of this process, from 0.
       heartbeat_timeout_seconds: how long a process may be silent before the others end.
 
     Raises:
@@ -153,7 +153,7 @@ def over_data_where_divisible(mesh: Mesh, tree: Any) -> Any:
     """A layout that cuts each array along its first axis that the devices divide (ZeRO-1).
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: the devices, from `make_mesh`.
       tree: arrays or their shapes.
 
     Returns:

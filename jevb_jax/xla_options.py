@@ -164,7 +164,7 @@ def jit_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
     """`jax.jit` for a program that runs once: on a CPU it is compiled fast and not to be fast.
 
     Args:
-      function: of arrays; static values belong in its closure.
+      function: takes arrays; static values belong in its closure.
 
     Returns:
       The compiled function; inside another one, or under `jax.eval_shape`, it is `jax.jit`'s. Its

@@ -35,7 +35,7 @@ def run_config(settings: dict[str, Any]) -> Any:
     """The recipe with a density of mass one and a unit prior, unless the settings say otherwise.
 
     Args:
-      settings: of the section `jevb`.
+      settings: keys of the section `jevb`.
     """
     is_stereographic = settings.get("coordinates") == "stereographic"
     settings = {"prior_scale": 1.0, "normalized": not is_stereographic} | settings

@@ -143,7 +143,7 @@ def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
 
     Args:
       arm: a key of `ARMS`.
-      seed: of the run.
+      seed: parameters, order of the data and noise follow from it.
       num_steps: steps to take.
 
     Returns:

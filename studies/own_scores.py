@@ -50,7 +50,7 @@ def group_means(scores: Mapping[str, np.ndarray], groups: Mapping[str, str]) -> 
 
     Args:
       scores: `[N]` of the set "test" and of every outside set.
-      groups: of the outside sets, by name.
+      groups: the group of each outside set, by name.
     """
     found: dict[str, list[float]] = {}
     for name, group in groups.items():

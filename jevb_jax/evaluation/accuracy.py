@@ -30,11 +30,11 @@ def evaluated_split(settings: EvaluationSection, dataset: Dataset) -> tuple[str,
       dataset: images.
 
     Returns:
-      `evaluation.split`; for unlabelled data without test images the validation split, which
+      `evaluation.split`; for unlabeled data without test images the validation split, which
       nothing is then chosen on.
 
     Raises:
-      ValueError: labelled data have no such split.
+      ValueError: labeled data have no such split.
     """
     split = settings.split
     source = getattr(dataset, split)
@@ -305,10 +305,10 @@ def wrong_predictions(
       settings: what is measured, and how.
       train: features of the training split.
       test: features of the evaluated split.
-      probe: of the representation, or None.
+      probe: fitted to the representation, or None.
 
     Returns:
-      `[N]` bool by the name of the classifier; nothing for unlabelled data.
+      `[N]` bool by the name of the classifier; nothing for unlabeled data.
     """
     if train.labels is None or test.labels is None or probe is None:
         return {}

@@ -63,7 +63,7 @@ def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:
 
     Args:
       scores: `[...]`.
-      threshold: of `conformal_threshold`.
+      threshold: what `conformal_threshold` gave.
 
     Returns:
       bool `[...]`.

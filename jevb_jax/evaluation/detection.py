@@ -45,7 +45,7 @@ class SetResult(NamedTuple):
       group: the set's group.
       metrics: point estimates.
       low: ends of their intervals, of `bootstrap_intervals`; None where none were asked for.
-      high: likewise.
+      high: its upper end.
       protocol: how they were made.
     """
 
@@ -72,7 +72,7 @@ def compare(
       inside: scores of in-distribution images by name.
       outside: scores of the set by name.
       outside_set: the set.
-      inside_name: of the in-distribution images.
+      inside_name: what to call the in-distribution images.
       num_bootstrap: resamples of the intervals; 0 leaves the intervals out.
 
     Returns:
@@ -113,7 +113,7 @@ def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
     """AUROC averaged over the sets of a group, as OpenOOD averages near and far.
 
     Args:
-      results: of `compare`.
+      results: what `compare` found.
 
     Returns:
       By score, then by group, in the order in which the groups first appear.
@@ -183,7 +183,7 @@ def jevb_terms_settings(
 
     Args:
       model: networks.
-      settings: of the objective. The weight of the KL is in no term, nor is its warm-up.
+      settings: the objective. The weight of the KL is in no term, nor is its warm-up.
       section: how many views and samples.
       augmentation: what makes all views but the first, which is the plain image.
 
@@ -316,7 +316,7 @@ def evaluate_ood(
       train: features of the training split.
       inside: features of the evaluated in-distribution images, with terms for JEVB.
       inside_source: those images.
-      probe: of the representation, or None.
+      probe: fitted to the representation, or None.
       split: name of the evaluated split.
       has_intervals: whether the metrics get intervals.
 

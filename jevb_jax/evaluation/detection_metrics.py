@@ -154,7 +154,7 @@ def ood_metrics(
     Args:
       inside_scores: `[N]`, real; infinities are ranked.
       outside_scores: `[M]`.
-      tpr: of the two rates at 95%, in another share if asked.
+      tpr: share that is found, at which the two false-alarm rates are taken.
 
     Returns:
       Numbers.
@@ -209,7 +209,7 @@ def bootstrap_intervals(
       outside_scores: `[M]`.
       num_resamples: draws with replacement, at least 1.
       level: share of test sets whose interval shall hold the true value.
-      seed: of the draws, an integer of at least 0.
+      seed: decides the draws, an integer of at least 0.
       tpr: as for `ood_metrics`.
 
     Returns:
@@ -245,9 +245,9 @@ def bootstrap_intervals_of_scores(
       inside_scores: `S` times `[N]`.
       outside_scores: `S` times `[M]`.
       num_resamples: as there.
-      level: likewise.
-      seed: likewise.
-      tpr: likewise.
+      level: see `bootstrap_intervals`.
+      seed: see `bootstrap_intervals`.
+      tpr: see `bootstrap_intervals`.
 
     Returns:
       `S` times lower and upper ends.

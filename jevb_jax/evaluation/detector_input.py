@@ -31,7 +31,7 @@ def checked_share(name: str, value: Any) -> float:
     """A setting that is a share, as a Python number.
 
     Args:
-      name: of the setting, for the message.
+      name: what the message calls the setting.
       value: one real number in (0, 1). Of fewer bits than Python's it is taken as the decimal number
         that it shows: 0.8 in float32 is a little more, and would ask for one image more.
 
@@ -53,7 +53,7 @@ def real_matrix(
     """`[N, F]` float64 of finite real numbers, for a fit.
 
     Args:
-      name: of the argument, for the message.
+      name: what the message calls the argument.
       values: `[N, F]`, of any real type.
       least: rows that are needed.
       of: what a row is, for the message.

@@ -35,8 +35,8 @@ class Extractors(NamedTuple):
     """Compiled forward passes of an experiment, to be made once for all its encoders.
 
     Attributes:
-      plain: of the un-augmented image.
-      with_terms: of JEVB's views too; `plain` where nothing is to be detected, and of other methods.
+      plain: reads the un-augmented image.
+      with_terms: reads JEVB's views too; `plain` where nothing is to be detected, and of other methods.
     """
 
     plain: FeatureExtractor
@@ -79,7 +79,7 @@ class Evaluation(NamedTuple):
       results: each a name, features (or a score), value and protocol.
       train: features of the training split.
       test: features of the evaluated split, with JEVB's terms if anything is to be detected.
-      probe: of the representation, or None where there is none, as for unlabelled data.
+      probe: fitted to the representation; None for unlabeled data.
       ood: out-of-distribution detection, or None where nothing is to be detected.
       risk_coverage: by score, then by classifier; empty where nothing is to be detected.
     """
@@ -100,7 +100,7 @@ def evaluate_variables(
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
-      extractors: of `make_extractors`.
+      extractors: forward passes, from `make_extractors`.
       has_intervals: whether detection gets intervals.
 
     Returns:
@@ -159,7 +159,7 @@ def evaluate_transfer(
       settings: what is measured, and how.
       extract: the encoder's forward pass.
       variables: parameters and running statistics.
-      dataset: labelled images.
+      dataset: labeled images.
 
     Returns:
       As `evaluate`, without detection: "split", "left_out" and "trained".
@@ -331,13 +331,13 @@ def evaluate(
       experiment: data, networks and settings.
       variables: parameters and running statistics.
       mesh: see `FeatureExtractor`.
-      check_stop: likewise.
+      check_stop: raises where the evaluation is to end.
 
     Returns:
       results: JSON values: "split"; "left_out", see `left_out`; "trained" and "untrained", each a
         list of name, features, value and protocol; "ood", of the trained one: each score against
         each set, the score fixed before and the one chosen on validation images.
-      evaluation: of the trained one, with its arrays.
+      evaluation: the trained encoder's, with its arrays.
 
     Raises:
       ValueError: the data set has no such split, or settings that do not fit it.

@@ -128,8 +128,8 @@ class Evidence(NamedTuple):
       severity: one curve for each corruption.
       most_uncertain: the most uncertain first.
       least_uncertain: the least uncertain first.
-      neighbors: of the first few images.
-      embedding_map: of the first few thousand images.
+      neighbors: training images nearest to the first few images.
+      embedding_map: the first few thousand images in a plane.
       posterior_scale: `[N, D]`, standard deviations of those images.
       prior_scale: standard deviation of the prior.
     """
@@ -289,7 +289,7 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
 
     Args:
       experiment: data and settings.
-      evaluation: of the trained encoder.
+      evaluation: what was found with the trained encoder.
 
     Returns:
       The evidence.

@@ -33,8 +33,8 @@ class Features(NamedTuple):
     Attributes:
       representation: `[N, F]`, of the backbone.
       embedding: `[N, D]`, of the projector.
-      prediction: of the head, see `ViewOutputs`.
-      terms: of JEVB, or None where they were not asked for.
+      prediction: what the head gave, see `ViewOutputs`.
+      terms: JEVB's, or None where they were not asked for.
       labels: `[N]` int64, or None.
     """
 
@@ -51,7 +51,7 @@ class TermsSettings:
 
     Attributes:
       terms_of: `(variables, key, outputs of views [V, N, ...]) -> UncertaintyTerms`.
-      augmentation: of all views but the first, which is the un-augmented image.
+      augmentation: what makes all views but the first, which is the un-augmented image.
       num_views: `V`, at least 1.
       seed: of augmentation and sampling. One draw, that of the key `fold_in(seed's key, 0)`, serves
         all images: what is said of an image depends neither on its place nor on the images beside it,
@@ -89,8 +89,8 @@ class FeatureExtractor:
         Args:
           model: networks.
           image_size: pixels a side of the view, to which `pixels.center_view` brings images.
-          mean: of the normalisation, one value for each channel.
-          std: likewise.
+          mean: what is subtracted, one value for each channel.
+          std: what it is divided by.
           batch_size: images at a time, rounded up to a multiple of the devices.
           terms: how JEVB's terms are computed; None leaves them out.
           mesh: devices to share a batch, of `parallel.make_mesh`; the first of this process by default.
@@ -163,7 +163,7 @@ class FeatureExtractor:
 
         Args:
           variables: parameters and running statistics.
-          source: images, grey ones are repeated to as many channels as the network has.
+          source: images, gray ones are repeated to as many channels as the network has.
 
         Yields:
           features: of `batch_size` images, or fewer where the source is far smaller, whole on the

@@ -233,7 +233,7 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
     Args:
       features: `[M, F]`, in distribution.
       num_clusters: 1 is the paper's choice.
-      seed: of k-means.
+      seed: decides where k-means begins.
 
     Returns:
       A score, features `[N, F]` to `[N]`.
@@ -330,7 +330,7 @@ def fit_residual(
 
     Args:
       features: `[M, F]`, in distribution.
-      num_components: of the principal subspace, below `F`.
+      num_components: dimension of the principal subspace, below `F`.
       origin: `[F]`; the mean by default. ViM takes the point where all logits are equal.
 
     Returns:

@@ -24,7 +24,7 @@ def _vote(
     ks: tuple[int, ...],
     num_classes: int,
 ) -> Array:
-    # Relative to the nearest neighbour: exp(1 / T) overflows float32 once T < 0.012. A difference of
+    # Relative to the nearest neighbor: exp(1 / T) overflows float32 once T < 0.012. A difference of
     # chords is one of cosines with the digits that cosines near 1 do not have.
     weights = jnp.exp((half_squared_chord[:, :1] - half_squared_chord) / temperature)
     rows = jnp.arange(weights.shape[0])
@@ -33,7 +33,7 @@ def _vote(
         label, weight = neighbour
         return votes.at[rows, label].add(weight), None
 
-    # One neighbour at a time: no [M, k, C], one order of summation, every smaller k on the way.
+    # One neighbor at a time: no [M, k, C], one order of summation, every smaller k on the way.
     votes = jnp.zeros([weights.shape[0], num_classes], weights.dtype)
     scores_of_k: dict[int, Array] = {}
     first = 0
@@ -46,11 +46,11 @@ def _vote(
 
 
 class Vote(NamedTuple):
-    """How neighbours choose a class.
+    """How neighbors choose a class.
 
     Attributes:
-      k: neighbours.
-      temperature: of the weights `exp(cosine / temperature)`, positive; None counts all alike.
+      k: neighbors.
+      temperature: votes weigh `exp(cosine / temperature)`; positive, or None: all count alike.
     """
 
     k: int
@@ -74,7 +74,7 @@ def _scores_of_present_classes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The classes that have a row in the bank, `[P]`, rising, and their shares, `[len(votes), M, P]`.
 
-    In float64, so that neighbours vote by their order however near they are; to be called under
+    In float64, so that neighbors vote by their order however near they are; to be called under
     `jax.enable_x64`.
     """
     checked = _checked_votes(votes)
@@ -150,9 +150,9 @@ def knn_class_scores(
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
-    """Share of the votes of the `k` nearest neighbours for each class.
+    """Share of the votes of the `k` nearest neighbors for each class.
 
-    A neighbour votes with weight `exp(cosine / temperature)` (Wu et al. 2018, section 3.4; also
+    A neighbor votes with weight `exp(cosine / temperature)` (Wu et al. 2018, section 3.4; also
     DINO, whose temperature is 0.07), or all votes count alike.
 
     Args:
@@ -160,8 +160,8 @@ def knn_class_scores(
       train_labels: `[N]`.
       test_features: `[M, F]`.
       num_classes: `C`, above every label.
-      k: neighbours, one number or any iterable of them; several cost one search, at the largest.
-      temperature: of the votes, positive; None counts them alike.
+      k: neighbors, one number or any iterable of them; several cost one search, at the largest.
+      temperature: see `Vote`, positive; None counts all votes alike.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
@@ -322,7 +322,7 @@ def knn_accuracies(
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> tuple[float, ...]:
-    """`knn_accuracy` by several kinds of votes, for which the neighbours are searched once.
+    """`knn_accuracy` by several kinds of votes, for which the neighbors are searched once.
 
     Args:
       train_features: see `knn_class_scores`, also for all that follow.
@@ -366,8 +366,8 @@ def knn_protocol(
     """The sentence beside a k-NN accuracy.
 
     Args:
-      k: neighbours.
-      temperature: of the votes; None counts them alike.
+      k: neighbors.
+      temperature: see `Vote`; None counts all votes alike.
       bank: examples that vote.
       evaluated: examples that the accuracy is of.
       features: which features, for example "representation".

@@ -211,7 +211,7 @@ class VirtualLogit(NamedTuple):
     """ViM: the scaled residual as a logit against the others; see `fit_vim`.
 
     Attributes:
-      residual: of features that the logits are linear in.
+      residual: what the principal subspace leaves of the features that the logits are linear in.
       scale: `[]`, `alpha`.
     """
 

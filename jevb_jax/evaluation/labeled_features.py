@@ -101,10 +101,10 @@ def labels_per_class_subset(labels: ArrayLike, *, labels_per_class: int, seed: i
     """Rows of a random subset with the same number of labels for each class.
 
     Args:
-      labels: `[N]` integers, at least 0: leave unlabelled examples out. The classes are those
+      labels: `[N]` integers, at least 0: leave unlabeled examples out. The classes are those
         present.
       labels_per_class: how many of each.
-      seed: of the draw, at least 0; the same seed gives the same rows.
+      seed: decides the draw, at least 0; the same seed gives the same rows.
 
     Returns:
       Rising row numbers, `[labels_per_class * number of classes]` int64.

@@ -38,14 +38,14 @@ from jevb_jax.evaluation.probe_solvers import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-    """Multinomial logistic regression on standardised features, and how its fit ended.
+    """Multinomial logistic regression on standardized features, and how its fit ended.
 
     Attributes:
-      weights: `[F, C]`, for standardised features.
+      weights: `[F, C]`, for standardized features.
       bias: `[C]`.
       feature_mean: `[F]`, of the training features.
       feature_std: `[F]`, of the training features; 1 for a feature that is constant there.
-      gradient_norm: `[]`, of the penalised mean cross-entropy over the training set, at the end.
+      gradient_norm: `[]`, of the penalized mean cross-entropy over the training set, at the end.
       converged: `[]` bool, whether `gradient_norm` came under the tolerance. SGD seldom gets there.
       num_iterations: `[]` int, L-BFGS iterations or SGD steps.
       solver: "lbfgs" or "sgd".
@@ -161,11 +161,11 @@ def fit_linear_probe(
     batch_size: int = 1024,
     seed: int = 0,
 ) -> LinearProbe:
-    """Multinomial logistic regression on standardised features.
+    """Multinomial logistic regression on standardized features.
 
-    Minimises `mean cross-entropy + l2_regularization / 2 * |weights|^2`; the bias is not penalised.
+    Minimizes `mean cross-entropy + l2_regularization / 2 * |weights|^2`; the bias is not penalized.
     That is scikit-learn's `LogisticRegression(C=1 / (N * l2_regularization))`. Features are
-    standardised by the mean and standard deviation of `features`.
+    standardized by the mean and standard deviation of `features`.
 
     Args:
       features: `[N, F]`, on the device as a whole.
@@ -182,9 +182,9 @@ def fit_linear_probe(
       max_iterations: L-BFGS stops there, with `converged` false.
       tolerance: L-BFGS stops at this gradient norm. The objective is then within
         `tolerance^2 / (2 l2_regularization)` of its minimum. In float32, 1e-6 may be out of reach.
-      num_epochs: of SGD, each visiting every example once.
-      batch_size: of SGD.
-      seed: of SGD's order.
+      num_epochs: how often SGD visits every example.
+      batch_size: examples in a step of SGD.
+      seed: decides the order in which SGD visits examples.
 
     Returns:
       `LinearProbe`.
@@ -265,13 +265,13 @@ def probe_accuracy(probe: LinearProbe, features: ArrayLike, labels: ArrayLike) -
 
 
 class GridPoint(NamedTuple):
-    """One regularisation strength tried.
+    """One regularization strength tried.
 
     Attributes:
       l2_regularization: the strength.
       validation_accuracy: in [0, 1].
       converged: whether the fit reached its tolerance.
-      num_iterations: of its fit, from the warm start.
+      num_iterations: how many its fit took, from the warm start.
     """
 
     l2_regularization: float
@@ -281,13 +281,13 @@ class GridPoint(NamedTuple):
 
 
 class ProbeSelection(NamedTuple):
-    """A probe whose regularisation was chosen on a validation split.
+    """A probe whose regularization was chosen on a validation split.
 
     Attributes:
       probe: the chosen one; fitted on the training split, or on both where `refit` was asked for.
       l2_regularization: the chosen strength.
       validation_accuracy: in [0, 1], of the chosen strength fitted on the training split alone. It
-        is optimistic, being the largest of the grid: report test accuracy.
+        is optimiztic, being the largest of the grid: report test accuracy.
       grid: every strength tried, from the strongest to the weakest.
     """
 
@@ -313,7 +313,7 @@ def select_linear_probe(
     batch_size: int = 1024,
     seed: int = 0,
 ) -> ProbeSelection:
-    """Linear probe with the regularisation that classifies a validation split best.
+    """Linear probe with the regularization that classifies a validation split best.
 
     The strengths are fitted from the strongest to the weakest, each from the solution before; the
     problem being convex, that saves time and changes no optimum. On a tie the strongest wins.
@@ -329,11 +329,11 @@ def select_linear_probe(
         labels are counted (`labels_per_class_subset`): it would spend the validation labels as
         well.
       solver: see `fit_linear_probe`, also for all that follow.
-      max_iterations: of L-BFGS.
-      tolerance: of L-BFGS.
-      num_epochs: of SGD.
-      batch_size: of SGD.
-      seed: of SGD.
+      max_iterations: where L-BFGS ends at the latest.
+      tolerance: norm of the gradient at which L-BFGS ends.
+      num_epochs: how often SGD visits every example.
+      batch_size: examples in a step of SGD.
+      seed: decides the order in which SGD visits examples.
 
     Returns:
       `ProbeSelection`.
@@ -430,7 +430,7 @@ def linear_protocol(
       features: which features, for example "representation".
 
     Returns:
-      One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardised
+      One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardized
       features, l2=0.001 of 6 chosen on validation (143), fitted on train split (1,294), evaluated
       on test (360)".
     """

@@ -68,7 +68,7 @@ def fit_training_mixture(
       radial_scale: relative width of the radius, positive; None leaves the radial density out.
       radial_df: its degrees of freedom, positive; needed with `radial_scale` and only then.
       num_queries: training images whose leave-one-out likelihood is taken, at most.
-      seed: of their draw, where there are more; an integer of at least 0.
+      seed: decides which are drawn, where there are more; an integer of at least 0.
 
     Returns:
       A score, embeddings `[M, D]` to `[M]`, nats.
@@ -122,7 +122,7 @@ def choose_bandwidth(
       radial_scale: as for `fit_training_mixture`.
       radial_df: as for `fit_training_mixture`.
       num_queries: images whose likelihood is taken, at most; every image stays a component.
-      seed: of their draw, where there are more.
+      seed: decides which are drawn, where there are more.
 
     Returns:
       `BandwidthChoice`.
@@ -141,7 +141,7 @@ def leave_one_out_log_likelihood(
     """`log 1/(N - 1) sum_(n != own) p(h | n)`, of each row without the component of its own image.
 
     Args:
-      mixture: of at least 2 images.
+      mixture: one of at least 2 images.
       embedding: `[M, D]`, of images of the fit.
       own: `[M]` integers in `[0, N)`, the place of each in the fit.
 

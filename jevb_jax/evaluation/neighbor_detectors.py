@@ -24,7 +24,7 @@ from jevb_jax.paper.scores import never_certain, real_numbers
 
 # A bfloat16 product would reorder images on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-# Neighbours beyond the k-th whose distances are computed again without cancellation.
+# Neighbors beyond the k-th whose distances are computed again without cancellation.
 _NUM_SPARE = 32
 
 
@@ -48,7 +48,7 @@ def _kth_distances(bank: Array, centered: Array, queries: Array, k: int, center:
       bank: `[M, F]`.
       centered: `[M, F + 1]`, of `_centered`.
       queries: `[N, F]`.
-      k: which neighbour.
+      k: which neighbor.
       center: `[F]`, near the bank.
 
     Returns:
@@ -112,7 +112,7 @@ class DirectionNeighbours:
       bank: `[M, F]`, directions.
       center: `[F]`, their mean.
       centered: `[M, F + 1]`, the bank less its center, and less half of its squared length.
-      k: which neighbour.
+      k: which neighbor.
     """
 
     bank: Array
@@ -138,7 +138,7 @@ class WhitenedNeighbours:
       whitening: `[F, F]`.
       bank: `[M, F]`, whitened.
       centered: `[M, F + 1]`, the bank, and less half of its squared length.
-      k: which neighbour.
+      k: which neighbor.
     """
 
     mean: Array

@@ -16,19 +16,19 @@ from jevb_jax.evaluation.labeled_features import (
     result_dtype,
 )
 
-# TF32 or bfloat16 products would reorder neighbours and stall L-BFGS on an accelerator.
+# TF32 or bfloat16 products would reorder neighbors and stall L-BFGS on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 #
-# Neighbours are ordered by half their squared chord, `|u - v|^2 / 2 = 1 - cos`, of the directions `u`
-# and `v`. A product of float32 has an absolute error of 1e-7, so it cannot order neighbours that are
+# Neighbors are ordered by half their squared chord, `|u - v|^2 / 2 = 1 - cos`, of the directions `u`
+# and `v`. A product of float32 has an absolute error of 1e-7, so it cannot order neighbors that are
 # closer together than that: features with a common offset, near duplicates. It therefore only
 # proposes candidates, around the bank's mean direction and each with a bound on its error. They are
 # ordered by differences in float64, and where the bounds do not show that no other row can be among
 # the `k` nearest, the search goes on in float64, and in the end over all rows.
 
-# Candidates beyond k: where neighbours are not crowded, the bounds then settle every query.
+# Candidates beyond k: where neighbors are not crowded, the bounds then settle every query.
 _SPARE_CANDIDATES = 16
 # Numbers (float64) of candidates' rows that are gathered at once: 8 MiB, which a cache holds.
 _RANKED_ELEMENTS = 2**20
@@ -337,8 +337,8 @@ def nearest_neighbours(
     """The `k` rows of a bank with the largest cosine to each query, exact.
 
     The order is that of cosines in float64, whatever features have in common and however near the
-    neighbours are: candidates by a product of float32 around the bank's mean direction, ordered by
-    differences in float64. A query whose candidates are not certain to hold all neighbours is
+    neighbors are: candidates by a product of float32 around the bank's mean direction, ordered by
+    differences in float64. A query whose candidates are not certain to hold all neighbors is
     searched for again in float64, and among rows nearer than that, by differences from every row:
     near duplicates in crowds take longer, up to several times.
 
@@ -348,7 +348,7 @@ def nearest_neighbours(
     Args:
       bank_features: `[N, F]`, of any length. A zero row has cosine zero to everything.
       query_features: `[M, F]`. float64 is not rounded, nor are subnormal numbers.
-      k: neighbours, at most `N`.
+      k: neighbors, at most `N`.
       chunk_size: queries compared at once.
       bank_chunk_size: bank rows compared at once.
 

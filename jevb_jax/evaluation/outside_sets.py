@@ -60,7 +60,7 @@ def corrupted_sets(
 
     Args:
       images: `[N, h, w, c]` uint8.
-      names: of `corruptions.CORRUPTIONS`.
+      names: some of `corruptions.CORRUPTIONS`.
       severities: 1 to 5.
       of: what the images are, for the protocol.
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from jevb_jax import arguments
 
-# TF32 or bfloat16 products would reorder neighbours and stall L-BFGS on an accelerator.
+# TF32 or bfloat16 products would reorder neighbors and stall L-BFGS on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 Solver = Literal["lbfgs", "sgd"]
@@ -138,7 +138,7 @@ def _largest_eigenvalue(key: Array, features: Array, standardise: Standardizatio
     """Of the correlation matrix of the features, by power iteration, `[]`."""
 
     def correlate(_: int, vector: Array) -> Array:
-        # X (v / std) - <mean, v / std> is the standardised product without a standardised copy.
+        # X (v / std) - <mean, v / std> is the standardized product without a standardized copy.
         scaled = vector / standardise.std
         product = _matmul(features, scaled) - jnp.vdot(standardise.mean, scaled)
         back = _matmul(product, features) - jnp.sum(product) * standardise.mean

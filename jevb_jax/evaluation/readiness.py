@@ -21,7 +21,7 @@ def check(experiment: Experiment) -> None:
     """Refuses what the evaluation at the end would refuse; loads each outside set once.
 
     Args:
-      experiment: of `build_experiment`.
+      experiment: what `build_experiment` made.
 
     Raises:
       ValueError: a setting that does not fit the networks or the data, by its name.

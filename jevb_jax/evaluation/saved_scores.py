@@ -45,7 +45,7 @@ def describe(score: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """Takes a fitted score apart.
 
     Args:
-      score: of an entry of `score_table.score_table`, or of a `fit_*` of the detectors.
+      score: what an entry of `score_table.score_table` made, or a `fit_*` of the detectors.
 
     Returns:
       JSON values that name classes, functions and arrays; and those arrays by name.

@@ -58,7 +58,7 @@ class ScoreSettings:
     Attributes:
       knn_k: one score for each.
       ssd_clusters: one score for each.
-      residual_share: of the features, in (0, 1), that the principal subspace spans.
+      residual_share: share of the features, in (0, 1), that the principal subspace spans.
       mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
 
     Raises:
@@ -219,7 +219,7 @@ class TrainingData:
     Attributes:
       features: of in-distribution training images; with `terms` where a score is made of them, with
         labels where it needs labels.
-      probe: of the representation, or None without labels.
+      probe: fitted to the representation; None without labels.
     """
 
     features: Features
@@ -246,7 +246,7 @@ class ScoreEntry:
         embedding's, JEVB), "terms" (JEVB's, of views and samples), "cross_view" (the term between
         views), "concentration" (VI-SimSiam).
       is_fitted: to in-distribution images.
-      needs_labels: of the training images.
+      needs_labels: whether the training images must have labels.
       make: the score; of `TrainingData`, or of None where nothing is fitted.
     """
 
@@ -267,7 +267,7 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
     Args:
       method: its name in the config, such as "jevb".
       settings: neighbors, clusters and the like.
-      num_views: of JEVB's terms.
+      num_views: views an image that JEVB's terms are means over.
 
     Returns:
       By name, `family/score`.
@@ -409,7 +409,7 @@ def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, Score
     """Every score that a run will have, those that degenerate features leave out too.
 
     Args:
-      settings: of the run.
+      settings: what the run asks for.
       has_labels: whether the training images have labels.
 
     Returns:

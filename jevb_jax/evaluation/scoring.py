@@ -40,7 +40,7 @@ def make_scorers(table: dict[str, ScoreEntry], train: TrainingData) -> Scorers:
     """Every score of a table, fitted to training images.
 
     Args:
-      table: of `score_table`, without the scores that `train` has no labels for.
+      table: what `score_table` gives, without the scores that `train` has no labels for.
       train: features of in-distribution training images, with `terms` for JEVB.
 
     Returns:
@@ -74,7 +74,7 @@ def score_images(
       extract: with terms for JEVB.
       variables: parameters and running statistics.
       source: images.
-      scorers: of `make_scorers`.
+      scorers: fitted scores, from `make_scorers`.
 
     Returns:
       `[N]` by the score's name.
@@ -96,8 +96,8 @@ def score_features(
     """Every score of features that are at hand.
 
     Args:
-      features: of `N` images, with terms for JEVB.
-      scorers: of `make_scorers`.
+      features: those of `N` images, with terms for JEVB.
+      scorers: fitted scores, from `make_scorers`.
       batch_size: images at a time.
 
     Returns:

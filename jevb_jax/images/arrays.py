@@ -20,7 +20,7 @@ _DAMAGED_ZIP = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZ
 def digits() -> ArraySource:
     """Returns scikit-learn's 1,797 bundled 8x8 handwritten digits as uint8 `[1797, 8, 8, 1]`.
 
-    Grey levels 0..16 are scaled to 0..255. Source: UCI ML hand-written digits (Alpaydin and Kaynak,
+    Gray levels 0..16 are scaled to 0..255. Source: UCI ML hand-written digits (Alpaydin and Kaynak,
     1998), test part.
     """
     from sklearn.datasets import load_digits

@@ -48,7 +48,7 @@ def sample_crop(
 
     Args:
       key: consumed.
-      height: of the image, pixels.
+      height: pixels of the image.
       width: pixels from left to right.
       scale: range of the share of the image's area.
       ratio: range of width / height.
@@ -113,7 +113,7 @@ def random_resized_crop(
       scale: range of the share of the image's area.
       ratio: range of width / height.
       interpolation: "bilinear" or "bicubic".
-      flip_probability: of mirroring left to right, which is folded into the resize.
+      flip_probability: how often left and right are exchanged, folded into the resize.
 
     Returns:
       `[size, size, c]` float32.
@@ -166,8 +166,8 @@ def color_jitter(
       key: consumed.
       image: `[h, w, c]`; with one channel only brightness and contrast act.
       brightness: factor uniform in `[max(0, 1 - brightness), 1 + brightness]`.
-      contrast: likewise.
-      saturation: likewise.
+      contrast: strength, at least 0.
+      saturation: strength, at least 0.
       hue: shift uniform in `[-hue, hue]`, at most 0.5.
       probability: how often anything changes, in [0, 1].
 
@@ -203,15 +203,15 @@ def color_jitter(
 def _adjust_in_order(
     planes: Array, names: Sequence[Adjustment], factors: Array, order: Array
 ) -> Array:
-    """Adjusts colours in an order known only when it runs.
+    """Adjusts colors in an order known only when it runs.
 
     Under vmap a branch computes all its arms, so the plain way, every adjustment at every position,
     costs 16 of them. But brightness, contrast and saturation are one blend, with black, the mean or the
-    grey image, whatever their order; and hue is turned once, between the blends before and after it.
+    gray image, whatever their order; and hue is turned once, between the blends before and after it.
 
     Args:
       planes: `[c, h, w]`.
-      names: of the adjustments, each once.
+      names: which adjustments, each once.
       factors: `[len(names)]`, of each.
       order: `[len(names)]`, the positions of `names` in the order in which they act.
 
@@ -283,15 +283,15 @@ def random_solarize(
 
 @dataclasses.dataclass(frozen=True)
 class ViewAugmentation:
-    """One augmented view: crop, flip, jitter, grey, blur, solarise, normalise, in this order.
+    """One augmented view: crop, flip, jitter, gray, blur, solarize, normalize, in this order.
 
     The order is that of SimSiam (Chen and He 2021) and BYOL (Grill et al. 2020). An operation whose
     probability or strength is zero is not in the compiled program.
 
     Attributes:
       size: pixels a side of the view.
-      mean: of the normalisation, one value for each channel.
-      std: likewise, positive.
+      mean: what is subtracted, one value for each channel.
+      std: what it is divided by, positive.
       crop_scale: range of the crop's share of the area, within (0, 1].
       crop_ratio: range of the crop's width / height.
       interpolation: "bilinear" or "bicubic", antialiased.
@@ -302,11 +302,11 @@ class ViewAugmentation:
       saturation: strength, at least 0.
       hue: strength, in [0, 0.5].
       grayscale_probability: how often color is removed.
-      blur_probability: of the Gaussian blur.
+      blur_probability: how often the view is blurred.
       blur_sigma: range of its standard deviation, pixels.
       blur_kernel_size: taps, odd; 0 is the odd number nearest a tenth of `size`, at least 3.
       solarize_probability: how often bright values are inverted.
-      solarize_threshold: of [0, 1].
+      solarize_threshold: values above it are inverted, in [0, 1].
 
     Raises:
       ValueError: a value out of its range.
@@ -379,7 +379,7 @@ class ViewAugmentation:
           image: `[h, w, c]` uint8, or float in [0, 1].
 
         Returns:
-          `[size, size, c]` float32, normalised.
+          `[size, size, c]` float32, normalized.
         """
         key_crop, key_jitter, key_gray, key_blur, key_solarize = jax.random.split(key, 5)
         view = random_resized_crop(

@@ -84,13 +84,13 @@ def stream_batches(
         start_step: first step, at least 0.
         num_steps: number of batches, at least 1.
         batch_size: examples per batch.
-        seed: of the order, see `batch_indices`.
+        seed: decides the order, see `batch_indices`.
         num_workers: worker processes; 0 reads in up to 16 threads of this process, which is enough
             where decoding dominates (Pillow lets go of the interpreter lock). The caller's main
             module must be importable without doing its work, as always with processes that are
             spawned: a script needs `if __name__ == "__main__":`.
         prefetch_batches: batches read ahead, by each worker or by this process, at least 1.
-        rows: of every batch, those to read: a process's own share.
+        rows: which of every batch to read: a process's own share.
 
     Returns:
         An iterator of uint8 `[batch_size, H, W, C]`, or as many as `rows` are. Closing it (or its

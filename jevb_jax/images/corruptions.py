@@ -175,7 +175,7 @@ def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.nd
       images: `[N, h, w, c]` uint8, at least one.
       name: one of `CORRUPTIONS`.
       severity: 1 (mild) to 5.
-      seed: of the keys, at least 0; image `i` has `fold_in(key, i)`.
+      seed: makes the keys, at least 0; image `i` has `fold_in(key, i)`.
 
     Returns:
       `[N, h, w, c]` uint8.

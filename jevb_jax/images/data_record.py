@@ -56,7 +56,7 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
     The place of the files does not count, nor their times, nor what reading makes of them.
 
     Args:
-        dataset: of `dataset.load_dataset`.
+        dataset: what `dataset.load_dataset` gave.
 
     Returns:
         JSON values: `sources`, the sets that the parts are taken from, and `parts`, the rows of each.
@@ -81,8 +81,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, a line each, with both values; empty if they agree.
 
     Args:
-        before: of `fingerprint`, when the run started.
-        now: likewise.
+        before: the fingerprint when the run started.
+        now: the fingerprint of today.
 
     Returns:
         The lines.
@@ -231,8 +231,8 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> l
     versions that recorded nothing are recorded now.
 
     Args:
-        workdir: of the run, held by this process.
-        dataset: of the run's config, as it is now.
+        workdir: the run's directory, held by this process.
+        dataset: what the run's config names, as it is now.
         accept_change: go on all the same, with the data as they are now; the record keeps what changed.
 
     Returns:
@@ -277,8 +277,8 @@ def check_evaluation(workdir: Path, dataset: Dataset, *, accept_change: bool) ->
     """Refuses to evaluate a run on other data than those it was trained and validated on.
 
     Args:
-        workdir: of the run; nothing is written.
-        dataset: of the run's config, as it is now.
+        workdir: the run's directory; nothing is written.
+        dataset: what the run's config names, as it is now.
         accept_change: evaluate all the same.
 
     Returns:
@@ -306,8 +306,8 @@ def check_loaded(record: Mapping[str, Any], dataset: Dataset, *, instead: str) -
     """Refuses to fit or calibrate a loaded model on other data than those of its run.
 
     Args:
-        record: of `read`.
-        dataset: of the run's config, as it is now.
+        record: what `read` gave.
+        dataset: what the run's config names, as it is now.
         instead: what to do to go on with other images.
 
     Raises:

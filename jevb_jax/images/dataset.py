@@ -32,7 +32,7 @@ class Dataset(NamedTuple):
     Attributes:
         train: what the encoder is trained on.
         validation: held out of the training images: for every choice that is made.
-        test: for the final numbers only; None where the data are unlabelled and no test images
+        test: for the final numbers only; None where the data are unlabeled and no test images
             were given.
         outside: test images of the classes that were left out of all three, or None.
     """
@@ -70,7 +70,7 @@ def load_dataset(
         source: `digits`, `shapes`, `arrays`, `folder` or `tfds`. For `digits` a stratified 20% are
             the test images.
         train_paths: `.npz` files for `arrays`, one directory for `folder`.
-        test_paths: likewise.
+        test_paths: the same for the test images.
         tfds_name: see `TfdsSource`.
         data_dir: see `TfdsSource`; for `tfds` only.
         train_split: TFDS split of the training images.
@@ -82,7 +82,7 @@ def load_dataset(
             are decoded.
         num_train_examples: how many images remain for training, a stratified choice by
             `split_seed`; 0 for all (`shapes`: 9,000).
-        num_test_examples: likewise for the test images (`shapes`: 2,000).
+        num_test_examples: the same for the test images (`shapes`: 2,000).
         validation_fraction: share of the training images held out, in (0, 1).
         split_seed: non-negative integer.
         inlier_class: the one class to train on (one-class detection): the other classes' test images
@@ -91,7 +91,7 @@ def load_dataset(
 
     Raises:
         ValueError: unknown source, a fraction outside (0, 1) or that leaves a part empty, more
-            examples asked for than there are, labelled data without a test part, a test part that
+            examples asked for than there are, labeled data without a test part, a test part that
             is the training part, or training and test images that differ in size, channels, classes
             or in having labels. Also whatever the source itself raises.
     """
@@ -207,7 +207,7 @@ def load_images(
             its paths start from for `image_list`.
         tfds_name: see `TfdsSource`.
         data_dir: see `TfdsSource`.
-        split: of `tfds`.
+        split: which part of a `tfds` set.
         image_size: side in pixels that images read from files are resized to; 0 keeps them.
         max_image_pixels: pictures in files that have more pixels are refused before they are decoded.
         exclude_labels: classes to leave out, for instance those of the training set.
@@ -215,7 +215,7 @@ def load_images(
         split_seed: non-negative integer.
 
     Raises:
-        ValueError: unknown source, the wrong number of paths, classes to exclude from unlabelled
+        ValueError: unknown source, the wrong number of paths, classes to exclude from unlabeled
             images, nothing left. Also whatever the source itself raises.
     """
     images: ImageSource

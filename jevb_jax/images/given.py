@@ -20,7 +20,7 @@ class GivenImages(NamedTuple):
 
     Attributes:
       stacks: each `[n, h, w, c]`, uint8, or floating point in [0, 1]; `c` is one or the network's.
-      rows: of each stack, `[n]`, the places of its images in the call.
+      rows: for each stack `[n]`, the places of its images in the call.
       is_single: whether the call was for one image without an axis for several.
     """
 
@@ -39,7 +39,7 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
 
     Args:
       images: see `Model`.
-      num_channels: what the network takes; grey images are repeated to it.
+      num_channels: what the network takes; gray images are repeated to it.
       square_size: pixels a side of the square that is cut out of every image, 0 for none. An array's
         are cut by `prepared`, when their turn comes.
 
@@ -78,7 +78,7 @@ def prepared(images: np.ndarray, square_size: int) -> np.ndarray:
 
     Args:
       images: `[n, h, w, c]` of `check_images`.
-      square_size: likewise.
+      square_size: see `Model`.
 
     Returns:
       `[n, h, w, c]`, or the squares that are cut out of it; uint8, or float32 in [0, 1].

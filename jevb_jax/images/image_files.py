@@ -19,7 +19,7 @@ class _FileSource:
 
     Attributes:
         paths: one for each image.
-        names: of the files from the set's own directory on: the same wherever the set lies.
+        names: paths from the set's own directory on: the same wherever the set lies.
         image_size: see `pictures.read`.
     """
 
@@ -80,7 +80,7 @@ class FolderSource(_FileSource):
     Args:
         root: the directory.
         image_size: side of the square images, in pixels: the shorter side is brought to it by
-            Pillow's antialiased bilinear filter, then the centre is cut out. 0 keeps images as they
+            Pillow's antialiased bilinear filter, then the center is cut out. 0 keeps images as they
             are; their headers are then read once, now, to see that they have the same size.
         class_names: the classes of another folder (the training set's), so that labels mean the
             same here. None takes the folder names.
@@ -163,7 +163,7 @@ class ImageListSource(_FileSource):
     """Picture files named, with a label each, by the lines of a text file.
 
     The format of OpenOOD's benchmark lists: `relative/path.png LABEL` a line. A file of which any
-    label is negative, as those of outlier sets are, counts as unlabelled. Pictures become what
+    label is negative, as those of outlier sets are, counts as unlabeled. Pictures become what
     `pictures.read` says; a warning tells of pictures that are named more than once.
 
     Args:

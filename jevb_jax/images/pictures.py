@@ -66,12 +66,12 @@ def read(
 
     Palettes, CMYK and one bit a pixel become the colors that they mean. EXIF's orientation is
     followed. Transparent pixels are laid over white, opaque ones stay as they are, bit for bit. Of
-    several frames or pages the first is read. Of 16 bits per color the upper 8 are kept; grey
+    several frames or pages the first is read. Of 16 bits per color the upper 8 are kept; gray
     pictures of more than 8 bits are refused, for their levels are of no known range.
 
     Args:
         file: its path or content.
-        mode: `RGB`, or `L` for grey.
+        mode: `RGB`, or `L` for gray.
         image_size: side of the square that is cut out of it (`images.preparation`), 0 for none.
         max_pixels: a picture of more is refused before it is decoded. Above Pillow's own limit,
             that is raised to it, for the process.
@@ -95,7 +95,7 @@ def picture_pixels(
     """The pixels of an opened picture, as `read` gives them.
 
     Args:
-        image: of Pillow.
+        image: a Pillow picture.
         mode: see `read`.
         image_size: see `read`.
         max_pixels: the picture's square is computed without the rest, where that would be larger.

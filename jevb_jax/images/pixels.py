@@ -72,7 +72,7 @@ def _resize_weights(
 
     With `count`, that many rows of them from row `first`, and no other is computed.
 
-    The kernel widens when it shrinks the image (antialiasing), and its weights are normalised over the
+    The kernel widens when it shrinks the image (antialiasing), and its weights are normalized over the
     samples of the cut alone, as when Pillow resizes an image that has been cropped before.
     """
     start, length = (jnp.asarray(v, jnp.float32) for v in (start, length))
@@ -291,7 +291,7 @@ def center_view(
     std: Sequence[float],
     interpolation: Interpolation = "bilinear",
 ) -> Array:
-    """The view of evaluation, normalised: nothing is squashed, see `images.preparation`.
+    """The view of evaluation, normalized: nothing is squashed, see `images.preparation`.
 
     An image of another size is resized, antialiased, until its shorter side is `size`, and its center is
     cut out. Of a square image that is the whole.
@@ -299,8 +299,8 @@ def center_view(
     Args:
       image: `[h, w, c]` uint8, or float in [0, 1].
       size: pixels a side.
-      mean: of the normalisation, one value for each channel.
-      std: likewise.
+      mean: what is subtracted, one value for each channel.
+      std: what it is divided by.
       interpolation: "bilinear" or "bicubic".
 
     Returns:

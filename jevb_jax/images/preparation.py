@@ -20,8 +20,8 @@ class SquareCut(NamedTuple):
     """How a square comes out of a picture.
 
     Attributes:
-      height: of the resized picture, pixels.
-      width: likewise.
+      height: pixels of the resized picture.
+      width: pixels of the resized picture.
       top: row of the resized picture at which the square starts.
       left: column, likewise.
     """
@@ -45,7 +45,7 @@ def cut_picture(picture: "Image", size: int, *, max_pixels: int = MAX_PIXELS) ->
     """The square of a picture.
 
     Args:
-      picture: of 8 bits a channel, or of mode F.
+      picture: one with 8 bits a channel, or of mode F.
       size: pixels a side, at least 1.
       max_pixels: of the resized picture. Of a thin picture that would have more, the square alone is
         computed; Pillow keeps its place in single precision, which may move a level by one.

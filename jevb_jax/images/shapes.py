@@ -29,10 +29,10 @@ _SHAPE_CLASSES = tuple(f"{texture} {shape}" for shape in _SHAPE_NAMES for textur
 
 
 def shapes(num_examples: int, *, seed: int, image_size: int = 32) -> ShapesSource:
-    """Draws coloured shapes with a ground truth for the uncertainty of their labels.
+    """Draws colored shapes with a ground truth for the uncertainty of their labels.
 
     Ten classes: disc, square, triangle, ring or cross, each plain or striped. Position, size,
-    rotation, colours, stripes and the background's gradient are nuisances. Every image is the
+    rotation, colors, stripes and the background's gradient are nuisances. Every image is the
     pixelwise mean of two classes drawn with the same nuisances, with weights `1 - ambiguity / 2`
     and `ambiguity / 2`, and its label is one of the two drawn with these probabilities: no
     classifier can know it better than `label_probabilities`. Half the images have ambiguity exactly
@@ -40,7 +40,7 @@ def shapes(num_examples: int, *, seed: int, image_size: int = 32) -> ShapesSourc
     average.
 
     Image `i` is a pure function of `(seed, i)`, whatever `num_examples`. The random bits are the
-    same everywhere; pixels may differ by one grey level between machines whose floating-point
+    same everywhere; pixels may differ by one gray level between machines whose floating-point
     libraries round differently.
 
     Args:
@@ -60,7 +60,7 @@ def shapes(num_examples: int, *, seed: int, image_size: int = 32) -> ShapesSourc
             f"expected num_examples >= 1 and image_size >= 8, got {num_examples} and {image_size}"
         )
     # Whole blocks only, cut to length at the end: an image is always computed at the same place of
-    # an array of the same shape, so that vectorised loops cannot round it differently.
+    # an array of the same shape, so that vectorized loops cannot round it differently.
     block = max(1, 2**18 // image_size**2)
     num_blocks = -(-num_examples // block)
     columns = 21  # uniform numbers an image uses
@@ -95,7 +95,7 @@ def _draw_shapes(
     probabilities[rows, first] = 1 - ambiguity / 2
     probabilities[rows, second] = ambiguity / 2
 
-    # Geometry in pixels around the shape's centre; every shape fits in a circle of this radius.
+    # Geometry in pixels around the shape's center; every shape fits in a circle of this radius.
     radius = image_size * (0.24 + 0.14 * next(u))
     centre_x = radius + (image_size - 2 * radius) * next(u)
     centre_y = radius + (image_size - 2 * radius) * next(u)
@@ -107,7 +107,7 @@ def _draw_shapes(
     cos, sin = _per_image(np.cos(angle)), _per_image(np.sin(angle))
     across, along = cos * x + sin * y, cos * y - sin * x
 
-    # A light shape before a linear gradient of two dark colours, or the negative of that.
+    # A light shape before a linear gradient of two dark colors, or the negative of that.
     colours = [
         _hsv_to_rgb(next(u), 0.5 + 0.5 * next(u), 0.7 + 0.3 * next(u)),
         _hsv_to_rgb(next(u), 0.8 * next(u), 0.4 * next(u)),
@@ -126,7 +126,7 @@ def _draw_shapes(
     )[..., None]
     background = corner_1 * (1 - gradient) + corner_2 * gradient
 
-    # Stripes of the complementary colour; coverage from the distance to the nearest edge.
+    # Stripes of the complementary color; coverage from the distance to the nearest edge.
     wave = np.mod(across / period + _per_image(phase), 1)
     stripe = np.clip(0.5 + (np.abs(wave - 0.5) - 0.25) * period, 0, 1)[..., None]
     striped = plain * (1 - stripe) + (1 - plain) * stripe
@@ -144,8 +144,8 @@ def _draw_shapes(
 def _shape_masks(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Antialiased coverage `[5, block, H, W]` by each shape at coordinates `[block, H, W]`, pixels.
 
-    A pixel whose centre lies `d` outside the edge is covered by `clip(1/2 - d, 0, 1)`: exact for
-    straight edges along the grid, within a few grey levels otherwise.
+    A pixel whose center lies `d` outside the edge is covered by `clip(1/2 - d, 0, 1)`: exact for
+    straight edges along the grid, within a few gray levels otherwise.
     """
     distance = np.sqrt(x * x + y * y)
     abs_x, abs_y = np.abs(x), np.abs(y)

@@ -41,7 +41,7 @@ class ArraySource:
     Attributes:
         images: uint8 `[N, H, W, C]`, N >= 1.
         labels: any integer dtype, `[N]`, non-negative and below `len(class_names)` where names are
-            given; kept as int64. None for unlabelled images.
+            given; kept as int64. None for unlabeled images.
         class_names: one name per class, or None.
         name: what to call the source in messages.
 
@@ -118,7 +118,7 @@ def num_classes(source: ImageSource) -> int:
     """Returns the number of class names, or, without names, the largest label plus one.
 
     Raises:
-        ValueError: the source is unlabelled.
+        ValueError: the source is unlabeled.
     """
     if source.class_names is not None:
         return len(source.class_names)

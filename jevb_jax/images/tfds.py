@@ -31,7 +31,7 @@ class TfdsSource:
         image_size: as for `FolderSource`; needed where the data set's images differ in size.
         max_image_pixels: as for `FolderSource`.
         image_key: the feature with the image.
-        label_key: the feature with the class label; a data set without it is unlabelled.
+        label_key: the feature with the class label; a data set without it is unlabeled.
 
     Raises:
         FileNotFoundError: the data set is not there; the message holds the command that makes it.
@@ -113,7 +113,7 @@ class TfdsSource:
     def labels(self) -> np.ndarray | None:
         """int64 `[N]`, or None.
 
-        None too where every label is -1, TFDS's mark for an unlabelled split. The first use reads
+        None too where every label is -1, TFDS's mark for an unlabeled split. The first use reads
         every record once (but decodes no image): minutes for a set of ImageNet's size.
         """
         return self._all_labels

@@ -76,7 +76,7 @@ def batch_norm(
 
     Args:
       x: `[..., channels]`; the statistics are over all axes but the last.
-      shortcut: of the same shape and type, or None.
+      shortcut: what is added, of the same shape and type, or None.
       scale: `[channels]`.
       bias: `[channels]`.
       epsilon: added to the variance.
@@ -160,7 +160,7 @@ class BatchNorm(nn.Module):
     Attributes:
       momentum: weight of the old running statistics.
       epsilon: added to the variance.
-      dtype: of the computation and the output; statistics and parameters are float32.
+      dtype: type of computation and output; statistics and parameters are float32.
       scale_init: makes the first scales.
       relu: whether the ReLU is applied.
       fused: whether training's backward pass is `batch_norm`'s, in reverse mode alone, or JAX's.

@@ -39,7 +39,7 @@ class DirectionalPrediction(NamedTuple):
     """Distribution of the other view's direction, as its parameters.
 
     Attributes:
-        direction: `[batch, dim]`, float32, not normalised.
+        direction: `[batch, dim]`, float32, not normalized.
         concentration: `[batch]`, float32, positive; low where the network is unsure.
     """
 
@@ -143,7 +143,7 @@ class InferenceNetwork(_Head):
     to the hidden layer waits for the first step.
 
     Attributes (beside `hidden_dim`, `dim`, `dtype`, `bn_momentum` and `bn_epsilon`):
-        initial_scale: value of `posterior_scale` at initialisation.
+        initial_scale: value of `posterior_scale` at initialization.
         min_scale: lower bound of `posterior_scale`, at least 0.
         isotropic: one scale for all features of an image.
         has_likelihood_scale: a third head, made like that of the scale, for a likelihood whose scale
@@ -195,7 +195,7 @@ def head_features(embedding: jax.Array, head_input: HeadInput) -> jax.Array:
 
     The direction is `sqrt(D) h / |h|`, so that its features are of the size of the embedding's. A
     head that sees it alone says the same of `h` and of `10 h`: the radius reaches the radial term
-    and nothing else, as the factorised likelihood promises.
+    and nothing else, as the factorized likelihood promises.
 
     Args:
         embedding: `[batch, D]`.

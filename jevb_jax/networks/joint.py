@@ -28,7 +28,7 @@ class ViewOutputs(NamedTuple):
     """Everything the model says about one batch of views; all float32.
 
     Attributes:
-        representation: `[batch, features]`, the backbone's pooled output, never normalised. Used
+        representation: `[batch, features]`, the backbone's pooled output, never normalized. Used
             for evaluation.
         embedding: `[batch, dim]`, the projector's output. JEVB's likelihood is a density over it.
         prediction: what the head makes of the embedding: a `Posterior`, a vector `[batch, dim]`, a
@@ -70,7 +70,7 @@ class JointEmbeddingModel(nn.Module):
         projector: representations to embeddings.
         head: embeddings to a prediction, or None.
         head_input: what the head sees of the embedding, see `head_features`.
-        initial_radial_scale: value of `radial_scale()` at initialisation, above 1e-3; None for a
+        initial_radial_scale: value of `radial_scale()` at initialization, above 1e-3; None for a
             method without a radial likelihood.
 
     Raises:
@@ -98,7 +98,7 @@ class JointEmbeddingModel(nn.Module):
         """Maps images `[batch, height, width, channels]` to `ViewOutputs`.
 
         Args:
-            images: floating point and normalised.
+            images: floating point and normalized.
             train: whether BatchNorm uses the batch's statistics (pass `mutable=["batch_stats"]` to
                 `apply`) or the running ones, in which case no output depends on the other images of
                 the batch.
@@ -162,11 +162,11 @@ def make_model(
         head_input: see `head_features`; read by "posterior" and "direction". A head that predicts a
             vector sees the embedding, as published.
         head_hidden_dim: width of the head's hidden layer.
-        initial_scale: of a posterior, at initialisation.
+        initial_scale: standard deviation of a posterior at the start.
         min_scale: its lower bound.
         isotropic: one scale for all features of an image's posterior.
         has_likelihood_scale: see `InferenceNetwork`.
-        initial_radial_scale: radial scale at initialisation, with a posterior.
+        initial_radial_scale: radial scale at initialization, with a posterior.
         dtype: compute type, "float32" or "bfloat16".
         zero_init_residual: see `ResidualBlock`; read by the ResNets only.
         batch_norm: "fused" or "plain", see `ResidualBlock.fused_batch_norm`; read by the ResNets and

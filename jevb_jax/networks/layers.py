@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-# He initialisation. Convolutions as torchvision (kaiming_normal, fan_out); MLPs by fan_in, which
+# He initialization. Convolutions as torchvision (kaiming_normal, fan_out); MLPs by fan_in, which
 # keeps the forward variance when hidden widths differ.
 _CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _DENSE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

@@ -17,7 +17,7 @@ class TransformerBlock(nn.Module):
     Attributes:
         num_heads: heads; must divide the input's width.
         mlp_dim: hidden width of the MLP.
-        dtype: compute type; attention weights are normalised in float32.
+        dtype: compute type; attention weights are normalized in float32.
     """
 
     num_heads: int
@@ -118,7 +118,7 @@ class ViT(nn.Module):
                 "resize or crop the images, or choose another patch_size"
             )
         rows, columns = height // size, width // size
-        # A strided convolution written as a matrix product, so that the initialiser sees the fans
+        # A strided convolution written as a matrix product, so that the initializer sees the fans
         # of MoCo v3.
         patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, rows * columns, size * size * channels)

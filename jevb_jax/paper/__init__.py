@@ -1,4 +1,4 @@
-"""The paper on one page: densities, bounds and the neighbours' losses, as functions of arrays.
+"""The paper on one page: densities, bounds and the neighbors' losses, as functions of arrays.
 
 Read in this order: `sphere` (eq. 1 to 3), `densities` (4 to 10, 16 and 33), `likelihood` (11 and 12),
 `objective` (13 to 15 and 34), `baselines` (17 to 21), `mass` (31 and 32). `special` and `domain`

@@ -1,4 +1,4 @@
-"""Losses of five neighbours, as published, in the shape of the objective: named terms and a `loss`.
+"""Losses of five neighbors, as published, in the shape of the objective: named terms and a `loss`.
 
 Stop-gradients are applied here, to targets. Where a method is per example so are its terms, `[batch]`;
 VICReg and Barlow Twins couple the examples of a batch. All is float32 or wider. Equation numbers are
@@ -148,7 +148,7 @@ def simsiam_loss(
     """SimSiam's symmetric negative cosine (docs eq. 17; Chen and He 2021, eq. 1 and 4).
 
     Args:
-      prediction_1: of the predictor on view 1; not normalised.
+      prediction_1: of the predictor on view 1; not normalized.
       prediction_2: on view 2.
       target_1: embedding of view 1; its gradient is stopped.
       target_2: of view 2.
@@ -174,10 +174,10 @@ def byol_loss(
     target_1: Real[ArrayLike, "batch D"],
     target_2: Real[ArrayLike, "batch D"],
 ) -> ByolTerms:
-    """BYOL's normalised squared error, both directions (docs eq. 18; Grill et al. 2020, eq. 2).
+    """BYOL's normalized squared error, both directions (docs eq. 18; Grill et al. 2020, eq. 2).
 
     Args:
-      prediction_1: of the predictor on view 1; not normalised.
+      prediction_1: of the predictor on view 1; not normalized.
       prediction_2: on view 2.
       target_1: the averaged network's embedding of view 1. No gradient is asked of that
         network, but its gradient is stopped here too: the loss is then the same function of any target.
@@ -209,11 +209,11 @@ def vi_simsiam_loss(
     """VI-SimSiam's power spherical log-likelihood (docs eq. 19; Nakamura et al. 2023, arXiv 2203.11437).
 
     Args:
-      direction_1: predicted from view 1, `D >= 2`; normalised here.
+      direction_1: predicted from view 1, `D >= 2`; normalized here.
       concentration_1: at least zero, of that prediction.
       direction_2: predicted from view 2.
       concentration_2: at least zero, of that prediction.
-      target_1: embedding of view 1; normalised here, its gradient stopped.
+      target_1: embedding of view 1; normalized here, its gradient stopped.
       target_2: of view 2.
 
     Returns:
@@ -264,8 +264,8 @@ def vicreg_loss(
       embedding_1: of view 1, `batch >= 2`.
       embedding_2: of view 2. No gradient is stopped.
       invariance_weight: factor of the mean squared difference.
-      variance_weight: of the hinge on standard deviations.
-      covariance_weight: of the off-diagonal covariances.
+      variance_weight: what the hinge on standard deviations counts.
+      covariance_weight: what the off-diagonal covariances count.
       target_std: standard deviation below which the hinge acts.
       epsilon: added to the variance under the root.
 
@@ -309,12 +309,12 @@ def barlow_twins_loss(
 ) -> BarlowTwinsTerms:
     """Barlow Twins (docs eq. 21; Zbontar et al. 2021, arXiv 2103.03230, eq. 1 and 2).
 
-    Each view is normalised over the batch as BatchNorm without scale and bias does it, in two passes.
+    Each view is normalized over the batch as BatchNorm without scale and bias does it, in two passes.
 
     Args:
       embedding_1: of view 1, `batch >= 2`.
       embedding_2: of view 2. No gradient is stopped.
-      redundancy_weight: of the off-diagonal correlations.
+      redundancy_weight: what the off-diagonal correlations count.
       epsilon: added to the variance, BatchNorm's.
 
     Returns:

@@ -258,7 +258,7 @@ def radial_log_prob(
       loc: `rho`, radius of the latent, positive.
       scale: positive: relative width in "log", a length in "linear".
       df: degrees of freedom, positive; `inf` is the Gaussian.
-      space: "log": `log r` is Student-t about `log loc`, exactly normalised on `r > 0`. "linear": `r`
+      space: "log": `log r` is Student-t about `log loc`, exactly normalized on `r > 0`. "linear": `r`
         is Student-t about `loc`; the mass below zero is lost, a sub-density.
 
     Returns:
@@ -289,7 +289,7 @@ def multivariate_student_t_log_prob(
 ) -> Float[Array, "*#batch"]:
     """Log-density in `R^D` of a Student-t with a diagonal scale matrix (docs eq. 16).
 
-    Not a product over features: one heavy tail for the whole vector. The unfactorised likelihood of
+    Not a product over features: one heavy tail for the whole vector. The unfactorized likelihood of
     the ablation.
 
     Args:

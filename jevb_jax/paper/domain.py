@@ -48,7 +48,7 @@ def positive(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float
     """A scale: positive and finite, and no smaller than the smallest normal number.
 
     Args:
-      name: of the argument, for the error.
+      name: what the error calls the argument.
       given: as the caller gave it.
       cast: the same as an array of a float type.
 
@@ -175,7 +175,7 @@ def spread(
     """`value` broadcast to exactly `shape`, which it may not enlarge.
 
     Args:
-      name: of the argument, for the error.
+      name: what the error calls the argument.
       value: the argument as an array.
       shape: what the values are broadcast to.
       meaning: which shapes are meant, for the error.

@@ -105,9 +105,9 @@ class LogLikelihood(NamedTuple):
 
     Attributes:
       directional: `log p_dir(u | m, s)`, divided by the mass if the likelihood is normalized; the
-        whole of an unfactorised likelihood.
-      radial: `log p_rad(r | rho)`; zero if unfactorised.
-      log_mass: `log M(m, s)` (docs eq. 31); zero if unfactorised.
+        whole of an unfactorized likelihood.
+      radial: `log p_rad(r | rho)`; zero if unfactorized.
+      log_mass: `log M(m, s)` (docs eq. 31); zero if unfactorized.
     """
 
     directional: Float[Array, "*batch"]
@@ -164,7 +164,7 @@ def embedding_log_prob(
 ) -> Float[Array, "*#batch"]:
     """`log p(h | z)` as a density in `R^D`, with the polar Jacobian `-(D - 1) log r` (docs eq. 12).
 
-    The training objective leaves the Jacobian out: it is constant in the parameters. An unfactorised
+    The training objective leaves the Jacobian out: it is constant in the parameters. An unfactorized
     likelihood is a density in `R^D` as it is, and has none.
 
     Args:
@@ -208,8 +208,8 @@ def checked_numbers(
     Args:
       likelihood: with the numbers as they were given.
       df: the same number as an array of a float type.
-      radial_df: likewise.
-      radial_scale: likewise.
+      radial_df: the radial term's, cast.
+      radial_scale: cast.
 
     Raises:
       ValueError: a known number that is not positive. Traced ones become NaN.

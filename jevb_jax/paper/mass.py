@@ -11,7 +11,7 @@ can be read without it.
 With equal scales `M` is one integral over the angle, and exact here. With unequal scales the squared
 length `T = |y|^2` is a weighted sum of squares. It is tilted by `exp(-theta T)` to where the
 integrand lies, and there replaced by the multiple of a chi-square that has its mean and variance:
-the sum of the tilt's exact normaliser and of one integral over the angle.
+the sum of the tilt's exact normalizer and of one integral over the angle.
 """
 
 import functools
@@ -171,7 +171,7 @@ def _log_angle_integral(
     analytic in `v`. It is written relative to its peak, so that nothing cancels.
 
     Args:
-      log_width: `[...]`, of `T` under the tilt, for the normaliser.
+      log_width: `[...]`, of `T` under the tilt, for the normalizer.
       rate: `[...]`, `B`: four over the width of `T` with the tilt taken back.
       dof: `[...]`.
       df: `[...]`, of the mixing variable `w`.
@@ -242,8 +242,8 @@ def directional_log_mass(
       scale_diag: positive, in units of the sphere. One number or one feature stands for all.
       loc: unit vectors `m`, `D >= 3`.
       df: degrees of freedom, positive, `inf` for the Gaussian.
-      tails: of the density, see `densities.directional_log_prob`.
-      coordinates: of the density. Stereographic ones fill the sphere: zero.
+      tails: see `densities.directional_log_prob`.
+      coordinates: see there. Stereographic ones fill the sphere: zero.
 
     Returns:
       Nats. Joint tails: at most zero; exact to quadrature where the scales are equal,

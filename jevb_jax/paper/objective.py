@@ -45,15 +45,15 @@ class ElboTerms(NamedTuple):
     """Terms of a bound, one value for each example, nats.
 
     Attributes:
-      directional_log_likelihood: `E_q[log p_dir]`, larger is better; of an unfactorised likelihood
+      directional_log_likelihood: `E_q[log p_dir]`, larger is better; of an unfactorized likelihood
         the whole.
-      radial_log_likelihood: `E_q[log p_rad]`, larger is better; zero if unfactorised.
+      radial_log_likelihood: `E_q[log p_rad]`, larger is better; zero if unfactorized.
       kl: `KL(q || p)`, at least zero.
       radial_weight: weight of the radial term in the training objective.
       kl_weight: weight of the KL in the training objective.
       directional_log_mass: `E_q[log M]`, the mass of the density before any division by it
-        (docs eq. 31). Without a gradient unless the density is normalised. None if unfactorised.
-      predictive_information: see that function. None if unfactorised.
+        (docs eq. 31). Without a gradient unless the density is normalized. None if unfactorized.
+      predictive_information: see that function. None if unfactorized.
     """
 
     directional_log_likelihood: Float[Array, " batch"]
@@ -123,7 +123,7 @@ class ElboSettings(TypedDict, total=False):
 
     Attributes:
       prior_scale: standard deviation of the prior.
-      num_samples: reparameterised draws of `z` averaged over.
+      num_samples: reparameterized draws of `z` averaged over.
       kl_weight: weight of the KL in `weighted_elbo`.
       radial_weight: weight of the radial term in `weighted_elbo`.
       location: where the directional density is centered.
@@ -161,7 +161,7 @@ def conditional_elbo(
       posterior_scale: `sigma`, its standard deviations, positive; also the directional scale.
       likelihood: its numbers are one for all, or one for each example.
       prior_scale: standard deviation of the prior.
-      num_samples: reparameterised draws of `z` averaged over.
+      num_samples: reparameterized draws of `z` averaged over.
       kl_weight: weight of the KL in `weighted_elbo`, at least zero.
       radial_weight: weight of the radial term in `weighted_elbo`, likewise.
       untied_scale: a scale of the likelihood in the latent's units in place of the posterior's; None
@@ -338,7 +338,7 @@ def _in_one_type(
     """All arguments of a bound, checked and in one float type, lest its terms differ in theirs.
 
     Args:
-      name: of the embedding, for errors.
+      name: what errors call the embedding.
       embedding: `h`.
       posterior_mean: `mu`.
       posterior_scale: `sigma`.
@@ -430,8 +430,8 @@ def _over_samples(
     ones are taken as many at once as fit a cache, since a loop of small steps is slow.
 
     Args:
-      terms: of one sample's noise, arrays without the axis `D`.
-      noise: of every sample.
+      terms: a function of one sample's noise; gives arrays without the axis `D`.
+      noise: one draw for each sample.
 
     Returns:
       The terms, with a leading axis for the samples.

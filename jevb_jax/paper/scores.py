@@ -53,7 +53,7 @@ class UncertaintyTerms(NamedTuple):
       radial_log_likelihood: `E_q(z | h)[log p_rad(r | z)]`.
       kl: `KL(q(z | h) || p(z))`.
       posterior_entropy: differential entropy of `q(z | h)`.
-      importance_weighted_bound: of `log p(h)` (docs eq. 15).
+      importance_weighted_bound: a bound of `log p(h)` (docs eq. 15).
       cross_view_log_likelihood: `E_q(z | h_s)[log p(h_t | z)]` over ordered pairs of different
         views; None of a single view.
     """

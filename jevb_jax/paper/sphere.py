@@ -171,7 +171,7 @@ def scaled_tangent_squares(
 
     Returns:
       squares: `(y_i / s_i)^2`.
-      log_volume: `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalises
+      log_volume: `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalizes
         stereographic coordinates on the sphere.
 
     Raises:

@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Keywords of a line that stays apart from its neighbours in black and white.
+    """Keywords of a line that stays apart from its neighbors in black and white.
 
     Args:
       index: number of the line in its axes; the first 32 differ.
@@ -109,9 +109,9 @@ class Drawing(NamedTuple):
     Attributes:
       png: at two pixels for one of the page.
       width: in pixels of the page.
-      height: likewise.
+      height: pixels of the page.
       alt: what is drawn, with its numbers, for who cannot see it.
-      title: of the caption.
+      title: first line of the caption.
       note: the caption goes on with it.
     """
 
@@ -143,8 +143,8 @@ def add_legend(figure: Figure, axis: Axes, *, handlelength: float = 2.6) -> None
 
     Args:
       figure: holds nothing but the axes.
-      axis: with labelled lines or points.
-      handlelength: of the sample of a line, in units of the font's size.
+      axis: with labeled lines or points.
+      handlelength: length of a line's sample, in units of the font's size.
     """
     handles, labels = axis.get_legend_handles_labels()
     width, height = figure.get_size_inches()
@@ -167,7 +167,7 @@ def make_drawing(figure: Figure, alt: str, title: str, note: str = "") -> Drawin
     Args:
       figure: what to draw.
       alt: see `Drawing`.
-      title: of the caption.
+      title: first line of the caption.
       note: the caption goes on with it.
 
     Returns:
@@ -353,7 +353,7 @@ def _class_map(points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
         text = f"other ({len(classes) - len(shown)} classes)"
         axis.scatter(*rest.T, s=4, color="0.88", lw=0, label=text)
     lightness = np.linspace(0, 1, len(shown)) if len(shown) > 1 else np.zeros(1)
-    # Neighbouring classes get shades far apart.
+    # Neighboring classes get shades far apart.
     lightness = np.concatenate([lightness[0::2], lightness[1::2]])
     for index, label in enumerate(shown):
         axis.scatter(

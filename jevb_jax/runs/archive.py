@@ -128,7 +128,7 @@ def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
 
     Args:
       directory: where the model lies.
-      manifest: of `read_manifest`.
+      manifest: what `read_manifest` gave.
       name: which file of it.
 
     Returns:
@@ -157,7 +157,7 @@ def read_arrays(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.nd
 
     Args:
       directory: where the model lies.
-      manifest: of `read_manifest`.
+      manifest: what `read_manifest` gave.
 
     Returns:
       Arrays by name.

@@ -40,7 +40,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where: s
 
     Args:
       saved: anything with shape and dtype, by name.
-      wanted: likewise.
+      wanted: the names, shapes and types that were expected.
       where: what to call the place where `saved` is from.
 
     Returns:

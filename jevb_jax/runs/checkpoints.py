@@ -73,7 +73,7 @@ def saved_steps(directory: Path) -> list[int]:
     """Steps of whole checkpoints, ascending, by the names of a directory alone.
 
     Args:
-      directory: of a `Checkpointer`; may not exist.
+      directory: where a `Checkpointer` saves; may not exist.
 
     Returns:
       The steps.

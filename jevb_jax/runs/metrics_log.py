@@ -226,7 +226,7 @@ def unbroken(
     """Keeps a console whose reader went away from ending the work: it falls silent.
 
     Args:
-      console: of the work; its file is its own again afterwards.
+      console: what the work prints to; its file is its own again afterwards.
       on_closed: told once, with the error, when something could not be written: an OSError, or the
         ValueError of a closed file.
 

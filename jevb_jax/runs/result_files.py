@@ -18,7 +18,7 @@ def rename_results(workdir: Path, suffix: str, new_suffix: str) -> None:
 
     Args:
       workdir: directory of the run, of `files.to_path`.
-      suffix: of the names now: "" is `results.json`.
+      suffix: what the names end with now: "" is `results.json`.
       new_suffix: what the names of the new results end with.
     """
     new = result_files(workdir, new_suffix)
@@ -55,7 +55,7 @@ def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) ->
     """A hash of what results depend on beside the trained encoder.
 
     Args:
-      config: of the run, plain values.
+      config: what the run was trained with, plain values.
       data_changes: accepted changes of its data: results of other data are others.
 
     Returns:

@@ -185,7 +185,7 @@ def run_settings(config: Mapping[str, Any]) -> RunSettings:
     """The settings of a run, refused where a value cannot be meant or values do not fit each other.
 
     Args:
-      config: of `plain`, with the sections of configs/default.py.
+      config: plain values, with the sections of configs/default.py.
 
     Returns:
       The settings.
@@ -225,7 +225,7 @@ def data_section(section: Mapping[str, Any]) -> DataSection:
     """The section `data` of a config, alone.
 
     Args:
-      section: of `plain`, as configs/transfer.py makes it.
+      section: plain values, as configs/transfer.py makes them.
 
     Returns:
       The settings.
@@ -264,7 +264,7 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
     """The settings of a fine-tune.
 
     Args:
-      config: of `plain`, with the sections of configs/finetune_default.py.
+      config: plain values, with the sections of configs/finetune_default.py.
 
     Returns:
       The settings.

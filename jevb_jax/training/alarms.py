@@ -61,9 +61,9 @@ class AlarmPeriod(NamedTuple):
     """A time in which an alarm was raised.
 
     Attributes:
-      step: of the health check that raised it.
+      step: where the health check raised it.
       name: as `Alarm`'s.
-      message: of that check, as `Alarm`'s, and when it cleared.
+      message: what that check said, and when it cleared.
     """
 
     step: int
@@ -178,7 +178,7 @@ def _no_information(values: Mapping[str, float], embedding_dim: int) -> str | No
     )
 
 
-# By the alarm's name: the value without which it is not judged, and the judgement.
+# By the alarm's name: the value without which it is not judged, and the judgment.
 _ALARMS: dict[str, tuple[str, Callable[[Mapping[str, float], int], str | None]]] = {
     "collapse": ("embedding_std", _collapse),
     "posterior_is_prior": ("posterior_kl_per_dimension", _posterior_is_prior),

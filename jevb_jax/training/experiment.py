@@ -31,11 +31,11 @@ class Experiment:
       settings: the same, to be read.
       dataset: train, validation and test sources.
       model: networks.
-      optimizer: of `schedule`.
+      optimizer: with the learning rate of `schedule`.
       schedule: learning rate by step.
-      view_augmentations: of view 1, view 2 and small crops.
+      view_augmentations: what makes view 1, view 2 and small crops.
       method: loss of the views' outputs.
-      jevb_settings: of the objective, used or not.
+      jevb_settings: JEVB's objective, used or not.
       steps_per_epoch: whole batches in the training split.
       num_train_steps: steps of the run.
       earlier: lengths that the run was to have before it was extended.
@@ -176,7 +176,7 @@ def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> Tra
     """The state of a run as shapes and types, without its data.
 
     Args:
-      settings: of the run.
+      settings: what the run asks for.
       view_shape: `(height, width, channels)` of a full view.
 
     Returns:

@@ -62,7 +62,7 @@ def jevb_settings(settings: RunSettings, *, steps_per_epoch: int) -> methods.Jev
     """Settings of the objective, also where another method has no use for them.
 
     Args:
-      settings: of a run.
+      settings: what the run asks for.
       steps_per_epoch: for the warm-up of the KL's weight.
 
     Returns:

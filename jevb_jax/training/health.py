@@ -69,13 +69,13 @@ def embedding_std(embedding: ArrayLike) -> Array:
 
 
 def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
+    """Exponential of the entropy of the normalized singular values (Roy and Vetterli 2007).
 
     `exp(-sum_i p_i log p_i)` with `p_i = sigma_i / sum_j sigma_j`. With `centered=False` it is
     RankMe (Garrido et al. 2023, eq. 1) without the paper's 1e-7 added to `p`.
 
     Singular values below the rounding error of `embedding` itself count as zero. Otherwise a
-    constant embedding, which leaves only rounding noise once centred, would be reported as of full
+    constant embedding, which leaves only rounding noise once centered, would be reported as of full
     rank.
 
     Args:
@@ -179,7 +179,7 @@ def share_at_floor(scale: ArrayLike, *, min_scale: float) -> Array:
     """Share of scales that are `FLOOR_MARGIN * min_scale` or less.
 
     Args:
-      scale: of any shape, positive.
+      scale: positive, any shape.
       min_scale: the floor, `model.min_scale`.
 
     Returns:

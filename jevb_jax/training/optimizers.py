@@ -183,7 +183,7 @@ def make_optimizer(
     Args:
       name: "sgd", "lars", "larc" or "adamw".
       schedule: learning rate by step.
-      momentum: of sgd, lars and larc.
+      momentum: read by sgd, lars and larc.
       weight_decay: masked by `decayed`; coupled (in the gradient) in all but adamw.
       trust_coefficient: step over weights, in norms; lars and larc alone use it.
       bias_rate_factor: learning rate of what is not `decayed` (biases, BatchNorm, scalars) over that

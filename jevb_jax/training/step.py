@@ -63,8 +63,8 @@ def init_state(
       model: networks.
       optimizer: as given to `train_step`.
       view_shape: `(height, width, channels)` of a view.
-      ema_decay: of the parameters' average; 0 is off.
-      target_decay: of the target network; 0 is no such network.
+      ema_decay: what the parameters' average keeps at a step; 0 is off.
+      target_decay: what the target network keeps at a step; 0 is no such network.
 
     Returns:
       The state.
@@ -85,14 +85,14 @@ def compiled_init(
 ) -> Callable[[Array], TrainState]:
     """`init_state` as a function of the key that compiles once.
 
-    One program: operation by operation, initialising a ResNet takes many times longer.
+    One program: operation by operation, initializing a ResNet takes many times longer.
 
     Args:
       model: as for `init_state`.
-      optimizer: likewise.
-      view_shape: likewise.
-      ema_decay: likewise.
-      target_decay: likewise.
+      optimizer: see `init_state`.
+      view_shape: see `init_state`.
+      ema_decay: see `init_state`.
+      target_decay: see `init_state`.
 
     Returns:
       From a key to the state before the first step.
@@ -129,13 +129,13 @@ def apply_views(
     train: bool,
     bn_group_size: int = 0,
 ) -> tuple[list[ViewOutputs], Any]:
-    """Runs each view through the networks in turn: BatchNorm normalises a view by itself.
+    """Runs each view through the networks in turn: BatchNorm normalizes a view by itself.
 
     Args:
       model: networks.
       params: parameters.
       batch_stats: running statistics.
-      views: each `[batch, h, w, c]`, normalised.
+      views: each `[batch, h, w, c]`, normalized.
       train: batch statistics (and their running update) or running ones.
       bn_group_size: consecutive examples that BatchNorm takes together in training; 0 is all. Running
         statistics take in the average of the groups' means and of their variances.
@@ -205,12 +205,12 @@ def train_step(
       key: the run's key; the step folds in its own number.
       model: networks.
       optimizer: as in `init_state`.
-      view_augmentations: of view 1, view 2 and, optionally, small crops.
+      view_augmentations: what makes view 1, view 2 and, where there are any, small crops.
       method: see `jevb_jax.methods`.
       num_micro_batches: equal parts whose gradients are averaged; it divides the batch. BatchNorm sees
         one part at a time.
       bn_group_size: examples that BatchNorm takes together, see `apply_views`; 0 is all of a part.
-      ema_decay: of the parameters' average, if the state has one.
+      ema_decay: what the parameters' average keeps, if the state has one.
       target_decay: step -> decay of the target network, if the state has one.
       use_batch_statistics: False freezes BatchNorm at its running statistics.
 
@@ -337,7 +337,7 @@ def state_shardings(state: TrainState, mesh: Mesh, *, shard_optimizer_state: boo
 
     Args:
       state: arrays or shapes.
-      mesh: of `parallel.make_mesh`.
+      mesh: the devices, from `parallel.make_mesh`.
       shard_optimizer_state: whether each device keeps only its part of the optimizer's state.
 
     Returns:
@@ -366,7 +366,7 @@ def make_train_chunk(
       step_fn: `(state, images, key) -> (state, metrics)`.
       donate: reuse the memory of the state that is passed in.
       mesh: cut every batch over it; None for one device.
-      shardings: of the state, with a mesh.
+      shardings: how the state lies over the devices of a mesh.
 
     Returns:
       `chunk(state, images [N, h, w, c], indices [K, batch], num_steps, key) -> ChunkResult`, which runs
