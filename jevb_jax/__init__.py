@@ -29,8 +29,9 @@ from jevb_jax.paper.objective import (
 from jevb_jax.paper.sphere import polar_decomposition
 
 if TYPE_CHECKING:
+    from jevb_jax.detector import Detector
     from jevb_jax.loading import load, load_detector
-    from jevb_jax.model import Detector, Model
+    from jevb_jax.model import Model
     from jevb_jax.paper.distrax_faces import (
         PowerSpherical,
         SphericalStudentT,
@@ -71,7 +72,6 @@ __all__ = [
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
-_MODEL_NAMES = ("Detector", "Model")
 _LOADING_NAMES = ("load", "load_detector")
 
 
@@ -80,10 +80,14 @@ def __getattr__(name: str) -> object:
         from jevb_jax.paper import distrax_faces
 
         return getattr(distrax_faces, name)
-    if name in _MODEL_NAMES:
-        from jevb_jax import model
+    if name == "Model":
+        from jevb_jax.model import Model
 
-        return getattr(model, name)
+        return Model
+    if name == "Detector":
+        from jevb_jax.detector import Detector
+
+        return Detector
     if name in _LOADING_NAMES:
         from jevb_jax import loading
 

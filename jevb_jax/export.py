@@ -34,9 +34,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jevb_jax import messages
+from jevb_jax.detector import write_model
 from jevb_jax.images import pixels
 from jevb_jax.loading import load
-from jevb_jax.model import Model, write_model
+from jevb_jax.model import Model
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.metrics_log import standard_output, unbroken

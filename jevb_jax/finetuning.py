@@ -18,7 +18,8 @@ from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import loading, messages, model
+from jevb_jax import loading, messages
+from jevb_jax.detector import write_model
 from jevb_jax.images import augmentations, batch_order, batches, workers
 from jevb_jax.images import source as source_module
 from jevb_jax.images.augmentations import ViewAugmentation
@@ -174,7 +175,7 @@ def finetune(
         classifier, accuracies = _train(settings, encoder, dataset, console)
         results = _results(settings, dataset, classifier, accuracies)
         check_held()
-        model.write_model(
+        write_model(
             classifier.model,
             path,
             manifest={"finetuned": config},

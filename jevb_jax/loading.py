@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
+from jevb_jax.detector import DETECTOR, Detector
 from jevb_jax.evaluation import saved_scores
 from jevb_jax.images import data_record
-from jevb_jax.model import DETECTOR, Detector, Model, whole_number
+from jevb_jax.model import Model, whole_number
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names

@@ -4,35 +4,27 @@ No file holds a pickle. A model, and a detector of it, can be pickled by those w
 processes.
 """
 
-import dataclasses
 import functools
 import operator
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeVar
 
 import jax
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from rich.console import Console
-from rich.progress import Progress
-from safetensors import numpy as safetensors
 
 from jevb_jax import methods
-from jevb_jax.evaluation import conformal, detection, detector_input, saved_scores, score_table
+from jevb_jax.detector import Detector
+from jevb_jax.evaluation import conformal, detection, detector_input, score_table
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingData
+from jevb_jax.forward import ForwardPass
 from jevb_jax.images import data_record
 from jevb_jax.images.dataset import Dataset, load_dataset
-from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
-from jevb_jax.images.preparation import cut_square
+from jevb_jax.images.given import GivenImages
 from jevb_jax.images.source import Subset
 from jevb_jax.networks.heads import Posterior
-from jevb_jax.runs import archive, files
-from jevb_jax.runs.array_names import flatten_names
 from jevb_jax.settings import read
 from jevb_jax.training import from_settings
 from jevb_jax.xla_options import in_single_precision
@@ -47,8 +39,6 @@ else:  # without Pillow, which only those who give pictures need
 
 
 _T = TypeVar("_T")
-_PROGRESS_AFTER_SECONDS = 3.0
-DETECTOR = "detector.safetensors"
 
 
 class GaussianPosterior(NamedTuple):
@@ -131,21 +121,22 @@ class Model:
         self.settings = read.saved_settings(config)
         self.step = whole_number("step", step)
         self.network = from_settings.make_network(self.settings)
-        self._view = from_settings.view_augmentations(self.settings.augmentation)[0]
-        self.image_size = self._view.size
-        self.num_channels = len(self._view.mean)
         self.square_size = whole_number(
             "square_size", self.settings.data.image_size if square_size is None else square_size
         )
-        self._batch_size = whole_number(
-            "batch_size", self.settings.evaluation.batch_size if batch_size is None else batch_size
-        )
-        if self._batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self._batch_size}")
         if self.square_size < 0:
             raise ValueError(f"square_size must be at least 0, got {self.square_size}")
+        size = whole_number(
+            "batch_size", self.settings.evaluation.batch_size if batch_size is None else batch_size
+        )
+        if size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {size}")
+        self._forward = ForwardPass(
+            self.network, self.settings, square_size=self.square_size, batch_size=size
+        )
+        self.image_size = self._forward.view.size
+        self.num_channels = len(self._forward.view.mean)
         self.variables = jax.device_put(variables, jax.local_devices()[0])
-        self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
         self._training_data: dict[bool, TrainingData] = {}
         self._scorers: dict[str, ScoreFunction] = {}
         self._dataset: Dataset | None = None
@@ -153,7 +144,7 @@ class Model:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Neither devices nor compiled programs travel.
-        state = self.config, jax.device_get(self.variables), self.step, self._batch_size
+        state = self.config, jax.device_get(self.variables), self.step, self._forward.batch_size
         return _model_again, (*state, self.square_size, self.recorded_data)
 
     def __repr__(self) -> str:
@@ -189,18 +180,24 @@ class Model:
             self.config,
             variables,
             step=self.step,
-            batch_size=self._batch_size,
+            batch_size=self._forward.batch_size,
             square_size=square_size,
             recorded_data=self.recorded_data,
         )
-        other._extractors = self._extractors
+        other._forward = ForwardPass(
+            other.network,
+            other.settings,
+            square_size=other.square_size,
+            batch_size=self._forward.batch_size,
+            compiled=self._forward,
+        )
         return other
 
     @property
     @in_single_precision
     def extractor(self) -> FeatureExtractor:
         """All plain features of a source at once, in batches of `batch_size`; see its class."""
-        return self._extractor(self._batch_size, False)
+        return self._forward.extractor(self._forward.batch_size, has_terms=False)
 
     @in_single_precision
     def embed(self, images: Images) -> np.ndarray:
@@ -273,7 +270,7 @@ class Model:
             be loaded; and as the class.
         """
         name = self._checked_score(score)
-        checked = self._checked_images(images)  # before a fit that may take long
+        checked = self._forward.checked(images)  # before a fit that may take long
         scorer = self._scorer(name, fit_images)
         return self._score_checked(checked, name, scorer)
 
@@ -290,7 +287,7 @@ class Model:
         *,
         fit_images: Images | None = None,
         calibration_images: Images | None = None,
-    ) -> "Detector":
+    ) -> Detector:
         """A detector of strange images, with a threshold by split conformal prediction.
 
         The score is fitted to training images and its threshold set on validation images, which it
@@ -319,13 +316,15 @@ class Model:
             needed = "fit_images= and calibration_images" if also_fitted else "calibration_images"
             source = self._data(needed).validation
         else:
-            checked = self._checked_images(calibration_images)
+            checked = self._forward.checked(calibration_images)
         # What cannot have a threshold is known before the fit.
         count = len(source) if checked is None else checked.num_images
         conformal.conformal_threshold(np.zeros(count), rate)
         scorer = self._scorer(name, fit_images)
         if checked is None:
-            extract = self._extractor(self._batch_size, self._score_entries[name].needs_terms)
+            extract = self._forward.extractor(
+                self._forward.batch_size, has_terms=self._score_entries[name].needs_terms
+            )
             parts = [
                 np.asarray(_apply(scorer, features))[mask]
                 for features, mask in extract.stream(self.variables, source)
@@ -361,16 +360,18 @@ class Model:
             return entry.make(None)
         has_terms = entry.needs_terms
         if fit_images is not None:
-            images = self._checked_images(fit_images)
+            images = self._forward.checked(fit_images)
             if images.is_single:
                 raise ValueError("fit_images must be [N, h, w, c], got one image")
-            features = self._run(images, lambda features: features, has_terms)
+            features = self._forward.of(
+                self.variables, images, lambda features: features, has_terms=has_terms
+            )
             return entry.make(TrainingData(features))
         if name not in self._scorers:
             if has_terms not in self._training_data:
                 train = self._data("fit_images").train
                 rows = detection.fit_rows(len(train), self.settings.ood.max_fit_images)
-                extract = self._extractor(self._batch_size, has_terms)
+                extract = self._forward.extractor(self._forward.batch_size, has_terms=has_terms)
                 self._training_data[has_terms] = TrainingData(
                     extract(self.variables, Subset(train, rows))
                 )
@@ -395,34 +396,22 @@ class Model:
 
     # --- Images ---
 
-    def _checked_images(self, images: Images) -> GivenImages:
-        return check_images(images, num_channels=self.num_channels, square_size=self.square_size)
-
-    def _extractor(self, batch_size: int, has_terms: bool) -> FeatureExtractor:
-        """The forward pass of a size of batch, compiled on first use."""
-        key = batch_size, has_terms
-        if key not in self._extractors:
-            terms = None
-            if has_terms:
-                terms = detection.jevb_terms_settings(
-                    self.network,
-                    from_settings.jevb_settings(self.settings, steps_per_epoch=0),
-                    self.settings.ood,
-                    augmentation=self._view,
-                )
-            self._extractors[key] = FeatureExtractor(
-                self.network,
-                image_size=self.image_size,
-                mean=self._view.mean,
-                std=self._view.std,
-                batch_size=batch_size,
-                terms=terms,
-            )
-        return self._extractors[key]
-
     def _map(self, images: Images, output: Callable[[Features], Any]) -> Any:
-        """`output` of the plain features of every image, on the host."""
-        return self._map_checked(self._checked_images(images), output, has_terms=False)
+        """`output` of the plain features of every image."""
+        return self._map_checked(self._forward.checked(images), output, has_terms=False)
+
+    def scores_of(self, images: Images, name: str, scorer: ScoreFunction) -> np.ndarray:
+        """A fitted score of images, as a `Detector` asks for it.
+
+        Args:
+          images: see the class.
+          name: which score it is.
+          scorer: the score, fitted.
+
+        Returns:
+          `[N]` float32, or `[]` of one image.
+        """
+        return self._score_checked(self._forward.checked(images), name, scorer)
 
     def _score_checked(self, images: GivenImages, name: str, scorer: ScoreFunction) -> np.ndarray:
         def scores(features: Features) -> Array:
@@ -433,65 +422,8 @@ class Model:
     def _map_checked(
         self, images: GivenImages, output: Callable[[Features], Any], *, has_terms: bool
     ) -> Any:
-        whole = self._run(images, output, has_terms)
+        whole = self._forward.of(self.variables, images, output, has_terms=has_terms)
         return jax.tree.map(lambda x: x[0], whole) if images.is_single else whole
-
-    def _run(self, images: GivenImages, output: Callable[[Features], _T], has_terms: bool) -> _T:
-        if len(images.stacks) > 1 and not has_terms:
-            return self._run_views(images, output)
-        # Augmented views are cut out of an image as it is, and so every size has a program of its own.
-        parts = [
-            self._run_batches(
-                lambda start, stop, stack=stack: prepared(stack[start:stop], self.square_size),
-                len(stack),
-                output,
-                has_terms,
-            )
-            for stack in images.stacks
-        ]
-        return in_order(parts, images.rows, jax.tree.map)
-
-    def _run_views(self, images: GivenImages, output: Callable[[Features], _T]) -> _T:
-        """Images of many sizes, brought to the view's on the host: one program for all."""
-        places = np.argsort(np.concatenate(images.rows))
-        flat = [image for stack in images.stacks for image in stack]
-
-        def batch(start: int, stop: int) -> np.ndarray:
-            views = []
-            for place in places[start:stop]:
-                image = prepared(flat[place][None], self.square_size)[0]
-                if image.dtype == np.uint8:
-                    image = image.astype(np.float32) / 255
-                image = np.broadcast_to(image, (*image.shape[:2], self.num_channels))
-                views.append(cut_square(image, self.image_size))
-            return np.stack(views)
-
-        return self._run_batches(batch, len(flat), output, False)
-
-    def _run_batches(
-        self,
-        batch_of: Callable[[int, int], np.ndarray],
-        count: int,
-        output: Callable[[Features], _T],
-        has_terms: bool,
-    ) -> _T:
-        size = min(self._batch_size, 1 << (count - 1).bit_length())
-        extract = self._extractor(size, has_terms)
-
-        def outputs() -> Iterator[tuple[_T, int]]:
-            for first in range(0, count, size):
-                batch = batch_of(first, min(first + size, count))
-                missing = size - len(batch)
-                if missing:
-                    batch = np.concatenate(
-                        [batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)]
-                    )
-                yield output(extract.of_batch(self.variables, batch)), size - missing
-
-        parts: list[Any] = []
-        for part, rows in _with_progress(_one_ahead(outputs()), total=-(-count // size)):
-            parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], jax.device_get(part)))
-        return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
 def _model_again(
@@ -525,142 +457,6 @@ def whole_number(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Detector:
-    """Says which images are out of distribution; of `Model.detector`.
-
-    It can be pickled, and saved without a pickle: `save` and `jevb_jax.load_detector`.
-
-    Attributes:
-      model: whose features are scored.
-      scorer: the fitted score, a function of features.
-      score_name: which score it is, such as "jevb/kl".
-      false_alarm_rate: the share of in-distribution images that may be called strange.
-      threshold: scores above it are alarms.
-    """
-
-    model: Model
-    scorer: ScoreFunction
-    score_name: str
-    false_alarm_rate: float
-    threshold: float
-
-    @in_single_precision
-    def score(self, images: Images) -> np.ndarray:
-        """How strange images are.
-
-        Args:
-          images: see `Model`.
-
-        Returns:
-          `[N]`, or `[]` of one image; larger is stranger.
-        """
-        checked = self.model._checked_images(images)
-        return self.model._score_checked(checked, self.score_name, self.scorer)
-
-    def is_outside(self, images: Images) -> np.ndarray:
-        """Which images are called out of distribution.
-
-        Args:
-          images: see `Model`.
-
-        Returns:
-          bool `[N]`, or `[]` of one image. A score that is not a finite number is an alarm.
-        """
-        return conformal.exceeds(self.score(images), self.threshold)
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the detector with its model, for `load_detector`.
-
-        The archive form of an export, with `detector.safetensors` beside the weights. `jevb_jax.load`
-        reads the model alone from it.
-
-        Args:
-          directory: here or in an object store; made if it does not exist; an older detector in it is
-            replaced.
-
-        Raises:
-          ValueError: a directory that holds a run, an export or a classifier.
-          TypeError: a score that is not one of `Model.score_names`.
-        """
-        target = files.to_path(directory)
-        archive.check_free(target, kind="detector")
-        description, arrays = saved_scores.describe(self.scorer)
-        arrays["threshold"] = np.asarray(self.threshold, np.float64)
-        write_model(
-            self.model,
-            target,
-            manifest={
-                "detector": {
-                    "score": self.score_name,
-                    "false_alarm_rate": self.false_alarm_rate,
-                    "scorer": description,
-                }
-            },
-            extra_files={DETECTOR: safetensors.save(arrays)},
-        )
-
-
 @jax.jit
 def _apply(score: Callable[[Features], Array], features: Features) -> Array:
     return score(features)
-
-
-def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Starts an item before the one before it is fetched, so that device and host work at once."""
-    iterator = iter(items)
-    waiting = next(iterator)
-    for item in iterator:
-        yield waiting
-        waiting = item
-    yield waiting
-
-
-def _with_progress(
-    batches: Iterable[_T], *, total: int, console: Console | None = None
-) -> Iterator[_T]:
-    """The batches, with a bar on a terminal from the time when they have taken a few seconds."""
-    console = console or Console(stderr=True)
-    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
-    start = time.monotonic()
-    task = None
-    try:
-        for done, batch in enumerate(batches):
-            if task is None and time.monotonic() - start > _PROGRESS_AFTER_SECONDS:
-                progress.start()
-                task = progress.add_task("images", total=total)
-            if task is not None:
-                progress.update(task, completed=done)
-            yield batch
-    finally:
-        progress.stop()
-
-
-def write_model(
-    model: Model,
-    directory: Path,
-    *,
-    manifest: Mapping[str, Any],
-    extra_files: Mapping[str, bytes],
-) -> None:
-    """Writes the archive form of a model, which `load` reads.
-
-    Args:
-      model: to be written.
-      directory: see `archive.write_archive`.
-      manifest: what else it says.
-      extra_files: contents of further files by name.
-    """
-    variables = flatten_names(jax.device_get(model.variables))
-    archive.write_archive(
-        directory,
-        arrays={name: np.asarray(leaf) for name, leaf in variables.items()},
-        manifest={
-            "config": model.config,
-            "step": model.step,
-            "square_size": model.square_size,
-            "recorded_data": model.recorded_data,
-            **manifest,
-        },
-        extra_files=extra_files,
-    )

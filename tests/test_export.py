@@ -9,9 +9,10 @@ import pytest
 
 from configs import digits as digits_config
 from jevb_jax import export, loading
+from jevb_jax.detector import write_model
 from jevb_jax.images.arrays import digits
 from jevb_jax.loading import load
-from jevb_jax.model import Model, write_model
+from jevb_jax.model import Model
 from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.settings import read

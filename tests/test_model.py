@@ -23,11 +23,13 @@ from rich.console import Console
 import jevb_jax
 from configs import smoke
 from jevb_jax import export as export_module
-from jevb_jax import loading
+from jevb_jax import forward, loading
 from jevb_jax import model as model_module
+from jevb_jax.detector import Detector, write_model
 from jevb_jax.evaluation import detection_metrics, features, knn, saved_scores, score_table
 from jevb_jax.evaluation.gaussian_detectors import Gaussians
 from jevb_jax.evaluation.score_table import OfFeature, ScoreSettings, TrainingData
+from jevb_jax.forward import _with_progress
 from jevb_jax.images import corruptions, pixels
 from jevb_jax.images.batches import load_resident
 from jevb_jax.images.dataset import load_dataset
@@ -35,7 +37,7 @@ from jevb_jax.images.given import check_images
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, num_classes
 from jevb_jax.loading import load, load_detector
-from jevb_jax.model import Detector, Model, _with_progress, write_model
+from jevb_jax.model import Model
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper.scores import UncertaintyTerms
@@ -405,14 +407,14 @@ def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
 
     settings = features.TermsSettings(
         terms_of=draw,
-        augmentation=model._view,
+        augmentation=model._forward.view,
         num_views=1,
     )
     extract = features.FeatureExtractor(
         model.network,
         image_size=16,
-        mean=model._view.mean,
-        std=model._view.std,
+        mean=model._forward.view.mean,
+        std=model._forward.view.std,
         batch_size=8,
         terms=settings,
     )
@@ -648,7 +650,7 @@ def test_a_bar_appears_when_it_takes_long(monkeypatch):
     batches = list(_with_progress(iter("abc"), total=3, console=console))
     assert batches == ["a", "b", "c"]
     assert "images" not in shown.getvalue()
-    monkeypatch.setattr(model_module, "_PROGRESS_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(forward, "_PROGRESS_AFTER_SECONDS", -1.0)
     assert list(_with_progress(iter("abc"), total=3, console=console)) == [*"abc"]
     assert "images" in shown.getvalue()
 

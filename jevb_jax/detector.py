@@ -1,0 +1,134 @@
+"""A detector of strange images, and how a model is written to a directory."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from safetensors import numpy as safetensors
+
+from jevb_jax.evaluation import conformal, saved_scores
+from jevb_jax.evaluation.score_table import ScoreFunction
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.array_names import flatten_names
+from jevb_jax.xla_options import in_single_precision
+
+DETECTOR = "detector.safetensors"
+
+
+class WrittenModel(Protocol):
+    """What of a `Model` is written."""
+
+    config: dict[str, Any]
+    variables: Any
+    step: int
+    square_size: int
+    recorded_data: Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """Says which images are out of distribution; of `Model.detector`.
+
+    It can be pickled, and saved without a pickle: `save` and `jevb_jax.load_detector`.
+
+    Attributes:
+      model: the `Model` whose features are scored.
+      scorer: the fitted score, a function of features.
+      score_name: which score it is, such as "jevb/kl".
+      false_alarm_rate: the share of in-distribution images that may be called strange.
+      threshold: scores above it are alarms.
+    """
+
+    model: Any
+    scorer: ScoreFunction
+    score_name: str
+    false_alarm_rate: float
+    threshold: float
+
+    @in_single_precision
+    def score(self, images: Any) -> np.ndarray:
+        """How strange images are.
+
+        Args:
+          images: see `Model`.
+
+        Returns:
+          `[N]`, or `[]` of one image; larger is stranger.
+        """
+        return self.model.scores_of(images, self.score_name, self.scorer)
+
+    def is_outside(self, images: Any) -> np.ndarray:
+        """Which images are called out of distribution.
+
+        Args:
+          images: see `Model`.
+
+        Returns:
+          bool `[N]`, or `[]` of one image. A score that is not a finite number is an alarm.
+        """
+        return conformal.exceeds(self.score(images), self.threshold)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the detector with its model, for `load_detector`.
+
+        The archive form of an export, with `detector.safetensors` beside the weights. `jevb_jax.load`
+        reads the model alone from it.
+
+        Args:
+          directory: here or in an object store; made if it does not exist; an older detector in it is
+            replaced.
+
+        Raises:
+          ValueError: a directory that holds a run, an export or a classifier.
+          TypeError: a score that is not one of `Model.score_names`.
+        """
+        target = files.to_path(directory)
+        archive.check_free(target, kind="detector")
+        description, arrays = saved_scores.describe(self.scorer)
+        arrays["threshold"] = np.asarray(self.threshold, np.float64)
+        write_model(
+            self.model,
+            target,
+            manifest={
+                "detector": {
+                    "score": self.score_name,
+                    "false_alarm_rate": self.false_alarm_rate,
+                    "scorer": description,
+                }
+            },
+            extra_files={DETECTOR: safetensors.save(arrays)},
+        )
+
+
+def write_model(
+    model: WrittenModel,
+    directory: Path,
+    *,
+    manifest: Mapping[str, Any],
+    extra_files: Mapping[str, bytes],
+) -> None:
+    """Writes the archive form of a model, which `load` reads.
+
+    Args:
+      model: to be written.
+      directory: see `archive.write_archive`.
+      manifest: what else it says.
+      extra_files: contents of further files by name.
+    """
+    variables = flatten_names(jax.device_get(model.variables))
+    archive.write_archive(
+        directory,
+        arrays={name: np.asarray(leaf) for name, leaf in variables.items()},
+        manifest={
+            "config": model.config,
+            "step": model.step,
+            "square_size": model.square_size,
+            "recorded_data": model.recorded_data,
+            **manifest,
+        },
+        extra_files=extra_files,
+    )

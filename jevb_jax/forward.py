@@ -1,0 +1,195 @@
+"""The forward pass of images as people give them: prepared, in batches, compiled once a size."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from jevb_jax.evaluation import detection
+from jevb_jax.evaluation.features import FeatureExtractor, Features
+from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
+from jevb_jax.images.preparation import cut_square
+from jevb_jax.networks.joint import JointEmbeddingModel
+from jevb_jax.settings.sections import RunSettings
+from jevb_jax.training import from_settings
+
+_T = TypeVar("_T")
+_PROGRESS_AFTER_SECONDS = 3.0
+
+
+class ForwardPass:
+    """Networks without weights, asked for images of any size and number.
+
+    Attributes:
+      network: the Flax module.
+      view: the view of evaluation: its size, mean and deviation.
+      square_size: pixels a side of the square that is cut out of images before the view, 0 for none.
+      batch_size: images at a time, at most.
+    """
+
+    def __init__(
+        self,
+        network: JointEmbeddingModel,
+        settings: RunSettings,
+        *,
+        square_size: int,
+        batch_size: int,
+        compiled: "ForwardPass | None" = None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          network: see the class.
+          settings: what the run asks for.
+          square_size: see the class.
+          batch_size: see the class.
+          compiled: another of the same networks, whose programs this one shares.
+        """
+        self.network = network
+        self.view = from_settings.view_augmentations(settings.augmentation)[0]
+        self.square_size = square_size
+        self.batch_size = batch_size
+        self._settings = settings
+        self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
+        if compiled is not None:
+            self._extractors = compiled._extractors
+
+    def checked(self, images: Any) -> GivenImages:
+        """Images in stacks of one size and type; wrong ones are refused."""
+        return check_images(images, num_channels=len(self.view.mean), square_size=self.square_size)
+
+    def extractor(self, batch_size: int, *, has_terms: bool) -> FeatureExtractor:
+        """The forward pass of a size of batch, compiled on first use."""
+        key = batch_size, has_terms
+        if key not in self._extractors:
+            terms = None
+            if has_terms:
+                terms = detection.jevb_terms_settings(
+                    self.network,
+                    from_settings.jevb_settings(self._settings, steps_per_epoch=0),
+                    self._settings.ood,
+                    augmentation=self.view,
+                )
+            self._extractors[key] = FeatureExtractor(
+                self.network,
+                image_size=self.view.size,
+                mean=self.view.mean,
+                std=self.view.std,
+                batch_size=batch_size,
+                terms=terms,
+            )
+        return self._extractors[key]
+
+    def of(
+        self,
+        variables: Any,
+        images: GivenImages,
+        output: Callable[[Features], _T],
+        *,
+        has_terms: bool = False,
+    ) -> _T:
+        """`output` of the features of every image, on the host.
+
+        Args:
+          variables: parameters and running statistics.
+          images: from `checked`.
+          output: of a batch of features; a tree of arrays `[n, ...]`.
+          has_terms: whether the features hold JEVB's terms, of several views.
+
+        Returns:
+          A tree of `[N, ...]`.
+        """
+        if len(images.stacks) > 1 and not has_terms:
+            return self._of_views(variables, images, output)
+        # Augmented views are cut out of an image as it is, and so every size has a program of its own.
+        parts = [
+            self._of_batches(
+                variables,
+                lambda start, stop, stack=stack: prepared(stack[start:stop], self.square_size),
+                len(stack),
+                output,
+                has_terms,
+            )
+            for stack in images.stacks
+        ]
+        return in_order(parts, images.rows, jax.tree.map)
+
+    def _of_views(
+        self, variables: Any, images: GivenImages, output: Callable[[Features], _T]
+    ) -> _T:
+        """Images of many sizes, brought to the view's on the host: one program for all."""
+        places = np.argsort(np.concatenate(images.rows))
+        flat = [image for stack in images.stacks for image in stack]
+        num_channels = len(self.view.mean)
+
+        def batch(start: int, stop: int) -> np.ndarray:
+            views = []
+            for place in places[start:stop]:
+                image = prepared(flat[place][None], self.square_size)[0]
+                if image.dtype == np.uint8:
+                    image = image.astype(np.float32) / 255
+                image = np.broadcast_to(image, (*image.shape[:2], num_channels))
+                views.append(cut_square(image, self.view.size))
+            return np.stack(views)
+
+        return self._of_batches(variables, batch, len(flat), output, False)
+
+    def _of_batches(
+        self,
+        variables: Any,
+        batch_of: Callable[[int, int], np.ndarray],
+        count: int,
+        output: Callable[[Features], _T],
+        has_terms: bool,
+    ) -> _T:
+        size = min(self.batch_size, 1 << (count - 1).bit_length())
+        extract = self.extractor(size, has_terms=has_terms)
+
+        def outputs() -> Iterator[tuple[_T, int]]:
+            for first in range(0, count, size):
+                batch = batch_of(first, min(first + size, count))
+                missing = size - len(batch)
+                if missing:
+                    batch = np.concatenate(
+                        [batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)]
+                    )
+                yield output(extract.of_batch(variables, batch)), size - missing
+
+        parts: list[Any] = []
+        for part, rows in _with_progress(_one_ahead(outputs()), total=-(-count // size)):
+            parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], jax.device_get(part)))
+        return jax.tree.map(lambda *values: np.concatenate(values), *parts)
+
+
+def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
+    """Starts an item before the one before it is fetched, so that device and host work at once."""
+    iterator = iter(items)
+    waiting = next(iterator)
+    for item in iterator:
+        yield waiting
+        waiting = item
+    yield waiting
+
+
+def _with_progress(
+    batches: Iterable[_T], *, total: int, console: Console | None = None
+) -> Iterator[_T]:
+    """The batches, with a bar on a terminal from the time when they have taken a few seconds."""
+    console = console or Console(stderr=True)
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    start = time.monotonic()
+    task = None
+    try:
+        for done, batch in enumerate(batches):
+            if task is None and time.monotonic() - start > _PROGRESS_AFTER_SECONDS:
+                progress.start()
+                task = progress.add_task("images", total=total)
+            if task is not None:
+                progress.update(task, completed=done)
+            yield batch
+    finally:
+        progress.stop()
