@@ -390,7 +390,7 @@ def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
 SMOOTH = """
 import runpy, sys
 from flax import linen
-from jevb_jax import normalization
+from jevb_jax.networks import batch_norm as normalization
 batch_norm = normalization.batch_norm
 def smooth(*arguments):
     *others, relu = arguments

@@ -139,9 +139,9 @@ def test_features_are_extracted_with_the_options(monkeypatch):
 ROOT = Path(__file__).resolve().parent.parent
 KEEPING = """
 import jax
-from jevb_jax import compilation
+from jevb_jax import xla_options
 jax.jit(lambda x: x + 1)(1.0)  # compiled before anything is kept
-print(compilation.keep_compiled_programs())
+print(xla_options.keep_compiled_programs())
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("cache_hits")))
 print(float(jax.jit(lambda x: jax.numpy.sin(x) * 3)(2.0)), sum(hits))

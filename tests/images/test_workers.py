@@ -132,10 +132,11 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
 import numpy as np
-from jevb_jax import data
+from jevb_jax.images.batches import stream_batches
+from jevb_jax.images.source import ArraySource
 def work():
-    source = data.ArraySource(np.zeros((400, 16, 16, 3), np.uint8))  # more than a pipe holds
-    stream = data.stream_batches(
+    source = ArraySource(np.zeros((400, 16, 16, 3), np.uint8))  # more than a pipe holds
+    stream = stream_batches(
         source, start_step=0, num_steps=10**6, batch_size=8, seed=0, num_workers=2
     )
     for _ in range(4):
@@ -180,13 +181,15 @@ STUCK = """
 import sys, time
 sys.path.insert(0, {root!r})
 import numpy as np
-from jevb_jax import data, parallel
-class Stuck(data.ArraySource):
+from jevb_jax import parallel
+from jevb_jax.images.batches import stream_batches
+from jevb_jax.images.source import ArraySource
+class Stuck(ArraySource):
     def __getitem__(self, index):
         time.sleep(1e6)  # a file system that does not answer
 if __name__ == "__main__":
     source = Stuck(np.zeros((16, 4, 4, 3), np.uint8))
-    stream = data.stream_batches(
+    stream = stream_batches(
         source, start_step=0, num_steps=9, batch_size=8, seed=0, num_workers=2
     )
     try:
@@ -241,13 +244,14 @@ import sys
 sys.path.insert(0, {root!r})
 import numpy as np
 from absl import flags
-from jevb_jax import data
+from jevb_jax.images.batches import stream_batches
+from jevb_jax.images.source import ArraySource
 
 flags.DEFINE_integer("own", 3, "")
 
 if __name__ == "__main__":
-    source = data.ArraySource(np.zeros((16, 4, 4, 3), np.uint8))
-    stream = data.stream_batches(
+    source = ArraySource(np.zeros((16, 4, 4, 3), np.uint8))
+    stream = stream_batches(
         source, start_step=0, num_steps=2, batch_size=8, seed=0, num_workers=1
     )
     print(len(list(stream)))
