@@ -24,6 +24,7 @@ from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.files import DirectoryInUseError
 from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings import run_config
+from jevb_jax.training import loop
 from jevb_jax.training.loop import RunLoop
 
 
@@ -118,13 +119,11 @@ def test_arrays_of_a_bucket_are_read_and_folders_refused(bucket):
 
 @pytest.mark.slow
 def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
-    monkeypatch.setattr(
-        commands,
-        "Checkpointer",
-        lambda directory, **keywords: Checkpointer(
-            bucket / os.fspath(directory).removeprefix("gs://"), **keywords
-        ),
-    )
+    def local_checkpointer(directory: Any, **keywords: Any) -> Checkpointer:
+        return Checkpointer(bucket / os.fspath(directory).removeprefix("gs://"), **keywords)
+
+    for module in (commands, loop):
+        monkeypatch.setattr(module, "Checkpointer", local_checkpointer)
     config: Any = smoke.get_config()
     config.augmentation.jitter_probability = 0.0  # takes long to compile
     config.augmentation.grayscale_probability = 0.0
