@@ -74,7 +74,17 @@ def _public_names() -> str:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}.")
     ]
-    origins = {alias.name: node.module for node in imports for alias in node.names}
+    exported = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    origins = {
+        alias.name: node.module
+        for node in imports
+        for alias in node.names
+        if alias.name in exported
+    }
     rows = [
         f"* [`{name}`][{module}.{name}] of `{module}`" for name, module in sorted(origins.items())
     ]
