@@ -5,6 +5,7 @@ of 40, a detector saved from it, and what that version computed with both.
 """
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def test_its_detector_loads_and_says_the_same(old):
 
 
 @pytest.mark.slow
-def test_it_goes_on_to_its_end_and_is_evaluated(old):
-    run = old / "run"
+def test_it_goes_on_to_its_end_and_is_evaluated(old, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(old / "run", run)
     config = run_config.load_config(run)
     assert commands.train(config, run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
