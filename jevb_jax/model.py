@@ -7,7 +7,7 @@ processes.
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import jax
 import numpy as np
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     Images = ArrayLike | Iterable[Any] | Image
 else:  # without Pillow, which only those who give pictures need
     Images = ArrayLike | Iterable[Any]
-
-
-_T = TypeVar("_T")
 
 
 class GaussianPosterior(NamedTuple):

@@ -1,1 +1,1 @@
-"""Training: what a run is, its methods, its step and its loop."""
+"""Training: what a run is, its step, its loop and its health."""

@@ -342,7 +342,7 @@ def wait_until(condition: Any, *, seconds: float = 300) -> None:
 
 STUDY = """
 from configs import smoke
-from studies.run import Comparison, Curves, Logged, Result, Study
+from studies.spec import Comparison, Curves, Logged, Result, Study
 
 def config(split_seed=0):
     made = smoke.get_config()
@@ -419,33 +419,3 @@ def test_killed_and_stopped_study_goes_on_and_agrees_with_single_runs(tmp_path):
     subprocess.run(single, check=True, timeout=300, **settings)
     for name in ("results.json", "metrics.jsonl", "config.json"):
         assert (alone / name).read_text() == (stopped / name).read_text(), name
-
-
-STUDY = """
-from configs import smoke
-from studies.spec import Comparison, Curves, Logged, Result, Study
-
-def config(split_seed=0):
-    made = smoke.get_config()
-    made.data.num_train_examples = 320
-    made.data.split_seed = split_seed  # other data, the same program
-    made.train.num_epochs = 10
-    made.train.health_every_steps = 0
-    made.checkpoint.every_steps = 5
-    made.evaluation.labels_per_class = 0
-    made.ood.corruptions = ()
-    made.augmentation.jitter_probability = 0.0
-    made.augmentation.grayscale_probability = 0.0
-    return made
-
-def get_study():
-    diverges = config()
-    diverges.optimizer.name, diverges.optimizer.learning_rate = "sgd", 1e30
-    diverges.optimizer.warmup_epochs = 0.0
-    return Study(
-        "Killed", {"a": config(), "b": config(1), "diverges": diverges}, (0,),
-        (Result("k-NN", "knn_20_accuracy"), Logged("loss", "train/loss")),
-        (Comparison("all", "All", ("a", "b"), ("k-NN",)),
-         Curves("loss", "Loss", ("a", "diverges"), ("train/loss",))),
-    )
-"""
