@@ -1,0 +1,24 @@
+"""Saved configs: what is written is read again, and what a later version wrote is refused."""
+
+import json
+
+import pytest
+
+from configs import default
+from jevb_jax.settings.saved_config import VERSION, saved_config, versioned
+from jevb_jax.training.experiment import to_json_values
+
+
+def test_a_config_is_written_with_its_version_and_read_without_it():
+    config = to_json_values(default.get_config())
+    written = json.loads(json.dumps(versioned(config)))
+    assert written["version"] == VERSION
+    assert saved_config(written, "config.json") == config
+    assert saved_config(config, "config.json") == config  # from before there were versions
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, "1", 1.5, None])
+def test_another_version_is_refused_by_name(version):
+    config = to_json_values(default.get_config()) | {"version": version}
+    with pytest.raises(ValueError, match=r"runs/x/config\.json is of version .*update this one"):
+        saved_config(config, "runs/x/config.json")
