@@ -1,4 +1,4 @@
-"""Figures of a run, drawn with matplotlib without a display: files of their own, and for its page."""
+"""Figures of a run: separate PNG files, and drawings for the report. They need no display."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Keywords of a line that stays apart from its neighbors in black and white.
+    """Keywords of a line style that differs from the others even in black and white.
 
     Args:
       index: number of the line in its axes; the first 32 differ.
@@ -55,16 +55,16 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-# --- Files of their own ---
+# --- Separate files ---
 
 
 def save_views_figure(path: Path, images: np.ndarray, views: Sequence[np.ndarray]) -> None:
-    """Draws images above their augmented views: what the networks are shown.
+    """Draws images, and below them the augmented views that the networks see.
 
     Args:
       path: PNG to write.
       images: uint8 `[N, H, W, C]`, C = 1 or 3.
-      views: each `[N, h, w, C]` in [0, 1], of `augmentations.visible_views`.
+      views: each `[N, h, w, C]` in [0, 1], from `augmentations.visible_views`.
     """
     count = len(images)
     rows = [("image", images / 255.0)]
@@ -104,15 +104,15 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 class Drawing(NamedTuple):
-    """A figure and the words beside it.
+    """A figure with its caption.
 
     Attributes:
-      png: at two pixels for one of the page.
+      png: the image, with two pixels for each pixel of the page.
       width: in pixels of the page.
-      height: pixels of the page.
-      alt: what is drawn, with its numbers, for who cannot see it.
-      title: first line of the caption.
-      note: the caption goes on with it.
+      height: in pixels of the page.
+      alt: description with numbers, for screen readers.
+      title: first sentence of the caption, in bold.
+      note: rest of the caption.
     """
 
     png: bytes
@@ -125,7 +125,7 @@ class Drawing(NamedTuple):
 
 @contextlib.contextmanager
 def page_style() -> Iterator[None]:
-    """Draws as the page wants it, whatever the user's matplotlibrc says."""
+    """Sets the page's style, independent of the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -133,18 +133,18 @@ def page_style() -> Iterator[None]:
 
 
 def _label(name: str, length: int = 30) -> str:
-    """A name in a figure; matplotlib leaves one that starts with an underscore out of legends."""
+    """A name for a legend. Matplotlib omits names that start with an underscore."""
     name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= length else name[: length - 1] + "\u2026"
 
 
 def add_legend(figure: Figure, axis: Axes, *, handlelength: float = 2.6) -> None:
-    """Adds a legend below the axes, in as many columns as fit; the figure grows by its height.
+    """Adds a legend below the axes, in as many columns as fit. The figure grows by its height.
 
     Args:
-      figure: holds nothing but the axes.
-      axis: with labeled lines or points.
-      handlelength: length of a line's sample, in units of the font's size.
+      figure: contains only these axes.
+      axis: has labeled lines or points.
+      handlelength: length of the line samples, in units of the font size.
     """
     handles, labels = axis.get_legend_handles_labels()
     width, height = figure.get_size_inches()
@@ -167,8 +167,8 @@ def make_drawing(figure: Figure, alt: str, title: str, note: str = "") -> Drawin
     Args:
       figure: what to draw.
       alt: see `Drawing`.
-      title: first line of the caption.
-      note: the caption goes on with it.
+      title: see `Drawing`.
+      note: see `Drawing`.
 
     Returns:
       The drawing; the same figure gives the same bytes with the same matplotlib.
@@ -182,7 +182,7 @@ def make_drawing(figure: Figure, alt: str, title: str, note: str = "") -> Drawin
 
 
 def _bin_edges(inside: np.ndarray, pooled: np.ndarray) -> np.ndarray:
-    """Bins over the inside scores and what lies near them: far tails would squash the rest."""
+    """Bins over the inside scores and their surroundings; far tails would make the rest too small."""
     low, high = np.quantile(inside, (0.01, 0.99))
     spread = high - low
     low = max(pooled.min(), low - 1.5 * spread)
@@ -238,8 +238,8 @@ def _histograms(score: str, separations: Sequence[Separation]) -> Drawing:
         f"Histograms of {score}: {len(inside):,} inside images, median {np.median(inside):.4g}, "
         f"against {sets}.",
         "Inside against outside.",
-        "Grey: inside. Hatched: outside. Heights are shares of images; both ends gather what lies "
-        "beyond.",
+        "Inside images are gray, outside images are hatched. The height is the share of images. The "
+        "first and last bins include all scores beyond the axis.",
     )
 
 
@@ -255,15 +255,15 @@ def _roc_curves(score: str, separations: Sequence[Separation]) -> Drawing:
     add_legend(figure, axis)
     sets = ", ".join(f"{one.outside_set} {one.auroc:.3f}" for one in separations)
     alt = f"ROC curves of {score}. Areas: {sets}."
-    return make_drawing(figure, alt, "ROC curves.", "The legend gives the areas.")
+    return make_drawing(figure, alt, "ROC curves.", "The legend gives the area under each curve.")
 
 
 def risk_coverage_drawing(curves: Mapping[str, RiskCoverage], score: str) -> Drawing:
-    """Error among the images that are kept, by the share that is kept.
+    """Share of errors among the kept images, as a function of the share that is kept.
 
     Args:
       curves: by classifier, at least one.
-      score: uncertainty by which images are given up.
+      score: the uncertainty by which images are rejected.
 
     Returns:
       The drawing.
@@ -281,14 +281,15 @@ def risk_coverage_drawing(curves: Mapping[str, RiskCoverage], score: str) -> Dra
     add_legend(figure, axis)
     return make_drawing(
         figure,
-        f"Risk by coverage when the images of largest {score} are given up first: {'; '.join(ends)}.",
+        f"Risk by coverage when images with the largest {score} are rejected first: {'; '.join(ends)}.",
         "Risk and coverage.",
-        f"Images of largest {score} are given up first; a curve that falls to the left is a useful one.",
+        f"Images with the largest {score} are rejected first. The score is useful if the curve falls "
+        "towards the left.",
     )
 
 
 def severity_drawings(curves: Sequence[SeverityCurve], score: str) -> list[Drawing]:
-    """Uncertainty by severity, on one scale.
+    """Uncertainty by severity; all drawings share one vertical scale.
 
     Args:
       curves: one for each corruption, at least one.
@@ -315,7 +316,7 @@ def severity_drawings(curves: Sequence[SeverityCurve], score: str) -> list[Drawi
         values = ", ".join(f"{mean:.4g}" for mean in curve.mean)
         alt = (
             f"Mean {score} by severity of {curve.corruption}: {values}; "
-            "grey band from quartile to quartile."
+            "the gray band reaches from the lower to the upper quartile."
         )
         drawings.append(make_drawing(figure, alt, curve.corruption))
     return drawings
@@ -326,10 +327,10 @@ def _scatter(axis: Axes) -> None:
 
 
 def map_drawings(points: EmbeddingMap, score: str | None) -> list[Drawing]:
-    """The embedding in the plane: by class and by uncertainty, as far as these are known.
+    """Maps of the embedding, shaded by class and by uncertainty where these are known.
 
     Args:
-      points: coordinates and what is known of them.
+      points: coordinates, with classes and uncertainties where known.
       score: name of the uncertainty.
 
     Returns:
@@ -373,10 +374,10 @@ def _class_map(points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
     add_legend(figure, axis, handlelength=1.0)
     sizes = ", ".join(f"{names[int(k)]} ({np.sum(labels == k):,})" for k in shown)
     alt = (
-        f"Map of {len(points):,} images, a marker and shade for each class, named at the median of its "
-        f"points: {sizes}."
+        f"Map of {len(points):,} images. Each class has its own marker and shade, and its name at the "
+        f"median of its points: {sizes}."
     )
-    return make_drawing(figure, alt, "By class.", "Names stand at the medians.")
+    return make_drawing(figure, alt, "By class.", "Each name is at the median of its class.")
 
 
 def _uncertainty_map(points: np.ndarray, uncertainty: np.ndarray, score: str) -> Drawing:
@@ -403,7 +404,10 @@ def _uncertainty_map(points: np.ndarray, uncertainty: np.ndarray, score: str) ->
         f"{np.median(uncertainty):.4g}."
     )
     return make_drawing(
-        figure, alt, "By uncertainty.", "Light: uncertain. The shades end at 2 and 98 %."
+        figure,
+        alt,
+        "By uncertainty.",
+        "Light points are uncertain. The color scale ends at the 2nd and 98th percentiles.",
     )
 
 
@@ -435,7 +439,7 @@ def scale_drawings(posterior_scale: np.ndarray, prior_scale: float | None) -> li
 def _spectrum(
     scale: np.ndarray, prior_scale: float | None, axis_name: str, *, over: str, across: int
 ) -> Drawing:
-    """Means over axis `across`, sorted, in a band of their 5 to 95 %."""
+    """Means over axis `across`, sorted, with a band from the 5th to the 95th percentile."""
     mean = scale.mean(axis=across)
     order = np.argsort(-mean, kind="stable")
     low, middle, high = np.quantile(scale, (0.05, 0.5, 0.95), axis=across)[:, order]

@@ -1,8 +1,9 @@
-"""A run as one HTML page that opens without a network: what `results.json` holds, drawn.
+"""The report of a run: one HTML page that shows what `results.json` holds.
 
-No scripts and no references to other files: figures and images are PNGs inside the page. The same
-arguments give the same bytes with the same matplotlib. What there is nothing of leaves no trace on
-the page. The templates have the markup, `style.css` the looks; this module prepares their words.
+The page opens without a network. It contains no scripts and no references to other files; figures
+and images are PNGs inside the page. The same arguments give the same bytes with the same version of
+matplotlib. A section without content is left out. The templates hold the markup, `style.css` holds
+the styles, and this module prepares the values.
 """
 
 import base64
@@ -39,17 +40,17 @@ class _Table(NamedTuple):
 
 
 class _Photo(NamedTuple):
-    """An image as it is, with lines of caption."""
+    """An image with the lines of its caption."""
 
     png: bytes
     alt: str
     caption: Sequence[str]
     is_pixelated: bool
-    kind: str  # of "", "query" and "differs"
+    kind: str  # "", "query" or "differs"
 
 
 class _Section(NamedTuple):
-    """A part of the page; `content` is what the macro of that name in the templates takes."""
+    """A section of the page; the macro `name` of the templates draws `content`."""
 
     name: str
     title: str
@@ -74,7 +75,7 @@ def _text(value: Any) -> str:
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted names and texts of the leaves."""
+    """Pairs of dotted name and text, one for each leaf."""
     if not isinstance(value, Mapping) or not value:
         return [(prefix, _text(value))]
     return [
@@ -88,7 +89,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _headline(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The few numbers to see first: of the representation, and of the score fixed before."""
+    """The numbers at the top: accuracies of the representation, AUROCs of the default score."""
     wanted = [
         row
         for row in results["trained"]
@@ -112,7 +113,7 @@ def _headline(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _alarms(alarms: Sequence[AlarmPeriod] | None) -> dict[str, Any] | None:
-    """Alarms gathered by their name, and all of them where one was raised again."""
+    """Alarms grouped by name; also the full list if an alarm was raised more than once."""
     by_step = sorted(alarms or (), key=lambda alarm: alarm.step)
     if not by_step:
         return None
@@ -155,13 +156,13 @@ def _results(results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _aurocs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores by outside sets; the best of a column is marked."""
+    """AUROC of each score on each outside set; the best value of a column is marked."""
     groups: dict[str, dict[str, None]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["outside"]] = None
     columns = [(group, name) for group, names in groups.items() for name in names]
     by_cell = {(row["score"], row["group"], row["outside"]): row for row in rows}
-    # Compared as printed: what reads as a tie is one.
+    # Compared as printed, so that values that look equal are all marked.
     best = {
         column: max(f"{row['auroc']:.3f}" for key, row in by_cell.items() if key[1:] == column)
         for column in columns
@@ -225,7 +226,7 @@ def _detection(results: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]
         f"Default score of the method: {found['default_score']}.",
     ]
     if found["chosen_score"]:
-        sentences.append(f"Chosen: {found['chosen_score']}, {found['choice']}.")
+        sentences.append(f"Chosen score: {found['chosen_score']}, {found['choice']}.")
     sentences += [f"Left out: {name}, {reason}." for name, reason in found["left_out"].items()]
     return {
         "protocol": " ".join(sentences),
@@ -349,7 +350,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may go on in a new line after an underscore."""
+    """A name that may break into a new line after an underscore."""
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
@@ -395,12 +396,12 @@ def write_page(
     Args:
       path: HTML file; its directory exists.
       title: heading, such as method and data set.
-      results: as `results.json` has them.
-      evidence: what is drawn of the evaluation.
-      records: lines of `metrics.jsonl`: every number in them is drawn.
-      alarms: that were raised in training; None where nothing watched.
-      config: as `config.json` has it.
-      environment: as `environment.json` has it.
+      results: the content of `results.json`.
+      evidence: arrays of the evaluation that the figures need.
+      records: lines of `metrics.jsonl`; every number in them is drawn.
+      alarms: alarms that were raised in training; None if there were no health checks.
+      config: the content of `config.json`.
+      environment: the content of `environment.json`.
     """
     with figures.page_style():
         training, health = training_curves.curve_drawings(records)

@@ -1,4 +1,4 @@
-"""Tables: of any rows as Markdown and CSV, of a run's results as CSV and for the terminal."""
+"""Markdown and CSV tables of any rows; tables of a run's results as CSV and for the terminal."""
 
 import csv
 import io
@@ -16,10 +16,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
     Args:
       header: names of the columns.
-      rows: cells; a vertical bar in one is escaped.
+      rows: cells; vertical bars in them are escaped.
 
     Returns:
-      Lines without their ends.
+      Lines without line ends.
 
     Raises:
       ValueError: a row of another length than the header.
@@ -34,11 +34,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
 
 def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Text of a CSV table, its lines ended by a line feed.
+    """Text of a CSV table; each line ends with a line feed.
 
     Args:
       header: names of the columns.
-      rows: cells; a float is written with all its digits, None as nothing.
+      rows: cells; a float is written with all its digits, None as an empty cell.
 
     Returns:
       The text.
@@ -56,17 +56,17 @@ def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-# --- Of a run's results ---
+# --- Results of a run ---
 
 
 class MeasureRow(NamedTuple):
-    """A measure of the trained encoder beside the untrained one.
+    """A measure of the trained encoder and of the untrained one.
 
     Attributes:
       name: such as "linear_accuracy".
-      features: that it was measured on.
+      features: the features that were measured.
       untrained: value before training, or None.
-      trained: value.
+      trained: value after training.
       protocol: how it was measured.
     """
 
@@ -78,10 +78,10 @@ class MeasureRow(NamedTuple):
 
 
 def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
-    """What was measured on features; scores have tables of their own.
+    """Measures of features. Measures of scores are in `detection_table`.
 
     Args:
-      results: as `results.json` has them.
+      results: the content of `results.json`.
 
     Returns:
       The rows, in the order of the results.
@@ -116,7 +116,7 @@ def results_csv(results: Mapping[str, Any]) -> str:
     """Every number of the results in one table.
 
     Args:
-      results: as `results.json` has them.
+      results: the content of `results.json`.
 
     Returns:
       CSV text, with a header.
@@ -136,10 +136,10 @@ def results_csv(results: Mapping[str, Any]) -> str:
 
 
 def classification_table(results: Mapping[str, Any]) -> Table:
-    """k-NN and linear accuracies for the terminal, trained beside untrained.
+    """k-NN and linear accuracies for the terminal, before and after training.
 
     Args:
-      results: as `results.json` has them.
+      results: the content of `results.json`.
 
     Returns:
       A rich table.
@@ -159,14 +159,14 @@ def classification_table(results: Mapping[str, Any]) -> Table:
 
 
 def detection_table(results: Mapping[str, Any]) -> Table:
-    """Every score for the terminal: AUROC by group, and whether it predicts errors.
+    """All scores for the terminal: AUROC of each group of sets, and AUROC of errors.
 
     Args:
-      results: as `results.json` has them, with "ood".
+      results: the content of `results.json`, with "ood".
 
     Returns:
-      A rich table. `*` marks the default score, `+` the one that was chosen on validation
-      images; scores below the line were fitted with labels.
+      A rich table. `*` marks the default score and `+` the score that was chosen on validation
+      images. Scores below the line were fitted with labels.
     """
     found = results["ood"]
     rows: dict[str, dict[str, float]] = {}
@@ -176,7 +176,7 @@ def detection_table(results: Mapping[str, Any]) -> Table:
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
     table = Table(
         title=f"{results['split']} split against {found['protocol']}",
-        caption="* the method's default, + chosen on validation images; every set in results.csv",
+        caption="* default of the method, + chosen on validation images; all sets are in results.csv",
     )
     table.add_column("score", no_wrap=True)
     for column in columns:

@@ -1,4 +1,4 @@
-"""What a run logs, by step: `curves.png`, and the drawings of its page."""
+"""Curves of the logged values: `curves.png`, and the drawings of the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from jevb_jax.report.figures import Drawing, add_legend, line_style, make_drawing, write_png
 
-# Of the keys of `metrics.jsonl` under `train/`, those that every method logs: the others are its terms.
+# Every method logs these keys of `metrics.jsonl`. Other keys under `train/` are terms of its loss.
 _NOT_TERMS = frozenset(
     f"train/{name}"
     for name in (
@@ -30,19 +30,19 @@ def loss_terms(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
       records: lines of `metrics.jsonl`.
 
     Returns:
-      Every key under `train/` that is not among those of all methods, in the order of the log.
+      Every key under `train/` that not all methods log, in the order of the log.
     """
     names = dict.fromkeys(name for record in records for name in record)
     return tuple(name for name in names if name.startswith("train/") and name not in _NOT_TERMS)
 
 
 def draw_curves(axis: Axes, records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Draws logged values by step, each name in a line style of its own.
+    """Draws logged values by step; each name has its own line style.
 
     Args:
-      axis: to draw in.
+      axis: the axes to draw in.
       records: lines of `metrics.jsonl`.
-      names: keys; one that no record has leaves no line.
+      names: keys; a key that no record contains is not drawn.
     """
     short = [name.split("/", 1)[-1] for name in names]
     labels = short if len(set(short)) == len(short) else names
@@ -58,7 +58,7 @@ def draw_curves(axis: Axes, records: Sequence[Mapping[str, Any]], names: Sequenc
 
 
 def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draws the loss, the terms of the bound, the scales and the signals of collapse by step.
+    """Draws loss, terms of the loss, scales and signs of collapse by step.
 
     Args:
       path: PNG to write.
@@ -87,13 +87,13 @@ def save_curves_figure(path: Path, records: Sequence[Mapping[str, Any]]) -> None
 def curve_drawings(
     records: Sequence[Mapping[str, Any]],
 ) -> tuple[list[Drawing], list[Drawing]]:
-    """Logged values by step: every logged name is in at least one drawing.
+    """Drawings of the logged values by step. Every logged name is in at least one drawing.
 
     Args:
       records: lines of `metrics.jsonl`.
 
     Returns:
-      Of training, and of health.
+      Drawings of training, and drawings of health.
     """
     names = dict.fromkeys(name for record in records for name in record if name != "step")
     terms = loss_terms(records)
@@ -133,7 +133,7 @@ def curve_drawings(
 def _curves(
     records: Sequence[Mapping[str, Any]], title: str, names: Sequence[str]
 ) -> Drawing | None:
-    """Logged values by step, or None where none of the names was logged."""
+    """A drawing of logged values by step; None if no name was logged."""
     ends = []
     for name in names:
         points = [(record["step"], record[name]) for record in records if name in record]

@@ -506,7 +506,7 @@ def test_auroc_table(full, tmp_path):
 def test_protocol_of_detection(full):
     assert full.page.texts("p", class_="note")[0] == (
         f"Protocol: in, out{HOSTILE}. Default score of the method: a{HOSTILE}. "
-        f"Chosen: b, best of two{HOSTILE}. Left out: c{HOSTILE}, no labels{HOSTILE}."
+        f"Chosen score: b, best of two{HOSTILE}. Left out: c{HOSTILE}, no labels{HOSTILE}."
     )
 
 
