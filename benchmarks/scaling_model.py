@@ -301,7 +301,7 @@ def to_markdown(rows: list[dict]) -> str:
     """
     lines = [
         "| chip | chips | compute, ms | gradients, ms | BatchNorm, ms | step, ms | images/s | efficiency "
-        "| input a host, MB/s |",
+        "| input per host, MB/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
