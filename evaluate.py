@@ -1,6 +1,6 @@
 """Evaluates a run's checkpoint: `python evaluate.py --workdir=runs/digits`.
 
-With `--data=configs/transfer.py:digits`, its encoder on other labelled data.
+`--data=configs/transfer.py:digits` evaluates the run's encoder on other labeled data.
 """
 
 from typing import Any
@@ -19,29 +19,29 @@ _STEP = flags.DEFINE_integer(
 _OOD = config_flags.DEFINE_config_file(
     "ood",
     None,
-    "Protocol of out-of-distribution detection, in place of the run's own.",
+    "Protocol of out-of-distribution detection; replaces that of the run.",
     lock_config=True,
 )
 _DATA = config_flags.DEFINE_config_file(
     "data",
     None,
-    "Other labelled data: k-NN and linear probes on them, and nothing else (configs/transfer.py).",
+    "Other labeled data, for k-NN and linear probes only (configs/transfer.py).",
     lock_config=True,
 )
 _ACCEPT = flags.DEFINE_bool(
     "accept_changed_data",
     False,
-    "Evaluates although the data are not those that the run started on; the results say so.",
+    "Evaluate even if the data have changed since the run started; the results say so.",
 )
-flags.adopt_module_key_flags(command_line)  # --help shows them too
+flags.adopt_module_key_flags(command_line)  # so that --help shows them
 
 
 def evaluate() -> None:
-    """Evaluates the run on its own data, or on others."""
+    """Evaluates the run on its own data or on other data."""
     config: Any = run_config.load_config(_WORKDIR.value)
     if _DATA.value is not None:
         if _OOD.value is not None:
-            raise ValueError("give --data or --ood: on other data nothing is detected")
+            raise ValueError("give --data or --ood, not both: --data evaluates no detection")
         commands.evaluate_on(config, _DATA.value, _WORKDIR.value, step=_STEP.value)
         return
     if _OOD.value is not None:
@@ -51,7 +51,7 @@ def evaluate() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the flags."""
+    """Evaluates the run that the flags describe."""
     command_line.run(argv, evaluate)
 
 

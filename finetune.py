@@ -1,4 +1,4 @@
-"""Fine-tunes a trained encoder on labelled images; see `configs/finetune_digits.py`."""
+"""Fine-tunes a trained encoder on labeled images; see `configs/finetune_digits.py`."""
 
 import jax
 from absl import app, flags
@@ -11,11 +11,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config of the fine-tune.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory to write to.", required=True)
-flags.adopt_module_key_flags(command_line)  # --help shows them too
+flags.adopt_module_key_flags(command_line)  # so that --help shows them
 
 
 def main(argv: list[str]) -> None:
-    """Runs the flags."""
+    """Fine-tunes as the flags describe."""
     command_line.run(
         argv,
         lambda: finetuning.finetune(experiment.to_json_values(_CONFIG.value), _WORKDIR.value),

@@ -8,13 +8,13 @@ from jevb_jax import command_line, commands
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; resumed if it holds one.", required=True
+    "workdir", None, "Directory of the run; a run in it is resumed.", required=True
 )
-flags.adopt_module_key_flags(command_line)  # --help shows them too
+flags.adopt_module_key_flags(command_line)  # so that --help shows them
 
 
 def main(argv: list[str]) -> None:
-    """Runs the flags."""
+    """Trains or resumes the run that the flags describe."""
     command_line.run(argv, lambda: commands.train(_CONFIG.value, _WORKDIR.value))
 
 

@@ -1,1 +1,1 @@
-"""Configs of the published runs; each differs from `default` by what it names."""
+"""Configs of runs. Each starts from `default` and changes some settings."""

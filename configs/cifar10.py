@@ -1,11 +1,11 @@
-"""JEVB and its neighbors on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16. For one accelerator.
+"""JEVB and related methods on CIFAR-10: ResNet-18 with the CIFAR stem, bfloat16, one accelerator.
 
 python train.py --config=configs/cifar10.py --workdir=runs/cifar10
 python train.py --config=configs/cifar10.py:byol --workdir=runs/cifar10_byol
 
-The data come from TFDS's array_record (`tfds build cifar10 --file_format=array_record`) or, with
-`--config.data.source=arrays --config.data.train_paths="('train.npz',)"` and `test_paths`, from files.
-What its first run at full size gave, and what has changed since: docs/full_size.md.
+The data come from TFDS (`tfds build cifar10 --file_format=array_record`). To read files instead, set
+`--config.data.source=arrays --config.data.train_paths="('train.npz',)"` and `test_paths`.
+docs/full_size.md has the results of the first full-size run and the changes since then.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def get_config(method: str = "jevb") -> ConfigDict:
     config.model.embedding_dim = 512
     config.model.dtype = "bfloat16"
 
-    # JEVB's, with which its settings were chosen; the other methods bring their own.
+    # For JEVB: its settings were chosen with this optimizer. The other methods set their own.
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 1e-4

@@ -1,4 +1,4 @@
-r"""Fine-tunes an encoder on CIFAR-10 (`data/cifar10_{train,test}.npz`), or a classifier alone.
+r"""Fine-tunes an encoder on CIFAR-10 (`data/cifar10_{train,test}.npz`), or only a classifier.
 
 python finetune.py --config=configs/finetune_cifar10.py:full --config.init.workdir=runs/cifar10 \
       --workdir=runs/cifar10_full

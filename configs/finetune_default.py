@@ -1,7 +1,7 @@
-"""Every setting of a supervised fine-tune, once. Other `finetune_*.py` differ from this one.
+"""The default of every setting of supervised fine-tuning. Other `finetune_*.py` change some values.
 
-A linear classifier on a trained encoder's representation, learned by cross-entropy, with the encoder
-(`full`) or without it (`frozen`).
+Fine-tuning trains a linear classifier on the representation of a trained encoder, with cross-entropy.
+`full` also trains the encoder; `frozen` leaves it unchanged.
 """
 
 from typing import Any
@@ -22,16 +22,16 @@ def get_config(mode: str = "full") -> ConfigDict:
     config.init = ConfigDict(
         {
             "workdir": "",  # a run of train.py, or an export
-            "step": -1,  # of the run's checkpoint; -1 = the latest
-            "frozen": is_frozen,  # the encoder and its BatchNorm stay as they are
+            "step": -1,  # step of the run's checkpoint; -1 = the latest
+            "frozen": is_frozen,  # True leaves the encoder and its BatchNorm unchanged
         }
     )
-    config.data = whole.data  # `num_train_examples` makes it a fine-tune on few labels
-    # Size, mean and standard deviation are those that the encoder was trained with.
+    config.data = whole.data  # set `num_train_examples` to fine-tune on few labels
+    # Size, mean and standard deviation are those of the encoder's training.
     config.augmentation = ConfigDict(
         {
-            # A frozen encoder sees whole images, as it does when it is asked: on digits crops cost its
-            # classifier 0.05 of validation accuracy.
+            # A frozen encoder sees whole images in training, as in evaluation. With crops, its
+            # classifier lost 0.05 of validation accuracy on digits.
             "crop_scale": (1.0, 1.0) if is_frozen else (0.5, 1.0),
             "crop_ratio": (1.0, 1.0) if is_frozen else (3 / 4, 4 / 3),
             "flip_probability": 0.5,

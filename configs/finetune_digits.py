@@ -1,9 +1,9 @@
-r"""Fine-tunes an encoder on scikit-learn's bundled digits, or trains a classifier on it as it is.
+r"""Fine-tunes an encoder on scikit-learn's bundled digits, or trains only a classifier.
 
     python finetune.py --config=configs/finetune_digits.py:full --config.init.workdir=runs/digits \
       --workdir=runs/digits_full
 
-and with `:frozen` for the classifier alone.
+Use `:frozen` instead of `:full` to train only the classifier.
 """
 
 from typing import Any

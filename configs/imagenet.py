@@ -1,11 +1,12 @@
-"""JEVB and its neighbors on ImageNet: ResNet-50, bfloat16, 224 pixels, the published recipes.
+"""JEVB and related methods on ImageNet: ResNet-50, bfloat16, 224 pixels, the published recipes.
 
 python train.py --config=configs/imagenet.py --workdir=runs/imagenet
 python train.py --config=configs/imagenet.py:byol --workdir=runs/imagenet_byol
 
-The data come from TFDS's array_record (`tfds build imagenet2012 --file_format=array_record`); records are
-brought to 256 pixels on load. Batches of 4096 need many devices, or `--config.train.num_micro_batches`,
-where BatchNorm and the losses that couple examples see micro-batches. No number yet.
+The data come from TFDS (`tfds build imagenet2012 --file_format=array_record`). Images are resized to
+256 pixels on load. Batches of 4096 need many devices or `--config.train.num_micro_batches`. With the
+latter, BatchNorm and losses that couple examples see one micro-batch at a time. No config of this file
+has been run yet.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ def get_config(method: str = "jevb") -> ConfigDict:
     config.augmentation.std = (0.229, 0.224, 0.225)
     config.model.backbone = "resnet50"
     config.model.stem = "imagenet"
-    config.model.zero_init_residual = True  # as all the published recipes
+    config.model.zero_init_residual = True  # as in all published recipes
     config.model.dtype = "bfloat16"
     config.ood.corruptions = ood.CORRUPTIONS
     return recipes.set_imagenet_method(config, method)

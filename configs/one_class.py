@@ -1,4 +1,4 @@
-"""One-class detection: JEVB trained on one class, its test images against those of the others.
+"""One-class detection: JEVB trains on one class; the test images of other classes are outside.
 
 python train.py --config=configs/one_class.py:digits,3 --workdir=runs/one_class_digits_3
 python train.py --config=configs/one_class.py:cifar10,0 --workdir=runs/one_class_cifar10_0
@@ -24,10 +24,10 @@ def get_config(data_set_and_class: str = "digits,0") -> ConfigDict:
         )
     config: Any = digits.get_config() if data_set == "digits" else cifar10.get_config()
     config.data.inlier_class = int(label)
-    config.evaluation.labels_per_class = 0  # one class has nothing to be classified
+    config.evaluation.labels_per_class = 0  # with one class there is nothing to classify
     config.ood.name = f"one-class {data_set}, class {label}"
     config.ood.corruptions = ()
-    if data_set == "digits":  # about 130 training images a class
+    if data_set == "digits":  # about 130 training images per class
         config.train.batch_size = 64
         config.train.health_every_steps = 0
         config.evaluation.knn_k = (5,)

@@ -2,12 +2,12 @@
 
 python evaluate.py --workdir=runs/cifar10 --ood=configs/ood.py:cifar10_arrays
 
-* `corruptions`: the evaluated images, corrupted at five severities. Needs no other data.
-* `cifar10_arrays`: CIFAR-10 against the `.npz` files of `data/` (`images` uint8 [N,H,W,C], `labels`).
-* `openood_cifar10`, `openood_cifar100`: OpenOOD v1.5, near and far, by its own lists of images in
-  `data/benchmark_imglist` with the images in `data/images_classic`.
-* `openood_cifar10_tfds`, `openood_cifar100_tfds`: the sets of OpenOOD v1.5 that TFDS has, as plain test
-  sets, not by its lists; the protocol of each number says so.
+* `corruptions`: the evaluated images, corrupted at five severities. It needs no other data.
+* `cifar10_arrays`: CIFAR-10 against `.npz` files in `data/` (`images` uint8 [N,H,W,C], `labels`).
+* `openood_cifar10`, `openood_cifar100`: OpenOOD v1.5, near and far sets. Its own lists (in
+  `data/benchmark_imglist`) select the images (in `data/images_classic`).
+* `openood_cifar10_tfds`, `openood_cifar100_tfds`: those sets of OpenOOD v1.5 that TFDS has. They use
+  whole test sets instead of the lists, and the protocol of each number says so.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from configs import default
 CORRUPTIONS = ("contrast", "crop", "gaussian_blur", "gaussian_noise", "patch_shuffle")
 CORRUPTIONS += ("pixelate", "rotation")
 
-# Classes of Tiny ImageNet, in the order of the sorted WordNet ids, that overlap with CIFAR-10's.
+# Classes of Tiny ImageNet (numbered by sorted WordNet id) that overlap with classes of CIFAR-10.
 TINY_IMAGENET_OVERLAPS = (0, 5, 11, 35, 39, 41, 64, 66, 67, 73, 78, 90)
 TINY_IMAGENET_OVERLAPS += (114, 115, 117, 131, 135, 147, 157, 182, 183, 193, 194, 196)
 
 
 def outside_set(name: str, group: str, source: str, **keywords: Any) -> dict[str, Any]:
-    """A set of `ood.outside` or `ood.choice`.
+    """Describes an outside set for `ood.outside` or `ood.choice`.
 
     Args:
-      name: what to call it.
-      group: "near", "far", ...: AUROC is averaged over a group's sets.
+      name: name of the set in the results.
+      group: "near", "far", ...; AUROC is averaged over the sets of a group.
       source: arrays | folder | image_list | tfds.
-      **keywords: `paths`, `tfds_name`, `split`, `data_dir`, `image_size`, `exclude_labels`,
-        `num_examples` of `dataset.load_images`, and `protocol`, what the set is in words.
+      **keywords: arguments of `dataset.load_images` (`paths`, `tfds_name`, `split`, `data_dir`,
+        `image_size`, `exclude_labels`, `num_examples`), and `protocol`, a description in words.
 
     Returns:
       A dict for a config.
@@ -72,7 +72,7 @@ def _cifar10_arrays(section: Any) -> None:
 
 
 def _openood(section: Any, inside: str) -> None:
-    """OpenOOD v1.5 (Zhang et al. 2023), by its lists; scores may be chosen on its validation set."""
+    """OpenOOD v1.5 (Zhang et al. 2023) with its lists; one score is chosen on its validation set."""
     near = {"cifar10": "cifar100", "cifar100": "cifar10"}[inside]
     section.name = f"OpenOOD v1.5, {inside}"
 
@@ -94,7 +94,7 @@ def _openood(section: Any, inside: str) -> None:
 
 
 def _openood_tfds(section: Any, inside: str) -> None:
-    """The sets of OpenOOD v1.5 that TFDS has, whole."""
+    """Whole test sets of OpenOOD v1.5 that TFDS has."""
     section.name = f"the sets of OpenOOD v1.5 in TFDS, plain test sets, {inside}"
     near = {"cifar10": "cifar100", "cifar100": "cifar10"}[inside]
     sets = ((near, "near"), ("mnist", "far"), ("svhn_cropped", "far"), ("dtd", "far"))

@@ -1,9 +1,17 @@
-"""Published heads, optimizers, schedules and augmentations of each method; `configs/cifar10.py:byol`.
+"""Published heads, optimizers, schedules and augmentations of each method (`configs/cifar10.py:byol`).
 
-Sources. CIFAR, SimSiam: Chen and He 2021, appendix D; BYOL, VICReg and Barlow Twins, whose papers have no
-CIFAR: solo-learn's `scripts/pretrain/cifar`. ImageNet: each paper and its official code. Departures, for
-all: weight decay spares biases and BatchNorm (SimSiam's own code does not), BYOL's predictor ends with a
-bias. VI-SimSiam's settings are SimSiam's, an assumption: there is no official code.
+Sources for CIFAR:
+
+* SimSiam: Chen and He 2021, appendix D.
+* BYOL, VICReg and Barlow Twins: solo-learn's `scripts/pretrain/cifar`, because their papers do not
+  use CIFAR.
+
+Source for ImageNet: each paper and its official code.
+
+VI-SimSiam uses SimSiam's settings. This is an assumption, because there is no official code.
+
+Two things differ from the sources. Weight decay is not applied to biases and BatchNorm (SimSiam's code
+applies it). BYOL's predictor ends with a bias.
 """
 
 from typing import Any
@@ -25,7 +33,7 @@ def _set_heads(
     config.model.embedding_dim = embedding
     config.model.head_hidden_dim = head
     config.model.projector_normalizes_output = norm
-    config.model.head_input = "embedding"  # the published heads see it whole
+    config.model.head_input = "embedding"  # the published heads see the whole embedding
 
 
 def _set_optimizer(
@@ -43,8 +51,8 @@ def set_cifar_method(config: Any, method: str) -> ConfigDict:
     """Sets a method and its published recipe for 32x32 images.
 
     Args:
-      config: with the data and the backbone set; changed in place.
-      method: one of `METHODS`; for "jevb" nothing but the name is set.
+      config: has data and backbone set; changed in place.
+      method: one of `METHODS`; for "jevb" only the name is set.
 
     Returns:
       The config.
@@ -85,8 +93,8 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
     """Sets a method and its published recipe for ImageNet and ResNet-50.
 
     Args:
-      config: with the data and the backbone set; changed in place.
-      method: one of `METHODS`; "jevb" trains as SimSiam does, with its own heads.
+      config: has data and backbone set; changed in place.
+      method: one of `METHODS`; "jevb" uses SimSiam's recipe with its own heads.
 
     Returns:
       The config.

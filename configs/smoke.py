@@ -1,4 +1,4 @@
-"""A run of seconds on procedural images: does everything work on this machine?
+"""A run of a few seconds on procedural images, to test that everything works on this machine.
 
 python train.py --config=configs/smoke.py --workdir=/tmp/smoke
 """

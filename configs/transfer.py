@@ -1,11 +1,11 @@
-r"""Other labeled data for a trained encoder: the section `data` of a config.
+r"""The section `data` of a config, to evaluate a trained encoder on other labeled data.
 
     python evaluate.py --workdir=runs/cifar10 --data=configs/transfer.py:digits
     python evaluate.py --workdir=runs/cifar10 --data=configs/transfer.py \
       --data.train_paths="('a.npz',)" --data.test_paths="('b.npz',)"
 
-Images of folders and TFDS are cut as the encoder's own were, unless `--data.image_size` says otherwise,
-and brought to its view; gray ones are repeated to its channels.
+Images of folders and TFDS are cropped like the encoder's own images, unless `--data.image_size` says
+otherwise. They are then resized to the size of its view. Gray images are repeated to its channels.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Your own encoder and data, Equinox: only pure functions of `jevb_jax`, and Optax.
+"""Trains your own Equinox encoder on your own data, with pure functions of `jevb_jax` and Optax.
 
 python examples/own_encoder_equinox.py      (pip install equinox)
 """
@@ -16,13 +16,13 @@ LIKELIHOOD = jevb_jax.Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 
 
 class Encoder(eqx.Module):
-    """A vector to the embedding, and what it says of another view's: mean and scale of q(z)."""
+    """Maps a vector to its embedding and to the mean and scale of the posterior q(z)."""
 
     embed: eqx.nn.Sequential
     head: eqx.nn.Sequential
 
     def __init__(self, features: int, *, key: jax.Array):
-        """Makes the layers for `[features]`."""
+        """Makes the layers for inputs of shape `[features]`."""
         relu = eqx.nn.Lambda(jax.nn.relu)
         keys = jax.random.split(key, 4)
         self.embed = eqx.nn.Sequential(
@@ -54,7 +54,7 @@ def loss(encoder: Encoder, key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def main(num_steps: int = 300) -> tuple[float, float]:
-    """Trains; returns the loss at the start and at the end, on the same views."""
+    """Trains; returns the loss before and after training, on the same views."""
     x = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)
     encoder, optimizer = Encoder(x.shape[1], key=jax.random.key(0)), optax.adam(1e-3)
     state = optimizer.init(eqx.filter(encoder, eqx.is_array))

@@ -1,4 +1,4 @@
-"""Your own encoder and data, Flax Linen: only pure functions of `jevb_jax`, and Optax.
+"""Trains your own Flax Linen encoder on your own data, with pure functions of `jevb_jax` and Optax.
 
 python examples/own_encoder_linen.py
 """
@@ -18,7 +18,7 @@ LIKELIHOOD = jevb_jax.Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 
 
 class Encoder(nn.Module):
-    """A vector to the embedding, and what it says of another view's: mean and scale of q(z)."""
+    """Maps a vector to its embedding and to the mean and scale of the posterior q(z)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jevb_jax.View:
@@ -38,7 +38,7 @@ def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def main(num_steps: int = 300) -> tuple[float, float]:
-    """Trains; returns the loss at the start and at the end, on the same views."""
+    """Trains; returns the loss before and after training, on the same views."""
     x = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)
     params, optimizer = Encoder().init(jax.random.key(0), x[:2]), optax.adam(1e-3)
     state = optimizer.init(params)

@@ -1,4 +1,4 @@
-"""Your own encoder and data, Flax NNX: only pure functions of `jevb_jax`, and Optax.
+"""Trains your own Flax NNX encoder on your own data, with pure functions of `jevb_jax` and Optax.
 
 python examples/own_encoder_nnx.py
 """
@@ -16,10 +16,10 @@ LIKELIHOOD = jevb_jax.Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 
 
 class Encoder(nnx.Module):
-    """A vector to the embedding, and what it says of another view's: mean and scale of q(z)."""
+    """Maps a vector to its embedding and to the mean and scale of the posterior q(z)."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
-        """Makes the layers for `[batch, features]`."""
+        """Makes the layers for inputs of shape `[batch, features]`."""
         self.hidden = nnx.Linear(features, 64, rngs=rngs)
         self.norm = nnx.LayerNorm(64, rngs=rngs)
         self.out = nnx.Linear(64, DIM, rngs=rngs)
@@ -43,7 +43,7 @@ def loss(encoder: Encoder, key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def main(num_steps: int = 300) -> tuple[float, float]:
-    """Trains; returns the loss at the start and at the end, on the same views."""
+    """Trains; returns the loss before and after training, on the same views."""
     x = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)
     encoder = Encoder(x.shape[1], rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(encoder, optax.adam(1e-3), wrt=nnx.Param)

@@ -1,16 +1,16 @@
-"""The story in five pictures: JEVB learns digits and says what it is unsure of. Minutes on a CPU.
+"""Five pictures of JEVB: it learns digits and estimates its uncertainty. Takes minutes on a CPU.
 
 python -m examples.story --out=runs/story
 
-Trains on scikit-learn's bundled digits (no download), and writes into `--out`:
+Trains on scikit-learn's bundled digits (no download) and writes into `--out`:
 
-* `1_views.png`: images above the two augmented views that training compares,
-* `2_training.png`: the loss, its terms, and the signals of collapse,
-* `3_map.png`: the embedding before and after training, each point drawn as its digit,
-* `4_uncertainty.png`: how three scores follow the severity of corruptions, and how they do not,
-* `5_detection.png`: scores of digits and of images that are none.
+* `1_views.png`: images, and below them the two augmented views that training compares;
+* `2_training.png`: the loss, its terms, and the signs of collapse;
+* `3_map.png`: the embedding before and after training; each point is drawn as its digit;
+* `4_uncertainty.png`: three scores as functions of the severity of corruptions;
+* `5_detection.png`: scores of digits and of other images.
 
-The run is in `--out`/run: the same command resumes it, and draws again once it is finished.
+The run is in `--out`/run. The same command resumes it, or draws again if it is finished.
 """
 
 import argparse
@@ -42,7 +42,7 @@ NUM_SHAPES = 300
 
 
 def story_config(num_epochs: int) -> Any:
-    """The digits config with a shorter schedule; its own evaluation is left to the pictures."""
+    """The digits config with a shorter schedule and a smaller evaluation."""
     config: Any = digits.get_config()
     config.train.num_epochs = num_epochs
     config.optimizer.warmup_epochs = min(5.0, num_epochs / 4)
@@ -56,7 +56,7 @@ def story_config(num_epochs: int) -> Any:
 
 
 def save_grey_shapes(path: Path) -> None:
-    """Images that are no digits: procedural shapes, grey, of the digits' size."""
+    """Saves outside images: procedural gray shapes with the size of the digits."""
     images = batches.gather(
         shapes_module.shapes(NUM_SHAPES, seed=0, image_size=8), np.arange(NUM_SHAPES)
     )
@@ -64,7 +64,7 @@ def save_grey_shapes(path: Path) -> None:
 
 
 def evaluate(config: Any, out: Path) -> tuple[Experiment, Evaluation, np.ndarray]:
-    """Scores of the trained encoder, and the untrained one's embedding of the same images."""
+    """Evaluates the trained encoder; also returns the untrained embedding of the test images."""
     shapes_path = out / "grey_shapes.npz"
     save_grey_shapes(shapes_path)
     shapes = outside_set("shapes", "far", "arrays", paths=(str(shapes_path),))
@@ -92,13 +92,13 @@ def evaluate(config: Any, out: Path) -> tuple[Experiment, Evaluation, np.ndarray
 
 
 def accuracy(evaluation: Evaluation) -> float:
-    """Of k-NN on the representation."""
+    """20-NN accuracy of the representation."""
     wanted = ("knn_20_accuracy", "representation")
     return next(r["value"] for r in evaluation.results if (r["name"], r["features"]) == wanted)
 
 
 def draw_map(path: Path, before: np.ndarray, after: Evaluation) -> None:
-    """Both embeddings in the plane, each image as its digit."""
+    """Draws maps of both embeddings; each image is drawn as its digit."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     labels = after.test.labels
     if labels is None:
@@ -118,7 +118,10 @@ def draw_map(path: Path, before: np.ndarray, after: Evaluation) -> None:
 
 
 def draw_uncertainty(path: Path, experiment: Experiment, found: OODEvaluation) -> None:
-    """One digit at every severity, above the mean scores in units of their spread over clean images."""
+    """Draws one digit at every severity, and below it the mean scores.
+
+    The unit of a score is its standard deviation over clean images.
+    """
     source = experiment.dataset.test
     if source is None:
         raise ValueError("the digits have a test split")
@@ -152,19 +155,19 @@ def draw_uncertainty(path: Path, experiment: Experiment, found: OODEvaluation) -
         axis.axhline(0, color="0.8", lw=1, zorder=0)
         axis.set_xlabel("severity")
     if shared is not None:
-        shared.set_ylabel("mean score, standard deviations\nof clean images; up = less sure")
+        shared.set_ylabel("mean score, standard deviations\nof clean images; up = less certain")
         shared.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def draw_detection(path: Path, found: OODEvaluation) -> None:
-    """Histograms of three scores: test digits against shapes and rotated digits."""
+    """Draws histograms of three scores: test digits against shapes and rotated digits."""
     sets = ("shapes", "rotation_5")
     aurocs = {(r.score, r.outside): r.metrics.auroc for r in found.results}
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axis, score in zip(figure.subplots(1, len(DETECTORS)), DETECTORS, strict=True):
         values = [found.inside[score], *(found.outside[name][score] for name in sets)]
-        # Outside scores have long tails: the last bin takes what lies beyond.
+        # Outside scores have long tails, so the last bin includes all larger scores.
         low = min(v.min() for v in values)
         high = max(np.quantile(v, 0.95) for v in values)
         edges = np.linspace(low, high, 41)
@@ -188,7 +191,7 @@ def draw_detection(path: Path, found: OODEvaluation) -> None:
                 label=f"{name.replace('_', ', severity ')}: AUROC {aurocs[score, name]:.3f}",
             )
         axis.set_title(score)
-        axis.set_xlabel("score, larger = stranger")
+        axis.set_xlabel("score; larger = more out of distribution")
         axis.set_ylabel("share of images")
         axis.legend(
             fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14)
@@ -201,13 +204,13 @@ def tell(out: Path, *, num_epochs: int) -> None:
 
     Args:
       out: directory of the pictures and the run; made if it does not exist.
-      num_epochs: of the training split, 1,294 images.
+      num_epochs: epochs over the training split of 1,294 images.
     """
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     config = story_config(num_epochs)
     if not commands.train(config, out / "run"):
-        return  # a signal stopped it; the same command goes on
+        return  # a signal stopped the run; the same command continues it
     (out / "1_views.png").write_bytes((out / "run" / "views.png").read_bytes())
     (out / "2_training.png").write_bytes((out / "run" / "curves.png").read_bytes())
     experiment, evaluation, before = evaluate(config, out)
@@ -220,7 +223,7 @@ def tell(out: Path, *, num_epochs: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the flags and tells the story."""
+    """Reads the flags and makes the pictures."""
     parser = argparse.ArgumentParser(description="JEVB on digits, in five pictures.")
     parser.add_argument("--out", type=Path, default=Path("runs/story"))
     parser.add_argument("--num_epochs", type=int, default=60)

@@ -1,9 +1,9 @@
-"""JEVB on vectors that are no images: scikit-learn's 178 wines, 13 chemical measurements each.
+"""JEVB on vectors instead of images: scikit-learn's 178 wines with 13 chemical measurements each.
 
 python examples/tabular.py
 
-A view adds noise to a row and replaces some of its measurements by those of other rows. A linear
-classifier is then given the raw measurements, the embedding, or the posterior's mean, of a few labels.
+A view of a row adds noise and replaces some measurements by those of other rows. Afterwards a linear
+classifier is fitted to a few labels, on the raw measurements, the embedding or the posterior's mean.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ LIKELIHOOD = jevb_jax.Likelihood(df=5.0, radial_df=5.0, radial_scale=0.5)
 
 
 class Encoder(nn.Module):
-    """Measurements to the embedding and the posterior given it."""
+    """Maps measurements to the embedding and to the posterior."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jevb_jax.View:
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
 
 
 def noise_and_mask(key: jax.Array, x: jax.Array) -> jax.Array:
-    """A view of every row: noise of 0.1 standard deviations, 3 in 10 entries from another row."""
+    """A view of every row: 30% of the entries come from another row; noise of scale 0.1 is added."""
     noise_key, mask_key, row_key = jax.random.split(key, 3)
     other = jax.random.permutation(row_key, x, independent=True)
     masked = jnp.where(jax.random.bernoulli(mask_key, 0.3, x.shape), other, x)
@@ -52,7 +52,7 @@ def loss(params: Any, key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def few_label_accuracy(features: np.ndarray, labels: np.ndarray, is_train: np.ndarray) -> float:
-    """Test accuracy of a linear classifier of 2 labels a class, mean over 20 choices of them."""
+    """Test accuracy of a linear classifier with 2 labels per class, mean over 20 draws of labels."""
     x, y = features[is_train], labels[is_train]
     x_mean, x_std = x.mean(axis=0), x.std(axis=0)
     accuracies = []
@@ -64,7 +64,7 @@ def few_label_accuracy(features: np.ndarray, labels: np.ndarray, is_train: np.nd
 
 
 def main(num_steps: int = 1000) -> dict[str, float]:
-    """Trains on the training rows, without labels; returns accuracies by the features."""
+    """Trains on the training rows without labels; returns the accuracy for each kind of features."""
     data, labels = load_wine(return_X_y=True)
     train_rows, _ = train_test_split(
         np.arange(len(labels)), test_size=0.4, stratify=labels, random_state=0

@@ -1,4 +1,4 @@
-"""Studies of many runs, and what runs them: `python -m studies.run STUDY.py --out=DIRECTORY`."""
+"""Studies of many runs, and the program for them: `python -m studies.run STUDY.py --out=DIRECTORY`."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ from jevb_jax import messages
 
 @contextlib.contextmanager
 def mistakes_as_messages() -> Iterator[None]:
-    """Says what a person can mend in one message, and exits; a fault of the program keeps its frames."""
+    """Turns an error that the user can fix into one message; a bug keeps its traceback."""
     try:
         yield
     except Exception as error:

@@ -3,8 +3,8 @@
 python -m studies.run studies/cifar10_densities.py --out=runs/cifar10_densities
 
 The older sweeps compare sub-densities, whose masses differ by tens of nats (docs eq. 31). Here every
-density has mass one: divided by its mass, or in stereographic coordinates. Recipe of
-`cifar10_uncertainty`, three of its eight epochs (468 steps); accuracies are of the validation split.
+density has mass one, because it is divided by its mass or uses stereographic coordinates. The recipe is
+that of `cifar10_uncertainty` with three of its eight epochs (468 steps). Accuracies are on validation.
 """
 
 import math
@@ -32,10 +32,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run_config(settings: dict[str, Any]) -> Any:
-    """The recipe with a density of mass one and a unit prior, unless the settings say otherwise.
+    """The recipe with a density of mass one and a unit prior, unless the settings change these.
 
     Args:
-      settings: keys of the section `jevb`.
+      settings: settings of the section `jevb`.
     """
     is_stereographic = settings.get("coordinates") == "stereographic"
     settings = {"prior_scale": 1.0, "normalized": not is_stereographic} | settings

@@ -1,10 +1,10 @@
-"""Detection on CIFAR-10: JEVB, its isotropic ablation, VI-SimSiam and SimSiam, the same scores for all.
+"""Detection on CIFAR-10 with the same scores for JEVB, isotropic JEVB, VI-SimSiam and SimSiam.
 
 python -m studies.run studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
 python -m studies.detection_table runs/cifar10_ood/runs/*/seed_* --out=runs/cifar10_ood/detection
 
-The recipe of `cifar10_small` with all 45,000 training images, evaluated on the test split against the
-`.npz` files that `configs/ood.py` names; people's votes are read from `data/cifar10h.npz`.
+The recipe is that of `cifar10_small` with all 45,000 training images. Evaluation compares the test split
+with the `.npz` files that `configs/ood.py` names. Human votes are read from `data/cifar10h.npz`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ METHODS = ("jevb", "vi_simsiam", "simsiam")
 
 
 def run_config(method: str, **changes: Any) -> Any:
-    """The recipe for a method, with changes as `cifar10_small.method_config` takes them."""
+    """The recipe for a method; `changes` are those of `cifar10_small.method_config`."""
     config = cifar10_small.method_config(method, **changes)
     config.data.num_train_examples = 0
     config.train.health_every_steps = 351

@@ -1,10 +1,10 @@
-"""The CPU form of the study: 10,000 CIFAR-10 images at 16 pixels, ResNet-8, 8 epochs, AdamW for all.
+"""The CPU version of the study: 10,000 CIFAR-10 images at 16 pixels, ResNet-8, 8 epochs, AdamW.
 
 python -m studies.run studies/cifar10_small.py --out=runs/cifar10_small --num_processes=2
 
 Reads `data/cifar10_train.npz` and `data/cifar10_test.npz` (`images`, `labels`). Encoder, optimizer,
-schedule, augmentation and epochs are the same for every method; heads are each method's own, scaled
-down. Everything is chosen on the validation split: the numbers are of it.
+schedule, augmentation and epochs are the same for every method. Each method has its own heads, scaled
+down. Choices are made on the validation split, so this study reports validation numbers.
 """
 
 import math
@@ -41,23 +41,24 @@ def method_config(method: str, **changes: Any) -> Any:
     config.augmentation.image_size = 16
     config.model.backbone = "resnet8"
     config.model.width = 16
-    config.model.zero_init_residual = True  # as the published tables were made
-    config.model.head_input = "embedding"  # likewise
+    # The published tables were made with these two settings.
+    config.model.zero_init_residual = True
+    config.model.head_input = "embedding"
     config.model.dtype = "float32"
     config.model.projector_hidden_dims = (256,)
     config.model.embedding_dim = 128
     config.model.head_hidden_dim = 128
-    config.jevb.kl_weight = 1.0  # the bound itself, unless a run says otherwise
-    config.jevb.prior_scale = 2.0 if method == "jevb" else 1.0  # by `cifar10_small_scale`
+    config.jevb.kl_weight = 1.0  # the bound itself, unless a run changes it
+    config.jevb.prior_scale = 2.0 if method == "jevb" else 1.0  # chosen in `cifar10_small_scale`
     if method in ("simsiam", "vi_simsiam"):
         config.model.head_hidden_dim = 32  # a quarter of the width, as published
     if method in ("vicreg", "barlow_twins"):
         config.model.projector_hidden_dims = (256, 256)
         config.model.embedding_dim = 256
-        config.barlow_twins.loss_weight = 1.0  # AdamW does not see it
+        config.barlow_twins.loss_weight = 1.0  # has no effect with AdamW
     if method == "byol":
         config.model.head_hidden_dim = 256
-        config.train.target_decay = 0.95  # published: 0.99 or more, for 100 times as many steps
+        config.train.target_decay = 0.95  # published: 0.99 or more for 100 times as many steps
     config.optimizer = jevb.optimizer
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
@@ -81,7 +82,7 @@ def method_config(method: str, **changes: Any) -> Any:
 
 
 def df_name(df: float) -> str:
-    """Name of the run with that many degrees of freedom."""
+    """Name of the run with `df` degrees of freedom."""
     return "jevb" if df == 5.0 else f"df_{df:g}"
 
 
@@ -89,7 +90,7 @@ def get_study() -> Study:
     """The methods and the degrees of freedom."""
     runs: dict[str, Any] = {method: method_config(method) for method in METHODS}
     runs["prior_1"] = method_config("jevb", jevb__prior_scale=1.0)
-    # The best cell of `cifar10_small_scale` with one seed, and what it changes, with three.
+    # The best cell of `cifar10_small_scale` (one seed there), and one that changes only its df.
     low_kl = {"jevb__prior_scale": 1.0, "jevb__kl_weight": 0.1}
     runs["kl_0.1_prior_1"] = method_config("jevb", **low_kl)
     runs["kl_0.1_prior_1_df_inf"] = method_config("jevb", **low_kl, jevb__df=math.inf)
@@ -103,7 +104,7 @@ def get_study() -> Study:
         figures=(
             Comparison(
                 "methods",
-                "JEVB beside its neighbours",
+                "JEVB and related methods",
                 (*METHODS, "prior_1"),
                 (*ACCURACIES, "effective rank"),
             ),

@@ -1,4 +1,4 @@
-"""One change at a time from JEVB with the unit prior, in the recipe of `cifar10_small`.
+"""Ablations of JEVB with the unit prior: one change at a time in the recipe of `cifar10_small`.
 
 python -m studies.run studies/cifar10_small_ablations.py --out=runs/ablations --num_processes=2
 """

@@ -1,8 +1,8 @@
-"""How wide the likelihood is against the prior: weight of the KL, scale of the prior, degrees of freedom.
+"""Width of the likelihood relative to the prior: KL weight, prior scale, degrees of freedom.
 
 python -m studies.run studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
 
-In the recipe of `cifar10_small`, to choose defaults. One seed: it finds where to look, no more.
+Uses the recipe of `cifar10_small` to choose defaults. One seed can only show where to look further.
 """
 
 import math
@@ -44,7 +44,7 @@ def config(kl_weight: float, prior_scale: float, df: float) -> Any:
 
 
 def get_study() -> Study:
-    """The cells, and what moves between them."""
+    """All cells; sweeps over the prior scale and the KL weight."""
     runs = {name(*cell): config(*cell) for cell in CELLS}
     by_prior = {p: name(1.0, p, 5.0) for p in (1.0, 2.0, 3.0, 4.0)}
     by_weight = {w: name(w, 1.0, 5.0) for w in (0.03, 0.1, 0.3, 1.0)}

@@ -1,9 +1,9 @@
-"""How residual blocks start, and the optimizer: `docs/full_size.md`.
+"""The effect of the start of residual blocks and of the optimizer (`docs/full_size.md`).
 
 python -m studies.run studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
 
-In the recipe of `cifar10_small`, with AdamW as there, and with SGD as `configs/cifar10.py` had it.
-One seed.
+Uses the recipe of `cifar10_small` with its AdamW and with the SGD that `configs/cifar10.py` used
+before. One seed.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def config(method: str, optimizer: str, rate: float, decay: float, *, is_zero: b
 
 
 def get_study() -> Study:
-    """Every recipe from shut and from open blocks."""
+    """Every recipe with blocks that start as their shortcuts (scale 0) and active (scale 1)."""
     cells = [(*recipe, is_zero) for recipe in RECIPES for is_zero in (True, False)]
     runs = {
         name(m, o, rate, is_zero=is_zero): config(m, o, rate, decay, is_zero=is_zero)
@@ -48,5 +48,7 @@ def get_study() -> Study:
         runs=runs,
         seeds=(0,),
         measures=MEASURES,
-        figures=(Comparison("start", "Blocks shut (0) and open (1)", tuple(runs), ACCURACIES),),
+        figures=(
+            Comparison("start", "Blocks start with scale 0 or scale 1", tuple(runs), ACCURACIES),
+        ),
     )

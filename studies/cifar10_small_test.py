@@ -1,8 +1,9 @@
-"""The methods of `cifar10_small` on the test split, once every choice is made.
+"""Evaluates the methods of `cifar10_small` on the test split, after all choices are made.
 
 python -m studies.run studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
 
-Copies of finished run directories of `cifar10_small` are evaluated again and not trained again.
+If `--out` holds copies of finished run directories of `cifar10_small`, they are evaluated again and not
+trained again.
 """
 
 from typing import Any

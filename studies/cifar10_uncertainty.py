@@ -1,9 +1,9 @@
-"""What JEVB's uncertainty is worth: what the head sees, the tails, the mass, the weight of the KL.
+"""The quality of JEVB's uncertainty for several head inputs, tails, masses and KL weights.
 
 python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty
 
-The recipe of `cifar10_ood` on 20,000 images (1,248 steps) with residual blocks open. Detection is
-measured on the 10,000 test images against 1,000 images of each outside set, which are
+The recipe is that of `cifar10_ood` with 20,000 images (1,248 steps); residual blocks start active.
+Detection is measured on the 10,000 test images against 1,000 images of each outside set. These sets are
 the `.npz` files that `configs/ood.py` names.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from studies import cifar10_ood
 from studies.spec import Comparison, Logged, Result, Study
 
-# Scores of the table, by the columns' names.
+# Scores of the table, by the name of the column.
 SCORES = {
     "own": "jevb/mixture_and_residual",
     "mixture": "jevb/mixture",
@@ -28,7 +28,7 @@ SCORES = {
 
 
 def run_config(method: str, **changes: Any) -> Any:
-    """The recipe for a method, with changes as `cifar10_small.method_config` takes them."""
+    """The recipe for a method; `changes` are those of `cifar10_small.method_config`."""
     head_input = "direction" if method == "jevb" else "embedding"
     config = cifar10_ood.run_config(method, **{"model__head_input": head_input, **changes})
     config.data.num_train_examples = 20_000

@@ -1,18 +1,24 @@
-"""What collapses heavy tails below full weight of the KL: the scale, or the weights of the pairs?
+"""Why do heavy tails collapse when the KL weight is below one: the scale, or the pair weights?
 
 python -m studies.collapse --out=runs/collapse
 
-A Student-t does two things that its Gaussian limit does not. It lets the *scale* shrink, since far in the
-tail a smaller scale costs next to nothing. And it *weighs pairs*: one whose squared length is `Q` pulls
-with `w = (df + n) / (df + Q)`, so pairs that agree already pull hardest. Here each is switched by
-itself, with the gradient of the other taken from the Gaussian: the directional term is
+A Student-t does two things that its Gaussian limit does not:
+
+* It lets the *scale* shrink, because far in the tail a smaller scale costs almost nothing.
+* It *weighs pairs*. A pair with squared length `Q` pulls with the weight `w = (df + n) / (df + Q)`, so
+  pairs that already agree pull hardest.
+
+This program switches each of the two on separately and takes the other gradient from the Gaussian. The
+directional term is
 
     log p_A(u | m, held(s)) + log p_B(u | held(m), s)
 
-whose first part moves directions and whose second moves scales. `m` is the sampled direction, so
-the first also reaches the scale through the noise. Recipe: `studies/cifar10_uncertainty.py`, KL weight
-0.1, unit prior, the first third of its 1,248 steps. Nothing is evaluated: a collapse shows in the
-spread of the directions of a batch (1 is uniform, 0 one point).
+Its first part moves directions and its second part moves scales. `m` is the sampled direction, so the
+first part also reaches the scale through the noise.
+
+The recipe is that of `studies/cifar10_uncertainty.py` with KL weight 0.1 and unit prior, for the first
+third of its 1,248 steps. Nothing is evaluated. A collapse shows in the spread of the directions of a
+batch, which is 1 for uniform directions and 0 for one point.
 """
 
 import argparse
@@ -44,7 +50,7 @@ DF = 5.0
 KL_WEIGHT = 0.1
 NUM_STEPS = 416
 EVERY_STEPS = 16
-# Name of an arm: what moves the directions, what moves the scale.
+# By name of an arm: the density that moves the directions, the density that moves the scale.
 ARMS = {
     "Student-t": ("student", "student"),
     "Gaussian": ("gaussian", "gaussian"),
@@ -56,7 +62,7 @@ ARMS = {
 
 
 def pair_weights(squared_length: Array, *, df: float, n: int) -> Array:
-    """`w = (df + n) / (df + Q)`, the pull of a pair beside the Gaussian's, `[batch]`.
+    """`w = (df + n) / (df + Q)`, the pull of a pair relative to the Gaussian, `[batch]`.
 
     Args:
       squared_length: `[batch]`, `Q`.
@@ -67,18 +73,18 @@ def pair_weights(squared_length: Array, *, df: float, n: int) -> Array:
 
 
 def split_log_prob(u: Array, m: Array, s: Array, *, directions: str, scale: str) -> Array:
-    """The directional term, its gradients in the directions and in the scale of different densities.
+    """The directional term; one density gives its gradient in the directions, another in the scale.
 
     Args:
-      u: `[batch, D]`, directions of the targets.
+      u: `[batch, D]`, directions of the target embeddings.
       m: `[batch, D]`, sampled directions.
       s: `[batch, D]`, scales.
-      directions: "gaussian"; "student"; or the Gaussian with the Student-t's weights of the pairs
-        divided by their mean in the batch ("relative"), or with that "mean" for all pairs.
+      directions: "gaussian"; "student"; "relative", the Gaussian with the Student-t's pair weights
+        divided by their batch mean; or "mean", the Gaussian with this batch mean for all pairs.
       scale: "gaussian" or "student".
 
     Returns:
-      `[batch]`. Only its gradients mean something.
+      `[batch]`. Only its gradients are meaningful.
     """
     df = {"student": DF, "gaussian": math.inf}
     held_s, held_m = jax.lax.stop_gradient(s), jax.lax.stop_gradient(m)
@@ -93,7 +99,7 @@ def split_log_prob(u: Array, m: Array, s: Array, *, directions: str, scale: str)
         weights = pair_weights(squared_length, df=DF, n=u.shape[-1] - 1)
         mean = jnp.mean(weights)
         weights = weights / mean if directions == "relative" else jnp.full_like(weights, mean)
-        # The Gaussian holds -Q/2: this makes it -w Q/2 and leaves the determinant alone.
+        # The Gaussian contains -Q/2. This changes it to -w Q/2 and keeps the determinant.
         of_directions += (1 - jax.lax.stop_gradient(weights)) * squared_length / 2
     return of_scale + of_directions
 
@@ -108,7 +114,7 @@ def split_jevb(
     directions: str,
     scale: str,
 ) -> methods.MethodOutput:
-    """`methods.jevb` with `split_log_prob` as its directional term; see there and the module."""
+    """`methods.jevb` with `split_log_prob` as its directional term."""
     del step
     if radial_scale is None:
         raise ValueError("needs the radial scale of a model whose head gives a posterior")
@@ -139,15 +145,15 @@ def split_jevb(
 
 
 def run(arm: str, seed: int, *, num_steps: int) -> list[dict[str, Any]]:
-    """Trains an arm and gives its metrics every `EVERY_STEPS` steps.
+    """Trains an arm and returns its metrics every `EVERY_STEPS` steps.
 
     Args:
       arm: a key of `ARMS`.
-      seed: parameters, order of the data and noise follow from it.
-      num_steps: steps to take.
+      seed: determines parameters, order of the data and noise.
+      num_steps: number of training steps.
 
     Returns:
-      One row a logged step.
+      One row for each logged step.
     """
     config = cifar10_uncertainty.run_config("jevb", jevb__prior_scale=1.0)
     config.seed = seed

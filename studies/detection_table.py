@@ -1,4 +1,4 @@
-"""Detection of several runs side by side, from their `results.json` alone.
+"""A table of detection results of several runs, made from their `results.json` alone.
 
 python -m studies.detection_table RUN_DIRECTORY... --out=DIRECTORY
 """
@@ -18,17 +18,17 @@ from jevb_jax.runs import files
 from studies import mistakes_as_messages
 from studies.evidence import read_run
 
-# Checks of what a score means apart from detection: measures of one score, not of a set.
+# Prefixes of measures that check a score in other ways than detection. They belong to no outside set.
 _USES = ("error_auroc_", "area_under_risk_coverage_", "severity_correlation_", "human_")
 
-# `{(run, score): {column: one value a seed}}`
+# `{(run, score): {column: one value per seed}}`
 Cells = Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
 
 
 class DetectionRun(NamedTuple):
     """A finished run that was evaluated with outside sets."""
 
-    name: str  # METHOD of .../METHOD/seed_S, else the directory's own name
+    name: str  # METHOD in .../METHOD/seed_S, otherwise the name of the directory
     seed: int
     results: dict[str, Any]  # with "ood"
     environment: dict[str, Any]
@@ -38,8 +38,8 @@ def read_detection_run(directory: Path) -> DetectionRun:
     """Reads the directory of a run that `train.py` made.
 
     Raises:
-      FileNotFoundError: the run is not finished, or this is no run.
-      ValueError: it was evaluated without outside sets.
+      FileNotFoundError: the directory holds no finished run.
+      ValueError: the run was evaluated without outside sets.
     """
     found = read_run(directory)
     if found.results is None or found.config is None or found.environment is None:
@@ -63,7 +63,7 @@ class Number(NamedTuple):
 
 
 def aurocs(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """AUROC by score and set, then "GROUP mean"; a corruption is the mean over its severities."""
+    """AUROC by score and set, then by "GROUP mean". For a corruption, the mean over severities."""
     cells: dict[str, dict[str, list[float]]] = {}
     rows = results["ood"]["rows"]
     for row in rows:
@@ -81,7 +81,7 @@ def aurocs(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _numbers(run: DetectionRun) -> Iterator[Number]:
-    """Every number of a run, those of a score together."""
+    """Every number of a run, sorted by score."""
     uses: dict[str, dict[str, float]] = {}
     for row in run.results["trained"]:
         if row["name"].startswith(_USES):
@@ -144,7 +144,7 @@ def _facts(runs: Sequence[DetectionRun], command: str) -> list[str]:
 
 
 def _footnotes(runs: Sequence[DetectionRun]) -> Iterator[str]:
-    """What each outside set is, and the largest half-width of its bootstrap intervals."""
+    """Descriptions of the outside sets with the largest half-width of an AUROC interval."""
     widths: dict[str, float] = {}
     for run in runs:
         for row in run.results["ood"]["rows"]:
@@ -156,7 +156,7 @@ def _footnotes(runs: Sequence[DetectionRun]) -> Iterator[str]:
 
 
 def _figure(cells: Cells) -> Figure:
-    """One panel for each mean over a group: scores below one another, a marker for each run."""
+    """One panel for each mean over a group, with one row for each score and a marker for each run."""
     means = [column for column in _columns(cells) if column.endswith(" mean")]
     scores = list(dict.fromkeys(score for _, score in cells))
     num_panels = max(len(means), 1)
@@ -184,9 +184,9 @@ def write_detection_table(runs: Sequence[DetectionRun], out: Path, *, command: s
     """Writes `table.md`, `table.csv` and `detection.png`.
 
     Args:
-      runs: at least one, of the same split and protocol.
+      runs: at least one; all have the same split and protocol.
       out: directory, made if it does not exist.
-      command: what made the table.
+      command: the command that made the table.
 
     Raises:
       ValueError: no runs, or runs of different splits or protocols.

@@ -1,4 +1,4 @@
-"""What the run directories of a study hold, and the numbers in it."""
+"""Reads the run directories of a study and the numbers in them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,30 +14,30 @@ from studies.spec import Measure, PlannedRun, Result, Study
 
 
 class RunData(NamedTuple):
-    """What a run directory holds; None or empty where it does not."""
+    """Content of a run directory; a missing file is None or empty."""
 
-    config: dict[str, Any] | None  # completed by what is newer than the run
-    results: dict[str, Any] | None  # the run is finished
-    failure: dict[str, Any] | None  # the run was not finite: `train_one` writes it
-    records: list[dict[str, Any]]  # of `metrics.jsonl`
+    config: dict[str, Any] | None  # with the defaults of settings that are newer than the run
+    results: dict[str, Any] | None  # present if the run is finished
+    failure: dict[str, Any] | None  # written by `train_one` if a step was not finite
+    records: list[dict[str, Any]]  # lines of `metrics.jsonl`
     environment: dict[str, Any] | None
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended without results, for a reason that is recorded."""
+        """Whether the run ended without results for a recorded reason."""
         return self.results is None and self.failure is not None
 
     @property
     def last_step(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return max((record["step"] for record in self.records), default=0)
 
     def changes(self, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ: `{dotted key: (of this run, of the config)}`."""
+        """Settings that differ: `{dotted key: (value in this run, value in the config)}`."""
         return {} if self.config is None else changed_keys(self.config, config)
 
     def entry(self, result: Result) -> dict[str, Any] | None:
-        """Where `results.json` has the number, and its protocol."""
+        """The entry of `results.json` with the number and its protocol."""
         entries = (self.results or {}).get(result.encoder, [])
         names = (result.name, result.features)
         return next((e for e in entries if (e["name"], e["features"]) == names), None)
@@ -47,7 +47,7 @@ class RunData(NamedTuple):
         return {record["step"]: record[key] for record in self.records if key in record}
 
     def value(self, measure: Measure) -> float | None:
-        """The number, of a finished run."""
+        """Value of a measure; None if the run is not finished or does not have it."""
         if self.results is None:
             return None
         if isinstance(measure, Result):
@@ -59,7 +59,7 @@ class RunData(NamedTuple):
 
 
 def read_run(directory: Path) -> RunData:
-    """Reads a run directory, whether the run is finished, under way or not there yet."""
+    """Reads a run directory. The run may be finished, under way or not started."""
 
     def read(name: str) -> Any:
         path = directory / f"{name}.json"
@@ -76,7 +76,7 @@ def read_run(directory: Path) -> RunData:
 
 
 class Evidence(NamedTuple):
-    """A study and its run directories, read."""
+    """A study and the content of its run directories."""
 
     study: Study
     plan: Sequence[PlannedRun]
@@ -84,11 +84,11 @@ class Evidence(NamedTuple):
 
     @property
     def found(self) -> list[RunData]:
-        """All runs in the order of their names, whether there is anything of them or not."""
+        """All runs in the order of their names, including those that have not started."""
         return [data for seeds in self.runs.values() for data in seeds.values()]
 
     def values(self, run: str, label: str) -> dict[int, float]:
-        """A measure by seed, of finished runs that have it; of an average where all of them do."""
+        """A measure by seed, for finished runs that have it. An average needs all its runs."""
         if run in self.study.averages:
             parts = [self.values(one, label) for one in self.study.averages[run]]
             seeds = set.intersection(*(set(part) for part in parts))
@@ -98,12 +98,12 @@ class Evidence(NamedTuple):
         return {seed: value for seed, value in pairs if value is not None}
 
     def failed(self, run: str) -> str:
-        """How many seeds failed, or nothing."""
+        """How many seeds failed, as text; empty if none."""
         count = sum(data.has_failed for data in self.runs[run].values())
         return f"{count} of {len(self.runs[run])} failed" if count else ""
 
     def status(self, run: str) -> str:
-        """What became of every seed."""
+        """The state of every seed, as text."""
         if run in self.study.averages:
             return f"mean of {len(self.study.averages[run])} runs"
         seeds = self.runs[run]

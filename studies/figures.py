@@ -1,4 +1,4 @@
-"""The figures of a study: one for each claim, a panel for each measure."""
+"""The figures of a study: one figure for each claim, one panel for each measure."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ def _add_legend(axis: Axes) -> None:
 
 
 def _with_failures(run: str, evidence: Evidence) -> str:
-    """The name of a run, and how many of its seeds failed."""
+    """The name of a run, with the number of its seeds that failed."""
     failed = evidence.failed(run)
     return f"{run} ({failed})" if failed else run
 
@@ -62,7 +62,7 @@ def _comparison(figure: Comparison, evidence: Evidence) -> Drawing:
 
 
 def sweep_positions(values: Iterable[float], *, log_x: bool) -> dict[float, float]:
-    """Where every value of a setting is drawn; infinity a little beyond the others."""
+    """Position of every value of a setting; infinity is slightly beyond the others."""
     values = list(values)
     finite = sorted(x for x in values if math.isfinite(x))
     positions = {x: x for x in finite}
@@ -89,7 +89,7 @@ def _sweep(figure: Sweep, evidence: Evidence) -> Drawing:
                 axis.text(position, 0.03, failed, rotation=90, fontsize=7, **where)
         finite = [mean for x, mean in means.items() if math.isfinite(x)]
         axis.plot(*np.reshape(finite, (-1, 2)).T, "k_-", ms=11, mew=2, lw=1.2)
-        if math.inf in means:  # apart: the axis is broken before it
+        if math.inf in means:  # a dotted line, because the axis is not to scale there
             axis.plot(*np.array([*means.values()])[-2:].T, "k_:", ms=11, mew=2, lw=1.2)
         for color, run in zip(_COLORS[1:], figure.references, strict=False):
             values = list(evidence.values(run, label).values())
@@ -142,7 +142,7 @@ def _draw_curve(
     seeds = [(series, is_failed) for series, is_failed in seeds if series]
     if not seeds:
         return
-    # Mean and range only of steps that every seed reached: they never jump where one ends.
+    # Only steps that every seed reached, so that mean and range do not jump where a seed ends.
     common = sorted(set.intersection(*(set(series) for series, _ in seeds)))
     values = np.array([[series[step] for step in common] for series, _ in seeds])
     if common:

@@ -2,7 +2,7 @@
 
 python -m studies.run studies/one_class_cifar10.py --out=runs/one_class_cifar10
 
-Reads CIFAR-10 by TFDS. For an accelerator; the form for a CPU is `one_class_digits.py`.
+Reads CIFAR-10 through TFDS and needs an accelerator. The version for a CPU is `one_class_digits.py`.
 """
 
 from studies import one_class_digits

@@ -2,7 +2,7 @@
 
 python -m studies.run studies/one_class_digits.py --out=runs/one_class_digits --num_processes=2
 
-The scores are those of `configs/ood.py`, fitted without labels; nothing is chosen on outside images.
+The scores are those of `configs/ood.py`, fitted without labels. No choice uses outside images.
 """
 
 from typing import Any

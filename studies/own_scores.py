@@ -1,13 +1,13 @@
-"""What else JEVB's own scores could be: two-sided terms, and other kernels of the training mixture.
+"""Variants of JEVB's own scores: two-sided terms, and other kernels of the training mixture.
 
 python -m studies.own_scores --runs runs/u/direction/seed_0 --out=runs/own_scores
 
-For trained runs of `studies/cifar10_uncertainty.py`. Two questions of docs/ood.md:
+It reads trained runs of `studies/cifar10_uncertainty.py` and answers two questions of docs/ood.md:
 
-* Does a single term detect better if it is strange on either side, `|score - median of training images|`?
-  The center is a training statistic: no outside image is read before the form is fixed.
-* What of the mixture matters: its bandwidth, the degrees of freedom of its kernels, or that their
-  scales differ between features? Each kernel has the bandwidth of its own leave-one-out likelihood.
+* Does a two-sided score detect better, `|score - median of training images|`? The center comes from
+  training images only, so no outside image is read before the score is fixed.
+* Which part of the mixture matters: its bandwidth, the degrees of freedom of its kernels, or that scales
+  differ between features? For each kernel, the leave-one-out likelihood chooses the bandwidth.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from jevb_jax.paper import mass
 from jevb_jax.runs import files
 from studies import cifar10_uncertainty
 
-# What training images are taken of, and how many of each evaluated set.
+# Number of training images to fit to, and number of test images.
 NUM_FITTED, NUM_TEST = 6000, 2500
 TERMS = (
     "negative_log_likelihood",
@@ -49,8 +49,8 @@ def group_means(scores: Mapping[str, np.ndarray], groups: Mapping[str, str]) -> 
     """Mean AUROC over the outside sets of each group.
 
     Args:
-      scores: `[N]` of the set "test" and of every outside set.
-      groups: the group of each outside set, by name.
+      scores: `[N]` for the set "test" and for every outside set.
+      groups: group of each outside set, by name.
     """
     found: dict[str, list[float]] = {}
     for name, group in groups.items():
@@ -59,7 +59,7 @@ def group_means(scores: Mapping[str, np.ndarray], groups: Mapping[str, str]) -> 
 
 
 def two_sided(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Distances to the median of the set "train"."""
+    """Distances from the median of the set "train"."""
     center = np.median(scores["train"])
     return {name: np.abs(values - center) for name, values in scores.items()}
 

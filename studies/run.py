@@ -1,9 +1,9 @@
-"""Runs a study: many configs by a few seeds, one table, one figure a claim.
+"""Runs a study: many configs with a few seeds each, one table, one figure for each claim.
 
 `python -m studies.run studies/NAME.py --out=DIR [--num_processes=1] [--report_only]`
 
-Every run of every seed is a process and a directory of its own, `DIR/runs/NAME/seed_0`. The same
-command goes on after a kill and never repeats what is finished. The report is made from the run
+Each run of each seed has its own process and its own directory, `DIR/runs/NAME/seed_0`. After a kill,
+the same command continues the study. It never repeats a finished run. The report is made from the run
 directories alone.
 """
 
@@ -37,12 +37,12 @@ from studies.spec import PlannedRun, Study, load_study
 from studies.train_one import ASKED_CONFIG
 
 _STOPPED_STATUS = 128 + signal.SIGINT
-_SHOWN_LINES = 30  # of the log of a run that broke: its traceback
+_SHOWN_LINES = 30  # last lines of the log of a run that broke, enough for its traceback
 
 
 def _is_done(run: PlannedRun, found: RunData) -> bool:
-    """Whether the directory of a run has results of its config, or that it was not finite."""
-    if found.results is not None:  # of another evaluation, or of a shorter run?
+    """Whether the directory has results of this config, or the record of a step that was not finite."""
+    if found.results is not None:  # they may belong to another evaluation or a shorter run
         others = ("evaluation.", "train.num_epochs")
         return not any(key.startswith(others) for key in found.changes(run.config))
     failure = found.failure
@@ -57,7 +57,7 @@ def _to_do(plan: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The runs that are not done.
 
     Raises:
-      ChangedConfigError: directories hold runs of other configs.
+      ChangedConfigError: directories hold runs with other configs.
     """
     found = [read_run(run.directory) for run in plan]
     refused = [
@@ -75,16 +75,16 @@ def _to_do(plan: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _prepare(run: PlannedRun) -> None:
-    """Leaves the config for the run, and takes away what tells of an earlier one.
+    """Writes the config for the run, and removes or renames the results of an earlier one.
 
     Raises:
-      DirectoryInUseError: another process works there.
+      DirectoryInUseError: another process uses the directory.
     """
     run.directory.mkdir(parents=True, exist_ok=True)
     with files.lock_directory(run.directory):
         (run.directory / "failure.json").unlink(missing_ok=True)
         found = read_run(run.directory)
-        # Other results stay, under another name.
+        # Results of other settings stay under another name.
         if found.results is not None and "train.num_epochs" in found.changes(run.config):
             result_files.rename_results(run.directory, "", f"_step_{found.results['step']}")
         elif found.results is not None:
@@ -100,7 +100,7 @@ def _command(directory: Path) -> list[str]:
 
 
 def _environment(out: Path, num_processes: int) -> dict[str, str]:
-    # One seed's programs are another's: measured, half of the time of a short run or more.
+    # All seeds share compiled programs. This saves at least half of the time of a short run (measured).
     added = {CACHE_VARIABLE: str(out / "compile_cache")}
     if num_processes > 1:
         added["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / num_processes:.3f}"
@@ -108,7 +108,7 @@ def _environment(out: Path, num_processes: int) -> dict[str, str]:
 
 
 def _pin_to_share(num_processes: int) -> Callable[[], None]:
-    """A function that gives each thread that calls it, and its children, cores of their own.
+    """A function that binds the calling thread and its children to their own share of the cores.
 
     Raises:
       ValueError: more processes than cores.
@@ -123,7 +123,7 @@ def _pin_to_share(num_processes: int) -> Callable[[], None]:
 
 
 def _outcome(run: PlannedRun, status: int, said: str, *, is_stopping: bool) -> str:
-    """What became of a run whose process has ended."""
+    """The state of a run whose process has ended, as text."""
     found = read_run(run.directory)
     log = run.directory / "log.txt"
     if found.results is not None:
@@ -141,13 +141,13 @@ def _outcome(run: PlannedRun, status: int, said: str, *, is_stopping: bool) -> s
 def _execute(
     todo: Sequence[PlannedRun], out: Path, *, num_processes: int, console: Console
 ) -> bool:
-    """Runs what is to do; False when Ctrl-C stopped it, after the steps that were under way."""
+    """Executes the runs. False if Ctrl-C stopped them; each then finishes its current step first."""
     environment = _environment(out, num_processes)
     pin_to_share = _pin_to_share(num_processes)
     processes: list[subprocess.Popen] = []
     is_stopping = threading.Event()
     numbers = itertools.count(1)
-    # Each run reads its standard input, and stops where that ends: when this process is gone, too.
+    # Each run watches its standard input and stops when it ends, also when this process has died.
     stdin, held_open = os.pipe()
 
     def attempt(run: PlannedRun) -> None:
@@ -165,7 +165,7 @@ def _execute(
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    start_new_session=True,  # Ctrl-C reaches the study alone
+                    start_new_session=True,  # so that Ctrl-C reaches only the study
                 )
                 processes.append(process)
                 status = process.wait()
@@ -210,9 +210,9 @@ def write_report(study: Study, out: str | Path, *, command: str) -> None:
     """Writes `table.md`, `table.csv` and a PNG for each figure, from the run directories alone.
 
     Args:
-      study: what was run.
+      study: the study.
       out: directory of the study.
-      command: said to regenerate the report.
+      command: the command that the report names.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -241,24 +241,24 @@ def run_study(
     Args:
       study: what to run.
       out: directory of the study; made if it does not exist, continued if it holds one.
-      command: that does this, for the report.
-      num_processes: runs at once, each on its share of the cores.
-      console: where people read; standard output by default.
+      command: the command that the report names.
+      num_processes: number of runs at the same time, each on its share of the cores.
+      console: for messages; standard output by default.
 
     Returns:
-      Exit status: 0 when every run is finished or was not finite, 1 when one is missing, 130 when
-      Ctrl-C stopped the study.
+      Exit status: 0 if every run is finished or was not finite, 1 if one is missing, 130 if Ctrl-C
+      stopped the study.
 
     Raises:
-      ChangedConfigError: `out` holds runs of other configs; nothing was run.
-      DirectoryInUseError: another process works on `out`.
+      ChangedConfigError: `out` holds runs with other configs; nothing was run.
+      DirectoryInUseError: another process uses `out`.
       ValueError: more processes than cores.
     """
     console = console or standard_output()
     out = _local_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     plan = study.plan(out)
-    # Who reads the lines may leave before the study ends: the report has everything.
+    # The reader of the output may leave before the study ends. The report contains everything.
     with files.lock_directory(out), unbroken(console):
         todo = _to_do(plan)
         console.print(f"{len(plan)} runs, {len(plan) - len(todo)} done before, {len(todo)} to do.")

@@ -1,4 +1,4 @@
-"""What a study is: configs by a few seeds, the numbers of its table, the claims of its figures.
+"""Definition of a study: configs, seeds, the numbers of its table, the claims of its figures.
 
 A study file is Python with a function `get_study() -> Study`.
 """
@@ -40,7 +40,7 @@ class Logged:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A figure: a point for every seed of every run, and their mean."""
+    """A figure with a point for every seed of every run, and their mean."""
 
     name: str  # of the file, without .png
     title: str  # the claim
@@ -50,7 +50,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A figure: measures against one setting."""
+    """A figure of measures as functions of one setting."""
 
     name: str  # of the file, without .png
     title: str  # the claim
@@ -63,7 +63,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """A figure: logged values by step, with a cross where a seed failed."""
+    """A figure of logged values by step, with a cross where a seed failed."""
 
     name: str  # of the file, without .png
     title: str  # the claim
@@ -90,20 +90,20 @@ class Study:
     """What to run, what to measure and what to draw.
 
     Raises:
-      ValueError: what does not fit together, by name.
+      ValueError: parts do not fit together; the message names them.
     """
 
     title: str  # heading above the table
-    runs: Mapping[str, ConfigDict]  # by name; the seed of each is set by the study
-    seeds: Sequence[int]  # each config is run once with each
+    runs: Mapping[str, ConfigDict]  # by name; the study sets the seed of each
+    seeds: Sequence[int]  # each config runs once with each seed
     measures: Sequence[Measure]  # columns of the table
     figures: Sequence[Figure] = ()  # one for each claim
-    # Further rows of the table: the mean of several runs seed by seed, such as those of one-class
-    # detection over its classes.
+    # Further rows of the table. Each is the mean of several runs, seed by seed, for example the mean
+    # over the classes in one-class detection.
     averages: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Read once: an iterator would be empty the second time. ConfigDict takes no NumPy integers.
+        # Iterators become tuples, because they can be read only once. ConfigDict refuses NumPy integers.
         for field in ("seeds", "measures", "figures"):
             object.__setattr__(self, field, tuple(read.plain(tuple(getattr(self, field)))))
         bad_seeds = [seed for seed in self.seeds if not read.RUN["seed"].accepts(seed)]
@@ -138,7 +138,7 @@ class Study:
                 )
 
     def _check_figure(self, figure: Figure, labels: Sequence[str]) -> None:
-        """Refuses a figure of what the study does not have."""
+        """Refuses a figure that needs runs or measures that the study does not have."""
         is_sweep = isinstance(figure, Sweep)
         runs = [*figure.runs.values(), *figure.references] if is_sweep else figure.runs
         panels = figure.keys if isinstance(figure, Curves) else figure.measures
@@ -152,7 +152,7 @@ class Study:
             raise ValueError(f"figure {figure.name}: no measures {unknown} among {labels}")
 
     def plan(self, out: Path) -> list[PlannedRun]:
-        """Every run of the first seed, then of the next: an early table has them all."""
+        """All runs of the first seed, then of the next, so that an early table has every run."""
         runs = []
         for seed in self.seeds:
             for name, config in self.runs.items():
@@ -161,10 +161,10 @@ class Study:
         return runs
 
     def check_settings(self) -> None:
-        """Refuses settings that a run would refuse; loads no data.
+        """Refuses settings that a run would refuse, without loading data.
 
         Raises:
-          ValueError: the name of the run and its settings, as `read.run_settings`.
+          ValueError: names the run and its wrong settings, as in `read.run_settings`.
         """
         for name, config in self.runs.items():
             try:
@@ -184,7 +184,7 @@ def load_study(path: str | Path) -> Study:
 
     Raises:
       FileNotFoundError: there is no such file.
-      TypeError: it makes no study.
+      TypeError: `get_study()` is missing or returns no `Study`.
     """
     path = files.to_path(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -12,7 +12,7 @@ from studies.spec import Logged
 
 
 def in_digits_of(value: float, near: float) -> str:
-    """A number with the digits that suit one of the size of `near`."""
+    """A number with as many digits as suit a number of the size of `near`."""
     size = abs(near)
     return (
         f"{value:.3e}" if size >= 1e5 or 0 < size < 1e-2 else f"{value:.{4 if size < 10 else 2}f}"
@@ -20,7 +20,7 @@ def in_digits_of(value: float, near: float) -> str:
 
 
 def _cell(values: Sequence[float], num_finished: int) -> str:
-    """Mean ± sample standard deviation, with n where it is not that of the row."""
+    """Mean ± sample standard deviation; n is added where it differs from that of the row."""
     if not values:
         return "-"
     mean = float(np.mean(values))
@@ -30,7 +30,7 @@ def _cell(values: Sequence[float], num_finished: int) -> str:
 
 
 def _facts(evidence: Evidence, command: str) -> list[str]:
-    """What made the numbers, and which runs had other settings than the study has now."""
+    """How the numbers were made, and which runs had other settings than the study has now."""
     environments = [data.environment for data in evidence.found if data.environment]
     dirty = {True: " with uncommitted changes", False: ""}
     facts = {
@@ -53,7 +53,7 @@ def _facts(evidence: Evidence, command: str) -> list[str]:
 
 
 def _footnotes(evidence: Evidence) -> list[str]:
-    """What every measure is, in the words of the protocol."""
+    """Descriptions of the measures, with their protocols."""
     lines = []
     finished = [data for data in evidence.found if data.results is not None]
     for measure in evidence.study.measures:
@@ -72,7 +72,7 @@ def _footnotes(evidence: Evidence) -> list[str]:
 
 
 def markdown_table(evidence: Evidence, command: str) -> str:
-    """`table.md`: what made the numbers, means over seeds, protocols, figures."""
+    """`table.md`: how the numbers were made, means over seeds, protocols, figures."""
     study = evidence.study
     labels = [measure.label for measure in study.measures]
     rows = []
@@ -101,7 +101,7 @@ def markdown_table(evidence: Evidence, command: str) -> str:
 
 
 def csv_table(evidence: Evidence) -> str:
-    """`table.csv`: mean, sample standard deviation, count and every seed's value."""
+    """`table.csv`: mean, sample standard deviation, count and the value of every seed."""
     study = evidence.study
     parts = ("mean", "std", "n", *(f"seed {seed}" for seed in study.seeds))
     labels = [measure.label for measure in study.measures]

@@ -1,7 +1,8 @@
-"""The process of one run of a study: `python -m studies.train_one RUN_DIRECTORY`.
+"""The process that trains one run of a study: `python -m studies.train_one RUN_DIRECTORY`.
 
-It trains the config that the study left there, while its standard input is open. When that ends, since
-the study stops or is gone, the run saves its state after its step and stops.
+It trains with the config that the study wrote into the directory. It watches its standard input, which
+the study keeps open. When that input ends, the study has stopped or died. The run then finishes its
+step, saves its state and stops.
 """
 
 import os
@@ -20,14 +21,14 @@ ASKED_CONFIG = "asked_config.json"
 
 
 def _stop_with_study() -> None:
-    os.read(0, 1)  # returns at the end of standard input, however the study went
+    os.read(0, 1)  # returns when standard input ends, however the study has ended
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train_one(directory: Path) -> None:
-    """Trains, or resumes, a run; records that it was not finite, which is a result of the study.
+    """Trains or resumes a run. A step that is not finite is recorded as a result of the study.
 
-    Any other error says nothing of the method, and is not recorded.
+    Other errors are not recorded, because they do not describe the method.
     """
     path = directory / ASKED_CONFIG
     try:
