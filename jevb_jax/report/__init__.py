@@ -1,1 +1,1 @@
-"""What people look at: figures, tables and the page of a run. It draws, and computes no number."""
+"""Figures, tables and the HTML report of a run. This folder draws and computes no numbers."""

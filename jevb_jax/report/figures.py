@@ -89,7 +89,7 @@ def save_views_figure(path: Path, images: np.ndarray, views: Sequence[np.ndarray
 
 
 def write_png(path: Path, figure: Figure) -> None:
-    """Writes a figure, whole or not at all.
+    """Writes a figure as a PNG, atomically.
 
     Args:
       path: PNG to write.

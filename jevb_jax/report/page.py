@@ -391,7 +391,7 @@ def write_page(
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> None:
-    """Writes the page of a run, whole or not at all.
+    """Writes the report of a run, atomically.
 
     Args:
       path: HTML file; its directory exists.
