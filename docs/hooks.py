@@ -1,9 +1,12 @@
-"""Hooks of MkDocs: the API reference, links out of `docs/`, and equations without a script.
+"""Hooks of MkDocs: the API reference, links to files outside `docs/`, and equations without scripts.
 
-The Markdown of `docs/` reads well on a code host: its links lead to files of the repository, its
-equations are in LaTeX. On the site, a link to a module of the package leads into the API reference (to
-the function, when the link's text names one), a link to any other file to a page that shows it, and
-an equation is MathML, which browsers draw by themselves.
+The Markdown of `docs/` is written for a code host: links lead to files of the repository, and equations
+are in LaTeX. The hooks change three things for the site:
+
+* A link to a module of the package leads to the API reference. If the text of the link names a function,
+  it leads to this function.
+* A link to any other file leads to a page that shows the file.
+* An equation becomes MathML, which browsers draw without a script.
 """
 
 import ast
@@ -114,7 +117,7 @@ def _source_page(path: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links out of `docs/` to pages of the site, and takes equations out."""
+    """Redirects links to files outside `docs/` to pages of the site; replaces equations by tokens."""
     uri = page.file.src_uri
     up = "../" * (len(PurePosixPath(uri).parts) - 1)
 
@@ -149,11 +152,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _mathml(latex: str, display: str) -> str:
-    """An equation as MathML; `aligned`, which code hosts want, is `align*` to the converter."""
+    """An equation as MathML. Code hosts need `aligned`; the converter needs `align*`."""
     text = convert(latex.replace("{aligned}", "{align*}"), display=display)
     if "<mi>&</mi>" in text or "\\" in text:
         raise PluginError(f"an equation was not understood: {latex}")
-    # Bars are brackets here, not relations: no space around them.
+    # Bars are brackets here, not relations, so they get no space around them.
     text = re.sub(
         r"<mo[^>]*>(&#x0007C;|\|)</mo>", r'<mo stretchy="false" lspace="0" rspace="0">|</mo>', text
     )
@@ -162,5 +165,5 @@ def _mathml(latex: str, display: str) -> str:
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts the equations back."""
+    """Replaces the tokens by the equations."""
     return re.sub(r"equationtoken\d+x", lambda match: _equations[match[0]], html)
