@@ -194,7 +194,7 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
         ),
         "float": ({"images": images, "labels": labels / 2}, TypeError, "integer labels"),
         "object": ({"images": np.array([{}], object)}, ValueError, "cannot be read"),
-        "size": ({"images": images[:, :4], "labels": labels}, ValueError, "differing size"),
+        "size": ({"images": images[:, :4], "labels": labels}, ValueError, "must have one size"),
         "unlabelled": ({"images": images}, ValueError, "has none"),
         "names": (
             {"images": images, "labels": labels, "class_names": ["a"]},
@@ -709,7 +709,7 @@ def test_load_dataset_refuses(tmp_path, photos):
         ({"source": "digits", "num_train_examples": 1295}, "1295 examples asked for"),
         ({"source": "arrays"}, "at least one"),
         ({"source": "arrays", "train_paths": train}, "not one string"),
-        ({"source": "arrays", "train_paths": (train,)}, "labelled but has no test images"),
+        ({"source": "arrays", "train_paths": (train,)}, "has labels but no test images"),
         (
             {"source": "arrays", "train_paths": (train,), "test_paths": (train,)},
             "in both train_paths",
@@ -725,7 +725,7 @@ def test_load_dataset_refuses(tmp_path, photos):
         (pair | {"train_paths": named[:1], "test_paths": named[1:]}, "class_names differ"),
         ({"source": "folder"}, "one directory in train_paths"),
         ({"source": "folder", "train_paths": (folder, folder)}, "one directory in train_paths"),
-        ({"source": "folder", "train_paths": (folder,)}, "labelled but has no test images"),
+        ({"source": "folder", "train_paths": (folder,)}, "has labels but no test images"),
         (
             {"source": "folder", "train_paths": (folder,), "test_paths": (folder,)},
             "in both train_paths",

@@ -223,7 +223,7 @@ def test_all_endings_are_read_and_the_others_counted(tmp_path, caplog):
     assert listing.endings == {".heic": 2, ".svg": 1, "without an ending": 1}
     assert listing.num_hidden == 1
     FolderSource(tmp_path, image_size=4)
-    assert "4 files are left out, of no ending that is read: 2 .heic, 1 .svg" in caplog.text
+    assert "4 files are left out, because their ending is not read: 2 .heic, 1 .svg" in caplog.text
     assert "1 hidden" in caplog.text
 
 
@@ -315,5 +315,5 @@ def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path):
         os.mkdir(folder)
         with open(os.path.join(folder, b"a.png"), "wb") as file:
             file.write(content(Image.fromarray(PIXELS)).getvalue())
-    with pytest.raises(ValueError, match=r"'caf\\udce9' .* is no UTF-8: rename it"):
+    with pytest.raises(ValueError, match=r"'caf\\udce9' .* is not valid UTF-8; rename it"):
         FolderSource(tmp_path)
