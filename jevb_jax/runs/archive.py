@@ -41,7 +41,7 @@ def check_free(directory: Path, *, kind: str) -> None:
       ArchiveError: the directory holds a damaged archive, whose kind is unknown.
     """
     if (directory / "config.json").exists():
-        raise ValueError(f"{directory} holds a run; give another directory for the {kind}")
+        raise ValueError(f"{directory} holds a run: give another directory for the {kind}")
     if not is_archive(directory):
         found = sorted(path.name for path in directory.glob("*.safetensors"))
         if found:
@@ -58,7 +58,7 @@ def check_free(directory: Path, *, kind: str) -> None:
             found = of
     if found != kind:
         raise ValueError(
-            f"{directory} holds a model ({found}); give another directory for the {kind}"
+            f"{directory} holds a model ({found}): give another directory for the {kind}"
         )
 
 

@@ -305,7 +305,7 @@ class Checkpointer:
             except Exception as error:  # noqa: BLE001
                 failures.append(f"checkpoint {step}: {type(error).__name__}: {error}")
                 _logger.warning(
-                    "Checkpoint %d cannot be read (%s: %s). Trying the one before it.",
+                    "Checkpoint %d cannot be read (%s: %s); falling back to the one before it.",
                     step,
                     type(error).__name__,
                     str(error).splitlines()[0] if str(error) else "",

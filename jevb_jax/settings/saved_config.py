@@ -62,7 +62,7 @@ def saved_config(value: Any, where: object) -> dict[str, Any]:
     )
     if not is_config:
         raise ValueError(
-            f"{where} is not a config of a run as train.py writes it; it may be the file of another "
+            f"{where} holds no config of a run as train.py writes it; it may be the file of another "
             "program, or only a part"
         )
     version = value.get(_VERSION_KEY, 0)
