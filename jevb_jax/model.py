@@ -338,7 +338,7 @@ class Model:
         entry = self._score_entries[name]
         if not entry.is_fitted:
             if fit_images is not None:
-                raise ValueError(f"{name} is not fitted to images; leave out fit_images")
+                raise ValueError(f"{name} is not fitted to images: leave out fit_images")
             return entry.make(None)
         has_terms = entry.needs_terms
         if fit_images is not None:
