@@ -67,8 +67,8 @@ def load(
         if finetuned is not None and not finetuned["init"]["frozen"]:
             _logger.warning(
                 "%s holds an encoder whose weights were all fine-tuned. `represent` uses the tuned "
-                "encoder. `embed`, `posterior` and their scores use a projector and a head that were "
-                "trained with the encoder before.",
+                "encoder. `embed`, `posterior` and their scores use a projector and a head that "
+                "belong to the encoder as it was before.",
                 directory,
             )
         return load_archive(directory, batch_size)

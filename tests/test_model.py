@@ -599,7 +599,7 @@ def test_a_saved_score_holds_names_of_ours_alone():
     ):
         with pytest.raises(saved_scores.SavedScoreError):
             saved_scores.rebuild(wrong, {})
-    with pytest.raises(TypeError, match=r"has no name where scores are"):
+    with pytest.raises(TypeError, match=r"is not defined at the top of a module"):
         saved_scores.describe(lambda x: x)
 
 
@@ -676,7 +676,7 @@ def test_a_bar_appears_when_it_takes_long(monkeypatch):
         (np.zeros((0, 16, 16, 3), np.uint8), ValueError, r"no pixels in images of shape \(0,"),
         ([np.zeros((2, 2, 3)), np.zeros((3, 3, 2))], ValueError, r"image 1 must have 1 or 3 chan"),
         ([[[[0.0]], [[0.0], [1.0]]]], ValueError, "nested lists .* must all have one size"),
-        (np.zeros((2, 3, 16, 16), np.uint8), ValueError, r"channels come first: np.moveaxis"),
+        (np.zeros((2, 3, 16, 16), np.uint8), ValueError, r"channels come first, give np.moveaxis"),
         (np.zeros((16, 16, 4), np.uint8), ValueError, r"transparent images give images\[..., :3\]"),
         (np.full((16, 16, 3), 300, np.int64), ValueError, r"0 to 255, got \[300, 300\] of int64"),
         (np.full((16, 16, 3), 200, np.uint16), TypeError, r"uint16 in \[200, 200\].*not clear"),

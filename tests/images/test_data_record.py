@@ -172,7 +172,7 @@ def test_a_run_is_held_to_the_data_it_was_begun_on(tmp_path, caplog):
         for text in (
             "training set, images: the run has 20, found 40",
             "train split, images: the run has 18, found 36",
-            "images that were trained on may now be validation images",
+            "Images that were trained on may now be validation images",
             how,
         ):
             assert text in str(caught.value)

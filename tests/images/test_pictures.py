@@ -158,7 +158,7 @@ def test_too_many_pixels_are_refused_from_the_header(tmp_path, size):
 def test_the_limit_is_a_setting_even_above_pillows(tmp_path, monkeypatch):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     np.testing.assert_array_equal(FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
-    with pytest.raises(ValueError, match="9 x 6 = 54 pixels, and max_image_pixels allows 53"):
+    with pytest.raises(ValueError, match="9 x 6 = 54 pixels, but max_image_pixels allows 53"):
         FolderSource(tmp_path, max_image_pixels=53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
@@ -274,7 +274,7 @@ def test_links_multiply_nothing(tmp_path, caplog):
     assert "10 links are not followed" in caplog.text
     (root / "cat" / "9.png").symlink_to("1.png")  # said, and meant: it is a file of its own
     assert len(FolderSource(root, image_size=4)) == 8
-    assert "1 links lead to pictures that are in the set anyway" in caplog.text
+    assert "1 links lead to pictures that are in the set too" in caplog.text
 
 
 @settings(max_examples=20, deadline=None)
