@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="directory of the export")
     parser.add_argument("--step", help='step of a checkpoint, or "best"; the latest by default')
     parser.add_argument("--height", type=int, help="of served images, in pixels; as trained")
-    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--width", type=int, help="of served images, in pixels; as trained")
     arguments = parser.parse_args(argv)
     step: Any = arguments.step
     if step is not None and step != "best":

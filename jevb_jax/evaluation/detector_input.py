@@ -68,9 +68,7 @@ def real_matrix(
     matrix = array.astype(np.float64)
     num_bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
     if num_bad:
-        raise ValueError(
-            f"{name} must be finite, but {num_bad} of {len(matrix)} rows hold NaN or inf"
-        )
+        raise ValueError(f"{name} must be finite: {num_bad} of {len(matrix)} rows hold NaN or inf")
     return matrix
 
 

@@ -196,7 +196,7 @@ def embedding_map(embedding: np.ndarray) -> np.ndarray:
     values = np.asarray(embedding, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
         raise ValueError(
-            "embedding must be finite [N, D] with N >= 2 and D >= 2, got shape "
+            "embedding must be [N, D], finite, with N >= 2 and D >= 2, got shape "
             f"{values.shape} with {np.size(values) - np.isfinite(values).sum()} values not finite"
         )
     # Scale the largest entry to one first, so that squares neither overflow nor underflow.

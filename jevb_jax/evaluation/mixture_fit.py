@@ -280,7 +280,7 @@ class _Components(NamedTuple):
             )
         if mean.shape[1] < 3:
             raise ValueError(
-                f"the embedding dimension D, the last axis, must be at least 3, got {mean.shape[1]}"
+                f"the embedding dimension D must be at least 3 (the last axis), got {mean.shape[1]}"
             )
         num_zero = int(np.sum(~np.any(mean, axis=1)))
         if num_zero:

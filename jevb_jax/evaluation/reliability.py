@@ -296,7 +296,7 @@ def scale_spectrum(posterior_scale: ArrayLike) -> ScaleSpectrum:
     scale = _real("posterior_scale", posterior_scale).astype(np.float64)
     if scale.ndim != 2 or scale.size == 0 or not ((scale > 0) & np.isfinite(scale)).all():
         raise ValueError(
-            f"posterior_scale must be [N, D], positive and finite, got shape {scale.shape}"
+            f"posterior_scale must be [N, D], positive, finite, got shape {scale.shape}"
         )
     log_scale = np.log(scale)
     by_feature, by_image = log_scale.mean(axis=0), log_scale.mean(axis=1)

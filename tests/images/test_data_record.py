@@ -203,7 +203,9 @@ def test_runs_from_before_the_record_go_on(tmp_path, caplog):
         (tmp_path / "train" / "c0" / "000.bmp").read_bytes()
     )
     pictures = load(tmp_path, "folder")
-    with pytest.raises(ChangedDataError, match=r"only PNG and JPEG files \(1 of them now\), found 41"):
+    with pytest.raises(
+        ChangedDataError, match=r"only PNG and JPEG files \(1 of them now\), found 41"
+    ):
         data_record.check_training(other, pictures, accept_change=False)
     assert len(data_record.check_training(other, pictures, accept_change=True)) == 2
 
