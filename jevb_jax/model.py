@@ -424,7 +424,7 @@ def _model_again(
 
 
 def whole_number(name: str, value: Any) -> int:
-    """The value as an int. NumPy and JAX integers count, and floats that pandas made of integers."""
+    """The value as an int; also of NumPy and JAX integers, and of floats without a fraction."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
     number: Any = value

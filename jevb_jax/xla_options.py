@@ -120,7 +120,7 @@ def _knows(name: str, value: str) -> bool:
 
 
 def network_options() -> dict[str, str]:
-    """`compiler_options` of `jax.jit` that make networks, and mostly their gradients, faster on a CPU.
+    """`compiler_options` of `jax.jit` that make networks faster on a CPU, mostly their gradients.
 
     They are for one CPU device. There a training step of ResNet-18 with the CIFAR stem takes 0.44
     to 1.14 of the time and a third less memory; its forward pass alone takes 0.6 to 1.0 of the

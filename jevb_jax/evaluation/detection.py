@@ -258,7 +258,7 @@ def _no_numbers(
 def _choose(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, scorers: Scorers
 ) -> tuple[str | None, str]:
-    """The label-free score with the best mean AUROC on the sets of `ood.choice`, and its protocol."""
+    """The label-free score with the best mean AUROC on `ood.choice`, and its protocol."""
     descriptions = experiment.settings.ood.choice
     if not descriptions:
         return None, ""

@@ -337,7 +337,7 @@ def _auroc_interval(inside: np.ndarray, outside: np.ndarray, level: float) -> tu
 
 
 def _lowest_auroc(auroc: float, num_inside: int, num_outside: int, level: float) -> float:
-    """Lowest true AUROC that is consistent with the measured one. The highest follows by symmetry."""
+    """Lowest true AUROC consistent with the measured one. The highest follows by symmetry."""
     quantile = float(scipy.special.ndtri((1 + level) / 2))
 
     def deviation(true: float) -> float:

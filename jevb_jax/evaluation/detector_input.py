@@ -99,7 +99,7 @@ class DegenerateFeaturesError(ValueError):
 
 
 class FewImagesWarning(UserWarning):
-    """A covariance was fitted to fewer images than features; it is shrunk, and its score is weak."""
+    """A covariance of fewer images than features was shrunk, and its score is weak."""
 
 
 def checked_fit_features(name: str, features: ArrayLike) -> np.ndarray:

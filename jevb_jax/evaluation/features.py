@@ -53,7 +53,7 @@ class TermsSettings:
       terms_of: `(variables, key, outputs of views [V, N, ...]) -> UncertaintyTerms`.
       augmentation: makes all views but the first, which is the un-augmented image.
       num_views: `V`, at least 1.
-      seed: of augmentation and sampling. All images use the same random draw, from the key
+      seed: sets augmentation and sampling. All images use the same random draw, from the key
         `fold_in(seed's key, 0)`. So the terms of an image do not depend on its place or on other
         images, and terms of two images do not differ by their draws.
     """

@@ -339,7 +339,7 @@ def knn_protocol(
     """Sentence that says how a k-NN accuracy was measured.
 
     Args:
-      temperature: of the votes; None if all weigh the same.
+      temperature: as for `knn_class_scores`.
       bank: the examples that vote.
       evaluated: the examples that were classified.
       features: name of the features, for example "representation".

@@ -128,7 +128,7 @@ def _refuse_log_probabilities(logits: ArrayLike, energy: Array, num_classes: int
 
 
 def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each class that occurs, `[C, F]`, and the number of the class of each image, `[M]`."""
+    """Mean of each class that occurs, `[C, F]`, and class number of each image, `[M]`."""
     labels = np.asarray(labels)
     if labels.shape != (len(features),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(

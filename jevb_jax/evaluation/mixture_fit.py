@@ -136,7 +136,7 @@ def leave_one_out_log_likelihood(
     """`log 1/(N - 1) sum_(n != own) p(h | n)`: each row without the component of its own image.
 
     Args:
-      mixture: of at least 2 images.
+      mixture: fitted to at least 2 images.
       embedding: `[M, D]`, of images that the mixture was fitted to.
       own: `[M]` integers in `[0, N)`, the position of each row in the fit.
 

@@ -229,7 +229,7 @@ def label_entropy(counts: ArrayLike) -> np.ndarray:
 
 
 def _rounding_joined(values: np.ndarray, *, relative: float) -> np.ndarray:
-    """Values `[N]`, at least 0; those that differ by fewer roundings than `relative` become equal."""
+    """Makes values `[N]` equal that differ by fewer roundings than `relative`."""
     unique, inverse = np.unique(values, return_inverse=True)
     is_new = np.diff(unique) > relative * np.finfo(np.float64).eps * unique[1:]
     first = np.flatnonzero(np.concatenate([[True], is_new]))

@@ -132,10 +132,10 @@ class OfFeature:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OfMixtureAndResidual:
-    """Likelihood of the embedding plus the residual of the embedding and its posterior (docs eq. 36).
+    """Sum of the mixture score and the posterior-residual score of an embedding (docs eq. 36).
 
-    Both parts are negative log-densities: half a squared Mahalanobis distance is that of a
-    Gaussian, up to a constant.
+    Both parts are negative log-densities up to a constant. For a Gaussian that is half the squared
+    Mahalanobis distance.
     """
 
     mixture: OfFeature
@@ -219,7 +219,8 @@ class TrainingData:
     """The data that scores are fitted to.
 
     Attributes:
-      features: of in-distribution training images, with `terms` and labels if a score needs them.
+      features: those of in-distribution training images, with `terms` and labels if scores need
+        them.
       probe: linear probe fitted on the representation; None without labels.
     """
 
@@ -379,7 +380,7 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
 
 
 def _fit_mixture(posterior: Posterior, df: float, embedding: Array) -> TrainingMixture:
-    """Fits the mixture of training posteriors. The bandwidth makes the unit of scales irrelevant."""
+    """Fits the mixture of training posteriors. Its bandwidth absorbs the unit of the scales."""
     tied = posterior.likelihood_scale is None
     scale: Any = posterior.posterior_scale if tied else posterior.likelihood_scale
     return mixture_fit.fit_training_mixture(

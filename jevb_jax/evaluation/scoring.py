@@ -90,7 +90,7 @@ def score_features(
     """Every score of features that are in memory, `[N]` by the name of the score.
 
     Args:
-      features: of `N` images; for JEVB with terms.
+      features: features of `N` images; for JEVB with terms.
       scorers: fitted scores.
       batch_size: number of images scored at once.
 

@@ -125,7 +125,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _entry_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an entry. An entry that claims more data than the file holds is an error."""
+    """Shape and type of an entry. Raises if it claims more data than the file holds."""
     name = key if key in archive.namelist() else f"{key}.npy"
     entry = archive.getinfo(name)
     with archive.open(entry) as stream:

@@ -263,7 +263,7 @@ def random_gaussian_blur(
     sigma: tuple[float, float] = (0.1, 2.0),
     probability: float = 0.5,
 ) -> Array:
-    """Blurs with a probability; `sigma` is the range of the uniform width in pixels. `[h, w, c]`."""
+    """Blurs `[h, w, c]` with a probability; the width in pixels is uniform in `sigma`."""
     key_apply, key_sigma = jax.random.split(key)
     width = jax.random.uniform(key_sigma, (), jnp.float32, minval=sigma[0], maxval=sigma[1])
     return _apply_with_probability(

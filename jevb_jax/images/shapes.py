@@ -142,7 +142,7 @@ def _draw_shapes(
 
 
 def _shape_masks(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Antialiased coverage `[5, block, H, W]` by each shape at coordinates `[block, H, W]`, in pixels.
+    """Antialiased coverage `[5, block, H, W]` by each shape at pixel coordinates `[block, H, W]`.
 
     If the center of a pixel lies `d` outside the edge, its coverage is `clip(1/2 - d, 0, 1)`. This
     is exact for straight edges along the grid, and within a few gray levels otherwise.

@@ -34,7 +34,7 @@ class WorkerError(RuntimeError):
 
 
 def check_not_starting() -> None:
-    """Raises WorkerError in a worker that runs the script again, because the script has no guard."""
+    """Raises WorkerError in a worker that runs the script again, for lack of a guard."""
     # Python sets this mark itself, and checks it before it lets such a process start others.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise WorkerError(

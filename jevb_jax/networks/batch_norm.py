@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 
 def _moments(x: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, at least float32, in one pass as E[x^2] - E[x]^2."""
+    """Mean and biased variance E[x^2] - E[x]^2 of each channel, in one pass, at least float32."""
     axes = tuple(range(x.ndim - 1))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = jnp.mean(x, axes)
@@ -157,7 +157,7 @@ def _fused(*arguments: Any) -> Any:
 
 
 class BatchNorm(nn.Module):
-    """`flax.linen.BatchNorm` followed by `+ shortcut` and ReLU, with the same parameters and values.
+    """`flax.linen.BatchNorm`, `+ shortcut` and ReLU, with the same parameters and values.
 
     Attributes:
       momentum: weight of the old running statistics.

@@ -163,7 +163,7 @@ class ResNet(nn.Module):
 
 
 def resnet8(**kwargs: Any) -> ResNet:
-    """ResNet-8: basic blocks (1, 1, 1), for small images; `kwargs` are other attributes of `ResNet`."""
+    """ResNet-8 for small images: basic blocks (1, 1, 1); `kwargs` are attributes of `ResNet`."""
     return ResNet(stage_sizes=(1, 1, 1), bottleneck=False, **kwargs)
 
 

@@ -58,8 +58,8 @@ class VISimSiamTerms(NamedTuple):
     """Log-likelihoods of directions, in nats; larger is better.
 
     Attributes:
-      log_likelihood_2_given_1: of the target of view 2 under the prediction from view 1.
-      log_likelihood_1_given_2: of the target of view 1 under the prediction from view 2.
+      log_likelihood_2_given_1: for the target of view 2 and the prediction from view 1.
+      log_likelihood_1_given_2: for the target of view 1 and the prediction from view 2.
     """
 
     log_likelihood_2_given_1: Float[Array, " batch"]

@@ -469,7 +469,7 @@ class SphericalStudentT(_OnSphere):
 
 
 def _log_heavy_tail(key: Array, df: Array) -> Array:
-    """Log of `sqrt(df / chi-square)`, the width of a Student-t, with a finite gradient at every `df`.
+    """Log of `sqrt(df / chi-square)`, the width of a Student-t. Its gradient is always finite.
 
     A gamma variable with a shape below one may underflow. Then we draw one with the shape plus one
     and multiply it by `U^(1 / shape)`, `U` uniform (Marsaglia and Tsang 2000, section 6), in

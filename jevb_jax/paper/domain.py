@@ -66,7 +66,7 @@ def positive(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float
 def degrees_of_freedom(
     name: str, given: ArrayLike, cast: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Checks degrees of freedom: positive, `inf` included. Arguments and errors as in `positive`."""
+    """Checks degrees of freedom: positive or `inf`. Arguments and errors as in `positive`."""
     least = float(jnp.finfo(cast.dtype).tiny)
     return _within(name, given, cast, "positive (inf is the Gaussian)", lambda x: x >= least)
 
@@ -85,7 +85,7 @@ def radius(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float[A
 
 
 def weight(name: str, given: ArrayLike) -> None:
-    """Raises ValueError for a known weight that is negative or not finite. Traced ones are unchecked."""
+    """Raises ValueError for a known weight that is negative or not finite."""
     if _known(given) is not None:
         concentration(name, given, jnp.zeros((), jnp.float32))
 

@@ -124,7 +124,7 @@ def log_likelihood_terms(
     scale_diag: Float[Array, "*batch D"],
     location: Float[Array, "*batch D"] | None = None,
 ) -> LogLikelihood:
-    """`log p_dir(u | m, s)` and `log p_rad(r | rho)` of embeddings given latents (docs eq. 4 and 6).
+    """`log p_dir(u | m, s)` and `log p_rad(r | rho)` for given latents (docs eq. 4 and 6).
 
     Args:
       embedding: `h = r u`.

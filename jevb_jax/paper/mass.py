@@ -81,7 +81,7 @@ class _Features(NamedTuple):
 
 
 class _ChiSquare(NamedTuple):
-    """`T = sum_i y_i^2` under the tilt, as `width` times a chi-square with `dof` degrees of freedom.
+    """`T = sum_i y_i^2` under the tilt: `width` times a chi-square of `dof` degrees of freedom.
 
     Attributes:
       log_tilt: `[...]`, `log E[exp(-theta T)]`.
@@ -156,7 +156,7 @@ def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features
 
 
 def _peak(rate: Array, dof: Array, inverse_df: Array, n: int) -> Array:
-    """Where the integrand over `logit(|y|^2 / 4)` is largest, as a share `x` of `|y|^2 / 4` in (0, 1).
+    """The `x = |y|^2 / 4` in (0, 1) at which the integrand over `logit(x)` is largest.
 
     It is the smaller root of `dof - (dof + n + B) x + B (1 - n/df) x^2`, where `B` is `rate`.
     """
@@ -349,7 +349,7 @@ def _tilt(problem: _Problem, *, is_joint: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnames="is_joint")
 def _chordal_log_mass(s: Array, m: Array, df: Array, *, is_joint: bool) -> Array:
-    """`directional_log_mass` of `s` and `m`, `[..., D]`, and `df`, `[...]`, compiled as one program.
+    """`directional_log_mass` as one compiled program; `s` and `m` `[..., D]`, `df` `[...]`.
 
     Called one by one, its hundreds of small operations would each be compiled for each shape.
     """

@@ -71,7 +71,7 @@ class ElboTerms(NamedTuple):
 
     @property
     def elbo(self) -> Float[Array, " batch"]:
-        """The bound, nats, with both weights one, whatever the training weights are. Larger is better."""
+        """The bound in nats, with both weights one whatever they are in training; larger is better."""
         return self.log_likelihood - self.kl
 
     @property

@@ -175,7 +175,7 @@ def uncertainty_terms(
 
 
 def negative_log_likelihood_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
-    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23): the embedding surprises its posterior."""
+    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23)."""
     return -(terms.directional_log_likelihood + terms.radial_log_likelihood)
 
 

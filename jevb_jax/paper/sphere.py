@@ -70,7 +70,7 @@ def _scaled(x: Array) -> tuple[Array, Array, Array]:
 
 
 def safe_norm(x: Real[ArrayLike, "*batch D"]) -> Float[Array, "*batch"]:
-    """Euclidean norm over the last axis. Value and gradient are finite, and zero at the zero vector."""
+    """Norm over the last axis. Value and gradient are finite, and zero at the zero vector."""
     _, _, radius = _scaled(*at_least_float32(x))
     return radius
 
@@ -252,7 +252,7 @@ def scaled_tangent_squared_length(
     *,
     coordinates: Coordinates,
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
-    """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and the log-volume of `scaled_tangent_squares`."""
+    """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and `scaled_tangent_squares`' log-volume."""
     squares, log_volume = scaled_tangent_squares(
         direction, loc, scale_diag, coordinates=coordinates
     )

@@ -72,7 +72,7 @@ def to_path(path: str | os.PathLike[str]) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path from `to_path` lies in an object store, which cannot append to files or lock."""
+    """Whether a path from `to_path` lies in an object store, which cannot append or lock."""
     return "://" in os.fspath(path)
 
 

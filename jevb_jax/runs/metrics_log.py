@@ -24,7 +24,7 @@ _PLAIN_LINE_SECONDS = 15.0
 
 
 class MetricsLog:
-    """The file `metrics.jsonl` of a run: one JSON object (see `files.to_json`) with `step` on each line.
+    """The file `metrics.jsonl` of a run: on each line a JSON object that includes `step`.
 
     If tensorboardX is installed, TensorBoard events are written under `tensorboard/` too. An object
     store cannot append: there lines wait for `flush`, and there are no TensorBoard events.

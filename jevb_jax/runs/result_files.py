@@ -8,7 +8,7 @@ from jevb_jax.runs import files
 
 
 def result_files(workdir: Path, suffix: str) -> list[Path]:
-    """Paths of the results of one evaluation. The JSON file, which shows they are complete, is last."""
+    """Paths of the results of one evaluation. The JSON file is last: it proves completeness."""
     names = (f"results{suffix}.csv", f"report{suffix}.html", f"results{suffix}.json")
     return [workdir / name for name in names]
 
@@ -66,7 +66,7 @@ def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) ->
 
 
 def is_own(path: Path, settings_sha256: str) -> bool:
-    """Whether results of these settings may be written: the file is absent or has the same settings."""
+    """Whether a path is free for these results: it is absent or has the same settings."""
     if not path.exists():
         return True
     found = files.read_json(path)

@@ -55,7 +55,7 @@ _OTHER_CLASSES, _CORRUPTED = "other_classes", "corrupted"
 
 
 def plain(value: Any) -> Any:
-    """A copy of a value in JSON types: tuples, ranges and arrays become lists, NumPy scalars numbers.
+    """A copy in JSON types: tuples, ranges and arrays become lists, NumPy scalars numbers.
 
     Values that JSON does not have, such as iterators, stay as they are. The checks refuse them.
     """

@@ -75,5 +75,5 @@ def saved_config(value: Any, where: object) -> dict[str, Any]:
 
 
 def versioned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the version of its format, as in `config.json`; the inverse of `saved_config`."""
+    """A config with the version of its format, as in `config.json`; inverse of `saved_config`."""
     return {_VERSION_KEY: VERSION, **config}
