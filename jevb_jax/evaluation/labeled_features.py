@@ -71,7 +71,7 @@ def checked_labels(
     num_bad = int(np.sum((checked < 0) | (checked >= num_classes)))
     if num_bad:
         raise ValueError(
-            f"{name} must lie in [0, {num_classes}), but {num_bad} of {num_examples} do not. Leave "
+            f"{name} must lie in [0, {num_classes}), {num_bad} of {num_examples} do not. Leave "
             "out the examples without a label, or correct num_classes"
         )
     return checked.astype(np.int64)
