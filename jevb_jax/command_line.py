@@ -1,8 +1,7 @@
 """Common parts of the scripts: flags of several processes, and short messages for users' errors.
 
-Only scripts may import this, because the import defines flags. `app.run(main,
-flags_parser=parse_flags)` reads the command line; a mistake in it gives one message and exit status
-2.
+Only scripts may import this, because the import defines flags. The command line is read by
+`app.run(main, flags_parser=parse_flags)`; a mistake in it gives one message and exit status 2.
 """
 
 import difflib

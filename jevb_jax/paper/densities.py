@@ -42,9 +42,12 @@ def _student_t_kernel(
     """`((df + n)/2) log(1 + Q/df)`, or `Q/2` at `df = inf`.
 
     Up to `Q = df` the kernel is computed as a function of `1 / df`, so that the Gaussian is the
-    value of the same smooth expression at zero: `((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q *
-    log1p(Q/df)/(Q/df)`. For larger `Q` the slope of this form would be a difference of two nearly
-    equal numbers, so the kernel is computed directly.
+    value of the same smooth expression at zero:
+
+        ((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)
+
+    For larger `Q` the slope of this form would be a difference of two nearly equal numbers, so the
+    kernel is computed directly.
 
     Args:
       squared_length: `Q exp(-log_unit)`.
@@ -118,14 +121,14 @@ def directional_log_prob(
     """Heavy-tailed log-density of a direction with a scale for each feature (docs eq. 4 and 33).
 
     This is the Student-t density of the tangent coordinates of `direction` at `loc`. Its precision
-    is the compression of `diag(scale_diag^-2)` to the tangent space. With equal scales and `df ->
-    inf` it has the von Mises-Fisher kernel of concentration `scale^-2`.
+    is the compression of `diag(scale_diag^-2)` to the tangent space. With equal scales and
+    `df -> inf` it has the von Mises-Fisher kernel of concentration `scale^-2`.
 
     Args:
       direction: unit vectors `u`, `D >= 3`.
       loc: unit vectors `m`.
-      scale_diag: `s`, positive, in units of the sphere: 1 is about one radian. A number or `[...,
-        1]` is the same scale for all features.
+      scale_diag: `s`, positive, in units of the sphere: 1 is about one radian. A number or
+        `[..., 1]` is the same scale for all features.
       df: degrees of freedom, positive; `inf` is the Gaussian limit.
       coordinates: "chordal" (eq. 2) gives a sub-density on the sphere. Its mass is at most one,
         near one if the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.

@@ -9,9 +9,9 @@ At the scales that a model learns, `log M` is tens of nats, and it depends on th
 likelihood can be interpreted without it.
 
 With equal scales `M` is one integral over the angle, computed exactly here. With unequal scales the
-squared length `T = |y|^2` is a weighted sum of squares. We tilt its distribution by `exp(-theta
-T)`, which moves it to where the integrand is large, and then replace it by a multiple of a
-chi-square with the same mean and variance. The result is the sum of the exact normalizer of the
+squared length `T = |y|^2` is a weighted sum of squares. We tilt its distribution by the factor
+`exp(-theta T)`, which moves it to where the integrand is large. Then we replace it by a multiple of
+a chi-square with the same mean and variance. The result is the sum of the exact normalizer of the
 tilt and of one integral over the angle.
 """
 
