@@ -1,8 +1,8 @@
-"""Joint Embedding Variational Bayes: the functional API, names only.
+"""Joint Embedding Variational Bayes: the names of the functional interface.
 
-The densities and the objective are pure functions of arrays and need no network framework. The faces
-for distrax are loaded on first use, because distrax imports TensorFlow Probability, and so is what loads
-a trained model, because it imports Flax.
+The densities and the objective are pure functions of arrays and need no network framework. Some
+names are loaded on first use: the distrax distributions, because distrax imports TensorFlow
+Probability, and the functions that load a trained model, because they import Flax.
 """
 
 from typing import TYPE_CHECKING

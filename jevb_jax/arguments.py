@@ -1,8 +1,7 @@
-"""Settings as callers write them: numbers of Python, NumPy or JAX, and any iterable of them.
+"""Converts settings to plain Python numbers; they may be of Python, NumPy or JAX, or any iterable.
 
-Each function returns plain Python numbers, or refuses by the setting's name. A float where a whole
-number belongs is refused even if it is whole: `5.0 == 5`, so a compiled function would take one for
-the other.
+An error names the setting. A float is refused where a whole number is expected, even if it is
+whole: `5.0 == 5`, so a compiled function would confuse the two.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# What `jax.random.key` takes.
+# The largest seed that `jax.random.key` accepts.
 LARGEST_SEED = 2**63 - 1
 
 
@@ -23,20 +22,17 @@ def _is_bool(value: Any) -> bool:
 def whole_number(
     name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None
 ) -> int:
-    """One whole number.
+    """Checks one whole number.
 
     Args:
-      name: what messages call the setting.
-      value: an integer of Python or NumPy, or an integer array of no axes.
-      at_least: smallest that is allowed, or None.
-      at_most: largest that is allowed, or None.
-
-    Returns:
-      The number.
+      name: name of the setting in messages.
+      value: an integer of Python or NumPy, or an integer array without axes.
+      at_least: smallest allowed value, or None.
+      at_most: largest allowed value, or None.
 
     Raises:
-      TypeError: anything else, also a float or a bool.
-      ValueError: out of range.
+      TypeError: the value is something else, for example a float or a bool.
+      ValueError: the value is out of range.
     """
     try:
         if _is_bool(value):
@@ -44,8 +40,8 @@ def whole_number(
         number = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name} must be one whole number, got {value!r}: write it without a point, or "
-            "give it as int(...)"
+            f"{name} must be one whole number, got {value!r}; write it without a decimal point, or "
+            "convert it by int(...)"
         ) from None
     if (at_least is not None and number < at_least) or (at_most is not None and number > at_most):
         low = "" if at_least is None else f"at least {at_least}"
@@ -55,17 +51,14 @@ def whole_number(
 
 
 def real_number(name: str, value: Any) -> float:
-    """One real number, which may be infinite or NaN.
+    """Checks one real number, which may be infinite or NaN.
 
     Args:
-      name: what messages call the setting.
-      value: a number of Python or NumPy, or a real array of no axes.
-
-    Returns:
-      The number.
+      name: name of the setting in messages.
+      value: a number of Python or NumPy, or a real array without axes.
 
     Raises:
-      TypeError: anything else, also a string, a bool or a complex number.
+      TypeError: the value is something else, for example a string, a bool or a complex number.
     """
     try:
         if _is_bool(value) or isinstance(value, str | bytes) or np.ndim(value) != 0:
@@ -76,18 +69,15 @@ def real_number(name: str, value: Any) -> float:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """One real number above zero and finite.
+    """Checks one real number that is positive and finite.
 
     Args:
-      name: what messages call the setting.
+      name: name of the setting in messages.
       value: as for `real_number`.
 
-    Returns:
-      The number.
-
     Raises:
-      TypeError: as `real_number`.
-      ValueError: not positive, infinite or NaN.
+      TypeError: the value is not a real number.
+      ValueError: the value is not positive, or infinite or NaN.
     """
     number = real_number(name, value)
     if not (number > 0 and math.isfinite(number)):
@@ -96,23 +86,21 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def is_single(values: Any) -> bool:
-    """Whether a setting is one number and not a collection: an array of no axes is one number."""
+    """Whether a setting is one number, or an array without axes, and not a collection."""
     return not isinstance(values, Iterable) or getattr(values, "ndim", None) == 0
 
 
 def collected(name: str, values: Any) -> tuple[Any, ...]:
-    """The members of any iterable, read once: a list, a range, an array of one axis, a generator.
+    """The members of an iterable, which is read once.
 
     Args:
-      name: what messages call the setting.
-      values: an iterable, not empty.
-
-    Returns:
-      Its members.
+      name: name of the setting in messages.
+      values: a non-empty iterable, for example a list, a range, an array with one axis, a
+        generator.
 
     Raises:
-      TypeError: one number, a string or a mapping.
-      ValueError: nothing in it, or an array of several axes.
+      TypeError: the value is one number, a string or a mapping.
+      ValueError: the iterable is empty, or is an array with several axes.
     """
     if is_single(values) or isinstance(values, str | bytes | dict):
         raise TypeError(f"{name} must be a sequence, for example a tuple or a list, got {values!r}")

@@ -1,7 +1,7 @@
-"""What the scripts share: flags of several processes, and errors that a person can mend.
+"""Common parts of the scripts: flags of several processes, and short messages for users' errors.
 
-For scripts alone: importing it defines its flags. `app.run(main, flags_parser=parse_flags)` reads the
-command line: a mistake in it is one message and exit status 2.
+Only scripts may import this, because the import defines flags. The command line is read by
+`app.run(main, flags_parser=parse_flags)`; a mistake in it gives one message and exit status 2.
 """
 
 import difflib
@@ -22,12 +22,16 @@ from ml_collections.config_flags import config_flags
 from jevb_jax import messages, parallel
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, where no launcher is found."
+    "coordinator_address", None, "host:port of process 0, needed without a launcher."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, likewise.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, likewise.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes of the run, needed without a launcher."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0, needed without a launcher."
+)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout_seconds", 100, "How long a process may be silent before the others end."
+    "heartbeat_timeout_seconds", 100, "Seconds that a process may be silent before the others end."
 )
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
@@ -38,23 +42,24 @@ _MODULE = "_config_of_the_command_line"
 
 
 def run(argv: list[str], work: Callable[[], object]) -> None:
-    """Joins the processes of the run and does the work; what a person can mend is one message.
+    """Joins the processes of the run and does the work. A user's error becomes one message.
 
     Args:
-      argv: what is left of the command line after the flags; nothing but the script's name.
-      work: reads the script's own flags.
+      argv: the rest of the command line after the flags; it must hold only the script's name.
+      work: the work, which reads the script's own flags.
 
     Raises:
-      SystemExit: the work failed for a reason that a person can mend, said on standard error; status
-        1. With --traceback, the error itself. A fault of the program keeps its frames.
-      UsageError: arguments that are no flags.
+      SystemExit: the work failed for a reason that the user can mend; the message is on standard
+        error, and the status is 1. With --traceback the error itself is raised. A fault of the
+        program keeps its traceback.
+      UsageError: there are arguments that are no flags.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}", exitcode=USAGE_STATUS)
-    # A script needs no frames of a Ctrl-C, and the second one, of a run that saves, is to end it even
-    # while XLA compiles.
+    # Ctrl-C in a script needs no traceback. A second Ctrl-C, while a run saves, must end the
+    # process even during compilation by XLA.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO
     warnings.formatwarning = _one_line
     try:
         parallel.start_processes(
@@ -76,24 +81,24 @@ def run(argv: list[str], work: Callable[[], object]) -> None:
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
-    """A warning for a person: without the line of a script that it did not write."""
+    """A warning without the line of source code, which the user did not write."""
     return f"{category.__name__}: {message}\n"
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; for `app.run(flags_parser=...)`.
 
-    A config flag takes a Python file, or the `config.json` that a run saved. Each is loaded once
-    before, so that what is wrong with it, or with an override, is said in one message.
+    A config flag takes a Python file, or the `config.json` that a run saved. Each is loaded once in
+    advance, so that an error in it, or in an override, becomes one message.
 
     Args:
-      argv: what the process was called with, the script's name first.
+      argv: the command line, beginning with the script's name.
 
     Returns:
-      The arguments that are no flags, the script's name first.
+      The arguments that are no flags, beginning with the script's name.
 
     Raises:
-      SystemExit: the command line is wrong; status 2. A fault in a config file keeps its frames.
+      SystemExit: the command line is wrong; status 2. A fault in a config file keeps its traceback.
     """
     argv = list(argv)
     try:
@@ -104,7 +109,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 _check_overrides(argv, name, _load_config(name, given))
         try:
             return flags.FLAGS(argv)
-        # What ml_collections raises of the value of an override.
+        # ml_collections raises these for a wrong value of an override.
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise flags.Error(str(error)) from error
     except flags.Error as error:
@@ -113,7 +118,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _flags_of(argv: Sequence[str], name: str) -> Iterator[tuple[int, str | None]]:
-    """Places of `--name` in the command line and its value where it stands there too."""
+    """Positions of `--name` in the command line, with its value if that is in the same argument."""
     for index, argument in enumerate(argv[1:], start=1):
         if argument == "--":
             return
@@ -131,7 +136,7 @@ def _value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _with_saved_config(argv: Sequence[str], name: str) -> list[str]:
-    """The command line in which `--name=FILE.json` is what ml_collections reads."""
+    """The command line with each `--name=FILE.json` changed to a form that ml_collections reads."""
     argv = list(argv)
     for index, value in _flags_of(argv, name):
         if value is not None and value.endswith(".json"):
@@ -145,7 +150,7 @@ def _load_config(name: str, given: str) -> Any:
     """The config of `--name=FILE.py:ARGUMENT`.
 
     Raises:
-      Error: of absl's flags: there is no such config. What goes wrong inside the file is its own error.
+      Error: an absl flags error: there is no such config. Errors inside the file stay as they are.
     """
     file, *argument = given.split(":", 1)
     path = Path(file)
@@ -153,7 +158,7 @@ def _load_config(name: str, given: str) -> Any:
         hint = ""
         if (path / "config.json").is_file():
             hint = f"; the config of that run is {path / 'config.json'}"
-        raise flags.Error(f"--{name} must name a config file, and there is none at {file!r}{hint}")
+        raise flags.Error(f"--{name} must name a config file, but there is none at {file!r}{hint}")
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:
         raise flags.Error(f"--{name} must name a Python file or a config.json, got {file!r}")
@@ -192,11 +197,7 @@ def _dotted(config: Any, prefix: str = "") -> list[str]:
 
 
 def _check_overrides(argv: Sequence[str], name: str, config: Any) -> None:
-    """Refuses settings that the config does not have, with those that are meant.
-
-    Raises:
-      Error: of absl's flags, naming the setting.
-    """
+    """Raises an absl flags error for settings that the config lacks, and suggests similar names."""
     known = _dotted(config)
     for argument in argv[1:]:
         if argument == "--":

@@ -1,4 +1,4 @@
-"""A detector of strange images, and how a model is written to a directory."""
+"""A detector of strange images, and the writing of a model to a directory."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ DETECTOR = "detector.safetensors"
 
 
 class WrittenModel(Protocol):
-    """What of a `Model` is written."""
+    """The parts of a `Model` that are written."""
 
     config: dict[str, Any]
     variables: Any
@@ -31,16 +31,16 @@ class WrittenModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
-    """Says which images are out of distribution; of `Model.detector`.
+    """Says which images are out of distribution; made by `Model.detector`.
 
-    It can be pickled, and saved without a pickle: `save` and `jevb_jax.load_detector`.
+    It can be pickled. `save` and `jevb_jax.load_detector` store it without pickle.
 
     Attributes:
-      model: the `Model` whose features are scored.
+      model: the `Model` that computes the features.
       scorer: the fitted score, a function of features.
-      score_name: which score it is, such as "jevb/kl".
-      false_alarm_rate: the share of in-distribution images that may be called strange.
-      threshold: scores above it are alarms.
+      score_name: name of the score, for example "jevb/kl".
+      false_alarm_rate: largest share of in-distribution images to call strange.
+      threshold: larger scores are alarms.
     """
 
     model: Any
@@ -51,40 +51,36 @@ class Detector:
 
     @in_single_precision
     def score(self, images: Any) -> np.ndarray:
-        """How strange images are.
+        """How strange images are, `[N]`; `[]` for one image. Larger is stranger.
 
         Args:
-          images: see `Model`.
-
-        Returns:
-          `[N]`, or `[]` of one image; larger is stranger.
+          images: as for `Model`.
         """
         return self.model.scores_of(images, self.score_name, self.scorer)
 
     def is_outside(self, images: Any) -> np.ndarray:
-        """Which images are called out of distribution.
+        """Which images are called out of distribution, bool `[N]`; `[]` for one image.
+
+        A score that is not finite is an alarm.
 
         Args:
-          images: see `Model`.
-
-        Returns:
-          bool `[N]`, or `[]` of one image. A score that is not a finite number is an alarm.
+          images: as for `Model`.
         """
         return conformal.exceeds(self.score(images), self.threshold)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the detector with its model, for `load_detector`.
 
-        The archive form of an export, with `detector.safetensors` beside the weights. `jevb_jax.load`
-        reads the model alone from it.
+        The files are those of an export and `detector.safetensors`. `jevb_jax.load` reads only the
+        model from them.
 
         Args:
-          directory: here or in an object store; made if it does not exist; an older detector in it is
-            replaced.
+          directory: a local directory or one in an object store; created if it does not exist. An
+            older detector in it is replaced.
 
         Raises:
-          ValueError: a directory that holds a run, an export or a classifier.
-          TypeError: a score that is not one of `Model.score_names`.
+          ValueError: the directory holds a run, an export or a classifier.
+          TypeError: the score is not one of `Model.score_names`.
         """
         target = files.to_path(directory)
         archive.check_free(target, kind="detector")
@@ -114,10 +110,10 @@ def write_model(
     """Writes the archive form of a model, which `load` reads.
 
     Args:
-      model: to be written.
-      directory: see `archive.write_archive`.
-      manifest: what else it says.
-      extra_files: contents of further files by name.
+      model: the model.
+      directory: as for `archive.write_archive`.
+      manifest: entries to add to the manifest.
+      extra_files: contents of other files by name.
     """
     variables = flatten_names(jax.device_get(model.variables))
     archive.write_archive(

@@ -1,23 +1,25 @@
 """Exports a run: `python -m jevb_jax.export --workdir=runs/digits --out=exports/digits`.
 
-Two forms in one directory. The archive form, `model.safetensors` and `model.json`, is what
-`jevb_jax.load` reads, without the libraries of training, and what outlives this library: names, shapes,
-the config and hashes are plain. The serving form, `model.stablehlo`, is one function for CPU, CUDA and
-TPU with any size of batch, which needs JAX alone:
+One directory holds two forms. The archive form, `model.safetensors` and `model.json`, is read by
+`jevb_jax.load` without the libraries for training. It can outlive this library: names, shapes,
+config and hashes are plain text. The serving form, `model.stablehlo`, is one function for CPU, CUDA
+and TPU, with any batch size, which needs only JAX:
 
     exported = jax.export.deserialize(pathlib.Path("exports/digits/model.stablehlo").read_bytes())
     outputs = exported.call(images)     # uint8 [b, h, w, c] -> {"embedding": [b, D], ...}
 
-`read_serving` does the same and checks the file's hash first. Height and width are those of the export
-(`--height`, `--width`): by default those of the images that the network was trained on, as its files were
-read. Images of another size are prepared inside the function as everywhere (`images.preparation`): the
-shorter side is brought to the trained size and the center is cut out, nothing is squashed. For photos of
-many sizes, read each to the default size first, or export once for each size.
+`read_serving` does the same, and first checks the hash of the file. Height and width are fixed by
+the export (`--height`, `--width`). By default they are those of the images that the network was
+trained on, as they were read from files. The function itself prepares images of another size, as
+everywhere (`images.preparation`): the shorter side is resized to the trained size, and the center
+is cut out, without a change of the aspect ratio. For photos of many sizes, resize each to the
+default size first, or export once for each size.
 
-ONNX is not written here: the one converter of JAX that is kept, jax2onnx, would bring ONNX's libraries
-and a second translation of every operation to keep tested. It takes `serving_function` as it is, with
-`inputs=[jax.ShapeDtypeStruct(("B", 8, 8, 1), numpy.uint8)]`: version 0.17.1 with onnxruntime 1.32 agreed
-with JAX within 2e-6 on the digits' network, though the runtime warned of shapes in its file.
+This module does not write ONNX. The only maintained converter for JAX, jax2onnx, would add ONNX's
+libraries, and a second translation of every operation that needs tests. It accepts
+`serving_function` as it is, with `inputs=[jax.ShapeDtypeStruct(("B", 8, 8, 1), numpy.uint8)]`.
+Version 0.17.1 with onnxruntime 1.32 agreed with JAX within 2e-6 for the digits network, but the
+runtime warned about shapes in the file.
 """
 
 import argparse
@@ -49,15 +51,16 @@ SERVED = "model.stablehlo"
 
 
 def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
-    """What is served, as a function of images alone.
+    """The function that is served; it takes only images.
 
     Args:
-      model: what `load` gave; its weights are constants of the function.
+      model: from `load`. Its weights become constants of the function.
 
     Returns:
-      `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and of JEVB
-      "posterior_mean" and "posterior_scale", `[b, D]`; float32. Images of any size are prepared as in
-      `Model`; of those that have to be resized, a level may differ by one of 255 (`cut_levels`).
+      `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and for JEVB
+      also "posterior_mean" and "posterior_scale", `[b, D]`; all float32. Images of any size are
+      prepared as by `Model`. If they must be resized, a level may differ by one of 255
+      (`cut_levels`).
     """
     view = from_settings.view_augmentations(model.settings.augmentation)[0]
 
@@ -80,15 +83,15 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
 
 @in_single_precision
 def export_serving(model: Model, *, height: int, width: int) -> bytes:
-    """The serving form: StableHLO for every platform, any size of batch.
+    """The serving form: StableHLO for all platforms and any batch size.
 
     Args:
-      model: what `load` gave.
-      height: pixels of the images that will be served.
-      width: pixels of the images that will be served.
+      model: from `load`.
+      height: height of the images to serve, in pixels.
+      width: width of the images to serve, in pixels.
 
     Returns:
-      What `jax.export.deserialize` reads.
+      Bytes for `jax.export.deserialize`.
     """
     (batch,) = jax.export.symbolic_shape("b")
     height, width = operator.index(height), operator.index(width)
@@ -103,15 +106,16 @@ def export_model(
     """Writes both forms of a model.
 
     Args:
-      model: what `load` gave.
-      directory: made if it does not exist; an older export in it is replaced.
-      height: of the images that will be served, pixels; by default the model's `square_size`, or its
-        `image_size` where there is none.
-      width: pixels of the images that will be served.
+      model: from `load`.
+      directory: created if it does not exist. An older export in it is replaced.
+      height: height of the images to serve, in pixels; by default the model's `square_size`, or its
+        `image_size` if that is 0.
+      width: width of the images to serve, in pixels; by default as for `height`.
 
     Raises:
-      ValueError: a size below one pixel, or a directory that holds a run, a classifier or a detector.
-      ArchiveError: a damaged export is in the way.
+      ValueError: a size is below one pixel, or the directory holds a run, a classifier or a
+        detector.
+      ArchiveError: the directory holds a damaged export.
     """
     trained = model.square_size or model.image_size
     height = trained if height is None else operator.index(height)
@@ -133,13 +137,10 @@ def export_model(
 
 
 def read_serving(directory: str | Path) -> jax.export.Exported:
-    """The serving form, checked against its hash.
+    """Reads the serving form and checks its hash. Use it by `.call(images)`.
 
     Args:
-      directory: where `export` wrote.
-
-    Returns:
-      Call it with `.call(images)`.
+      directory: directory of an export.
 
     Raises:
       ArchiveError: a file is missing or not what was written.
@@ -150,19 +151,19 @@ def read_serving(directory: str | Path) -> jax.export.Exported:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
+    """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jevb_jax.export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
     parser.add_argument("--out", required=True, help="directory of the export")
-    parser.add_argument("--step", help='a checkpoint\'s step or "best"; the latest by default')
-    parser.add_argument("--height", type=int, help="of served images, pixels; as trained")
-    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--step", help='step of a checkpoint, or "best"; the latest by default')
+    parser.add_argument("--height", type=int, help="of served images, in pixels; as trained")
+    parser.add_argument("--width", type=int, help="of served images, in pixels; as trained")
     arguments = parser.parse_args(argv)
     step: Any = arguments.step
     if step is not None and step != "best":
         if not step.isdecimal():
-            parser.error(f'--step is a number or "best", got {step!r}')
+            parser.error(f'--step must be a number or "best", got {step!r}')
         step = int(step)
     try:
         model = load(arguments.workdir, step)

@@ -1,4 +1,4 @@
-"""The forward pass of images as people give them: prepared, in batches, compiled once a size."""
+"""The forward pass for users' images: prepares them, makes batches, compiles once for each size."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +22,13 @@ _PROGRESS_AFTER_SECONDS = 3.0
 
 
 class ForwardPass:
-    """Networks without weights, asked for images of any size and number.
+    """The compiled networks, without weights, for images of any size and number.
 
     Attributes:
       network: the Flax module.
-      view: the view of evaluation: its size, mean and deviation.
-      square_size: pixels a side of the square that is cut out of images before the view, 0 for none.
-      batch_size: images at a time, at most.
+      view: the view of evaluation: its size, mean and standard deviation.
+      square_size: height and width of the square that is cut out first, in pixels; 0 for none.
+      batch_size: largest number of images at once.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class ForwardPass:
         batch_size: int,
         compiled: "ForwardPass | None" = None,
     ):
-        """Compiles nothing yet.
+        """Stores the arguments. Programs are compiled on first use.
 
         Args:
-          network: see the class.
-          settings: what the run asks for.
+          network: the Flax module.
+          settings: settings of the run.
           square_size: see the class.
           batch_size: see the class.
-          compiled: another of the same networks, whose programs this one shares.
+          compiled: a `ForwardPass` of the same networks, whose programs are shared.
         """
         self.network = network
         self.view = from_settings.view_augmentations(settings.augmentation)[0]
@@ -59,11 +59,11 @@ class ForwardPass:
             self._extractors = compiled._extractors
 
     def checked(self, images: Any) -> GivenImages:
-        """Images in stacks of one size and type; wrong ones are refused."""
+        """Checks images and groups them by size and type."""
         return check_images(images, num_channels=len(self.view.mean), square_size=self.square_size)
 
     def extractor(self, batch_size: int, *, has_terms: bool) -> FeatureExtractor:
-        """The forward pass of a size of batch, compiled on first use."""
+        """The forward pass for a batch size, compiled on first use."""
         key = batch_size, has_terms
         if key not in self._extractors:
             terms = None
@@ -92,20 +92,17 @@ class ForwardPass:
         *,
         has_terms: bool = False,
     ) -> _T:
-        """`output` of the features of every image, on the host.
+        """`output` of the features of every image, a tree of `[N, ...]` on the host.
 
         Args:
           variables: parameters and running statistics.
           images: from `checked`.
-          output: of a batch of features; a tree of arrays `[n, ...]`.
-          has_terms: whether the features hold JEVB's terms, of several views.
-
-        Returns:
-          A tree of `[N, ...]`.
+          output: maps the features of a batch to a tree of arrays `[n, ...]`.
+          has_terms: whether the features include JEVB's terms, which need several views.
         """
         if len(images.stacks) > 1 and not has_terms:
             return self._of_views(variables, images, output)
-        # Augmented views are cut out of an image as it is, and so every size has a program of its own.
+        # Augmented views are cut out of the whole image, so each image size needs its own program.
         parts = [
             self._of_batches(
                 variables,
@@ -121,7 +118,7 @@ class ForwardPass:
     def _of_views(
         self, variables: Any, images: GivenImages, output: Callable[[Features], _T]
     ) -> _T:
-        """Images of many sizes, brought to the view's on the host: one program for all."""
+        """Resizes images of many sizes to the view on the host, so that one program serves all."""
         places = np.argsort(np.concatenate(images.rows))
         flat = [image for stack in images.stacks for image in stack]
         num_channels = len(self.view.mean)
@@ -166,7 +163,7 @@ class ForwardPass:
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Starts an item before the one before it is fetched, so that device and host work at once."""
+    """Computes an item before the previous one is fetched, so that device and host work at once."""
     iterator = iter(items)
     waiting = next(iterator)
     for item in iterator:
@@ -178,7 +175,7 @@ def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
 def _with_progress(
     batches: Iterable[_T], *, total: int, console: Console | None = None
 ) -> Iterator[_T]:
-    """The batches, with a bar on a terminal from the time when they have taken a few seconds."""
+    """The batches, with a bar on a terminal as soon as they have taken a few seconds."""
     console = console or Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     start = time.monotonic()

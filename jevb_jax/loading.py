@@ -1,7 +1,7 @@
-"""Loads what a directory holds: a model of a run or of an export, a detector.
+"""Loads a model of a run or an export, or a detector, from a directory.
 
-An export needs none of the libraries of training. Weights are checked against what was saved, bit by
-bit.
+An export needs no libraries for training. Every bit of the weights is checked against what was
+saved.
 """
 
 import logging
@@ -37,39 +37,38 @@ def load(
     *,
     batch_size: int | None = None,
 ) -> Model:
-    """Loads a model from a run directory or from a directory of `jevb_jax.export`.
+    """Loads a model from a run directory, or from a directory of `jevb_jax.export`.
 
-    Strict: every array must be there, none may be left over, shapes and types must fit the config, and
-    the bits must be those that were saved. Of a run with averaged parameters (`train.ema_decay`), the
-    average is loaded, as in evaluation. The data of the run are not read. From here on, the process
-    keeps what it compiles (`xla_options.keep_compiled_programs`).
+    Loading is strict: no array may be missing or left over, shapes and types must fit the config,
+    and the bits must be those that were saved. If a run has averaged parameters
+    (`train.ema_decay`), these are loaded, as in evaluation. The data of the run are not read. From
+    this call on, the process keeps its compiled programs for later processes
+    (`xla_options.keep_compiled_programs`).
 
     Args:
-      path: directory, here or in an object store.
-      step: of a run: a checkpoint's step, "best" (by validation k-NN, of a run with
-        `checkpoint.keep_best`), or None for the latest that is whole.
-      batch_size: images at a time; the config's `evaluation.batch_size` by default.
-
-    Returns:
-      The model.
+      path: a local directory or one in an object store.
+      step: only for a run: the step of a checkpoint; "best", by validation k-NN, for a run with
+        `checkpoint.keep_best`; or None for the latest undamaged checkpoint.
+      batch_size: number of images at once, by default `evaluation.batch_size` of the config.
 
     Raises:
-      FileNotFoundError: neither a run nor an export.
-      CheckpointError: no such checkpoint, or one that does not fit (all arrays are named) or is damaged.
-      ArchiveError: an export that is damaged or does not fit.
-      ValueError: `step` of an export; a config of another version.
+      FileNotFoundError: the directory holds neither a run nor an export.
+      CheckpointError: the checkpoint does not exist, is damaged, or does not fit (all arrays that
+        differ are named).
+      ArchiveError: the export is damaged or does not fit.
+      ValueError: `step` is given for an export, or the config is of another version.
     """
     keep_compiled_programs()
     directory = files.to_path(path)
     if archive.is_archive(directory):
         if step is not None:
-            raise ValueError(f"{directory} is an export, which holds one step: leave out step")
+            raise ValueError(f"{directory} is an export, which holds one step; leave out step")
         finetuned = archive.read_manifest(directory).get("finetuned")
         if finetuned is not None and not finetuned["init"]["frozen"]:
             _logger.warning(
-                "%s holds an encoder that was fine-tuned whole. `represent` is of the tuned encoder; "
-                "`embed`, `posterior` and scores of them use a projector and a head that belong to the "
-                "encoder as it was before.",
+                "%s holds an encoder whose weights were all fine-tuned. `represent` uses the tuned "
+                "encoder. `embed`, `posterior` and their scores use a projector and a head that "
+                "belong to the encoder as it was before.",
                 directory,
             )
         return load_archive(directory, batch_size)
@@ -82,7 +81,7 @@ def load(
 
 
 def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
-    """Settings of a config, refused if this version cannot build networks and views from them."""
+    """Typed settings of a config. An error says if this version cannot build the networks."""
     try:
         settings = read.saved_settings(config)
         from_settings.make_network(settings)
@@ -96,7 +95,7 @@ def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
 
 @in_single_precision
 def variable_shapes(settings: RunSettings) -> Any:
-    """Parameters and running statistics of a run's networks, as shapes and types."""
+    """Shapes and types of the parameters and running statistics of a run's networks."""
     network = from_settings.make_network(settings)
     view = from_settings.view_augmentations(settings.augmentation)[0]
     image = jax.ShapeDtypeStruct((2, view.size, view.size, len(view.mean)), np.float32)
@@ -106,17 +105,16 @@ def variable_shapes(settings: RunSettings) -> Any:
 
 
 def load_archive(directory: Path, batch_size: int | None = None) -> Model:
-    """Loads the model of an archive: an export, a detector's or a fine-tuned encoder.
+    """Loads the model of an archive: of an export, a detector, or a fine-tuned encoder.
+
+    If all weights of the encoder were fine-tuned, only `represent` is meaningful.
 
     Args:
-      directory: a path that `files.to_path` made.
-      batch_size: see `load`.
-
-    Returns:
-      The model. Of an encoder that was tuned whole, only `represent` has a meaning.
+      directory: a path from `files.to_path`.
+      batch_size: as for `load`.
 
     Raises:
-      ArchiveError: it is damaged or does not fit its config.
+      ArchiveError: the archive is damaged or does not fit its config.
     """
     manifest = archive.read_manifest(directory)
     config = completed_config(manifest["config"])
@@ -131,40 +129,39 @@ def load_archive(directory: Path, batch_size: int | None = None) -> Model:
         step=manifest["step"],
         batch_size=batch_size,
         square_size=_saved_square_size(manifest),
-        recorded_data=manifest.get("recorded_data"),  # of exports from before it, there is none
+        recorded_data=manifest.get("recorded_data"),  # older exports have none
     )
 
 
 def _saved_square_size(manifest: Mapping[str, Any]) -> int:
-    """That of the images which the weights were last trained on."""
+    """`square_size` of the images that the weights were last trained on."""
     if "square_size" in manifest:
         return manifest["square_size"]
-    # Before it was written: a fine-tuned encoder has seen the images of its own data.
+    # Older archives lack it. A fine-tuned encoder was last trained on the images of its own data.
     return manifest.get("finetuned", manifest["config"])["data"]["image_size"]
 
 
 @in_single_precision
 def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None = None) -> Detector:
-    """Loads what `Detector.save` wrote, as strictly as `load`.
+    """Loads a detector that `Detector.save` wrote, as strictly as `load`.
+
+    Scores and verdicts are the same, except for rounding.
 
     Args:
-      directory: here or in an object store.
-      batch_size: images at a time; the config's `evaluation.batch_size` by default.
-
-    Returns:
-      The detector: the same scores and verdicts, but for rounding.
+      directory: a local directory or one in an object store.
+      batch_size: number of images at once, by default `evaluation.batch_size` of the config.
 
     Raises:
       FileNotFoundError: nothing was saved there.
-      ArchiveError: no detector, one that is damaged, or one of another version.
+      ArchiveError: there is no detector, or it is damaged or of another version.
     """
     keep_compiled_programs()
     path = files.to_path(directory)
     if not archive.is_archive(path):
-        raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: Detector.save writes it")
+        raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}; Detector.save writes it")
     manifest = archive.read_manifest(path)
     if "detector" not in manifest:
-        raise ArchiveError(f"{path} holds a model without a detector: Detector.save writes one")
+        raise ArchiveError(f"{path} holds a model without a detector; Detector.save writes one")
     saved = manifest["detector"]
     arrays = safetensors.load(archive.read_file(path, manifest, DETECTOR))
     model = load_archive(path, batch_size)
@@ -181,7 +178,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
 
 
 def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
-    # Orbax and Optax, which an export does without.
+    # These need Orbax and Optax, which an export does not.
     from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
     from jevb_jax.training.experiment import state_shapes
 
@@ -191,7 +188,7 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     config = saved_config(files.read_json(config_path), config_path)
     settings = _saved_settings(config, directory)
     if not (directory / "checkpoints").exists():
-        raise CheckpointError(f"{directory} holds no checkpoint: train first")
+        raise CheckpointError(f"{directory} holds no checkpoint; train first")
     view = from_settings.view_augmentations(settings.augmentation)[0]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
@@ -205,19 +202,21 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
             best = checkpointer.best_step()
             if best is None:
                 raise CheckpointError(
-                    f"{directory} kept no best checkpoint: train with checkpoint.keep_best above 0, or "
+                    f"{directory} has no best checkpoint; train with checkpoint.keep_best above 0, or "
                     f"give one of the steps {steps}"
                 )
             step = best
         if step is None:
             restored = checkpointer.restore_latest(template)
             if restored is None:
-                raise CheckpointError(f"{directory} holds no checkpoint: train first")
+                raise CheckpointError(f"{directory} holds no checkpoint; train first")
             found, state = restored
         elif step in steps:
             found, state = step, checkpointer.restore(step, template)
         else:
-            raise CheckpointError(f'{directory} has checkpoints {steps}, not {step!r}; or "best"')
+            raise CheckpointError(
+                f'step must be one of {steps}, the checkpoints in {directory}, or "best"; got {step!r}'
+            )
     finally:
         checkpointer.close()
     return Model(

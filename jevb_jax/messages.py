@@ -1,8 +1,8 @@
-"""What people read: lines in which nothing is markup, and errors that are theirs to mend.
+"""Messages for people: text without markup, and errors that the user can mend.
 
-An error is a person's to mend where this package raises it by a statement of its own, or where the
-machine says no (a file that is not there, a full disk, memory). Everything else is a fault of the
-program: its frames belong to whoever mends it.
+The user can mend an error if this package raises it by its own `raise` statement, or if the machine
+refuses something (a missing file, a full disk, no memory). All other errors are faults of the
+program and keep their traceback for its developers.
 """
 
 import builtins
@@ -15,11 +15,11 @@ from rich.text import Text
 
 _OWN_PACKAGES = ("jevb_jax", "configs")
 
-# What XLA's devices and the CPU's allocator say.
+# Messages of XLA's devices and of the CPU's allocator.
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "OUT_OF_MEMORY")
 
 _WHAT_TAKES_LESS = """\
-What takes less memory, the most effective first:
+What needs less memory, the most effective first:
   train.batch_size              lower; or the same batch in parts: train.num_micro_batches
   augmentation.num_small_crops, augmentation.image_size   fewer and smaller views
   model.width, model.projector_hidden_dims, model.embedding_dim, model.head_hidden_dim   smaller
@@ -30,23 +30,14 @@ What takes less memory, the most effective first:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a text as it is, whatever the width: brackets and colons in a path are no markup.
-
-    Args:
-      console: where people read.
-      text: one line or several.
-    """
+    """Prints a text as it is, at any width: brackets and colons in a path are no markup."""
     console.print(Text(text), highlight=False, soft_wrap=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a device or of the machine ran out.
+    """Whether the memory of a device or of the machine is exhausted.
 
-    Args:
-      error: any; what it was raised from is looked at too.
-
-    Returns:
-      True for `MemoryError` and for XLA's errors that say so.
+    Also looks at the errors that caused this error. `MemoryError` counts, and errors of XLA.
     """
     found: BaseException | None = error
     while found is not None:
@@ -60,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_raised_by(error: BaseException, packages: Sequence[str]) -> bool:
-    """Whether the error comes from a `raise` in one of the packages, not from what they call."""
+    """Whether a `raise` statement in one of the packages raised the error, not code they call."""
     frames = error.__traceback__
     if frames is None:
         return False
@@ -68,7 +59,7 @@ def _is_raised_by(error: BaseException, packages: Sequence[str]) -> bool:
         frames = frames.tb_next
     package = str(frames.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
     code = frames.tb_frame.f_code.co_code
-    # len(5) or min(()) in one of our lines ends in the same frame, at another instruction.
+    # len(5) or min(()) in our own code ends in the same frame, but at another kind of instruction.
     is_statement = 0 <= frames.tb_lasti < len(code) and dis.opname[code[frames.tb_lasti]] in (
         "RAISE_VARARGS",
         "RERAISE",
@@ -77,25 +68,22 @@ def _is_raised_by(error: BaseException, packages: Sequence[str]) -> bool:
 
 
 def for_person(error: BaseException, *, packages: Sequence[str] = _OWN_PACKAGES) -> str | None:
-    """What to tell the person at the keyboard of an error.
+    """The message for the user about an error, or None for a fault of the program.
 
     Args:
-      error: as it was caught, with its traceback.
-      packages: modules whose own `raise` statements speak to people.
-
-    Returns:
-      The message, or None where frames belong: a fault of the program.
+      error: the error with its traceback.
+      packages: modules whose `raise` statements are meant for users.
     """
     if is_out_of_memory(error):
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return f"the memory ran out: {first or type(error).__name__}\n{_WHAT_TAKES_LESS}"
+        return f"the memory is exhausted: {first or type(error).__name__}\n{_WHAT_TAKES_LESS}"
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, ImportError):  # an extra that is not installed
+    if isinstance(error, ImportError):  # an optional dependency is not installed
         is_ours = str(error.name or "").partition(".")[0] in packages
         return None if is_ours else text
     if isinstance(error, OSError):
         return text
-    # An AssertionError or a KeyError never speaks to people.
+    # AssertionError and KeyError are never meant for users.
     speaks = isinstance(error, (ValueError, TypeError, RuntimeError))
     is_builtin = type(error) is getattr(builtins, type(error).__name__, None)
     if not speaks or (is_builtin and isinstance(error, (RecursionError, NotImplementedError))):

@@ -1,7 +1,7 @@
 """A trained model: `model = jevb_jax.load("runs/x")`, then `model.embed(images)`.
 
-No file holds a pickle. A model, and a detector of it, can be pickled by those who send them to other
-processes.
+Our files contain no pickles. You can still pickle a model or a detector yourself, for example to
+send it to another process.
 """
 
 import functools
@@ -29,21 +29,21 @@ from jevb_jax.settings import read
 from jevb_jax.training import from_settings
 from jevb_jax.xla_options import in_single_precision
 
-# Images as `Model` takes them: arrays, Pillow pictures, and lists or iterators of either.
+# Images that `Model` accepts: arrays, Pillow pictures, and lists or iterators of them.
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     Images = ArrayLike | Iterable[Any] | Image
-else:  # without Pillow, which only those who give pictures need
+else:  # Pillow is needed only by those who give pictures
     Images = ArrayLike | Iterable[Any]
 
 
 class GaussianPosterior(NamedTuple):
-    """q(z given image), a diagonal Gaussian.
+    """The diagonal Gaussian q(z given image).
 
     Attributes:
-      mean: `[N, D]`, or `[D]` of one image.
-      scale: its standard deviations, `[N, D]`.
+      mean: `[N, D]`; `[D]` for one image.
+      scale: standard deviations, of the shape of `mean`.
     """
 
     mean: np.ndarray
@@ -51,43 +51,43 @@ class GaussianPosterior(NamedTuple):
 
 
 class Model:
-    """A trained encoder, asked for images.
+    """A trained encoder that can be applied to images.
 
-    Everywhere, `images` are `[N, h, w, c]`, or one image `[h, w, c]`, whose answer then has no first
-    axis; a Pillow picture; or a list, a tuple or an iterator of images `[h, w, c]` and pictures, which
-    may differ in size. Arrays, of NumPy, JAX or whatever NumPy reads, are uint8, or floating point in
-    [0, 1]; what lies beyond by a rounding, 0.001 or one step of a coarser type, is clipped. Other
-    integers are taken as levels of 0 to 255, booleans as black and white. Gray images are repeated to
-    the network's channels. Pictures are decoded as the run's files were, whatever their mode, as long
-    as it has 8 bits a channel.
+    `images` are always one of these: an array `[N, h, w, c]`; one image `[h, w, c]` or one Pillow
+    picture, whose result then has no first axis; or a list, tuple or iterator of such images and
+    pictures, which may differ in size. Arrays may come from NumPy, JAX, or anything that NumPy can
+    read. They are uint8, or floating point in [0, 1]; values outside by at most 0.001, or one step
+    of a coarser type, are clipped. Other integers are levels of 0 to 255, and booleans are black
+    and white. Gray images are repeated to the channels of the network. Pictures of every mode with
+    8 bits for each channel are decoded as the files of the run were.
 
-    Any `h` and `w`. An image is prepared as those that the network was trained and evaluated on. Where
-    the run's images were read to a size (`data.image_size`), its shorter side is brought to that size
-    and the center square is cut out (`images.preparation`), to the same pixels as of a file. An image of
-    that size, and every image where there is none, goes as it is to the view of evaluation, which brings
-    the shorter side to `image_size` and takes the center. Nothing is squashed.
+    Images may have any height and width. They are prepared as the images of training and evaluation
+    were, without a change of the aspect ratio. If the images of the run were resized when they were
+    read (`data.image_size`), the shorter side is first resized to that size and the center square
+    is cut out (`images.preparation`), with the same pixels as from a file. Then every image is
+    resized until its shorter side is `image_size`, and the center is cut out, as in evaluation.
 
-    Many images go through in padded batches of one size, so that each size and type of image is
-    compiled once; fewer than a batch are padded to a power of two. What is said of an image depends
-    neither on its place nor on the images beside it, but for rounding. A bar is shown on a terminal once
-    it has taken a few seconds. Work is done on the first device of the process, in float32 even where
-    the process enabled 64 bits. Models can be pickled and copied: weights and settings travel, not what
-    was compiled or fitted.
+    Many images are processed in padded batches of one size, so that each size and type of image is
+    compiled once. Fewer images than a batch are padded to a power of two. Except for rounding, the
+    result for an image depends neither on its place nor on the other images. On a terminal, a bar
+    appears after a few seconds. Work is done on the first device of the process, in float32 even if
+    the process has enabled 64 bits. A pickled or copied model keeps weights and settings, but not
+    compiled programs and fitted scores.
 
-    Wrong images raise: TypeError for what is neither numbers nor pictures, and for levels of an unclear
-    depth (16 bits, integers of 0 and 1); ValueError for a wrong number of axes or channels, for none at
-    all, for NaN, and for values out of the range.
+    Wrong images raise TypeError if they are neither numbers nor pictures, or if their range of
+    levels is unclear (16 bits; integers that are all 0 or 1). They raise ValueError for a wrong
+    number of axes or channels, no images, NaN, or values out of range.
 
     Attributes:
-      config: what the run was trained with, plain values.
-      settings: the same, typed.
+      config: config of the run, plain values.
+      settings: the typed settings of the config.
       step: training step of the checkpoint, from 0.
-      variables: parameters and running statistics, for use with `network.apply`.
+      variables: parameters and running statistics, for `network.apply`.
       network: the Flax module.
-      image_size: pixels a side that the network sees.
-      square_size: pixels a side of the square that is cut out of images before the view, 0 for none.
+      image_size: height and width that the network reads, in pixels.
+      square_size: height and width of the square that is cut out first, in pixels; 0 for none.
       num_channels: 1 for gray images, 3 for color.
-      recorded_data: what the run remembers of its data (`data_record.read`), or None.
+      recorded_data: the record of the run's data, from `data_record.read`, or None.
     """
 
     @in_single_precision
@@ -101,18 +101,18 @@ class Model:
         square_size: SupportsIndex | None = None,
         recorded_data: Mapping[str, Any] | None = None,
     ):
-        """Prepares the forward pass; `load` is the usual way here.
+        """Prepares the forward pass. Usually you call `load`.
 
         Args:
-          config: what the run was trained with, plain values.
+          config: config of the run, plain values.
           variables: parameters and running statistics.
-          step: that they are from.
-          batch_size: images at a time; the config's `evaluation.batch_size` by default.
-          square_size: see the class; the config's `data.image_size` by default.
-          recorded_data: what `data_record.read` gave; the run's own data are held to it.
+          step: training step of the variables.
+          batch_size: number of images at once, by default `evaluation.batch_size` of the config.
+          square_size: see the class; by default `data.image_size` of the config.
+          recorded_data: from `data_record.read`. If given, the run's data must agree with it.
 
         Raises:
-          ValueError: a batch size below one, or numbers that are not whole.
+          ValueError: the batch size is below one, or a number is not whole.
         """
         self.config = config
         self.settings = read.saved_settings(config)
@@ -140,7 +140,7 @@ class Model:
         self.recorded_data = recorded_data
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Neither devices nor compiled programs travel.
+        # Devices and compiled programs cannot be pickled.
         state = self.config, jax.device_get(self.variables), self.step, self._forward.batch_size
         return _model_again, (*state, self.square_size, self.recorded_data)
 
@@ -151,24 +151,23 @@ class Model:
         )
 
     def with_variables(self, variables: Any) -> "Model":
-        """The same networks with other weights, compiled already.
+        """A model with the same networks and other weights.
+
+        It shares the compiled programs, but no fitted scores.
 
         Args:
           variables: parameters and running statistics, of the same shapes.
-
-        Returns:
-          A model that shares what was compiled and nothing that was fitted.
         """
         return self._like(variables, self.square_size)
 
     def with_square_size(self, square_size: int) -> "Model":
-        """The same model for images that were read to another size than the run's.
+        """The same model for images that were resized to another size than the run's.
+
+        It shares the compiled programs, but no fitted scores.
 
         Args:
-          square_size: pixels a side of the square that is cut out of every image, 0 for none.
-
-        Returns:
-          A model that shares what was compiled and nothing that was fitted.
+          square_size: height and width of the square that is cut out of every image, in pixels; 0
+            for none.
         """
         return self._like(self.variables, square_size)
 
@@ -193,18 +192,15 @@ class Model:
     @property
     @in_single_precision
     def extractor(self) -> FeatureExtractor:
-        """All plain features of a source at once, in batches of `batch_size`; see its class."""
+        """Computes the features of a whole source, without JEVB's terms, in batches."""
         return self._forward.extractor(self._forward.batch_size, has_terms=False)
 
     @in_single_precision
     def embed(self, images: Images) -> np.ndarray:
-        """The projector's output, over which JEVB's likelihood is a density.
-
-        Args:
-          images: see the class.
+        """The projector's output. JEVB's likelihood is a density of it.
 
         Returns:
-          `[N, D]` float32, or `[D]` of one image.
+          `[N, D]` float32; `[D]` for one image.
         """
         return self._map(images, lambda features: features.embedding)
 
@@ -212,29 +208,20 @@ class Model:
     def represent(self, images: Images) -> np.ndarray:
         """The backbone's pooled output, for k-NN, linear probes and transfer.
 
-        Args:
-          images: see the class.
-
         Returns:
-          `[N, F]` float32, or `[F]` of one image.
+          `[N, F]` float32; `[F]` for one image.
         """
         return self._map(images, lambda features: features.representation)
 
     @in_single_precision
     def posterior(self, images: Images) -> GaussianPosterior:
-        """What the model believes of the latent given an image.
-
-        Args:
-          images: see the class.
-
-        Returns:
-          Mean and standard deviation.
+        """Mean and standard deviation of the latent given each image.
 
         Raises:
-          ValueError: the method has no posterior; and as the class.
+          ValueError: the method has no posterior, or the images are wrong (see the class).
         """
         if methods.METHODS[self.settings.method].head != "posterior":
-            raise ValueError(f"only jevb has a posterior, and this is a {self.settings.method} run")
+            raise ValueError(f"only jevb has a posterior, but this is a {self.settings.method} run")
 
         def parameters(features: Features) -> GaussianPosterior:
             prediction: Posterior = features.prediction
@@ -248,32 +235,32 @@ class Model:
     ) -> np.ndarray:
         """How strange images are; larger is more out of distribution.
 
-        The scores of docs/ood.md that need no labels, as `evaluate.py` computes them. JEVB's terms
-        sample views and latents: one draw serves all images, so that a score is a function of the image
-        and of nothing else.
+        These are the scores of docs/ood.md that need no labels, computed as `evaluate.py` does.
+        JEVB's terms need random views and latents. All images share the same draws, so the score of
+        an image depends on that image only.
 
         Args:
           images: see the class.
-          score: `family/score`, for instance "jevb/negative_elbo" or "embedding/mahalanobis"; see
-            `score_names`. None is the config's or the method's default.
-          fit_images: in-distribution images that the score is fitted to; by default, those of the run's
-            training split that the evaluation takes, which are loaded and remembered on first use.
+          score: `family/score`, for example "jevb/negative_elbo" or "embedding/mahalanobis", one of
+            `score_names()`. None takes the default of the config or the method.
+          fit_images: in-distribution images to fit the score to. By default they are the images of
+            the run's training split that the evaluation uses; these are loaded on first use.
 
         Returns:
-          `[N]` float32, or `[]` of one image.
+          `[N]` float32; `[]` for one image.
 
         Raises:
-          ValueError: unknown score, one that is not fitted with `fit_images`, a run whose data cannot
-            be loaded; and as the class.
+          ValueError: the score is unknown, or needs no `fit_images`; the data of the run cannot be
+            loaded; or the images are wrong (see the class).
         """
         name = self._checked_score(score)
-        checked = self._forward.checked(images)  # before a fit that may take long
+        checked = self._forward.checked(images)  # check before a fit that may take long
         scorer = self._scorer(name, fit_images)
         return self._score_checked(checked, name, scorer)
 
     @in_single_precision
     def score_names(self) -> list[str]:
-        """Names for `ood_score` and `detector`."""
+        """Names of the scores for `ood_score` and `detector`."""
         return sorted(self._score_entries)
 
     @in_single_precision
@@ -287,22 +274,20 @@ class Model:
     ) -> Detector:
         """A detector of strange images, with a threshold by split conformal prediction.
 
-        The score is fitted to training images and its threshold set on validation images, which it
-        has not seen, so that of new in-distribution images at most the asked share, in expectation, is
-        called strange. That holds for images like the calibration's and for no others.
+        The score is fitted to training images, and its threshold is set by validation images, which
+        it has not seen. The expected share of new in-distribution images that are called strange is
+        then at most `false_alarm_rate`. This holds only for images like the calibration images.
 
         Args:
           false_alarm_rate: in (0, 1).
-          score: see `ood_score`.
-          fit_images: see `ood_score`.
-          calibration_images: in-distribution images that are not among those of the fit; by default the
-            run's validation split.
-
-        Returns:
-          The detector, which can be saved.
+          score: as for `ood_score`.
+          fit_images: as for `ood_score`.
+          calibration_images: in-distribution images that the score is not fitted to; by default the
+            validation split of the run.
 
         Raises:
-          ValueError: fewer than `1 / false_alarm_rate - 1` calibration images; and as `ood_score`.
+          ValueError: there are fewer than `1 / false_alarm_rate - 1` calibration images, or for the
+            reasons of `ood_score`.
         """
         name = self._checked_score(score)
         rate = detector_input.checked_share("false_alarm_rate", false_alarm_rate)
@@ -314,7 +299,7 @@ class Model:
             source = self._data(needed).validation
         else:
             checked = self._forward.checked(calibration_images)
-        # What cannot have a threshold is known before the fit.
+        # Check before the fit whether the threshold can exist.
         count = len(source) if checked is None else checked.num_images
         conformal.conformal_threshold(np.zeros(count), rate)
         scorer = self._scorer(name, fit_images)
@@ -343,13 +328,13 @@ class Model:
         names = self.score_names()
         if score not in names:
             raise ValueError(
-                f"score must be one of {names}, got {score!r}; scores of a linear probe need labels: "
+                f"score must be one of {names}, got {score!r}. Scores of a linear probe need labels; "
                 "evaluate.py computes them"
             )
         return score
 
     def _scorer(self, name: str, fit_images: Images | None) -> ScoreFunction:
-        """A score, fitted if it has to be."""
+        """The score function, fitted if it must be."""
         entry = self._score_entries[name]
         if not entry.is_fitted:
             if fit_images is not None:
@@ -376,14 +361,14 @@ class Model:
         return self._scorers[name]
 
     def _data(self, argument: str) -> Dataset:
-        """The run's own data; an error names the argument that makes them needless."""
+        """The data of the run. An error names the argument that makes them unnecessary."""
         if self._dataset is None:
             try:
                 dataset = load_dataset(**vars(self.settings.data))
             except (OSError, ImportError, ValueError, TypeError) as error:
                 raise ValueError(
                     f"the run's own images ({self.settings.data.source}) cannot be loaded here "
-                    f"({type(error).__name__}: {error}): pass {argument}= with in-distribution images"
+                    f"({type(error).__name__}: {error}). Pass {argument}= with in-distribution images"
                 ) from error
             if self.recorded_data is not None:
                 instead = f"{argument}=, images that are like those of its training"
@@ -394,19 +379,16 @@ class Model:
     # --- Images ---
 
     def _map(self, images: Images, output: Callable[[Features], Any]) -> Any:
-        """`output` of the plain features of every image."""
+        """`output` of the features of every image, without JEVB's terms."""
         return self._map_checked(self._forward.checked(images), output, has_terms=False)
 
     def scores_of(self, images: Images, name: str, scorer: ScoreFunction) -> np.ndarray:
-        """A fitted score of images, as a `Detector` asks for it.
+        """The values of a fitted score, `[N]` float32; `[]` for one image. `Detector` calls this.
 
         Args:
           images: see the class.
-          name: which score it is.
-          scorer: the score, fitted.
-
-        Returns:
-          `[N]` float32, or `[]` of one image.
+          name: name of the score.
+          scorer: the fitted score.
         """
         return self._score_checked(self._forward.checked(images), name, scorer)
 
@@ -442,7 +424,7 @@ def _model_again(
 
 
 def whole_number(name: str, value: Any) -> int:
-    """An int, of NumPy's and JAX's integers too, and of floats that pandas made of integers."""
+    """The value as an int; also of NumPy and JAX integers, and of floats without a fraction."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
     number: Any = value

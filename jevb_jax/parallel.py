@@ -1,8 +1,8 @@
-"""Devices and processes: one mesh axis over all of them, arrays laid over it, start-up, agreement.
+"""Devices and processes: one mesh axis over all of them, layout of arrays, start-up, agreement.
 
-Parallelizm is over examples alone. The state is the same on every device; a batch is cut into as many
-equal, consecutive parts as there are devices, in the order of processes. What couples examples
-(BatchNorm, VICReg, Barlow Twins) is written for the global batch, and XLA adds the collectives.
+Only the examples are split. The state is the same on every device. A batch is cut into equal,
+consecutive parts, one for each device, in the order of processes. Operations that couple examples
+(BatchNorm, VICReg, Barlow Twins) are written for the global batch, and XLA adds the communication.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ DATA_AXIS = "data"
 
 
 class MainProcessError(RuntimeError):
-    """Process 0 failed and says why."""
+    """Process 0 failed; its own output says why."""
 
 
 class StoppedError(RuntimeError):
-    """A signal ended work of which nothing was written."""
+    """A signal ended work that has written nothing."""
 
 
 # --- Start-up -------------------------------------------------------------------------------------
 
 
 def detect_cluster(environ: Mapping[str, str], *, has_tpu: bool) -> str | None:
-    """Which launcher started several processes that do not know of each other yet.
+    """The launcher that started several processes which do not know about each other yet.
 
     Args:
       environ: environment variables.
       has_tpu: whether this machine has TPU chips.
 
     Returns:
-      "tpu", "slurm" or "kubernetes", or None: one process, as on a laptop.
+      "tpu", "slurm" or "kubernetes"; None for a single process, as on a laptop.
     """
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
-    # Without the list of hosts this is a TPU VM, which asks its metadata server.
+    # A TPU VM without the list of hosts asks its metadata server.
     if has_tpu and (not hosts or "," in hosts):
         return "tpu"
     if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
@@ -55,7 +55,7 @@ def detect_cluster(environ: Mapping[str, str], *, has_tpu: bool) -> str | None:
 
 
 def has_tpu() -> bool:
-    """Whether TPU chips and their driver are here; touches no device."""
+    """Whether TPU chips and their driver are present. Does not initialize any device."""
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
@@ -68,20 +68,20 @@ def start_processes(
     process_id: int | None,
     heartbeat_timeout_seconds: int,
 ) -> None:
-    """Joins the processes of a run, before any device is touched.
+    """Joins the processes of a run, before any device is initialized.
 
-    By the three numbers where they are given, by the launcher where there is one (see
-    `detect_cluster`), and not at all elsewhere.
+    Uses the three arguments if they are given, otherwise the launcher from `detect_cluster`.
+    Without both, there is only this process.
 
     Args:
       environ: environment variables.
       coordinator_address: "host:port" of process 0.
-      num_processes: how many train together.
+      num_processes: number of processes that train together.
       process_id: number of this process, from 0.
-      heartbeat_timeout_seconds: how long a process may be silent before the others end.
+      heartbeat_timeout_seconds: seconds that a process may be silent before the others end.
 
     Raises:
-      ValueError: some of the three are missing or out of range.
+      ValueError: only some of the three are given, or one is out of range.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -96,29 +96,29 @@ def start_processes(
             return
         if cluster == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
             raise ValueError(
-                "an indexed job of Kubernetes was found, but not the package `kubernetes` that asks "
-                "it for its size: install it, or give --coordinator_address, --num_processes and "
-                "--process_id"
+                "this is an indexed job of Kubernetes, but the package `kubernetes`, which reads its "
+                "size, is not installed. Install it, or give --coordinator_address, --num_processes "
+                "and --process_id"
             )
     elif missing:
         raise ValueError(
-            "give all of --coordinator_address, --num_processes and --process_id or none; missing: "
+            "give all of --coordinator_address, --num_processes and --process_id, or none; missing: "
             + ", ".join(f"--{name}" for name in missing)
         )
     else:
         if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
             raise ValueError(
-                f"--process_id must be in [0, {num_processes}), got {process_id}: each process has "
-                "its own"
+                f"--process_id must be in [0, {num_processes}) and different in each process, got "
+                f"{process_id}"
             )
         keywords |= given
-    # CPUs speak to each other by Gloo; other platforms do not read this.
+    # CPUs communicate by Gloo; other platforms ignore this setting.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**keywords)
 
 
 def is_main() -> bool:
-    """Whether this process writes the files that people read."""
+    """Whether this process writes the files of the run."""
     return jax.process_index() == 0
 
 
@@ -126,13 +126,10 @@ def is_main() -> bool:
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """One axis, `data`, over devices; a process's devices stand next to each other.
+    """One axis, `data`, over devices; the devices of a process are consecutive.
 
     Args:
-      devices: all of every process by default.
-
-    Returns:
-      The mesh.
+      devices: by default all devices of all processes.
     """
     devices = jax.devices() if devices is None else devices
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -145,19 +142,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_data(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An axis of the array cut over the devices."""
+    """One axis of the array split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, DATA_AXIS))
 
 
 def over_data_where_divisible(mesh: Mesh, tree: Any) -> Any:
-    """A layout that cuts each array along its first axis that the devices divide (ZeRO-1).
+    """Splits each array along its first axis that the number of devices divides (ZeRO-1).
 
     Args:
-      mesh: the devices, from `make_mesh`.
+      mesh: from `make_mesh`.
       tree: arrays or their shapes.
 
     Returns:
-      The same tree of shardings; arrays without such an axis are replicated.
+      A tree of shardings; arrays without such an axis are replicated.
     """
 
     def layout(leaf: Any) -> NamedSharding:
@@ -168,25 +165,21 @@ def over_data_where_divisible(mesh: Mesh, tree: Any) -> Any:
 
 
 def check_divisible(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
-    """Refuses a global batch that the devices cannot share equally.
-
-    Raises:
-      ValueError: with both numbers.
-    """
+    """Raises ValueError if the devices cannot share a global batch equally."""
     parts = mesh.size * num_micro_batches
     if batch_size % parts:
         micro = f" x train.num_micro_batches = {num_micro_batches}" * (num_micro_batches > 1)
         raise ValueError(
-            f"train.batch_size = {batch_size}, which is global, does not divide over {mesh.size} "
-            f"devices{micro}: take a multiple of {parts}"
+            f"train.batch_size = {batch_size} is global and must be a multiple of {parts}, for "
+            f"{mesh.size} devices{micro}"
         )
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Lays arrays that are equal on every process over devices.
+    """Puts arrays that are equal on every process on the devices.
 
     Args:
-      tree: arrays of the host or of a local device; what already lies so stays where it is.
+      tree: arrays on the host or a local device. Arrays with the right layout stay where they are.
       shardings: a prefix of the tree.
 
     Returns:
@@ -206,7 +199,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def put_key(key: jax.Array, mesh: Mesh) -> jax.Array:
-    """`put` of a key on every device."""
+    """Puts a random key on every device."""
     data = put(jax.random.key_data(key), replicated(mesh))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
@@ -218,17 +211,17 @@ def local_rows(batch_size: int) -> slice:
 
 
 def put_local_rows(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array from the rows that each process loaded."""
+    """A global array, from the rows that each process has loaded."""
     return jax.make_array_from_process_local_data(sharding, rows)
 
 
 def on_local_device(tree: Any) -> Any:
-    """This process's own copy of replicated arrays, on its first device; nothing moves."""
+    """Copies of replicated arrays on the first device of this process, without communication."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def to_host(tree: Any) -> Any:
-    """Whole arrays as NumPy, on every process; all must call it."""
+    """Whole arrays as NumPy, on every process. All processes must call it."""
 
     def one(leaf: Any) -> np.ndarray:
         if leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -242,19 +235,19 @@ def to_host(tree: Any) -> Any:
 
 
 def on_main(action: Callable[[], None]) -> None:
-    """Runs an action on process 0 alone; the others wait, and fail if it does.
+    """Runs an action on process 0 only. The others wait, and fail if it fails.
 
     Args:
-      action: writes files.
+      action: for example, writes files.
 
     Raises:
-      MainProcessError: on the others; process 0 raises the error itself.
+      MainProcessError: on the other processes; process 0 raises the error itself.
     """
     error: Exception | None = None
     if is_main():
         try:
             action()
-        except Exception as caught:  # noqa: BLE001 - raised below, once the others know
+        except Exception as caught:  # noqa: BLE001 - raised below, when the others know
             error = caught
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
@@ -267,16 +260,17 @@ def on_main(action: Callable[[], None]) -> None:
 class StopRequest:
     """Turns a signal into a flag that long work polls.
 
-    Of one process, SIGTERM, SIGINT and, where nobody chose to outlive a terminal (nohup), SIGHUP; a
-    second signal acts at once. Of several, SIGTERM to any one of them, which JAX's preemption service
-    tells the others, so that all stop at the same poll: each must poll as often as the others do.
+    With one process, the signals are SIGTERM, SIGINT, and SIGHUP unless it is ignored (nohup); a
+    second signal acts at once. With several processes it is SIGTERM to any of them. JAX's
+    preemption service tells the others, so that all stop at the same poll. Therefore all must poll
+    equally often.
 
-    Python lets none but the main thread handle signals. In another one nothing is handled, and
-    signals do what they did before.
+    Python allows only the main thread to handle signals. In another thread this class handles none,
+    and signals act as usual.
 
     Attributes:
-      signal_name: why to stop, or None.
-      is_heeding: whether signals are noticed, from entering on.
+      signal_name: the reason to stop, or None.
+      is_heeding: whether signals are handled; set on entering.
     """
 
     def __init__(self) -> None:
@@ -302,13 +296,13 @@ class StopRequest:
             signal.signal(*self._previous.popitem())
 
     def request(self, reason: str) -> bool:
-        """Asks to stop for another reason than a signal; the first reason counts.
+        """Asks to stop for a reason other than a signal. The first reason counts.
 
         Args:
           reason: becomes `signal_name`.
 
         Returns:
-          False where it cannot be asked: of several processes, which must stop together.
+          False with several processes, which must stop together and cannot be asked this way.
         """
         if jax.process_count() > 1:
             return False
@@ -317,7 +311,7 @@ class StopRequest:
         return True
 
     def is_requested(self) -> bool:
-        """Polls; once True, always True."""
+        """Polls. Once it is True, it stays True."""
         if self.signal_name is None and jax.process_count() > 1:
             self._num_polls += 1
             if multihost_utils.reached_preemption_sync_point(self._num_polls):
@@ -326,11 +320,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within, a signal does not wait for a poll: for waits, and for work that writes nothing.
+        """Inside this context a signal acts at once: for waits, and for work that writes nothing.
+
+        With several processes, or in a thread other than the main one, it has no effect.
 
         Raises:
-          StoppedError: out of the body, a signal came or had come. Of several processes and in other
-            threads than the main one, never.
+          StoppedError: from the body, when a signal comes or has come.
         """
         self._is_interrupting = self.is_heeding and jax.process_count() == 1
         try:
@@ -340,7 +335,7 @@ class StopRequest:
             self._is_interrupting = False
 
     def __enter__(self) -> "StopRequest":
-        if jax.process_count() > 1:  # JAX's own handler of SIGTERM must stay
+        if jax.process_count() > 1:  # the SIGTERM handler of JAX must stay
             self.is_heeding = True
         elif threading.current_thread() is threading.main_thread():
             self.is_heeding = True
@@ -353,7 +348,7 @@ class StopRequest:
 
 
 def _stopping_signals() -> list[int]:
-    """Signals to handle; those that another language handles stay as they are."""
+    """Signals to handle. A signal whose handler was not set by Python stays as it is."""
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         numbers.append(signal.SIGHUP)

@@ -599,7 +599,7 @@ def test_a_saved_score_holds_names_of_ours_alone():
     ):
         with pytest.raises(saved_scores.SavedScoreError):
             saved_scores.rebuild(wrong, {})
-    with pytest.raises(TypeError, match=r"has no name where scores are"):
+    with pytest.raises(TypeError, match=r"is not defined at the top of a module"):
         saved_scores.describe(lambda x: x)
 
 
@@ -627,7 +627,7 @@ def test_a_run_is_loaded_at_steps_of_numpy_and_in_a_process_of_64_bits(run):
     steps: Any = (np.int64(6), np.asarray([3, 6]).max(), jnp.asarray(6), np.float64(6))
     for step in steps:
         assert type(load(run.directory, step).step) is int
-    with pytest.raises(CheckpointError, match=r"has checkpoints \[3, 6\], not 5"):
+    with pytest.raises(CheckpointError, match=r"step must be one of \[3, 6\].*got 5"):
         load(run.directory, np.int64(5))
     with pytest.raises(ValueError, match=r"step must be a whole number, got 2.5"):
         load(run.directory, 2.5)  # pyright: ignore[reportArgumentType]
@@ -676,7 +676,7 @@ def test_a_bar_appears_when_it_takes_long(monkeypatch):
         (np.zeros((0, 16, 16, 3), np.uint8), ValueError, r"no pixels in images of shape \(0,"),
         ([np.zeros((2, 2, 3)), np.zeros((3, 3, 2))], ValueError, r"image 1 must have 1 or 3 chan"),
         ([[[[0.0]], [[0.0], [1.0]]]], ValueError, "nested lists .* must all have one size"),
-        (np.zeros((2, 3, 16, 16), np.uint8), ValueError, r"channels come first: np.moveaxis"),
+        (np.zeros((2, 3, 16, 16), np.uint8), ValueError, r"channels come first, give np.moveaxis"),
         (np.zeros((16, 16, 4), np.uint8), ValueError, r"transparent images give images\[..., :3\]"),
         (np.full((16, 16, 3), 300, np.int64), ValueError, r"0 to 255, got \[300, 300\] of int64"),
         (np.full((16, 16, 3), 200, np.uint16), TypeError, r"uint16 in \[200, 200\].*not clear"),
@@ -732,7 +732,7 @@ def test_scores_that_cannot_be_made_are_refused(untrained, monkeypatch):
 
     monkeypatch.setattr(model_module, "load_dataset", no_data)
     assert len(fresh.ood_score(untrained.test_images, "embedding/norm")) == 80
-    with pytest.raises(ValueError, match=r"train.npz\): pass fit_images= with"):
+    with pytest.raises(ValueError, match=r"train.npz\)\. Pass fit_images= with"):
         fresh.ood_score(untrained.test_images, "embedding/mahalanobis")
     with pytest.raises(ValueError, match="pass calibration_images="):
         fresh.detector(score="embedding/norm")
@@ -754,7 +754,7 @@ def test_steps_are_found_or_named(run):
     assert not np.array_equal(
         load(run.directory, 3).embed(run.test_images[0]), run.model.embed(run.test_images[0])
     )
-    with pytest.raises(CheckpointError, match=r"has checkpoints \[3, 6\], not 5"):
+    with pytest.raises(CheckpointError, match=r"step must be one of \[3, 6\].*got 5"):
         load(run.directory, 5)
     with pytest.raises(FileNotFoundError, match=r"neither config.json .* nor model.json"):
         load(run.directory / "checkpoints")

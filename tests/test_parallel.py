@@ -218,7 +218,7 @@ def test_processes_are_started_by_a_launcher_and_never_on_a_laptop():
         ({"num_processes": 2}, "missing: --coordinator_address, --process_id"),
         (
             {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
-            r"--process_id must be in \[0, 2\), got 2",
+            r"--process_id must be in \[0, 2\) .*, got 2",
         ),
     ],
 )
@@ -233,9 +233,13 @@ def test_start_up_that_does_not_fit_is_refused(given, message, monkeypatch):
 def test_batch_that_does_not_divide_names_both_numbers():
     mesh = parallel.make_mesh()
     parallel.check_divisible(64, 2, mesh)
-    with pytest.raises(ValueError, match=r"batch_size = 60.*global.*over 8 devices: .* of 8"):
+    with pytest.raises(
+        ValueError, match=r"batch_size = 60 is global.*a multiple of 8, for 8 devices"
+    ):
         parallel.check_divisible(60, 1, mesh)
-    with pytest.raises(ValueError, match=r"8 devices x train.num_micro_batches = 3: .* of 24"):
+    with pytest.raises(
+        ValueError, match=r"multiple of 24, for 8 devices x train.num_micro_batches = 3"
+    ):
         parallel.check_divisible(64, 3, mesh)
 
 

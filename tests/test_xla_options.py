@@ -212,7 +212,7 @@ def test_where_programs_are_kept_is_the_users_choice(no_cache, tmp_path, monkeyp
     (tmp_path / ".cache").write_text("a file where the directory should be")
     with caplog.at_level(logging.WARNING):
         assert xla_options.keep_compiled_programs() is None
-    assert "Compiled programs are not kept for the next process" in caplog.text
+    assert "Compiled programs are not kept for later processes" in caplog.text
     assert "JEVB_JAX_COMPILE_CACHE names another directory" in caplog.text
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: what features, scores and uncertainty are worth."""
+"""Evaluation of features, scores and uncertainty."""

@@ -1,4 +1,4 @@
-"""Accuracies of features, and what of an evaluation the data do not allow."""
+"""Accuracies by k-NN and linear probes, and what the data do not allow to measure."""
 
 from typing import Any
 
@@ -18,23 +18,19 @@ FEATURE_NAMES = ("representation", "embedding")
 
 
 def result_of(name: str, features: str, value: float, protocol: str) -> Result:
-    """One number, beside what it is of and how it was measured."""
+    """One number with the name of its features and a sentence that says how it was measured."""
     return {"name": name, "features": features, "value": value, "protocol": protocol}
 
 
 def evaluated_split(settings: EvaluationSection, dataset: Dataset) -> tuple[str, ImageSource]:
-    """Name and source of the split that is reported.
-
-    Args:
-      settings: what is measured, and how.
-      dataset: images.
+    """Name and images of the split that is reported.
 
     Returns:
-      `evaluation.split`; for unlabeled data without test images the validation split, which
-      nothing is then chosen on.
+      `evaluation.split` and its images. Unlabeled data without test images give the validation
+      split instead: without labels, nothing is chosen on it.
 
     Raises:
-      ValueError: labeled data have no such split.
+      ValueError: the data are labeled and do not have the split.
     """
     split = settings.split
     source = getattr(dataset, split)
@@ -42,7 +38,7 @@ def evaluated_split(settings: EvaluationSection, dataset: Dataset) -> tuple[str,
         return "validation", dataset.validation
     if source is None:
         raise ValueError(
-            f"{dataset.train.name} has no {split} part, which evaluation.split asks for: give "
+            f"{dataset.train.name} has no {split} part, which evaluation.split asks for. Give "
             "test images, or set evaluation.split to 'validation'"
         )
     return split, source
@@ -53,14 +49,10 @@ def _few_label_measure(settings: EvaluationSection) -> str:
 
 
 def left_out(settings: EvaluationSection, dataset: Dataset) -> dict[str, str]:
-    """What of the evaluation the data do not allow; known before any training.
-
-    Args:
-      settings: what is measured, and how.
-      dataset: images.
+    """Measures that the data do not allow. Nothing needs to be trained to know them.
 
     Returns:
-      Why, by the name of the measure; everything else is evaluated.
+      The reason for each measure that is left out, by its name.
     """
     reasons: dict[str, str] = {}
     if getattr(dataset, settings.split) is None and dataset.train.labels is None:
@@ -98,33 +90,18 @@ def left_out(settings: EvaluationSection, dataset: Dataset) -> dict[str, str]:
 
 
 def best_measure(settings: EvaluationSection) -> str:
-    """The k-NN accuracy by which `checkpoint.keep_best` ranks: that of the first `knn_k`.
-
-    Args:
-      settings: what is measured, and how.
-
-    Returns:
-      Its name.
-    """
+    """Name of the accuracy that `checkpoint.keep_best` compares: k-NN with the first `knn_k`."""
     return next(iter(_knn_measures(settings)))
 
 
 def why_no_knn(settings: EvaluationSection, dataset: Dataset) -> str:
-    """Why the data do not allow `best_measure`, or nothing.
-
-    Args:
-      settings: what is measured, and how.
-      dataset: images.
-
-    Returns:
-      A reason of `left_out`.
-    """
+    """Why the data do not allow `best_measure`; an empty string if they do."""
     reasons = left_out(settings, dataset)
     return reasons.get("knn_accuracy", reasons.get(best_measure(settings), ""))
 
 
 def left_out_lines(reasons: dict[str, str]) -> list[str]:
-    """Sentences for people of what `left_out` returns, one for each reason."""
+    """Sentences that report the result of `left_out`, one for each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
@@ -137,10 +114,10 @@ def left_out_lines(reasons: dict[str, str]) -> list[str]:
 
 
 def _numbered(train: Features, other: Features) -> np.ndarray:
-    """Labels of `other` `[N]` as numbers of the `C` classes of `train`; `C` where it has none such.
+    """Labels of `other`, `[N]`, as numbers 0 to `C - 1` of the `C` classes of `train`.
 
-    Labels may be numbers of a database, in the millions: arrays then have an entry for each class
-    that occurs.
+    A label that does not occur in `train` becomes `C`. Labels may be ids of a database, in the
+    millions; after this, arrays need an entry only for each class that occurs.
     """
     classes = np.unique(_labels(train))
     labels = _labels(other)
@@ -155,7 +132,7 @@ def _labels(features: Features) -> np.ndarray:
 
 
 def _knn_measures(settings: EvaluationSection) -> dict[str, Vote]:
-    """The votes of every k-NN accuracy, by its name."""
+    """How the neighbors vote, for each k-NN accuracy by its name."""
     weighted, uniform = settings.knn_k, settings.knn_uniform_k
     temperature = settings.knn_temperature
     return {
@@ -171,7 +148,7 @@ def knn_accuracies_by_name(
     other: Features,
     without: dict[str, str],
 ) -> dict[str, float]:
-    """Every k-NN accuracy by its name, of one search."""
+    """Every k-NN accuracy by its name, from one search for neighbors."""
     measures = {key: one for key, one in _knn_measures(settings).items() if key not in without}
     if "knn_accuracy" in without or not measures:
         return {}
@@ -181,7 +158,7 @@ def knn_accuracies_by_name(
         labels,
         getattr(other, name),
         _numbered(train, other),
-        num_classes=int(labels.max()) + 2,  # with one for those that the training images lack
+        num_classes=int(labels.max()) + 2,  # one more, for classes that the training images lack
         votes=tuple(measures.values()),
     )
     return dict(zip(measures, accuracies, strict=True))
@@ -190,7 +167,7 @@ def knn_accuracies_by_name(
 def knn_results(
     name: str, settings: EvaluationSection, train: Features, test: Features, without: dict[str, str]
 ) -> list[Result]:
-    """k-NN accuracy for every k, with its protocol."""
+    """k-NN accuracy for every k, each with a sentence that says how it was measured."""
     measures = _knn_measures(settings)
     return [
         result_of(
@@ -224,13 +201,13 @@ def _linear(
     rows: np.ndarray | None,
     fitted_name: str,
 ) -> tuple[LinearProbe, float, str]:
-    """A linear probe fitted on `rows` of the training split, its test accuracy and protocol."""
+    """Fits a linear probe on `rows` of the training split: probe, test accuracy, protocol."""
     x, y = getattr(train, name), _numbered(train, train)
     num_classes = int(y.max()) + 1
     if rows is not None:
         x, y = x[rows], y[rows]
     validation_y = _numbered(train, validation)
-    is_known = validation_y < num_classes  # of another class no probe is right
+    is_known = validation_y < num_classes  # no probe can be right about another class
     selection = linear_probe.select_linear_probe(
         x,
         y,
@@ -261,7 +238,10 @@ def linear_results(
     test: Features,
     without: dict[str, str],
 ) -> tuple[LinearProbe | None, list[Result]]:
-    """The probe on all labels, and the mean over seeds of probes on a few labels a class."""
+    """The probe fitted on all labels, its accuracy, and the mean accuracy with few labels a class.
+
+    The probe is None if the data do not allow `linear_accuracy`.
+    """
     if "linear_accuracy" in without:
         return None, []
     probe, accuracy, protocol = _linear(
@@ -302,13 +282,12 @@ def wrong_predictions(
     """Which images k-NN and the linear probe of the representation get wrong.
 
     Args:
-      settings: what is measured, and how.
       train: features of the training split.
       test: features of the evaluated split.
-      probe: fitted to the representation, or None.
+      probe: fitted on the representation, or None.
 
     Returns:
-      `[N]` bool by the name of the classifier; nothing for unlabeled data.
+      `[N]` bool for each classifier, by its name. Empty without labels or without a probe.
     """
     if train.labels is None or test.labels is None or probe is None:
         return {}

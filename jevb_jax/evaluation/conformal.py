@@ -9,23 +9,24 @@ from jevb_jax.evaluation.detector_input import checked_share
 
 
 def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) -> float:
-    """Threshold that a new inside score exceeds at most with the asked probability (docs eq. 29).
+    """Threshold that a new inside score exceeds with at most the given probability (docs eq. 29).
 
-    Split conformal: the `ceil((n + 1)(1 - rate))`-th smallest of `n` scores. If those and the new one
-    are exchangeable, the probability over both is at most `rate`, and above `rate - 1/(n + 1)` where no
-    scores are equal (Vovk et al. 2005; Bates et al. 2023 for its use here).
+    Split conformal prediction: the threshold is the `ceil((n + 1)(1 - rate))`-th smallest of `n`
+    scores. If these and the new score are exchangeable, the probability over both is at most
+    `rate`. It is more than `rate - 1/(n + 1)` if no scores are equal (Vovk et al. 2005; Bates et
+    al. 2023 use it for detection).
 
     Args:
-      calibration_scores: `[n]`, of held-out in-distribution images: not those of the fit.
+      calibration_scores: `[n]`, of in-distribution images that nothing was fitted to.
       false_alarm_rate: in (0, 1).
 
     Returns:
-      The threshold; larger scores are alarms.
+      The threshold. Larger scores are alarms.
 
     Raises:
-      ValueError: scores that are not one axis, or are NaN or -inf, a rate out of range, or too few
-        scores for it: it needs `n >= 1/rate - 1`; so many infinite scores that the threshold would be
-        infinite, above which there is nothing.
+      ValueError: scores are not `[n]`, or some are NaN or -inf; the rate is out of range; there are
+        fewer than `1/rate - 1` scores; or so many scores are infinite that the threshold would be
+        infinite too, and nothing would exceed it.
     """
     scores = np.asarray(calibration_scores, np.float64)
     if scores.ndim != 1:
@@ -33,11 +34,11 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
     num_bad = int(np.sum(np.isnan(scores) | np.isneginf(scores)))
     if num_bad:
         raise ValueError(
-            f"calibration_scores must be [n] without NaN or -inf: {num_bad} of {len(scores)} are. Look "
-            "for a diverged network or features that overflow"
+            f"calibration_scores must be [n] without NaN or -inf: {num_bad} of {len(scores)} are "
+            "NaN or -inf. Did the network diverge, or do the features overflow?"
         )
     false_alarm_rate = checked_share("false_alarm_rate", false_alarm_rate)
-    # Rounded, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
+    # Round, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
     rank = math.ceil(round((len(scores) + 1) * (1 - false_alarm_rate), 9))
     if rank > len(scores):
         needed = math.ceil(round(1 / false_alarm_rate, 9)) - 1
@@ -48,22 +49,22 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
     threshold = float(np.sort(scores)[rank - 1])
     if math.isinf(threshold):
         raise ValueError(
-            f"{np.sum(np.isinf(scores))} of {len(scores)} calibration scores are infinite, and the "
-            f"threshold for a false-alarm rate of {false_alarm_rate} with them: nothing would be called "
-            "outside. Look for features that overflow"
+            f"{np.sum(np.isinf(scores))} of {len(scores)} calibration scores are infinite, so the "
+            f"threshold for a false-alarm rate of {false_alarm_rate} is infinite too, and no image "
+            "could exceed it. Look for features that overflow"
         )
     return threshold
 
 
 def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:
-    """Which scores are alarms: those above the threshold, and those that are no finite number.
+    """Which scores are alarms: scores above the threshold, and all scores that are not finite.
 
-    A score of NaN or -inf comes of a diverged network or of numbers that overflowed. Nothing says that
-    its image is as usual.
+    A score of NaN or -inf comes from a diverged network or from numbers that overflowed. It is an
+    alarm, because nothing shows that its image is ordinary.
 
     Args:
       scores: `[...]`.
-      threshold: what `conformal_threshold` gave.
+      threshold: the value from `conformal_threshold`.
 
     Returns:
       bool `[...]`.

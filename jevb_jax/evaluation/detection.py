@@ -1,4 +1,4 @@
-"""Detection: scores of inside and outside images, and how well they tell them apart."""
+"""Detection: scores of inside and outside images, and how well the scores separate them."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,7 @@ from jevb_jax.paper.objective import View
 from jevb_jax.paper.scores import UncertaintyTerms, uncertainty_terms
 from jevb_jax.settings.sections import OodSection
 
-if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
     from jevb_jax.evaluation.linear_probe import LinearProbe
     from jevb_jax.training.experiment import Experiment
 
@@ -37,16 +37,16 @@ from jevb_jax.evaluation.scoring import Scorers, make_scorers, score_features, s
 
 
 class SetResult(NamedTuple):
-    """One score against one set.
+    """Metrics of one score against one outside set.
 
     Attributes:
-      score: its name.
-      outside: the set's name.
-      group: the set's group.
+      score: name of the score.
+      outside: name of the outside set.
+      group: group of the outside set.
       metrics: point estimates.
-      low: ends of their intervals, of `bootstrap_intervals`; None where none were asked for.
-      high: its upper end.
-      protocol: how they were made.
+      low: lower ends of the intervals by `bootstrap_intervals`, or None without intervals.
+      high: upper ends of the intervals, or None.
+      protocol: sentence that says how the metrics were measured.
     """
 
     score: str
@@ -66,14 +66,14 @@ def compare(
     inside_name: str,
     num_bootstrap: int,
 ) -> list[SetResult]:
-    """Metrics of every score for one outside set.
+    """Metrics of every score against one outside set.
 
     Args:
-      inside: scores of in-distribution images by name.
-      outside: scores of the set by name.
+      inside: scores of in-distribution images, by the name of the score.
+      outside: scores of the images of the set, by the name of the score.
       outside_set: the set.
-      inside_name: what to call the in-distribution images.
-      num_bootstrap: resamples of the intervals; 0 leaves the intervals out.
+      inside_name: name of the in-distribution images in the protocol.
+      num_bootstrap: resamples for the intervals; 0 gives no intervals.
 
     Returns:
       One result for each score.
@@ -110,13 +110,10 @@ def compare(
 
 
 def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
-    """AUROC averaged over the sets of a group, as OpenOOD averages near and far.
-
-    Args:
-      results: what `compare` found.
+    """Mean AUROC over the sets of each group, as OpenOOD averages near and far sets.
 
     Returns:
-      By score, then by group, in the order in which the groups first appear.
+      AUROC by score and group; groups keep the order in which they first appear.
     """
     values: dict[str, dict[str, list[float]]] = {}
     for result in results:
@@ -128,19 +125,19 @@ def group_means(results: Sequence[SetResult]) -> dict[str, dict[str, float]]:
     }
 
 
-# The score of a method where nothing may be chosen (docs/ood.md says why).
 class OODEvaluation(NamedTuple):
     """What `evaluate_ood` found.
 
     Attributes:
       results: one for each score and set.
-      inside: scores of the evaluated images by name.
-      outside: by set, then by score.
-      default_score: fixed before any result was seen.
-      chosen_score: the best on validation images against the sets of `ood.choice`, or None.
-      choice_protocol: how it was chosen.
-      with_labels: scores that were fitted with labels.
-      left_out: why a score is missing, by name.
+      inside: scores of the evaluated in-distribution images, by score.
+      outside: scores of the outside images, by set and score.
+      default_score: the score that was chosen before any result was known.
+      chosen_score: the score that is best for validation images against the sets of `ood.choice`,
+        or None.
+      choice_protocol: sentence that says how `chosen_score` was chosen.
+      with_labels: names of the scores that were fitted with labels.
+      left_out: why a score is missing, by its name.
     """
 
     results: list[SetResult]
@@ -154,14 +151,7 @@ class OODEvaluation(NamedTuple):
 
 
 def terms_settings(experiment: "Experiment") -> TermsSettings | None:
-    """How the run's own terms are computed, or None for a method that has none.
-
-    Args:
-      experiment: with the section `ood` in its config.
-
-    Returns:
-      Settings for the feature extractor.
-    """
+    """How the terms of the run's method are computed; None for a method without such terms."""
     if METHODS[experiment.settings.method].head != "posterior":
         return None
     return jevb_terms_settings(
@@ -183,12 +173,9 @@ def jevb_terms_settings(
 
     Args:
       model: networks.
-      settings: the objective. The weight of the KL is in no term, nor is its warm-up.
-      section: how many views and samples.
-      augmentation: what makes all views but the first, which is the plain image.
-
-    Returns:
-      Settings for the feature extractor.
+      settings: the objective. The terms use neither the weight of the KL nor its warm-up.
+      section: numbers of views and samples.
+      augmentation: makes all views but the first, which is the un-augmented image.
     """
 
     def terms_of(variables: Any, key: Array, views: ViewOutputs) -> UncertaintyTerms:
@@ -207,18 +194,18 @@ def jevb_terms_settings(
 
 
 def fit_rows(num_images: int, most: int) -> np.ndarray:
-    """Which training images scores are fitted to: a fixed choice, in order.
+    """Rows of the training images that scores are fitted to; always the same rows.
 
     Args:
-      num_images: in the training split.
-      most: how many of them; 0 for all.
+      num_images: number of images in the training split.
+      most: largest number of rows; 0 for all.
 
     Returns:
-      `[M]` row numbers.
+      `[M]` row numbers, rising.
 
     Raises:
-      ValueError: `most` below zero.
-      TypeError: it is not an integer.
+      ValueError: `most` is below zero.
+      TypeError: `most` is not an integer.
     """
     most = arguments.whole_number("ood.max_fit_images", most, at_least=0)
     if not 0 < most < num_images:
@@ -229,7 +216,7 @@ def fit_rows(num_images: int, most: int) -> np.ndarray:
 def _fit_features(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, train: Features
 ) -> Features:
-    """Features of the training images that scores are fitted to, with terms for JEVB."""
+    """Features of the training images that scores are fitted to; for JEVB with its terms."""
     rows = fit_rows(len(train.representation), experiment.settings.ood.max_fit_images)
     if METHODS[experiment.settings.method].head == "posterior":
         return extract(variables, Subset(experiment.dataset.train, rows))
@@ -237,7 +224,7 @@ def _fit_features(
 
 
 def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator[OutsideSet]:
-    """The sets of a config, each loaded or made when its turn comes."""
+    """The outside sets of a config. Each is loaded or made only when it is needed."""
     settings = experiment.settings.ood
     left_out = experiment.dataset.outside
     if left_out is not None:
@@ -254,7 +241,7 @@ def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator
 def _no_numbers(
     name: str, inside: dict[str, np.ndarray], outside: Sequence[dict[str, np.ndarray]]
 ) -> str:
-    """Why a score cannot be ranked, or nothing: it is NaN of some images."""
+    """Why a score cannot be ranked: it is NaN for some images. Empty if it can."""
     for where, scores in (
         ("inside", inside[name]),
         *(("outside", values[name]) for values in outside),
@@ -262,8 +249,8 @@ def _no_numbers(
         count = int(np.isnan(scores).sum())
         if count:
             return (
-                f"{count} of {len(scores)} scores of {where} images are NaN: look for a diverged network "
-                "or features outside the score's domain"
+                f"{count} of {len(scores)} scores of {where} images are NaN. Did the network diverge, "
+                "or are features outside the domain of the score?"
             )
     return ""
 
@@ -271,7 +258,7 @@ def _no_numbers(
 def _choose(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, scorers: Scorers
 ) -> tuple[str | None, str]:
-    """The label-free score with the best mean AUROC on the sets of `ood.choice`, and how."""
+    """The label-free score with the best mean AUROC on `ood.choice`, and its protocol."""
     descriptions = experiment.settings.ood.choice
     if not descriptions:
         return None, ""
@@ -280,7 +267,7 @@ def _choose(
     sets = [load_outside_set(**description) for description in descriptions]
     outside = [score_images(extract, variables, one.source, scorers) for one in sets]
     candidates = [name for name in scorers.scores if name not in scorers.with_labels]
-    # A score that is no number on some image cannot be chosen.
+    # A score that is NaN for some image cannot be chosen.
     candidates = [name for name in candidates if not _no_numbers(name, inside, outside)]
     if not candidates:
         return None, ""
@@ -307,24 +294,21 @@ def evaluate_ood(
     split: str,
     has_intervals: bool = True,
 ) -> OODEvaluation:
-    """Every score against every set of the config.
+    """Measures every score against every outside set of the config.
 
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
-      extract: with `terms_settings`.
+      extract: forward pass that computes the terms of `terms_settings`.
       train: features of the training split.
-      inside: features of the evaluated in-distribution images, with terms for JEVB.
-      inside_source: those images.
-      probe: fitted to the representation, or None.
+      inside: features of the evaluated in-distribution images; for JEVB with its terms.
+      inside_source: the images of `inside`.
+      probe: linear probe fitted on the representation, or None.
       split: name of the evaluated split.
       has_intervals: whether the metrics get intervals.
 
-    Returns:
-      The evaluation.
-
     Raises:
-      ValueError: settings or sets that do not fit the run.
+      ValueError: the settings or the outside sets do not fit the run.
     """
     settings = experiment.settings.ood
     fit_features = _fit_features(experiment, variables, extract, train)
@@ -350,7 +334,7 @@ def evaluate_ood(
             reason = _no_numbers(name, inside_scores, [scores])
             if reason:
                 not_numbers.setdefault(name, reason)
-        # A corrupted image is compared with the images that were corrupted.
+        # Corrupted images are compared with the images they were made from.
         count = len(outside.source) if outside.group == CORRUPTED else None
         ranked = [name for name in scores if name not in not_numbers]
         results += compare(
@@ -360,7 +344,7 @@ def evaluate_ood(
             inside_name=f"{experiment.dataset.train.name}, {split}",
             num_bootstrap=settings.num_bootstrap if has_intervals else 0,
         )
-    # One set on which a score is no number leaves it out of all: its means would be of other sets.
+    # A score that is NaN on one set is left out of all sets: its means would be over other sets.
     results = [result for result in results if result.score not in not_numbers]
     inside_scores, *numbers = (
         {name: values for name, values in scores.items() if name not in not_numbers}

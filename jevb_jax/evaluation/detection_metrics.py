@@ -1,11 +1,11 @@
-"""Metrics of out-of-distribution detection, with the conventions named, and their intervals.
+"""Metrics of out-of-distribution detection, with their conventions and their intervals.
 
-Scores are larger for images that are more out of distribution. Everything follows from one table:
-the distinct scores in falling order, with how many inside and outside images have each. Ties are
-therefore exact, and a bootstrap resample is another set of counts.
+Scores are larger for images that are more out of distribution. All metrics are computed from one
+table: the distinct scores in falling order, and the number of inside and outside images with each
+score. Therefore ties are exact, and a bootstrap resample is only another set of counts.
 
-Every interval keeps some width where the images are told apart without an error: that ten images show
-none does not say that there are none.
+Intervals keep some width even if the scores separate the images without error: no error among ten
+images does not prove that there are none.
 """
 
 import math
@@ -20,24 +20,24 @@ from numpy.typing import ArrayLike
 from jevb_jax import arguments
 from jevb_jax.evaluation.detector_input import checked_share
 
-_CHUNK_NUMBERS = 2**15  # of resampled counts worked on at once, few enough for a core's cache
+_CHUNK_NUMBERS = 2**15  # resampled counts in one step, few enough for the cache of a core
 
 
 class OODMetrics(NamedTuple):
-    """How well scores tell outside from inside images, each in [0, 1].
+    """How well scores separate outside from inside images. Each metric lies in [0, 1].
 
-    Areas under precision and recall are by the trapezoidal rule, as OpenOOD v1.5, pytorch-ood and
-    `sklearn.metrics.auc` of `precision_recall_curve` have them (not average precision).
+    Areas under the precision-recall curve use the trapezoidal rule, as OpenOOD v1.5, pytorch-ood
+    and `sklearn.metrics.auc` of `precision_recall_curve` do. They are not average precision.
 
     Attributes:
-      auroc: probability that an outside image scores above an inside one, ties half. Larger is better,
-        as of the two that follow.
-      aupr_out: outside images are the positive ones.
-      aupr_in: inside images are the positive ones, and low scores name them.
+      auroc: probability that an outside image scores above an inside one; a tie counts one half.
+        Larger is better.
+      aupr_out: area with outside images as positives. Larger is better.
+      aupr_in: area with inside images as positives and low scores flagged. Larger is better.
       fpr95_outside_positive: share of inside images flagged by the highest threshold that flags at
-        least 95% of the outside ones: OpenOOD v1.5 and pytorch-ood. Smaller is better, as of the next.
-      fpr95_inside_positive: share of outside images accepted by the lowest threshold that accepts at
-        least 95% of the inside ones: ODIN, SSD and most older papers.
+        least 95% of the outside images (OpenOOD v1.5, pytorch-ood). Smaller is better.
+      fpr95_inside_positive: share of outside images accepted by the lowest threshold that accepts
+        at least 95% of the inside images (ODIN, SSD, most older papers). Smaller is better.
     """
 
     auroc: Any
@@ -52,14 +52,14 @@ def _checked(name: str, scores: ArrayLike) -> np.ndarray:
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"{name} must be [N] with at least one score, got shape {values.shape}")
     if values.dtype.kind == "V" and jnp.issubdtype(values.dtype, jnp.floating):
-        values = values.astype(np.float32)  # bfloat16, which NumPy does not know to be a number
+        values = values.astype(np.float32)  # NumPy does not count bfloat16 as a number
     if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)):
         raise TypeError(f"{name} must be real numbers, got {values.dtype}")
     num_nan = int(np.isnan(values).sum())
     if num_nan:
         raise ValueError(
-            f"{name}: {num_nan} of {values.size} are NaN, which have no rank. Look for a diverged "
-            "network or a score outside its domain"
+            f"{name}: {num_nan} of {values.size} are NaN and cannot be ranked. Did the network "
+            "diverge, or is an input outside the domain of the score?"
         )
     return values
 
@@ -68,7 +68,7 @@ _Interval = tuple[float, float]
 
 
 class _Ranked(NamedTuple):
-    """Of every image the place of its score among the distinct ones, which are in falling order."""
+    """For each image, the place of its score among the distinct scores in falling order."""
 
     inside: np.ndarray
     outside: np.ndarray
@@ -88,10 +88,17 @@ def _precision_recall_area(
     *,
     from_last: bool,
 ) -> np.ndarray:
-    """From positive images at each score and images flagged there; flagging begins at one end."""
+    """Area under the precision-recall curve.
+
+    Args:
+      positive: number of positive images at each score, `[..., K]`.
+      num_true: number of positive images flagged when flagging has come to that score.
+      num_false: the number of negative images flagged there.
+      from_last: whether flagging starts at the last score.
+    """
     num_flagged = num_true + num_false
-    # A resample may leave the first scores without images: nothing is flagged there, and the curve
-    # is still at its first point, precision one.
+    # A resample may have no images at the first scores. Nothing is flagged there, and the curve is
+    # still at its first point, where precision is one.
     is_none = num_flagged == 0
     precision = (num_true + is_none) / (num_flagged + is_none)
     first, last = (-1, 0) if from_last else (0, -1)
@@ -107,12 +114,12 @@ def _dot(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _fewest(num_images: int, share: float) -> int:
-    """The smallest count that is at least a share of the images."""
+    """The smallest number of images that is at least `share` of them."""
     return int(np.argmax(np.arange(num_images + 1) / num_images >= share))
 
 
 def _above_and_below(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images that score at least so much, and at most, from counts `[..., K]` in falling order."""
+    """Numbers of images with at least and at most each score, from counts `[..., K]`."""
     above = np.cumsum(counts, axis=-1, dtype=np.int32)
     return above, above[..., -1:] - above + counts
 
@@ -129,7 +136,7 @@ def _areas(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _metrics(inside: np.ndarray, outside: np.ndarray, tpr: float) -> OODMetrics:
-    """From counts `[K]` in falling order of the scores."""
+    """Metrics from counts `[K]` in falling order of the scores."""
     (inside_above, inside_below), (outside_above, outside_below) = map(
         _above_and_below, (inside, outside)
     )
@@ -149,19 +156,16 @@ def _metrics(inside: np.ndarray, outside: np.ndarray, tpr: float) -> OODMetrics:
 def ood_metrics(
     inside_scores: ArrayLike, outside_scores: ArrayLike, *, tpr: float = 0.95
 ) -> OODMetrics:
-    """Metrics of scores of inside and outside images.
+    """Metrics of the scores of inside and outside images.
 
     Args:
-      inside_scores: `[N]`, real; infinities are ranked.
-      outside_scores: `[M]`.
-      tpr: share that is found, at which the two false-alarm rates are taken.
-
-    Returns:
-      Numbers.
+      inside_scores: `[N]` real numbers; infinite ones are ranked too.
+      outside_scores: `[M]` real numbers.
+      tpr: true-positive rate at which the two false-positive rates are taken.
 
     Raises:
-      ValueError: NaN scores, no scores, more than one axis, `tpr` outside (0, 1).
-      TypeError: scores that are not real numbers.
+      ValueError: scores are NaN, missing or not one axis, or `tpr` is outside (0, 1).
+      TypeError: scores are not real numbers.
     """
     tpr = checked_share("tpr", tpr)
     inside, outside = (
@@ -182,43 +186,45 @@ def bootstrap_intervals(
     seed: int,
     tpr: float = 0.95,
 ) -> tuple[OODMetrics, OODMetrics]:
-    """Intervals of the metrics, over inside and over outside images; the two areas by bootstrap.
+    """Confidence intervals of the metrics, over the choice of inside and outside test images.
 
-    The uncertainty of the test images alone: not that of training, which seeds measure. Plain
-    percentiles of resamples hold the truth far too seldom where detection is good or images are few, and
-    have no width at all where no image is on the wrong side. Hence, for each metric:
+    They do not cover the randomness of training, which several seeds measure. The percentiles of
+    a plain bootstrap contain the true value far too rarely if detection is good or images are few,
+    and have no width if no image is on the wrong side. Therefore:
 
-    * AUROC: at either end the farther of two. One is DeLong's variance on the logit scale, with
-      Student's t for few images (DeLong et al. 1988); the other is the score interval of Newcombe
-      (2006, method 5), which holds at an AUROC of one too.
-    * Areas under precision and recall: at either end the farthest of three. Two are percentiles of
-      bootstraps (Efron 1979), one of the images and one with an image of each kind amid the other kind;
-      the tails are those of Hesterberg (2015), which are wider for few images. The third is the
-      binomial interval of Boyd et al. (2013) on the logit scale, of as many images as the rarer kind
-      has: resamples alone are too narrow where one kind spreads far less than the other.
-    * Rates: the exact interval of a share (Clopper and Pearson 1934) and that of the threshold, from its
-      order statistics, put together by squares (Zou and Donner 2008).
+    * AUROC: the union of two intervals. One uses DeLong's variance on the logit scale, with
+      Student's t for few images (DeLong et al. 1988). The other is the score interval of Newcombe
+      (2006, method 5), which also holds at an AUROC of one.
+    * Areas under precision and recall: the union of three intervals. Two are bootstrap percentiles
+      (Efron 1979), of the images themselves, and of the images with one more of each kind placed in
+      the middle of the other kind; their tails are those of Hesterberg (2015), which are wider for
+      few images. The third is the binomial interval of Boyd et al. (2013) on the logit scale, for
+      as many images as the rarer kind has: resamples alone are too narrow if one kind spreads much
+      less than the other.
+    * Rates: the exact interval of a share (Clopper and Pearson 1934) and the interval of the
+      threshold from its order statistics, combined by squares (Zou and Donner 2008).
 
-    In simulations of normal scores, of equal spread and of three times or a third of it outside, at 10,
-    100 and 1,000 images and AUROC of 0.76 to 0.998, intervals of 95% of AUROC and of the areas held the
-    true value in more than 86% of 100 test sets each, those of the rates in more than 84%. Only the
-    areas depend on the seed, which draws the same images for every score of as many images.
+    Simulations used normal scores with outside spreads of 1, 3 and 1/3 times the inside spread, at
+    10, 100 and 1,000 images and an AUROC of 0.76 to 0.998. The 95% intervals of AUROC and of the
+    areas contained the true value in more than 86% of 100 test sets each, and those of the rates in
+    more than 84%. Only the areas depend on the seed. Scores with equal numbers of images share
+    their draws.
 
     Args:
       inside_scores: `[N]`.
       outside_scores: `[M]`.
       num_resamples: draws with replacement, at least 1.
-      level: share of test sets whose interval shall hold the true value.
-      seed: decides the draws, an integer of at least 0.
-      tpr: as for `ood_metrics`.
+      level: intended share of test sets whose interval contains the true value.
+      seed: sets the draws; an integer of at least 0.
+      tpr: true-positive rate at which the two false-positive rates are taken.
 
     Returns:
-      Lower and upper ends.
+      Lower ends and upper ends.
 
     Raises:
-      ValueError: as `ood_metrics`; `level` outside (0, 1); `num_resamples` or `seed` out
-        of range.
-      TypeError: as `ood_metrics`; `num_resamples` or `seed` that is not an integer.
+      ValueError: `level`, `num_resamples` or `seed` is out of range, or for the reasons of
+        `ood_metrics`.
+      TypeError: `num_resamples` or `seed` is not an integer, or scores are not real numbers.
     """
     inside, outside = (
         _checked("inside_scores", inside_scores),
@@ -239,22 +245,19 @@ def bootstrap_intervals_of_scores(
     seed: int,
     tpr: float = 0.95,
 ) -> list[tuple[OODMetrics, OODMetrics]]:
-    """`bootstrap_intervals` of several scores of the same images, whose draws they share.
+    """`bootstrap_intervals` of several scores of the same images, which share their draws.
+
+    The other arguments, and the errors, are those of `bootstrap_intervals`.
 
     Args:
-      inside_scores: `S` times `[N]`.
-      outside_scores: `S` times `[M]`.
-      num_resamples: as there.
-      level: see `bootstrap_intervals`.
-      seed: see `bootstrap_intervals`.
-      tpr: see `bootstrap_intervals`.
+      inside_scores: `S` arrays `[N]`.
+      outside_scores: `S` arrays `[M]`.
 
     Returns:
-      `S` times lower and upper ends.
+      Lower ends and upper ends, for each of the `S` scores.
 
     Raises:
-      ValueError: as there; scores of different numbers of images.
-      TypeError: as there.
+      ValueError: scores are of different numbers of images.
     """
     tpr, level = checked_share("tpr", tpr), checked_share("level", level)
     num_resamples = arguments.whole_number("num_resamples", num_resamples, at_least=1)
@@ -275,7 +278,7 @@ def bootstrap_intervals_of_scores(
 def _intervals(
     ranked: _Ranked, areas: tuple[_Interval, _Interval], tpr: float, level: float
 ) -> tuple[OODMetrics, OODMetrics]:
-    """Of one score, with what the bootstraps say of its two areas."""
+    """Intervals of one score, given the bootstrap intervals of its two areas."""
     inside, outside = (
         np.bincount(places, minlength=ranked.num_places)
         for places in (ranked.inside, ranked.outside)
@@ -292,7 +295,7 @@ def _intervals(
         strict=True,
     )
     low, high = ends
-    # Rounding must not put the metric itself outside.
+    # The metric itself must not fall outside by rounding.
     return (
         OODMetrics(*(float(min(x, y)) for x, y in zip(low, found, strict=True))),
         OODMetrics(*(float(max(x, y)) for x, y in zip(high, found, strict=True))),
@@ -300,9 +303,9 @@ def _intervals(
 
 
 def _auroc_interval(inside: np.ndarray, outside: np.ndarray, level: float) -> tuple[float, float]:
-    """From counts `[K]` in falling order of the scores."""
+    """Interval of AUROC from counts `[K]` in falling order of the scores."""
     num_inside, num_outside = int(inside.sum()), int(outside.sum())
-    # Of an image at each place, the share of the other kind on its right side; ties half.
+    # For an image at each place: the share of the other kind on its right side; a tie counts half.
     of_inside = (np.cumsum(outside) - outside / 2) / num_outside
     of_outside = 1 - (np.cumsum(inside) - inside / 2) / num_inside
     auroc = float(_dot(outside, of_outside)) / num_outside
@@ -320,7 +323,7 @@ def _auroc_interval(inside: np.ndarray, outside: np.ndarray, level: float) -> tu
     variance = sum(parts)
     if not (variance > 0 and 0 < auroc < 1):
         return low, high
-    # Welch and Satterthwaite's degrees of freedom of a sum of two variances.
+    # Degrees of freedom of a sum of two variances, by Welch and Satterthwaite.
     df = variance**2 / sum(
         part**2 / (count - 1) for part, count in zip(parts, (num_inside, num_outside), strict=True)
     )
@@ -334,12 +337,12 @@ def _auroc_interval(inside: np.ndarray, outside: np.ndarray, level: float) -> tu
 
 
 def _lowest_auroc(auroc: float, num_inside: int, num_outside: int, level: float) -> float:
-    """The least true value that is not too far from the one found; the largest is its mirror image."""
+    """Lowest true AUROC consistent with the measured one. The highest follows by symmetry."""
     quantile = float(scipy.special.ndtri((1 + level) / 2))
 
     def deviation(true: float) -> float:
         if min(num_inside, num_outside) < 2:
-            return math.sqrt(true * (1 - true))  # the most that it can be (van Dantzig 1951)
+            return math.sqrt(true * (1 - true))  # the largest possible (van Dantzig 1951)
         pairs = ((num_inside + num_outside) / 2 - 1) * ((1 - true) / (2 - true) + true / (1 + true))
         return math.sqrt(true * (1 - true) * (1 + pairs) / (num_inside * num_outside))
 
@@ -356,15 +359,15 @@ def _lowest_auroc(auroc: float, num_inside: int, num_outside: int, level: float)
 def _rate_interval(
     positive: np.ndarray, negative: np.ndarray, tpr: float, level: float
 ) -> tuple[float, float]:
-    """Of the share of negative images that are flagged with a share `tpr` of the positive ones.
+    """Interval of the share of negative images flagged when a share `tpr` of positives is flagged.
 
-    From counts `[K]` in the order of the flagging.
+    The counts are `[K]`, in the order in which scores are flagged.
     """
     positive_flagged, negative_flagged = np.cumsum(positive), np.cumsum(negative)
     num_positive, num_negative = int(positive_flagged[-1]), int(negative_flagged[-1])
 
     def flagged(num_missed: int) -> int:
-        """Negative images above the positive one that has so many positive ones below it."""
+        """Number of negative images flagged when `num_missed` positive images are not flagged."""
         if num_missed < 0:
             return num_negative
         if num_missed >= num_positive:
@@ -372,7 +375,7 @@ def _rate_interval(
         return int(negative_flagged[np.searchsorted(positive_flagged, num_positive - num_missed)])
 
     tails = (1 - level) / 2, (1 + level) / 2
-    # The true threshold misses a binomial number of the positive images.
+    # The number of positive images that the true threshold misses is binomial.
     below = scipy.special.bdtr(np.arange(num_positive + 1), num_positive, 1 - tpr)
     fewest, most = (int(x) for x in np.searchsorted(below, tails))
     count = flagged(num_positive - _fewest(num_positive, tpr))
@@ -387,12 +390,12 @@ def _rate_interval(
 
 
 def _farther(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """The farther of two intervals at either end."""
+    """The smallest interval that contains both."""
     return min(one[0], other[0]), max(one[1], other[1])
 
 
 def _binomial_area_interval(area: float, count: int, level: float) -> tuple[float, float]:
-    """Of an area under precision and recall as a share of `count` images, on the logit scale."""
+    """Interval of an area, as if it were a share of `count` images, on the logit scale."""
     if not 0 < area < 1:
         return area, area
     width = float(scipy.special.ndtri((1 + level) / 2)) / math.sqrt(count * area * (1 - area))
@@ -403,10 +406,10 @@ def _binomial_area_interval(area: float, count: int, level: float) -> tuple[floa
 def _area_intervals(
     ranked: list[_Ranked], num_resamples: int, level: float, seed: int
 ) -> list[tuple[_Interval, _Interval]]:
-    """Of `aupr_out` and `aupr_in` of every score."""
+    """Intervals of `aupr_out` and `aupr_in` of every score."""
     generators = np.random.default_rng(seed).spawn(4)
     plain = _resampled(ranked, num_resamples, generators[:2])
-    # An image of each kind amid the other kind: what so few images need not have shown.
+    # One more image of each kind, in the middle of the other kind: few images may lack such a case.
     mixed = [
         _Ranked(
             np.append(one.inside, _median(one.outside)),
@@ -454,8 +457,8 @@ def _resampled(
 
 
 def _draw(generator: np.random.Generator, num_resamples: int, num_images: int) -> np.ndarray:
-    """How often resamples have each image, `[num_resamples, num_images]`."""
-    # Drawing images and counting them is six times as fast as drawing the counts (multinomial).
+    """How often each resample contains each image, `[num_resamples, num_images]`."""
+    # Drawing images and counting them is six times as fast as drawing counts (multinomial).
     drawn = generator.integers(num_images, size=(num_resamples, num_images))
     drawn += num_images * np.arange(num_resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * num_images)
@@ -463,7 +466,7 @@ def _draw(generator: np.random.Generator, num_resamples: int, num_images: int) -
 
 
 def _counter(places: np.ndarray, num_places: int) -> Callable[[np.ndarray], np.ndarray]:
-    """From how often images `[R, N]` were drawn to how many are at each place, `[R, K]`."""
+    """Function from how often images `[R, N]` were drawn to the counts at each place `[R, K]`."""
     order = np.argsort(places, kind="stable")
     occupied, starts = np.unique(places[order], return_index=True)
     has_ties = len(occupied) < len(places)

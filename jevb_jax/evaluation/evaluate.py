@@ -1,4 +1,4 @@
-"""The evaluation of a run: accuracies, detection, and what uncertainty is worth."""
+"""The evaluation of a run: accuracies, detection, and checks of the uncertainty."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -32,11 +32,12 @@ from jevb_jax.training.experiment import Experiment
 
 
 class Extractors(NamedTuple):
-    """Compiled forward passes of an experiment, to be made once for all its encoders.
+    """Compiled forward passes of an experiment. Make them once for all its encoders.
 
     Attributes:
-      plain: reads the un-augmented image.
-      with_terms: reads JEVB's views too; `plain` where nothing is to be detected, and of other methods.
+      plain: reads the un-augmented image only.
+      with_terms: also reads JEVB's augmented views. It is `plain` for other methods, and if nothing
+        is to be detected.
     """
 
     plain: FeatureExtractor
@@ -49,7 +50,7 @@ def make_extractors(
     mesh: Mesh | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Extractors:
-    """The forward passes that the evaluation of an experiment needs; see `FeatureExtractor`."""
+    """The forward passes that the evaluation of an experiment needs."""
     make = functools.partial(_extractor, experiment, mesh=mesh, check_stop=check_stop)
     plain = make()
     is_detecting = outside_sets.is_asked(experiment.settings)
@@ -76,12 +77,12 @@ class Evaluation(NamedTuple):
     """What was measured of one encoder.
 
     Attributes:
-      results: each a name, features (or a score), value and protocol.
+      results: each has a name, features (or a score), a value and a protocol.
       train: features of the training split.
-      test: features of the evaluated split, with JEVB's terms if anything is to be detected.
-      probe: fitted to the representation; None for unlabeled data.
-      ood: out-of-distribution detection, or None where nothing is to be detected.
-      risk_coverage: by score, then by classifier; empty where nothing is to be detected.
+      test: features of the evaluated split; with JEVB's terms if anything is to be detected.
+      probe: linear probe fitted on the representation; None for unlabeled data.
+      ood: out-of-distribution detection, or None if nothing is to be detected.
+      risk_coverage: curves by score and classifier; empty if nothing is to be detected.
     """
 
     results: list[Result]
@@ -95,19 +96,16 @@ class Evaluation(NamedTuple):
 def evaluate_variables(
     experiment: Experiment, variables: Any, extractors: Extractors, *, has_intervals: bool = True
 ) -> Evaluation:
-    """k-NN, linear probes, out-of-distribution detection and the use of uncertainty.
+    """Measures k-NN, linear probes, out-of-distribution detection and the use of uncertainty.
 
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
-      extractors: forward passes, from `make_extractors`.
-      has_intervals: whether detection gets intervals.
-
-    Returns:
-      The evaluation.
+      extractors: forward passes from `make_extractors`.
+      has_intervals: whether the metrics of detection get intervals.
 
     Raises:
-      ValueError: the data set has no such split, or settings that do not fit it.
+      ValueError: the data lack the evaluated split, or the settings do not fit the data.
     """
     settings = experiment.settings.evaluation
     split, source = evaluated_split(settings, experiment.dataset)
@@ -153,22 +151,23 @@ def evaluate_variables(
 def evaluate_transfer(
     settings: EvaluationSection, extract: FeatureExtractor, variables: Any, dataset: Dataset
 ) -> dict[str, Any]:
-    """k-NN and linear probes of an encoder on data that it was not trained on.
+    """Measures k-NN and linear probes of an encoder on data that it was not trained on.
 
     Args:
-      settings: what is measured, and how.
-      extract: the encoder's forward pass.
+      settings: what to measure.
+      extract: forward pass of the encoder.
       variables: parameters and running statistics.
       dataset: labeled images.
 
     Returns:
-      As `evaluate`, without detection: "split", "left_out" and "trained".
+      JSON values like those of `evaluate`, with "split", "left_out" and "trained" only.
 
     Raises:
-      ValueError: no labels or one class, no such split, or settings that no data allow.
+      ValueError: the data have no labels, one class only, or not the evaluated split; or no
+        measure of the settings is possible.
     """
     if dataset.train.labels is None:
-        raise ValueError(f"{dataset.train.name} has no labels: nothing can be evaluated on it")
+        raise ValueError(f"{dataset.train.name} has no labels, so nothing can be evaluated on it")
     split, source = evaluated_split(settings, dataset)
     without = left_out(settings, dataset)
     if {"knn_accuracy", "linear_accuracy"} <= without.keys():
@@ -219,12 +218,12 @@ def _uncertainty_results(
     test: Features,
     split: str,
 ) -> list[Result]:
-    """Whether each score means anything: errors, severity and human disagreement (docs/ood.md)."""
+    """Checks each score against errors, severity and human disagreement (docs/ood.md)."""
     results = []
     for name, scores in found.inside.items():
         for classifier, is_error in errors.items():
             if not 0 < is_error.sum() < len(is_error):
-                continue  # no errors, or nothing but errors: neither number exists
+                continue  # without both errors and right answers neither number is defined
             protocol = (
                 f"errors of {classifier} on {split} ({len(is_error):,}, {is_error.sum():,} errors) "
                 f"against the score; larger score = less certain"
@@ -250,7 +249,7 @@ def _uncertainty_results(
 
 
 def _spectrum_results(test: Features, split: str) -> list[Result]:
-    """What the anisotropy of the posterior is used for."""
+    """How the variance of the posterior scales is split between features and images."""
     if not isinstance(test.prediction, Posterior):
         return []
     scale = test.prediction.posterior_scale
@@ -295,7 +294,7 @@ def _severity_results(settings: OodSection, found: OODEvaluation, score: str) ->
 
 
 def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[Result]:
-    """Correlation of the scores with the entropy of people's votes, if the config names them."""
+    """Correlation of the scores with the entropy of people's votes; empty without votes."""
     path = experiment.settings.ood.human_counts_path
     if not path:
         return []
@@ -304,8 +303,8 @@ def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[
     num_images = len(next(iter(found.inside.values())))
     if len(counts) != num_images:
         raise ValueError(
-            f"{path} holds votes for {len(counts):,} images and {num_images:,} were evaluated: they "
-            "must be the whole test set, in its order"
+            f"{path} holds votes for {len(counts):,} images, but {num_images:,} images were evaluated. "
+            "Give votes for the whole test set, in its order"
         )
     return [
         result_of(
@@ -325,22 +324,23 @@ def evaluate(
     mesh: Mesh | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], Evaluation]:
-    """`evaluate_variables` of a model, and of the untrained one.
+    """Evaluates a model, and the untrained model for comparison.
 
     Args:
       experiment: data, networks and settings.
-      variables: parameters and running statistics.
-      mesh: see `FeatureExtractor`.
-      check_stop: raises where the evaluation is to end.
+      variables: parameters and running statistics of the trained model.
+      mesh: devices that share a batch; by default the first device of this process.
+      check_stop: called before every batch; raises an error to end the evaluation.
 
     Returns:
-      results: JSON values: "split"; "left_out", see `left_out`; "trained" and "untrained", each a
-        list of name, features, value and protocol; "ood", of the trained one: each score against
-        each set, the score fixed before and the one chosen on validation images.
-      evaluation: the trained encoder's, with its arrays.
+      results: JSON values. "split" is the evaluated split; "left_out" is from `left_out`;
+        "trained" and "untrained" are lists of name, features, value and protocol; "ood" holds, for
+        the trained model, each score against each set, the default score, and the score chosen
+        on validation images.
+      evaluation: the evaluation of the trained encoder, with its arrays.
 
     Raises:
-      ValueError: the data set has no such split, or settings that do not fit it.
+      ValueError: the data lack the evaluated split, or the settings do not fit the data.
     """
     settings = experiment.settings.evaluation
     extractors = make_extractors(experiment, mesh=mesh, check_stop=check_stop)
@@ -389,24 +389,24 @@ def _ood_json(experiment: Experiment, found: OODEvaluation) -> dict[str, Any]:
 def validation_knn(
     experiment: Experiment, variables: Any, extract: FeatureExtractor
 ) -> dict[str, float]:
-    """k-NN accuracies of the representation on the validation split, bank = train split.
+    """k-NN accuracies of the representation on the validation split; the bank is the train split.
 
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
-      extract: the plain one of `make_extractors`.
+      extract: `plain` of `make_extractors`.
 
     Returns:
-      Those of `evaluation.knn_k` and `evaluation.knn_uniform_k` that the data allow, in [0, 1], by
-      their names.
+      Accuracies in [0, 1] by name, for each of `evaluation.knn_k` and `evaluation.knn_uniform_k`
+      that the data allow.
 
     Raises:
-      ValueError: they allow none.
+      ValueError: the data allow none.
     """
     settings = experiment.settings.evaluation
     reason = why_no_knn(settings, experiment.dataset)
     if reason:
-        raise ValueError(f"no k-NN on the validation split: {reason}")
+        raise ValueError(f"k-NN on the validation split is not possible: {reason}")
     train = extract(variables, experiment.dataset.train)
     validation = extract(variables, experiment.dataset.validation)
     without = left_out(settings, experiment.dataset)

@@ -1,7 +1,6 @@
-"""Arrays behind the numbers of a run, for the page that draws them.
+"""Arrays that the page of a run draws and that `results.json` does not hold.
 
-Whatever the page shows and `results.json` does not hold is found here, once: images to look at,
-curves, the embedding in the plane.
+They are images, curves, and the embedding in the plane. They are computed here, once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ _NUM_QUERIES = 4
 _NUM_NEIGHBORS = 8
 _NUM_MAPPED = 2000
 _MOST_DRAWN_SETS = 6
-# Drawn beside the score fixed before: the one that tells where a likelihood alone goes wrong.
+# Drawn beside the default score: it shows how a likelihood alone fails.
 _PATHOLOGY = "jevb/negative_elbo"
 
 
@@ -36,12 +35,14 @@ class Separation(NamedTuple):
     """One score of inside images against one outside set.
 
     Attributes:
-      outside_set: name.
-      inside: `[N]`, of the images that the set is compared with; larger = more out of distribution.
-      outside: `[M]`.
-      auroc: as the results have it.
-      flagged: `[T]`, share of inside images at or above each threshold, rising: the ROC curve.
-      found: `[T]`, the same of outside images.
+      outside_set: name of the set.
+      inside: `[N]`, scores of the inside images that the set is compared with; larger = more out of
+        distribution.
+      outside: `[M]`, scores of the outside images.
+      auroc: the value in the results.
+      flagged: `[T]`, share of inside images at or above each threshold, rising. With `found` it is
+        the ROC curve.
+      found: `[T]`, share of outside images at or above each threshold.
     """
 
     outside_set: str
@@ -53,14 +54,14 @@ class Separation(NamedTuple):
 
 
 class SeverityCurve(NamedTuple):
-    """Uncertainty of images that are degraded more and more.
+    """Uncertainty of images against the severity of a corruption.
 
     Attributes:
-      corruption: name.
+      corruption: name of the corruption.
       severity: `[S]`; 0 is the clean image.
       mean: `[S]`, over images.
-      lower_quartile: `[S]`.
-      upper_quartile: `[S]`.
+      lower_quartile: `[S]`, over images.
+      upper_quartile: `[S]`, over images.
     """
 
     corruption: str
@@ -75,7 +76,7 @@ class ScoredImages(NamedTuple):
 
     Attributes:
       images: uint8 `[K, h, w, c]`, c = 1 or 3.
-      labels: class names, or None.
+      labels: names of the classes, or None.
       uncertainty: `[K]`.
     """
 
@@ -85,14 +86,14 @@ class ScoredImages(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """An image and the training images nearest to it, nearest first.
+    """An image and its nearest training images, the nearest first.
 
     Attributes:
       image: uint8 `[h, w, c]`, c = 1 or 3.
-      label: class name, or None.
+      label: name of the class, or None.
       images: uint8 `[K, h, w, c]`.
-      labels: class names, or None.
-      cosine: `[K]`, of the representations.
+      labels: names of the classes, or None.
+      cosine: `[K]`, between representations.
     """
 
     image: np.ndarray
@@ -106,9 +107,9 @@ class EmbeddingMap(NamedTuple):
     """The embedding in the plane.
 
     Attributes:
-      coordinates: `[N, 2]`, of `embedding_map`.
-      labels: `[N]`, integers that index `class_names`, or None.
-      class_names: empty where there are no labels.
+      coordinates: `[N, 2]`, from `embedding_map`.
+      labels: `[N]` integers that index `class_names`, or None.
+      class_names: empty without labels.
       uncertainty: `[N]`, or None.
     """
 
@@ -119,18 +120,18 @@ class EmbeddingMap(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a page draws of an evaluation; None or empty where there is nothing.
+    """What the page of a run draws; None or empty if there is nothing to draw.
 
     Attributes:
-      uncertainty_score: what "uncertain" means in all that follows, larger = less certain.
-      separations: by score, for each outside set that is drawn.
+      uncertainty_score: name of the score that is the uncertainty below; larger = less certain.
+      separations: for each score, one element for each outside set that is drawn.
       risk_coverage: by classifier.
       severity: one curve for each corruption.
       most_uncertain: the most uncertain first.
       least_uncertain: the least uncertain first.
       neighbors: training images nearest to the first few images.
-      embedding_map: the first few thousand images in a plane.
-      posterior_scale: `[N, D]`, standard deviations of those images.
+      embedding_map: the first few thousand images in the plane.
+      posterior_scale: `[N, D]`, standard deviations of the images of `embedding_map`.
       prior_scale: standard deviation of the prior.
     """
 
@@ -152,16 +153,16 @@ def separation(
     """A score against an outside set, with the ROC curve.
 
     Args:
-      outside_set: name.
-      inside: `[N]`.
-      outside: `[M]`.
-      auroc: area under the curve, as the results have it.
+      outside_set: name of the set.
+      inside: `[N]`, scores.
+      outside: `[M]`, scores.
+      auroc: the value in the results.
 
     Returns:
-      `Separation`; equal scores are one point of the curve.
+      `Separation`; images with equal scores are one point of the curve.
 
     Raises:
-      ValueError: scores that are not finite.
+      ValueError: a score is not finite.
     """
     from sklearn.metrics import roc_curve  # slow to import
 
@@ -180,26 +181,25 @@ def separation(
 def embedding_map(embedding: np.ndarray) -> np.ndarray:
     """The embedding in the plane: the first two principal components of the directions `h / |h|`.
 
-    Linear and without randomness: distances shrink but are never invented. The singular vectors'
-    signs, which the decomposition leaves open, are chosen so that each component's largest loading
-    is positive: the same embedding gives the same map.
+    The map is linear: distances may shrink but never grow. It is deterministic: the sign of each
+    component, which the decomposition leaves open, makes its largest loading positive.
 
     Args:
-      embedding: `[N, D]`, finite, `N >= 2`, `D >= 2`. A zero vector counts as the direction zero.
+      embedding: `[N, D]`, finite, `N >= 2`, `D >= 2`. A zero vector has the direction zero.
 
     Returns:
       `[N, 2]`, float64.
 
     Raises:
-      ValueError: another shape, or values that are not finite.
+      ValueError: the shape is wrong, or a value is not finite.
     """
     values = np.asarray(embedding, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
         raise ValueError(
-            "embedding must be [N, D], N >= 2, D >= 2, finite, got "
-            f"shape {values.shape} with {np.size(values) - np.isfinite(values).sum()} values not finite"
+            "embedding must be [N, D], finite, with N >= 2 and D >= 2, got shape "
+            f"{values.shape} with {np.size(values) - np.isfinite(values).sum()} values not finite"
         )
-    # Largest entry one before the norm: squares neither overflow nor underflow.
+    # Scale the largest entry to one first, so that squares neither overflow nor underflow.
     largest = np.abs(values).max(axis=1, keepdims=True)
     values = values / np.where(largest == 0, 1, largest)
     radius = np.linalg.norm(values, axis=1, keepdims=True)
@@ -211,7 +211,7 @@ def embedding_map(embedding: np.ndarray) -> np.ndarray:
 
 
 def _drawn_sets(found: OODEvaluation, severities: tuple[int, ...]) -> list[str]:
-    """Sets to draw: those from elsewhere, then corruptions at their worst severity."""
+    """Outside sets to draw: other data first, then corruptions at their highest severity."""
     corrupted = {result.outside for result in found.results if result.group == CORRUPTED}
     worst = max(severities, default=0)
     names = [name for name in found.outside if name not in corrupted]
@@ -225,7 +225,7 @@ def _separations(found: OODEvaluation, severities: tuple[int, ...]) -> dict[str,
 
     def against(score: str, name: str) -> Separation:
         result, outside = results[score, name], found.outside[name][score]
-        # A corrupted image is compared with the images that were corrupted.
+        # Corrupted images are compared with the images they were made from.
         count = len(outside) if result.group == CORRUPTED else None
         inside = found.inside[score][:count]
         return separation(name, inside, outside, auroc=result.metrics.auroc)
@@ -264,7 +264,7 @@ def _labels_of(source: ImageSource, rows: np.ndarray, names: tuple[str, ...]) ->
 def _neighbors(
     evaluation: Evaluation, source: ImageSource, bank: ImageSource
 ) -> tuple[Neighbors, ...]:
-    """Training images nearest to the first few evaluated ones."""
+    """Nearest training images of the first few evaluated images."""
     cosine, index = nearest_neighbours(
         evaluation.train.representation,
         evaluation.test.representation[:_NUM_QUERIES],
@@ -285,17 +285,14 @@ def _neighbors(
 
 
 def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
-    """What the page of a run draws.
+    """Computes what the page of a run draws.
 
     Args:
       experiment: data and settings.
-      evaluation: what was found with the trained encoder.
-
-    Returns:
-      The evidence.
+      evaluation: results of the trained encoder.
 
     Raises:
-      ValueError: scores or embeddings that are not finite.
+      ValueError: a score or an embedding is not finite.
     """
     settings, bank = experiment.settings, experiment.dataset.train
     source = evaluated_split(settings.evaluation, experiment.dataset)[1]

@@ -1,4 +1,4 @@
-"""Frozen features of every image of a source, each computed exactly once."""
+"""Features of every image of a source by a frozen encoder, each computed once."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.paper.scores import UncertaintyTerms
 from jevb_jax.xla_options import network_options
 
-_ALWAYS_WHOLE = 4096  # batches of at most so many images are filled up however few there are
+_ALWAYS_WHOLE = 4096  # a batch size up to this is never reduced, even if images are few
 
 
 def useful_batch_size(batch_size: int, num_images: int) -> int:
-    """The batch size that is asked for, or a smaller one where most of it would be padding."""
+    """The requested batch size, or a smaller one if most of the batch would be padding."""
     return min(batch_size, max(_ALWAYS_WHOLE, 1 << (num_images - 1).bit_length()))
 
 
@@ -31,10 +31,10 @@ class Features(NamedTuple):
     """Outputs for `N` un-augmented images, float32.
 
     Attributes:
-      representation: `[N, F]`, of the backbone.
-      embedding: `[N, D]`, of the projector.
-      prediction: what the head gave, see `ViewOutputs`.
-      terms: JEVB's, or None where they were not asked for.
+      representation: `[N, F]`, output of the backbone.
+      embedding: `[N, D]`, output of the projector.
+      prediction: output of the head; see `ViewOutputs`.
+      terms: JEVB's terms, or None if they were not asked for.
       labels: `[N]` int64, or None.
     """
 
@@ -51,11 +51,11 @@ class TermsSettings:
 
     Attributes:
       terms_of: `(variables, key, outputs of views [V, N, ...]) -> UncertaintyTerms`.
-      augmentation: what makes all views but the first, which is the un-augmented image.
+      augmentation: makes all views but the first, which is the un-augmented image.
       num_views: `V`, at least 1.
-      seed: of augmentation and sampling. One draw, that of the key `fold_in(seed's key, 0)`, serves
-        all images: what is said of an image depends neither on its place nor on the images beside it,
-        and differences between images are not those of their draws.
+      seed: sets augmentation and sampling. All images use the same random draw, from the key
+        `fold_in(seed's key, 0)`. So the terms of an image do not depend on its place or on other
+        images, and terms of two images do not differ by their draws.
     """
 
     terms_of: Callable[[Any, Array, ViewOutputs], UncertaintyTerms]
@@ -70,7 +70,7 @@ class TermsSettings:
 
 
 class FeatureExtractor:
-    """Computes features in padded batches of one size, so that it compiles once for a shape."""
+    """Computes features in padded batches of one size, so that each image shape compiles once."""
 
     def __init__(
         self,
@@ -88,17 +88,18 @@ class FeatureExtractor:
 
         Args:
           model: networks.
-          image_size: pixels a side of the view, to which `pixels.center_view` brings images.
-          mean: what is subtracted, one value for each channel.
-          std: what it is divided by.
-          batch_size: images at a time, rounded up to a multiple of the devices.
+          image_size: height and width of the view; `pixels.center_view` resizes images to it.
+          mean: subtracted from the pixels, one value for each channel.
+          std: the pixels are divided by it, one value for each channel.
+          batch_size: number of images at once, rounded up to a multiple of the devices.
           terms: how JEVB's terms are computed; None leaves them out.
-          mesh: devices to share a batch, of `parallel.make_mesh`; the first of this process by default.
-          check_stop: called before every batch; whatever it raises ends the work.
+          mesh: devices that share a batch, from `parallel.make_mesh`; by default the first device
+            of this process.
+          check_stop: called before every batch; an error that it raises ends the work.
 
         Raises:
-          ValueError: a size below one.
-          TypeError: a size that is not a whole number.
+          ValueError: a size is below one.
+          TypeError: a size is not a whole number.
         """
         image_size = arguments.whole_number("image_size", image_size, at_least=1)
         batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
@@ -123,7 +124,7 @@ class FeatureExtractor:
             augmented = jax.vmap(lambda k: augmentations.augment(k, images, augmentation))(
                 view_keys
             )
-            # One batch of all views, so that the network is compiled once and not for each view.
+            # All views form one batch, so that the network is compiled once and not for each view.
             stacked = jnp.concatenate([views[None], augmented])
             flat = apply(variables, stacked.reshape(-1, *views.shape[1:]), train=False)
             outputs: ViewOutputs = jax.tree.map(
@@ -144,11 +145,11 @@ class FeatureExtractor:
 
         Args:
           variables: parameters and running statistics.
-          images: `[rows, h, w, c]`, uint8, or float32 in [0, 1]: this process's rows of `batch_size`
-            images; `c` is one or the network's.
+          images: `[rows, h, w, c]`, uint8, or float32 in [0, 1]: the rows of this process in a
+            batch of `batch_size` images. `c` is 1 or the network's number of channels.
 
         Returns:
-          Features, whole on the first device of every process.
+          Features of the whole batch, on the first device of every process.
         """
         variables = parallel.put(variables, parallel.replicated(self._mesh))
         over_data = parallel.over_data(self._mesh)
@@ -159,24 +160,24 @@ class FeatureExtractor:
         return parallel.on_local_device(features)
 
     def stream(self, variables: Any, source: ImageSource) -> Iterator[tuple[Features, np.ndarray]]:
-        """Features of `source` in order, a batch at a time: memory does not grow with the source.
+        """Yields features of `source` in order, in batches; memory does not grow with the source.
 
         Args:
           variables: parameters and running statistics.
-          source: images, gray ones are repeated to as many channels as the network has.
+          source: images. Gray ones are repeated to the network's number of channels.
 
         Yields:
-          features: of `batch_size` images, or fewer where the source is far smaller, whole on the
-            first device of every process.
-          mask: bool of as many, False where the last batch was filled up.
+          features: of `batch_size` images, or fewer if the source is much smaller; the whole batch,
+            on the first device of every process.
+          mask: bool, one for each image; False for padding of the last batch.
 
         Raises:
-          ValueError: images of a number of channels that is neither one nor the network's.
+          ValueError: the number of channels is neither 1 nor the network's.
         """
         channels = image_shape(source)[-1]
         if channels not in (1, self._num_channels):
             raise ValueError(
-                f"{source.name} has {channels} channels and the network was trained on "
+                f"{source.name} has {channels} channels, but the network was trained on "
                 f"{self._num_channels}"
             )
         variables = parallel.put(variables, parallel.replicated(self._mesh))
@@ -192,15 +193,8 @@ class FeatureExtractor:
     def __call__(self, variables: Any, source: ImageSource) -> Features:
         """Features of every image of `source`, in its order, on the host.
 
-        Args:
-          variables: parameters and running statistics.
-          source: images, see `stream`.
-
-        Returns:
-          The features.
-
         Raises:
-          ValueError: as `stream`.
+          ValueError: the number of channels is neither 1 nor the network's.
         """
         parts = [
             jax.tree.map(lambda values, mask=mask: np.asarray(values)[mask], jax.device_get(part))

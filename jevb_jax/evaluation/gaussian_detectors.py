@@ -1,4 +1,4 @@
-"""Detectors by Gaussians of training features."""
+"""Detectors that fit Gaussians to training features."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ from jevb_jax.evaluation.detector_input import (
 )
 from jevb_jax.paper import sphere
 
-# A bfloat16 product would reorder images on an accelerator.
+# On an accelerator a bfloat16 product would change the order of the images.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 NUM_FOLDS = 5
 
@@ -36,12 +36,12 @@ _polar_decomposition = jax.jit(sphere.polar_decomposition)
 
 
 class _Covariance(NamedTuple):
-    """Second moments of residuals in units of their features; see `fit_mahalanobis`.
+    """Second moments of residuals, with each feature in its own unit.
 
     Attributes:
-      units: `[F]`.
-      moments: `[F, F]`, in those units.
-      shrinkage: share of the unit matrix in the covariance.
+      units: `[F]`, the unit of each feature.
+      moments: `[F, F]`, in these units.
+      shrinkage: weight of the unit matrix in the shrunk covariance.
     """
 
     units: np.ndarray
@@ -49,11 +49,11 @@ class _Covariance(NamedTuple):
     shrinkage: float
 
     def whitening(self, *, background: np.ndarray | None = None) -> np.ndarray:
-        """`[F, F]`, `W` with `W W^T` the inverse of the shrunk covariance.
+        """`W`, `[F, F]`, with `W W^T` the inverse of the shrunk covariance.
 
         Args:
-          background: other second moments, not below these in any direction. What leaves the fitted
-            span then has twice the variance of a class.
+          background: second moments to use instead, at least as large as these in every direction.
+            Outside the span of the images the variance is then twice that of a class.
         """
         share = self.shrinkage
         variances, directions = np.linalg.eigh(self.moments if background is None else background)
@@ -66,22 +66,23 @@ class _Covariance(NamedTuple):
 def covariance_of(
     residual: np.ndarray, features: np.ndarray, group: np.ndarray | None = None
 ) -> _Covariance:
-    """Of the residuals `[M, F]` that means of groups leave of `features`; one group by default.
+    """Covariance of the residuals `[M, F]` of `features` about the means of groups.
 
-    Every feature is brought to unit variance, so that units do not matter.
+    By default all images are one group. Every feature is scaled to unit variance, so that its unit
+    does not matter.
     """
     std = np.sqrt(np.mean(np.square(residual), axis=0))
     largest = np.max(np.abs(features), axis=0)
     is_alive = std > ROUNDING * largest
     check_alive(is_alive, " within a class" if group is not None else "")
-    # A feature that never varied has no unit of its own. It takes the others', or one that makes its
-    # rounding the least variance.
+    # A constant feature has no unit. It gets the median unit of the others, or a larger one at
+    # which its rounding has the least variance.
     of_rounding = ROUNDING / math.sqrt(LEAST_VARIANCE) * largest
     units = np.where(is_alive, std, np.maximum(np.median(std[is_alive]), of_rounding))
     if units.max() > LARGEST:
         raise DegenerateFeaturesError(
-            f"the fitted features vary by up to {units.max():.3g}, and float32 holds no variances beyond "
-            f"{LARGEST:.0e} squared: divide all features by one number"
+            f"the fitted features vary by up to {units.max():.3g}, but float32 holds variances only up "
+            f"to {LARGEST:.0e} squared. Divide all features by one number"
         )
     scaled = residual * np.where(is_alive, 1 / units, 0)
     moments = scaled.T @ scaled / len(scaled)
@@ -90,24 +91,25 @@ def covariance_of(
     num_alive, freedom = int(is_alive.sum()), _freedom(features, group)
     if freedom < num_alive:
         warn_of_few_images(
-            f"a covariance of {num_alive} features that vary from {len(features)} images is shrunk by "
-            f"{shrinkage:.2g}, and its score is weak: only {freedom} images vary freely. Fit more than "
-            f"{num_alive} different ones, better {FEW_IMAGES * num_alive}"
+            f"the covariance of {num_alive} features from {len(features)} images is shrunk by "
+            f"{shrinkage:.2g} and its score is weak, because it has only {freedom} degrees of freedom. "
+            f"Fit more than {num_alive} different images, better {FEW_IMAGES * num_alive}"
         )
     return _Covariance(units, moments, shrinkage)
 
 
 def _freedom(features: np.ndarray, group: np.ndarray) -> int:
-    """Different images, less one for the mean of each group."""
+    """Degrees of freedom: the number of different images minus one for each group."""
     different = {(g, row.tobytes()) for g, row in zip(group, features, strict=True)}
     return len(different) - len(np.unique(group))
 
 
 def _shrinkage(scaled: np.ndarray, group: np.ndarray) -> float:
-    """Share of the unit matrix that makes images left out most likely; 0 of many images.
+    """Weight of the unit matrix that makes left-out images most likely; 0 for many images.
 
-    From features `[M, F]` that vary, in their units, and the group `[M]` of each. Copies of an image
-    are left out together.
+    Args:
+      scaled: `[M, F]`, features that vary, in their units.
+      group: `[M]`. Copies of an image within a group count once.
     """
     keys = {(g, row.tobytes()): i for i, (g, row) in enumerate(zip(group, scaled, strict=True))}
     kept = np.fromiter(keys.values(), int)
@@ -123,7 +125,7 @@ def _shrinkage(scaled: np.ndarray, group: np.ndarray) -> float:
     weight = (sizes[g] / np.maximum(sizes[g] - 1, 1))[is_informative, None]
     scatter, directions = np.linalg.eigh(residual.T @ residual)
     squares = np.square(residual[is_informative] @ directions)
-    # Hoffbeck and Landgrebe 1996: without an image the covariance loses one outer product.
+    # Hoffbeck and Landgrebe 1996: leaving out an image removes one outer product.
     shares = np.geomspace(LEAST_VARIANCE, 1, 91)
     variances = (1 - shares) * np.maximum(scatter, 0)[:, None] / (num_images - 1) + shares
     length = squares @ (1 / variances)
@@ -135,7 +137,7 @@ def _shrinkage(scaled: np.ndarray, group: np.ndarray) -> float:
 
 
 def mean_and_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean `[F]`, and `W` of `fit_mahalanobis`."""
+    """Mean `[F]` and whitening `[F, F]` of one Gaussian, as `fit_mahalanobis` uses them."""
     mean = features.mean(axis=0)
     return mean, covariance_of(features - mean, features).whitening()
 
@@ -144,8 +146,8 @@ class Gaussians(NamedTuple):
     """Squared Mahalanobis distance to the nearest of `C` Gaussians.
 
     Attributes:
-      center: `[F]`, near all means, subtracted first for the sake of float32.
-      whitening: `[C, F, F]`, of each Gaussian, or `[1, F, F]` when they share one covariance.
+      center: `[F]`, near all means; subtracted first, which keeps digits in float32.
+      whitening: `[C, F, F]`, or `[1, F, F]` if the Gaussians share a covariance.
       whitened_mean: `[C, F]`, `(mean - center) @ whitening`.
     """
 
@@ -154,7 +156,7 @@ class Gaussians(NamedTuple):
     whitened_mean: Array
 
     def __call__(self, features: ArrayLike) -> Array:
-        """Smallest squared distances, `[N]`."""
+        """Smallest squared distance of each row, `[N]`."""
         values = checked_queries(features, len(self.center))
         shifted = values - self.center[None]
         if self.whitening.shape[0] == 1:
@@ -171,8 +173,8 @@ class Gaussians(NamedTuple):
 
 
 def gaussians_of(means: np.ndarray, whitenings: np.ndarray) -> Gaussians:
-    """From `[C, F]` means and `[C, F, F]` or `[1, F, F]` whitenings in float64."""
-    # As float32 holds it: what its rounding loses would not be small off the span.
+    """Gaussians from float64 means `[C, F]` and whitenings `[C, F, F]` or `[1, F, F]`."""
+    # Round the center to float32 first: off the span, the error of a later rounding is not small.
     center = means.mean(axis=0).astype(np.float32).astype(np.float64)
     whitened = np.einsum(
         "cf,cfg->cg",
@@ -183,84 +185,86 @@ def gaussians_of(means: np.ndarray, whitenings: np.ndarray) -> Gaussians:
 
 
 def fit_mahalanobis(features: ArrayLike) -> Gaussians:
-    """Squared Mahalanobis distance to the fitted images, one Gaussian, no labels (docs eq. 24).
+    """Squared Mahalanobis distance to one Gaussian of the fitted images (docs eq. 24).
 
-    The covariance is the images' own where there are at least three for each feature. Below, it says
-    too little of the directions in which they hardly vary. There it is shrunk, as Ledoit and Wolf (2004)
-    do, but by the share that makes images left out most likely (Hoffbeck and Landgrebe 1996): theirs
-    would drown the small variances, which are those that tell strange images. Copies of an image count
-    once.
+    With at least three images for each feature, the covariance is that of the images. With fewer,
+    it says too little about directions in which the images hardly vary, and it is shrunk toward
+    the unit matrix. Ledoit and Wolf (2004) shrink too, but their weight would drown the small
+    variances, which reveal strange images. We use the weight that makes left-out images most likely
+    (Hoffbeck and Landgrebe 1996). Copies of an image count once.
 
-    A deviation that leaves the span of the images is strange. It is measured by what the shrinkage puts
-    there, and at least by the rounding of float32: a variance of 1e-9 of the largest. That goes for
-    features that never varied, in the median unit of the others.
+    A deviation outside the span of the images is strange. Its variance is the one that shrinkage
+    gives it, and at least the rounding of float32, which is 1e-9 of the largest variance. The same
+    holds for constant features; their unit is the median unit of the others.
 
     Args:
       features: `[M, F]`, in distribution.
 
     Returns:
-      A score, features `[N, F]` to `[N]`.
+      A score: features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: not two axes, values that are not finite, features that do not vary.
+      ValueError: features are not `[M, F]`, are not finite, or do not vary.
 
     Warns:
-      FewImagesWarning: fewer images than features.
+      FewImagesWarning: there are fewer images than features.
     """
     mean, whitening = mean_and_whitening(checked_fit_features("features", features))
     return gaussians_of(mean[None], whitening[None])
 
 
 class DirectionGaussians(NamedTuple):
-    """`Gaussians` of the directions of features; see `fit_ssd`."""
+    """`Gaussians` of the directions of features, fitted by `fit_ssd`."""
 
     gaussians: Gaussians
 
     def __call__(self, features: ArrayLike) -> Array:
-        """Smallest squared distances, `[N]`."""
+        """Smallest squared distance of each row, `[N]`."""
         values = checked_queries(features, len(self.gaussians.center))
         direction, _ = sphere.polar_decomposition(values)
         return or_infinite(self.gaussians(direction), values)
 
 
 def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> DirectionGaussians:
-    """SSD (docs eq. 26; Sehwag et al. 2021): Mahalanobis distance to the nearest cluster of directions.
+    """SSD: Mahalanobis distance to the nearest cluster of directions (docs eq. 26).
 
-    Clusters come from k-means; each has a mean and a covariance of its own, over all features. Of fewer
-    than three images for each feature, a cluster's covariance is shrunk to that within all clusters
-    (Friedman 1989), and a single cluster's as that of `fit_mahalanobis`.
+    The method is from Sehwag et al. 2021. k-means finds the clusters. Each has its own mean and
+    full covariance. With fewer than three images for each feature, the covariance of a cluster is
+    shrunk toward the one within all clusters (Friedman 1989). A single cluster is shrunk as in
+    `fit_mahalanobis`.
 
     Args:
       features: `[M, F]`, in distribution.
       num_clusters: 1 is the paper's choice.
-      seed: decides where k-means begins.
+      seed: sets the start of k-means.
 
     Returns:
-      A score, features `[N, F]` to `[N]`.
+      A score: features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; fewer images than two for each cluster, or a cluster of one; a
-        seed outside [0, 2**32).
-      TypeError: `num_clusters` or a seed that is not an integer.
+      ValueError: there are fewer than two images for each cluster, a cluster has one image only,
+        the seed is outside [0, 2**32), or for the reasons of `fit_mahalanobis`.
+      TypeError: `num_clusters` or `seed` is not an integer.
 
     Warns:
-      FewImagesWarning: a cluster of fewer images than features.
+      FewImagesWarning: a cluster has fewer images than features.
     """
     values = checked_fit_features("features", features)
     num_clusters = at_most("num_clusters", num_clusters, len(values) // 2, "half the fitted images")
     seed = arguments.whole_number("seed", seed, at_least=0, at_most=2**32 - 1)
-    # As they will be scored: what float32 loses is no small variance, where features have much in common.
+    # Directions are computed in float32, as those of scored images will be. If features share a
+    # large offset, float32 loses digits, and this loss is not small against the variances.
     scored, _ = _polar_decomposition(np.asarray(values, np.float32))
     directions = np.asarray(scored, np.float64)
     cluster = np.zeros(len(directions), int)
     if num_clusters > 1:
-        from sklearn.cluster import KMeans  # one score of many, and none of a served model's
+        from sklearn.cluster import KMeans  # only this score needs it, and only to be fitted
 
         cluster = KMeans(num_clusters, n_init="auto", random_state=seed).fit_predict(directions)
     sizes = np.bincount(cluster, minlength=num_clusters)
     if sizes.min() < 2:
         raise DegenerateFeaturesError(
-            f"a cluster of {sizes.min()} images has no covariance: lower num_clusters"
+            f"a cluster of {sizes.min()} images has no covariance; lower num_clusters"
         )
     means = np.stack([directions[cluster == c].mean(axis=0) for c in range(num_clusters)])
     return DirectionGaussians(gaussians_of(means, _cluster_whitenings(directions, means, cluster)))
@@ -269,12 +273,12 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
 def _cluster_whitenings(
     directions: np.ndarray, means: np.ndarray, cluster: np.ndarray
 ) -> np.ndarray:
-    """`[J, F, F]`, of each cluster's covariance, shrunk to that within all clusters if it is small."""
+    """Whitening of each cluster, `[J, F, F]`; a small cluster is shrunk toward all clusters."""
     residual = directions - means[cluster]
     num_clusters, num_features = means.shape
     freedom = [num_different(directions[cluster == c]) - 1 for c in range(num_clusters)]
     if num_clusters > 1 and min(freedom) < 1:
-        raise DegenerateFeaturesError("the images of a cluster are all equal: lower num_clusters")
+        raise DegenerateFeaturesError("the images of a cluster are all equal; lower num_clusters")
     shared = None
     whitenings = []
     for c in range(num_clusters):
@@ -295,19 +299,19 @@ def _cluster_whitenings(
     if num_small and num_clusters > 1:
         warn_of_few_images(
             f"{num_small} of {num_clusters} clusters have fewer different images than the "
-            f"{num_features} features, the smallest {min(freedom) + 1}: their covariances are shrunk to "
-            "that within all clusters. Fit more images or fewer clusters"
+            f"{num_features} features (the smallest has {min(freedom) + 1}). Their covariances are "
+            "shrunk toward the one within all clusters. Fit more images or fewer clusters"
         )
     return np.stack(whitenings)
 
 
 class Residual(NamedTuple):
-    """Length of what a principal subspace leaves of features; see `fit_residual`.
+    """Length of the part of a feature vector outside a principal subspace.
 
     Attributes:
       origin: `[F]`.
-      directions: `[F, F - num_components]`, orthonormal, of the smallest variances; more of them where
-        the fitted images span fewer components.
+      directions: `[F, F - num_components]`, orthonormal, with the smallest variances. There are
+        more of them if the fitted images span fewer components.
     """
 
     origin: Array
@@ -323,47 +327,48 @@ class Residual(NamedTuple):
 def fit_residual(
     features: ArrayLike, *, num_components: int, origin: ArrayLike | None = None
 ) -> Residual:
-    """The residual part of ViM (docs eq. 27; Wang et al. 2022, section 4.1), which needs no logits.
+    """Residual outside a principal subspace, the part of ViM without logits (docs eq. 27).
 
-    Components in which the images do not vary, beyond 1e-9 of the largest variance, are not part of the
-    subspace: a deviation along them is no less strange than along the others.
+    The method is from Wang et al. 2022, section 4.1. Components with a variance below 1e-9 of the
+    largest are not part of the subspace: the images do not vary there, so a deviation is as strange
+    as in any other excluded direction.
 
     Args:
       features: `[M, F]`, in distribution.
       num_components: dimension of the principal subspace, below `F`.
-      origin: `[F]`; the mean by default. ViM takes the point where all logits are equal.
+      origin: `[F]`, by default the mean. ViM takes the point where all logits are equal.
 
     Returns:
-      A score, features `[N, F]` to `[N]`.
+      A score: features `[N, F]` to `[N]`.
 
     Raises:
-      TypeError: `num_components` that is not an integer.
-      ValueError: as `fit_mahalanobis`; `num_components` out of range; an origin that is
-        not `[F]` and finite.
+      TypeError: `num_components` is not an integer.
+      ValueError: `num_components` is out of range, `origin` is not finite `[F]`, or for the reasons
+        of `fit_mahalanobis`.
 
     Warns:
-      FewImagesWarning: fewer images than features.
+      FewImagesWarning: there are fewer images than features.
     """
     values, num_components, origin = checked_residual(features, num_components, origin)
     check_alive(values.std(axis=0) > ROUNDING * np.abs(values).max(axis=0))
     num_images = num_different(values)
     if num_images <= values.shape[1]:
         warn_of_few_images(
-            f"a principal subspace of {values.shape[1]} features from {num_images} different images is "
-            f"weak: fit more than {values.shape[1]}"
+            f"a principal subspace of {values.shape[1]} features is weak if it is fitted to "
+            f"{num_images} different images. Fit more than {values.shape[1]}"
         )
     return residual_of(values, num_components, origin)
 
 
 def num_different(features: np.ndarray) -> int:
-    """How many rows differ from each other."""
+    """Number of different rows."""
     return len({row.tobytes() for row in features})
 
 
 def checked_residual(
     features: ArrayLike, num_components: Any, origin: ArrayLike | None
 ) -> tuple[np.ndarray, int, np.ndarray | None]:
-    """Features, components and origin, refused where no residual is left."""
+    """Checks the arguments of `fit_residual`. Without a residual it raises an error."""
     values = checked_fit_features("features", features)
     num_features = values.shape[1]
     if num_features < 2:
@@ -388,7 +393,7 @@ def checked_residual(
 
 
 def residual_of(values: np.ndarray, num_components: int, origin: np.ndarray | None) -> Residual:
-    """What lies outside the principal subspace of values about an origin."""
+    """`Residual` of finite float64 values about an origin; the mean if it is None."""
     point = values.mean(axis=0) if origin is None else origin
     shifted = values - point
     variances, directions = np.linalg.eigh(shifted.T @ shifted / len(shifted))

@@ -1,4 +1,4 @@
-"""k-NN classification: votes of the nearest neighbors."""
+"""k-NN classification: the nearest neighbors vote for a class."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -24,8 +24,8 @@ def _vote(
     ks: tuple[int, ...],
     num_classes: int,
 ) -> Array:
-    # Relative to the nearest neighbor: exp(1 / T) overflows float32 once T < 0.012. A difference of
-    # chords is one of cosines with the digits that cosines near 1 do not have.
+    # Weights are relative to the nearest neighbor, because exp(1 / T) overflows float32 for
+    # T < 0.012. We subtract chords and not cosines: cosines near 1 have too few digits.
     weights = jnp.exp((half_squared_chord[:, :1] - half_squared_chord) / temperature)
     rows = jnp.arange(weights.shape[0])
 
@@ -33,7 +33,8 @@ def _vote(
         label, weight = neighbour
         return votes.at[rows, label].add(weight), None
 
-    # One neighbor at a time: no [M, k, C], one order of summation, every smaller k on the way.
+    # Adding one neighbor at a time needs no array [M, k, C], fixes the order of summation, and
+    # passes every smaller k on the way.
     votes = jnp.zeros([weights.shape[0], num_classes], weights.dtype)
     scores_of_k: dict[int, Array] = {}
     first = 0
@@ -49,8 +50,9 @@ class Vote(NamedTuple):
     """How neighbors choose a class.
 
     Attributes:
-      k: neighbors.
-      temperature: votes weigh `exp(cosine / temperature)`; positive, or None: all count alike.
+      k: number of neighbors.
+      temperature: a neighbor's vote weighs `exp(cosine / temperature)`. Positive. With None every
+        vote weighs the same.
     """
 
     k: int
@@ -72,10 +74,10 @@ def _scores_of_present_classes(
     chunk_size: int,
     bank_chunk_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The classes that have a row in the bank, `[P]`, rising, and their shares, `[len(votes), M, P]`.
+    """Returns the classes that occur in the bank and the share of the votes for each.
 
-    In float64, so that neighbors vote by their order however near they are; to be called under
-    `jax.enable_x64`.
+    The classes are `[P]`, in rising order; the shares are `[len(votes), M, P]`. Call this under
+    `jax.enable_x64`: float64 keeps the order of neighbors that are very close together.
     """
     checked = _checked_votes(votes)
     labels = checked_labels(
@@ -92,7 +94,7 @@ def _scores_of_present_classes(
         chunk_size=chunk_size,
         bank_chunk_size=bank_chunk_size,
     )
-    # Only these can win, and the labels may be numbers of a database, in the millions.
+    # Only these classes can win. Labels may be ids of a database, in the millions.
     present, number = np.unique(labels, return_inverse=True)
     neighbour_labels = number.astype(np.int32)[np.asarray(index)]
     scores = np.empty([len(checked), len(half), len(present)])
@@ -123,7 +125,7 @@ def _checked_temperature(temperature: float | None) -> float | None:
     if temperature is None:
         return None
     checked = arguments.positive_number("temperature", temperature)
-    if checked < np.finfo(np.float64).tiny:  # which XLA takes for zero
+    if checked < np.finfo(np.float64).tiny:  # XLA reads a smaller number as zero
         raise ValueError(f"temperature must be at least 2.3e-308, got {checked}")
     return checked
 
@@ -131,7 +133,7 @@ def _checked_temperature(temperature: float | None) -> float | None:
 def _predicted_labels(
     train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, **settings: Any
 ) -> np.ndarray:
-    """Labels with the most votes, `[len(votes), M]` int64; see `_scores_of_present_classes`."""
+    """Labels with the most votes, `[len(votes), M]` int64."""
     with jax.enable_x64(True):
         present, scores = _scores_of_present_classes(
             train_features, train_labels, test_features, **settings
@@ -150,28 +152,29 @@ def knn_class_scores(
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
-    """Share of the votes of the `k` nearest neighbors for each class.
+    """Share of the votes of the `k` nearest neighbors that each class gets.
 
-    A neighbor votes with weight `exp(cosine / temperature)` (Wu et al. 2018, section 3.4; also
-    DINO, whose temperature is 0.07), or all votes count alike.
+    A neighbor votes with weight `exp(cosine / temperature)` (Wu et al. 2018, section 3.4; DINO
+    does the same at temperature 0.07).
 
     Args:
       train_features: `[N, F]`, the bank.
-      train_labels: `[N]`.
+      train_labels: `[N]` integers.
       test_features: `[M, F]`.
-      num_classes: `C`, above every label.
-      k: neighbors, one number or any iterable of them; several cost one search, at the largest.
-      temperature: see `Vote`, positive; None counts all votes alike.
+      num_classes: `C`. Labels lie in `[0, C)`.
+      k: number of neighbors, or several such numbers. Several cost one search, for the largest.
+      temperature: positive. With None every vote weighs the same.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      `[M, C]`, each row summing to one; for several `k`, `[len(k), M, C]`.
+      `[M, C]`, each row sums to one. For several `k`: `[len(k), M, C]`.
 
     Raises:
-      ValueError: `temperature` not positive, labels out of range, no `k`; as `nearest_neighbours`.
-      TypeError: labels that are not integers, features that are not floating point, settings that
-        are no numbers.
+      ValueError: `temperature` is not positive, a label is out of range, or there is no `k`; also
+        for the reasons of `nearest_neighbours`.
+      TypeError: labels are not integers, features are not floating point, or a setting is not a
+        number.
     """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
     dtype = result_dtype(train_features, test_features)
@@ -201,24 +204,12 @@ def knn_predict(
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
-    """Class with the most votes, see `knn_class_scores`, the lowest of them on a tie.
+    """Class with the most votes; the lowest class wins a tie.
 
-    Args:
-      train_features: see `knn_class_scores`, also for all that follow.
-      train_labels: `[N]`.
-      test_features: `[M, F]`.
-      num_classes: `C`.
-      k: one number or any iterable of them.
-      temperature: as in `knn_class_scores`; None counts all votes alike.
-      chunk_size: test rows compared at once.
-      bank_chunk_size: bank rows compared at once.
+    Arguments and errors are those of `knn_class_scores`.
 
     Returns:
-      `[M]` int32; for several `k`, `[len(k), M]`.
-
-    Raises:
-      ValueError: as `knn_class_scores`.
-      TypeError: as `knn_class_scores`.
+      `[M]` int32. For several `k`: `[len(k), M]`.
     """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
     predictions = jnp.asarray(
@@ -280,23 +271,13 @@ def knn_accuracy(
 ) -> float | tuple[float, ...]:
     """Share of the test rows that `knn_predict` gets right.
 
+    The other arguments, and the errors, are those of `knn_class_scores`.
+
     Args:
-      train_features: see `knn_class_scores`, also for all that follow.
-      train_labels: `[N]`.
-      test_features: `[M, F]`.
-      test_labels: `[M]`.
-      num_classes: `C`.
-      k: one number or any iterable of them.
-      temperature: as in `knn_class_scores`; None counts all votes alike.
-      chunk_size: test rows compared at once.
-      bank_chunk_size: bank rows compared at once.
+      test_labels: `[M]` integers in `[0, num_classes)`.
 
     Returns:
-      Accuracy in [0, 1]; for several `k`, one for each in their order.
-
-    Raises:
-      ValueError: as `knn_class_scores`, and for labels out of range.
-      TypeError: as `knn_class_scores`.
+      Accuracy in [0, 1]. For several `k`: one accuracy for each, in the same order.
     """
     accuracies = knn_accuracies(
         train_features,
@@ -322,24 +303,16 @@ def knn_accuracies(
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> tuple[float, ...]:
-    """`knn_accuracy` by several kinds of votes, for which the neighbors are searched once.
+    """Accuracies of several kinds of votes from one search for neighbors.
+
+    The other arguments, and the errors, are those of `knn_class_scores`.
 
     Args:
-      train_features: see `knn_class_scores`, also for all that follow.
-      train_labels: `[N]`.
-      test_features: `[M, F]`.
-      test_labels: `[M]`.
-      num_classes: `C`.
+      test_labels: `[M]` integers in `[0, num_classes)`.
       votes: at least one.
-      chunk_size: test rows compared at once.
-      bank_chunk_size: bank rows compared at once.
 
     Returns:
-      Accuracies in [0, 1], one for each kind of votes.
-
-    Raises:
-      ValueError: as `knn_class_scores`, and for labels out of range.
-      TypeError: as `knn_class_scores`.
+      Accuracies in [0, 1], one for each element of `votes`.
     """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1)
     labels = checked_labels(
@@ -363,14 +336,13 @@ def knn_accuracies(
 def knn_protocol(
     *, k: int, temperature: float | None, bank: Split, evaluated: Split, features: str = "features"
 ) -> str:
-    """The sentence beside a k-NN accuracy.
+    """Sentence that says how a k-NN accuracy was measured.
 
     Args:
-      k: neighbors.
-      temperature: see `Vote`; None counts all votes alike.
-      bank: examples that vote.
-      evaluated: examples that the accuracy is of.
-      features: which features, for example "representation".
+      temperature: as for `knn_class_scores`.
+      bank: the examples that vote.
+      evaluated: the examples that were classified.
+      features: name of the features, for example "representation".
 
     Returns:
       One line: "k-NN cosine, k=20, T=0.1, un-augmented features, bank=train split (1,294),

@@ -1,4 +1,4 @@
-"""Detectors that need labels or a classifier's logits."""
+"""Detectors that need labels, or the logits of a classifier."""
 
 import math
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from jevb_jax.paper.tracing import is_traced
 
 
 def _logits(logits: ArrayLike, *, least: int = 1) -> Array:
-    """`[..., C]`, floats of at least 32 bits."""
+    """Logits `[..., C]`, at least float32."""
     values = real_numbers("logits", logits)
     if values.ndim < 1 or values.shape[-1] < least:
         raise ValueError(
@@ -46,22 +46,23 @@ def _logits(logits: ArrayLike, *, least: int = 1) -> Array:
 
 
 def max_softmax_score(logits: ArrayLike) -> Array:
-    """`log(1 - max_c softmax(logits)_c)`, `[N]`, nats (docs eq. 28; MSP; Hendrycks and Gimpel 2017).
+    """Score `log(1 - max_c softmax(logits)_c)`, `[N]`, nats (docs eq. 28).
 
-    It ranks as the paper's `-max softmax`, which is -1 in float32 once a logit leads by 17: of sure
-    networks all images would tie.
+    This is the maximum softmax probability, MSP (Hendrycks and Gimpel 2017). The score ranks images
+    as the paper's `-max softmax` does. That is -1 in float32 as soon as a logit leads by 17, so all
+    images of a confident network would tie.
 
     Args:
       logits: `[N, C]`, or log-probabilities, with at least 2 classes.
 
     Raises:
-      ValueError: a single class, whose probability is always one.
-      TypeError: logits that are not real numbers.
+      ValueError: there is only one class, whose probability is always one.
+      TypeError: logits are not real numbers.
     """
     values = _logits(_without_common_part(logits), least=2)
     is_best = jax.nn.one_hot(jnp.argmax(values, axis=-1), values.shape[-1], dtype=bool)
     margin = values - jnp.max(values, axis=-1, keepdims=True)
-    # A class that is ruled out (-inf) leaves a number: only an overflow is no answer.
+    # A class with probability zero (-inf) must still give a finite score; only overflow may not.
     margin = jnp.maximum(margin, float(jnp.finfo(margin.dtype).min))
     # The logarithm of the odds against the best class.
     odds = jax.nn.logsumexp(jnp.where(is_best, -jnp.inf, margin), axis=-1)
@@ -70,7 +71,7 @@ def max_softmax_score(logits: ArrayLike) -> Array:
 
 
 def _without_common_part(logits: ArrayLike) -> ArrayLike:
-    """Logits less the largest of their row, where they have more digits than float32 would keep."""
+    """Logits minus the largest of their row, for types with more digits than float32."""
     dtype = dtype_of(logits)
     is_integer = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
     is_long = dtype == np.float64 and not isinstance(logits, Array)
@@ -79,33 +80,31 @@ def _without_common_part(logits: ArrayLike) -> ArrayLike:
     values = np.asarray(logits)
     largest = np.max(values, axis=-1, keepdims=True)
     if is_integer:
-        # Differences of integers of any sign lie within the unsigned ones, which wrap to them.
+        # The difference of two integers fits into the unsigned type, whatever their signs.
         return -(largest.astype(np.uint64) - values.astype(np.uint64)).astype(np.float64)
     return values - np.where(np.isfinite(largest), largest, 0)
 
 
 def max_logit_score(logits: ArrayLike) -> Array:
-    """`-max_c logits_c`, `[N]` (docs eq. 28; Hendrycks et al. 2022).
-
-    Args:
-      logits: `[N, C]`.
+    """Score `-max_c logits_c`, `[N]` (docs eq. 28; Hendrycks et al. 2022), for logits `[N, C]`.
 
     Raises:
-      ValueError: no classes.
-      TypeError: logits that are not real numbers.
+      ValueError: there are no classes.
+      TypeError: logits are not real numbers.
     """
     return never_certain(-jnp.max(_logits(logits), axis=-1))
 
 
 def energy_score(logits: ArrayLike) -> Array:
-    """`-log sum_c exp(logits_c)`, `[N]` (docs eq. 28; Liu et al. 2020, temperature 1).
+    """Score `-log sum_c exp(logits_c)`, `[N]` (docs eq. 28; Liu et al. 2020, temperature 1).
 
     Args:
-      logits: `[N, C]`, as the network gives them. Of log-probabilities the sum is one for every image.
+      logits: `[N, C]`, before softmax. With log-probabilities the score is zero for every image.
 
     Raises:
-      ValueError: no classes; log-probabilities, unless the call is being compiled.
-      TypeError: logits that are not real numbers.
+      ValueError: there are no classes, or the values are log-probabilities. The latter is not
+        checked while the call is compiled.
+      TypeError: logits are not real numbers.
     """
     values = _logits(logits)
     score = -jax.nn.logsumexp(values, axis=-1)
@@ -114,22 +113,22 @@ def energy_score(logits: ArrayLike) -> Array:
 
 
 def _refuse_log_probabilities(logits: ArrayLike, energy: Array, num_classes: int) -> None:
-    """Raises if the energies of several images are all zero, unless they are being compiled."""
+    """Raises if the energies of several images are all zero. Does nothing during compilation."""
     if is_traced(energy) or energy.size < 2:
         return
-    # A mean of C rounding errors of the type that was given.
+    # The mean of C rounding errors, in the type of the argument.
     given = dtype_of(logits)
     is_float = jnp.issubdtype(given, jnp.floating)
     eps = max(float(jnp.finfo(x).eps) for x in (given if is_float else energy.dtype, energy.dtype))
     if bool(jnp.all(jnp.abs(energy) <= 4 * eps * (1 + math.log(num_classes)))):
         raise ValueError(
-            "logits must be as the network gives them, got log-probabilities, whose energy is zero "
-            "for every image: give the logits before log_softmax"
+            "logits must be the outputs before log_softmax, got log-probabilities. Their energy is "
+            "zero for every image"
         )
 
 
 def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """`[C, F]` means of the classes there are, and each image's row of them `[M]`."""
+    """Mean of each class that occurs, `[C, F]`, and class number of each image, `[M]`."""
     labels = np.asarray(labels)
     if labels.shape != (len(features),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
@@ -141,24 +140,24 @@ def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, n
 
 
 def fit_class_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Gaussians:
-    """Squared Mahalanobis distance to the nearest class, one covariance (docs eq. 28; Lee et al. 2018).
+    """Squared Mahalanobis distance to the nearest class mean (docs eq. 28; Lee et al. 2018).
 
-    The covariance is shrunk where images are few, and measures what leaves their span, as that of
-    `fit_mahalanobis`.
+    The classes share one covariance. As in `fit_mahalanobis`, it is shrunk if there are few images,
+    and deviations outside the span of the images count as strange.
 
     Args:
       features: `[M, F]`, in distribution.
       labels: `[M]` integers.
 
     Returns:
-      A score, features `[N, F]` to `[N]`.
+      A score: features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_mahalanobis`; labels that are not one integer for each image; no class with
-        two different images.
+      ValueError: labels are not one integer for each image, no class has two different images, or
+        for the reasons of `fit_mahalanobis`.
 
     Warns:
-      FewImagesWarning: fewer images, less one for each class, than features.
+      FewImagesWarning: the number of images minus the number of classes is below that of features.
     """
     values = checked_fit_features("features", features)
     means, index = _class_means(values, labels)
@@ -167,7 +166,7 @@ def fit_class_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Gaussians:
 
 
 class RelativeMahalanobis(NamedTuple):
-    """Distance to the nearest class less that to all images; see `fit_relative_mahalanobis`."""
+    """Distance to the nearest class minus distance to all images, by `fit_relative_mahalanobis`."""
 
     classes: Gaussians
     background: Gaussians
@@ -181,19 +180,19 @@ class RelativeMahalanobis(NamedTuple):
 def fit_relative_mahalanobis(features: ArrayLike, labels: ArrayLike) -> RelativeMahalanobis:
     """Relative Mahalanobis distance, RMD (docs eq. 28; Ren et al. 2021).
 
-    Where images are few, both covariances are shrunk by one share, that of `fit_class_mahalanobis`.
-    What leaves the span of the images has twice the variance in the background, so that it is strange
-    here too, and does not cancel.
+    If there are few images, both covariances are shrunk by the same weight, the one of
+    `fit_class_mahalanobis`. Outside the span of the images the background has twice the variance of
+    the classes. Otherwise the two distances would cancel there, and the deviation would not count.
 
     Args:
       features: `[M, F]`, in distribution.
       labels: `[M]` integers.
 
     Returns:
-      A score, features `[N, F]` to `[N]`.
+      A score: features `[N, F]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_class_mahalanobis`.
+      ValueError: for the reasons of `fit_class_mahalanobis`.
     """
     values = checked_fit_features("features", features)
     means, index = _class_means(values, labels)
@@ -208,11 +207,11 @@ def fit_relative_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Relative
 
 
 class VirtualLogit(NamedTuple):
-    """ViM: the scaled residual as a logit against the others; see `fit_vim`.
+    """ViM: the scaled residual as one more logit; fitted by `fit_vim`.
 
     Attributes:
-      residual: what the principal subspace leaves of the features that the logits are linear in.
-      scale: `[]`, `alpha`.
+      residual: residual of the features outside the principal subspace.
+      scale: `[]`, the paper's `alpha`.
     """
 
     residual: Residual
@@ -221,7 +220,8 @@ class VirtualLogit(NamedTuple):
     def __call__(self, features: ArrayLike, logits: ArrayLike) -> Array:
         """`alpha |residual| - log sum_c exp(logits_c)`, `[N]`, which ranks as the paper's softmax.
 
-        Infinite where logits without NaN overflow. Log-probabilities are refused as by `energy_score`.
+        A score is infinite if logits without NaN overflow. Log-probabilities raise a ValueError, as
+        in `energy_score`.
         """
         length, values = self.residual(features), _logits(logits)
         if values.shape[:-1] != length.shape:
@@ -236,21 +236,21 @@ class VirtualLogit(NamedTuple):
 
 
 def vim_origin(weights: ArrayLike, bias: ArrayLike) -> np.ndarray:
-    """`-pinv(W^T) b`, where all logits are zero, for `fit_vim` (Wang et al. 2022, section 4.1).
+    """Origin `-pinv(W^T) b`, where all logits are zero (Wang et al. 2022, section 4.1).
 
-    Softmax does not see what is added to all logits alike, so the weights of a fitted probe sum to zero
-    over the classes up to rounding. The inverse leaves that direction out: of 1e-7, it would make
-    an origin of rounding errors.
+    Softmax ignores a number added to all logits, so the weights of a fitted probe sum to zero over
+    the classes, except for rounding. The pseudo-inverse leaves this direction out. A singular value
+    of 1e-7 would otherwise make the origin a multiple of rounding errors.
 
     Args:
-      weights: `[F, C]` float32, `W`.
-      bias: `[C]`.
+      weights: `W`, `[F, C]` float32.
+      bias: `b`, `[C]`.
 
     Returns:
       `[F]` float64.
 
     Raises:
-      ValueError: shapes that do not belong together, values that are not finite.
+      ValueError: the shapes do not fit each other, or values are not finite.
     """
     matrix = real_matrix("weights", weights, least=1, of="feature", axes="[F, C]")
     offset = np.asarray(bias, np.float64)
@@ -267,26 +267,26 @@ def fit_vim(
 ) -> VirtualLogit:
     """Virtual-logit matching, ViM (docs eq. 28; Wang et al. 2022).
 
-    `alpha` brings residuals to the size of the largest logits. Of fewer than three images for each
-    feature, the residuals that it takes are those of images left out of the subspace, five folds in
-    turn: a subspace leaves too little of the images that it was fitted to.
+    `alpha` scales the mean residual to the mean of the largest logits. A subspace leaves too small
+    residuals of the images that it was fitted to. With fewer than three images for each feature,
+    `alpha` is therefore computed from images left out of the subspace, in five folds.
 
     Args:
       features: `[M, F]`, in distribution.
-      logits: `[M, C]` of them, linear in the features: not probabilities, nor their logarithms.
-      origin: `[F]`, of `vim_origin`.
-      num_components: how many directions the principal subspace has.
+      logits: `[M, C]`, linear in the features. Probabilities and their logarithms are not.
+      origin: `[F]`, from `vim_origin`.
+      num_components: dimension of the principal subspace.
 
     Returns:
-      A score, features `[N, F]` and logits `[N, C]` to `[N]`.
+      A score: features `[N, F]` and logits `[N, C]` to `[N]`.
 
     Raises:
-      ValueError: as `fit_residual`; features that the subspace explains wholly; logits that are not
-        `[M, C]` and finite, that are probabilities, or whose largest are not positive on average,
-        which would turn the score upside down.
+      ValueError: the subspace explains all features; logits are not finite `[M, C]`, or are
+        probabilities; the largest logits are not positive on average, which would invert the score;
+        or for the reasons of `fit_residual`.
 
     Warns:
-      FewImagesWarning: fewer images than features.
+      FewImagesWarning: there are fewer images than features.
     """
     values, num_components, point = checked_residual(features, num_components, origin)
     scores = real_matrix("logits", logits, least=1, of="image", axes="[N, C]")
@@ -297,16 +297,16 @@ def fit_vim(
     largest = float(scores.max(axis=-1).mean())
     if not largest > 0:
         raise ValueError(
-            f"the largest logit of an image must be positive on average, got {largest:.4g}, which would "
-            "turn the score upside down: give logits and not log-probabilities; of logits as they are, "
-            "subtract from weights and bias their means over the classes, and take origin and logits "
-            "from those"
+            f"the largest logit of an image must be positive on average, got {largest:.4g}, which "
+            "would invert the score. Did you give log-probabilities? If they are logits, subtract "
+            "from weights and bias their means over the classes, and compute origin and logits from "
+            "the result"
         )
     is_probability = (scores.min() >= 0) and np.allclose(scores.sum(axis=-1), 1, rtol=0, atol=1e-2)
     if is_probability and scores.shape[1] > 1:
         raise ValueError(
-            "logits must be linear in the features, got probabilities, each row of which sums to one: "
-            "give the logits before softmax"
+            "logits must be linear in the features, got probabilities (each row sums to one). Give "
+            "the logits before softmax"
         )
     residual = fit_residual(values, num_components=num_components, origin=point)
     length = _lengths(residual, values)
@@ -322,7 +322,7 @@ def fit_vim(
     size = float(np.linalg.norm(values - np.asarray(residual.origin, np.float64), axis=1).mean())
     if not mean > ROUNDING * size:
         raise DegenerateFeaturesError(
-            "the principal subspace explains every feature: lower num_components"
+            "the principal subspace explains every feature; lower num_components"
         )
     return VirtualLogit(residual, jnp.asarray(largest / mean, jnp.float32))
 

@@ -1,4 +1,4 @@
-"""What is asked of features and their labels."""
+"""Checks of features and labels, and subsets with few labels."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ def _largest_of_rows(features: Array) -> Array:
 
 
 def number_of_rows(name: str, features: ArrayLike) -> int:
-    """`N` of `[N, F]`; anything else is refused."""
+    """`N` of features `[N, F]`. Another shape is an error."""
     shape = np.shape(features)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name} must be a non-empty [N, F], got shape {shape}")
@@ -26,16 +26,16 @@ def number_of_rows(name: str, features: ArrayLike) -> int:
 
 
 def checked_features(name: str, features: ArrayLike) -> Array:
-    """Finite features, `[N, F]` of float32 at least."""
+    """Features `[N, F]`, at least float32. A value that is not finite is an error."""
     return features_and_largest(name, features)[0]
 
 
 def features_and_largest(name: str, features: ArrayLike) -> tuple[Array, np.ndarray]:
-    """Features of float32 at least, and the largest size of a number in each row, `[N]`."""
+    """Features, at least float32, and the largest absolute value in each row, `[N]`."""
     dtype = jnp.result_type(features)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{name} must be floating point, got {dtype}: cast it, for example to float32"
+            f"{name} must be floating point, got {dtype}. Cast them, for example to float32"
         )
     num_rows = number_of_rows(name, features)
     (checked,) = sphere.at_least_float32(features)
@@ -44,7 +44,7 @@ def features_and_largest(name: str, features: ArrayLike) -> tuple[Array, np.ndar
     if num_bad:
         raise ValueError(
             f"{name} must be finite: {num_bad} of its {num_rows} rows hold NaN or inf. "
-            "Look for a diverged network or images of the wrong range"
+            "Did the network diverge, or are the images outside [0, 1]?"
         )
     return checked, largest
 
@@ -62,7 +62,7 @@ def _integer_labels(name: str, labels: ArrayLike) -> np.ndarray:
 def checked_labels(
     name: str, labels: ArrayLike, *, num_examples: int, num_classes: int
 ) -> np.ndarray:
-    """Labels of every row, each of a class."""
+    """Labels `[num_examples]`, each in `[0, num_classes)`. Anything else is an error."""
     checked = _integer_labels(name, labels)
     if checked.shape != (num_examples,):
         raise ValueError(
@@ -71,14 +71,14 @@ def checked_labels(
     num_bad = int(np.sum((checked < 0) | (checked >= num_classes)))
     if num_bad:
         raise ValueError(
-            f"{name} must lie in [0, {num_classes}), {num_bad} of {num_examples} do not: leave "
-            "unlabelled examples out, or mend num_classes"
+            f"{name} must lie in [0, {num_classes}), {num_bad} of {num_examples} do not. Leave "
+            "out the examples without a label, or correct num_classes"
         )
     return checked.astype(np.int64)
 
 
 def check_same_width(first_name: str, first: Array, second_name: str, second: Array) -> None:
-    """Refuses features of different widths."""
+    """Raises ValueError if the features have different widths."""
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(
             f"{first_name} and {second_name} must have the same number of features, "
@@ -87,39 +87,42 @@ def check_same_width(first_name: str, first: Array, second_name: str, second: Ar
 
 
 def result_dtype(*features: ArrayLike) -> Any:
-    """As `sphere.at_least_float32` has it; to be called outside of `jax.enable_x64`."""
+    """Floating-point type of results, by `sphere.at_least_float32`.
+
+    Call it outside of `jax.enable_x64`.
+    """
     is_wide = jnp.float64 in map(jnp.result_type, features)
     return jnp.float64 if is_wide else jnp.float32
 
 
 def share_of_right(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The accuracy of predictions, `[N]`."""
+    """Accuracy of predictions `[N]`, in [0, 1]."""
     return float(np.mean(np.asarray(predictions) == np.asarray(labels)))
 
 
 def labels_per_class_subset(labels: ArrayLike, *, labels_per_class: int, seed: int) -> np.ndarray:
-    """Rows of a random subset with the same number of labels for each class.
+    """Rows of a random subset that has the same number of labels for each class.
 
     Args:
-      labels: `[N]` integers, at least 0: leave unlabeled examples out. The classes are those
-        present.
-      labels_per_class: how many of each.
-      seed: decides the draw, at least 0; the same seed gives the same rows.
+      labels: `[N]` integers, at least 0, so without unlabeled examples. The classes are the values
+        that occur.
+      labels_per_class: number of labels for each class.
+      seed: sets the draw; at least 0. The same seed gives the same rows.
 
     Returns:
-      Rising row numbers, `[labels_per_class * number of classes]` int64.
+      Row numbers in rising order, `[labels_per_class * number of classes]` int64.
 
     Raises:
-      ValueError: a class with fewer labels (named), negative labels, no labels, settings out of
-        range.
-      TypeError: labels or settings that are not integers.
+      ValueError: a class has fewer labels, a label is negative, there are no labels, or a setting
+        is out of range.
+      TypeError: labels or settings are not integers.
     """
     labels_per_class = arguments.whole_number("labels_per_class", labels_per_class, at_least=1)
     seed = arguments.whole_number("seed", seed, at_least=0)
     array = _integer_labels("labels", labels)
     if array.ndim != 1 or not array.size or array.min() < 0:
         raise ValueError(
-            "labels must be a non-empty [N] of at least 0 (leave unlabelled examples out), "
+            "labels must be a non-empty [N] of integers >= 0, without unlabeled examples; "
             f"got shape {array.shape}{f' with minimum {array.min()}' if array.size else ''}"
         )
     classes, counts = np.unique(array, return_counts=True)
@@ -140,12 +143,7 @@ def labels_per_class_subset(labels: ArrayLike, *, labels_per_class: int, seed: i
 
 
 class Split(NamedTuple):
-    """A set of examples as a protocol names it.
-
-    Attributes:
-      name: for example "train split".
-      num_examples: how many.
-    """
+    """A set of examples, as a protocol names it, for example "train split (1,294)"."""
 
     name: str
     num_examples: int

@@ -1,4 +1,4 @@
-"""Linear probes: multinomial logistic regression, its strength chosen on validation."""
+"""Linear probes: multinomial logistic regression, its penalty chosen on a validation split."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -38,15 +38,16 @@ from jevb_jax.evaluation.probe_solvers import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-    """Multinomial logistic regression on standardized features, and how its fit ended.
+    """Multinomial logistic regression on standardized features, and how the fit ended.
 
     Attributes:
       weights: `[F, C]`, for standardized features.
       bias: `[C]`.
-      feature_mean: `[F]`, of the training features.
-      feature_std: `[F]`, of the training features; 1 for a feature that is constant there.
-      gradient_norm: `[]`, of the penalized mean cross-entropy over the training set, at the end.
-      converged: `[]` bool, whether `gradient_norm` came under the tolerance. SGD seldom gets there.
+      feature_mean: `[F]`, mean of the training features.
+      feature_std: `[F]`, standard deviation of the training features; 1 for a constant feature.
+      gradient_norm: `[]`, norm of the gradient of the penalized mean cross-entropy over the
+        training set, at the final parameters.
+      converged: `[]` bool, whether `gradient_norm` fell below the tolerance; rarely true with SGD.
       num_iterations: `[]` int, L-BFGS iterations or SGD steps.
       solver: "lbfgs" or "sgd".
     """
@@ -64,14 +65,14 @@ class LinearProbe:
 def _checked_probe_labels(
     name: str, labels: ArrayLike, features: Array, settings: ProbeSettings
 ) -> Array:
-    """Labels, int32, of a probe whose weights have a use for the memory that they take."""
+    """Labels as int32. Refuses a class count whose weights would waste memory."""
     num_classes = settings.num_classes
     checked = checked_labels(name, labels, num_examples=features.shape[0], num_classes=num_classes)
     num_present = len(np.unique(checked))
     num_weights = features.shape[1] * num_classes
     if num_weights > LBFGS_MAX_ELEMENTS and num_present < num_classes / 10:
         raise ValueError(
-            f"num_classes = {num_classes:,} makes {num_weights:,} weights, and {name} hold "
+            f"num_classes = {num_classes:,} needs {num_weights:,} weights, but {name} hold "
             f"{num_present:,} classes: number these from 0, for example by "
             "np.unique(labels, return_inverse=True)[1]"
         )
@@ -87,13 +88,13 @@ def _fit(
     l2_regularization: float,
     settings: ProbeSettings,
 ) -> LinearProbe:
-    """One fit on inputs that are checked already."""
+    """Fits once; the inputs are already checked."""
     num_examples, num_features = features.shape
     spread = float(np.max(np.asarray(standardise.std)))
-    if spread > float(jnp.finfo(features.dtype).max) / 8:  # whose inverse may be taken for zero
+    if spread > float(jnp.finfo(features.dtype).max) / 8:  # XLA may read its inverse as zero
         raise ValueError(
-            f"features vary by up to {spread:.3g}, too much for {features.dtype}: divide them by one "
-            "number"
+            f"features vary by up to {spread:.3g}, which is too much for {features.dtype}: divide "
+            "them by one large number"
         )
     solver = settings.solver
     if solver == "auto":
@@ -133,8 +134,8 @@ def _fit(
         )
     if not np.isfinite(np.asarray(gradient_norm)):
         raise ValueError(
-            f"the fit by {SOLVER_NAMES[solver]} left the numbers of {features.dtype}: divide the "
-            "features by one number, or lower l2_regularization"
+            f"the fit by {SOLVER_NAMES[solver]} overflowed {features.dtype}. Divide all features "
+            "by one large number, or lower l2_regularization"
         )
     return LinearProbe(
         weights=parameters.weights,
@@ -161,38 +162,36 @@ def fit_linear_probe(
     batch_size: int = 1024,
     seed: int = 0,
 ) -> LinearProbe:
-    """Multinomial logistic regression on standardized features.
+    """Fits multinomial logistic regression on standardized features.
 
     Minimizes `mean cross-entropy + l2_regularization / 2 * |weights|^2`; the bias is not penalized.
-    That is scikit-learn's `LogisticRegression(C=1 / (N * l2_regularization))`. Features are
+    This is scikit-learn's `LogisticRegression(C=1 / (N * l2_regularization))`. Features are
     standardized by the mean and standard deviation of `features`.
 
     Args:
-      features: `[N, F]`, on the device as a whole.
-      labels: `[N]`. A class without examples is allowed; its bias then only falls until the
+      features: `[N, F]`. The whole array is put on the device.
+      labels: `[N]` integers. A class may have no example; its bias then falls until the gradient
+        is within the tolerance.
+      num_classes: `C`, at least 2 and above every label. The probe has weights for each class, so
+        number the classes without large gaps.
+      l2_regularization: strength of the penalty, at least 0. If it is 0 and the classes are
+        separable, the optimum lies at infinity, and the fit ends when the gradient is within the
         tolerance.
-      num_classes: `C`, at least 2 and above every label. The probe has weights for each of them,
-        so labels with gaps of millions are to be numbered first.
-      l2_regularization: at least 0. At 0 the optimum of separable data lies at infinity, and the
-        fit ends wherever the gradient falls under the tolerance.
-      solver: "lbfgs" (full batch, two arrays `[N, F]` and several `[N, C]` in memory), "sgd"
+      solver: "lbfgs" (full batch; holds two arrays `[N, F]` and several `[N, C]`), "sgd"
         (minibatches, momentum 0.9, cosine decay from one over the bound on the curvature), or
-        "auto", which takes SGD when features and logits together exceed `LBFGS_MAX_ELEMENTS`
-        numbers.
-      max_iterations: L-BFGS stops there, with `converged` false.
+        "auto". "auto" takes SGD when features and logits together have more than
+        `LBFGS_MAX_ELEMENTS` numbers.
+      max_iterations: L-BFGS stops after this many iterations, with `converged` false.
       tolerance: L-BFGS stops at this gradient norm. The objective is then within
-        `tolerance^2 / (2 l2_regularization)` of its minimum. In float32, 1e-6 may be out of reach.
+        `tolerance^2 / (2 l2_regularization)` of its minimum. Float32 may not reach 1e-6.
       num_epochs: how often SGD visits every example.
-      batch_size: examples in a step of SGD.
-      seed: decides the order in which SGD visits examples.
-
-    Returns:
-      `LinearProbe`.
+      batch_size: number of examples in one step of SGD.
+      seed: sets the order in which SGD visits the examples.
 
     Raises:
-      ValueError: shapes that do not fit, values that are not finite, labels or settings out of
-        range, a fit that overflows.
-      TypeError: features that are not floating point, labels that are not integers.
+      ValueError: shapes do not fit, a value is not finite, a label or setting is out of range, or
+        the fit overflows.
+      TypeError: features are not floating point, or labels are not integers.
     """
     settings = checked_settings(
         num_classes=num_classes,
@@ -217,18 +216,11 @@ def fit_linear_probe(
 
 
 def probe_logits(probe: LinearProbe, features: ArrayLike) -> Array:
-    """Logits of a probe.
-
-    Args:
-      probe: fitted on features of the same width.
-      features: `[M, F]`.
-
-    Returns:
-      `[M, C]`.
+    """Logits of a probe, `[M, C]`, for features `[M, F]`.
 
     Raises:
-      ValueError: another number of features than the probe's, values that are not finite.
-      TypeError: features that are not floating point.
+      ValueError: the number of features is not the probe's, or a value is not finite.
+      TypeError: features are not floating point.
     """
     x = checked_features("features", features)
     check_same_width("features", x, "the probe's weights", probe.weights.T)
@@ -244,19 +236,18 @@ def _standardised_logits(
 
 
 def probe_accuracy(probe: LinearProbe, features: ArrayLike, labels: ArrayLike) -> float:
-    """Share of rows whose largest logit is the label's; the lowest class wins a tie.
+    """Share of rows that the probe classifies correctly; the lowest class wins a tie.
 
     Args:
-      probe: fitted on features of the same width.
       features: `[M, F]`.
-      labels: `[M]`.
+      labels: `[M]` integers.
 
     Returns:
       Accuracy in [0, 1].
 
     Raises:
-      ValueError: as `probe_logits`, and for labels out of range.
-      TypeError: as `probe_logits`, and for labels that are not integers.
+      ValueError: a label is out of range, or for the reasons of `probe_logits`.
+      TypeError: labels are not integers, or features are not floating point.
     """
     logits = probe_logits(probe, features)
     num_examples, num_classes = logits.shape
@@ -265,13 +256,12 @@ def probe_accuracy(probe: LinearProbe, features: ArrayLike, labels: ArrayLike) -
 
 
 class GridPoint(NamedTuple):
-    """One regularization strength tried.
+    """One strength of the penalty that was tried.
 
     Attributes:
-      l2_regularization: the strength.
       validation_accuracy: in [0, 1].
       converged: whether the fit reached its tolerance.
-      num_iterations: how many its fit took, from the warm start.
+      num_iterations: iterations of this fit, which started from the solution of the one before.
     """
 
     l2_regularization: float
@@ -281,14 +271,14 @@ class GridPoint(NamedTuple):
 
 
 class ProbeSelection(NamedTuple):
-    """A probe whose regularization was chosen on a validation split.
+    """A probe whose penalty was chosen on a validation split.
 
     Attributes:
-      probe: the chosen one; fitted on the training split, or on both where `refit` was asked for.
+      probe: the chosen probe, fitted on the training split, or on both splits with `refit`.
       l2_regularization: the chosen strength.
-      validation_accuracy: in [0, 1], of the chosen strength fitted on the training split alone. It
-        is optimiztic, being the largest of the grid: report test accuracy.
-      grid: every strength tried, from the strongest to the weakest.
+      validation_accuracy: in [0, 1], at the chosen strength, fitted on the training split alone. It
+        is optimistic, because it is the largest of the grid. Report the test accuracy instead.
+      grid: every strength that was tried, from the strongest to the weakest.
     """
 
     probe: LinearProbe
@@ -313,34 +303,21 @@ def select_linear_probe(
     batch_size: int = 1024,
     seed: int = 0,
 ) -> ProbeSelection:
-    """Linear probe with the regularization that classifies a validation split best.
+    """Fits a linear probe, with the strength of the penalty that is best on a validation split.
 
-    The strengths are fitted from the strongest to the weakest, each from the solution before; the
-    problem being convex, that saves time and changes no optimum. On a tie the strongest wins.
+    The strengths are fitted from the strongest to the weakest. Each fit starts at the solution of
+    the fit before it. The problem is convex, so this saves time and does not change the optimum.
+    The strongest wins a tie. The other arguments, and the errors, are those of `fit_linear_probe`.
 
     Args:
       train_features: `[N, F]`.
-      train_labels: `[N]`.
-      validation_features: `[V, F]`, carved from the training data, disjoint from `train_features`.
-      validation_labels: `[V]`.
-      num_classes: `C`.
-      l2_grid: strengths to try, at least one, in any iterable.
-      refit: fit the chosen strength once more on both splits together. Leave it off where the
-        labels are counted (`labels_per_class_subset`): it would spend the validation labels as
-        well.
-      solver: see `fit_linear_probe`, also for all that follow.
-      max_iterations: where L-BFGS ends at the latest.
-      tolerance: norm of the gradient at which L-BFGS ends.
-      num_epochs: how often SGD visits every example.
-      batch_size: examples in a step of SGD.
-      seed: decides the order in which SGD visits examples.
-
-    Returns:
-      `ProbeSelection`.
-
-    Raises:
-      ValueError: an empty grid; as `fit_linear_probe`.
-      TypeError: as `fit_linear_probe`.
+      train_labels: `[N]` integers.
+      validation_features: `[V, F]`, taken from the training data; no row of `train_features`.
+      validation_labels: `[V]` integers.
+      l2_grid: strengths to try, at least one.
+      refit: fit the chosen strength once more on both splits together. Leave it off if you report
+        accuracy for a number of labels (`labels_per_class_subset`), because the refit uses the
+        validation labels too.
     """
     settings = checked_settings(
         num_classes=num_classes,
@@ -386,7 +363,7 @@ def select_linear_probe(
                 num_iterations=int(probe.num_iterations),
             )
         )
-    # `max` keeps the first of equals, the strongest.
+    # `max` keeps the first of equal values, which is the strongest penalty.
     best = max(range(len(grid)), key=lambda i: grid[i].validation_accuracy)
     probe = probes[best]
     if refit:
@@ -417,20 +394,20 @@ def linear_protocol(
     evaluated: Split,
     features: str = "features",
 ) -> str:
-    """The sentence beside a linear accuracy.
+    """Sentence that says how the accuracy of a linear probe was measured.
 
     Args:
-      solver: "lbfgs" or "sgd", whichever fitted it.
+      solver: the solver that fitted the final probe.
       l2_regularization: the chosen strength.
-      num_strengths: size of the grid that it was chosen from.
-      fitted: examples that the final probe was fitted on; say in its name when they are a subset,
+      num_strengths: size of the grid it was chosen from.
+      fitted: examples that the final probe was fitted on. If they are a subset, say so in the name,
         for example "10 labels per class of the train split, seed 0".
       validation: examples that chose the strength.
-      evaluated: examples that the accuracy is of.
-      features: which features, for example "representation".
+      evaluated: examples that were classified.
+      features: name of the features, for example "representation".
 
     Returns:
-      One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardized
+      One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardised
       features, l2=0.001 of 6 chosen on validation (143), fitted on train split (1,294), evaluated
       on test (360)".
     """

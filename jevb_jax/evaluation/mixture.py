@@ -1,4 +1,4 @@
-"""The mixture over training images: their posteriors as a density of embeddings (docs eq. 35)."""
+"""The posteriors of the training images as a density of embeddings, a mixture (docs eq. 35)."""
 
 import dataclasses
 import functools
@@ -11,18 +11,18 @@ from jax.typing import ArrayLike
 
 from jevb_jax.paper import densities, sphere
 
-# A bfloat16 product would reorder images on an accelerator.
+# On an accelerator a bfloat16 product would change the order of the images.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-# Queries at a time: as many rows of `[N]` are in memory, as in a search for neighbors.
+# Queries in one step. Memory holds as many rows `[N]`.
 BATCH_SIZE = 64
-# Components of largest density whose distance is computed again without cancellation. Of further copies
-# of an image the distance is zero up to rounding, 1e-7 / scale^2.
+# For so many components of largest density the distance is computed again without cancellation. For
+# more copies of an image than this, the distance is zero up to rounding, 1e-7 / scale^2.
 _NUM_EXACT = 4
 
 
 def student_t_kernel(squared_length: Array, df: float, n: int) -> Array:
-    """`((df + n)/2) log(1 + Q/df)`, which is `Q/2` at `df = inf`."""
+    """Kernel `((df + n)/2) log(1 + Q/df)` of the squared length `Q`; `Q/2` at `df = inf`."""
     if np.isinf(df):
         return squared_length / 2
     return (df + n) / 2 * jnp.log1p(squared_length / df)
@@ -34,7 +34,7 @@ class RadialComponents:
     """The radial densities of the training images (docs eq. 6).
 
     Attributes:
-      log_radius: `[N]`, `log rho`, of the posterior means.
+      log_radius: `[N]`, logarithm of the radius `rho` of each posterior mean.
       scale: `[]`, relative width.
       df: degrees of freedom, static.
     """
@@ -44,13 +44,13 @@ class RadialComponents:
     df: float = dataclasses.field(metadata={"static": True})
 
     def log_peak(self, radius: Array) -> Array:
-        """Log-densities at these radii of components that have the same, `[...]`, nats."""
+        """Log-density at its maximum for components with these radii, `[...]`, nats."""
         return densities.radial_log_prob(
             radius, loc=radius, scale=self.scale, df=self.df, space="log"
         )
 
     def kernels(self, log_radius: Array) -> Array:
-        """`log_peak` less the log-densities `[N]` of one radius `[]`."""
+        """`log_peak` minus the log-density under each component, `[N]`, for one radius `[]`."""
         distance = (log_radius[None] - self.log_radius) / self.scale
         return student_t_kernel(jnp.square(distance), self.df, 1)
 
@@ -58,26 +58,26 @@ class RadialComponents:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingMixture:
-    """Negative log-likelihood under the training images; see `fit_training_mixture`.
+    """Negative log-likelihood under the training images, fitted by `fit_training_mixture`.
 
-    A tree of arrays that can be passed through `jax.jit`. What depends on the components alone is
-    computed once, by the fit.
+    It is a tree of arrays and can be passed through `jax.jit`. The fit computes once what depends
+    on the components only.
 
     Attributes:
       location: `[N, D]`, directions `m` of the posterior means.
-      precision: `[N, D]`, `w = s^-2`, bandwidth included.
+      precision: `[N, D]`, `w = s^-2`, with the bandwidth included in the scales `s`.
       weighted_location: `[N, D]`, `m w`.
       location_precision: `[N]`, `sum_i m_i^2 w_i`.
       least_precision: `[N]`, smallest `w`.
       greatest_precision: `[N]`, largest `w`.
       mean_precision: `[N]`, mean of `w` over unit tangent directions at `m`.
-      log_mass: `[N]`, nats, of the directional density on the sphere.
-      log_weight: `[N]`, nats: the directional log-density at `m` itself, less `log_mass`.
-      bandwidth: `[]`, that the likelihood scales were multiplied by.
+      log_mass: `[N]`, nats, logarithm of the mass of the directional density on the sphere.
+      log_weight: `[N]`, nats, directional log-density at `m` minus `log_mass`.
+      bandwidth: `[]`, the factor that the likelihood scales were multiplied by.
       df: degrees of freedom of the directional density, static.
       radial: None leaves the radial density out.
-      leave_one_out: `[]`, nats: mean leave-one-out log-likelihood of training images at this bandwidth;
-        None if the fit was given no embeddings.
+      leave_one_out: `[]`, nats, mean leave-one-out log-likelihood of training images at this
+        bandwidth; None if the fit had no embeddings.
     """
 
     location: Array
@@ -98,15 +98,15 @@ class TrainingMixture:
         """`-log 1/N sum_n p(h | n)`, larger is more out of distribution.
 
         Args:
-          embedding: `[M, D]`. A zero row has no direction: its score is finite and means nothing.
-            A row with NaN scores NaN, one with infinities infinity.
+          embedding: `[M, D]`. A zero row has no direction: its score is finite but has no meaning.
+            A row with NaN scores NaN; a row with infinite values scores infinity.
 
         Returns:
           `[M]`, nats.
 
         Raises:
-          ValueError: not `[M, D]`.
-          TypeError: not real numbers.
+          ValueError: the shape is not `[M, D]`.
+          TypeError: values are not real numbers.
         """
         score = float(np.log(len(self.location))) - self._log_sum(embedding, None)
         h = jnp.asarray(embedding, self.location.dtype)
@@ -114,14 +114,16 @@ class TrainingMixture:
         return jnp.where(has_overflowed, jnp.inf, score)
 
     def _log_sum(self, embedding: ArrayLike, own: Array | None) -> Array:
-        """`log sum_n p(h | n)`, `[M]`; of row `i` component `own[i]` is left out."""
+        """`log sum_n p(h | n)`, `[M]`. For row `i`, the component `own[i]` is left out."""
         given = jnp.result_type(embedding)
         if not (jnp.issubdtype(given, jnp.floating) or jnp.issubdtype(given, jnp.integer)):
             raise TypeError(f"embedding must be real numbers, got {given}")
         h = jnp.asarray(embedding, self.location.dtype)
         num_components, dim = self.location.shape
         if h.ndim != 2 or h.shape[1] != dim:
-            raise ValueError(f"embedding must be [M, {dim}], as the fitted images, got {h.shape}")
+            raise ValueError(
+                f"embedding must be [M, {dim}], as wide as the fitted images, got {h.shape}"
+            )
         direction, radius = sphere.polar_decomposition(h)
 
         def of_query(query: tuple[Array, Array, Array | None]) -> Array:
@@ -147,21 +149,22 @@ class TrainingMixture:
     def _log_probs(self, direction: Array) -> Array:
         """Directional log-densities `[N]` of one direction `[D]` under all components.
 
-        `Q = 2/(1 + c) sum_i w_i (u_i - c m_i)^2`, multiplied out.
+        `Q = 2/(1 + c) sum_i w_i (u_i - c m_i)^2` is expanded into products.
         """
-        # This way round XLA has nothing to transpose, which cost as much as all the rest.
+        # With this order XLA need not transpose, which would double the cost.
         cosine = jnp.clip(_matmul(direction, self.location.T), -1, 1)
         squared = (
             _matmul(jnp.square(direction), self.precision.T)
             - 2 * cosine * _matmul(direction, self.weighted_location.T)
             + jnp.square(cosine) * self.location_precision
         )
-        # At the antipode of `m` the quotient is 0 / 0, and every tangent direction as good as any other.
+        # At the antipode of `m` this is 0 / 0, and all tangent directions are equivalent.
         is_antipode = 1 + cosine < float(jnp.finfo(cosine.dtype).eps) ** 0.5
         squared = 2 * squared / jnp.where(is_antipode, 1.0, 1 + cosine)
         squared_chord = 2 * (1 - cosine)
         squared = jnp.where(is_antipode, squared_chord * self.mean_precision, squared)
-        # True on paper. Rounding would break it near `m`, to below zero and NaN, and near the antipode.
+        # These bounds hold exactly. Rounding would break them near `m` (below zero, then NaN) and
+        # near the antipode.
         squared = jnp.clip(
             squared,
             squared_chord * self.least_precision,
@@ -170,7 +173,7 @@ class TrainingMixture:
         return self.log_weight - student_t_kernel(squared, self.df, self.location.shape[1] - 1)
 
     def _exact_log_probs(self, direction: Array, index: Array) -> Array:
-        """`_log_probs(direction)[index]` free of cancellation, for near duplicates in float32."""
+        """`_log_probs(direction)[index]` without cancellation, for near duplicates in float32."""
         log_prob = densities.directional_log_prob(
             direction[None],
             loc=self.location[index],

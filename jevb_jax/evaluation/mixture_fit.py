@@ -1,4 +1,4 @@
-"""The mixture fitted: its kernels, and the bandwidth that explains left-out training images best."""
+"""Fits the mixture, with the bandwidth at which left-out training images are most likely."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from jevb_jax.evaluation.detector_input import DegenerateFeaturesError, real_mat
 from jevb_jax.evaluation.mixture import RadialComponents, TrainingMixture
 from jevb_jax.paper import densities, mass, sphere
 
-# Components at a time where their masses are computed.
+# Number of components whose masses are computed at once.
 _MASS_BATCH_SIZE = 1024
-# Scales that the mass and float32 can hold.
+# Range of scales for which the mass can be computed in float32.
 _SCALE_LIMITS = (1e-15, 1e15)
-# Degrees of freedom beyond which float32 has the Gaussian, and an overflow in its place.
+# From here on float32 cannot tell the density from a Gaussian, and would overflow.
 _GAUSSIAN_DF = 1e30
 
-# Bandwidths that are tried, as powers of the root of two: 1/8 to 2, and where to stop at last.
+# Bandwidths to try, as powers of the square root of 2: first 1/8 to 2, then up to these ends.
 _FIRST_STEPS = range(-6, 3)
 _STEP_LIMITS = (-18, 14)
 
@@ -30,10 +30,10 @@ class BandwidthChoice(NamedTuple):
     """What `choose_bandwidth` found.
 
     Attributes:
-      bandwidth: that of the largest log-likelihood.
-      log_likelihood: nats, mean over training images, there.
-      grid: `[G]`, all bandwidths that were tried, ascending.
-      log_likelihoods: `[G]`, nats, of each.
+      bandwidth: the one with the largest log-likelihood.
+      log_likelihood: nats, mean over training images at that bandwidth.
+      grid: `[G]`, all bandwidths that were tried, rising.
+      log_likelihoods: `[G]`, nats, for each of them.
     """
 
     bandwidth: float
@@ -54,35 +54,36 @@ def fit_training_mixture(
     num_queries: int = 2000,
     seed: int = 0,
 ) -> TrainingMixture:
-    """Likelihood under the posteriors of the training images (docs eq. 35).
+    """Fits a score: likelihood under the posteriors of the training images (docs eq. 35).
 
-    The VampPrior of Tomczak and Welling 2018, read as a density of embeddings.
+    This is the VampPrior of Tomczak and Welling 2018, used as a density of embeddings.
 
     Args:
       posterior_mean: `[N, D]`, of in-distribution images, `D >= 3`, not zero.
-      scale_diag: `[N, D]`, scales of the directional likelihood, in units of the sphere, positive.
+      scale_diag: `[N, D]`, scales of the directional likelihood in units of the sphere, positive.
       df: degrees of freedom of the directional density, positive; `inf` is the Gaussian.
-      bandwidth: multiplies the scales, positive. None: as `choose_bandwidth` finds.
-      embedding: `[N, D]` of the same images, in their order. Needed without a bandwidth; with one, it
-        is for `leave_one_out` alone.
+      bandwidth: factor on the scales, positive. None takes the result of `choose_bandwidth`.
+      embedding: `[N, D]`, of the same images in the same order. It is required if `bandwidth` is
+        None; otherwise it is only used for `leave_one_out`.
       radial_scale: relative width of the radius, positive; None leaves the radial density out.
-      radial_df: its degrees of freedom, positive; needed with `radial_scale` and only then.
-      num_queries: training images whose leave-one-out likelihood is taken, at most.
-      seed: decides which are drawn, where there are more; an integer of at least 0.
+      radial_df: degrees of freedom of the radial density, positive. Give it with `radial_scale`
+        and only then.
+      num_queries: largest number of training images whose leave-one-out likelihood is computed.
+      seed: sets which images are drawn if there are more; an integer of at least 0.
 
     Returns:
-      A score, embeddings `[M, D]` to `[M]`, nats.
+      A score: embeddings `[M, D]` to `[M]`, nats.
 
     Raises:
-      ValueError: no images, shapes that differ, `D < 3`, values that are not finite, means of zero,
-        scales, `df` or bandwidth that are not positive or leave 1e-15 to 1e15, and as
-        `choose_bandwidth` where embeddings are needed or given.
+      ValueError: there are no images, shapes differ, `D < 3`, values are not finite, a mean is
+        zero, `df` or the bandwidth is not positive, or scales times bandwidth leave 1e-15 to 1e15;
+        if embeddings are used, also for the reasons of `choose_bandwidth`.
     """
     components = _Components.of(posterior_mean, scale_diag, df, radial_scale, radial_df)
     if bandwidth is None:
         if embedding is None:
             raise ValueError(
-                "give the embeddings of the training images, to choose a bandwidth by, or a bandwidth"
+                "give a bandwidth, or the embeddings of the training images to choose it by"
             )
         choice = _choose_bandwidth(components, embedding, num_queries, seed)
         bandwidth, leave_one_out = choice.bandwidth, choice.log_likelihood
@@ -109,26 +110,20 @@ def choose_bandwidth(
     num_queries: int = 2000,
     seed: int = 0,
 ) -> BandwidthChoice:
-    """Bandwidth of the largest leave-one-out likelihood, without labels or outside data (Duin 1976).
+    """Bandwidth with the largest leave-one-out likelihood, without labels or outside data.
 
-    Half octaves from 1/8 to 2 are tried, and on from there while the largest is at an end: down to
-    2^-9, where copies among the images are the cause, and up to 2^7, where the density is uniform.
+    The method is from Duin 1976. Half octaves from 1/8 to 2 are tried. While the best is at an end,
+    the search goes on: down to 2^-9, which only copies among the images can reach, and up to 2^7,
+    where the density is uniform.
+
+    The other arguments, and the errors, are those of `fit_training_mixture`.
 
     Args:
-      posterior_mean: as for `fit_training_mixture`.
-      scale_diag: as for `fit_training_mixture`.
-      embedding: `[N, D]` of the same images, in their order.
-      df: as for `fit_training_mixture`.
-      radial_scale: as for `fit_training_mixture`.
-      radial_df: as for `fit_training_mixture`.
-      num_queries: images whose likelihood is taken, at most; every image stays a component.
-      seed: decides which are drawn, where there are more.
-
-    Returns:
-      `BandwidthChoice`.
+      num_queries: largest number of images whose likelihood is computed. All images stay
+        components.
 
     Raises:
-      ValueError: as `fit_training_mixture`; fewer than 2 images; `num_queries < 1`.
+      ValueError: there are fewer than 2 images, or `num_queries < 1`.
       DegenerateFeaturesError: the likelihood still rises at a bandwidth of 2^-9.
     """
     components = _Components.of(posterior_mean, scale_diag, df, radial_scale, radial_df)
@@ -138,19 +133,19 @@ def choose_bandwidth(
 def leave_one_out_log_likelihood(
     mixture: TrainingMixture, embedding: ArrayLike, own: ArrayLike
 ) -> Array:
-    """`log 1/(N - 1) sum_(n != own) p(h | n)`, of each row without the component of its own image.
+    """`log 1/(N - 1) sum_(n != own) p(h | n)`: each row without the component of its own image.
 
     Args:
-      mixture: one of at least 2 images.
-      embedding: `[M, D]`, of images of the fit.
-      own: `[M]` integers in `[0, N)`, the place of each in the fit.
+      mixture: fitted to at least 2 images.
+      embedding: `[M, D]`, of images that the mixture was fitted to.
+      own: `[M]` integers in `[0, N)`, the position of each row in the fit.
 
     Returns:
       `[M]`, nats.
 
     Raises:
-      ValueError: fewer than 2 images, an embedding that is not `[M, D]`, places that are not integers
-        `[M]` or out of range.
+      ValueError: there are fewer than 2 images, `embedding` is not `[M, D]`, or `own` is not
+        integers `[M]` in range.
     """
     num_components = _at_least_two(len(mixture.location))
     rows = jnp.shape(embedding)[:1]
@@ -180,7 +175,7 @@ def _mean_leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) 
 def _at_least_two(num_images: int) -> int:
     if num_images < 2:
         raise ValueError(
-            f"leave-one-out needs at least 2 training images, got {num_images}: give a bandwidth and "
+            f"leave-one-out needs at least 2 training images, got {num_images}. Give a bandwidth and "
             "no embeddings"
         )
     return num_images
@@ -189,7 +184,7 @@ def _at_least_two(num_images: int) -> int:
 def _queries(
     components: "_Components", embedding: ArrayLike, num_queries: int, seed: int
 ) -> tuple[Array, Array]:
-    """Embeddings `[M, D]` of drawn training images, and their places `[M]`."""
+    """Embeddings of training images that are drawn, `[M, D]`, and their positions, `[M]`."""
     h = _finite_matrix("embedding", embedding)
     if h.shape != components.location.shape:
         raise ValueError(
@@ -232,9 +227,9 @@ def _choose_bandwidth(
             break
     if best == lowest:
         raise DegenerateFeaturesError(
-            f"the leave-one-out likelihood still rises at a bandwidth of {2 ** (best / 2):.2g}: are "
-            "training images copies of each other, or has the encoder collapsed? Leave copies out, or "
-            "give a bandwidth"
+            f"the leave-one-out likelihood still rises at a bandwidth of {2 ** (best / 2):.2g}. Are "
+            "training images copies of each other, or has the encoder collapsed? Leave copies out, "
+            "or give a bandwidth"
         )
     steps = sorted(values)
     return BandwidthChoice(
@@ -246,16 +241,16 @@ def _choose_bandwidth(
 
 
 class _Components(NamedTuple):
-    """Checked components in float64, before a bandwidth is known.
+    """Checked components in float64, before a bandwidth is chosen.
 
     Attributes:
       location: `[N, D]`, directions.
       log_radius: `[N]`.
       scale_diag: `[N, D]`.
       df: positive.
-      radial_scale: or None.
-      radial_df: or None.
-      dtype: what the arrays of the mixture are rounded to.
+      radial_scale: None leaves the radial density out.
+      radial_df: None leaves the radial density out.
+      dtype: type of the arrays of the mixture.
     """
 
     location: np.ndarray
@@ -290,7 +285,7 @@ class _Components(NamedTuple):
         num_zero = int(np.sum(~np.any(mean, axis=1)))
         if num_zero:
             raise ValueError(
-                f"a posterior mean of zero has no direction: leave {num_zero} of {len(mean)} rows out"
+                f"a posterior mean of zero has no direction; leave out {num_zero} of {len(mean)} rows"
             )
         if not np.all(scale > 0):
             raise ValueError(f"scale_diag must be positive, got {scale.min()}")
@@ -304,7 +299,7 @@ class _Components(NamedTuple):
             _require_positive("radial_scale", radial_scale)
             _require_positive("radial_df", radial_df, may_be_infinite=True)
             radial_scale, radial_df = float(radial_scale), _finite_or_gaussian(radial_df)
-        # Squares of the scaled means neither overflow nor vanish.
+        # With the largest entry scaled to one, squares neither overflow nor vanish.
         size = np.max(np.abs(mean), axis=1)
         scaled = mean / size[:, None]
         norm = np.linalg.norm(scaled, axis=1)
@@ -332,7 +327,7 @@ class _Components(NamedTuple):
         location_precision = np.sum(np.square(self.location) * precision, axis=1)
         tangent_dim = scale.shape[1] - 1
 
-        def as_array(values: ArrayLike) -> Array:  # rounded by NumPy, which compiles nothing
+        def as_array(values: ArrayLike) -> Array:  # NumPy rounds, so that nothing is compiled
             return jax.device_put(np.asarray(values, self.dtype))
 
         location = as_array(self.location)
@@ -360,7 +355,7 @@ class _Components(NamedTuple):
 
 @jax.jit
 def _log_peak_and_mass(location: Array, scale_diag: Array, df: Array) -> tuple[Array, Array]:
-    """Of the directional densities: logarithm at the location and of the mass, each `[N]`, nats."""
+    """Directional log-densities at the location, and logarithms of the mass; each `[N]`, nats."""
 
     def of_component(component: tuple[Array, Array]) -> tuple[Array, Array]:
         m, s = component
@@ -375,7 +370,7 @@ def _finite_or_gaussian(df: float) -> float:
 
 
 def _finite_matrix(name: str, values: ArrayLike) -> np.ndarray:
-    """`[N, D]` float64, finite, at least one row."""
+    """Finite float64 `[N, D]` with at least one row."""
     return real_matrix(name, values, least=1, of="training image", axes="[N, D]")
 
 

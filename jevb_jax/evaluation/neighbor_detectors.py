@@ -1,4 +1,4 @@
-"""Detectors by distance to training features."""
+"""Detectors by the distance to training features."""
 
 import dataclasses
 import functools
@@ -22,47 +22,43 @@ from jevb_jax.evaluation.gaussian_detectors import mean_and_whitening
 from jevb_jax.paper import sphere
 from jevb_jax.paper.scores import never_certain, real_numbers
 
-# A bfloat16 product would reorder images on an accelerator.
+# On an accelerator a bfloat16 product would change the order of the images.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-# Neighbors beyond the k-th whose distances are computed again without cancellation.
+# For so many neighbors beyond the k-th the distance is computed again without cancellation.
 _NUM_SPARE = 32
 
 
 def feature_norm_score(features: ArrayLike) -> Array:
-    """`-|x|`, `[N]`: networks answer strange images with small features (docs eq. 27; Tack et al. 2020).
+    """Score `-|x|`, `[N]`, for features `x`, `[N, F]` (docs eq. 27; Tack et al. 2020).
 
-    Args:
-      features: `[N, F]`.
+    Networks often give small features for strange images.
     """
     return never_certain(-sphere.safe_norm(real_numbers("features", features)))
 
 
 def _kth_distances(bank: Array, centered: Array, queries: Array, k: int, center: Array) -> Array:
-    """Distance of each query to the k-th nearest row of a bank, exact.
+    """Exact distance of each query to the k-th nearest row of a bank, `[N]`.
 
-    Candidates are found by one product, `b.q - |b|^2 / 2`, which falls as `|b - q|` grows. It has few
-    digits between near duplicates, so they are put in order by their differences. Where rounding could
-    have kept a nearer row from being a candidate, the differences of all rows are taken.
+    One product, `b.q - |b|^2 / 2`, finds candidates: it falls as `|b - q|` grows. Between near
+    duplicates it has few digits, so the differences `b - q` order the candidates. If rounding may
+    have excluded a nearer row, the differences of all rows are computed.
 
     Args:
       bank: `[M, F]`.
-      centered: `[M, F + 1]`, of `_centered`.
+      centered: `[M, F + 1]`, from `_centered`.
       queries: `[N, F]`.
-      k: which neighbor.
+      k: which neighbor; 1 is the nearest.
       center: `[F]`, near the bank.
-
-    Returns:
-      `[N]`.
     """
     num_rows = len(bank)
     rounding = _product_rounding(bank.shape[1])
 
     def distances(rows: Array, query: Array) -> Array:
-        # Not sqrt(2 - 2 cos), which has no digits left between near duplicates.
+        # Not sqrt(2 - 2 cos): it has no digits left between near duplicates.
         return sphere.safe_norm(rows - query[None])
 
     def of_candidates(query: Array) -> tuple[Array, Array]:
-        """The distance, and whether no row that is not a candidate can be nearer."""
+        """The distance, and whether all rows outside the candidates are proven to be farther."""
         shifted = query - center
         square = jnp.sum(jnp.square(shifted))
         closeness = _matmul(centered, jnp.append(shifted, 1.0))
@@ -89,9 +85,9 @@ def _kth_distances(bank: Array, centered: Array, queries: Array, k: int, center:
 
 
 def _centered(bank: np.ndarray, center: np.ndarray) -> np.ndarray:
-    """`[M, F + 1]`, a bank less its center, and less half of its squared length.
+    """The bank minus its center, and in a last column minus half the squared length, `[M, F + 1]`.
 
-    The last is raised by the most that the product with a row can come out too small.
+    The last column is increased by the largest amount that rounding can take from the product.
     """
     rest = bank - center
     share = 0.5 - _product_rounding(bank.shape[1])
@@ -99,20 +95,20 @@ def _centered(bank: np.ndarray, center: np.ndarray) -> np.ndarray:
 
 
 def _product_rounding(width: int) -> float:
-    """Of a float32 sum of products in any order, relative to their sizes: twice the textbook's bound."""
+    """Relative error bound of a float32 sum of products in any order: twice the textbook bound."""
     return (width + 16) * float(jnp.finfo(jnp.float32).eps)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DirectionNeighbours:
-    """Distance between directions to the `k`-th nearest fitted image; see `fit_knn`.
+    """Distance between directions to the `k`-th nearest fitted image, fitted by `fit_knn`.
 
     Attributes:
       bank: `[M, F]`, directions.
-      center: `[F]`, their mean.
-      centered: `[M, F + 1]`, the bank less its center, and less half of its squared length.
-      k: which neighbor.
+      center: `[F]`, mean of the directions.
+      centered: `[M, F + 1]`, from `_centered`.
+      k: which neighbor; 1 is the nearest.
     """
 
     bank: Array
@@ -131,14 +127,14 @@ class DirectionNeighbours:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WhitenedNeighbours:
-    """Distance to the `k`-th nearest fitted image after whitening; see `fit_whitened_knn`.
+    """Distance to the `k`-th nearest fitted image after whitening, fitted by `fit_whitened_knn`.
 
     Attributes:
-      mean: `[F]`, of the fitted images.
+      mean: `[F]`, mean of the fitted images.
       whitening: `[F, F]`.
       bank: `[M, F]`, whitened.
-      centered: `[M, F + 1]`, the bank, and less half of its squared length.
-      k: which neighbor.
+      centered: `[M, F + 1]`, from `_centered` with center zero.
+      k: which neighbor; 1 is the nearest.
     """
 
     mean: Array
@@ -160,19 +156,20 @@ def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
     """Distance between directions to the k-th nearest fitted image (docs eq. 25; Sun et al. 2022).
 
     Args:
-      features: `[M, F]`, in distribution. A zero row is at distance 1 of every direction.
-      k: at most `M`. The paper takes 50 for CIFAR-10 and 200 for CIFAR-100, of 50,000 images each.
+      features: `[M, F]`, in distribution. A zero row has distance 1 from every direction.
+      k: at most `M`. The paper takes 50 for CIFAR-10 and 200 for CIFAR-100, each with 50,000
+        images.
 
     Returns:
-      A score, features `[N, F]` to `[N]`, in `[0, 2]`.
+      A score: features `[N, F]` to `[N]`, in `[0, 2]`.
 
     Raises:
-      ValueError: not two axes, values that are not finite, `k` out of range.
-      TypeError: `k` that is not an integer.
+      ValueError: features are not `[M, F]` or not finite, or `k` is out of range.
+      TypeError: `k` is not an integer.
     """
     values = checked_fit_features("features", features)
     k = _checked_k(k, len(values))
-    # Centered as rounded, so that the differences are those of the bank that is asked.
+    # Center after rounding, so that differences are those of the bank that is searched.
     bank = unit_directions(values).astype(np.float32)
     center = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
     centered = _centered(bank.astype(np.float64), center.astype(np.float64))
@@ -184,18 +181,18 @@ def fit_knn(features: ArrayLike, *, k: int = 50) -> DirectionNeighbours:
 def fit_whitened_knn(features: ArrayLike, *, k: int = 50) -> WhitenedNeighbours:
     """Euclidean distance to the k-th nearest fitted image, after whitening (docs eq. 25).
 
-    For few features of different units, such as `typicality_features`. The covariance is that of
-    `fit_mahalanobis`.
+    It is meant for few features with different units, such as `typicality_features`. The covariance
+    is that of `fit_mahalanobis`.
 
     Args:
       features: `[M, F]`, in distribution.
       k: at most `M`.
 
     Returns:
-      A score, features `[N, F]` to `[N]`, at least 0.
+      A score: features `[N, F]` to `[N]`, at least 0.
 
     Raises:
-      ValueError: as `fit_knn`; features that do not vary.
+      ValueError: features do not vary, or for the reasons of `fit_knn`.
     """
     bank = checked_fit_features("features", features)
     k = _checked_k(k, len(bank))

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors in direction, in parts that fit a memory."""
+"""Exact nearest neighbors by cosine, computed in chunks so that memory stays bounded."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,30 +16,31 @@ from jevb_jax.evaluation.labeled_features import (
     result_dtype,
 )
 
-# TF32 or bfloat16 products would reorder neighbors and stall L-BFGS on an accelerator.
+# TF32 or bfloat16 products would change the order of neighbors on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 #
-# Neighbors are ordered by half their squared chord, `|u - v|^2 / 2 = 1 - cos`, of the directions `u`
-# and `v`. A product of float32 has an absolute error of 1e-7, so it cannot order neighbors that are
-# closer together than that: features with a common offset, near duplicates. It therefore only
-# proposes candidates, around the bank's mean direction and each with a bound on its error. They are
-# ordered by differences in float64, and where the bounds do not show that no other row can be among
-# the `k` nearest, the search goes on in float64, and in the end over all rows.
+# Neighbors are ordered by half of the squared chord, `|u - v|^2 / 2 = 1 - cos`, between directions
+# `u` and `v`. A float32 product has an absolute error of 1e-7, so it cannot order neighbors that
+# are closer than that (features with a common offset, near duplicates). Therefore float32 products
+# only find candidates: they use directions relative to the mean direction of the bank, and each has
+# a bound on its error. Differences in float64 then order the candidates. If the bounds do not prove
+# that the `k` nearest are among the candidates, the search is repeated in float64, and at last over
+# all rows.
 
-# Candidates beyond k: where neighbors are not crowded, the bounds then settle every query.
+# Number of candidates beyond k. With so many, the bounds prove most queries.
 _SPARE_CANDIDATES = 16
-# Numbers (float64) of candidates' rows that are gathered at once: 8 MiB, which a cache holds.
+# How many float64 numbers of candidate rows are gathered at once: 8 MiB, which fit into a cache.
 _RANKED_ELEMENTS = 2**20
-# Half a squared chord below this is the rounding of two float64 directions.
+# Half a squared chord below this is only the rounding of two float64 directions.
 _SAME_DIRECTION = 1e-30
 
 
 def _knn_features(name: str, features: ArrayLike) -> Array:
-    """`checked_features` that keeps float64 and has no row too small or too large to be squared.
+    """Features that keep float64, with rows scaled so that their squares are finite and not zero.
 
-    To be called under `jax.enable_x64`.
+    Call it under `jax.enable_x64`.
     """
     array = features if hasattr(features, "dtype") else np.asarray(features)
     checked, largest = features_and_largest(name, array)
@@ -47,19 +48,20 @@ def _knn_features(name: str, features: ArrayLike) -> Array:
     extreme = np.flatnonzero((largest < 2.0**-100) | (largest > 2.0**400))
     if not len(extreme):
         return checked
-    # By a power of two, which changes no direction, and by NumPy: XLA reads subnormals as zero.
+    # Scale by a power of two, which does not change the direction, and in NumPy, because XLA reads
+    # subnormal numbers as zero.
     rows = np.asarray(checked)[extreme]
     _, exponent = np.frexp(np.max(np.abs(rows), axis=-1, keepdims=True))
     return checked.at[extreme].set(np.ldexp(rows, -exponent))
 
 
 class _Bank(NamedTuple):
-    """Rows to search, and what is computed of them once.
+    """Rows to search, and what is computed from them once.
 
     Attributes:
       rows: `[N, F]`.
-      inverse_radius: `[N]` float64, 0 for a zero row, which has no direction.
-      center: `[F]` float64, mean of the rows' directions.
+      inverse_radius: `[N]` float64; 0 for a zero row, which has no direction.
+      center: `[F]` float64, mean of the directions of the rows.
     """
 
     rows: Array
@@ -73,7 +75,7 @@ def _inverse_radius(rows: Array) -> Array:
 
 
 def _directions(rows: Array, inverse_radius: Array) -> Array:
-    """`[..., F]` float64, the zero vector for a zero row."""
+    """Directions, `[..., F]` float64; the zero vector for a zero row."""
     return rows.astype(jnp.float64) * inverse_radius[..., None]
 
 
@@ -85,9 +87,10 @@ def _prepared(rows: Array) -> _Bank:
 
 
 def _half_squared_chord(query: Array, rows: Array, inverse_radius: Array) -> Array:
-    """`1 - cos` of one row and each of others, `[K]` float64, relative error 1e-15 over the chord.
+    """`1 - cos` between one row and each of `K` others, `[K]` float64.
 
-    Rounded at 36 bits, so that rows of one direction and different lengths are a tie.
+    The chord has a relative error of 1e-15. The result is rounded to 36 bits, so that rows with the
+    same direction and different lengths are a tie.
     """
     query_inverse_radius = _inverse_radius(query)
     query_direction = _directions(query, query_inverse_radius)
@@ -95,14 +98,14 @@ def _half_squared_chord(query: Array, rows: Array, inverse_radius: Array) -> Arr
     half = jnp.sum(jnp.square(difference), axis=-1) / 2
     half = jnp.where(half < _SAME_DIRECTION, 0, half)
     half = jax.lax.reduce_precision(half, exponent_bits=11, mantissa_bits=36)
-    # The cosine of a zero row is zero by definition.
+    # The cosine with a zero row is zero by definition.
     return jnp.where((inverse_radius == 0) | (query_inverse_radius == 0), 1, half)
 
 
 def _mapped(function: Any, values: Any, *, size: int) -> Any:
-    """`function` of each row of a tree of arrays, `size` or a few less at a time.
+    """Applies `function` to each row of a tree of arrays, in chunks of at most `size` rows.
 
-    Chunks are of one size, so that one program is compiled: a few last rows are done twice.
+    All chunks have one size, so that only one program is compiled; a few rows are computed twice.
     """
     num_rows = jax.tree.leaves(values)[0].shape[0]
     num_chunks = -(-num_rows // size)
@@ -119,35 +122,33 @@ def _mapped(function: Any, values: Any, *, size: int) -> Any:
 def _over_bank(
     bank: _Bank, start: Any, first: Any, *, count: int, size: int, of_chunk: Any
 ) -> tuple[Array, Array]:
-    """The `count` rows with the smallest values, the lower row first on a tie.
+    """The `count` rows of the bank with the smallest values; the lower row number wins a tie.
 
     Args:
-      bank: rows.
-      start: values that are not reached, `[count]`.
-      first: their rows, `[count]` int32.
-      count: how many.
-      size: rows at a time.
+      start: initial values, `[count]`, larger than any value of a row.
+      first: initial row numbers, `[count]` int32.
+      size: number of rows in a chunk.
       of_chunk: `(rows, inverse_radius) -> values [size]`.
 
     Returns:
-      values and rows, each `[count]`.
+      values and row numbers, each `[count]`.
     """
     num_rows = bank.rows.shape[0]
     num_chunks = -(-num_rows // size)
-    # Equal chunks: otherwise the last one, moved back to be full, does again what was done before.
+    # Chunks of equal size. Otherwise the last chunk would repeat much of the chunk before it.
     size = -(-num_rows // num_chunks)
 
     def merge(best: tuple[Array, Array], chunk: Array) -> tuple[tuple[Array, Array], None]:
-        # The last chunk starts early enough to be full, so that the bank is never copied to be
-        # padded; the rows that it shares with the chunk before are out of the running.
+        # The last chunk starts early enough to be full, so that the bank need not be copied and
+        # padded. Rows that it shares with the chunk before it are excluded.
         first_new = chunk * size
         begin = jnp.minimum(first_new, num_rows - size)
         rows = jax.lax.dynamic_slice_in_dim(bank.rows, begin, size)
         values = of_chunk(rows, jax.lax.dynamic_slice_in_dim(bank.inverse_radius, begin, size))
         is_new = begin + jnp.arange(size, dtype=jnp.int32) >= first_new
         values = jnp.where(is_new, values, jnp.inf)
-        # `top_k` breaks ties by position, and the rows seen first stand first: on a tie the
-        # lower row of the bank wins, whatever the chunks.
+        # `top_k` breaks ties by position. Rows seen before come first here, so the lower row of the
+        # bank wins a tie, whatever the chunk size is.
         negative, position = jax.lax.top_k(-values, min(count, size))
         merged = jnp.concatenate([best[0], -negative])
         indices = jnp.concatenate([best[1], begin + position])
@@ -171,21 +172,26 @@ def _search(
     bank_chunk_size: int,
     dtype: Any,
 ) -> tuple[Array, Array, Array]:
-    """`_half_squared_chord` and row of the `k` nearest, `[M, k]`, and whether they are sure to be."""
+    """Finds the `k` nearest rows of each query by candidates.
+
+    Returns:
+      `_half_squared_chord` and row number, each `[M, k]`, and `[M]` bool: whether they are proven
+      to be the nearest.
+    """
     num_features = queries.shape[1]
-    # Of a sum of products of rounded numbers, in any order; four times the textbook's bound, since
-    # an accelerator may make a product of several smaller ones.
+    # Bound on the error of a sum of products of rounded numbers, in any order. It is four times the
+    # textbook bound, because an accelerator may split a product into several smaller ones.
     gamma = 2 * (num_features + 16) * float(jnp.finfo(dtype).eps)
     direction_error = 2.0**-50
 
     def centered(rows: Array, inverse_radius: Array) -> tuple[Array, Array]:
-        """Directions less the center, and half their square less what it and products can err."""
+        """Directions minus the center, and a lower bound on half of their square."""
         rows = (_directions(rows, inverse_radius) - bank.center[None]).astype(dtype)
         square = jnp.sum(jnp.square(rows), axis=-1)
         return rows, square * (0.5 - gamma) - direction_error * jnp.sqrt(square)
 
     def candidates(query: Array) -> tuple[Array, Array]:
-        """Rows with the least lower bounds on half the squared chord, and the largest of these."""
+        """Rows with the smallest lower bounds, and the largest of these bounds."""
         (query,), (query_term,) = centered(query[None], _inverse_radius(query[None]))
 
         def lower_bounds(rows: Array, inverse_radius: Array) -> Array:
@@ -207,10 +213,10 @@ def _search(
         query, bound, index = candidate
         half = _half_squared_chord(query, bank.rows[index], bank.inverse_radius[index])
         half, index = (x[:k] for x in jax.lax.sort((half, index), num_keys=2))
-        # Strictly: a row outside may not even be a tie.
+        # Strictly smaller, so that a row outside the candidates is not even a tie.
         bound = bound.astype(jnp.float64)
         is_sure = half[-1] < bound - jnp.abs(bound) * 2.0**-22 - 2 * _SAME_DIRECTION
-        # Every row is a tie for a zero query.
+        # All rows are a tie for a zero query.
         is_zero = _inverse_radius(query) == 0
         index = jnp.where(is_zero, jnp.arange(k, dtype=jnp.int32), index)
         return half, index, is_sure | is_zero | (num_candidates == bank.rows.shape[0])
@@ -224,7 +230,7 @@ def _search(
 def _search_all(
     bank: _Bank, queries: Array, *, k: int, bank_chunk_size: int
 ) -> tuple[Array, Array]:
-    """As `_search`, by `_half_squared_chord` of every row."""
+    """Finds the `k` nearest rows of each query by `_half_squared_chord` of every row."""
 
     def of_one_query(query: Array) -> tuple[Array, Array]:
         return _over_bank(
@@ -240,7 +246,7 @@ def _search_all(
 
 
 def _rows_that_can_win(rows: np.ndarray, k: int) -> np.ndarray:
-    """Row numbers without those that repeat `k` rows before them: these win every tie with them."""
+    """Row numbers without the rows that repeat `k` earlier rows, because these win every tie."""
     copies: dict[bytes, int] = {}
     kept = []
     for number, row in enumerate(rows):
@@ -255,7 +261,10 @@ def _rows_that_can_win(rows: np.ndarray, k: int) -> np.ndarray:
 def _nearest(
     bank_rows: Array, queries: Array, *, k: int, chunk_size: int, bank_chunk_size: int
 ) -> tuple[Array, Array]:
-    """Half the squared chord and row of the `k` nearest, `[M, k]`; under `jax.enable_x64`."""
+    """Half the squared chord and row number of the `k` nearest, each `[M, k]`.
+
+    Call it under `jax.enable_x64`.
+    """
     bank = _prepared(bank_rows)
     num_rows, num_queries = bank_rows.shape[0], queries.shape[0]
     chunk_size = min(chunk_size, num_queries)
@@ -277,7 +286,7 @@ def _nearest(
     all_half, all_index = np.array(half), np.array(index)
 
     def groups(left: np.ndarray, size: int) -> list[np.ndarray]:
-        """Query numbers, so many at a time; the last are repeated, so that one size is compiled."""
+        """Query numbers in groups of one size, so that one program is compiled; the last repeat."""
         padded = np.concatenate([left, np.repeat(left[-1:], -len(left) % size)])
         return list(padded.reshape(-1, size))
 
@@ -312,7 +321,7 @@ def checked_nearest(
     chunk_size: int,
     bank_chunk_size: int,
 ) -> tuple[Array, Array]:
-    """`_nearest` of inputs that are not checked yet, likewise under `jax.enable_x64`."""
+    """Checks the inputs and returns `_nearest`. Call it under `jax.enable_x64`."""
     chunk_size = arguments.whole_number("chunk_size", chunk_size, at_least=1)
     bank_chunk_size = arguments.whole_number("bank_chunk_size", bank_chunk_size, at_least=1)
     bank = _knn_features(names[0], bank_features)
@@ -334,34 +343,33 @@ def nearest_neighbours(
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> tuple[Array, Array]:
-    """The `k` rows of a bank with the largest cosine to each query, exact.
+    """The `k` rows of a bank with the largest cosine to each query, exactly.
 
-    The order is that of cosines in float64, whatever features have in common and however near the
-    neighbors are: candidates by a product of float32 around the bank's mean direction, ordered by
-    differences in float64. A query whose candidates are not certain to hold all neighbors is
-    searched for again in float64, and among rows nearer than that, by differences from every row:
-    near duplicates in crowds take longer, up to several times.
+    Rows are ordered by the cosine in float64, even if features share a large offset or neighbors
+    are very close together. Float32 products find candidates, and differences in float64 order
+    them. A query whose candidates are not proven to hold all neighbors is searched again in
+    float64, and if need be by differences from every row. Therefore crowds of near duplicates take
+    up to several times as long.
 
-    Memory beyond the two feature arrays is `chunk_size x bank_chunk_size` numbers, the candidates
-    `[M, k + max(16, k / 8)]`, and 8 MiB; `[M, N]` is never built.
+    Besides the two feature arrays, memory holds `chunk_size x bank_chunk_size` numbers, the
+    candidates `[M, k + max(16, k / 8)]`, and 8 MiB. An array `[M, N]` is never built.
 
     Args:
-      bank_features: `[N, F]`, of any length. A zero row has cosine zero to everything.
-      query_features: `[M, F]`. float64 is not rounded, nor are subnormal numbers.
-      k: neighbors, at most `N`.
+      bank_features: `[N, F]`, of any length. A zero row has cosine zero with every row.
+      query_features: `[M, F]`. Float64 and subnormal numbers keep their precision.
+      k: number of neighbors, at most `N`.
       chunk_size: queries compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      cosine: `[M, k]`, in falling order, float32 (float64 of float64 features under x64).
-      index: `[M, k]` int32, rows of the bank; on a tie the lower row comes first. Squared chords
-        `2 - 2 cos` that agree to 1e-11 of themselves are a tie.
+      cosine: `[M, k]`, in falling order, float32 (float64 for float64 features under x64).
+      index: `[M, k]` int32, rows of the bank. The lower row comes first on a tie. Squared chords
+        `2 - 2 cos` with a relative difference below 1e-11 are a tie.
 
     Raises:
-      ValueError: `k` outside `[1, N]`, a chunk size below one, shapes that do not fit, values that
-        are not finite (with the number of such rows).
-      TypeError: features that are not floating point, a `k` or a chunk size that is not a whole
-        number.
+      ValueError: `k` is outside `[1, N]`, a chunk size is below one, shapes do not fit, or values
+        are not finite.
+      TypeError: features are not floating point, or `k` or a chunk size is not a whole number.
     """
     dtype = result_dtype(bank_features, query_features)
     with jax.enable_x64(True):

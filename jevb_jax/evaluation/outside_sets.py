@@ -1,4 +1,4 @@
-"""Sets of images that are not those of the training."""
+"""Sets of images that are out of distribution."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,11 +9,11 @@ from jevb_jax.images import corruptions, dataset
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.settings.sections import RunSettings
 
-if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
     pass
 
 
-# Severity 0 is the image itself.
+# The group of corrupted copies of in-distribution images.
 CORRUPTED = "corrupted"
 
 
@@ -21,10 +21,10 @@ class OutsideSet(NamedTuple):
     """Images that are out of distribution.
 
     Attributes:
-      name: what to call it; of a corruption `NAME_SEVERITY`.
-      group: "near", "far", ... over which AUROC is averaged; `CORRUPTED` for corruptions.
+      name: the name of the set; `NAME_SEVERITY` for a corruption.
+      group: "near", "far", and so on; AUROC is averaged over a group. `CORRUPTED` for corruptions.
       source: the images.
-      protocol: what they are.
+      protocol: what the images are, in words.
     """
 
     name: str
@@ -34,20 +34,13 @@ class OutsideSet(NamedTuple):
 
 
 def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> OutsideSet:
-    """A set that a config describes.
+    """Loads a set that a config describes.
 
     Args:
-      name: what to call it.
-      group: sets of one group are averaged.
-      protocol: what it is, in words: which release, which split list.
-      **source: keyword arguments of `dataset.load_images`.
-
-    Returns:
-      The set.
-
-    Raises:
-      ValueError: as `dataset.load_images`.
-      FileNotFoundError: likewise.
+      name: the name of the set.
+      group: AUROC is averaged over the sets of a group.
+      protocol: what the set is, in words: which release, which list of images.
+      **source: keyword arguments of `dataset.load_images`, whose errors it may raise.
     """
     images = dataset.load_images(**source)
     return OutsideSet(name, group, images, protocol or f"{name}, {images.name}")
@@ -56,16 +49,13 @@ def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> 
 def corrupted_sets(
     images: np.ndarray, names: Sequence[str], severities: Sequence[int], *, of: str
 ) -> Iterator[OutsideSet]:
-    """Corrupted copies of in-distribution images, made one set at a time.
+    """Yields corrupted copies of in-distribution images, one set for each corruption and severity.
 
     Args:
       images: `[N, h, w, c]` uint8.
-      names: some of `corruptions.CORRUPTIONS`.
-      severities: 1 to 5.
+      names: keys of `corruptions.CORRUPTIONS`.
+      severities: each from 1 to 5.
       of: what the images are, for the protocol.
-
-    Yields:
-      One set for each corruption and severity.
     """
     for name in names:
         for severity in severities:
@@ -79,6 +69,6 @@ def corrupted_sets(
 
 
 def is_asked(settings: RunSettings) -> bool:
-    """Whether a config has anything to detect."""
+    """Whether the config asks for detection."""
     section = settings.ood
     return bool(section.outside or section.corruptions or settings.data.inlier_class >= 0)

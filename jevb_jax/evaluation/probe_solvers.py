@@ -1,4 +1,4 @@
-"""How a linear probe is fitted: L-BFGS, or SGD where the features are too many."""
+"""Solvers for a linear probe: L-BFGS, and SGD for large features."""
 
 import functools
 from typing import Any, Literal, NamedTuple
@@ -11,13 +11,13 @@ from jax import Array
 
 from jevb_jax import arguments
 
-# TF32 or bfloat16 products would reorder neighbors and stall L-BFGS on an accelerator.
+# With TF32 or bfloat16 products L-BFGS does not converge on an accelerator.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 Solver = Literal["lbfgs", "sgd"]
 SOLVER_NAMES: dict[Solver, str] = {"lbfgs": "L-BFGS", "sgd": "SGD"}
 
-# Above 2^28 numbers (1 GiB in float32) of features and logits together, "auto" takes minibatches.
+# Features and logits together with more than 2^28 numbers (1 GiB in float32): "auto" takes SGD.
 LBFGS_MAX_ELEMENTS = 2**28
 
 
@@ -29,31 +29,31 @@ class ProbeParameters(NamedTuple):
 
 
 class Standardization(NamedTuple):
-    """Mean and deviation of every feature, `[F]`."""
+    """Mean and standard deviation of every feature, `[F]`."""
 
     mean: Array
     std: Array
 
     def __call__(self, features: Array) -> Array:
-        """Features of mean 0 and deviation 1."""
+        """Features with mean 0 and standard deviation 1."""
         return (features - self.mean[None]) / self.std[None]
 
 
 def _times_power_of_two(x: Array, exponent: Array) -> Array:
-    """`x 2^exponent`, in two steps: the power itself may be no number of the type."""
+    """`x 2^exponent`, in two steps, because `2^exponent` itself may overflow or underflow."""
     half = exponent // 2
     return jnp.ldexp(jnp.ldexp(x, half), exponent - half)
 
 
 @jax.jit
 def fit_standardization(features: Array) -> Standardization:
-    """Statistics over rows, `[F]`; features that vary by rounding error only count as constant."""
-    # Divided by a power of two, which rounds nothing: squares would overflow or vanish.
+    """Mean and deviation over rows. A feature that varies only by rounding counts as constant."""
+    # Divide by a power of two, which rounds nothing. Squares would otherwise overflow or vanish.
     largest = jnp.max(jnp.abs(features), axis=0)
     _, exponent = jnp.frexp(largest)
     exponent = jnp.where(largest > 0, exponent, 0)
     features = _times_power_of_two(features, -exponent[None])
-    # Measured from the first row: a constant feature is then exactly zero, however long the sum.
+    # Measure from the first row: a constant feature is then exactly zero, however many rows.
     offset = features[0]
     shifted = features - offset[None]
     shifted_mean = jnp.mean(shifted, axis=0)
@@ -66,20 +66,20 @@ def fit_standardization(features: Array) -> Standardization:
 
 
 def logits_of(parameters: ProbeParameters, standardised: Array) -> Array:
-    """`[N, C]`."""
+    """Logits, `[N, C]`."""
     return _matmul(standardised, parameters.weights) + parameters.bias[None]
 
 
 def _cross_entropy(parameters: ProbeParameters, standardised: Array, labels: Array) -> Array:
-    """`log sum_c exp(z_c - z_y)`, `[N]`, of logits `z`, with digits however near 0 it is.
+    """Cross-entropy `log sum_c exp(z_c - z_y)`, `[N]`, of logits `z`. It is accurate near 0 too.
 
-    `logsumexp(z) - z_y` errs by 1e-7 of `z`, more than the value on features that separate the classes:
-    the line search of L-BFGS then finds no way down, and the fit stalls short of its tolerance.
+    `logsumexp(z) - z_y` has an error of `1e-7 z`. For classes that are separated this is more than
+    the value itself: the line search of L-BFGS then finds no descent, and the fit stalls.
     """
     logits = logits_of(parameters, standardised)
     is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None]
     margin = logits - jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
-    # Any number gives the same value and gradient; the largest margin, at least 0, does not overflow.
+    # Any shift gives the same value and gradient. The largest margin (at least 0) cannot overflow.
     largest = jax.lax.stop_gradient(jnp.max(margin, axis=-1))
     others = jnp.sum(jnp.where(is_label, 0, jnp.exp(margin - largest[:, None])), axis=-1)
     return largest + jnp.log1p(others + jnp.expm1(-largest))
@@ -99,7 +99,7 @@ def fit_lbfgs(
     tolerance: Array,
     max_iterations: Array,
 ) -> tuple[ProbeParameters, Array, Array]:
-    """Parameters at the minimum of the penalized cross-entropy, and how the search ended."""
+    """Minimizes the penalized cross-entropy: parameters, gradient norm, number of iterations."""
     standardised = standardise(features)
 
     def objective(parameters: ProbeParameters) -> Array:
@@ -135,10 +135,10 @@ def fit_lbfgs(
 
 
 def _largest_eigenvalue(key: Array, features: Array, standardise: Standardization) -> Array:
-    """Of the correlation matrix of the features, by power iteration, `[]`."""
+    """Largest eigenvalue of the correlation matrix of the features, `[]`, by power iteration."""
 
     def correlate(_: int, vector: Array) -> Array:
-        # X (v / std) - <mean, v / std> is the standardized product without a standardized copy.
+        # This is the product with standardized features, without a standardized copy of them.
         scaled = vector / standardise.std
         product = _matmul(features, scaled) - jnp.vdot(standardise.mean, scaled)
         back = _matmul(product, features) - jnp.sum(product) * standardise.mean
@@ -161,29 +161,29 @@ def fit_sgd(
     num_epochs: int,
     batch_size: int,
 ) -> tuple[ProbeParameters, Array]:
-    """Parameters after epochs of stochastic gradient descent on the penalized cross-entropy."""
+    """Minimizes the penalized cross-entropy by SGD: final parameters and their gradient norm."""
     num_examples = features.shape[0]
     steps_per_epoch = -(-num_examples // batch_size)
     num_padded = steps_per_epoch * batch_size - num_examples
 
     def batches(order: Array) -> tuple[Array, Array]:
-        """Every example once: rows and weights, each `[steps_per_epoch, batch_size]`."""
+        """Rows and weights of one epoch, each `[steps_per_epoch, batch_size]`; every row once."""
         row = jnp.pad(order, (0, num_padded)).reshape(steps_per_epoch, batch_size)
         weight = jnp.pad(jnp.ones(num_examples, features.dtype), (0, num_padded))
         return row, weight.reshape(steps_per_epoch, batch_size)
 
     def objective(parameters: ProbeParameters, row: Array, weight: Array) -> Array:
         cross_entropy = _cross_entropy(parameters, standardise(features[row]), labels[row])
-        # Over batch_size, not over the sum of weights: a short last batch counts for its examples
-        # only.
+        # Divide by batch_size and not by the sum of the weights, so that the examples of a short
+        # last batch weigh as much as all others.
         return jnp.vdot(weight, cross_entropy) / batch_size + _penalty(
             parameters, l2_regularization
         )
 
     eigenvalue_key, order_key = jax.random.split(key)
     # The Hessian of the softmax cross-entropy is at most half the correlation matrix (Böhning
-    # 1992); the bias adds an eigenvalue of one half. A step of one over that bound is stable under
-    # momentum 0.9.
+    # 1992), and the bias adds an eigenvalue of one half. A step size of one over this bound is
+    # stable with momentum 0.9.
     largest_eigenvalue = _largest_eigenvalue(eigenvalue_key, features, standardise)
     curvature = jnp.maximum(largest_eigenvalue, 1) / 2 + l2_regularization
     decay = optax.cosine_decay_schedule(1.0, num_epochs * steps_per_epoch)
@@ -223,7 +223,7 @@ def fit_sgd(
 
 
 class ProbeSettings(NamedTuple):
-    """How a probe is fitted; see `fit_linear_probe`."""
+    """Arguments of `fit_linear_probe` that say how to fit."""
 
     num_classes: int
     solver: Solver | Literal["auto"]
@@ -235,7 +235,7 @@ class ProbeSettings(NamedTuple):
 
 
 def checked_settings(**given: Any) -> ProbeSettings:
-    """Settings of a probe, each refused by its name."""
+    """Checks the settings of a probe; an error names the setting."""
     if given["solver"] not in ("auto", *SOLVER_NAMES):
         raise ValueError(
             f"solver must be one of {('auto', *SOLVER_NAMES)}, got {given['solver']!r}"
@@ -254,7 +254,7 @@ def checked_settings(**given: Any) -> ProbeSettings:
 
 
 def checked_strength(value: Any) -> float:
-    """A strength of the penalty, at least 0."""
+    """Checks the strength of the penalty, which is at least 0."""
     strength = arguments.real_number("l2_regularization", value)
     if not (strength >= 0 and np.isfinite(strength)):
         raise ValueError(f"l2_regularization must be at least 0 and finite, got {strength}")
@@ -262,7 +262,7 @@ def checked_strength(value: Any) -> float:
 
 
 def zero_parameters(features: Array, num_classes: int) -> ProbeParameters:
-    """Where a search begins."""
+    """Zero weights and bias, where a search starts."""
     return ProbeParameters(
         weights=jax.device_put(np.zeros([features.shape[1], num_classes], features.dtype)),
         bias=jax.device_put(np.zeros([num_classes], features.dtype)),

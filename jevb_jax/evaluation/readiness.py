@@ -1,7 +1,8 @@
-"""Whether a run can be evaluated as its config asks, found out before its first step.
+"""Checks before the first step that a run can be evaluated as its config asks.
 
-Training takes hours, and its evaluation reads files and settings that training does not: what would
-stop it there is refused here. What the data cannot give is left out by the evaluation itself.
+Training takes hours, and the evaluation after it reads files and settings that training does not.
+Whatever would stop the evaluation is an error here. Measures that the data do not allow are no
+error: the evaluation leaves them out.
 """
 
 from collections.abc import Mapping
@@ -18,23 +19,21 @@ from jevb_jax.training.experiment import Experiment
 
 
 def check(experiment: Experiment) -> None:
-    """Refuses what the evaluation at the end would refuse; loads each outside set once.
-
-    Args:
-      experiment: what `build_experiment` made.
+    """Raises the errors that the evaluation at the end would raise. Loads each outside set once.
 
     Raises:
-      ValueError: a setting that does not fit the networks or the data, by its name.
-      FileNotFoundError: a file of `ood.outside`, `ood.choice` or `ood.human_counts_path` is missing.
+      ValueError: a setting does not fit the networks or the data; the message names it.
+      FileNotFoundError: a file of `ood.outside`, `ood.choice` or `ood.human_counts_path` is
+        missing.
     """
-    jax.eval_shape(experiment.initial_state)  # what the networks refuse of the views
+    jax.eval_shape(experiment.initial_state)  # raises if the networks do not take the views
     settings, dataset = experiment.settings, experiment.dataset
     for section, name in (("checkpoint", "keep_best"), ("train", "knn_every_epochs")):
         given = getattr(getattr(settings, section), name)
         reason = accuracy.why_no_knn(settings.evaluation, dataset) if given else ""
         if reason:
             raise ValueError(
-                f"{section}.{name} = {given} needs k-NN on the validation split: {reason}; set it to 0"
+                f"{section}.{name} = {given} needs k-NN on the validation split: {reason}. Set it to 0"
             )
     _, evaluated = accuracy.evaluated_split(settings.evaluation, dataset)
     if outside_sets.is_asked(settings):
@@ -47,8 +46,8 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
     for name, counts in (("knn_k", settings.knn_k), ("ssd_clusters", settings.ssd_clusters)):
         if max(counts, default=0) > num_fitted:
             raise ValueError(
-                f"ood.{name} = {counts} asks for more than the {num_fitted:,} images "
-                "that scores are fitted to (the training images, at most ood.max_fit_images)"
+                f"ood.{name} = {counts} must be at most {num_fitted:,}, the number of images that "
+                "scores are fitted to (the training images, at most ood.max_fit_images)"
             )
     names = score_table.scores_of_run(
         experiment.settings, has_labels=dataset.train.labels is not None
@@ -62,7 +61,7 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
             _check_outside_set(f"ood.{part}[{number}]", description, experiment)
     shape = image_shape(evaluated)
     for name in settings.corruptions:
-        # What an image is too small for at any severity, it is too small for at the largest.
+        # The largest severity needs the largest image.
         _check_corruption(name, settings.severities[-1], shape)
     if settings.human_counts_path:
         _check_human_counts(settings.human_counts_path, len(evaluated))
@@ -77,7 +76,7 @@ def _check_outside_set(where: str, description: Mapping[str, Any], experiment: E
     wanted = experiment.view_shape[-1]
     if channels not in (1, wanted):
         raise ValueError(
-            f"{where}, {description['name']!r}, has images of {channels} channels, and the network "
+            f"{where}, {description['name']!r}, has images of {channels} channels, but the network "
             f"takes {wanted}"
         )
 
@@ -102,6 +101,6 @@ def _check_human_counts(path: str, num_images: int) -> None:
         ) from error
     if len(shape) != 2 or shape[0] != num_images:
         raise ValueError(
-            f"ood.human_counts_path = {path!r} holds votes of shape {shape} and {num_images:,} images "
-            "are evaluated: they must be the whole test set, in its order"
+            f"ood.human_counts_path = {path!r} holds votes of shape {shape}, but {num_images:,} images "
+            "are evaluated. Give votes for the whole test set, in its order"
         )

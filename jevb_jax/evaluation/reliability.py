@@ -1,7 +1,7 @@
-"""Does the uncertainty mean anything? The checks of the URL benchmark (Kirchhof et al. 2023).
+"""Checks whether the uncertainty means anything, after the URL benchmark (Kirchhof et al. 2023).
 
-Pure functions of arrays on the host, in float64. An uncertainty is `[N]`, larger = less certain; any
-score of `score_table` can stand in for it.
+They are pure functions of arrays on the host, in float64. An uncertainty is `[N]`; larger = less
+certain. Any score of `score_table` can be used.
 """
 
 import warnings
@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike
 
 
 def _real(name: str, values: ArrayLike) -> np.ndarray:
-    """float64, or integers as they are: large ones that differ must not become equal."""
+    """Values as float64. Integers stay, because large ones could become equal."""
     array = np.asarray(values)
     if np.issubdtype(array.dtype, np.integer):
         return array
-    # bfloat16 and the like are no subtype of NumPy's.
+    # bfloat16 and similar types are not subtypes of NumPy's floating types.
     if array.dtype.kind not in "fbV" or array.dtype.names is not None:
         raise TypeError(f"{name} must be real numbers, got {array.dtype}")
     return array.astype(np.float64)
@@ -44,27 +44,28 @@ def _checked_errors(uncertainty: ArrayLike, is_error: ArrayLike) -> tuple[np.nda
 
 
 def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
-    """Probability that a wrongly classified image is less certain than a right one.
+    """Probability that a wrongly classified image is less certain than a correctly classified one.
 
-    Errors are a classifier's, fitted on training images. The R-AUROC of Kirchhof et al. (2023) is
-    another number: its errors are those of the nearest neighbor within the test images.
+    The errors are those of a classifier fitted on training images. The R-AUROC of Kirchhof et al.
+    (2023) is a different number: its errors are those of the nearest neighbor among the test
+    images.
 
     Args:
       uncertainty: `[N]`.
       is_error: `[N]` bool.
 
     Returns:
-      In [0, 1]; ties count half.
+      A number in [0, 1]; ties count half.
 
     Raises:
-      ValueError: NaN, shapes that differ, no errors or nothing but errors.
+      ValueError: a value is NaN, shapes differ, or the images are all right or all wrong.
     """
     values, errors = _checked_errors(uncertainty, is_error)
     if errors.all() or not errors.any():
         raise ValueError(
             f"AUROC needs right and wrong images, got {errors.sum()} wrong of {len(errors)}"
         )
-    # Ranks keep infinities apart from NaN, which scikit-learn refuses together.
+    # Ranks treat infinities correctly; scikit-learn refuses them along with NaN.
     from scipy.stats import rankdata  # both slow to import
     from sklearn.metrics import roc_auc_score
 
@@ -75,11 +76,11 @@ class RiskCoverage(NamedTuple):
     """Share of errors among the most certain images.
 
     Attributes:
-      coverage: `[N]`, `n / N`, the share that is kept.
-      risk: `[N]`, of errors among the `n` most certain; where certainties are equal, expected over
-        their orders.
+      coverage: `[N]`, `n / N`, the share of images that is kept.
+      risk: `[N]`, share of errors among the `n` most certain images. For ties it is the expectation
+        over their orders.
       area: mean risk over coverages (AURC; Geifman and El-Yaniv 2017). Smaller is better.
-      excess: `area` less that of an order with all errors last (E-AURC), at least 0.
+      excess: `area` minus its value for the order with all errors last (E-AURC), at least 0.
     """
 
     coverage: np.ndarray
@@ -89,22 +90,22 @@ class RiskCoverage(NamedTuple):
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, is_error: ArrayLike) -> RiskCoverage:
-    """Error of a classifier that may abstain on the images it is least certain of.
+    """Error of a classifier that may abstain on the images it is least certain about.
 
     Args:
       uncertainty: `[N]`.
       is_error: `[N]` bool.
 
     Returns:
-      `RiskCoverage`; its last risk is the plain error rate.
+      `RiskCoverage`; its last risk is the ordinary error rate.
 
     Raises:
-      ValueError: NaN, shapes that differ.
+      ValueError: a value is NaN, or shapes differ.
     """
     values, errors = _checked_errors(uncertainty, is_error)
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)
     wrong = np.bincount(group, weights=errors)
-    # An image's expected error is its group's share: the sum of any n first is then right.
+    # Each image of a tie gets the share of errors in the tie; the sum of the first n is then right.
     expected = np.repeat(wrong / size, size)
     kept = np.arange(1, len(values) + 1)
     risk = np.cumsum(expected) / kept
@@ -115,7 +116,7 @@ def risk_coverage_curve(uncertainty: ArrayLike, is_error: ArrayLike) -> RiskCove
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's along the first axis, of arrays that broadcast; 0 where one of the two is constant."""
+    """Spearman's correlation along the first axis, with broadcasting; 0 if an input is constant."""
     from scipy import stats  # slow to import
 
     if len(a) < 2:
@@ -131,9 +132,9 @@ class SeverityCorrelation(NamedTuple):
     """Spearman's correlation of uncertainty with severity.
 
     Attributes:
-      mean_per_image: within each image over severities, averaged; 0 for an image whose uncertainty
-        never changes, since it then says nothing of severity.
-      pooled: over all images and severities together.
+      mean_per_image: correlation over the severities of each image, averaged. An image whose
+        uncertainty never changes counts as 0, because it says nothing about severity.
+      pooled: correlation over all images and severities together.
     """
 
     mean_per_image: float
@@ -144,13 +145,13 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
     """Whether uncertainty grows as images are degraded.
 
     Args:
-      uncertainty: `[S + 1, N]`, of severity 0 (the image itself) to S, `S >= 1`.
+      uncertainty: `[S + 1, N]`, for severities 0 (the image itself) to `S >= 1`.
 
     Returns:
-      `SeverityCorrelation`, each in [-1, 1].
+      Two correlations, each in [-1, 1].
 
     Raises:
-      ValueError: another shape, NaN.
+      ValueError: the shape is wrong, or a value is NaN.
     """
     values = _real("uncertainty", uncertainty)
     if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
@@ -164,39 +165,43 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
 
 
 def share_increased(uncertainty: ArrayLike, degraded_uncertainty: ArrayLike) -> float:
-    """Share of images that are less certain once degraded, ties half (URL's crop check).
+    """Share of images that are less certain after degradation; ties count half.
+
+    URL does this check with cropped images.
 
     Args:
       uncertainty: `[N]`.
-      degraded_uncertainty: `[N]`, of the same images, cropped or corrupted.
+      degraded_uncertainty: `[N]`, of the same images after cropping or corruption.
 
     Returns:
-      In [0, 1].
+      A number in [0, 1].
 
     Raises:
-      ValueError: NaN, lengths that differ.
+      ValueError: a value is NaN, or lengths differ.
     """
     before = _checked("uncertainty", uncertainty)
     after = _checked("degraded_uncertainty", degraded_uncertainty)
     if before.shape != after.shape:
-        raise ValueError(f"both must be of the same images, got {len(before)} and {len(after)}")
+        raise ValueError(
+            f"both must have one value for each image, got {len(before)} and {len(after)} values"
+        )
     return float(np.mean((after > before) + 0.5 * (after == before)))
 
 
 def label_entropy(counts: ArrayLike) -> np.ndarray:
-    """Entropy of people's votes for an image.
+    """Entropy of people's votes for each image.
 
     Args:
-      counts: `[N, C]`, votes for each class, at least one an image; counts or shares.
+      counts: `[N, C]`, votes for each class, as counts or shares. Each image has a vote.
 
     Returns:
-      `[N]`, nats, in [0, log C], relative error 1e-15 however small. Entropies that agree to their
-      rounding error are equal, so that the same votes in another order of the classes are a tie.
+      `[N]`, nats, in [0, log C], with a relative error of 1e-15. Entropies that differ only by
+      rounding are made equal, so that the same votes in another order of classes are a tie.
 
     Raises:
-      ValueError: another shape, no images, counts that are negative or not finite, an image without
-        votes.
-      TypeError: counts that are not real numbers.
+      ValueError: the shape is wrong, there are no images, a count is negative or not finite, or an
+        image has no votes.
+      TypeError: counts are not real numbers.
     """
     votes = _real("counts", counts).astype(np.float64)
     if (
@@ -206,16 +211,16 @@ def label_entropy(counts: ArrayLike) -> np.ndarray:
         or not (votes > 0).any(axis=1).all()
     ):
         raise ValueError(
-            "counts must be [N, C], finite, not negative, with a vote for each image, got shape "
+            "counts must be [N, C], finite and not negative, with a vote for each image, got shape "
             f"{votes.shape}"
         )
-    # One order of summation whatever the order of the classes, the largest last. A power of two is
-    # divided out, lest the sum overflow.
+    # Sum in an order that does not depend on the order of the classes, the largest last. Divide by
+    # a power of two, so that the sum does not overflow.
     votes = np.sort(votes, axis=1)
     votes = np.ldexp(votes, -np.frexp(votes[:, -1:])[1])
     total = votes.sum(axis=1, keepdims=True)
     share = votes / total
-    # log of a share near 1 by what is left of it: 1 - 1e-15 has no digits.
+    # For a share near 1, take the logarithm by the rest: the share itself lacks the digits.
     rest = votes[:, :-1].sum(axis=1, keepdims=True) / total
     log_share = np.log(np.where(share > 0, share, 1))
     is_most = rest[:, 0] < 0.5
@@ -224,7 +229,7 @@ def label_entropy(counts: ArrayLike) -> np.ndarray:
 
 
 def _rounding_joined(values: np.ndarray, *, relative: float) -> np.ndarray:
-    """Values at least 0 `[N]`, those equal that differ by less than so many roundings."""
+    """Makes values `[N]` equal that differ by fewer roundings than `relative`."""
     unique, inverse = np.unique(values, return_inverse=True)
     is_new = np.diff(unique) > relative * np.finfo(np.float64).eps * unique[1:]
     first = np.flatnonzero(np.concatenate([[True], is_new]))
@@ -239,30 +244,33 @@ def human_disagreement_correlation(uncertainty: ArrayLike, counts: ArrayLike) ->
       counts: `[N, C]`, votes in the order of the images.
 
     Returns:
-      In [-1, 1]; 0 where one of the two is constant.
+      A number in [-1, 1]; 0 if one of the two is constant.
 
     Raises:
-      ValueError: as `label_entropy`; NaN, lengths that differ.
+      ValueError: a value is NaN, lengths differ, or for the reasons of `label_entropy`.
     """
     values, entropy = _checked("uncertainty", uncertainty), label_entropy(counts)
     if len(values) != len(entropy):
-        raise ValueError(f"{len(values)} uncertainties and votes for {len(entropy)} images")
+        raise ValueError(
+            f"there must be votes for each image, got {len(values)} uncertainties and votes for "
+            f"{len(entropy)} images"
+        )
     return float(_rank_correlation(values, entropy))
 
 
 class ScaleSpectrum(NamedTuple):
-    """How posterior scales are spread over features and over images.
+    """How posterior scales vary over features and over images.
 
-    The three shares split the variance of `log scale` over the table images x features (a two-way
-    analysis of variance) and sum to one; all are 0 where scales vary by the rounding of their type
-    only, or not at all.
+    The three shares split the variance of `log scale` in the table of images and features (a
+    two-way analysis of variance). They sum to one. All are 0 if the scales vary at most by
+    rounding.
 
     Attributes:
-      feature_scale: `[D]`, each feature's geometric mean over images, falling.
-      image_scale: `[N]`, each image's geometric mean over features, falling.
-      feature_share: due to features: some are always less certain.
-      image_share: due to images: some are less certain in every feature. An isotropic scale has
-        nothing else.
+      feature_scale: `[D]`, geometric mean over images for each feature, falling.
+      image_scale: `[N]`, geometric mean over features for each image, falling.
+      feature_share: share of the features: some features are always less certain.
+      image_share: share of the images: some images are less certain in all features. An isotropic
+        scale has only this share.
       interaction_share: the rest: which features are uncertain depends on the image.
     """
 
@@ -274,23 +282,22 @@ class ScaleSpectrum(NamedTuple):
 
 
 def scale_spectrum(posterior_scale: ArrayLike) -> ScaleSpectrum:
-    """Whether the anisotropy of the posterior is used, and by whom.
+    """Splits the variance of posterior scales between features and images.
 
     Args:
       posterior_scale: `[N, D]`, positive.
 
-    Returns:
-      `ScaleSpectrum`.
-
     Raises:
-      ValueError: another shape, values that are not positive and finite.
+      ValueError: the shape is wrong, or a value is not positive and finite.
     """
-    # Scales that are equal but for the rounding of their own type do not vary.
+    # Scales that differ only by the rounding of their own type do not vary.
     dtype = getattr(posterior_scale, "dtype", np.float64)
     rounding = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
     scale = _real("posterior_scale", posterior_scale).astype(np.float64)
     if scale.ndim != 2 or scale.size == 0 or not ((scale > 0) & np.isfinite(scale)).all():
-        raise ValueError(f"posterior_scale must be [N, D], positive, finite, got {scale.shape}")
+        raise ValueError(
+            f"posterior_scale must be [N, D], positive, finite, got shape {scale.shape}"
+        )
     log_scale = np.log(scale)
     by_feature, by_image = log_scale.mean(axis=0), log_scale.mean(axis=1)
     total = log_scale.var()

@@ -1,8 +1,8 @@
-"""Fitted scores as plain JSON and arrays: names of our own classes and functions, and no code.
+"""Fitted scores as plain JSON and arrays, without code.
 
-A fitted score is a tree: dataclasses and named tuples of `jevb_jax`, arrays, functions of the same
-modules, and plain values. Reading builds these and nothing else, and takes a field only if its class
-has it.
+A fitted score is a tree of dataclasses and named tuples of `jevb_jax`, arrays, functions of the
+same modules, and plain values. JSON stores the names of our classes and functions. Reading builds
+only these, and accepts a field only if its class has it.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 _PACKAGE = "jevb_jax."
-# Nothing else of the package is ever named: what a file says is not run from anywhere.
+# Only names in these folders are looked up, so a file cannot make us run any other code.
 _HOMES = re.compile(r"(evaluation|paper)\.[a-z_]+")
-# Where the names of modules that were split or moved are now. Detectors saved before name these.
+# Where the contents of split or moved modules are now. Older detectors hold the old names.
 _FORMERLY: dict[str, tuple[str, ...]] = {
     "ood": (
         "paper.scores",
@@ -38,44 +38,45 @@ _FORMERLY: dict[str, tuple[str, ...]] = {
 
 
 class SavedScoreError(ValueError):
-    """A description that is not one of a fitted score of this version."""
+    """The description is not that of a fitted score of this version."""
 
 
 def describe(score: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """Takes a fitted score apart.
+    """Describes a fitted score by JSON values and arrays.
 
     Args:
-      score: what an entry of `score_table.score_table` made, or a `fit_*` of the detectors.
+      score: from an entry of `score_table.score_table`, or from a `fit_*` function of the
+        detectors.
 
     Returns:
-      JSON values that name classes, functions and arrays; and those arrays by name.
+      JSON values, which name classes, functions and arrays, and these arrays by name.
 
     Raises:
-      TypeError: something that has no name in our modules, for instance a function made on the fly.
+      TypeError: a part has no name in our modules, for example a local function.
     """
     arrays: dict[str, np.ndarray] = {}
     return _describe(score, "score", arrays), arrays
 
 
 def rebuild(description: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The inverse of `describe`.
+    """Builds the score that `describe` described.
 
     Args:
       description: JSON values.
-      arrays: exactly those that it names.
+      arrays: exactly the arrays that the description names.
 
     Returns:
-      The score; arrays that were on a device are on the default one.
+      The score. Its device arrays are on the default device.
 
     Raises:
-      SavedScoreError: a class, function or field that this version does not have, an array that is
-        missing or left over.
+      SavedScoreError: this version lacks a class, function or field, or an array is missing or
+        left over.
     """
     used: set[str] = set()
     score = _rebuild(description, arrays, used)
     left = sorted(set(arrays) - used)
     if left:
-        raise SavedScoreError(f"arrays that no part of the score names: {left}")
+        raise SavedScoreError(f"no part of the score names these arrays: {left}")
     return score
 
 
@@ -104,7 +105,9 @@ def _describe(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"tuple" if isinstance(value, tuple) else "list": list(items.values())}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"mapping": _describe_all(value, name, arrays)}
-    raise TypeError(f"{name} of a score cannot be saved: {value!r} is neither numbers nor ours")
+    raise TypeError(
+        f"{name} of a score cannot be saved: {value!r} is neither numbers nor a part of jevb_jax"
+    )
 
 
 def _describe_all(
@@ -114,7 +117,7 @@ def _describe_all(
 
 
 def _is_compiled(value: Any) -> bool:
-    """Whether a value is what `jax.jit` makes of a function."""
+    """Whether a value is a function compiled by `jax.jit`."""
     return callable(value) and isinstance(getattr(value, "__wrapped__", None), types.FunctionType)
 
 
@@ -129,7 +132,10 @@ def _name_of(named: Any, value: Any) -> str:
     module, name = named.__module__, named.__qualname__
     home = module.removeprefix(_PACKAGE)
     if not _HOMES.fullmatch(home) or getattr(_module(module), name, None) is not named:
-        raise TypeError(f"a score cannot be saved: {value!r} has no name where scores are")
+        raise TypeError(
+            f"a score cannot be saved: {value!r} is not defined at the top of a module of "
+            "jevb_jax.evaluation or jevb_jax.paper"
+        )
     return f"{home}:{name}"
 
 
@@ -138,13 +144,13 @@ def _module(name: str) -> types.ModuleType:
 
 
 def _named(name: Any) -> Any:
-    """What a description names; only what a module of ours itself defines."""
+    """The class or function that a description names; it must be defined in one of our modules."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-z_.]+:\w+", name):
-        raise SavedScoreError(f"not a name of a class or function: {name!r}")
+        raise SavedScoreError(f"expected the name of a class or function, got {name!r}")
     module_name, _, attribute = name.partition(":")
     candidates = _FORMERLY.get(module_name, (module_name,))
     if not all(_HOMES.fullmatch(candidate) for candidate in candidates):
-        raise SavedScoreError(f"{name} is not where scores are")
+        raise SavedScoreError(f"{name} is not in jevb_jax.evaluation or jevb_jax.paper")
     for candidate in candidates:
         try:
             module = _module(_PACKAGE + candidate)
@@ -160,7 +166,7 @@ def _rebuild(description: Any, arrays: Mapping[str, np.ndarray], used: set[str])
     if description is None or isinstance(description, bool | int | str):
         return description
     if not isinstance(description, dict) or not description:
-        raise SavedScoreError(f"not a part of a score: {description!r}")
+        raise SavedScoreError(f"expected a part of a score, got {description!r}")
     kind, content = next(iter(description.items()))
 
     def all_of(values: Any) -> dict[str, Any]:
@@ -187,12 +193,12 @@ def _rebuild(description: Any, arrays: Mapping[str, np.ndarray], used: set[str])
         case "class":
             owner = _named(content)
             if not isinstance(owner, type) or not _fields(owner):
-                raise SavedScoreError(f"{content} is not a class of values")
+                raise SavedScoreError(f"{content} is neither a dataclass nor a named tuple")
             fields = all_of(description["fields"])
             if set(fields) != set(_fields(owner)):
                 raise SavedScoreError(
-                    f"{content} has the fields {list(_fields(owner))} in this version, and was saved "
-                    f"with {list(fields)}: fit and save the detector again"
+                    f"{content} has the fields {list(_fields(owner))} in this version, but was saved "
+                    f"with {list(fields)}. Fit and save the detector again"
                 )
             return owner(**fields)
         case "tuple" | "list":
@@ -201,4 +207,4 @@ def _rebuild(description: Any, arrays: Mapping[str, np.ndarray], used: set[str])
         case "mapping":
             return all_of(content)
         case _:
-            raise SavedScoreError(f"not a part of a score: {kind!r}")
+            raise SavedScoreError(f"expected a part of a score, got {kind!r}")

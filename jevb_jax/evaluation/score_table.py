@@ -1,4 +1,4 @@
-"""Every score: what it is made of, and how it is fitted and computed."""
+"""Every score: which features it reads, and how it is fitted and computed."""
 
 import dataclasses
 import functools
@@ -43,11 +43,11 @@ from jevb_jax.paper.scores import (
 )
 from jevb_jax.settings.sections import OodSection, RunSettings
 
-if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
     from jevb_jax.evaluation.linear_probe import LinearProbe
 
 
-# Training images whose leave-one-out likelihood chooses the mixture's bandwidth.
+# How many training images choose the bandwidth of the mixture by their leave-one-out likelihood.
 _NUM_LEFT_OUT = 1000
 
 
@@ -56,14 +56,15 @@ class ScoreSettings:
     """Settings of the feature scores.
 
     Attributes:
-      knn_k: one score for each.
-      ssd_clusters: one score for each.
+      knn_k: numbers of neighbors; one score for each.
+      ssd_clusters: numbers of clusters; one score for each.
       residual_share: share of the features, in (0, 1), that the principal subspace spans.
       mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
 
     Raises:
-      ValueError: counts below one, a share outside (0, 1), degrees of freedom that are not positive.
-      TypeError: counts that are not integers, degrees of freedom that are not a number.
+      ValueError: a count is below one, the share is outside (0, 1), or the degrees of freedom are
+        not positive.
+      TypeError: a count is not an integer, or the degrees of freedom are not a number.
     """
 
     knn_k: tuple[int, ...]
@@ -86,14 +87,14 @@ class ScoreSettings:
         object.__setattr__(self, "mixture_df", df)
 
     def num_components(self, features: Any) -> int:
-        """Of the principal subspace of features `[N, F]`."""
+        """Dimension of the principal subspace of features `[N, F]`."""
         num_features = features.shape[1]
-        # A share below one leaves something over, also of few features.
+        # At least one feature stays outside, even if there are few.
         return max(1, min(round(self.residual_share * num_features), num_features - 1))
 
 
 def score_settings(section: OodSection) -> ScoreSettings:
-    """Those of the section `ood` of a config."""
+    """The settings in the section `ood` of a config."""
     return ScoreSettings(
         knn_k=section.knn_k,
         ssd_clusters=section.ssd_clusters,
@@ -105,7 +106,7 @@ def score_settings(section: OodSection) -> ScoreSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OfTerms:
-    """A score of JEVB's terms."""
+    """A score computed from JEVB's terms."""
 
     score: Callable[[UncertaintyTerms], Array] = dataclasses.field(metadata={"static": True})
 
@@ -118,7 +119,7 @@ class OfTerms:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OfFeature:
-    """A fitted score of the features called `name`."""
+    """A score of the features called `name`."""
 
     score: Callable[[Array], Array]
     name: str = dataclasses.field(metadata={"static": True})
@@ -131,9 +132,10 @@ class OfFeature:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OfMixtureAndResidual:
-    """Where the embedding lies, and how its posterior errs: two negative log-densities (docs eq. 36).
+    """Sum of the mixture score and the posterior-residual score of an embedding (docs eq. 36).
 
-    Half a squared Mahalanobis distance is a Gaussian's negative log-density, up to a constant.
+    Both parts are negative log-densities up to a constant. For a Gaussian that is half the squared
+    Mahalanobis distance.
     """
 
     mixture: OfFeature
@@ -147,7 +149,7 @@ class OfMixtureAndResidual:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OfProbe:
-    """A score of the logits of a linear probe, or of its features and its logits."""
+    """A score computed from the logits of a linear probe; ViM also reads the features."""
 
     probe: "LinearProbe"
     vim: VirtualLogit | None = None
@@ -156,12 +158,12 @@ class OfProbe:
     )
 
     def standardised(self, features: Features) -> Array:
-        """`[N, F]`, what the logits are linear in."""
+        """Standardized features, `[N, F]`. The logits are linear in them."""
         x = jnp.asarray(features.representation)
         return (x - self.probe.feature_mean[None]) / self.probe.feature_std[None]
 
     def logits(self, features: Features) -> Array:
-        """`[N, C]`."""
+        """Logits, `[N, C]`."""
         products = jnp.matmul(
             self.standardised(features), self.probe.weights, precision=jax.lax.Precision.HIGHEST
         )
@@ -177,7 +179,7 @@ class OfProbe:
 
 @jax.jit
 def _probe_values(of_probe: OfProbe, features: Features) -> tuple[Array, Array]:
-    """What the logits are linear in, and the logits."""
+    """Standardized features and logits."""
     return of_probe.standardised(features), of_probe.logits(features)
 
 
@@ -185,16 +187,16 @@ ScoreFunction = Callable[[Features], Array]
 
 
 def feature(features: Features, name: str) -> Array:
-    """The features that a score is of.
+    """The features that a score reads.
 
     Args:
-      features: what `FeatureExtractor` returns.
-      name: "representation", "embedding", "log_scale" (of the posterior, JEVB), "posterior_residual"
-        (of the embedding against its posterior, in standard deviations, JEVB), "terms"
-        (`scores.typicality_features`, JEVB) or "concentration" (VI-SimSiam).
+      features: from `FeatureExtractor`.
+      name: one of these. All methods: "representation", "embedding". JEVB: "log_scale" (of the
+        posterior), "posterior_residual" (embedding minus posterior mean, in standard deviations),
+        "terms" (`scores.typicality_features`). VI-SimSiam: "concentration".
 
     Returns:
-      `[N, F]`, or `[N]` of a concentration.
+      `[N, F]`; `[N]` for a concentration.
     """
     if name == "concentration":
         return jnp.asarray(features.prediction.concentration)
@@ -214,12 +216,12 @@ def feature(features: Features, name: str) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What scores are fitted to.
+    """The data that scores are fitted to.
 
     Attributes:
-      features: of in-distribution training images; with `terms` where a score is made of them, with
-        labels where it needs labels.
-      probe: fitted to the representation; None without labels.
+      features: those of in-distribution training images, with `terms` and labels if scores need
+        them.
+      probe: linear probe fitted on the representation; None without labels.
     """
 
     features: Features
@@ -227,11 +229,11 @@ class TrainingData:
     _shared: dict[str, OfFeature] = dataclasses.field(default_factory=dict)
 
     def fit(self, name: str, function: Callable[[Any], Any]) -> OfFeature:
-        """Fits a score to the features of a name; see `feature`."""
+        """Fits a score to the features called `name`."""
         return OfFeature(function(feature(self.features, name)), name)
 
     def fit_once(self, score: str, name: str, function: Callable[[Any], Any]) -> OfFeature:
-        """As `fit`, for what two scores have in common: the second gets what the first fitted."""
+        """Like `fit`, but two scores with the same `score` share the first fit."""
         if score not in self._shared:
             self._shared[score] = self.fit(name, function)
         return self._shared[score]
@@ -242,12 +244,12 @@ class ScoreEntry:
     """One score of `score_table`.
 
     Attributes:
-      made_of: which features of an image it reads: "representation", "embedding", "posterior" (the
-        embedding's, JEVB), "terms" (JEVB's, of views and samples), "cross_view" (the term between
-        views), "concentration" (VI-SimSiam).
-      is_fitted: to in-distribution images.
+      made_of: what the score reads: "representation", "embedding", "posterior" (JEVB), "terms"
+        (JEVB's terms over views and samples), "cross_view" (JEVB's term between views) or
+        "concentration" (VI-SimSiam).
+      is_fitted: whether the score is fitted to in-distribution images.
       needs_labels: whether the training images must have labels.
-      make: the score; of `TrainingData`, or of None where nothing is fitted.
+      make: makes the score from `TrainingData`, or from None if nothing is fitted.
     """
 
     made_of: str
@@ -257,20 +259,17 @@ class ScoreEntry:
 
     @property
     def needs_terms(self) -> bool:
-        """Whether features must be extracted with JEVB's terms, of several views and samples."""
+        """Whether JEVB's terms must be extracted, which needs several views and samples."""
         return self.made_of in ("terms", "cross_view")
 
 
 def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict[str, ScoreEntry]:
-    """Every score of a method, and what each needs.
+    """Every score of a method, by its name `family/score`.
 
     Args:
-      method: its name in the config, such as "jevb".
-      settings: neighbors, clusters and the like.
-      num_views: views an image that JEVB's terms are means over.
-
-    Returns:
-      By name, `family/score`.
+      method: name in the config, for example "jevb".
+      settings: numbers of neighbors, clusters and so on.
+      num_views: number of views of an image that JEVB's terms are averaged over.
     """
     plain = functools.partial(ScoreEntry, is_fitted=False, needs_labels=False)
     fitted = functools.partial(ScoreEntry, is_fitted=True, needs_labels=False)
@@ -381,7 +380,7 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
 
 
 def _fit_mixture(posterior: Posterior, df: float, embedding: Array) -> TrainingMixture:
-    """The training posteriors as a density. Units of the scales cancel in its bandwidth."""
+    """Fits the mixture of training posteriors. Its bandwidth absorbs the unit of the scales."""
     tied = posterior.likelihood_scale is None
     scale: Any = posterior.posterior_scale if tied else posterior.likelihood_scale
     return mixture_fit.fit_training_mixture(
@@ -406,14 +405,9 @@ def _fit_vim(settings: ScoreSettings, train: TrainingData) -> OfProbe:
 
 
 def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, ScoreEntry]:
-    """Every score that a run will have, those that degenerate features leave out too.
+    """Every score of a run, as entries of `score_table`, by name.
 
-    Args:
-      settings: what the run asks for.
-      has_labels: whether the training images have labels.
-
-    Returns:
-      Entries of `score_table`.
+    It includes scores that degenerate features may leave out later.
     """
     table = score_table(
         settings.method, score_settings(settings.ood), num_views=settings.ood.num_views
@@ -422,5 +416,5 @@ def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, Score
 
 
 def default_score(settings: RunSettings) -> str:
-    """The name of the score where nothing may be chosen: that of the config, or of its method."""
+    """Name of the score to use if none may be chosen by results: the config's, or the method's."""
     return settings.ood.default_score or METHODS[settings.method].default_score

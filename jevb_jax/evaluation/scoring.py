@@ -1,4 +1,4 @@
-"""Scores of many images: every entry of a table fitted, then applied batch by batch."""
+"""Scores of many images: fits every entry of a table, then applies the scores in batches."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jevb_jax.evaluation.features import (
 )
 from jevb_jax.images.source import ImageSource
 
-if TYPE_CHECKING:  # a loaded model scores without Optax and ml_collections, which these import
+if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
     pass
 
 from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingData
@@ -25,10 +25,10 @@ class Scorers(NamedTuple):
     """Scores by name, `family/score`.
 
     Attributes:
-      scores: `Features -> [N]`, trees of arrays.
-      with_labels: names of those that were fitted with labels.
-      left_out: why, by name: features that do not vary have no density, and too few images no k-th
-        neighbor.
+      scores: functions from `Features` to `[N]`; they are trees of arrays.
+      with_labels: names of the scores that were fitted with labels.
+      left_out: why a score is missing, by its name. For example, features that do not vary have no
+        density.
     """
 
     scores: dict[str, ScoreFunction]
@@ -37,17 +37,14 @@ class Scorers(NamedTuple):
 
 
 def make_scorers(table: dict[str, ScoreEntry], train: TrainingData) -> Scorers:
-    """Every score of a table, fitted to training images.
+    """Fits every score of a table to training images.
 
     Args:
-      table: what `score_table` gives, without the scores that `train` has no labels for.
-      train: features of in-distribution training images, with `terms` for JEVB.
-
-    Returns:
-      The scores.
+      table: from `score_table`, without the scores that need labels if `train` has none.
+      train: features of in-distribution training images; for JEVB with `terms`.
 
     Raises:
-      ValueError: settings that do not fit the features.
+      ValueError: a setting does not fit the features.
     """
     scores: dict[str, ScoreFunction] = {}
     left_out: dict[str, str] = {}
@@ -68,16 +65,13 @@ def _score_batch(scores: dict[str, ScoreFunction], features: Features) -> dict[s
 def score_images(
     extract: FeatureExtractor, variables: Any, source: ImageSource, scorers: Scorers
 ) -> dict[str, np.ndarray]:
-    """Every score of every image of a source, streamed.
+    """Every score of every image of a source, `[N]` by the name of the score.
 
     Args:
-      extract: with terms for JEVB.
+      extract: forward pass; for JEVB with terms.
       variables: parameters and running statistics.
-      source: images.
-      scorers: fitted scores, from `make_scorers`.
-
-    Returns:
-      `[N]` by the score's name.
+      source: images, read in batches.
+      scorers: fitted scores.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in scorers.scores}
     for features, mask in extract.stream(variables, source):
@@ -93,19 +87,16 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 def score_features(
     features: Features, scorers: Scorers, *, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Every score of features that are at hand.
+    """Every score of features that are in memory, `[N]` by the name of the score.
 
     Args:
-      features: those of `N` images, with terms for JEVB.
-      scorers: fitted scores, from `make_scorers`.
-      batch_size: images at a time.
-
-    Returns:
-      `[N]` by the score's name.
+      features: features of `N` images; for JEVB with terms.
+      scorers: fitted scores.
+      batch_size: number of images scored at once.
 
     Raises:
-      ValueError: `batch_size` below one.
-      TypeError: it is not an integer.
+      ValueError: `batch_size` is below one.
+      TypeError: `batch_size` is not an integer.
     """
     batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
     num_images = len(features.representation)
@@ -113,10 +104,10 @@ def score_features(
     unlabelled = features._replace(labels=None)
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, num_images, batch_size):
-        # The last batch repeats its last row, so that everything is compiled for one size.
+        # The last batch repeats its last row, so that only one batch size is compiled.
         rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
         batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabelled)
-        # Where features that are streamed are too: one compiled program serves both.
+        # On the device where streamed features are, so that both use one compiled program.
         batch = jax.device_put(batch, jax.local_devices()[0])
         parts.append(jax.device_get(_score_batch(scorers.scores, batch)))
     return {name: _joined([part[name] for part in parts])[:num_images] for name in scorers.scores}

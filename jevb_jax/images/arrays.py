@@ -13,7 +13,7 @@ import numpy as np
 from jevb_jax.images.source import ArraySource, check_images
 from jevb_jax.runs.files import to_path
 
-# What NumPy and zipfile raise on damaged files.
+# Errors that NumPy and zipfile raise for damaged files.
 _DAMAGED_ZIP = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
@@ -31,17 +31,17 @@ def digits() -> ArraySource:
 
 
 def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> ArraySource:
-    """Reads one or several `.npz` files as one source, in the order given.
+    """Reads one or several `.npz` files as one source, in the given order.
 
-    Each file holds `images` uint8 `[N, H, W, C]`, optionally `labels` (integers `[N]`) and
-    `class_names` (strings); other entries are ignored. Nothing is unpickled.
+    Each file holds `images`, uint8 `[N, H, W, C]`, and may hold `labels` (integers `[N]`) and
+    `class_names` (strings). Other entries are ignored. Nothing is unpickled.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: images are not uint8 or labels are not integers; the message names the file.
-        ValueError: anything else that is wrong, naming the file: not an npz or a damaged one, no
-            `images`, wrong rank, empty, labels out of range or of another length, or files that
-            disagree in image size, in having labels, or in class names.
+      FileNotFoundError: a file does not exist.
+      TypeError: images are not uint8, or labels are not integers. The message names the file.
+      ValueError: a file is damaged or no `.npz` file, has no `images` or images of a wrong shape,
+        or has labels out of range or of another length; or the files disagree in image size, class
+        names, or whether they have labels. The message names the file.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
@@ -50,19 +50,19 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
     real = [to_path(path).resolve() for path in paths]
     repeated = sorted({str(path) for path in real if real.count(path) > 1})
     if repeated:
-        raise ValueError(f"files given more than once: {repeated}; their images would be doubled")
+        raise ValueError(f"each file may be given once, but these are repeated: {repeated}")
     parts = [_read_npz(to_path(path)) for path in paths]
     first = parts[0]
     for part in parts[1:]:
         if part.images.shape[1:] != first.images.shape[1:]:
             raise ValueError(
-                f"images of differing size: {first.images.shape[1:]} in {first.name}, "
+                f"all images must have one size, got {first.images.shape[1:]} in {first.name} and "
                 f"{part.images.shape[1:]} in {part.name}"
             )
         if (part.labels is None) != (first.labels is None):
             with_labels, without = (first, part) if part.labels is None else (part, first)
             raise ValueError(
-                f"{with_labels.name} has labels and {without.name} has none: "
+                f"{with_labels.name} has labels and {without.name} has none; "
                 "give labels to both or neither"
             )
         if part.class_names != first.class_names:
@@ -90,7 +90,7 @@ def _read_npz(path: Path) -> ArraySource:
             keys = file.files
             wanted = [key for key in ("images", "labels", "class_names") if key in keys]
             headers = {key: _entry_header(file.zip, key) for key in wanted}
-    # Before memory is taken, which other types need much of.
+    # Check the header before memory is taken. Pickled arrays are refused later, by NumPy.
     if "images" in headers and not headers["images"][1].hasobject:
         check_images(*headers["images"], where=str(path))
     with (
@@ -119,13 +119,13 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
     except MemoryError as error:
         raise ValueError(
-            f"there is no memory for the arrays of {path} ({error}): give fewer images, or a folder of "
-            "pictures or a TFDS set, which need not be in memory together"
+            f"there is no memory for the arrays of {path} ({error}). Give fewer images, or a "
+            "folder of pictures or a TFDS set, which are read image by image"
         ) from error
 
 
 def _entry_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an entry; refuses one that claims more than there is, before it is read."""
+    """Shape and type of an entry. Raises if it claims more data than the file holds."""
     name = key if key in archive.namelist() else f"{key}.npy"
     entry = archive.getinfo(name)
     with archive.open(entry) as stream:
@@ -138,12 +138,12 @@ def _entry_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], 
         )
         held = entry.file_size - stream.tell()
     claimed = math.prod(shape) * dtype.itemsize
-    # Deflate makes a byte of at most 1032; what is stored as it is has its own size.
+    # Deflate turns one byte into at most 1032. Entries without compression have their own size.
     possible = entry.compress_size * (1032 if entry.compress_type == zipfile.ZIP_DEFLATED else 1)
     if not dtype.hasobject and (claimed > held or entry.file_size > possible > 0):
         raise ValueError(
-            f"its entry `{key}` claims {claimed:,} bytes, an array of shape {shape}, and holds at most "
-            f"{min(held, possible):,}: it is damaged"
+            f"its entry `{key}` claims an array of shape {shape}, {claimed:,} bytes, but holds at most "
+            f"{min(held, possible):,}. The file is damaged"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if claimed > memory:

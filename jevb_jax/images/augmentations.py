@@ -1,4 +1,4 @@
-"""Random views of images: the operations of `pixels` with what chance decides."""
+"""Random views of images: the operations of `pixels` with random parameters."""
 
 import dataclasses
 import functools
@@ -41,16 +41,17 @@ def sample_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[Array, Array, Array, Array]:
-    """The box of `torchvision.transforms.RandomResizedCrop.get_params`.
+    """Draws the box of `torchvision.transforms.RandomResizedCrop.get_params`.
 
-    Ten draws of an area, uniform in `scale`, and an aspect ratio, log-uniform in `ratio`; the first
-    that fits is placed uniformly. If none fits, the largest central box with a ratio in range.
+    It tries ten times: the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. The
+    first box that fits into the image gets a uniform place. If none fits, the box is the largest
+    central one with a ratio in range.
 
     Args:
       key: consumed.
-      height: pixels of the image.
-      width: pixels from left to right.
-      scale: range of the share of the image's area.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
+      scale: range of the box's share of the image area.
       ratio: range of width / height.
 
     Returns:
@@ -104,16 +105,16 @@ def random_resized_crop(
     interpolation: Interpolation = "bilinear",
     flip_probability: float = 0.0,
 ) -> Array:
-    """Crops a random box (see `sample_crop`), resizes it to `[size, size, c]`, perhaps mirrors it.
+    """Crops a random box (see `sample_crop`), resizes it, and mirrors it with a probability.
 
     Args:
       key: consumed.
       image: `[h, w, c]`.
-      size: pixels a side.
-      scale: range of the share of the image's area.
+      size: height and width of the result in pixels.
+      scale: range of the box's share of the image area.
       ratio: range of width / height.
       interpolation: "bilinear" or "bicubic".
-      flip_probability: how often left and right are exchanged, folded into the resize.
+      flip_probability: probability to exchange left and right. The resize includes it at no cost.
 
     Returns:
       `[size, size, c]` float32.
@@ -128,14 +129,14 @@ def random_resized_crop(
 
 
 def _bernoulli(key: Array, probability: float) -> Array:
-    """Drawn in float32: the same where x64 is enabled."""
+    """A random bool, drawn in float32, so that x64 does not change it."""
     return jax.random.bernoulli(key, jnp.asarray(probability, jnp.float32))
 
 
 def _apply_with_probability(
     key: Array, image: Array, transform: Callable[[Array], Array], probability: float
 ) -> Array:
-    """`transform(image)` with a probability; 0 and 1 are decided at trace time."""
+    """`transform(image)` with a probability; 0 and 1 are decided when the function is traced."""
     if probability <= 0:
         return image
     changed = transform(image)
@@ -160,16 +161,16 @@ def color_jitter(
     hue: float = 0.1,
     probability: float = 0.8,
 ) -> Array:
-    """Brightness, contrast, saturation and hue by random factors, in random order.
+    """Changes brightness, contrast, saturation and hue by random factors in random order.
 
     Args:
       key: consumed.
-      image: `[h, w, c]`; with one channel only brightness and contrast act.
-      brightness: factor uniform in `[max(0, 1 - brightness), 1 + brightness]`.
-      contrast: strength, at least 0.
-      saturation: strength, at least 0.
-      hue: shift uniform in `[-hue, hue]`, at most 0.5.
-      probability: how often anything changes, in [0, 1].
+      image: `[h, w, c]`. With one channel only brightness and contrast change.
+      brightness: at least 0; the factor is uniform in `[max(0, 1 - brightness), 1 + brightness]`.
+      contrast: at least 0, used like `brightness`.
+      saturation: at least 0, used like `brightness`.
+      hue: at most 0.5; the shift is uniform in `[-hue, hue]`, in turns of the color circle.
+      probability: probability that anything changes, in [0, 1].
 
     Returns:
       `[h, w, c]` float32.
@@ -203,17 +204,18 @@ def color_jitter(
 def _adjust_in_order(
     planes: Array, names: Sequence[Adjustment], factors: Array, order: Array
 ) -> Array:
-    """Adjusts colors in an order known only when it runs.
+    """Adjusts colors in an order that is known only when the program runs.
 
-    Under vmap a branch computes all its arms, so the plain way, every adjustment at every position,
-    costs 16 of them. But brightness, contrast and saturation are one blend, with black, the mean or the
-    gray image, whatever their order; and hue is turned once, between the blends before and after it.
+    Under vmap a branch computes all its cases. Every adjustment at every position would be 16
+    computations. Brightness, contrast and saturation are each a blend, with black, with the mean
+    or with the gray image. So one blend at each position is enough, and the hue is turned once,
+    between the blends before it and the blends after it.
 
     Args:
       planes: `[c, h, w]`.
-      names: which adjustments, each once.
-      factors: `[len(names)]`, of each.
-      order: `[len(names)]`, the positions of `names` in the order in which they act.
+      names: the adjustments, each once.
+      factors: `[len(names)]`, in the order of `names`.
+      order: `[len(names)]`, positions in `names` in the order in which the adjustments act.
 
     Returns:
       `[c, h, w]`.
@@ -223,7 +225,7 @@ def _adjust_in_order(
         return order[position] == names.index(name) if name in names else False
 
     def blend_at(planes: Array, position: int, is_active: Array | bool) -> Array:
-        """The blend at a position; a blend with black by a factor of one changes no bit."""
+        """The blend at a position. A blend with black by the factor one changes no bit."""
         gray = luma(planes)
         other = jnp.where(is_at(position, "saturation"), gray, jnp.zeros_like(gray))
         other = jnp.where(is_at(position, "contrast"), jnp.mean(gray), other)
@@ -249,7 +251,7 @@ def _adjust_in_order(
 
 
 def random_grayscale(key: Array, image: ArrayLike, *, probability: float = 0.2) -> Array:
-    """Removes colour with a probability. `[h, w, c]`."""
+    """Removes color with a probability. `[h, w, c]`."""
     return _apply_with_probability(key, to_float(image), to_grayscale, probability)
 
 
@@ -261,7 +263,7 @@ def random_gaussian_blur(
     sigma: tuple[float, float] = (0.1, 2.0),
     probability: float = 0.5,
 ) -> Array:
-    """Blurs with a probability, sigma uniform in its range (pixels). `[h, w, c]`."""
+    """Blurs `[h, w, c]` with a probability; the width in pixels is uniform in `sigma`."""
     key_apply, key_sigma = jax.random.split(key)
     width = jax.random.uniform(key_sigma, (), jnp.float32, minval=sigma[0], maxval=sigma[1])
     return _apply_with_probability(
@@ -275,7 +277,7 @@ def random_gaussian_blur(
 def random_solarize(
     key: Array, image: ArrayLike, *, threshold: float = 0.5, probability: float = 0.2
 ) -> Array:
-    """Solarises with a probability. `[h, w, c]`."""
+    """Solarizes with a probability. `[h, w, c]`."""
     return _apply_with_probability(
         key, to_float(image), lambda x: solarize(x, threshold=threshold), probability
     )
@@ -285,31 +287,32 @@ def random_solarize(
 class ViewAugmentation:
     """One augmented view: crop, flip, jitter, gray, blur, solarize, normalize, in this order.
 
-    The order is that of SimSiam (Chen and He 2021) and BYOL (Grill et al. 2020). An operation whose
-    probability or strength is zero is not in the compiled program.
+    The order is that of SimSiam (Chen and He 2021) and BYOL (Grill et al. 2020). If the probability
+    or strength of an operation is zero, the operation is not in the compiled program.
 
     Attributes:
-      size: pixels a side of the view.
-      mean: what is subtracted, one value for each channel.
-      std: what it is divided by, positive.
-      crop_scale: range of the crop's share of the area, within (0, 1].
+      size: height and width of the view in pixels.
+      mean: subtracted from the pixels, one value for each channel.
+      std: the pixels are divided by it, one positive value for each channel.
+      crop_scale: range of the crop's share of the image area, within (0, 1].
       crop_ratio: range of the crop's width / height.
-      interpolation: "bilinear" or "bicubic", antialiased.
-      flip_probability: how often left and right are exchanged.
-      jitter_probability: how often colors change at all.
+      interpolation: "bilinear" or "bicubic", both antialiased.
+      flip_probability: probability to exchange left and right.
+      jitter_probability: probability that colors change at all.
       brightness: strength, at least 0.
       contrast: strength, at least 0.
       saturation: strength, at least 0.
       hue: strength, in [0, 0.5].
-      grayscale_probability: how often color is removed.
-      blur_probability: how often the view is blurred.
-      blur_sigma: range of its standard deviation, pixels.
-      blur_kernel_size: taps, odd; 0 is the odd number nearest a tenth of `size`, at least 3.
-      solarize_probability: how often bright values are inverted.
-      solarize_threshold: values above it are inverted, in [0, 1].
+      grayscale_probability: probability to remove color.
+      blur_probability: probability to blur.
+      blur_sigma: range of the standard deviation of the blur, in pixels.
+      blur_kernel_size: number of taps, odd. 0 takes the odd number nearest to a tenth of `size`, at
+        least 3.
+      solarize_probability: probability to invert bright values.
+      solarize_threshold: values at or above it are inverted, in [0, 1].
 
     Raises:
-      ValueError: a value out of its range.
+      ValueError: a value is out of range.
     """
 
     size: int
@@ -372,7 +375,7 @@ class ViewAugmentation:
         return self.blur_kernel_size or max(3, 2 * round((self.size / 10 - 1) / 2) + 1)
 
     def __call__(self, key: Array, image: ArrayLike) -> Array:
-        """One view of one image.
+        """Makes one view of one image.
 
         Args:
           key: consumed.
@@ -419,12 +422,12 @@ class ViewAugmentation:
 
 
 def augment(keys: Array, images: ArrayLike, augmentation: ViewAugmentation) -> Array:
-    """One view of every image of a batch.
+    """Makes one view of every image of a batch.
 
     Args:
-      keys: `[batch]` keys, so that a view does not depend on the batch around it.
+      keys: `[batch]`, one key for each image, so that a view does not depend on the other images.
       images: `[batch, h, w, c]`.
-      augmentation: what to do.
+      augmentation: the augmentation of all images.
 
     Returns:
       `[batch, size, size, c]` float32.
@@ -435,12 +438,12 @@ def augment(keys: Array, images: ArrayLike, augmentation: ViewAugmentation) -> A
 def multi_view(
     keys: Array, images: ArrayLike, augmentations: Sequence[ViewAugmentation]
 ) -> tuple[Array, ...]:
-    """Several views of every image of a batch: view 1, view 2 and, optionally, smaller crops.
+    """Makes several views of every image of a batch, for example two views and smaller crops.
 
     Args:
       keys: `[batch]` keys; view `v` of an image uses `fold_in(key, v)`.
       images: `[batch, h, w, c]`.
-      augmentations: one for each view, each with a size of its own.
+      augmentations: one for each view; their sizes may differ.
 
     Returns:
       One `[batch, size, size, c]` float32 for each view.
@@ -454,18 +457,18 @@ def multi_view(
 def visible_views(
     images: ArrayLike, augmentations: Sequence[ViewAugmentation], *, seed: int = 0
 ) -> list[np.ndarray]:
-    """Views of a few images as people see them: not normalized.
+    """Views of a few images for people to look at, without normalization.
 
     Args:
       images: `[N, h, w, c]`.
       augmentations: one for each view.
-      seed: chooses the views.
+      seed: sets the random views.
 
     Returns:
       `[N, size, size, c]` in [0, 1] for each view.
     """
     keys = jax.random.split(jax.random.key(seed), np.shape(images)[0])
-    # Compiled: operation by operation, the same takes twice to four times as long.
+    # Compile the whole: single operations take two to four times as long.
     views = jit_once(functools.partial(multi_view, augmentations=augmentations))(keys, images)
     return [
         np.clip(np.asarray(view) * np.asarray(one.std) + np.asarray(one.mean), 0, 1)

@@ -1,4 +1,4 @@
-"""Batches of pixels, from the device's memory or streamed."""
+"""Batches of images, from memory or streamed."""
 
 import functools
 import math
@@ -16,11 +16,11 @@ _T = TypeVar("_T")
 
 
 def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
-    """Returns the images at integer `indices` `[B]` as uint8 `[B, H, W, C]`.
+    """The images at integer `indices` `[B]`, uint8 `[B, H, W, C]`.
 
     Raises:
-        TypeError: indices are not integers.
-        ValueError: indices are empty, not rank 1 or out of range, or images differ in size.
+      TypeError: indices are not integers.
+      ValueError: indices are empty, not one axis or out of range, or images differ in size.
     """
     indices = checked_indices(indices, len(source))
     while isinstance(source, Subset):
@@ -31,22 +31,22 @@ def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
     for index, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
             raise ValueError(
-                f"images of differing size in {source.name}: image {indices[0]} is "
-                f"{images[0].shape}, image {index} is {image.shape}; set image_size to resize them on "
-                "load"
+                f"all images of {source.name} must have one size, but image {indices[0]} is "
+                f"{images[0].shape} and image {index} is {image.shape}; set image_size to resize "
+                "them when they are read"
             )
     return np.stack(images)
 
 
 def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
-    """Says whether the images of `source` take at most `limit_bytes` as uint8."""
+    """Whether the images of `source` take at most `limit_bytes` as uint8."""
     return len(source) * math.prod(image_shape(source)) <= limit_bytes
 
 
 def load_resident(source: ImageSource) -> np.ndarray:
-    """Returns all images as uint8 `[N, H, W, C]`, to be put on the device once.
+    """All images as uint8 `[N, H, W, C]`, to be put on the device once.
 
-    An `ArraySource` gives its own array, not a copy; files are decoded by 16 threads.
+    The array of an `ArraySource` is not copied. Files are decoded by 16 threads.
     """
     if isinstance(source, ArraySource):
         return source.images
@@ -72,33 +72,31 @@ def stream_batches(
     prefetch_batches: int = 4,
     rows: slice = slice(None),
 ) -> ReadAhead[np.ndarray]:
-    """Reads the batches of `num_steps` steps from `start_step` on ahead of their use, by Grain.
+    """Reads the batches of `num_steps` steps ahead of their use, with Grain.
 
-    The pipeline runs over step numbers, each mapped to `gather(source, batch_indices(step, ...))`:
-    the images are exactly those of a resident data set, from any step, whatever the number of
-    workers.
+    The images are those of `gather(source, batch_indices(step, ...))` for each step, whatever the
+    first step and the number of workers are. They are the same as those of a data set in memory.
 
     Args:
-        source: where the images come from. With workers it is copied into each of them, so keep
-            images in memory to `num_workers=0`.
-        start_step: first step, at least 0.
-        num_steps: number of batches, at least 1.
-        batch_size: examples per batch.
-        seed: decides the order, see `batch_indices`.
-        num_workers: worker processes; 0 reads in up to 16 threads of this process, which is enough
-            where decoding dominates (Pillow lets go of the interpreter lock). The caller's main
-            module must be importable without doing its work, as always with processes that are
-            spawned: a script needs `if __name__ == "__main__":`.
-        prefetch_batches: batches read ahead, by each worker or by this process, at least 1.
-        rows: which of every batch to read: a process's own share.
+      source: the images. Each worker gets a copy of it, so for images in memory use
+        `num_workers=0`.
+      start_step: first step, at least 0.
+      num_steps: number of batches, at least 1.
+      batch_size: number of examples in a batch.
+      seed: sets the order; see `batch_indices`.
+      num_workers: number of worker processes. With 0, up to 16 threads of this process read, which
+        is enough if most of the time is decoding (Pillow releases the interpreter lock). Workers
+        import the main module of the program, so a script needs `if __name__ == "__main__":`.
+      prefetch_batches: batches that each worker, or this process, reads ahead; at least 1.
+      rows: the rows of every batch to read, which are the share of this process.
 
     Returns:
-        An iterator of uint8 `[batch_size, H, W, C]`, or as many as `rows` are. Closing it (or its
-        end) stops threads and workers.
+      An iterator of uint8 `[batch_size, H, W, C]`, or of only the rows in `rows`. At its end, or
+      when it is closed, threads and workers stop.
 
     Raises:
-        ValueError: arguments out of range; while iterating, whatever reading an image raises.
-        WorkerError: while iterating, a worker process could not start or was killed.
+      ValueError: arguments are out of range; during iteration also if an image cannot be read.
+      WorkerError: during iteration, if a worker process could not start or was killed.
     """
     steps_per_epoch(len(source), batch_size)
     if start_step < 0 or num_steps < 1:
@@ -127,18 +125,18 @@ def evaluation_batches(
     """Visits every example exactly once, in order, in batches of one size.
 
     Args:
-        source: where the images come from.
-        batch_size: examples per batch, at least 1; may exceed the number of examples.
-        num_workers: as for `stream_batches`; images in memory are read directly.
-        prefetch_batches: as for `stream_batches`.
-        rows: as for `stream_batches`; the mask is of the whole batch all the same.
+      source: the images.
+      batch_size: number of examples in a batch, at least 1. It may exceed the number of examples.
+      num_workers: number of worker processes; images in memory are read without any.
+      prefetch_batches: batches that each worker, or this process, reads ahead.
+      rows: the rows of every batch to read; the mask is still of the whole batch.
 
     Returns:
-        An iterator of images uint8 `[batch_size, H, W, C]` and mask bool `[batch_size]`, False
-        where the last batch was filled up with zeros.
+      An iterator of images, uint8 `[batch_size, H, W, C]`, and a mask, bool `[batch_size]`. The
+      mask is False for the zeros that fill up the last batch.
 
     Raises:
-        ValueError: arguments out of range; while iterating, whatever reading an image raises.
+      ValueError: arguments are out of range; during iteration also if an image cannot be read.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
@@ -156,7 +154,7 @@ def _read_padded(
     mask = whole < len(source)
     asked = whole[rows]
     indices = asked[asked < len(source)]
-    # A process's share of the last batch may be all padding.
+    # The share of this process in the last batch may be all padding.
     images = np.empty((0, *image_shape(source)), np.uint8)
     if len(indices):
         images = gather(source, indices)
@@ -175,7 +173,7 @@ def _in_memory(source: ImageSource) -> bool:
 def _read_ahead(
     read: Callable[[int], _T], start: int, stop: int, num_workers: int, prefetch_batches: int
 ) -> ReadAhead[_T]:
-    """Gives `read(start), ..., read(stop - 1)`, computed ahead by threads or by processes."""
+    """Yields `read(start), ..., read(stop - 1)`, computed ahead by threads or processes."""
     if num_workers < 0 or prefetch_batches < 1:
         raise ValueError(
             "expected num_workers >= 0 and prefetch_batches >= 1, "
@@ -190,9 +188,9 @@ def _read_ahead(
         threads = min(prefetch_batches, 16)
         pipeline = steps.map(read).to_iter_dataset(grain.ReadOptions(threads, prefetch_batches))
         return ReadAhead(iter(pipeline), num_workers)
-    # Grain reads this flag of its own before it starts a worker, and absl refuses the flags of a
-    # program that does not parse any. Marked as given, it has its default; the program's own flags
-    # stay as they are.
+    # Grain reads this flag before it starts a worker, and absl raises an error for flags of a
+    # program that has not parsed its flags. Marking the flag as present makes its default readable;
+    # all other flags stay as they are.
     profiling = "grain_enable_multiprocess_worker_profiling"
     if profiling in flags.FLAGS:
         flags.FLAGS[profiling].present = True

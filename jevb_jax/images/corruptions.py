@@ -1,9 +1,9 @@
 """Corrupted copies of images: out-of-distribution sets that need no download.
 
-Each corruption is a pure function `(key, image float32 [h, w, c] in [0, 1], *, severity) -> image`,
-with severity 1 to 5, after Hendrycks and Dietterich (2019) where they have one of the name. The levels
-are our own: lengths are shares of the image's side, so that they mean the same for digits of 8 pixels
-and photographs of 32.
+Each corruption is a pure function `(key, image, *, severity) -> image` of float32 images
+`[h, w, c]` in [0, 1], with severities 1 to 5. Corruptions that Hendrycks and Dietterich (2019) have
+too follow theirs, but the levels are our own: lengths are shares of the side of the image, so that
+they mean the same for digits of 8 pixels and photographs of 32.
 """
 
 import functools
@@ -23,14 +23,14 @@ from jevb_jax.images.pixels import resized_crop
 from jevb_jax.paper.tracing import is_traced
 
 NUM_SEVERITIES = 5
-_BATCH_SIZE = 500  # images corrupted at once
+_BATCH_SIZE = 500  # number of images corrupted at once
 _NOISE_STD = (0.04, 0.08, 0.12, 0.18, 0.26)
 _CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)
 _TILES = (2, 2, 4, 4, 8)
-_BLUR_SIGMA = (0.04, 0.055, 0.07, 0.09, 0.12)  # of the shorter side
-_PIXELS = (0.8, 0.65, 0.5, 0.4, 0.25)  # kept, of each side
+_BLUR_SIGMA = (0.04, 0.055, 0.07, 0.09, 0.12)  # share of the shorter side
+_PIXELS = (0.8, 0.65, 0.5, 0.4, 0.25)  # share of the pixels of each side that is kept
 _DEGREES = (8.0, 16.0, 30.0, 45.0, 90.0)
-_CROP_AREA = (0.8, 0.6, 0.4, 0.25, 0.15)  # of the image's
+_CROP_AREA = (0.8, 0.6, 0.4, 0.25, 0.15)  # share of the area of the image
 
 
 def _checked_severity(severity: Any) -> int:
@@ -41,7 +41,7 @@ def _checked_severity(severity: Any) -> int:
 
 
 def _level(table: tuple[float, ...], severity: int | Array) -> Any:
-    """A number, or an array of a severity that is traced: one program is then compiled for all five."""
+    """The level of a severity. A traced severity gives an array: one program serves all five."""
     if not is_traced(severity):
         return table[_checked_severity(severity) - 1]
     return jnp.asarray(table, jnp.float32)[severity - 1]
@@ -54,22 +54,22 @@ def gaussian_noise(key: Array, image: Array, *, severity: int | Array) -> Array:
 
 
 def contrast(key: Array, image: Array, *, severity: int | Array) -> Array:
-    """Pulls every value towards the image's mean of its channel."""
+    """Moves every value toward the mean of its channel in the image."""
     del key
     mean = jnp.mean(image, axis=(0, 1), keepdims=True)
     return mean + _level(_CONTRAST, severity) * (image - mean)
 
 
 def patch_shuffle(key: Array, image: Array, *, severity: int) -> Array:
-    """Permutes square tiles: local texture stays, global shape goes.
+    """Permutes square tiles: local texture stays, global shape is lost.
 
     Raises:
-      ValueError: the image's sides do not divide into the tiles.
+      ValueError: the tiles do not divide the sides of the image.
     """
     tiles = int(_level(_TILES, severity))
     height, width, channels = image.shape
     if height % tiles or width % tiles:
-        raise ValueError(f"patch_shuffle needs sides that {tiles} divides, got {height} x {width}")
+        raise ValueError(f"patch_shuffle needs sides divisible by {tiles}, got {height} x {width}")
     shape = (tiles, height // tiles, tiles, width // tiles, channels)
     patches = image.reshape(shape).swapaxes(1, 2).reshape(tiles * tiles, *shape[1::2], channels)
     patches = jax.random.permutation(key, patches, axis=0)
@@ -77,14 +77,14 @@ def patch_shuffle(key: Array, image: Array, *, severity: int) -> Array:
 
 
 def gaussian_blur(key: Array, image: Array, *, severity: int) -> Array:
-    """Blurs with a Gaussian, as far as three standard deviations."""
+    """Blurs with a Gaussian, cut off at three standard deviations."""
     del key
     sigma = _level(_BLUR_SIGMA, severity) * min(image.shape[:2])
     return pixels_module.gaussian_blur(image, sigma, kernel_size=2 * math.ceil(3 * sigma) + 1)
 
 
 def _box_weights(size: int, pixels: int) -> np.ndarray:
-    """`[size, size]`: means over `pixels` equal boxes of a side, each spread over its box again."""
+    """`[size, size]` matrix that replaces each value by the mean of its box, for `pixels` boxes."""
     edges = np.linspace(0, size, pixels + 1)
     low, high = (
         np.maximum.outer(edges[:-1], np.arange(size)),
@@ -96,7 +96,7 @@ def _box_weights(size: int, pixels: int) -> np.ndarray:
 
 
 def pixelate(key: Array, image: Array, *, severity: int) -> Array:
-    """Averages over fewer, larger pixels."""
+    """Averages over fewer and larger pixels."""
     del key
     kept = _level(_PIXELS, severity)
     rows, columns = (
@@ -107,7 +107,7 @@ def pixelate(key: Array, image: Array, *, severity: int) -> Array:
 
 
 def rotation(key: Array, image: Array, *, severity: int | Array) -> Array:
-    """Turns left or right about the centre, bilinear; corners are filled by reflection."""
+    """Rotates left or right about the center, bilinear; reflection fills the corners."""
     degrees = _level(_DEGREES, severity) * jax.random.rademacher(key, (), image.dtype)
     cosine, sine = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
     center = [(side - 1) / 2 for side in image.shape[:2]]
@@ -127,7 +127,7 @@ def rotation(key: Array, image: Array, *, severity: int | Array) -> Array:
 
 
 def crop(key: Array, image: Array, *, severity: int | Array) -> Array:
-    """Cuts out a square at a random place and brings it back to the image's size.
+    """Cuts out a square at a random place and resizes it to the size of the image.
 
     Raises:
       ValueError: the image is not square.
@@ -152,7 +152,8 @@ CORRUPTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-# Of these a severity is a number in one program; of the others it is a size, compiled for each.
+# For these the severity is an argument of one program; for the others it changes sizes, and each
+# severity is compiled.
 _TRACED = ("contrast", "crop", "gaussian_noise", "rotation")
 
 
@@ -169,21 +170,21 @@ _corrupt_static = jax.jit(_corrupt_batch, static_argnames=("name", "severity"))
 
 
 def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.ndarray:
-    """Corrupts every image with a key of its own, a batch at a time.
+    """Corrupts every image with its own key, in batches.
 
     Args:
       images: `[N, h, w, c]` uint8, at least one.
-      name: one of `CORRUPTIONS`.
+      name: a key of `CORRUPTIONS`.
       severity: 1 (mild) to 5.
-      seed: makes the keys, at least 0; image `i` has `fold_in(key, i)`.
+      seed: sets the keys, at least 0; image `i` has the key `fold_in(key, i)`.
 
     Returns:
       `[N, h, w, c]` uint8.
 
     Raises:
-      ValueError: unknown name, a severity or seed out of range, another shape, no images, sides
-        that the corruption cannot work on.
-      TypeError: images that are not uint8, a severity or seed that is not a whole number.
+      ValueError: the name is unknown, `severity` or `seed` is out of range, images have a wrong
+        shape or are none, or the corruption does not support their sides.
+      TypeError: images are not uint8, or `severity` or `seed` is not a whole number.
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"corruption must be one of {sorted(CORRUPTIONS)}, got {name!r}")
@@ -191,7 +192,7 @@ def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.nd
     seed = arguments.whole_number("seed", seed, at_least=0, at_most=arguments.LARGEST_SEED)
     images = np.asarray(images)
     if images.dtype != np.uint8:
-        raise TypeError(f"images must be uint8, grey levels 0 to 255, got {images.dtype}")
+        raise TypeError(f"images must be uint8 with levels 0 to 255, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be a non-empty [N, h, w, c], got shape {images.shape}")
     corrupt_batch = _corrupt_traced if name in _TRACED else _corrupt_static

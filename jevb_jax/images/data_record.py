@@ -1,13 +1,14 @@
-"""What a run remembers of its data, so that other data behind the same names are not taken for them.
+"""The record of a run's data, which notices if the files behind a name have changed.
 
-`data.json` in a run directory is the fingerprint of the data that the run started on. Order, schedule
-and the split of training and validation images all follow from the number, order and labels of the
-images: with other data a run that is resumed is no longer the run that was begun, and images that the
-encoder was trained on may become validation images.
+`data.json` in a run directory is the fingerprint of the data that the run started on. The order of
+batches, the schedule, and the split into training and validation images all depend on the number,
+order and labels of the images. With other data, a resumed run would be a different run, and images
+that the encoder was trained on might become validation images.
 
-The cost of a fingerprint: arrays are hashed whole (about a second for a gigabyte). Of files in folders,
-names and sizes are taken of all, one `stat` each, and contents of as many, evenly spaced, as make
-256 MB and 16,384 files: small sets whole. Of TFDS sets, version, number, labels, and 1,000 records.
+What is read: arrays are hashed whole (about a second for a gigabyte). For folders, the names and
+sizes of all files are read (one `stat` each), and the contents of evenly spaced files, up to 256 MB
+and 16,384 files, so small sets are read whole. For TFDS sets: version, number of records, labels,
+and the contents of 1,000 records.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ _MAX_RECORDS = 1_000
 
 _logger = logging.getLogger(__name__)
 
-# What runs read of folders before their data were recorded.
+# The endings that runs read from folders before their data were recorded.
 _FIRST_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 Fingerprint = dict[str, Any]
@@ -51,15 +52,13 @@ class ChangedDataError(ValueError):
 
 
 def fingerprint(dataset: Dataset) -> Fingerprint:
-    """Says which images a data set holds, in which order, with which labels and splits.
+    """Describes which images a data set holds, their order, labels and splits.
 
-    The place of the files does not count, nor their times, nor what reading makes of them.
-
-    Args:
-        dataset: what `dataset.load_dataset` gave.
+    The place and times of the files do not matter, and neither does what is done to the pixels
+    after reading.
 
     Returns:
-        JSON values: `sources`, the sets that the parts are taken from, and `parts`, the rows of each.
+      JSON values: `sources`, the sets that the parts are taken from, and `parts`, the rows of each.
     """
     sources: dict[str, Any] = {}
     parts: dict[str, Any] = {}
@@ -78,14 +77,11 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, a line each, with both values; empty if they agree.
+    """Lines that say how two fingerprints differ, with both values; empty if they agree.
 
     Args:
-        before: the fingerprint when the run started.
-        now: the fingerprint of today.
-
-    Returns:
-        The lines.
+      before: the fingerprint at the start of the run.
+      now: the fingerprint of the present data.
     """
     lines = []
     for kind in ("sources", "parts"):
@@ -94,7 +90,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             what = name if kind == "sources" else f"{name} split"
             keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
             keys = [key for key in keys if key != "name"]
-            # Where a number changed, hashes say nothing more.
+            # If a number has changed, the hashes have too and say nothing more.
             numbers = [key for key in keys if isinstance(new.get(key, old.get(key)), int)]
             lines += [
                 f"{what}, {key}: the run has {_shown(old.get(key))}, found {_shown(new.get(key))}"
@@ -119,7 +115,7 @@ def _base(source: ImageSource) -> tuple[ImageSource, np.ndarray]:
 def _of_source(source: ImageSource) -> Fingerprint:
     found: Fingerprint = {"name": source.name, "images": len(source)}
     if isinstance(source, ShapesSource):
-        pass  # drawn from the config; their last bits are the machine's
+        pass  # drawn from the config; the last bits of the pixels depend on the machine
     elif isinstance(source, ArraySource):
         found["bytes"] = source.images.nbytes
         found["contents"] = _digest(np.ascontiguousarray(part) for part in _blocks(source.images))
@@ -155,7 +151,7 @@ def _hash_of_file(path: str) -> bytes:
 
 
 def _map_files(function: Callable[[str], _T], paths: Sequence[str]) -> list[_T]:
-    """Values by path, from threads: on a network each file is waited for."""
+    """Values in the order of the paths, computed by threads, because network files are slow."""
     chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
     with ThreadPoolExecutor(16) as pool:
         parts = pool.map(lambda chunk: [function(path) for path in chunk], chunks)
@@ -195,17 +191,14 @@ def _digest(pieces: Iterable[Any]) -> str:
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
-    """The record of a run directory, or None of a run that an earlier version started.
-
-    Args:
-        workdir: directory of the run.
+    """The record in a run directory; None if an earlier version started the run without one.
 
     Returns:
-        `fingerprint` of the data of the run, and `changes`, lines on other data that it was trained
-        on before.
+      `fingerprint` of the run's data, and `changes`, lines about other data that the run was also
+      trained on.
 
     Raises:
-        ValueError: the record is damaged or of a later version.
+      ValueError: the record is damaged or of a later version.
     """
     path = workdir / FILE
     if not path.exists():
@@ -218,29 +211,29 @@ def read(workdir: Path) -> dict[str, Any] | None:
             raise ValueError("entries are missing")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}): remove it to have the data recorded anew, if they are "
-            "those that the run started on"
+            f"{path} is damaged ({error!r}). Check that the data are those that the run started on, "
+            "and remove it; the data are then recorded anew"
         ) from error
     return record
 
 
 def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> list[str]:
-    """Records the data of a new run; refuses a run whose data changed since it was begun.
+    """Records the data of a new run, and checks that the data of a resumed run have not changed.
 
-    A run without a checkpoint starts from the beginning whatever is there, and so do its data. Runs of
-    versions that recorded nothing are recorded now.
+    A run without a checkpoint starts from the beginning, so its data are recorded anew. The data of
+    a run that an earlier version started without a record are recorded now.
 
     Args:
-        workdir: the run's directory, held by this process.
-        dataset: what the run's config names, as it is now.
-        accept_change: go on all the same, with the data as they are now; the record keeps what changed.
+      workdir: directory of the run, locked by this process.
+      dataset: the present data of the run's config.
+      accept_change: continue with changed data; the record keeps the changes.
 
     Returns:
-        Lines on the changes that were accepted, now and before.
+      Lines about the changes that were accepted, now and before.
 
     Raises:
-        ChangedDataError: the data changed and no change is accepted.
-        ValueError: as `read`.
+      ChangedDataError: the data have changed, and `accept_change` is False.
+      ValueError: the record is damaged or of a later version.
     """
     found = fingerprint(dataset)
     has_begun = _has_checkpoint(workdir)
@@ -252,8 +245,8 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> l
         lines = _unread_before(dataset) if has_begun else []
         if has_begun and not lines:
             _logger.warning(
-                "%s holds no %s: it was started by a version that did not record its data. They are "
-                "recorded now, as they are: %s.",
+                "%s holds no %s: an earlier version started it, which did not record its data. The "
+                "present data are recorded now: %s.",
                 workdir,
                 FILE,
                 ", ".join(f"{part['images']:,} {name}" for name, part in found["parts"].items()),
@@ -262,8 +255,8 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> l
         _refuse(
             lines,
             f"the data of {workdir}",
-            "--config.input.accept_changed_data=True: order, schedule and splits are then those of the "
-            "data as they are now",
+            "--config.input.accept_changed_data=True: order, schedule and splits then follow from the "
+            "present data",
             accept_change=accept_change,
         )
     if record is None or lines:
@@ -274,19 +267,19 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> l
 
 
 def check_evaluation(workdir: Path, dataset: Dataset, *, accept_change: bool) -> list[str]:
-    """Refuses to evaluate a run on other data than those it was trained and validated on.
+    """Checks that the data of an evaluation are those of the run. Writes nothing.
 
     Args:
-        workdir: the run's directory; nothing is written.
-        dataset: what the run's config names, as it is now.
-        accept_change: evaluate all the same.
+      workdir: directory of the run.
+      dataset: the present data of the run's config.
+      accept_change: evaluate on changed data.
 
     Returns:
-        Lines on what changed, now and while the run was trained, for the results.
+      Lines for the results, about changes now and during training.
 
     Raises:
-        ChangedDataError: the data changed and no change is accepted.
-        ValueError: as `read`.
+      ChangedDataError: the data have changed, and `accept_change` is False.
+      ValueError: the record is damaged or of a later version.
     """
     record = read(workdir)
     if record is None:
@@ -303,15 +296,15 @@ def check_evaluation(workdir: Path, dataset: Dataset, *, accept_change: bool) ->
 
 
 def check_loaded(record: Mapping[str, Any], dataset: Dataset, *, instead: str) -> None:
-    """Refuses to fit or calibrate a loaded model on other data than those of its run.
+    """Checks that a loaded model is fitted or calibrated on the data of its run.
 
     Args:
-        record: what `read` gave.
-        dataset: what the run's config names, as it is now.
-        instead: what to do to go on with other images.
+      record: the record that `read` returned.
+      dataset: the present data of the run's config.
+      instead: words for the message: how to use other images.
 
     Raises:
-        ChangedDataError: the data changed.
+      ChangedDataError: the data have changed.
     """
     lines = changes(record["fingerprint"], fingerprint(dataset))
     if lines:
@@ -319,24 +312,26 @@ def check_loaded(record: Mapping[str, Any], dataset: Dataset, *, instead: str) -
 
 
 def _refuse(lines: list[str], what: str, instead: str, *, accept_change: bool) -> None:
-    text = f"{what} changed since it was begun:\n" + "\n".join(f"  {line}" for line in lines)
+    text = f"{what} have changed since the run started:\n" + "\n".join(
+        f"  {line}" for line in lines
+    )
     if any(line.startswith("training set") for line in lines):
         text += (
-            "\nThe split of training and validation images follows from all of them: images that were "
-            "trained on may now be validation images, and what is chosen or calibrated on these then "
-            "looks better than it is. (It stays as it was where only contents of files changed.)"
+            "\nThe split into training and validation images depends on all images. Images that were "
+            "trained on may now be validation images; whatever is chosen or calibrated on them then "
+            "looks better than it is. (The split is unchanged if only contents of files changed.)"
         )
     if accept_change:
         _logger.warning("%s", text)
         return
     raise ChangedDataError(
-        f"{text}\nBring the former data back, or start anew in another directory, or go on with "
+        f"{text}\nRestore the former data, or start a new run in another directory, or continue with "
         f"{instead}."
     )
 
 
 def _unread_before(dataset: Dataset) -> list[str]:
-    """Lines on pictures in folders that versions before this record did not read."""
+    """Lines about pictures in folders that versions without a record did not read."""
     lines = []
     sources = {name: _base(part)[0] for name, part in dataset._asdict().items() if part is not None}
     for name in ("train", "test"):
@@ -345,7 +340,7 @@ def _unread_before(dataset: Dataset) -> list[str]:
             known = sum(path.lower().endswith(_FIRST_SUFFIXES) for path in source.names)
             if known < len(source):
                 lines.append(
-                    f"{name} split: the run read PNG and JPEG files alone, {known:,} of them now, found "
+                    f"{name} split: the run read only PNG and JPEG files ({known:,} of them now), found "
                     f"{len(source):,} pictures"
                 )
     return lines

@@ -1,4 +1,4 @@
-"""Training, validation and test images of a config's section."""
+"""Loads the training, validation and test images that a config describes."""
 
 import functools
 import itertools
@@ -27,14 +27,14 @@ SOURCES = ("digits", "shapes", "arrays", "folder", "tfds")
 
 
 class Dataset(NamedTuple):
-    """The three parts of a data set.
+    """The parts of a data set.
 
     Attributes:
-        train: what the encoder is trained on.
-        validation: held out of the training images: for every choice that is made.
-        test: for the final numbers only; None where the data are unlabeled and no test images
-            were given.
-        outside: test images of the classes that were left out of all three, or None.
+      train: images that the encoder is trained on.
+      validation: images held out of the training images; every choice is made on them.
+      test: images for the final numbers only. None if the data are unlabeled and no test images
+        were given.
+      outside: for one-class detection, test images of the other classes; otherwise None.
     """
 
     train: ImageSource
@@ -62,38 +62,38 @@ def load_dataset(
 ) -> Dataset:
     """Loads a data set and holds out its validation part.
 
-    The validation part is `validation_fraction` of all training images, stratified by label where
-    there are labels. It follows from `split_seed`, never touches the test images, and does not
-    change with `num_train_examples` (but for `shapes`, which draws as many images as it needs).
+    The validation part is `validation_fraction` of all training images, stratified by label if
+    there are labels. It depends on `split_seed`, never contains test images, and does not change
+    with `num_train_examples` (except for `shapes`, which draws as many images as it needs).
 
     Args:
-        source: `digits`, `shapes`, `arrays`, `folder` or `tfds`. For `digits` a stratified 20% are
-            the test images.
-        train_paths: `.npz` files for `arrays`, one directory for `folder`.
-        test_paths: the same for the test images.
-        tfds_name: see `TfdsSource`.
-        data_dir: see `TfdsSource`; for `tfds` only.
-        train_split: TFDS split of the training images.
-        test_split: TFDS split of the test images; empty for none.
-        image_size: side in pixels of the images of `folder` and `tfds`, which are resized on load,
-            and of `shapes` (0: 32). 0 keeps images as they are. Images in memory are not resized:
-            they must have this size.
-        max_image_pixels: pictures of `folder` and `tfds` that have more pixels are refused before they
-            are decoded.
-        num_train_examples: how many images remain for training, a stratified choice by
-            `split_seed`; 0 for all (`shapes`: 9,000).
-        num_test_examples: the same for the test images (`shapes`: 2,000).
-        validation_fraction: share of the training images held out, in (0, 1).
-        split_seed: non-negative integer.
-        inlier_class: the one class to train on (one-class detection): the other classes' test images
-            become `outside`, and the labels of the rest, all equal, are dropped; numbers of examples
-            count all classes. -1: all classes.
+      source: `digits`, `shapes`, `arrays`, `folder` or `tfds`. For `digits` the test images are a
+        stratified 20%.
+      train_paths: `.npz` files for `arrays`, one directory for `folder`.
+      test_paths: the same for the test images.
+      tfds_name: name of the data set, as for `TfdsSource`.
+      data_dir: directory of TFDS data sets, as for `TfdsSource`.
+      train_split: TFDS split of the training images.
+      test_split: TFDS split of the test images; empty for none.
+      image_size: height and width in pixels. Images of `folder` and `tfds` are resized to it when
+        they are read; `shapes` are drawn at it (0: 32). 0 keeps the images as they are. Images in
+        memory are not resized and must have this size.
+      max_image_pixels: a picture of `folder` or `tfds` with more pixels is an error, before it is
+        decoded.
+      num_train_examples: number of images that remain for training, a stratified choice by
+        `split_seed`; 0 for all (`shapes`: 9,000).
+      num_test_examples: the same for the test images (`shapes`: 2,000).
+      validation_fraction: share of the training images that is held out, in (0, 1).
+      split_seed: non-negative integer.
+      inlier_class: the only class to train on, for one-class detection; -1 for all classes. The
+        test images of the other classes become `outside`. The remaining labels are all equal and
+        are dropped. Numbers of examples count all classes.
 
     Raises:
-        ValueError: unknown source, a fraction outside (0, 1) or that leaves a part empty, more
-            examples asked for than there are, labeled data without a test part, a test part that
-            is the training part, or training and test images that differ in size, channels, classes
-            or in having labels. Also whatever the source itself raises.
+      ValueError: an argument is unknown or out of range, a part would be empty, there are fewer
+        examples than asked for, labeled data have no test part, training and test part are the
+        same, or they differ in size, channels, classes or having labels. Also for the reasons of
+        the source itself.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown data source {source!r}; expected one of {', '.join(SOURCES)}")
@@ -101,7 +101,7 @@ def load_dataset(
         raise ValueError(f"expected validation_fraction in (0, 1), got {validation_fraction}")
     pictures.check_limits(image_size, max_image_pixels)
     if isinstance(train_paths, str) or isinstance(test_paths, str):
-        raise ValueError("train_paths and test_paths are sequences of paths, not one string")
+        raise ValueError("train_paths and test_paths must be sequences of paths, not one string")
     if num_train_examples < 0 or num_test_examples < 0:
         raise ValueError(
             "expected num_train_examples and num_test_examples >= 0 (0 for all), "
@@ -116,7 +116,7 @@ def load_dataset(
             train = Subset(everything, _complement(chosen, len(everything)))
             test = Subset(everything, chosen)
         case "shapes":
-            # Enough for num_train_examples to remain; odd and even seeds keep train and test apart.
+            # Enough that num_train_examples remain. Odd and even seeds keep train and test apart.
             num_train_examples = num_train_examples or 9_000
             total = math.ceil(num_train_examples / (1 - validation_fraction))
             train = shapes(total, seed=2 * split_seed, image_size=image_size or 32)
@@ -161,7 +161,7 @@ def load_dataset(
     if not 0 < held_out < len(train):
         raise ValueError(
             f"validation_fraction={validation_fraction} of {len(train)} training images of "
-            f"{train.name} holds out {held_out}: choose one that leaves both parts non-empty"
+            f"{train.name} holds out {held_out}; choose one that leaves both parts non-empty"
         )
     chosen = _stratified(train, held_out, split_seed, VALIDATION)
     validation = Subset(train, chosen)
@@ -173,7 +173,7 @@ def load_dataset(
     if inlier_class >= 0:
         train, validation = (_of_class(part, inlier_class) for part in (train, validation))
         if test is None or test.labels is None:
-            raise ValueError(f"inlier_class={inlier_class} needs labelled test images")
+            raise ValueError(f"inlier_class={inlier_class} needs labeled test images")
         outside = Subset(test, np.flatnonzero(test.labels != inlier_class))
         test = _of_class(test, inlier_class)
     return Dataset(train, validation, test, outside)
@@ -199,24 +199,24 @@ def load_images(
     num_examples: int = 0,
     split_seed: int = 0,
 ) -> ImageSource:
-    """Loads one set of images, for instance one that is out of distribution.
+    """Loads one set of images, for example one that is out of distribution.
 
     Args:
-        source: `arrays`, `folder`, `tfds` or `image_list`.
-        paths: `.npz` files for `arrays`, one directory for `folder`, the list and the directory that
-            its paths start from for `image_list`.
-        tfds_name: see `TfdsSource`.
-        data_dir: see `TfdsSource`.
-        split: which part of a `tfds` set.
-        image_size: side in pixels that images read from files are resized to; 0 keeps them.
-        max_image_pixels: pictures in files that have more pixels are refused before they are decoded.
-        exclude_labels: classes to leave out, for instance those of the training set.
-        num_examples: a stratified choice by `split_seed`; 0 for all.
-        split_seed: non-negative integer.
+      source: `arrays`, `folder`, `tfds` or `image_list`.
+      paths: `.npz` files for `arrays`; one directory for `folder`; for `image_list` the list, and
+        the directory that its paths are relative to.
+      tfds_name: name of the data set, as for `TfdsSource`.
+      data_dir: directory of TFDS data sets, as for `TfdsSource`.
+      split: TFDS split.
+      image_size: images from files are resized to this height and width in pixels; 0 keeps them.
+      max_image_pixels: a picture in a file with more pixels is an error, before it is decoded.
+      exclude_labels: classes to leave out, for example those of the training set.
+      num_examples: number of images, a stratified choice by `split_seed`; 0 for all.
+      split_seed: non-negative integer.
 
     Raises:
-        ValueError: unknown source, the wrong number of paths, classes to exclude from unlabeled
-            images, nothing left. Also whatever the source itself raises.
+      ValueError: the source is unknown, the number of paths is wrong, classes are excluded from
+        unlabeled images, or nothing is left. Also for the reasons of the source itself.
     """
     images: ImageSource
     sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
@@ -241,7 +241,7 @@ def load_images(
             )
     if len(exclude_labels):
         if images.labels is None:
-            raise ValueError(f"{images.name} has no labels: no class can be excluded")
+            raise ValueError(f"{images.name} has no labels, so no class can be excluded")
         images = Subset(images, np.flatnonzero(~np.isin(images.labels, list(exclude_labels))))
     return _limited(images, num_examples, split_seed, TEST_SUBSET)
 
@@ -254,8 +254,8 @@ def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) ->
     for inner, outer in [*itertools.product(train, test), *itertools.product(test, train)]:
         if inner.is_relative_to(outer):
             raise ValueError(
-                f"{inner} lies in {outer}, so the one's images would be the other's too: give "
-                "train_paths and test_paths that lie side by side"
+                f"{inner} lies in {outer}, so both would contain the same images; give train_paths "
+                "and test_paths that do not contain each other"
             )
 
 
@@ -263,13 +263,13 @@ def _check_train_and_test(train: ImageSource, test: ImageSource | None, image_si
     shape = image_shape(train)
     if image_size and shape[:2] != (image_size, image_size):
         raise ValueError(
-            f"{train.name} has {shape[0]}x{shape[1]} images and image_size is {image_size}; images "
-            "in memory are not resized: set image_size to 0 or prepare them at that size"
+            f"{train.name} has {shape[0]}x{shape[1]} images, but image_size is {image_size}; images "
+            "in memory are not resized, so set image_size to 0 or prepare them at that size"
         )
     if test is None:
         if train.labels is not None:
             raise ValueError(
-                f"{train.name} is labelled but has no test images; give test_paths or test_split "
+                f"{train.name} has labels but no test images; give test_paths or test_split "
                 "(a test set is never cut from the training images)"
             )
         return
@@ -296,7 +296,7 @@ def _limited(source: ImageSource, num_examples: int, seed: int, purpose: int) ->
     """A stratified choice of `num_examples`, or everything for 0."""
     if num_examples > len(source):
         raise ValueError(
-            f"{num_examples} examples asked for, but {source.name} has only {len(source)} "
+            f"{num_examples} examples were asked for, but {source.name} has only {len(source)} "
             "for this part"
         )
     if num_examples in (0, len(source)):
@@ -305,7 +305,7 @@ def _limited(source: ImageSource, num_examples: int, seed: int, purpose: int) ->
 
 
 def _stratified(source: ImageSource, count: int, seed: int, purpose: int) -> np.ndarray:
-    """Sorted int64 `[count]`: every class in proportion, by largest remainders."""
+    """Sorted int64 `[count]` with every class in proportion, by largest remainders."""
     order = permutation(len(source), seed, purpose)
     if source.labels is None:
         return np.sort(order[:count])

@@ -1,4 +1,4 @@
-"""What people give as images, checked and brought to what the network's programs take."""
+"""Checks the images that users give, and converts them to what the network's programs take."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -10,18 +10,20 @@ import numpy as np
 from jevb_jax.images import pictures
 from jevb_jax.images.preparation import cut_square
 
-# Below a quarter of the step between two levels of 8 bits. Cubic filters, float16 and normalizing to
-# and fro leave [0, 1] by less; values beyond are of another range.
+# Images may leave [0, 1] by so much: less than a quarter of the step between two 8-bit levels.
+# Cubic filters, float16, and normalizing forth and back stay below; larger deviations are another
+# range.
 _TOLERANCE = 1e-3
 
 
 class GivenImages(NamedTuple):
-    """Images of a call, those of one shape and type together.
+    """Images of one call, grouped by shape and type.
 
     Attributes:
-      stacks: each `[n, h, w, c]`, uint8, or floating point in [0, 1]; `c` is one or the network's.
-      rows: for each stack `[n]`, the places of its images in the call.
-      is_single: whether the call was for one image without an axis for several.
+      stacks: each `[n, h, w, c]`, uint8, or floating point in [0, 1]. `c` is 1 or the network's
+        number of channels.
+      rows: for each stack `[n]`, the positions of its images in the call.
+      is_single: whether the call gave one image without a batch axis.
     """
 
     stacks: list[np.ndarray]
@@ -30,7 +32,7 @@ class GivenImages(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return sum(len(stack) for stack in self.stacks)
 
 
@@ -38,19 +40,17 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
     """Checks images; lists, tuples, iterators and Pillow pictures become arrays.
 
     Args:
-      images: see `Model`.
-      num_channels: what the network takes; gray images are repeated to it.
-      square_size: pixels a side of the square that is cut out of every image, 0 for none. An array's
-        are cut by `prepared`, when their turn comes.
-
-    Returns:
-      The images.
+      images: as for `Model`.
+      num_channels: the network's number of channels.
+      square_size: height and width of the square to cut out of each image, 0 for none. Squares of
+        arrays are cut later, by `prepared`.
 
     Raises:
-      TypeError: neither numbers nor pictures, and levels of an unclear depth.
-      ValueError: wrong axes, channels or range, NaN, no images.
+      TypeError: images are neither numbers nor pictures, or their range of levels is unclear.
+      ValueError: axes, channels or range are wrong, a value is NaN, or there are no images.
     """
-    # Not to NumPy, which would take a picture in a deque, say, for numbers, whatever its mode.
+    # Do not call NumPy yet: it would turn pictures in, say, a deque into numbers, whatever their
+    # mode.
     is_collection = isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping)
     if is_collection and not _is_array(images) and not isinstance(images, list | tuple):
         images = list(images)
@@ -65,7 +65,7 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
         values = np.asarray(images)
     except ValueError as error:
         raise ValueError(
-            f"nested lists of images must all have one size and type ({error}): give a list of arrays"
+            f"nested lists of images must all have one size and type ({error}); give a list of arrays"
         ) from error
     values = _checked(values, num_channels, "images")
     is_single = values.ndim == 3
@@ -74,14 +74,14 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
 
 
 def prepared(images: np.ndarray, square_size: int) -> np.ndarray:
-    """A part of a stack as the network's programs take it.
+    """Converts a part of a stack to what the network's programs take.
 
     Args:
-      images: `[n, h, w, c]` of `check_images`.
-      square_size: see `Model`.
+      images: `[n, h, w, c]`, from `check_images`.
+      square_size: as for `check_images`.
 
     Returns:
-      `[n, h, w, c]`, or the squares that are cut out of it; uint8, or float32 in [0, 1].
+      `[n, h, w, c]`, or the squares cut out of the images; uint8, or float32 in [0, 1].
     """
     if images.dtype != np.uint8:
         images = images.astype(np.float32).clip(0, 1)
@@ -96,7 +96,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_picture(value: Any) -> bool:
-    module = sys.modules.get("PIL.Image")  # whoever has a picture has imported it
+    module = sys.modules.get("PIL.Image")  # loaded already if there are any pictures
     return module is not None and isinstance(value, module.Image)
 
 
@@ -110,7 +110,7 @@ def _picture_pixels(picture: Any, num_channels: int, square_size: int, where: st
 
 
 def _check_list(images: Any, num_channels: int, square_size: int) -> GivenImages:
-    """One image after the other, so that pictures need not fit in memory as they are."""
+    """Checks one image after the other, so that the pictures need not fit into memory together."""
     checked: list[np.ndarray] = []
     for number, image in enumerate(images):
         where = f"image {number}"
@@ -133,19 +133,19 @@ def _check_list(images: Any, num_channels: int, square_size: int) -> GivenImages
 
 
 def _checked(values: np.ndarray, num_channels: int, where: str) -> np.ndarray:
-    """`[..., h, w, c]` uint8, or floating point in [0, 1] or a rounding beyond."""
+    """`[..., h, w, c]` uint8, or floating point in [0, 1] up to the tolerance."""
     is_float = jnp.issubdtype(values.dtype, jnp.floating)
     is_integer = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.integer)
     if not is_float and not is_integer:
         raise TypeError(
-            f"{where} must be uint8, or float in [0, 1], got {values.dtype}; files are opened by "
+            f"{where} must be uint8, or float in [0, 1], got {values.dtype}; open files by "
             "PIL.Image.open"
         )
     if values.ndim not in (3, 4):
         raise ValueError(
-            f"{where} must be [N, h, w, c], or one image [h, w, c], got shape {values.shape}; grey "
-            "images need an axis of one channel: images[..., None]; of a Pillow picture give the "
-            "picture itself, because an array of it may hold numbers of a palette"
+            f"{where} must be [N, h, w, c], or one image [h, w, c], got shape {values.shape}. Gray "
+            "images need an axis with one channel: images[..., None]. Give a Pillow picture itself, "
+            "because an array of it may hold indices of a palette"
         )
     if values.size == 0:
         raise ValueError(f"there are no pixels in {where} of shape {values.shape}")
@@ -159,15 +159,15 @@ def _checked(values: np.ndarray, num_channels: int, where: str) -> np.ndarray:
 
 def _wrong_channels(shape: tuple[int, ...], num_channels: int, where: str) -> str:
     channels = "1" if num_channels == 1 else f"1 or {num_channels}"
-    message = f"{where} must have {channels} channels, the last axis, got shape {shape}"
+    message = f"{where} must have {channels} channels in the last axis, got shape {shape}"
     if shape[-3] in (1, num_channels):
-        return f"{message}; where channels come first: np.moveaxis(images, -3, -1)"
+        return f"{message}; if channels come first, give np.moveaxis(images, -3, -1)"
     if shape[-1] == 4 and num_channels == 3:
         return (
-            f"{message}; of transparent images give images[..., :3], or the Pillow picture itself"
+            f"{message}; for transparent images give images[..., :3], or the Pillow picture itself"
         )
     if shape[-1] == 3 and num_channels == 1:
-        return f"{message}; the network was trained on grey images"
+        return f"{message}; the network was trained on gray images"
     return message
 
 
@@ -177,17 +177,18 @@ def _as_levels(values: np.ndarray, where: str) -> np.ndarray:
     if values.dtype == bool:
         return np.where(values, np.uint8(255), np.uint8(0))
     low, high = int(values.min()), int(values.max())
-    # 16 bits have levels of their own, and 0 and 1 may be a mask: either read as 8 bits is nearly black.
+    # 16-bit images have a larger range, and values 0 and 1 may be a mask. Read as 8 bits, both
+    # would be nearly black.
     if values.dtype == np.uint16 or (low >= 0 and high <= 1):
         raise TypeError(
-            f"{where} must be uint8, or float in [0, 1], got {values.dtype} in [{low}, {high}], whose "
-            "scale is not clear: divide by the largest level that a pixel may have, or give "
-            "images.astype(np.uint8) if that is 255"
+            f"{where} must be uint8, or float in [0, 1], got {values.dtype} in [{low}, {high}]. The "
+            "scale is not clear: divide by the largest possible level, or give "
+            "images.astype(np.uint8) if that level is 255"
         )
     if low < 0 or high > 255:
         raise ValueError(
-            f"{where} of integers must hold levels of 0 to 255, got [{low}, {high}] of {values.dtype}: "
-            "divide by the largest level that a pixel may have"
+            f"{where} of integers must hold levels of 0 to 255, got [{low}, {high}] of {values.dtype}. "
+            "Divide by the largest possible level"
         )
     return values.astype(np.uint8)
 
@@ -200,18 +201,18 @@ def _check_range(values: np.ndarray, where: str) -> None:
     tolerance = max(_TOLERANCE, float(jnp.finfo(values.dtype).eps))
     if low < -tolerance or high > 1 + tolerance:
         advice = (
-            "give pixels of 0 to 255 as uint8 or divide them by 255"
+            "give pixels of 0 to 255 as uint8, or divide them by 255"
             if high > 2 and low >= -tolerance
-            else "clip what a filter threw beyond, images.clip(0, 1)"
+            else "clip the excess of a filter by images.clip(0, 1)"
         )
         raise ValueError(
-            f"float {where} must lie in [0, 1], got [{low:.7g}, {high:.7g}]: {advice}; do not "
-            "normalise them, the model does"
+            f"float {where} must lie in [0, 1], got [{low:.7g}, {high:.7g}]: {advice}. Do not "
+            "normalize them; the model does"
         )
 
 
 def in_order(parts: list[Any], rows: list[np.ndarray], join: Callable[..., Any]) -> Any:
-    """Joins what came of the stacks, `[n, ...]` each, in the order of the call."""
+    """Joins the results for the stacks, `[n, ...]` each, in the order of the images of the call."""
     if len(parts) == 1:
         return parts[0]
     places = np.argsort(np.concatenate(rows))

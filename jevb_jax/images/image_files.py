@@ -1,4 +1,4 @@
-"""Images in files: folders and lists of paths."""
+"""Images in files: folders, and lists of paths."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ _logger = logging.getLogger(__name__)
 
 
 class _FileSource:
-    """Pictures that are files, read when asked for.
+    """Pictures in files, each read when it is asked for.
 
     Attributes:
-        paths: one for each image.
-        names: paths from the set's own directory on: the same wherever the set lies.
-        image_size: see `pictures.read`.
+      paths: one for each image.
+      names: paths relative to the directory of the set, so they do not change if it is moved.
+      image_size: size of the square to cut out, in pixels; 0 keeps images as they are.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class _FileSource:
             first = first or size
             if size != first:
                 raise ValueError(
-                    f"images of differing size: {self.paths[0]} is {first[0]}x{first[1]}, "
-                    f"{where} is {size[0]}x{size[1]}; set image_size to resize them on load"
+                    f"all images must have one size, but {self.paths[0]} is {first[0]}x{first[1]} and "
+                    f"{where} is {size[0]}x{size[1]}; set image_size to resize them when they are read"
                 )
 
     def __len__(self) -> int:
@@ -69,29 +69,28 @@ class _FileSource:
 
 
 class FolderSource(_FileSource):
-    """Picture files in a directory, read and resized when asked for.
+    """Picture files in a directory, each read and resized when it is asked for.
 
-    Two layouts. Class-per-folder: `root/<class>/**/<file>`, labels in the sorted order of the
-    folder names. Flat: `root/<file>`, no labels. Read are the endings of `pictures.SUFFIXES`, in
-    capitals or not; what colors, transparency and orientation become, says `pictures.read`. Other
-    files, hidden ones, and links to folders that are read anyway are left out, and a warning says
-    how many there are; other links are followed.
+    There are two layouts. Class folders: `root/<class>/**/<file>`, with labels in the sorted order
+    of the folder names. Flat: `root/<file>`, without labels. Only files with an ending in
+    `pictures.SUFFIXES`, in any case, are read; `pictures.read` says what becomes of colors,
+    transparency and orientation. Other files, hidden files, and links to folders that are read
+    anyway are left out, and a warning gives their numbers. Other links are followed.
 
     Args:
-        root: the directory.
-        image_size: side of the square images, in pixels: the shorter side is brought to it by
-            Pillow's antialiased bilinear filter, then the center is cut out. 0 keeps images as they
-            are; their headers are then read once, now, to see that they have the same size.
-        class_names: the classes of another folder (the training set's), so that labels mean the
-            same here. None takes the folder names.
-        max_image_pixels: a picture of more pixels is refused before it is decoded.
+      root: the directory.
+      image_size: height and width of the square images, in pixels. The shorter side is resized to
+        it by Pillow's antialiased bilinear filter, then the center is cut out. 0 keeps images as
+        they are; their headers are then read at once, to check that all have the same size.
+      class_names: classes of another folder (the training set), so that labels mean the same
+        here. None takes the folder names.
+      max_image_pixels: a picture with more pixels is an error, before it is decoded.
 
     Raises:
-        FileNotFoundError: no such directory.
-        ValueError: no images, both layouts at once, a class without images, a folder that is not in
-            `class_names`, a link to nothing, or images of differing size with `image_size=0`.
-            Reading an image raises ValueError with the file's name and index when it cannot be
-            decoded.
+      FileNotFoundError: there is no such directory.
+      ValueError: there are no images, both layouts are mixed, a class is empty or not in
+        `class_names`, a link leads nowhere, or images differ in size with `image_size=0`. Reading
+        an image that cannot be decoded raises ValueError with its file name and index.
     """
 
     def __init__(
@@ -119,9 +118,9 @@ class FolderSource(_FileSource):
         for name in classes:
             try:
                 name.encode()
-            except UnicodeEncodeError as error:  # results could not be written, after the training
+            except UnicodeEncodeError as error:  # writing results would fail, after the training
                 raise ValueError(
-                    f"the name of the class folder {name!r} in {root} is no UTF-8: rename it"
+                    f"the name of the class folder {name!r} in {root} is not valid UTF-8; rename it"
                 ) from error
         if classes and not files:
             names = tuple(classes) if class_names is None else class_names
@@ -160,22 +159,23 @@ class FolderSource(_FileSource):
 
 
 class ImageListSource(_FileSource):
-    """Picture files named, with a label each, by the lines of a text file.
+    """Picture files that a text file lists, each with a label.
 
-    The format of OpenOOD's benchmark lists: `relative/path.png LABEL` a line. A file of which any
-    label is negative, as those of outlier sets are, counts as unlabeled. Pictures become what
-    `pictures.read` says; a warning tells of pictures that are named more than once.
+    The format is that of OpenOOD's benchmark lists, one line `relative/path.png LABEL` for each
+    picture. If any label is negative, as in lists of outliers, the whole set counts as unlabeled.
+    Pictures are read by `pictures.read`. A warning tells if pictures are listed more than once.
 
     Args:
-        list_path: the text file.
-        root: directory that its paths start from.
-        image_size: as for `FolderSource`.
-        max_image_pixels: as for `FolderSource`.
+      list_path: the text file.
+      root: the directory that its paths are relative to.
+      image_size: as for `FolderSource`.
+      max_image_pixels: as for `FolderSource`.
 
     Raises:
-        FileNotFoundError: no such list, or a file of it is missing (the first one is named).
-        ValueError: no lines, or a line that is not a path and an integer, with its number; and as
-            `FolderSource`.
+      FileNotFoundError: the list does not exist, or files that it names (the message has the
+        first).
+      ValueError: the list is empty, or a line is not a path and an integer (the message has its
+        number). Also for the reasons of `FolderSource`.
     """
 
     def __init__(
@@ -208,13 +208,13 @@ class ImageListSource(_FileSource):
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(paths)} files of {list_path} are missing, the first is "
+                f"{len(missing)} of the {len(paths)} files in {list_path} do not exist, for example "
                 f"{missing[0]}"
             )
         repeated = len(names) - len(set(names))
         if repeated:
             _logger.warning(
-                "%s: %d lines name a picture that another line names", list_path, repeated
+                "%s: %d lines name a picture that another line names too", list_path, repeated
             )
         super().__init__(
             str(list_path), paths, names, image_size=image_size, max_image_pixels=max_image_pixels

@@ -1,6 +1,6 @@
-"""Picture files: which of them a folder holds, and what pixels they mean; one reader for all sources.
+"""Picture files: which files of a folder are pictures, and how their pixels are read.
 
-Pillow is imported by the functions that need it.
+All sources read pictures here. Pillow is imported by the functions that need it.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ import numpy as np
 
 from jevb_jax.images.preparation import MAX_PIXELS, cut_picture
 
-# Endings by Pillow's format. A fixed list: were it Pillow's own, the images of a folder, and with them
-# order and splits, would follow from its version. Without vector graphics, films and icons.
+# Endings for each format of Pillow. The list is fixed: with Pillow's own list, the images of a
+# folder, and so their order and splits, would depend on its version. Vector graphics, films and
+# icons are out.
 _ENDINGS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -41,14 +42,14 @@ _ENDINGS = {
     "DDS": (".dds",),
     "XBM": (".xbm",),
     "XPM": (".xpm",),
-    "TGA": (".tga", ".icb", ".vda", ".vst"),  # the last: it has no mark to be known by
+    "TGA": (".tga", ".icb", ".vda", ".vst"),  # last, because its files have no signature
 }
 SUFFIXES = tuple(ending for endings in _ENDINGS.values() for ending in endings)
 
-# What Pillow raises on damaged images.
+# Errors that Pillow raises for damaged images.
 _DAMAGED = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error)
 
-_ORIENTATION = 0x0112  # tag of EXIF
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 # --- Pixels ---
@@ -64,24 +65,24 @@ def read(
 ) -> np.ndarray:
     """Reads one picture.
 
-    Palettes, CMYK and one bit a pixel become the colors that they mean. EXIF's orientation is
-    followed. Transparent pixels are laid over white, opaque ones stay as they are, bit for bit. Of
-    several frames or pages the first is read. Of 16 bits per color the upper 8 are kept; gray
-    pictures of more than 8 bits are refused, for their levels are of no known range.
+    Palettes, CMYK and one-bit pixels are converted to the colors they stand for. The orientation
+    in EXIF is applied. Transparent pixels are blended with white; opaque ones keep their bits. Of
+    several frames or pages, the first is read. Of 16 bits for each color, the upper 8 are kept.
+    Gray pictures of more than 8 bits are an error, because the range of their levels is unknown.
 
     Args:
-        file: its path or content.
-        mode: `RGB`, or `L` for gray.
-        image_size: side of the square that is cut out of it (`images.preparation`), 0 for none.
-        max_pixels: a picture of more is refused before it is decoded. Above Pillow's own limit,
-            that is raised to it, for the process.
-        where: what to call the picture in messages.
+      file: path or content of the picture.
+      mode: `RGB`, or `L` for gray.
+      image_size: height and width of the square to cut out, by `images.preparation`; 0 for none.
+      max_pixels: a picture with more pixels is an error, before it is decoded. If it exceeds
+        Pillow's own limit, that limit is raised for the whole process.
+      where: name of the picture in messages.
 
     Returns:
-        uint8 `[H, W, C]`.
+      uint8 `[H, W, C]`.
 
     Raises:
-        ValueError: the picture is damaged, too large or of more than 8 bits; with `where`.
+      ValueError: the picture is damaged, too large, or gray with more than 8 bits.
     """
     with _open(file, max_pixels=max_pixels, where=where) as image:
         return picture_pixels(
@@ -92,24 +93,24 @@ def read(
 def picture_pixels(
     image: Any, *, mode: str, image_size: int = 0, max_pixels: int = MAX_PIXELS, where: str
 ) -> np.ndarray:
-    """The pixels of an opened picture, as `read` gives them.
+    """The pixels of an opened Pillow picture, as `read` returns them.
 
     Args:
-        image: a Pillow picture.
-        mode: see `read`.
-        image_size: see `read`.
-        max_pixels: the picture's square is computed without the rest, where that would be larger.
-        where: see `read`.
+      image: the Pillow picture.
+      mode: `RGB`, or `L` for gray.
+      image_size: height and width of the square to cut out; 0 for none.
+      max_pixels: if the resized picture would have more pixels, only its square is computed.
+      where: name of the picture in messages.
 
     Returns:
-        uint8 `[H, W, C]`.
+      uint8 `[H, W, C]`.
 
     Raises:
-        ValueError: as `read`.
+      ValueError: the picture is damaged, too large for the memory, or gray with more than 8 bits.
     """
-    if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit levels to 255 without a word
+    if image.mode.startswith(("I", "F")):  # Pillow would silently clip 16-bit levels to 255
         raise ValueError(
-            f"cannot read {where}: expected 8 bits per channel, got mode {image.mode}; bring its "
+            f"cannot read {where}: expected 8 bits per channel, got mode {image.mode}; scale its "
             "levels to 0..255 and save it with 8 bits"
         )
     try:
@@ -129,22 +130,20 @@ def picture_pixels(
 
 
 def size(path: str, *, max_pixels: int = MAX_PIXELS, where: str) -> tuple[int, int]:
-    """Width and height of a picture as `read` gives it, from its header alone.
+    """`(width, height)` in pixels of a picture as `read` returns it, from its header only.
 
     Args:
-        path: where the picture lies; messages name it.
-        max_pixels: see `read`.
-        where: see `read`.
-
-    Returns:
-        `(width, height)`, pixels.
+      path: file of the picture.
+      max_pixels: a picture with more pixels is an error.
+      where: name of the picture in messages.
 
     Raises:
-        ValueError: the header cannot be read, or says that there are too many pixels.
+      ValueError: the header cannot be read, or it says that there are too many pixels.
     """
     with _open(path, max_pixels=max_pixels, where=where) as image:
         width, height = image.size
-        # PNG would decode the whole picture for an EXIF block at its end, TIFF has turned its size.
+        # Reading the orientation may need the whole picture (PNG with EXIF at its end), or is not
+        # needed (square pictures; TIFF, whose size is rotated already).
         knows = width != height and image.format != "TIFF"
         if knows and (image.format != "PNG" or "exif" in image.info) and _orientation(image) >= 5:
             return height, width
@@ -152,38 +151,33 @@ def size(path: str, *, max_pixels: int = MAX_PIXELS, where: str) -> tuple[int, i
 
 
 def check_limits(image_size: int, max_pixels: int) -> None:
-    """Raises ValueError for a size or a limit that no picture can have.
-
-    Args:
-        image_size: see `read`.
-        max_pixels: see `read`.
-    """
+    """Raises ValueError if no picture can have this `image_size` within `max_pixels`."""
     if image_size < 0:
-        raise ValueError(f"expected image_size >= 0 (0: as it is), got {image_size}")
+        raise ValueError(f"expected image_size >= 0 (0 keeps the size), got {image_size}")
     if max_pixels < 1:
         raise ValueError(f"expected max_image_pixels >= 1, got {max_pixels}")
     if image_size**2 > max_pixels:
         raise ValueError(
-            f"image_size = {image_size} makes pictures of {image_size**2:,} pixels, and "
-            f"max_image_pixels allows {max_pixels:,}: lower the one or raise the other"
+            f"image_size = {image_size} makes pictures of {image_size**2:,} pixels, but "
+            f"max_image_pixels allows only {max_pixels:,}; lower the first or raise the second"
         )
 
 
 def _open(file: str | io.BytesIO, *, max_pixels: int, where: str) -> Any:
-    """An image of which only the header was read, of a size that is allowed."""
+    """A picture of which only the header was read, with at most `max_pixels` pixels."""
     from PIL import Image
 
     Image.init()
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and max_pixels > max(limit, MAX_PIXELS):
-        Image.MAX_IMAGE_PIXELS = max_pixels  # asked for; Pillow has no other way to be told
+        Image.MAX_IMAGE_PIXELS = max_pixels  # the only way to change the limit of Pillow
     formats = [name for name in _ENDINGS if name in Image.OPEN]
     try:
         image = Image.open(file, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"cannot read {where}: {error}; max_image_pixels allows {max_pixels:,}: raise it if the "
-            "picture is meant, or remove the picture"
+            f"cannot read {where}: {error}; max_image_pixels allows {max_pixels:,}. Raise it if the "
+            "picture is wanted, or remove the picture"
         ) from error
     except (*_DAMAGED, MemoryError) as error:
         raise ValueError(f"cannot read {where}: {error}") from error
@@ -191,9 +185,9 @@ def _open(file: str | io.BytesIO, *, max_pixels: int, where: str) -> Any:
     if width * height > max_pixels:
         image.close()
         raise ValueError(
-            f"cannot read {where}: it has {width} x {height} = {width * height:,} pixels, and "
-            f"max_image_pixels allows {max_pixels:,}: raise it if the picture is meant, or remove the "
-            "picture"
+            f"cannot read {where}: it has {width} x {height} = {width * height:,} pixels, but "
+            f"max_image_pixels allows {max_pixels:,}. Raise it if the picture is wanted, or remove "
+            "the picture"
         )
     return image
 
@@ -201,7 +195,7 @@ def _open(file: str | io.BytesIO, *, max_pixels: int, where: str) -> Any:
 def _orientation(image: Any) -> int:
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except _DAMAGED:  # the pixels are whole all the same: it is shown as it is, as viewers do
+    except _DAMAGED:  # damaged EXIF: show the picture as it is, like image viewers do
         return 1
     return found if found in range(1, 9) else 1
 
@@ -235,15 +229,15 @@ def _opaque(image: Any, mode: str) -> Any:
 
 @dataclasses.dataclass
 class Listing:
-    """The pictures of a folder, and what of it is left out; made by `list_folder`.
+    """The pictures of a folder, and what is left out of them; made by `list_folder`.
 
     Attributes:
-        files: paths of the pictures directly in the folder.
-        classes: paths of the pictures below each visible folder in it, by its name, sorted.
-        endings: how many other files there are, by ending.
-        num_hidden: hidden pictures and folders.
-        closed_links: links to folders that are not followed, for what they lead to is read already.
-        repeated_links: links to pictures that the folder holds anyway: these are read twice.
+      files: paths of the pictures directly in the folder.
+      classes: for each visible subfolder, by name, the sorted paths of the pictures below it.
+      endings: number of other files for each ending.
+      num_hidden: number of hidden pictures and folders.
+      closed_links: links to folders that are not followed, because their target is read anyway.
+      repeated_links: links to pictures that are in the folder too, so these are read twice.
     """
 
     files: list[str]
@@ -254,24 +248,24 @@ class Listing:
     repeated_links: list[str] = dataclasses.field(default_factory=list)
 
     def remarks(self) -> list[str]:
-        """What a reader of the folder should know, a sentence each."""
+        """What the user should know about the folder, one sentence for each fact."""
         found = []
         if self.endings:
             kinds = ", ".join(f"{n:,} {ending}" for ending, n in self.endings.most_common(10))
             found.append(
-                f"{self.endings.total():,} files are left out, of no ending that is read: {kinds}"
+                f"{self.endings.total():,} files are left out, because their ending is not read: {kinds}"
             )
         if self.num_hidden:
             found.append(f"{self.num_hidden:,} hidden pictures or folders are left out")
         if self.closed_links:
             found.append(
-                f"{len(self.closed_links):,} links are not followed, for the folders they lead to are "
-                f"read already or lie above: first {self.closed_links[0]}"
+                f"{len(self.closed_links):,} links are not followed, because their folders are read "
+                f"anyway or contain the link, for example {self.closed_links[0]}"
             )
         if self.repeated_links:
             found.append(
-                f"{len(self.repeated_links):,} links lead to pictures that are in the set anyway, which "
-                f"are read twice: first {self.repeated_links[0]}"
+                f"{len(self.repeated_links):,} links lead to pictures that are in the set too, so these "
+                f"are read twice, for example {self.repeated_links[0]}"
             )
         alike: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.classes:
@@ -279,30 +273,28 @@ class Listing:
         same = [names for names in alike.values() if len(names) > 1]
         if same:
             found.append(
-                f"these names differ in case or in the coding of accents alone, and are classes of "
-                f"their own: {same[:10]}"
+                "these names differ only in case or in the encoding of accents, but are separate "
+                f"classes: {same[:10]}"
             )
         return found
 
 
 def list_folder(root: Path) -> Listing:
-    """Finds the pictures of a folder, by their endings, in an order that no file system changes.
+    """Finds the pictures of a folder by their endings, in an order that is the same everywhere.
 
-    Hidden files and folders are passed over. Links are followed, but no folder is read twice: a link
-    into the folder itself, to one above it or to what another link has led to already is closed.
+    Hidden files and folders are left out. Links are followed, but no folder is read twice: a link
+    is not followed if it leads into the folder itself, to one that contains it, or to a folder that
+    another link has led to.
 
     Args:
-        root: an existing folder.
-
-    Returns:
-        What there is.
+      root: an existing folder.
 
     Raises:
-        ValueError: a picture that is a link to nothing, or no file (a pipe would be waited for).
+      ValueError: a picture is a link to nothing, or no regular file (reading a pipe would wait).
     """
     real_root = os.path.realpath(root)
     listing = Listing([], {})
-    entered: set[str] = set()  # real paths of folders outside that links have led to
+    entered: set[str] = set()  # real paths of outside folders that links have led to
 
     def is_shown(real: str) -> bool:
         path = Path(real)
@@ -331,7 +323,7 @@ def list_folder(root: Path) -> Listing:
                 listing.num_hidden += 1
             elif not _is(os.DirEntry.is_file, entry):
                 kind = "a link to nothing" if entry.is_symlink() else "no file"
-                raise ValueError(f"{entry.path} is {kind}: remove it, or bring the picture back")
+                raise ValueError(f"{entry.path} is {kind}; remove it, or restore the picture")
             else:
                 if entry.is_symlink() and is_shown(os.path.realpath(entry.path)):
                     listing.repeated_links.append(entry.path)
@@ -352,7 +344,7 @@ def list_folder(root: Path) -> Listing:
                 yield entry, target
 
     def below(folder: str, real: str) -> Iterator[str]:
-        # Not recursive: a tree may be deeper than Python's stack.
+        # No recursion: a tree may be deeper than Python's stack.
         waiting = [(folder, real)]
         while waiting:
             path, real = waiting.pop()
@@ -371,7 +363,7 @@ def _is(kind: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bo
     try:
         return kind(entry)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # links that lead to each other lead to nothing
+        if error.errno == errno.ELOOP:  # a circle of links leads to nothing
             return False
         raise
 

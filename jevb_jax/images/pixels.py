@@ -1,4 +1,4 @@
-"""Operations on pixels that have no chance in them."""
+"""Operations on pixels without randomness."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +14,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 Adjustment = Literal["brightness", "contrast", "saturation", "hue"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
-# ITU-R 601-2 luma, to torchvision's digits.
+# ITU-R 601-2 luma, with the digits of torchvision.
 _LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -22,22 +22,19 @@ def _check_image(image: Array) -> None:
     if image.ndim != 3 or image.shape[-1] not in (1, 3):
         raise ValueError(
             "an image must be [height, width, channels] with 1 or 3 channels, got shape "
-            f"{image.shape}; vmap over a batch"
+            f"{image.shape}; use vmap for a batch"
         )
 
 
 def to_float(image: ArrayLike) -> Array:
-    """Converts an image to float32.
+    """Converts an image to float32 in [0, 1].
 
     Args:
       image: `[h, w, c]`, uint8, or float in [0, 1].
 
-    Returns:
-      `[h, w, c]` float32 in [0, 1].
-
     Raises:
-      TypeError: another integer type.
-      ValueError: not an image of one or three channels.
+      TypeError: the image has another integer type.
+      ValueError: the shape is not that of an image with one or three channels.
     """
     image = jnp.asarray(image)
     _check_image(image)
@@ -49,7 +46,7 @@ def to_float(image: ArrayLike) -> Array:
 
 
 def _filter(distance: Array, interpolation: Interpolation) -> Array:
-    """Pillow's triangle or Catmull-Rom (a = -1/2) kernel at a distance in source samples."""
+    """Pillow's triangle or Catmull-Rom (a = -1/2) kernel; `distance` is in source samples."""
     x = jnp.abs(distance)
     if interpolation == "bilinear":
         return jnp.maximum(1 - x, 0)
@@ -68,12 +65,12 @@ def _resize_weights(
     first: int = 0,
     count: int | None = None,
 ) -> Array:
-    """`[size, source_size]` weights that cut `[start, start + length)` out and resize it to `size`.
+    """Weights `[size, source_size]` that cut out `[start, start + length)` and resize it to `size`.
 
-    With `count`, that many rows of them from row `first`, and no other is computed.
+    With `count`, only that many rows of the weights are computed, from row `first` on.
 
-    The kernel widens when it shrinks the image (antialiasing), and its weights are normalized over the
-    samples of the cut alone, as when Pillow resizes an image that has been cropped before.
+    When the image shrinks, the kernel becomes wider (antialiasing). The weights are normalized over
+    the samples of the cut only, as if Pillow resized an image that was cropped before.
     """
     start, length = (jnp.asarray(v, jnp.float32) for v in (start, length))
     scale = length / size
@@ -88,8 +85,8 @@ def _resize_weights(
 
 
 def _resample(image: Array, rows: Array, columns: Array, interpolation: Interpolation) -> Array:
-    """Applies weights along height and width: two small matrix products, no gather."""
-    # Channels in the middle: neither product then has to transpose what it reads or writes.
+    """Applies weights along height and width, as two small matrix products without gather."""
+    # Channels in the middle, so that neither product has to transpose.
     resized = jnp.einsum("ih,hcw->icw", rows, jnp.moveaxis(image, 2, 1), precision="highest")
     resized = jnp.einsum("icw,jw->icj", resized, columns, precision="highest")
     resized = jnp.moveaxis(resized, 1, 2)
@@ -97,7 +94,7 @@ def _resample(image: Array, rows: Array, columns: Array, interpolation: Interpol
 
 
 def check_interpolation(interpolation: str) -> None:
-    """Refuses what is no interpolation."""
+    """Raises ValueError for an unknown interpolation."""
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
 
@@ -117,19 +114,19 @@ def resized_crop(
 
     Args:
       image: `[h, w, c]`.
-      top: first row of the box, an integer, may be traced.
-      left: first column.
-      height: rows of the box, at least 1; the box lies inside the image.
-      width: columns of the box.
-      size: pixels a side of the result.
-      interpolation: "bilinear" or "bicubic" (clipped to [0, 1]).
+      top: first row of the box, an integer; may be traced, like the next three.
+      left: first column of the box.
+      height: rows of the box, at least 1. The box lies inside the image.
+      width: columns of the box, at least 1.
+      size: height and width of the result in pixels.
+      interpolation: "bilinear", or "bicubic", which is clipped to [0, 1].
       flip: mirror the result left to right; costs nothing.
 
     Returns:
       `[size, size, c]` float32.
 
     Raises:
-      ValueError: unknown interpolation.
+      ValueError: the interpolation is unknown.
     """
     check_interpolation(interpolation)
     image = to_float(image)
@@ -145,24 +142,24 @@ def resized_crop(
 
 
 def to_planes(image: Array) -> Array:
-    """Channels first: `[H, W, C]` as `[C, H, W]`."""
+    """Puts channels first: `[H, W, C]` to `[C, H, W]`."""
     return jnp.moveaxis(image, -1, 0)
 
 
 def from_planes(planes: Array) -> Array:
-    """Joins channels as `to_planes` split them."""
+    """Puts channels last: `[C, H, W]` to `[H, W, C]`."""
     return jnp.moveaxis(planes, 0, -1)
 
 
 def luma(planes: Array) -> Array:
-    """`[h, w]` of `[c, h, w]`; one channel is its own luma."""
+    """Luma `[h, w]` of `[c, h, w]`; one channel is its own luma."""
     if len(planes) == 1:
         return planes[0]
     return _LUMA[0] * planes[0] + _LUMA[1] * planes[1] + _LUMA[2] * planes[2]
 
 
 def to_grayscale(image: Array) -> Array:
-    """Luma in every channel, `[h, w, c]`; a one-channel image is returned as it is."""
+    """The luma in every channel, `[h, w, c]`; an image with one channel is returned as it is."""
     return jnp.broadcast_to(luma(to_planes(image))[..., None], image.shape)
 
 
@@ -179,28 +176,28 @@ def adjust_brightness(image: ArrayLike, factor: ArrayLike) -> Array:
 
 
 def adjust_contrast(image: ArrayLike, factor: ArrayLike) -> Array:
-    """Blends with the mean of the grey image; 0 is flat grey, 1 the image. `[h, w, c]`."""
+    """Blends with the mean of the gray image; 0 is flat gray, 1 the image. `[h, w, c]`."""
     planes = to_planes(to_float(image))
     return from_planes(blend(planes, jnp.mean(luma(planes)), factor))
 
 
 def adjust_saturation(image: ArrayLike, factor: ArrayLike) -> Array:
-    """Blends with the grey image; 0 is grey, 1 the image. `[h, w, c]`."""
+    """Blends with the gray image; 0 is gray, 1 the image. `[h, w, c]`."""
     planes = to_planes(to_float(image))
     return from_planes(blend(planes, luma(planes), factor))
 
 
 def adjust_hue(image: ArrayLike, shift: ArrayLike) -> Array:
-    """Turns the hue of HSV by `shift` in [-0.5, 0.5] of a turn. `[h, w, c]`.
+    """Shifts the hue of HSV by `shift`, in turns of the color circle, in [-0.5, 0.5]. `[h, w, c]`.
 
-    A one-channel image is returned as it is.
+    An image with one channel is returned as it is.
     """
     image = to_float(image)
     return image if image.shape[-1] == 1 else from_planes(turn_hue(to_planes(image), shift))
 
 
 def turn_hue(planes: Array, shift: ArrayLike) -> Array:
-    """Turns the hue of `[3, H, W]` by a share of the circle."""
+    """Shifts the hue of `[3, H, W]` by a share of the color circle."""
     red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
@@ -211,7 +208,8 @@ def turn_hue(planes: Array, shift: ArrayLike) -> Array:
         jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     sextant = sextant + 6 * jnp.asarray(shift, planes.dtype)
-    # HSV to RGB without branches: a channel falls from `value` by chroma times a trapezoid of the hue.
+    # HSV to RGB without branches: a channel is `value` minus the chroma times a trapezoid of the
+    # hue.
     channels = []
     for offset in (5.0, 3.0, 1.0):
         k = offset + sextant
@@ -226,27 +224,27 @@ def gaussian_blur(image: ArrayLike, sigma: ArrayLike, *, kernel_size: int) -> Ar
     Args:
       image: `[h, w, c]`.
       sigma: standard deviation in pixels, positive; may be traced.
-      kernel_size: taps, odd, at most `2 * side - 1`.
+      kernel_size: number of taps, odd, at most `2 * side - 1`.
 
     Returns:
       `[h, w, c]` float32.
 
     Raises:
-      ValueError: an even kernel, or one too wide for the image.
+      ValueError: the kernel size is even or too large for the image.
     """
     image = to_float(image)
     half = kernel_size // 2
     if kernel_size % 2 != 1 or half >= min(image.shape[:2]):
         raise ValueError(
-            f"kernel_size must be odd and at most 2 * side - 1 of the image {image.shape}, got "
-            f"{kernel_size}"
+            f"kernel_size must be odd and at most 2 * side - 1, got {kernel_size} for an image of "
+            f"shape {image.shape}"
         )
     offsets = jnp.arange(-half, half + 1, dtype=jnp.float32)
     kernel = jnp.exp(-jnp.square(offsets / jnp.asarray(sigma, jnp.float32)) / 2)
     kernel = kernel / jnp.sum(kernel)
     planes = to_planes(image)
     for axis in (1, 2):
-        # One matrix product instead of a convolution of one channel, which is slow on every backend.
+        # A matrix product, because convolutions with one channel are slow on every backend.
         length = planes.shape[axis]
         reflected = np.pad(np.arange(length), half, mode="reflect")
         taps = np.stack([reflected[i : i + kernel_size] for i in range(length)])
@@ -270,7 +268,7 @@ def normalize(image: ArrayLike, *, mean: Sequence[float], std: Sequence[float]) 
     """`(image - mean) / std`, channel by channel. `[h, w, c]`.
 
     Raises:
-      ValueError: not one mean and one std for each channel.
+      ValueError: there is not one mean and one std for each channel.
     """
     image = to_float(image)
     if not len(mean) == len(std) == image.shape[-1]:
@@ -291,16 +289,16 @@ def center_view(
     std: Sequence[float],
     interpolation: Interpolation = "bilinear",
 ) -> Array:
-    """The view of evaluation, normalized: nothing is squashed, see `images.preparation`.
+    """The normalized view for evaluation, cut as in `images.preparation`.
 
-    An image of another size is resized, antialiased, until its shorter side is `size`, and its center is
-    cut out. Of a square image that is the whole.
+    The image is resized, antialiased, until its shorter side is `size`, and the center is cut out.
+    A square image is used as a whole.
 
     Args:
       image: `[h, w, c]` uint8, or float in [0, 1].
-      size: pixels a side.
-      mean: what is subtracted, one value for each channel.
-      std: what it is divided by.
+      size: height and width of the view in pixels.
+      mean: subtracted from the pixels, one value for each channel.
+      std: the pixels are divided by it, one value for each channel.
       interpolation: "bilinear" or "bicubic".
 
     Returns:
@@ -313,14 +311,14 @@ def center_view(
 
 
 def cut_levels(image: ArrayLike, *, size: int) -> Array:
-    """The square of an image of whole levels: `preparation.cut_square` on the device.
+    """The square of a uint8 image: `preparation.cut_square` on the device.
 
-    Pillow's order and its rounding after each direction; a level that lies between two may go to the
-    other of them, 1/255 apart.
+    It follows Pillow's order of directions, and rounds after each of them as Pillow does. A value
+    midway between two levels may be rounded to the other one, a difference of 1/255.
 
     Args:
       image: `[h, w, c]` uint8.
-      size: pixels a side.
+      size: height and width of the square in pixels.
 
     Returns:
       `[size, size, c]` uint8.
@@ -341,7 +339,7 @@ def cut_levels(image: ArrayLike, *, size: int) -> Array:
 
 
 def _square_weights(image: Array, size: int, interpolation: Interpolation) -> tuple[Array, Array]:
-    """Of rows `[size, h]` and of columns `[size, w]`: what `square_cut` keeps of the whole image."""
+    """Weights of rows `[size, h]` and columns `[size, w]` for the square of `square_cut`."""
     height, width = image.shape[:2]
     cut = square_cut(height, width, size)
     rows, columns = (

@@ -1,8 +1,8 @@
-"""The square that a network is given of a picture, for files and for whoever asks a trained model.
+"""Cuts the square that a network reads out of a picture, for training files and for users' images.
 
-The shorter side is brought to the size that is asked for, antialiased, and the center is cut out, as
-torchvision's `Resize` and `CenterCrop` do. Nothing is squashed. `pixels.center_view` cuts by the
-same `square_cut` on the device.
+The shorter side is resized to the given size, antialiased, and the center is cut out, as
+torchvision's `Resize` and `CenterCrop` do. The aspect ratio does not change. On the device,
+`pixels.center_view` cuts by the same `square_cut`.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,18 +12,18 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Above as many pixels Pillow itself warns of a decompression bomb.
+# For more pixels than this Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
 
 
 class SquareCut(NamedTuple):
-    """How a square comes out of a picture.
+    """How a square is cut out of a picture.
 
     Attributes:
-      height: pixels of the resized picture.
-      width: pixels of the resized picture.
+      height: height of the resized picture, in pixels.
+      width: width of the resized picture, in pixels.
       top: row of the resized picture at which the square starts.
-      left: column, likewise.
+      left: column of the resized picture at which the square starts.
     """
 
     height: int
@@ -33,8 +33,8 @@ class SquareCut(NamedTuple):
 
 
 def square_cut(height: int, width: int, size: int) -> SquareCut:
-    """The cut of `size` pixels a side out of a picture of `height` x `width`, all at least 1."""
-    # The shorter side is exact, the longer is cut to an integer.
+    """The cut of a square of `size` pixels out of a picture `height` x `width`; all at least 1."""
+    # The shorter side is exact; the longer side is rounded down.
     shorter = min(height, width)
     resized_height, resized_width = height * size // shorter, width * size // shorter
     top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
@@ -42,16 +42,16 @@ def square_cut(height: int, width: int, size: int) -> SquareCut:
 
 
 def cut_picture(picture: "Image", size: int, *, max_pixels: int = MAX_PIXELS) -> "Image":
-    """The square of a picture.
+    """The square of a picture, resized by Pillow's antialiased bilinear filter.
+
+    A picture that is this square already is returned as it is.
 
     Args:
-      picture: one with 8 bits a channel, or of mode F.
-      size: pixels a side, at least 1.
-      max_pixels: of the resized picture. Of a thin picture that would have more, the square alone is
-        computed; Pillow keeps its place in single precision, which may move a level by one.
-
-    Returns:
-      The square, by Pillow's antialiased bilinear filter; as it is where it is that square already.
+      picture: a picture with 8 bits for each channel, or of mode F.
+      size: height and width of the square in pixels, at least 1.
+      max_pixels: largest resized picture. For a long, thin picture that would have more pixels,
+        only the square is computed. Pillow then holds its place in single precision, so a level may
+        change by one.
     """
     from PIL.Image import Resampling
 
@@ -72,20 +72,21 @@ def cut_picture(picture: "Image", size: int, *, max_pixels: int = MAX_PIXELS) ->
 
 
 def cut_square(image: np.ndarray, size: int) -> np.ndarray:
-    """The square of an image in an array, as `cut_picture`.
+    """The square of an image in an array, as `cut_picture` cuts it.
 
     Args:
       image: `[h, w, c]`, uint8, or float32 in [0, 1]. Levels of uint8 are rounded, floats are not.
-      size: pixels a side, at least 1.
+      size: height and width of the square in pixels, at least 1.
 
     Returns:
-      `[size, size, c]`, of the image's type.
+      `[size, size, c]`, of the type of the image.
     """
     from PIL import Image
 
     if image.shape[:2] == (size, size):
         return image
-    # Channel by channel: Pillow has no pictures of several floats, and a filter mixes no channels.
+    # Channel by channel: Pillow has no pictures with several floats, and the filter mixes no
+    # channels.
     planes = [
         np.asarray(cut_picture(Image.fromarray(np.ascontiguousarray(plane)), size))
         for plane in np.moveaxis(image, -1, 0)

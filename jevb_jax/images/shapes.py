@@ -1,4 +1,4 @@
-"""Procedural images: shapes with textures, made from a seed."""
+"""Procedural images: shapes with textures, drawn from a seed."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from jevb_jax.images.source import ArraySource
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShapesSource(ArraySource):
-    """Procedural images whose labels are uncertain by a known amount; made by `shapes`.
+    """Procedural images whose labels are uncertain by a known amount, made by `shapes`.
 
     Attributes:
-        label_probabilities: float32 `[N, 10]`, the distribution each label was drawn from. It has
-            mass on at most two classes: `1 - ambiguity / 2` and `ambiguity / 2`.
-        ambiguity: float32 `[N]` in [0, 1]; 0 is certain, 1 is an even choice between two classes.
+      label_probabilities: float32 `[N, 10]`, the distribution that each label was drawn from. At
+        most two classes have mass, `1 - ambiguity / 2` and `ambiguity / 2`.
+      ambiguity: float32 `[N]` in [0, 1]; 0 is certain, 1 is an even choice between two classes.
     """
 
     label_probabilities: np.ndarray
@@ -29,41 +29,40 @@ _SHAPE_CLASSES = tuple(f"{texture} {shape}" for shape in _SHAPE_NAMES for textur
 
 
 def shapes(num_examples: int, *, seed: int, image_size: int = 32) -> ShapesSource:
-    """Draws colored shapes with a ground truth for the uncertainty of their labels.
+    """Draws colored shapes with known uncertainty of their labels.
 
-    Ten classes: disc, square, triangle, ring or cross, each plain or striped. Position, size,
-    rotation, colors, stripes and the background's gradient are nuisances. Every image is the
-    pixelwise mean of two classes drawn with the same nuisances, with weights `1 - ambiguity / 2`
-    and `ambiguity / 2`, and its label is one of the two drawn with these probabilities: no
-    classifier can know it better than `label_probabilities`. Half the images have ambiguity exactly
-    0; in the others it is uniform on (0, 1), so that the best possible accuracy is 0.875 on
-    average.
+    There are ten classes: disc, square, triangle, ring and cross, each plain or striped. Position,
+    size, rotation, colors, stripes and the gradient of the background are nuisances. Every image is
+    the pixelwise mean of two classes drawn with the same nuisances, with weights
+    `1 - ambiguity / 2` and `ambiguity / 2`. Its label is one of the two, drawn with these
+    probabilities, so no classifier can know the label better than `label_probabilities`. Half of
+    the images have ambiguity exactly 0. For the others it is uniform on (0, 1), so the best
+    possible mean accuracy is 0.875.
 
-    Image `i` is a pure function of `(seed, i)`, whatever `num_examples`. The random bits are the
-    same everywhere; pixels may differ by one gray level between machines whose floating-point
-    libraries round differently.
+    Image `i` depends only on `(seed, i)`, not on `num_examples`. The random bits are the same
+    everywhere. Pixels may differ by one gray level between machines that round differently.
 
     Args:
-        num_examples: how many images, at least 1.
-        seed: non-negative integer.
-        image_size: side in pixels, at least 8.
+      num_examples: number of images, at least 1.
+      seed: non-negative integer.
+      image_size: height and width in pixels, at least 8.
 
     Returns:
-        images uint8 `[num_examples, image_size, image_size, 3]`, labels, and the two arrays of
-        `ShapesSource`.
+      images uint8 `[num_examples, image_size, image_size, 3]`, labels, and the two arrays of
+      `ShapesSource`.
 
     Raises:
-        ValueError: `num_examples` or `image_size` too small.
+      ValueError: `num_examples` or `image_size` is too small.
     """
     if num_examples < 1 or image_size < 8:
         raise ValueError(
             f"expected num_examples >= 1 and image_size >= 8, got {num_examples} and {image_size}"
         )
-    # Whole blocks only, cut to length at the end: an image is always computed at the same place of
-    # an array of the same shape, so that vectorized loops cannot round it differently.
+    # Compute whole blocks and cut the result. An image then always has the same place in an array
+    # of the same shape, so that vectorized loops cannot round it differently.
     block = max(1, 2**18 // image_size**2)
     num_blocks = -(-num_examples // block)
-    columns = 21  # uniform numbers an image uses
+    columns = 21  # number of uniform random numbers for one image
     bits = random_bits(num_blocks * block * columns, seed, SHAPES)
     uniform = ((bits >> np.uint64(11)) * 2.0**-53).reshape(num_blocks, block, columns)
     parts = [_draw_shapes(draws, image_size) for draws in uniform]
@@ -85,7 +84,7 @@ def _draw_shapes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Images, labels, label probabilities and ambiguity from uniform numbers `[block, 21]`."""
     rows = np.arange(len(uniform))
-    # In float64: float32 rounds the largest uniform numbers to 1, which is no class.
+    # In float64, because float32 rounds the largest uniform numbers to 1, which would be class 10.
     first = (uniform[:, 0] * 10).astype(np.int64)
     second = (first + 1 + (uniform[:, 1] * 9).astype(np.int64)) % 10
     u = iter(uniform[:, 2:].astype(np.float32).T)
@@ -107,7 +106,7 @@ def _draw_shapes(
     cos, sin = _per_image(np.cos(angle)), _per_image(np.sin(angle))
     across, along = cos * x + sin * y, cos * y - sin * x
 
-    # A light shape before a linear gradient of two dark colors, or the negative of that.
+    # A light shape on a gradient of two dark colors, or the negative of that.
     colours = [
         _hsv_to_rgb(next(u), 0.5 + 0.5 * next(u), 0.7 + 0.3 * next(u)),
         _hsv_to_rgb(next(u), 0.8 * next(u), 0.4 * next(u)),
@@ -126,7 +125,8 @@ def _draw_shapes(
     )[..., None]
     background = corner_1 * (1 - gradient) + corner_2 * gradient
 
-    # Stripes of the complementary color; coverage from the distance to the nearest edge.
+    # Stripes of the complementary color; their coverage follows from the distance to the nearest
+    # edge.
     wave = np.mod(across / period + _per_image(phase), 1)
     stripe = np.clip(0.5 + (np.abs(wave - 0.5) - 0.25) * period, 0, 1)[..., None]
     striped = plain * (1 - stripe) + (1 - plain) * stripe
@@ -142,10 +142,10 @@ def _draw_shapes(
 
 
 def _shape_masks(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Antialiased coverage `[5, block, H, W]` by each shape at coordinates `[block, H, W]`, pixels.
+    """Antialiased coverage `[5, block, H, W]` by each shape at pixel coordinates `[block, H, W]`.
 
-    A pixel whose center lies `d` outside the edge is covered by `clip(1/2 - d, 0, 1)`: exact for
-    straight edges along the grid, within a few gray levels otherwise.
+    If the center of a pixel lies `d` outside the edge, its coverage is `clip(1/2 - d, 0, 1)`. This
+    is exact for straight edges along the grid, and within a few gray levels otherwise.
     """
     distance = np.sqrt(x * x + y * y)
     abs_x, abs_y = np.abs(x), np.abs(y)
@@ -163,12 +163,12 @@ def _shape_masks(x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray
 
 
 def _per_image(values: np.ndarray) -> np.ndarray:
-    """One value per image, `[block]`, shaped to meet `[block, H, W]`."""
+    """One value for each image, `[block]`, in a shape that broadcasts with `[block, H, W]`."""
     return values[:, None, None]
 
 
 def _hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Colours `[n, 3]` in [0, 1] from hue, saturation and value `[n]` in [0, 1]."""
+    """Colors `[n, 3]` in [0, 1] from hue, saturation and value, each `[n]` in [0, 1]."""
     sector = np.mod(hue[:, None] * 6 + np.array([5, 3, 1], np.float32), 6)
     fall = np.clip(np.minimum(sector, 4 - sector), 0, 1)
     return value[:, None] * (1 - saturation[:, None] * fall)

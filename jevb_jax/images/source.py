@@ -1,4 +1,4 @@
-"""What a source of images is, and what is asked of every one."""
+"""The interface of a source of images, and checks that every source needs."""
 
 import os
 from dataclasses import dataclass
@@ -10,44 +10,45 @@ from jevb_jax.runs.files import is_remote, to_path
 
 
 class ImageSource(Protocol):
-    """A set of N labelled or unlabelled images of one shape, read by index."""
+    """A set of N labeled or unlabeled images of one shape, read by index."""
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 `[N]` in `[0, num_classes(source))`, or None where there are none."""
+        """Labels, int64 `[N]` in `[0, num_classes(source))`, or None."""
         ...
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """One name per class, or None where unknown."""
+        """One name for each class, or None if they are unknown."""
         ...
 
     @property
     def name(self) -> str:
-        """What to call the source in messages and reports."""
+        """The name of the source in messages and reports."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Returns image `index`, uint8 `[H, W, C]`."""
+        """Image `index`, uint8 `[H, W, C]`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images that are already in memory.
+    """Images in memory.
 
     Attributes:
-        images: uint8 `[N, H, W, C]`, N >= 1.
-        labels: any integer dtype, `[N]`, non-negative and below `len(class_names)` where names are
-            given; kept as int64. None for unlabeled images.
-        class_names: one name per class, or None.
-        name: what to call the source in messages.
+      images: uint8 `[N, H, W, C]`, N >= 1.
+      labels: integers `[N]`, at least 0, and below `len(class_names)` if there are names; kept as
+        int64. None for unlabeled images.
+      class_names: one name for each class, or None.
+      name: the name of the source in messages.
 
     Raises:
-        TypeError: images are not uint8, or labels are not integers.
-        ValueError: wrong rank, no images, labels of another length or out of range.
+      TypeError: images are not uint8, or labels are not integers.
+      ValueError: a shape is wrong, there are no images, or labels have another length or are out
+        of range.
     """
 
     images: np.ndarray
@@ -75,13 +76,13 @@ class Subset:
     """Some examples of another source, in the order of `indices`.
 
     Attributes:
-        source: where the images come from.
-        indices: integers `[M]`, M >= 1, each in `[0, len(source))`; kept as int64.
-        has_labels: whether the labels of the source, if any, are those of the subset.
+      source: the other source.
+      indices: integers `[M]`, M >= 1, each in `[0, len(source))`; kept as int64.
+      has_labels: whether the subset keeps the labels of the source, if there are any.
 
     Raises:
-        TypeError: indices are not integers.
-        ValueError: indices are empty, not rank 1, or out of range.
+      TypeError: indices are not integers.
+      ValueError: indices are empty, not one axis, or out of range.
     """
 
     source: ImageSource
@@ -93,7 +94,7 @@ class Subset:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 `[M]`, or None."""
+        """Labels, int64 `[M]`, or None."""
         labels = self.source.labels
         return None if labels is None or not self.has_labels else labels[self.indices]
 
@@ -115,10 +116,10 @@ class Subset:
 
 
 def num_classes(source: ImageSource) -> int:
-    """Returns the number of class names, or, without names, the largest label plus one.
+    """The number of class names; without names, the largest label plus one.
 
     Raises:
-        ValueError: the source is unlabeled.
+      ValueError: the source is unlabeled.
     """
     if source.class_names is not None:
         return len(source.class_names)
@@ -130,20 +131,20 @@ def num_classes(source: ImageSource) -> int:
 
 
 def image_shape(source: ImageSource) -> tuple[int, int, int]:
-    """Returns `(height, width, channels)` of the first image, and so of every one."""
+    """`(height, width, channels)` of the first image; all images have this shape."""
     height, width, channels = source[0].shape
     return height, width, channels
 
 
 def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
-    """Refuses what is no `[N, H, W, C]` uint8 array of images, saying how to mend it."""
+    """Raises an error, with advice, unless the array holds uint8 images `[N, H, W, C]`."""
     if dtype != np.uint8:
         raise TypeError(
             f"{where}: expected uint8 images, got {dtype}; "
             "scale them to 0..255 and convert them with `.astype(np.uint8)`"
         )
     if len(shape) == 3:
-        one = "; or, where this is one image, a first axis: `images[None]`" * (shape[-1] in (3, 4))
+        one = "; or, if this is one image, a first axis: `images[None]`" * (shape[-1] in (3, 4))
         raise ValueError(
             f"{where}: expected images of shape [N, H, W, C], got {shape}; "
             f"add a channel axis: `images[..., None]`{one}"
@@ -153,11 +154,11 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None
     if 0 in shape:
         raise ValueError(f"{where}: no images, the array has shape {shape}")
     _, first, height, width = shape
-    # Images of one to four rows and as many channels as columns, or more than fifteen, are none.
+    # Such shapes are not images: one to four rows, and as many channels as columns or more than 15.
     if first <= 4 < width and (height == width or width > 15):
         raise ValueError(
-            f"{where}: these look like {first} x {height} x {width} arrays with the channels first "
-            f"([N, C, H, W], PyTorch's order), got shape {shape}; expected [N, H, W, C]: give "
+            f"{where}: expected [N, H, W, C], got shape {shape}. These look like "
+            f"{first} x {height} x {width} arrays with the channels first (PyTorch's order); give "
             "`np.moveaxis(images, 1, -1)`"
         )
 
@@ -165,19 +166,19 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None
 def checked_labels(
     labels: np.ndarray, num_examples: int, class_names: tuple[str, ...] | None, *, where: str
 ) -> np.ndarray:
-    """Labels as int64 `[N]`, in the range of the classes."""
+    """Labels as int64 `[N]`. A wrong shape, type or range is an error."""
     labels = np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
-        advice = "give `labels.argmax(1)`, if they are one-hot"
+        advice = "give `labels.argmax(1)` if they are one-hot"
         if labels.ndim != 2:
-            advice = "convert them with `.astype(np.int64)`, if they are numbers of classes"
+            advice = "convert them with `.astype(np.int64)` if they are numbers of classes"
         raise TypeError(f"{where}: expected integer labels, got {labels.dtype}; {advice}")
     if labels.shape != (num_examples,):
         advice = ""
         if labels.ndim == 2 and len(labels) == num_examples:
             advice = "; give `labels.ravel()`"
             if labels.shape[1] != 1:
-                advice = "; give `labels.argmax(1)`, if they are one-hot"
+                advice = "; give `labels.argmax(1)` if they are one-hot"
         raise ValueError(
             f"{where}: expected one label for each of the {num_examples} images, "
             f"got labels of shape {labels.shape}{advice}"
@@ -194,7 +195,7 @@ def checked_labels(
 
 
 def checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
-    """Indices as int64 `[M]`, each of an example."""
+    """Indices as int64 `[M]`. A wrong shape, type or range is an error."""
     indices = np.asarray(indices)
     if not np.issubdtype(indices.dtype, np.integer):
         raise TypeError(f"expected integer indices, got {indices.dtype}")
@@ -208,9 +209,9 @@ def checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
 
 
 def check_local(root: str | os.PathLike[str], what: str) -> None:
-    """Refuses a folder in an object store."""
+    """Raises ValueError if a folder lies in an object store."""
     if is_remote(to_path(root)):
         raise ValueError(
-            f"{what} are read from file systems, and {root} is an object store: take a TFDS data set "
-            "or .npz files there, or mount the store"
+            f"{what} are read from file systems only, but {root} is an object store. Use a TFDS data "
+            "set or .npz files there, or mount the store"
         )

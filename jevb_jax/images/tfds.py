@@ -1,4 +1,4 @@
-"""Data sets of TFDS, read without TensorFlow."""
+"""Data sets of TensorFlow Datasets (TFDS), read without TensorFlow."""
 
 import functools
 import importlib
@@ -16,28 +16,28 @@ from jevb_jax.runs.files import to_path
 
 
 class TfdsSource:
-    """A split of a prepared TensorFlow Datasets directory, read without TensorFlow.
+    """A split of a prepared TFDS data set, read without TensorFlow.
 
     Only the array_record format can be read by index, and only from local or mounted directories.
-    Images are decoded here, by Pillow: TFDS itself would take OpenCV where that is installed, whose
-    JPEG pixels may differ. (TFDS needs importlib_resources too, and declares neither.)
+    Pillow decodes the images here. TFDS itself would use OpenCV where that is installed, and its
+    JPEG pixels may differ. (TFDS also needs importlib_resources; it declares neither dependency.)
 
     Args:
-        name: as TFDS spells it: `cifar10`, `cifar10:3.0.2`, `imagenet_resized/32x32`. Without a
-            version the highest one on disk is taken.
-        split: a TFDS split, slices included: `train`, `test`, `train[:10%]`.
-        data_dir: the directory above the data set's; empty for TFDS's own (`$TFDS_DATA_DIR`, else
-            `~/tensorflow_datasets`).
-        image_size: as for `FolderSource`; needed where the data set's images differ in size.
-        max_image_pixels: as for `FolderSource`.
-        image_key: the feature with the image.
-        label_key: the feature with the class label; a data set without it is unlabeled.
+      name: in the spelling of TFDS, for example `cifar10`, `cifar10:3.0.2` or
+        `imagenet_resized/32x32`. Without a version, the highest one on disk is read.
+      split: a TFDS split, which may be a slice: `train`, `test`, `train[:10%]`.
+      data_dir: the directory that contains the data set; empty for that of TFDS
+        (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
+      image_size: as for `FolderSource`; needed if images of the data set differ in size.
+      max_image_pixels: as for `FolderSource`.
+      image_key: name of the feature with the image.
+      label_key: name of the feature with the class label; a data set without it is unlabeled.
 
     Raises:
-        FileNotFoundError: the data set is not there; the message holds the command that makes it.
-        ValueError: another file format, unknown split, no such image feature, labels that are not
-            class labels, or `image_size=0` where images differ in size. Reading raises ValueError
-            with the record's index.
+      FileNotFoundError: the data set does not exist. The message has the command that prepares it.
+      ValueError: the file format or split cannot be read, the image feature does not exist, labels
+        are not class labels, or images differ in size with `image_size=0`. Reading a damaged
+        record raises ValueError with its index.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TfdsSource:
             )
         )
         directory = _tfds_directory(name, root)
-        # Not an import statement, because TFDS's lazy modules mislead type checkers.
+        # Not an import statement, because the lazy modules of TFDS mislead type checkers.
         tfds: Any = importlib.import_module("tensorflow_datasets")
         builder = tfds.builder_from_directory(directory)
         features: dict[str, Any] = dict(builder.info.features.items())
@@ -88,7 +88,7 @@ class TfdsSource:
         if label is not None and not isinstance(label, tfds.features.ClassLabel):
             raise ValueError(f"feature {label_key!r} of {directory} is not a class label: {label}")
         try:
-            # The encoded bytes: reading labels then decodes no image.
+            # Get the encoded bytes, so that reading labels decodes no image.
             self._records: Any = builder.as_data_source(
                 split, decoders={image_key: tfds.decode.SkipDecoding()}
             )
@@ -106,15 +106,15 @@ class TfdsSource:
             raise ValueError(f"{self.name} has no examples")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes open their own readers: TFDS's builder and features do not travel.
+        # Worker processes open their own readers, because TFDS's objects cannot be pickled.
         return functools.partial(TfdsSource, **self._arguments), ()
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 `[N]`, or None.
+        """Labels, int64 `[N]`, or None.
 
-        None too where every label is -1, TFDS's mark for an unlabeled split. The first use reads
-        every record once (but decodes no image): minutes for a set of ImageNet's size.
+        Also None if every label is -1, which marks an unlabeled split in TFDS. The first use reads
+        every record once, without decoding images. That takes minutes for a set like ImageNet.
         """
         return self._all_labels
 
@@ -122,7 +122,7 @@ class TfdsSource:
     def _all_labels(self) -> np.ndarray | None:
         if self.class_names is None:
             return None
-        chunk = 4096  # records read together, by TFDS's own threads
+        chunk = 4096  # records read at once, by the threads of TFDS
         parts = []
         for start in range(0, len(self), chunk):
             records = self._records.__getitems__(range(start, min(start + chunk, len(self))))
@@ -147,7 +147,7 @@ class TfdsSource:
         )
 
     def encoded(self, index: int) -> bytes:
-        """Returns image `index` as it is stored."""
+        """The bytes of image `index`, as they are stored."""
         try:
             return self._records[index][self._arguments["image_key"]]
         except (RuntimeError, ValueError, OSError) as error:
@@ -158,7 +158,7 @@ class TfdsSource:
 
 
 def _tfds_directory(name: str, root: Path) -> Path:
-    """The directory of data set `name`, highest version on disk unless the name says which."""
+    """Directory of the data set `name`; of the highest version on disk if `name` has no version."""
     base, _, version = name.partition(":")
     found = [
         path
@@ -169,7 +169,7 @@ def _tfds_directory(name: str, root: Path) -> Path:
         raise FileNotFoundError(
             f"no prepared TFDS data set {name!r} in {root}; make it with\n"
             f"  {_tfds_build_command(name, root)}\n"
-            "which needs TensorFlow once (`pip install .[prepare]`); reading does not"
+            "Preparing it needs TensorFlow (`pip install .[prepare]`); reading it does not"
         )
     return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
 

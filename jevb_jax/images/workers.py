@@ -1,7 +1,10 @@
-"""Processes that read batches ahead: they start or say why, outlive nothing, and leave Ctrl-C alone.
+"""Worker processes that read batches ahead.
 
-Python starts them anew ("spawn"). Each imports the program's main module first, so a script without
-`if __name__ == "__main__":` runs a second time in each of them, and ends there.
+If one cannot start, the error says why. None outlives its parent, and Ctrl-C reaches only the
+parent.
+
+Python starts workers by "spawn": each imports the main module of the program first. A script
+without `if __name__ == "__main__":` therefore runs again in each worker, and fails there.
 """
 
 import logging
@@ -22,33 +25,30 @@ from typing import Any, Generic, TypeVar
 _T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
-_GRACE_SECONDS = 5.0  # to end a read that has begun
+_GRACE_SECONDS = 5.0  # time to finish a read that has begun
 _GUARD = 'put what the script does under `if __name__ == "__main__":`'
 
 
 class WorkerError(RuntimeError):
-    """A worker process ended before its work."""
+    """A worker process ended before its work was done."""
 
 
 def check_not_starting() -> None:
-    """Refuses work that a worker process repeats because the script lacks its guard.
-
-    Raises:
-      WorkerError: this is a worker that still imports the program's main module.
-    """
-    # Python's own mark, by which it refuses to start processes of such a process.
+    """Raises WorkerError in a worker that runs the script again, for lack of a guard."""
+    # Python sets this mark itself, and checks it before it lets such a process start others.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise WorkerError(
-            "this is a worker process that read the script again, for it has no guard: " + _GUARD
+            "this is a worker process that runs the script again, because it has no guard: "
+            + _GUARD
         )
 
 
 def start_worker(index: int, count: int) -> None:
-    """Ends a worker process with its parent, however that ends; for Grain's `worker_init_fn`.
+    """Makes a worker process end with its parent, however that ends. Grain's `worker_init_fn`.
 
     Args:
-      index: which worker, from 0.
-      count: how many there are.
+      index: number of the worker, from 0.
+      count: number of workers.
     """
     del index, count
     parent = multiprocessing.parent_process()
@@ -62,15 +62,15 @@ def start_worker(index: int, count: int) -> None:
 
 
 class Carried(Generic[_T]):
-    """A function that reaches worker processes in a file, and not in the pipe that starts them.
+    """A function that workers get by a file, and not by the pipe that starts them.
 
-    Python fills that pipe before it looks whether the process lives: a function of more than 64 KiB,
-    as one with images is, would wait for ever for a process that could not start.
+    Python fills that pipe before it checks that the process lives. A function of more than 64 KiB,
+    for example one that holds images, would wait forever for a process that could not start.
     """
 
     def __init__(self, function: Callable[[int], _T]):
         """Writes the function to a temporary file, which `remove` deletes."""
-        import cloudpickle  # Grain's own, for functions of a notebook too
+        import cloudpickle  # a dependency of Grain; also pickles functions of a notebook
 
         self._function: Callable[[int], _T] | None = function
         with tempfile.NamedTemporaryFile(prefix="jevb_jax_worker_", delete=False) as file:
@@ -82,14 +82,14 @@ class Carried(Generic[_T]):
                 raise
 
     def __call__(self, item: int) -> _T:
-        """Calls the function; in a worker, the first call reads it."""
+        """Calls the function. The first call in a worker reads it from the file."""
         function = self._function
         if function is None:
             function = self._function = pickle.loads(self._path.read_bytes())
         return function(item)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Where the function is."""
+        """The place of the file."""
         return {"_function": None, "_path": self._path}
 
     def remove(self) -> None:
@@ -100,9 +100,9 @@ class Carried(Generic[_T]):
 def _start_without_ctrl_c(call: Callable[[], _T]) -> "Future[_T]":
     """Calls a function in a thread in which SIGINT is blocked.
 
-    Ctrl-C reaches every process of a terminal, and the parent alone decides what it means. Threads
-    and processes inherit what is blocked, so the workers that the call starts never see it, not even
-    while they import.
+    Ctrl-C sends SIGINT to every process of a terminal, but only the parent should decide what it
+    means. Threads and processes inherit blocked signals, so workers that the call starts never get
+    SIGINT, not even while they import.
     """
     done: Future[_T] = Future()
 
@@ -110,7 +110,7 @@ def _start_without_ctrl_c(call: Callable[[], _T]) -> "Future[_T]":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             done.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -121,22 +121,22 @@ _with_workers: "weakref.WeakSet[ReadAhead[Any]]" = weakref.WeakSet()  # streams 
 
 
 class ReadAhead(Iterator[_T]):
-    """An iterator of Grain that says what became of its workers.
+    """A Grain iterator that says why a worker ended.
 
-    An exception raised in the midst of it, by a signal, leaves it open: `close` is the caller's.
+    If an exception interrupts it, for example from a signal handler, the caller must call `close`.
     """
 
-    _is_closed = True  # until there is something to close
+    _is_closed = True  # nothing to close yet
 
     def __init__(self, iterator: Any, num_workers: int, carried: Carried[_T] | None = None):
-        """Takes a Grain iterator, the number of its processes and what was carried to them."""
+        """Takes a Grain iterator, the number of its processes, and the function they were given."""
         self._iterator = iterator
         self._num_workers = num_workers
         self._carried = carried
         self._pending: Future[_T] | None = None
         self._is_closed = False
         if carried is not None:
-            # Else Python starts it with the first worker, and unblocks Ctrl-C there.
+            # Otherwise Python starts it with the first worker, and unblocks SIGINT then.
             resource_tracker.ensure_running()
             _with_workers.add(self)
 
@@ -144,7 +144,7 @@ class ReadAhead(Iterator[_T]):
         """The next item.
 
         Raises:
-          WorkerError: a worker process ended.
+          WorkerError: a worker process has ended.
         """
         if self._is_closed:
             raise StopIteration
@@ -153,7 +153,7 @@ class ReadAhead(Iterator[_T]):
                 return next(self._iterator)
             if self._pending is None:
                 self._pending = _start_without_ctrl_c(lambda: next(self._iterator))
-            # A signal's exception leaves it pending: the item is the next call's.
+            # If a signal handler raises while we wait, the next call gets this item.
             pending = self._pending
             wait([pending])
             self._pending = None
@@ -162,20 +162,20 @@ class ReadAhead(Iterator[_T]):
             self.close()
             raise
         except RuntimeError as error:
-            # Grain has no class of its own for this.
+            # Grain has no exception class for this.
             if not str(error).startswith("Worker process was terminated unexpectedly"):
                 raise
             self.close()
             raise WorkerError(
                 f"one of the {self._num_workers} worker processes of input.num_workers ended: "
-                f"{str(error).split('. ')[0]}. What it printed stands above. If it could not start: "
+                f"{str(error).split('. ')[0]}. See its output above. If it could not start, "
                 f"{_GUARD}, or set input.num_workers to 0, which reads in threads. An exit code of "
-                "-9 is a kill, mostly for memory: lower input.num_workers or "
+                "-9 means that it was killed, mostly for memory: lower input.num_workers or "
                 "input.prefetch_batches."
             ) from error
 
     def close(self) -> None:
-        """Ends threads and workers; no items come any more."""
+        """Ends threads and workers. There are no items after this."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -190,13 +190,13 @@ class ReadAhead(Iterator[_T]):
                 self._carried.remove()
 
     def _end_workers(self) -> None:
-        """Closes the iterator; kills workers that do not answer, for which Grain waits for ever."""
-        if self._pending is not None:  # which may just be starting a worker
+        """Closes the iterator, and kills workers that do not answer (Grain would wait forever)."""
+        if self._pending is not None:  # it may just be starting a worker
             wait([self._pending], timeout=_GRACE_SECONDS)
         closing = threading.Thread(target=self._iterator.close, daemon=True)
         closing.start()
         closing.join(_GRACE_SECONDS)
-        # Whose they are cannot be told where several streams have workers: those end with the parent.
+        # With several open streams nobody knows whose workers these are; they end with the parent.
         is_only = all(stream is self for stream in list(_with_workers))
         if closing.is_alive() and is_only:
             for child in multiprocessing.active_children():
@@ -204,8 +204,8 @@ class ReadAhead(Iterator[_T]):
                     child.kill()
             closing.join(_GRACE_SECONDS)
         if closing.is_alive():
-            _logger.warning("Worker processes do not end; they will when this process does.")
+            _logger.warning("Worker processes do not end; they will end with this process.")
 
     def __del__(self) -> None:
-        """Closes what was left open."""
+        """Closes the iterator if nobody did."""
         self.close()

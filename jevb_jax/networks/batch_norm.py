@@ -1,12 +1,13 @@
-"""BatchNorm of images with the ReLU after it, and a backward pass that spares memory's bandwidth.
+"""BatchNorm of images with the ReLU after it, and a backward pass that reads memory less often.
 
-On an accelerator a ResNet's convolutions take half of a step, and most of the other half is passes over
-its activations between them. Differentiated term by term, BatchNorm and ReLU make more of them than they
-need to: the masked gradient is stored, and its sums are taken in two passes. Here the backward pass is
-written out: one pass for both sums, one for the gradient of the input, and nothing stored between them
-but at the end of a block, where the shortcut needs the masked gradient anyway. The values are those of
-`flax.linen.BatchNorm`, `+ shortcut` and `flax.linen.relu`, bit for bit; gradients differ by rounding.
-JAX has no forward mode through a backward pass that is written out: `fused=False` leaves both to JAX.
+On an accelerator, convolutions take half of a ResNet's step. Most of the other half is passes over
+the activations between them. If JAX differentiates BatchNorm and ReLU term by term, there are more
+passes than necessary: the masked gradient is stored, and its sums take two passes. Here the
+backward pass is written by hand: one pass for both sums, and one for the gradient of the input.
+Nothing is stored between them, except at the end of a block, where the shortcut needs the masked
+gradient anyway. Values equal those of `flax.linen.BatchNorm`, `+ shortcut` and `flax.linen.relu`
+bit for bit; gradients differ by rounding. A function with its own backward pass has no forward mode
+in JAX; `fused=False` leaves differentiation to JAX.
 """
 
 import functools
@@ -20,7 +21,7 @@ from jax.typing import DTypeLike
 
 
 def _moments(x: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, at least float32, in one pass: E[x^2] - E[x]^2."""
+    """Mean and biased variance E[x^2] - E[x]^2 of each channel, in one pass, at least float32."""
     axes = tuple(range(x.ndim - 1))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = jnp.mean(x, axes)
@@ -50,12 +51,12 @@ def _output(
 
 
 def _along(x: Array, channels: Array) -> Array:
-    """`[channels]` in the rank of `x`."""
+    """Reshapes `[channels]` to broadcast against `x`."""
     return jnp.expand_dims(channels, tuple(range(x.ndim - 1)))
 
 
 def _minus(x: Array, mean: Array) -> Array:
-    """`x - mean` in the type of the mean."""
+    """`x - mean`, in the type of the mean."""
     return x - _along(x, mean)
 
 
@@ -70,20 +71,20 @@ def _plain(
 def batch_norm(
     x: Array, shortcut: Array | None, scale: Array, bias: Array, epsilon: float, relu: bool
 ) -> tuple[Array, Array, Array]:
-    """`relu(BatchNorm(x) + shortcut)` with the batch's statistics (Ioffe and Szegedy 2015).
+    """`relu(BatchNorm(x) + shortcut)` with the statistics of the batch (Ioffe and Szegedy 2015).
 
-    Can be differentiated in reverse mode alone.
+    Only reverse-mode differentiation is possible.
 
     Args:
-      x: `[..., channels]`; the statistics are over all axes but the last.
-      shortcut: what is added, of the same shape and type, or None.
+      x: `[..., channels]`. Statistics are over all axes but the last.
+      shortcut: added to the normalized values, with the shape and type of `x`; or None.
       scale: `[channels]`.
       bias: `[channels]`.
       epsilon: added to the variance.
       relu: whether the ReLU is applied.
 
     Returns:
-      The output in the type of `x`, and the mean and the biased variance of each channel.
+      The output in the type of `x`, and the mean and biased variance of each channel.
     """
     return _batch_norm_forward(x, shortcut, scale, bias, epsilon, relu)[0]
 
@@ -92,7 +93,8 @@ def _batch_norm_forward(
     x: Array, shortcut: Array | None, scale: Array, bias: Array, epsilon: float, relu: bool
 ) -> tuple[tuple[Array, Array, Array], Any]:
     y, mean, var = _plain(x, shortcut, scale, bias, epsilon, relu)
-    # Without a shortcut the sign of the output is computed again from `x`, which is read anyway.
+    # Without a shortcut, the backward pass recomputes the output's sign from `x`, which it reads
+    # anyway.
     return (y, mean, var), (x, None if shortcut is None else y, mean, var, scale, bias)
 
 
@@ -100,7 +102,7 @@ def _batch_norm_backward(
     epsilon: float, relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array | None, Array, Array]:
     x, y, mean, var, scale, bias = saved
-    # Barriers make the compiler read what is in memory: it would compute `y` again from two arrays.
+    # Without the barrier the compiler would recompute `y` from two arrays, not read it from memory.
     x, y = jax.lax.optimization_barrier((x, y))
     axes = tuple(range(x.ndim - 1))
     num = x.size // x.shape[-1]
@@ -117,13 +119,13 @@ def _batch_norm_backward(
     bias_gradient = jnp.sum(masked, axes, mean.dtype)
     scale_gradient = jnp.sum(masked * _minus(x, mean), axes) * inverse_std
     if relu and y is None:
-        # The barrier has the second pass compute the mask again: stored between the two passes it would
-        # cost a write and gain no read.
+        # The barrier makes the second pass recompute the mask. Storing it between the passes would
+        # cost a write and save no read.
         x, gradient, bias_gradient, scale_gradient = jax.lax.optimization_barrier(
             (x, gradient, bias_gradient, scale_gradient)
         )
         masked = before_relu(x, gradient)
-    # d loss / d x = slope masked + curvature (x - mean) + offset, a channel each.
+    # d loss / d x = slope * masked + curvature * (x - mean) + offset, for each channel.
     slope = scale * inverse_std
     curvature = (2 * var_gradient - slope * inverse_std * scale_gradient) / num
     offset = (mean_gradient - slope * bias_gradient) / num
@@ -142,28 +144,28 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 def _fused(*arguments: Any) -> Any:
     try:
-        # Inside of jax.jit the refusal of forward mode comes later, and says less: the setting that
-        # mends it is model.batch_norm = "plain" of a config, fused_batch_norm=False of a network.
+        # Inside of jax.jit the error for forward mode comes later and is less clear. The remedy is
+        # the same: model.batch_norm = "plain" in a config, fused_batch_norm=False for a network.
         return batch_norm(*arguments)
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
         raise TypeError(
-            "the fused BatchNorm has no forward mode (jax.jvp, jax.jacfwd, jax.linearize): set "
-            'model.batch_norm = "plain" in the config, or fused_batch_norm=False of the network'
+            "the fused BatchNorm has no forward mode (jax.jvp, jax.jacfwd, jax.linearize); set "
+            'model.batch_norm = "plain" in the config, or fused_batch_norm=False for the network'
         ) from error
 
 
 class BatchNorm(nn.Module):
-    """`flax.linen.BatchNorm`'s parameters, statistics and values, with `+ shortcut` and ReLU.
+    """`flax.linen.BatchNorm`, `+ shortcut` and ReLU, with the same parameters and values.
 
     Attributes:
       momentum: weight of the old running statistics.
       epsilon: added to the variance.
-      dtype: type of computation and output; statistics and parameters are float32.
-      scale_init: makes the first scales.
+      dtype: type of computation and output. Statistics and parameters are float32.
+      scale_init: initializer of the scales.
       relu: whether the ReLU is applied.
-      fused: whether training's backward pass is `batch_norm`'s, in reverse mode alone, or JAX's.
+      fused: whether training uses the backward pass of `batch_norm` (reverse mode only) or JAX's.
     """
 
     momentum: float
@@ -178,12 +180,13 @@ class BatchNorm(nn.Module):
         """Maps `[..., channels]` to the same shape.
 
         Args:
-          x: any type; it is rounded to `dtype` first.
-          shortcut: added before the ReLU, same shape.
-          train: the batch's statistics, and their running update, or the running ones.
+          x: any type; it is first rounded to `dtype`.
+          shortcut: added before the ReLU; same shape.
+          train: if True, use the statistics of the batch and update the running ones; if False, use
+            the running ones.
 
         Raises:
-          TypeError: forward mode through the fused form.
+          TypeError: forward-mode differentiation of the fused form.
         """
         shape = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Projector, inference network and predictors, and what they give."""
+"""Projector, inference network and predictors, and their outputs."""
 
 import math
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ HEAD_INPUTS: tuple[HeadInput, ...] = ("direction", "embedding", "direction_and_r
 
 
 class Posterior(NamedTuple):
-    """Diagonal Gaussian q(z given view), as its parameters.
+    """Parameters of the diagonal Gaussian q(z given view).
 
     Attributes:
-        posterior_mean: `[batch, dim]`, float32.
-        posterior_scale: `[batch, dim]`, float32, a standard deviation, above the network's
-            `min_scale`.
-        likelihood_scale: `[batch, dim]`, float32, above `min_scale`: a scale of the likelihood, in
-            the latent's units, that is not the posterior's; None where the two are tied.
+      posterior_mean: `[batch, dim]`, float32.
+      posterior_scale: `[batch, dim]`, float32, a standard deviation above the network's
+        `min_scale`.
+      likelihood_scale: `[batch, dim]`, float32, above `min_scale`: a separate scale of the
+        likelihood, in the units of the latent. None if it is tied to the posterior's.
     """
 
     posterior_mean: jax.Array
@@ -36,11 +36,11 @@ class Posterior(NamedTuple):
 
 
 class DirectionalPrediction(NamedTuple):
-    """Distribution of the other view's direction, as its parameters.
+    """Parameters of the predicted distribution of the other view's direction.
 
     Attributes:
-        direction: `[batch, dim]`, float32, not normalized.
-        concentration: `[batch]`, float32, positive; low where the network is unsure.
+      direction: `[batch, dim]`, float32, not normalized.
+      concentration: `[batch]`, float32, positive; low if the network is uncertain.
     """
 
     direction: jax.Array
@@ -50,21 +50,22 @@ class DirectionalPrediction(NamedTuple):
 class Projector(nn.Module):
     """MLP from representation to embedding, by default SimSiam's (Chen and He, arXiv 2011.10566).
 
-    Dense without bias, BatchNorm, ReLU for each hidden layer; then dense without bias and BatchNorm
-    without scale and bias, in float32, so that in training every feature of the embedding has mean
-    0 and variance 1 over the batch. BYOL, VICReg and Barlow Twins end with the dense layer.
+    Each hidden layer is dense without bias, BatchNorm and ReLU. The last layer is dense without
+    bias, then BatchNorm without scale and bias in float32. So in training every feature of the
+    embedding has mean 0 and variance 1 over the batch. BYOL, VICReg and Barlow Twins leave out the
+    last BatchNorm.
 
     Attributes:
-        hidden_dims: widths of the hidden layers.
-        embedding_dim: width of the embedding.
-        normalize_output: whether to end with BatchNorm.
-        dtype: compute type of all but the last BatchNorm.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
+      hidden_dims: widths of the hidden layers.
+      embedding_dim: width of the embedding.
+      normalize_output: whether to end with BatchNorm.
+      dtype: compute type of all but the last BatchNorm.
+      bn_momentum: weight of the old running statistics.
+      bn_epsilon: added to the variance.
 
     Raises:
-        ValueError: a size below one; when called, an input that is not `[batch, features]`, or
-            training on a batch of one example, whose batch variance is zero.
+      ValueError: a size is below one; when called, also if the input is not `[batch, features]`, or
+        for a training batch of one example, whose variance is zero.
     """
 
     hidden_dims: Sequence[int] = (2048, 2048)
@@ -100,17 +101,17 @@ class Projector(nn.Module):
 
 
 class _Head(nn.Module):
-    """What every head has: a bottleneck of dense without bias, BatchNorm and ReLU.
+    """Common part of all heads: a hidden layer of dense without bias, BatchNorm and ReLU.
 
     Attributes:
-        hidden_dim: width of the hidden layer.
-        dim: width of the output.
-        dtype: compute type of the hidden layer; outputs are computed in float32.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
+      hidden_dim: width of the hidden layer.
+      dim: width of the output.
+      dtype: compute type of the hidden layer. Outputs are computed in float32.
+      bn_momentum: weight of the old running statistics.
+      bn_epsilon: added to the variance.
 
     Raises:
-        ValueError: a size below one; when called, as `Projector`.
+      ValueError: a size is below one; when called, for the reasons of `Projector`.
     """
 
     hidden_dim: int
@@ -124,7 +125,7 @@ class _Head(nn.Module):
         super().__post_init__()
 
     def _hidden(self, embedding: jax.Array, *, train: bool) -> jax.Array:
-        """Maps `[batch, features]` to `[batch, hidden_dim]`; called in a compact method."""
+        """Maps `[batch, features]` to `[batch, hidden_dim]`. Call it in a compact method."""
         check_features(embedding, train=train and not self.is_initializing())
         x = dense_layer(self.hidden_dim, self.dtype, "dense")(embedding)
         x = mlp_batch_norm(self.dtype, self.bn_momentum, self.bn_epsilon, "bn")(
@@ -134,24 +135,24 @@ class _Head(nn.Module):
 
 
 class InferenceNetwork(_Head):
-    """Amortised posterior: embedding -> mean and standard deviation of a diagonal Gaussian.
+    """Amortized posterior: from an embedding to mean and standard deviation of a diagonal Gaussian.
 
-    A bottleneck MLP (dense without bias, BatchNorm, ReLU) and two dense heads in float32;
-    `posterior_scale = softplus(raw_scale) + min_scale`. The scale head starts with a zero kernel,
-    so every input starts at `initial_scale` exactly. The kernel is not dead: its gradient is the
-    hidden layer times the gradient of the output, non-zero at once; only the gradient *through* it
-    to the hidden layer waits for the first step.
+    A hidden layer (dense without bias, BatchNorm, ReLU) is followed by two dense heads in float32;
+    `posterior_scale = softplus(raw_scale) + min_scale`. The kernel of the scale head starts at
+    zero, so every input starts with the scale `initial_scale`. The kernel still learns from the
+    first step: its gradient is the hidden layer times the gradient of the output, which is not
+    zero. Only the gradient *through* it to the hidden layer is zero in that step.
 
-    Attributes (beside `hidden_dim`, `dim`, `dtype`, `bn_momentum` and `bn_epsilon`):
-        initial_scale: value of `posterior_scale` at initialization.
-        min_scale: lower bound of `posterior_scale`, at least 0.
-        isotropic: one scale for all features of an image.
-        has_likelihood_scale: a third head, made like that of the scale, for a likelihood whose scale
-            is not tied to the posterior's.
+    Attributes (besides `hidden_dim`, `dim`, `dtype`, `bn_momentum` and `bn_epsilon`):
+      initial_scale: value of `posterior_scale` at initialization.
+      min_scale: lower bound of `posterior_scale`, at least 0.
+      isotropic: one scale for all features of an image.
+      has_likelihood_scale: whether there is a third head, built like the scale head, for a
+        likelihood whose scale is not tied to the posterior's.
 
     Raises:
-        ValueError: a size below one, `min_scale < 0`, or `initial_scale <= min_scale`; when called,
-            as `Projector`.
+      ValueError: a size is below one, `min_scale < 0`, or `initial_scale <= min_scale`; when
+        called, for the reasons of `Projector`.
     """
 
     initial_scale: float = 1.0
@@ -175,7 +176,7 @@ class InferenceNetwork(_Head):
         return Posterior(posterior_mean, posterior_scale, likelihood_scale)
 
     def _scale(self, x: jax.Array, name: str) -> jax.Array:
-        """`[batch, hidden_dim]` to scales `[batch, dim]`."""
+        """Maps `[batch, hidden_dim]` to scales `[batch, dim]`."""
         raw_initial = inverse_softplus_above(
             self.initial_scale, self.min_scale, name="initial_scale"
         )
@@ -191,24 +192,24 @@ class InferenceNetwork(_Head):
 
 
 def head_features(embedding: jax.Array, head_input: HeadInput) -> jax.Array:
-    """What a head that states an uncertainty sees of an embedding (docs eq. 30).
+    """The part of an embedding that a head with an uncertainty reads (docs eq. 30).
 
-    The direction is `sqrt(D) h / |h|`, so that its features are of the size of the embedding's. A
-    head that sees it alone says the same of `h` and of `10 h`: the radius reaches the radial term
-    and nothing else, as the factorized likelihood promises.
+    The direction is `sqrt(D) h / |h|`, so that its features have the size of the embedding's. A
+    head that reads only the direction gives the same output for `h` and `10 h`. Then the radius
+    affects only the radial term, as the factorized likelihood requires.
 
     Args:
-        embedding: `[batch, D]`.
-        head_input: "direction"; "embedding", `h` as it is, by which flat images, whose embeddings
-            are long, get sure posteriors (docs/ood.md); or "direction_and_radius", the direction and
-            `sqrt(D) (r^2 - D) / (r^2 + D)`, a bounded function of the radius that is zero at its
-            usual size.
+      embedding: `[batch, D]`.
+      head_input: "direction"; or "embedding", which is `h` itself, and gives flat images confident
+        posteriors because their embeddings are long (docs/ood.md); or "direction_and_radius", the
+        direction and `sqrt(D) (r^2 - D) / (r^2 + D)`, a bounded function of the radius that is zero
+        at its usual size.
 
     Returns:
-        `[batch, D]`, or `[batch, D + 1]`.
+      `[batch, D]`, or `[batch, D + 1]`.
 
     Raises:
-        ValueError: unknown `head_input`.
+      ValueError: `head_input` is unknown.
     """
     if head_input not in HEAD_INPUTS:
         raise ValueError(f"head_input must be one of {HEAD_INPUTS}, got {head_input!r}")
@@ -218,16 +219,16 @@ def head_features(embedding: jax.Array, head_input: HeadInput) -> jax.Array:
     direction, radius = sphere.polar_decomposition(embedding)
     if head_input == "direction":
         return root_dim * direction
-    # The tanh of log(r / sqrt(D)), written so that no radius overflows.
+    # The tanh of log(r / sqrt(D)), computed so that no radius overflows.
     log_radius = sphere.safe_log(radius) - math.log(root_dim)
     return root_dim * jnp.concatenate([direction, jnp.tanh(log_radius)[:, None]], axis=-1)
 
 
 class Predictor(_Head):
-    """Bottleneck MLP from one view's embedding to the other's (SimSiam, arXiv 2011.10566; BYOL).
+    """MLP from the embedding of one view to that of the other (SimSiam, arXiv 2011.10566; BYOL).
 
-    Dense without bias, BatchNorm, ReLU; then dense with bias, in float32. BYOL's own last layer has
-    no bias.
+    A hidden layer (dense without bias, BatchNorm, ReLU), then dense with bias, in float32. The last
+    layer of the original BYOL has no bias.
     """
 
     @nn.compact
@@ -240,7 +241,7 @@ class Predictor(_Head):
 class DirectionalPredictor(_Head):
     """SimSiam's predictor with a second head for the concentration (VI-SimSiam, arXiv 2203.11437).
 
-    `concentration = softplus(raw) + 1e-3`: the floor is ours.
+    `concentration = softplus(raw) + 1e-3`. The lower bound 1e-3 is our choice.
     """
 
     @nn.compact
@@ -256,8 +257,8 @@ def inverse_softplus_above(value: float, minimum: float, *, name: str) -> float:
     """Solves `softplus(raw) + minimum = value` for `raw`, in float64."""
     if not 0 <= minimum < value < math.inf:
         raise ValueError(
-            f"{name} must be finite and above its minimum, itself at least 0: got {value} with "
-            f"minimum {minimum}"
+            f"{name} must be finite and above its minimum, which must be at least 0; got {value} "
+            f"with minimum {minimum}"
         )
     excess = value - minimum
     return excess + math.log(-math.expm1(-excess))

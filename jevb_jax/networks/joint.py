@@ -25,14 +25,14 @@ _MIN_RADIAL_SCALE = 1e-3
 
 
 class ViewOutputs(NamedTuple):
-    """Everything the model says about one batch of views; all float32.
+    """Outputs of the model for one batch of views; all float32.
 
     Attributes:
-        representation: `[batch, features]`, the backbone's pooled output, never normalized. Used
-            for evaluation.
-        embedding: `[batch, dim]`, the projector's output. JEVB's likelihood is a density over it.
-        prediction: what the head makes of the embedding: a `Posterior`, a vector `[batch, dim]`, a
-            `DirectionalPrediction`, or None without a head.
+      representation: `[batch, features]`, the backbone's pooled output, never normalized. It is
+        used for evaluation.
+      embedding: `[batch, dim]`, the projector's output. JEVB's likelihood is a density of it.
+      prediction: output of the head: a `Posterior`, a vector `[batch, dim]`, a
+        `DirectionalPrediction`, or None without a head.
     """
 
     representation: jax.Array
@@ -41,12 +41,12 @@ class ViewOutputs(NamedTuple):
 
     @property
     def posterior_mean(self) -> jax.Array:
-        """Of a `Posterior`, `[batch, dim]`."""
+        """Mean of a `Posterior`, `[batch, dim]`."""
         return self.prediction.posterior_mean
 
     @property
     def posterior_scale(self) -> jax.Array:
-        """Of a `Posterior`, `[batch, dim]`, a standard deviation, positive."""
+        """Standard deviation of a `Posterior`, `[batch, dim]`, positive."""
         return self.prediction.posterior_scale
 
 
@@ -66,15 +66,15 @@ class JointEmbeddingModel(nn.Module):
         scale = model.apply({"params": variables["params"]}, method="radial_scale")
 
     Attributes:
-        backbone: images to representations.
-        projector: representations to embeddings.
-        head: embeddings to a prediction, or None.
-        head_input: what the head sees of the embedding, see `head_features`.
-        initial_radial_scale: value of `radial_scale()` at initialization, above 1e-3; None for a
-            method without a radial likelihood.
+      backbone: images to representations.
+      projector: representations to embeddings.
+      head: embeddings to a prediction, or None.
+      head_input: the part of the embedding that the head reads, by `head_features`.
+      initial_radial_scale: value of `radial_scale()` at initialization, above 1e-3; None for a
+        method without a radial likelihood.
 
     Raises:
-        ValueError: `initial_radial_scale <= 1e-3`.
+      ValueError: `initial_radial_scale <= 1e-3`.
     """
 
     backbone: nn.Module
@@ -88,7 +88,7 @@ class JointEmbeddingModel(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
-        """Creates the radial scale here, not on use, so that `init` always returns it."""
+        """Creates the radial scale. It is done here, so that `init` always returns it."""
         raw = self._initial_raw_radial_scale()
         if raw is not None:
             initializer = nn.initializers.constant(raw)
@@ -98,15 +98,14 @@ class JointEmbeddingModel(nn.Module):
         """Maps images `[batch, height, width, channels]` to `ViewOutputs`.
 
         Args:
-            images: floating point and normalized.
-            train: whether BatchNorm uses the batch's statistics (pass `mutable=["batch_stats"]` to
-                `apply`) or the running ones, in which case no output depends on the other images of
-                the batch.
+          images: floating point and normalized.
+          train: if True, BatchNorm uses the statistics of the batch; pass `mutable=["batch_stats"]`
+            to `apply`. If False, it uses the running ones, and no output depends on other images.
         """
         return self.outputs_of(self.backbone(images, train=train), train=train)
 
     def outputs_of(self, representation: jax.Array, *, train: bool) -> ViewOutputs:
-        """Maps representations `[batch, features]` to `ViewOutputs`; `train` as in a call."""
+        """Maps representations `[batch, features]` to `ViewOutputs`."""
         embedding = self.projector(representation, train=train)
         if self.head is None:
             return ViewOutputs(representation, embedding, None)
@@ -114,7 +113,7 @@ class JointEmbeddingModel(nn.Module):
         return ViewOutputs(representation, embedding, prediction)
 
     def radial_scale(self) -> jax.Array:
-        """Scale of the radial likelihood, a float32 scalar above 1e-3 that depends on no image."""
+        """Scale of the radial likelihood, a float32 scalar above 1e-3, the same for all images."""
         return nn.softplus(self.raw_radial_scale) + _MIN_RADIAL_SCALE
 
     def _initial_raw_radial_scale(self) -> float | None:
@@ -146,34 +145,33 @@ def make_model(
     zero_init_residual: bool,
     batch_norm: str,
 ) -> JointEmbeddingModel:
-    """Builds the model from plain values: the one place where names become modules.
+    """Builds the model from plain values. Only this function turns names into modules.
 
     Args:
-        backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny" or
-            "vit_small".
-        width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
-            (ViT: 192, 384); 0 is the network's own.
-        stem: "cifar" or "imagenet"; read by the ResNets only.
-        patch_size: pixels; read by the ViTs only.
-        projector_hidden_dims: widths of the projector's hidden layers.
-        projector_normalizes_output: whether the projector ends with BatchNorm.
-        embedding_dim: width of embedding and prediction.
-        head: "posterior" (JEVB), "vector" (SimSiam, BYOL), "direction" (VI-SimSiam) or "none".
-        head_input: see `head_features`; read by "posterior" and "direction". A head that predicts a
-            vector sees the embedding, as published.
-        head_hidden_dim: width of the head's hidden layer.
-        initial_scale: standard deviation of a posterior at the start.
-        min_scale: its lower bound.
-        isotropic: one scale for all features of an image's posterior.
-        has_likelihood_scale: see `InferenceNetwork`.
-        initial_radial_scale: radial scale at initialization, with a posterior.
-        dtype: compute type, "float32" or "bfloat16".
-        zero_init_residual: see `ResidualBlock`; read by the ResNets only.
-        batch_norm: "fused" or "plain", see `ResidualBlock.fused_batch_norm`; read by the ResNets and
-            the ConvNet only.
+      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny" or "vit_small".
+      width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
+        (ViT: 192 or 384). 0 takes these defaults.
+      stem: "cifar" or "imagenet"; used by ResNets only.
+      patch_size: in pixels; used by ViTs only.
+      projector_hidden_dims: widths of the projector's hidden layers.
+      projector_normalizes_output: whether the projector ends with BatchNorm.
+      embedding_dim: width of embedding and prediction.
+      head: "posterior" (JEVB), "vector" (SimSiam, BYOL), "direction" (VI-SimSiam) or "none".
+      head_input: as for `head_features`; used by "posterior" and "direction". A head that predicts
+        a vector reads the embedding, as published.
+      head_hidden_dim: width of the head's hidden layer.
+      initial_scale: standard deviation of a posterior at initialization.
+      min_scale: lower bound of that standard deviation.
+      isotropic: one scale for all features of an image's posterior.
+      has_likelihood_scale: as for `InferenceNetwork`.
+      initial_radial_scale: radial scale at initialization; used with a posterior only.
+      dtype: compute type, "float32" or "bfloat16".
+      zero_init_residual: as for `ResidualBlock`; used by ResNets only.
+      batch_norm: "fused" or "plain", as for `ResidualBlock.fused_batch_norm`; used by ResNets and
+        the ConvNet only.
 
     Raises:
-        ValueError: an unknown name, or a value that a module refuses.
+      ValueError: a name is unknown, or a module does not accept a value.
     """
     resnets: dict[str, Callable[..., ResNet]] = {
         "resnet8": resnet8,

@@ -1,4 +1,4 @@
-"""Layers that several networks share, and what is asked of their input."""
+"""Layers that several networks share, and checks of their inputs."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-# He initialization. Convolutions as torchvision (kaiming_normal, fan_out); MLPs by fan_in, which
+# He initialization. Convolutions as in torchvision (kaiming_normal, fan_out). MLPs by fan_in, which
 # keeps the forward variance when hidden widths differ.
 _CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _DENSE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def conv_layer(features: int, size: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    # Explicit symmetric padding: with stride 2, "SAME" pads an even image on one side only, unlike
-    # torchvision.
     """A convolution without bias, initialized as in residual networks."""
+    # Explicit symmetric padding. With stride 2, "SAME" pads an even image on one side only, unlike
+    # torchvision.
     return nn.Conv(
         features,
         (size, size),
@@ -30,17 +30,17 @@ def conv_layer(features: int, size: int, stride: int, dtype: DTypeLike, name: st
 
 
 def dense_layer(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
-    """A dense layer, initialized as all of ours."""
+    """A dense layer with the initialization of all MLPs here."""
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_DENSE_INIT, name=name)
 
 
 def mlp_batch_norm(
     dtype: DTypeLike, momentum: float, epsilon: float, name: str, *, affine: bool = True
 ) -> nn.BatchNorm:
-    # E[x^2] - E[x]^2 cancels when features hardly vary, which is what a collapsing embedding does:
-    # here, where arrays are small, take the two-pass variance. Images keep the one-pass one, which
-    # reads their large activations once.
     """BatchNorm between the layers of a projector or a head."""
+    # E[x^2] - E[x]^2 cancels if features hardly vary, as in a collapsing embedding. These arrays
+    # are small, so we compute the variance in two passes. For images one pass reads the large
+    # activations only once.
     return nn.BatchNorm(
         momentum=momentum,
         epsilon=epsilon,
@@ -58,7 +58,7 @@ def global_average_pool(x: jax.Array) -> jax.Array:
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuses sizes that are not positive, by their names."""
+    """Raises ValueError for sizes that are not positive; the message has their names."""
     for name, size in sizes.items():
         values = (size,) if isinstance(size, int) else tuple(size)
         if not values or min(values) < 1:
@@ -66,18 +66,18 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
 
 
 def check_images(images: jax.Array) -> None:
-    """Refuses what is no `[N, H, W, C]` of a float type."""
+    """Raises an error unless the images are `[N, H, W, C]` of a float type."""
     if images.ndim != 4:
         raise ValueError(f"images must be [batch, height, width, channels], got {images.shape}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
-            f"images must be floating point, got {images.dtype}; normalise them first "
+            f"images must be floating point, got {images.dtype}; normalize them first "
             "(jevb_jax.images.augmentations)"
         )
 
 
 def check_features(x: jax.Array, *, train: bool) -> None:
-    """Refuses what is no `[N, F]`, and a single example in training."""
+    """Raises ValueError unless `x` is `[N, F]`, with at least two examples in training."""
     if x.ndim != 2:
         raise ValueError(f"expected [batch, features], got {x.shape}")
     if train and x.shape[0] < 2:

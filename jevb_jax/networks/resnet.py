@@ -1,4 +1,4 @@
-"""Residual networks and a small convolutional one."""
+"""Residual networks, and a small convolutional network."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,23 +15,22 @@ from jevb_jax.networks.layers import check_images, check_sizes, conv_layer, glob
 class ResidualBlock(nn.Module):
     """One residual block: `relu(shortcut(x) + branch(x))` (He et al. 2015, arXiv 1512.03385).
 
-    Basic: 3x3 (stride), 3x3. Bottleneck: 1x1, 3x3 (stride), 1x1 to four times `features`; the
-    stride sits on the 3x3 as in torchvision ("v1.5"). The shortcut is the identity where shapes
-    agree, else a strided 1x1 convolution and BatchNorm.
+    The basic form is 3x3 (stride), 3x3. The bottleneck form is 1x1, 3x3 (stride), 1x1 to four times
+    `features`; the stride is on the 3x3 convolution as in torchvision ("v1.5"). The shortcut is the
+    identity if shapes agree, otherwise a strided 1x1 convolution and BatchNorm.
 
     Attributes:
-        features: width of the 3x3 convolutions.
-        stride: spatial stride of the block.
-        bottleneck: whether to build the bottleneck form.
-        zero_init_residual: whether the last BatchNorm of the branch starts with scale zero instead
-            of one (Goyal et al. 2017, arXiv 1706.02677), so that at the start the block is
-            `relu(shortcut(x))`.
-        fused_batch_norm: whether BatchNorm and ReLU have a backward pass of their own, a few percent
-            of a step faster and in reverse mode alone; without it JAX differentiates them, in forward
-            mode too. Values are the same, gradients differ by rounding.
-        dtype: compute type.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
+      features: width of the 3x3 convolutions.
+      stride: spatial stride of the block.
+      bottleneck: whether to build the bottleneck form.
+      zero_init_residual: whether the last BatchNorm of the branch starts with scale zero and not
+        one (Goyal et al. 2017, arXiv 1706.02677). The block then starts as `relu(shortcut(x))`.
+      fused_batch_norm: whether BatchNorm and ReLU have their own backward pass. It makes a step a
+        few percent faster, but allows reverse mode only. Otherwise JAX differentiates them, in
+        forward mode too. Values are the same; gradients differ by rounding.
+      dtype: compute type.
+      bn_momentum: weight of the old running statistics.
+      bn_epsilon: added to the variance.
     """
 
     features: int
@@ -88,23 +87,23 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier, torchvision's layout and paddings.
+    """ResNet without its classifier, with torchvision's layout and paddings.
 
     Attributes:
-        stage_sizes: number of blocks in each stage; each stage after the first halves the image and
-            doubles the width.
-        bottleneck: bottleneck blocks (ResNet-50) or basic ones (ResNet-18, 34).
-        stem: "imagenet" (7x7 stride 2, 3x3 max-pool stride 2) or "cifar" (3x3 stride 1, no pool),
-            for images of about 32 pixels, where the other would leave one pixel to the last stage.
-        width: width of the stem and of the first stage.
-        zero_init_residual: see `ResidualBlock`.
-        fused_batch_norm: see `ResidualBlock`.
-        dtype: compute type.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
+      stage_sizes: number of blocks in each stage. Each stage after the first halves the image and
+        doubles the width.
+      bottleneck: bottleneck blocks (ResNet-50) or basic ones (ResNet-18, 34).
+      stem: "imagenet" (7x7 stride 2, 3x3 max-pool stride 2), or "cifar" (3x3 stride 1, no pool) for
+        images of about 32 pixels, for which "imagenet" would leave one pixel to the last stage.
+      width: width of the stem and of the first stage.
+      zero_init_residual: as for `ResidualBlock`.
+      fused_batch_norm: as for `ResidualBlock`.
+      dtype: compute type.
+      bn_momentum: weight of the old running statistics.
+      bn_epsilon: added to the variance.
 
     Raises:
-        ValueError: unknown `stem`, no stage, or a size below one.
+      ValueError: `stem` is unknown, there is no stage, or a size is below one.
     """
 
     stage_sizes: Sequence[int]
@@ -127,7 +126,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[batch, h, w, c]` to representations `[batch, features]`, float32.
 
-        `features` is `width * 2**(stages - 1)`, four times that with bottlenecks: 512 for
+        `features` is `width * 2**(stages - 1)`, and four times that with bottlenecks: 512 for
         ResNet-18, 2048 for ResNet-50.
         """
         check_images(images)
@@ -143,7 +142,7 @@ class ResNet(nn.Module):
         )
         x = batch_norm(x, train=train)
         if imagenet:
-            # Flax annotates `padding` as a string and documents pairs, which it pads with -inf.
+            # Flax annotates `padding` as a string but documents pairs, which it pads with -inf.
             padding: Any = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
@@ -164,41 +163,42 @@ class ResNet(nn.Module):
 
 
 def resnet8(**kwargs: Any) -> ResNet:
-    """ResNet-8: basic blocks (1, 1, 1), for small images; `kwargs` are `ResNet`'s other attributes."""
+    """ResNet-8 for small images: basic blocks (1, 1, 1); `kwargs` are attributes of `ResNet`."""
     return ResNet(stage_sizes=(1, 1, 1), bottleneck=False, **kwargs)
 
 
 def resnet18(**kwargs: Any) -> ResNet:
-    """ResNet-18: basic blocks (2, 2, 2, 2); `kwargs` are `ResNet`'s other attributes."""
+    """ResNet-18: basic blocks (2, 2, 2, 2); `kwargs` are other attributes of `ResNet`."""
     return ResNet(stage_sizes=(2, 2, 2, 2), bottleneck=False, **kwargs)
 
 
 def resnet34(**kwargs: Any) -> ResNet:
-    """ResNet-34: basic blocks (3, 4, 6, 3); `kwargs` are `ResNet`'s other attributes."""
+    """ResNet-34: basic blocks (3, 4, 6, 3); `kwargs` are other attributes of `ResNet`."""
     return ResNet(stage_sizes=(3, 4, 6, 3), bottleneck=False, **kwargs)
 
 
 def resnet50(**kwargs: Any) -> ResNet:
-    """ResNet-50: bottleneck blocks (3, 4, 6, 3); `kwargs` are `ResNet`'s other attributes."""
+    """ResNet-50: bottleneck blocks (3, 4, 6, 3); `kwargs` are other attributes of `ResNet`."""
     return ResNet(stage_sizes=(3, 4, 6, 3), bottleneck=True, **kwargs)
 
 
 class ConvNet(nn.Module):
     """Small plain network for 8x8 to 28x28 images: stages of 3x3 convolution, BatchNorm, ReLU.
 
-    The first stage keeps the resolution and every later one halves it, so the default sees an 8x8
-    image at 8, 4 and 2 pixels and a 28x28 one at 28, 14 and 7; its receptive field is 23 pixels.
+    The first stage keeps the resolution, and each later stage halves it. With the defaults an 8x8
+    image is processed at 8, 4 and 2 pixels, and a 28x28 image at 28, 14 and 7. The receptive field
+    is 23 pixels.
 
     Attributes:
-        widths: width of each stage.
-        convs_per_stage: convolutions in a stage; the stride is on the first.
-        fused_batch_norm: see `ResidualBlock`.
-        dtype: compute type.
-        bn_momentum: weight of the old running statistics.
-        bn_epsilon: added to the variance.
+      widths: width of each stage.
+      convs_per_stage: convolutions in a stage; the first has the stride.
+      fused_batch_norm: as for `ResidualBlock`.
+      dtype: compute type.
+      bn_momentum: weight of the old running statistics.
+      bn_epsilon: added to the variance.
 
     Raises:
-        ValueError: no stage, or a size below one.
+      ValueError: there is no stage, or a size is below one.
     """
 
     widths: Sequence[int] = (32, 64, 128)

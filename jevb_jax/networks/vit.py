@@ -15,9 +15,9 @@ class TransformerBlock(nn.Module):
     """Pre-norm transformer block: self-attention, then a GELU MLP, each added to its input.
 
     Attributes:
-        num_heads: heads; must divide the input's width.
-        mlp_dim: hidden width of the MLP.
-        dtype: compute type; attention weights are normalized in float32.
+      num_heads: number of attention heads; must divide the width of the input.
+      mlp_dim: hidden width of the MLP.
+      dtype: compute type. Attention weights are normalized in float32.
     """
 
     num_heads: int
@@ -32,8 +32,8 @@ class TransformerBlock(nn.Module):
 
         x = self._layer_norm("attention_norm")(tokens)
         query = self._dense(hidden_size, "query")(x).reshape(heads)
-        # Softmax ignores what all keys share, so a key bias has zero gradient: noise that Adam
-        # would amplify.
+        # Softmax ignores what all keys have in common, so a key bias would have zero gradient, up
+        # to noise that Adam would amplify.
         key = self._dense(hidden_size, "key", use_bias=False)(x).reshape(heads)
         value = self._dense(hidden_size, "value")(x).reshape(heads)
         x = jax.nn.dot_product_attention(query, key, value).reshape(tokens.shape)
@@ -59,24 +59,24 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """Vision transformer (arXiv 2010.11929), in the plain form of Beyer et al. (arXiv 2205.01580).
 
-    Positions are fixed 2-D sine-cosine embeddings and the output is the mean over tokens, with no
-    class token: no parameter depends on the image's size, so smaller crops go through the same
-    network. Gains of the final LayerNorm are learned but it has no bias: the projector's BatchNorm
-    would remove it, leaving it a random walk under Adam and an arbitrary offset in the
-    representation. With a class token, learned positions at 224 pixels and the two kinds of bias
-    left out, the parameter counts would be those of DeiT-Ti/16 and DeiT-S/16.
+    Positions are fixed 2-D sine-cosine embeddings. The output is the mean over tokens, without a
+    class token. So no parameter depends on the size of the image, and smaller crops pass through
+    the same network. The final LayerNorm has learned gains but no bias: the projector's BatchNorm
+    would remove a bias, so that Adam would make it a random walk, an arbitrary offset of the
+    representation. With a class token, learned positions at 224 pixels and the two missing kinds of
+    bias, the parameter counts would be those of DeiT-Ti/16 and DeiT-S/16.
 
     Attributes:
-        patch_size: side of a square patch, pixels.
-        hidden_size: token width; a multiple of `num_heads` and of 4.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `hidden_size`.
-        dtype: compute type.
+      patch_size: height and width of a square patch, in pixels.
+      hidden_size: width of the tokens, a multiple of `num_heads` and of 4.
+      depth: number of blocks.
+      num_heads: number of attention heads.
+      mlp_ratio: hidden width of the MLP divided by `hidden_size`.
+      dtype: compute type.
 
     Raises:
-        ValueError: a size below one, or `hidden_size` not divisible as above; when called, an image
-            whose sides `patch_size` does not divide.
+      ValueError: a size is below one, or `hidden_size` is not such a multiple; when called, also if
+        `patch_size` does not divide the sides of the image.
     """
 
     patch_size: int
@@ -105,8 +105,8 @@ class ViT(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[batch, h, w, c]` to representations `[batch, hidden_size]`, float32.
 
-        `train` changes nothing (neither BatchNorm nor dropout) and is there so that all backbones
-        are called alike.
+        `train` has no effect, because there is neither BatchNorm nor dropout. It is an argument so
+        that all backbones are called in the same way.
         """
         del train
         check_images(images)
@@ -114,12 +114,12 @@ class ViT(nn.Module):
         size = self.patch_size
         if height % size or width % size:
             raise ValueError(
-                f"patch_size = {size} must divide the image's sides, got {height}x{width}; "
+                f"patch_size = {size} must divide the sides of the image, got {height}x{width}; "
                 "resize or crop the images, or choose another patch_size"
             )
         rows, columns = height // size, width // size
-        # A strided convolution written as a matrix product, so that the initializer sees the fans
-        # of MoCo v3.
+        # A strided convolution as a matrix product, so that the initializer uses the fan-in and
+        # fan-out of MoCo v3.
         patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, rows * columns, size * size * channels)
         tokens = nn.Dense(
@@ -145,12 +145,12 @@ class ViT(nn.Module):
 
 
 def vit_tiny(*, hidden_size: int = 192, num_heads: int = 3, depth: int = 12, **kwargs: Any) -> ViT:
-    """ViT-Tiny: width 192, 3 heads, 12 blocks; `kwargs` are `ViT`'s other attributes."""
+    """ViT-Tiny: width 192, 3 heads, 12 blocks; `kwargs` are other attributes of `ViT`."""
     return ViT(hidden_size=hidden_size, num_heads=num_heads, depth=depth, **kwargs)
 
 
 def vit_small(*, hidden_size: int = 384, num_heads: int = 6, depth: int = 12, **kwargs: Any) -> ViT:
-    """ViT-Small: width 384, 6 heads, 12 blocks; `kwargs` are `ViT`'s other attributes."""
+    """ViT-Small: width 384, 6 heads, 12 blocks; `kwargs` are other attributes of `ViT`."""
     return ViT(hidden_size=hidden_size, num_heads=num_heads, depth=depth, **kwargs)
 
 
@@ -159,17 +159,17 @@ def sincos_position_embedding(
 ) -> np.ndarray:
     """Fixed 2-D sine-cosine position embedding of a grid of patches (MoCo v3, arXiv 2104.02057).
 
-    With frequencies `w_k = max_period**(-k / (dim/4))`, `k = 0 ... dim/4 - 1`, the patch in row `i`
-    and column `j` gets `[sin(j w), cos(j w), sin(i w), cos(i w)]`. A constant, computed in float64.
+    The frequencies are `w_k = max_period**(-k / (dim/4))`, `k = 0 ... dim/4 - 1`. The patch in row
+    `i` and column `j` gets `[sin(j w), cos(j w), sin(i w), cos(i w)]`. It is computed in float64.
 
     Args:
-        rows: number of patches down.
-        columns: number of patches across.
-        dim: width of the embedding, a multiple of 4.
-        max_period: bound of the slowest period over 2 pi, in patches.
+      rows: number of rows of patches.
+      columns: number of columns of patches.
+      dim: width of the embedding, a multiple of 4.
+      max_period: bound on the longest period divided by 2 pi, in patches.
 
     Returns:
-        `[rows * columns, dim]` float32, row by row.
+      `[rows * columns, dim]` float32, row by row.
     """
     frequencies = max_period ** (-np.arange(dim // 4) / (dim // 4))
     row, column = np.indices((rows, columns)).reshape(2, -1, 1) * frequencies

@@ -1,8 +1,8 @@
-"""Losses of five neighbors, as published, in the shape of the objective: named terms and a `loss`.
+"""Losses of five other methods as published, each as named terms with a `loss`.
 
-Stop-gradients are applied here, to targets. Where a method is per example so are its terms, `[batch]`;
-VICReg and Barlow Twins couple the examples of a batch. All is float32 or wider. Equation numbers are
-those of `docs/mathematics.md`.
+The gradient of targets is stopped here. Terms are `[batch]` if the method has a loss for each
+example; VICReg and Barlow Twins couple the examples of a batch. Results are float32 or float64.
+Equation numbers are those of `docs/mathematics.md`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jaxtyping import Float, Real
 
 from jevb_jax.paper import densities, domain, sphere
 
-# Accelerators multiply float32 matrices in TensorFloat-32 or bfloat16 unless told otherwise.
+# By default accelerators multiply float32 matrices in TensorFloat-32 or bfloat16.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -24,8 +24,8 @@ class SimSiamTerms(NamedTuple):
     """Cosine similarities, in [-1, 1].
 
     Attributes:
-      similarity_2_given_1: of the prediction from view 1 with the target of view 2.
-      similarity_1_given_2: of the prediction from view 2 with the target of view 1.
+      similarity_2_given_1: between the prediction from view 1 and the target of view 2.
+      similarity_1_given_2: between the prediction from view 2 and the target of view 1.
     """
 
     similarity_2_given_1: Float[Array, " batch"]
@@ -33,7 +33,7 @@ class SimSiamTerms(NamedTuple):
 
     @property
     def loss(self) -> Float[Array, " batch"]:
-        """Negative mean similarity, minimised."""
+        """Negative mean similarity, to be minimized."""
         return -(self.similarity_2_given_1 + self.similarity_1_given_2) / 2
 
 
@@ -41,8 +41,8 @@ class ByolTerms(NamedTuple):
     """Squared distances of unit vectors, in [0, 4].
 
     Attributes:
-      distance_2_given_1: of the prediction from view 1 to the target of view 2.
-      distance_1_given_2: of the prediction from view 2 to the target of view 1.
+      distance_2_given_1: between the prediction from view 1 and the target of view 2.
+      distance_1_given_2: between the prediction from view 2 and the target of view 1.
     """
 
     distance_2_given_1: Float[Array, " batch"]
@@ -50,16 +50,16 @@ class ByolTerms(NamedTuple):
 
     @property
     def loss(self) -> Float[Array, " batch"]:
-        """Sum of both, minimised."""
+        """Sum of both distances, to be minimized."""
         return self.distance_2_given_1 + self.distance_1_given_2
 
 
 class VISimSiamTerms(NamedTuple):
-    """Log-likelihoods of directions, nats, larger is better.
+    """Log-likelihoods of directions, in nats; larger is better.
 
     Attributes:
-      log_likelihood_2_given_1: of the target of view 2 under the prediction from view 1.
-      log_likelihood_1_given_2: of the target of view 1 under the prediction from view 2.
+      log_likelihood_2_given_1: for the target of view 2 and the prediction from view 1.
+      log_likelihood_1_given_2: for the target of view 1 and the prediction from view 2.
     """
 
     log_likelihood_2_given_1: Float[Array, " batch"]
@@ -67,20 +67,20 @@ class VISimSiamTerms(NamedTuple):
 
     @property
     def loss(self) -> Float[Array, " batch"]:
-        """Negative mean log-likelihood, nats, minimised."""
+        """Negative mean log-likelihood, in nats, to be minimized."""
         return -(self.log_likelihood_2_given_1 + self.log_likelihood_1_given_2) / 2
 
 
 class VICRegTerms(NamedTuple):
-    """Terms of VICReg, unweighted.
+    """Terms of VICReg, without their weights.
 
     Attributes:
-      invariance: mean squared difference of the views over features.
-      variance: how far standard deviations fall short of the target, mean over features and views.
-      covariance: squared off-diagonal covariances over `D`, summed over views.
-      invariance_weight: factor of the difference between the views.
-      variance_weight: factor of the hinge on standard deviations.
-      covariance_weight: factor of the squared covariances.
+      invariance: squared difference of the views, mean over features.
+      variance: how far standard deviations fall below the target, mean over features and views.
+      covariance: sum of squared off-diagonal covariances divided by `D`, summed over views.
+      invariance_weight: weight of `invariance` in the loss.
+      variance_weight: weight of `variance` in the loss.
+      covariance_weight: weight of `covariance` in the loss.
     """
 
     invariance: Float[Array, " batch"]
@@ -92,7 +92,7 @@ class VICRegTerms(NamedTuple):
 
     @property
     def loss(self) -> Float[Array, ""]:
-        """Weighted sum, minimised."""
+        """Weighted sum, to be minimized."""
         return (
             self.invariance_weight * jnp.mean(self.invariance)
             + self.variance_weight * self.variance
@@ -101,12 +101,12 @@ class VICRegTerms(NamedTuple):
 
 
 class BarlowTwinsTerms(NamedTuple):
-    """Terms of Barlow Twins.
+    """Terms of Barlow Twins, without the weight.
 
     Attributes:
       invariance: `sum_i (C_ii - 1)^2`.
-      redundancy: `sum_i sum_(j != i) C_ij^2`, unweighted.
-      redundancy_weight: factor of the squared correlations off the diagonal.
+      redundancy: `sum_i sum_(j != i) C_ij^2`.
+      redundancy_weight: weight of `redundancy` in the loss.
     """
 
     invariance: Float[Array, ""]
@@ -115,16 +115,16 @@ class BarlowTwinsTerms(NamedTuple):
 
     @property
     def loss(self) -> Float[Array, ""]:
-        """Weighted sum, minimised."""
+        """Weighted sum, to be minimized."""
         return self.invariance + self.redundancy_weight * self.redundancy
 
 
 def _matrices(
     minimum_batch: int = 0, **values: Real[ArrayLike, "batch D"]
 ) -> tuple[Float[Array, "batch D"], ...]:
-    """The arguments as arrays of one shape, float32 or wider.
+    """The arguments as arrays of one shape, at least float32.
 
-    Losses for each example take a batch of none, and give none.
+    Losses with one value for each example also accept an empty batch, and return no values.
     """
     arrays = sphere.at_least_float32(*values.values())
     domain.same_matrices(minimum_batch, **dict(zip(values, arrays, strict=True)))
@@ -147,17 +147,16 @@ def simsiam_loss(
 ) -> SimSiamTerms:
     """SimSiam's symmetric negative cosine (docs eq. 17; Chen and He 2021, eq. 1 and 4).
 
-    Args:
-      prediction_1: of the predictor on view 1; not normalized.
-      prediction_2: on view 2.
-      target_1: embedding of view 1; its gradient is stopped.
-      target_2: of view 2.
+    A zero vector has similarity 0 to every vector.
 
-    Returns:
-      `SimSiamTerms`. A zero vector has similarity 0 to all.
+    Args:
+      prediction_1: output of the predictor for view 1; need not be normalized.
+      prediction_2: output of the predictor for view 2.
+      target_1: embedding of view 1. Its gradient is stopped.
+      target_2: embedding of view 2. Its gradient is stopped.
 
     Raises:
-      ValueError: shapes that differ or are not `[batch, D]`.
+      ValueError: shapes differ or are not `[batch, D]`.
     """
     p_1, p_2, t_1, t_2 = _matrices(
         prediction_1=prediction_1, prediction_2=prediction_2, target_1=target_1, target_2=target_2
@@ -174,20 +173,19 @@ def byol_loss(
     target_1: Real[ArrayLike, "batch D"],
     target_2: Real[ArrayLike, "batch D"],
 ) -> ByolTerms:
-    """BYOL's normalized squared error, both directions (docs eq. 18; Grill et al. 2020, eq. 2).
+    """BYOL's normalized squared error in both directions (docs eq. 18; Grill et al. 2020, eq. 2).
+
+    The distance `|p - t|^2` of unit vectors equals `2 - 2 cos`, but does not lose digits.
 
     Args:
-      prediction_1: of the predictor on view 1; not normalized.
-      prediction_2: on view 2.
-      target_1: the averaged network's embedding of view 1. No gradient is asked of that
-        network, but its gradient is stopped here too: the loss is then the same function of any target.
-      target_2: of view 2.
-
-    Returns:
-      `ByolTerms`: `|p - t|^2` of unit vectors, which is `2 - 2 cos` without its cancellation.
+      prediction_1: output of the predictor for view 1; need not be normalized.
+      prediction_2: output of the predictor for view 2.
+      target_1: embedding of view 1 by the averaged network. Its gradient is stopped, so the loss is
+        the same function for every kind of target.
+      target_2: embedding of view 2 by the averaged network. Its gradient is stopped.
 
     Raises:
-      ValueError: shapes that differ or are not `[batch, D]`.
+      ValueError: shapes differ or are not `[batch, D]`.
     """
     p_1, p_2, t_1, t_2 = _matrices(
         prediction_1=prediction_1, prediction_2=prediction_2, target_1=target_1, target_2=target_2
@@ -206,22 +204,21 @@ def vi_simsiam_loss(
     target_1: Real[ArrayLike, "batch D"],
     target_2: Real[ArrayLike, "batch D"],
 ) -> VISimSiamTerms:
-    """VI-SimSiam's power spherical log-likelihood (docs eq. 19; Nakamura et al. 2023, arXiv 2203.11437).
+    """VI-SimSiam's power spherical log-likelihood (docs eq. 19; Nakamura et al. 2023).
+
+    The paper is arXiv 2203.11437.
 
     Args:
-      direction_1: predicted from view 1, `D >= 2`; normalized here.
-      concentration_1: at least zero, of that prediction.
-      direction_2: predicted from view 2.
-      concentration_2: at least zero, of that prediction.
-      target_1: embedding of view 1; normalized here, its gradient stopped.
-      target_2: of view 2.
-
-    Returns:
-      `VISimSiamTerms`, nats.
+      direction_1: direction predicted from view 1, `D >= 2`; it is normalized here.
+      concentration_1: concentration predicted from view 1, at least zero.
+      direction_2: direction predicted from view 2.
+      concentration_2: concentration predicted from view 2.
+      target_1: embedding of view 1; it is normalized here, and its gradient is stopped.
+      target_2: embedding of view 2.
 
     Raises:
-      ValueError: shapes that differ, `D < 2`, or a known concentration that is negative or not finite.
-        Traced ones have the value NaN.
+      ValueError: shapes differ, `D < 2`, or a known concentration is negative or not finite. A
+        traced one gives NaN.
     """
     m_1, m_2, t_1, t_2 = _matrices(
         direction_1=direction_1, direction_2=direction_2, target_1=target_1, target_2=target_2
@@ -253,28 +250,25 @@ def vicreg_loss(
 ) -> VICRegTerms:
     """VICReg (docs eq. 20; Bardes et al. 2022, arXiv 2105.04906, eq. 1 to 6).
 
-    The scale is that of the official code, to which the published weights belong: its variance term is
-    the mean over the two views, where the paper sums them, and its invariance term the mean over
-    features, where the paper sums those.
+    The published weights belong to the official code, so the scale is that of the code. Its
+    variance term is the mean over the two views, where the paper has the sum, and its invariance
+    term is the mean over features, where the paper has the sum.
 
-    The covariance term has the fourth power of the embedding, and overflows in float32 where entries
-    exceed about 1e9.
+    The covariance term contains the fourth power of the embedding. In float32 it overflows if
+    entries exceed about 1e9.
 
     Args:
-      embedding_1: of view 1, `batch >= 2`.
-      embedding_2: of view 2. No gradient is stopped.
-      invariance_weight: factor of the mean squared difference.
-      variance_weight: what the hinge on standard deviations counts.
-      covariance_weight: what the off-diagonal covariances count.
-      target_std: standard deviation below which the hinge acts.
-      epsilon: added to the variance under the root.
-
-    Returns:
-      `VICRegTerms`.
+      embedding_1: embedding of view 1, `batch >= 2`.
+      embedding_2: embedding of view 2. No gradient is stopped.
+      invariance_weight: weight of the mean squared difference.
+      variance_weight: weight of the hinge on standard deviations.
+      covariance_weight: weight of the off-diagonal covariances.
+      target_std: the hinge acts below this standard deviation.
+      epsilon: added to the variance before the square root.
 
     Raises:
-      ValueError: shapes that differ or are not `[batch, D]`; a batch of one or none; a known weight,
-        `epsilon` or `target_std` that is negative or not finite.
+      ValueError: shapes differ or are not `[batch, D]`, the batch has fewer than two examples, or a
+        known weight, `epsilon` or `target_std` is negative or not finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
     domain.weight("invariance_weight", invariance_weight)
@@ -309,20 +303,17 @@ def barlow_twins_loss(
 ) -> BarlowTwinsTerms:
     """Barlow Twins (docs eq. 21; Zbontar et al. 2021, arXiv 2103.03230, eq. 1 and 2).
 
-    Each view is normalized over the batch as BatchNorm without scale and bias does it, in two passes.
+    Each view is normalized over the batch like BatchNorm without scale and bias, in two passes.
 
     Args:
-      embedding_1: of view 1, `batch >= 2`.
-      embedding_2: of view 2. No gradient is stopped.
-      redundancy_weight: what the off-diagonal correlations count.
-      epsilon: added to the variance, BatchNorm's.
-
-    Returns:
-      `BarlowTwinsTerms`.
+      embedding_1: embedding of view 1, `batch >= 2`.
+      embedding_2: embedding of view 2. No gradient is stopped.
+      redundancy_weight: weight of the off-diagonal correlations.
+      epsilon: added to the variance, as in BatchNorm.
 
     Raises:
-      ValueError: shapes that differ or are not `[batch, D]`; a batch of one or none; a known weight or
-        `epsilon` that is negative or not finite.
+      ValueError: shapes differ or are not `[batch, D]`, the batch has fewer than two examples, or a
+        known weight or `epsilon` is negative or not finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
     domain.weight("redundancy_weight", redundancy_weight)
@@ -341,5 +332,5 @@ def barlow_twins_loss(
 
 
 def _off_diagonal_squares(matrix: Array) -> Array:
-    """Sum of the squares off the diagonal; not a difference of two sums, which could be negative."""
+    """Sum of squares off the diagonal. A difference of two sums could become negative."""
     return jnp.sum(jnp.square(matrix) * (1 - jnp.eye(matrix.shape[0], dtype=matrix.dtype)))

@@ -1,8 +1,8 @@
-"""Log-densities of the model, in nats, as pure functions over arrays.
+"""Log-densities of the model, in nats, as pure functions of arrays.
 
-`D` is the embedding dimension, `n = D - 1`. Arguments whose shapes are marked `#batch` broadcast
-against one another. bfloat16 and float16 are promoted to float32, float64 is kept. Equation numbers are
-those of `docs/mathematics.md`.
+`D` is the embedding dimension, `n = D - 1`. Arguments with shapes marked `#batch` broadcast against
+each other. bfloat16 and float16 become float32; float64 stays. Equation numbers are those of
+`docs/mathematics.md`.
 """
 
 from typing import Literal
@@ -21,10 +21,10 @@ SPACES: tuple[Space, ...] = ("log", "linear")
 
 
 def _student_t_log_normalizer(df: Float[Array, "*batch"], n: int) -> Float[Array, "*batch"]:
-    """`lgamma((df + n)/2) - lgamma(df/2) - (n/2) log(df pi)`, `df = inf` included.
+    """`lgamma((df + n)/2) - lgamma(df/2) - (n/2) log(df pi)`, also for `df = inf`.
 
-    `log_gamma_ratio(df/2, n/2)` is `lgamma((df + n)/2) - lgamma(df/2) - (n/2) log(df/2)`, and of what is
-    left, `(n/2) log(df/2) - (n/2) log(df pi) = -(n/2) log(2 pi)`: the logarithms of `df` cancel. At
+    `log_gamma_ratio(df/2, n/2)` is `lgamma((df + n)/2) - lgamma(df/2) - (n/2) log(df/2)`. The rest
+    is `(n/2) log(df/2) - (n/2) log(df pi) = -(n/2) log(2 pi)`: the logarithms of `df` cancel. At
     `df = inf` the ratio is zero, and this is the normalizer of the Gaussian.
     """
     half_n = jnp.full_like(df, n / 2)
@@ -41,24 +41,30 @@ def _student_t_kernel(
 ) -> Float[Array, "*batch"]:
     """`((df + n)/2) log(1 + Q/df)`, or `Q/2` at `df = inf`.
 
-    Up to `Q = df` it is written in `1 / df`, so that the Gaussian is the value at zero of the same
-    smooth expression: `((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)`. Beyond, the
-    slope of that form is a difference of two numbers which are nearly equal, and it is written as it is.
+    Up to `Q = df` the kernel is computed as a function of `1 / df`, so that the Gaussian is the
+    value of the same smooth expression at zero:
+
+        ((df + n)/2) log1p(Q/df) = (1 + n/df)/2 * Q * log1p(Q/df)/(Q/df)
+
+    For larger `Q` the slope of this form would be a difference of two nearly equal numbers, so the
+    kernel is computed directly.
 
     Args:
       squared_length: `Q exp(-log_unit)`.
       df: positive; `inf` is the Gaussian.
       n: dimension.
-      log_unit: zero but where `Q` would overflow.
-      longest_gaussian: `Q` is held at this at `df = inf`.
+      log_unit: zero unless `Q` would overflow.
+      longest_gaussian: upper limit of `Q` at `df = inf`.
     """
-    # Selected and not divided: at `inf` the slope in df is zero, even where the slope in 1/df overflows.
+    # `where` and no division: at `inf` the slope in df is zero, even if the slope in 1/df
+    # overflows. Selected and not divided: at `inf` the slope in df is zero, even where the slope in
+    # 1/df overflows.
     is_infinite = jnp.isinf(df)
     finite = jnp.where(is_infinite, 1.0, df)
     inverse_df = jnp.where(is_infinite, 0.0, 1 / finite)
 
-    # First what overflows: elsewhere `far` is zero and `Q` as it was given. No branch sees what only
-    # another can hold, lest its gradient be NaN.
+    # First the values that overflow. Elsewhere `far` is zero and `Q` is unchanged. No branch gets a
+    # value that only another branch can represent, because its gradient would be NaN.
     zero = jnp.zeros_like(squared_length)
     is_extreme = log_unit > 0
     log_length = sphere.safe_log(squared_length) + log_unit
@@ -71,7 +77,7 @@ def _student_t_kernel(
     if longest_gaussian is not None:
         held = jnp.minimum(log_length, float(np.log(longest_gaussian)))
         log_length = jnp.where(is_infinite, held, log_length)
-    # A scale of NaN has a `log_unit` of zero, and stays in here.
+    # For a scale of NaN, `log_unit` is zero, so the NaN stays in the result.
     squared_length = jnp.where(
         is_extreme, jnp.where(is_exponentiated, jnp.exp(log_length), zero), squared_length
     )
@@ -79,7 +85,7 @@ def _student_t_kernel(
         held = jnp.minimum(squared_length, longest_gaussian)
         squared_length = jnp.where(is_infinite, held, squared_length)
 
-    # Then the kernel, beyond `Q = df` and up to it.
+    # Then the kernel for `Q` above and below `df`.
     is_long = ~is_infinite & ~is_extreme & (squared_length >= df)
     long = jnp.log1p(jnp.where(is_long, squared_length, zero) * inverse_df)
     short = jnp.where(is_long | is_far, zero, squared_length)
@@ -95,7 +101,7 @@ def _student_t_log_density(
     log_unit: Float[Array, "*batch"],
     longest_gaussian: float | None = None,
 ) -> Float[Array, "*batch"]:
-    """Log-density in `R^n` of a Student-t of unit scale at squared length `Q`; see the kernel."""
+    """Log-density in `R^n` of a Student-t with unit scale at the squared length `Q`."""
     kernel = _student_t_kernel(
         squared_length, df, n, log_unit=log_unit, longest_gaussian=longest_gaussian
     )
@@ -112,37 +118,37 @@ def directional_log_prob(
     tails: mass.Tails = "joint",
     normalized: bool = False,
 ) -> Float[Array, "*#batch"]:
-    """Heavy-tailed, anisotropic von Mises-Fisher-style log-density of a direction (docs eq. 4 and 33).
+    """Heavy-tailed log-density of a direction with a scale for each feature (docs eq. 4 and 33).
 
-    The Student-t density of the tangent coordinates of `direction` at `loc`, whose precision is the
-    compression of `diag(scale_diag^-2)` to the tangent space. With equal scales and `df -> inf` it has
-    the von Mises-Fisher kernel of concentration `scale^-2`.
+    This is the Student-t density of the tangent coordinates of `direction` at `loc`. Its precision
+    is the compression of `diag(scale_diag^-2)` to the tangent space. With equal scales and
+    `df -> inf` it has the von Mises-Fisher kernel of concentration `scale^-2`.
 
     Args:
       direction: unit vectors `u`, `D >= 3`.
       loc: unit vectors `m`.
-      scale_diag: `s`, positive; on the unit sphere, so 1 is about one radian. One number or one feature
-        stands for all.
-      df: degrees of freedom, positive, `inf` for the Gaussian limit.
-      coordinates: "chordal" (eq. 2) is a sub-density on the sphere: its mass is at most one, near
-        one when the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.
-        "stereographic" (eq. 3) has mass one exactly; with equal scales and `df = D - 1` it is the
-        spherical Cauchy. With `df < D - 1` it is unbounded: a pole at the antipode of `loc`, of
-        little mass where the scale is small, is above the density at `loc` itself.
-      tails: "joint" is one Student-t of the whole tangent vector; "feature" is a product of a
-        Student-t for each coordinate (eq. 33), chordal only. They share the Gaussian limit.
-      normalized: divides by the mass (eq. 31), so that the density has mass one.
+      scale_diag: `s`, positive, in units of the sphere: 1 is about one radian. A number or
+        `[..., 1]` is the same scale for all features.
+      df: degrees of freedom, positive; `inf` is the Gaussian limit.
+      coordinates: "chordal" (eq. 2) gives a sub-density on the sphere. Its mass is at most one,
+        near one if the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.
+        "stereographic" (eq. 3) gives mass one exactly; with equal scales and `df = D - 1` it is the
+        spherical Cauchy. With `df < D - 1` the density has a pole at the antipode of `loc`. If the
+        scale is small, the pole has little mass.
+      tails: "joint" is one Student-t of the whole tangent vector. "feature" is a product of one
+        Student-t for each coordinate (eq. 33), in chordal coordinates only. Both have the same
+        Gaussian limit.
+      normalized: divide by the mass (eq. 31), so that the density has mass one.
 
     Returns:
-      Nats. At the antipode of `loc` the tangent direction is undefined; the squared length there is
-      its mean over tangent directions (exact when the scales are equal). There, in stereographic
-      coordinates, `Q` of the Gaussian is held at 2e22 in float32.
+      Nats. At the antipode of `loc` the tangent direction is undefined. The squared length there is
+      its mean over tangent directions, which is exact if the scales are equal. In stereographic
+      coordinates, `Q` of the Gaussian is limited there to 2e22 in float32.
 
     Raises:
-      ValueError: `D < 3`, where the chordal bound fails, a known scale or `df` that is not positive,
-        known directions that are no unit vectors, shapes that do not broadcast, unknown `coordinates`
-        or `tails`, feature-wise tails in stereographic coordinates. Traced scales and `df` that are
-        not positive have the value NaN.
+      ValueError: `D < 3` (the mass would exceed one); a known scale or `df` is not positive; known
+        directions are not unit vectors; shapes do not broadcast; or `coordinates` and `tails` are
+        unknown or do not fit each other. Traced scales and `df` that are not positive give NaN.
     """
     mass.check_tails(tails, coordinates)
     u, m, s, df_array = sphere.at_least_float32(direction, loc, scale_diag, df)
@@ -155,12 +161,12 @@ def directional_log_prob(
 
     n = u.shape[-1] - 1
     squares, log_unit, log_volume = sphere.bounded_tangent_squares(u, m, s, coordinates=coordinates)
-    # - sum log s + (1/2) log sum (m s)^2. A latent of exactly zero has no direction; the guard keeps
-    # its value and gradient finite.
+    # This is - sum log s + (1/2) log sum (m s)^2. A latent of exactly zero has no direction; the
+    # guard keeps value and gradient finite there.
     log_determinant = sphere.safe_log(sphere.safe_norm(m * s)) - jnp.sum(jnp.log(s), axis=-1)
     if tails == "joint":
-        # At the antipode stereographic coordinates are 1e23 scales away in float32. Past this length
-        # the Gaussian is as good as zero, and the gradient would overflow.
+        # At the antipode, stereographic coordinates are 1e23 scales away in float32. Beyond this
+        # length the Gaussian is practically zero, and its gradient would overflow.
         longest = float(jnp.finfo(df.dtype).max) ** 0.58 if coordinates == "stereographic" else None
         log_student_t = _student_t_log_density(
             jnp.sum(squares, axis=-1), df, n, log_unit=log_unit, longest_gaussian=longest
@@ -170,7 +176,7 @@ def directional_log_prob(
             jnp.broadcast_to(x[..., None], squares.shape) for x in (df, log_unit)
         )
         factors = _student_t_log_density(squares, df_of_features, 1, log_unit=unit)
-        # D factors, and a hyperplane of n dimensions: the Gaussian along m is divided out.
+        # There are D factors but only n dimensions: divide by the Gaussian along m.
         log_student_t = jnp.sum(factors, axis=-1) + float(np.log(2 * np.pi)) / 2
     log_prob = log_student_t + log_determinant
     if coordinates == "stereographic":
@@ -187,32 +193,29 @@ def student_t_log_prob(
     loc: Real[ArrayLike, "*#batch"],
     scale: Real[ArrayLike, "*#batch"],
 ) -> Float[Array, "*#batch"]:
-    """Log-density of the one-dimensional Student-t, accurate for every `df` (docs eq. 5).
+    """Log-density of the one-dimensional Student-t in nats, accurate for every `df` (docs eq. 5).
 
-    `jax.scipy.stats.t.logpdf` in float32 is off by 0.02 at df = 1e5 and by 0.9 at 1e7.
+    In float32 `jax.scipy.stats.t.logpdf` is off by 0.02 at df = 1e5 and by 0.9 at 1e7.
 
     Args:
-      x: where.
+      x: where the density is evaluated.
       df: degrees of freedom, positive; `inf` is the Gaussian.
       loc: the center.
       scale: positive.
 
-    Returns:
-      Nats.
-
     Raises:
-      ValueError: a known scale or `df` that is not positive, shapes that do not broadcast. Traced ones
-        that are not positive have the value NaN.
+      ValueError: a known scale or `df` is not positive, or shapes do not broadcast. Traced ones
+        that are not positive give NaN.
     """
     x, nu, m, s = sphere.at_least_float32(x, df, loc, scale)
     nu = domain.degrees_of_freedom("df", df, nu)
     s = domain.positive("scale", scale, s)
     x, nu, m, s = domain.broadcast({}, {"x": x, "df": nu, "loc": m, "scale": s})
-    # Of the halves: the difference of two numbers near the largest overflows.
+    # Subtract halves: the difference of two numbers near the largest would overflow.
     log_distance = sphere.safe_log(jnp.abs(x / 2 - m / 2)) + float(np.log(2))
     log_length, is_extreme = _log_length(log_distance - jnp.log(s), nu)
     one = jnp.ones_like(s)
-    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    # The branch that is not taken gets a harmless argument. Otherwise its gradient could be NaN.
     x, m = (jnp.where(is_extreme, jnp.zeros_like(s), value) for value in (x, m))
     squared = jnp.square(_quotient(x - m, jnp.where(is_extreme, one, s)))
     squared = jnp.where(is_extreme, one, squared)
@@ -221,10 +224,10 @@ def student_t_log_prob(
 
 
 def _quotient(x: Array, scale: Array) -> Array:
-    """`x / scale`, the same number, with a slope in `scale` that neither over- nor underflows.
+    """`x / scale`, with a slope in `scale` that neither over- nor underflows.
 
-    That slope has the factor `scale^-2`, which is lost past 1e19 in float32. In units of a power of two
-    near the scale it is near one.
+    That slope has a factor `scale^-2`, which is lost beyond 1e19 in float32. Here x and scale are
+    first divided by a power of two near the scale, so that the factor is near one.
     """
     limits = jnp.finfo(scale.dtype)
     unit = jnp.maximum(jax.lax.stop_gradient(scale) / 2, float(limits.tiny))
@@ -233,9 +236,9 @@ def _quotient(x: Array, scale: Array) -> Array:
 
 
 def _log_length(log_distance: Array, df: Array) -> tuple[Array, Array]:
-    """Log of the squared distance where the square would overflow, else zero; and whether it would.
+    """Log of the squared distance if its square would overflow, else zero; and whether it would.
 
-    The slope of the Gaussian, twice the distance, does not overflow: its square may.
+    The slope of the Gaussian is twice the distance, which does not overflow.
     """
     threshold = 0.34 * float(np.log(jnp.finfo(df.dtype).max))
     is_extreme = (log_distance > threshold) & ~jnp.isinf(df)
@@ -253,20 +256,21 @@ def radial_log_prob(
     """Student-t log-density of an embedding's radius (docs eq. 6).
 
     Args:
-      radius: `r`, positive. Zero is read as the smallest normal number: the density of "log" grows
-        without limit there.
+      radius: `r`, positive. Zero is read as the smallest normal number, because the density of
+        "log" is unbounded there.
       loc: `rho`, radius of the latent, positive.
-      scale: positive: relative width in "log", a length in "linear".
+      scale: positive. A relative width in "log", a length in "linear".
       df: degrees of freedom, positive; `inf` is the Gaussian.
-      space: "log": `log r` is Student-t about `log loc`, exactly normalized on `r > 0`. "linear": `r`
-        is Student-t about `loc`; the mass below zero is lost, a sub-density.
+      space: With "log", `log r` is Student-t about `log loc`, exactly normalized on `r > 0`. With
+        "linear", `r` is Student-t about `loc`; the mass below zero is lost, so this is a
+        sub-density.
 
     Returns:
       Nats (per unit of radius).
 
     Raises:
-      ValueError: unknown `space`, a known radius below zero, a known scale or `df` that is not
-        positive, shapes that do not broadcast. Traced ones have the value NaN.
+      ValueError: `space` is unknown, a known radius is negative, a known scale or `df` is not
+        positive, or shapes do not broadcast. Traced ones give NaN.
     """
     domain.choice("space", space, SPACES)
     r, rho, s, nu = sphere.at_least_float32(radius, loc, scale, df)
@@ -289,22 +293,22 @@ def multivariate_student_t_log_prob(
 ) -> Float[Array, "*#batch"]:
     """Log-density in `R^D` of a Student-t with a diagonal scale matrix (docs eq. 16).
 
-    Not a product over features: one heavy tail for the whole vector. The unfactorized likelihood of
-    the ablation.
+    This is the unfactorized likelihood of the ablation. It is not a product over features: the
+    whole vector has one heavy tail. Source: Kotz and Nadarajah 2004, eq. 1.1.
 
     Args:
       value: `h`.
       loc: `z`.
-      scale_diag: `s`, positive; at `df = inf` the standard deviations. One number or one feature
-        stands for all.
-      df: degrees of freedom, positive, `inf` is the Gaussian.
+      scale_diag: `s`, positive; the standard deviations at `df = inf`. A number or `[..., 1]` is
+        the same scale for all features.
+      df: degrees of freedom, positive; `inf` is the Gaussian.
 
     Returns:
-      Nats. Source: Kotz and Nadarajah 2004, eq. 1.1.
+      Nats.
 
     Raises:
-      ValueError: a known scale or `df` that is not positive, shapes that do not broadcast. Traced ones
-        that are not positive have the value NaN.
+      ValueError: a known scale or `df` is not positive, or shapes do not broadcast. Traced ones
+        that are not positive give NaN.
     """
     x, mean, scale, nu = sphere.at_least_float32(value, loc, scale_diag, df)
     scale = domain.positive("scale_diag", scale_diag, scale)
@@ -318,7 +322,7 @@ def multivariate_student_t_log_prob(
     unit = jax.lax.reduce_precision(jax.lax.stop_gradient(unit), jnp.finfo(scale.dtype).nexp, 0)
     distance = sphere.safe_norm((x - mean) / (scale / unit[..., None]))
     log_length, is_extreme = _log_length(sphere.safe_log(distance) - jnp.log(unit), nu)
-    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    # The branch that is not taken gets a harmless argument. Otherwise its gradient could be NaN.
     held_x, held_mean, held_scale = (
         jnp.where(is_extreme[..., None], jnp.ones_like(scale), value) for value in (x, mean, scale)
     )
@@ -339,15 +343,16 @@ def gaussian_kl_divergence(
 
     Args:
       posterior_mean: `mu`.
-      posterior_scale: `sigma`, standard deviations, positive. One number or one feature stands for all.
+      posterior_scale: `sigma`, standard deviations, positive. A number or `[..., 1]` is the same
+        scale for all features.
       prior_scale: `p`, standard deviation of the prior, positive.
 
     Returns:
-      Nats, at least zero, and zero only where the two are equal.
+      Nats, at least zero; zero only if posterior and prior are equal.
 
     Raises:
-      ValueError: a known scale that is not positive, shapes that do not broadcast. Traced scales that
-        are not positive have the value NaN.
+      ValueError: a known scale is not positive, or shapes do not broadcast. Traced scales that are
+        not positive give NaN.
     """
     mu, sigma, p = sphere.at_least_float32(posterior_mean, posterior_scale, prior_scale)
     sigma = domain.positive("posterior_scale", posterior_scale, sigma)
@@ -355,7 +360,8 @@ def gaussian_kl_divergence(
     mu, sigma, p = domain.broadcast(
         {"posterior_mean": mu}, {}, {"posterior_scale": sigma, "prior_scale": p}
     )
-    # (sigma^2 + mu^2)/p^2 - 1 - log(sigma^2/p^2), of which the first and the last part are near.
+    # This is mu^2/p^2 + (sigma^2/p^2 - 1 - log(sigma^2/p^2)); the bracket would cancel if computed
+    # so.
     return jnp.sum(jnp.square(_quotient(mu, p)) + _variance_term(sigma, p), axis=-1) / 2
 
 
@@ -364,13 +370,14 @@ def _variance_term(
 ) -> Float[Array, "*batch D"]:
     """`t^2 - 1 - log t^2` with `t = sigma / p`, at least zero.
 
-    From `v = t^2 - 1`, so that near `t = 1` nothing cancels and each summand stays non-negative.
+    It is computed from `v = t^2 - 1`, so that nothing cancels near `t = 1` and no summand is
+    negative.
     """
     ratio = _quotient(sigma, p)
     excess = (ratio - 1) * (ratio + 1)
     is_near = jnp.abs(excess) < 0.5
     near = jnp.where(is_near, excess, jnp.zeros_like(excess))
-    # Far below one the quotient underflows, and the difference of the logarithms does not.
+    # Far below one the quotient underflows, but the difference of the logarithms does not.
     is_tiny = ratio < float(jnp.finfo(ratio.dtype).eps)
     far = jnp.where(is_near | is_tiny, jnp.ones_like(ratio), ratio)
     log_ratio = jnp.where(is_tiny, jnp.log(sigma) - jnp.log(p), jnp.log(far))
@@ -378,13 +385,13 @@ def _variance_term(
 
 
 def _power_spherical_shapes(concentration: Array, dim: int) -> tuple[Array, Array]:
-    """`a` and `b` of docs eq. 9: the marginal of `(1 + <mu, z>)/2` is Beta(a, b)."""
+    """Shapes `a` and `b` of docs eq. 9: the marginal of `(1 + <mu, z>)/2` is Beta(a, b)."""
     beta = jnp.full_like(concentration, (dim - 1) / 2)
     return beta + concentration, beta
 
 
 def _power_spherical_log_base(alpha: Array, beta: Array) -> Array:
-    """Log-normaliser of `((1 + c) / 2)^k`: `lgamma(a + b) - lgamma(a) - b log(4 pi)`."""
+    """Log-normalizer of `((1 + c) / 2)^k`: `lgamma(a + b) - lgamma(a) - b log(4 pi)`."""
     log_gamma_difference = special.log_gamma_ratio(alpha, beta) + beta * jnp.log(alpha)
     return log_gamma_difference - beta * float(np.log(4 * np.pi))
 
@@ -403,11 +410,11 @@ def power_spherical_log_prob(
       concentration: `k`, at least zero (zero is uniform), finite.
 
     Returns:
-      Nats; at the antipode of `loc`, where the density is zero, a large negative number.
+      Nats. At the antipode of `loc`, where the density is zero, a large negative number.
 
     Raises:
-      ValueError: `D < 2`, a known concentration that is negative or not finite, known directions that
-        are no unit vectors, shapes that do not broadcast. Traced concentrations have the value NaN.
+      ValueError: `D < 2`, a known concentration is negative or not finite, known directions are not
+        unit vectors, or shapes do not broadcast. Traced concentrations out of range give NaN.
     """
     u, m, k = sphere.at_least_float32(direction, loc, concentration)
     k = domain.concentration("concentration", concentration, k)
@@ -440,11 +447,12 @@ def power_spherical_entropy(
       Nats; the logarithm of the sphere's area at concentration zero.
 
     Raises:
-      ValueError: `dim < 2` or no whole number, a known concentration that is negative or not finite.
+      ValueError: `dim` is not a whole number of at least 2, or a known concentration is negative or
+        not finite.
     """
     dim = domain.whole_number("dim", dim, 2)
     (k,) = sphere.at_least_float32(concentration)
     concentration = domain.concentration("concentration", concentration, k)
     alpha, beta = _power_spherical_shapes(concentration, dim)
-    expected = -special.digamma_difference(alpha, beta)  # E[ log((1 + c)/2) ], a Beta's mean log
+    expected = -special.digamma_difference(alpha, beta)  # E[ log((1 + c)/2) ], mean log of a Beta
     return -_power_spherical_log_base(alpha, beta) - concentration * expected

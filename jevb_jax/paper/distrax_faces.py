@@ -1,7 +1,7 @@
-"""The densities as `distrax.Distribution`s, so that they compose with distrax and TFP.
+"""The densities as `distrax.Distribution`s, which compose with distrax and TFP.
 
-Only these classes need distrax; the pure functions do not. Each holds arrays and no shapes, so that it
-passes through `jit` and `vmap` either way, and can be indexed along its batch.
+Only these classes need distrax; the pure functions do not. Each class holds only arrays, no shapes.
+So instances can be passed to and returned from `jit` and `vmap`, and indexed along their batch.
 """
 
 import math
@@ -21,9 +21,9 @@ from jevb_jax.paper.tracing import is_traced
 
 
 def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[Array]:
-    """`array[index]` along the batch alone, for arrays `[*batch_shape, ...]`.
+    """`array[index]` along the batch axes only, for arrays `[*batch_shape, ...]`.
 
-    NumPy's rules, by way of positions: an index that is out of range is an error, where JAX clips it.
+    The rules are those of NumPy: an index out of range is an error, where JAX would clip it.
     """
     size = math.prod(batch_shape)
     positions = (jnp if is_traced(index) else np).arange(size).reshape(batch_shape)
@@ -35,14 +35,14 @@ def _indexed(batch_shape: tuple[int, ...], index: Any, *arrays: Array) -> list[A
 
 
 class _DiagonalGaussian(distrax.MultivariateNormalDiag):
-    """`distrax.MultivariateNormalDiag` in the float type of its parameters, of any batch.
+    """`distrax.MultivariateNormalDiag` in the float type of its parameters, with any batch shape.
 
-    Its parent keeps its shapes as data that `vmap` cannot change, and its unit scale in float64 where
-    x64 is enabled. What the parent builds from its parameters is built here when it is asked for.
+    The parent class stores shapes as data that `vmap` cannot change, and its unit scale is float64
+    if x64 is enabled. Therefore we build the parent from the parameters only when it is needed.
     """
 
     def __init__(self, loc: Float[Array, "*batch D"], scale_diag: Float[Array, "*batch D"]):
-        # Not the parent's, see above.
+        # Does not call the parent's `__init__`; the class docstring says why.
         self._loc = loc
         self._scale_diag = scale_diag
 
@@ -51,12 +51,12 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
 
     @property
     def distribution(self) -> Any:
-        """The standard normal that is transformed."""
+        """The standard normal distribution that is transformed."""
         return self._parent().distribution
 
     @property
     def bijector(self) -> Any:
-        """What it is transformed by."""
+        """The transformation of the standard normal."""
         return self._parent().bijector
 
     @property
@@ -81,12 +81,12 @@ class _DiagonalGaussian(distrax.MultivariateNormalDiag):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Of the parameters, without `D`."""
+        """Shape of the parameters without `D`."""
         return self._loc.shape[:-1]
 
     @property
     def dtype(self) -> Any:
-        """Of the samples: that of the parameters."""
+        """Float type of parameters and samples."""
         return self._loc.dtype
 
     def log_prob(self, value: Real[ArrayLike, "*#batch D"]) -> Float[Array, "*#batch"]:
@@ -141,18 +141,15 @@ def gaussian_posterior(
     posterior_mean: Real[ArrayLike, "*#batch D"],
     posterior_scale: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
 ) -> distrax.MultivariateNormalDiag:
-    """`q(z | h) = N(mean, diag(scale^2))`.
+    """The posterior `q(z | h) = N(mean, diag(scale^2))` as a distribution over `[D]`.
 
     Args:
       posterior_mean: `mu`.
       posterior_scale: `sigma`, standard deviations, positive.
 
-    Returns:
-      A distribution over `[D]`, which `jit` and `vmap` take and return.
-
     Raises:
-      ValueError: a known scale that is not positive, shapes that do not broadcast. Traced scales that
-        are not positive become NaN.
+      ValueError: a known scale is not positive, or shapes do not broadcast. Traced scales that are
+        not positive become NaN.
     """
     mean, scale = sphere.at_least_float32(posterior_mean, posterior_scale)
     scale = domain.positive("posterior_scale", posterior_scale, scale)
@@ -163,14 +160,14 @@ def gaussian_posterior(
 def gaussian_prior(
     dim: int, prior_scale: Real[ArrayLike, "*batch"] = 1.0
 ) -> distrax.MultivariateNormalDiag:
-    """`p(z) = N(0, prior_scale^2 I)`, a distribution over `[D]`.
+    """The prior `p(z) = N(0, prior_scale^2 I)` as a distribution over `[D]`.
 
     Args:
       dim: `D`.
-      prior_scale: standard deviation, positive; more than one make a batch of priors.
+      prior_scale: standard deviation, positive; several make a batch of priors.
 
     Raises:
-      ValueError: `dim` is no whole number above zero, a known scale that is not positive.
+      ValueError: `dim` is not a whole number above zero, or a known scale is not positive.
     """
     dim = domain.whole_number("dim", dim, 1)
     (scale,) = sphere.at_least_float32(prior_scale)
@@ -180,13 +177,13 @@ def gaussian_prior(
 
 
 class _OnSphere(distrax.Distribution):
-    """What the distributions of directions share."""
+    """Common properties of the distributions of directions."""
 
     _loc: Float[Array, "*batch D"]
 
     @property
     def loc(self) -> Float[Array, "*batch D"]:
-        """Unit vectors, the location."""
+        """The location, unit vectors."""
         return self._loc
 
     @property
@@ -196,20 +193,20 @@ class _OnSphere(distrax.Distribution):
 
     @property
     def dtype(self) -> Any:
-        """Of the samples: that of the parameters."""
+        """Float type of parameters and samples."""
         return self._loc.dtype
 
 
 class PowerSpherical(_OnSphere):
-    """Power spherical distribution on `S^(D-1)` (De Cao and Aziz 2020), sampled exactly.
+    """Power spherical distribution on `S^(D-1)` (De Cao and Aziz 2020), with an exact sampler.
 
     Args:
       loc: unit vectors, the mean direction, `D >= 2`.
       concentration: at least zero (zero is uniform), finite.
 
     Raises:
-      ValueError: `D < 2`, a known `loc` that is no unit vector, a known concentration that is
-        negative or not finite, shapes that do not broadcast. Traced concentrations become NaN.
+      ValueError: `D < 2`, a known `loc` is not a unit vector, a known concentration is negative or
+        not finite, or shapes do not broadcast. Traced concentrations out of range become NaN.
     """
 
     def __init__(
@@ -224,19 +221,19 @@ class PowerSpherical(_OnSphere):
 
     @property
     def concentration(self) -> Float[Array, "*batch"]:
-        """Concentration."""
+        """Concentration, at least zero."""
         return self._concentration
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Of the parameters, without `D`."""
+        """Shape of the parameters without `D`."""
         return self._concentration.shape
 
     def __getitem__(self, index: Any) -> "PowerSpherical":
         return PowerSpherical(*_indexed(self.batch_shape, index, self._loc, self._concentration))
 
     def log_prob(self, value: Real[ArrayLike, "*#batch D"]) -> Float[Array, "*#batch"]:
-        """See `power_spherical_log_prob`."""
+        """Log-density in nats, by `power_spherical_log_prob`."""
         return densities.power_spherical_log_prob(
             value, loc=self._loc, concentration=self._concentration
         )
@@ -251,7 +248,7 @@ class PowerSpherical(_OnSphere):
         return length[..., None] * self._loc
 
     def mode(self) -> Float[Array, "*batch D"]:
-        """The mean direction; at concentration zero every direction is as good."""
+        """The mean direction. At concentration zero every direction is a mode."""
         return self._loc
 
     def _sample_n(self, key: Key[Array, ""], n: int) -> Float[Array, "n *batch D"]:
@@ -259,7 +256,8 @@ class PowerSpherical(_OnSphere):
         dtype = self._loc.dtype
         shape = (n, *self._loc.shape)
         beta = (self._loc.shape[-1] - 1) / 2
-        # (1 + c)/2 ~ Beta(beta + k, beta) through two gammas, so that (1 - c)/2 keeps its digits.
+        # (1 + c)/2 ~ Beta(beta + k, beta), by two gamma variables, so that (1 - c)/2 keeps its
+        # digits.
         near = jax.random.gamma(
             key_near, jnp.broadcast_to(beta + self._concentration, shape[:-1]), dtype=dtype
         )
@@ -268,7 +266,7 @@ class PowerSpherical(_OnSphere):
         sine = 2 * jnp.sqrt(half_one_plus * half_one_minus)
         loc = jnp.broadcast_to(self._loc, shape)
         tangent = _unit_tangent(jax.random.normal(key_tangent, shape, dtype), loc)
-        # cos = 1 - 2 (1 - c)/2, added to loc as a small correction where it is one.
+        # cos = 1 - 2 (1 - c)/2. For small angles this adds a small correction to loc.
         return loc - 2 * half_one_minus[..., None] * loc + sine[..., None] * tangent
 
 
@@ -276,10 +274,10 @@ class PowerSpherical(_OnSphere):
 def _power_spherical_kl(
     first: PowerSpherical, second: PowerSpherical, name: str | None = None
 ) -> Array:
-    """`KL(first || second)` where `second` is uniform or has the mean direction of `first`.
+    """`KL(first || second)` if `second` is uniform or has the same mean direction as `first`.
 
-    The mean of `log(1 + c)` is known for the cosine `c` to its own mean direction only. Elsewhere: an
-    error, and NaN where the values are traced.
+    The mean of `log(1 + c)` is known only for the cosine `c` to the mean direction of `first`.
+    Other pairs raise an error, or give NaN if the values are traced.
     """
     del name
     first_loc, second_loc, k, other = sphere.at_least_float32(
@@ -292,9 +290,9 @@ def _power_spherical_kl(
     is_known = (other == 0) | jnp.all(first_loc == second_loc, axis=-1)
     if not is_traced(is_known) and not np.all(is_known):
         raise NotImplementedError(
-            "KL between power spherical distributions is known in closed form where the second is "
-            "uniform (concentration zero) or both have the same loc; elsewhere estimate it as the mean "
-            "of first.log_prob(x) - second.log_prob(x) over samples x of the first"
+            "KL between power spherical distributions has a closed form only if the second is uniform "
+            "(concentration zero) or both have the same loc. Otherwise estimate it by the mean of "
+            "first.log_prob(x) - second.log_prob(x) over samples x of the first"
         )
     half = jnp.full_like(k, (first_loc.shape[-1] - 1) / 2)
 
@@ -304,7 +302,7 @@ def _power_spherical_kl(
     # The mean of log((1 + c)/2) is that of the logarithm of a Beta variable.
     mean_log = -special.digamma_difference(half + k, half)
     divergence = log_base(k) - log_base(other) + (k - other) * mean_log
-    # Rounding could take a difference of nearly equal numbers below zero.
+    # Rounding could make a difference of nearly equal numbers negative.
     return jnp.where(is_known, jnp.maximum(divergence, 0.0), jnp.full_like(k, jnp.nan))
 
 
@@ -326,20 +324,20 @@ def _power_spherical_kl_to_uniform(
 class SphericalStudentT(_OnSphere):
     """The directional term as a distribution: Student-t in tangent coordinates of the sphere.
 
-    "stereographic" coordinates make it a distribution, sampled exactly. With `df < D - 1` its density is
-    unbounded: a pole at the antipode of `loc`, above the density at `loc`. "chordal" ones make it a
-    sub-density, which has a `log_prob` but no exact sampler.
+    With "stereographic" coordinates it is a distribution with an exact sampler. If `df < D - 1`,
+    its density has a pole at the antipode of `loc`. With "chordal" coordinates it is a sub-density,
+    which has a `log_prob` but no exact sampler.
 
     Args:
       loc: unit vectors, `D >= 3`.
-      scale_diag: positive. One number or one feature stands for all.
+      scale_diag: positive. A number or `[..., 1]` is the same scale for all features.
       df: degrees of freedom, positive, may be `inf`.
-      coordinates: "chordal" or "stereographic", which has a pole where `df < D - 1`.
+      coordinates: "chordal" or "stereographic".
 
     Raises:
-      ValueError: `D < 3`, a known `loc` that is no unit vector, a known scale or `df` that is not
-        positive, shapes that do not broadcast, unknown coordinates. Traced scales and `df` that are
-        not positive become NaN.
+      ValueError: `D < 3`, a known `loc` is not a unit vector, a known scale or `df` is not
+        positive, shapes do not broadcast, or `coordinates` is unknown. Traced scales and `df` that
+        are not positive become NaN.
     """
 
     def __init__(
@@ -373,7 +371,7 @@ class SphericalStudentT(_OnSphere):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Of the parameters, without `D`."""
+        """Shape of the parameters without `D`."""
         return self._df.shape
 
     def __getitem__(self, index: Any) -> "SphericalStudentT":
@@ -381,7 +379,7 @@ class SphericalStudentT(_OnSphere):
         return SphericalStudentT(*arrays, coordinates=self._coordinates)
 
     def log_prob(self, value: Real[ArrayLike, "*#batch D"]) -> Float[Array, "*#batch"]:
-        """See `directional_log_prob`."""
+        """Log-density in nats, by `directional_log_prob`."""
         return densities.directional_log_prob(
             value,
             loc=self._loc,
@@ -391,11 +389,12 @@ class SphericalStudentT(_OnSphere):
         )
 
     def mode(self) -> Float[Array, "*batch D"]:
-        """Where the density is largest: `loc`, or NaN where that is not so.
+        """Where the density is largest: `loc`, or NaN if the density is larger elsewhere.
 
-        Chordal densities have their mode at `loc`. Stereographic ones have it there if `df >= D - 1` and
+        Chordal densities have their mode at `loc`. Stereographic densities do if `df >= D - 1` and
         the largest variance of a tangent coordinate is at most `2 (1/n + 1/df)`, `n = D - 1`. Wider
-        ones are largest on both sides of `loc`; those with `df < D - 1` have a pole at its antipode.
+        ones have two maxima, one on each side of `loc`. Those with `df < D - 1` have a pole at the
+        antipode.
         """
         if self._coordinates == "chordal":
             return self._loc
@@ -403,34 +402,34 @@ class SphericalStudentT(_OnSphere):
         largest = jnp.max(self._scale_diag, axis=-1, keepdims=True)
         scale = self._scale_diag / largest
         along, _ = sphere.polar_decomposition(scale * self._loc)
-        # The covariance given <m, y> = 0: S (1 - w w^T) S with w along S m.
+        # The covariance given <m, y> = 0 is S (1 - w w^T) S, with w the direction of S m.
         projection = jnp.eye(n + 1, dtype=scale.dtype) - along[..., None] * along[..., None, :]
         covariance = scale[..., None] * projection * scale[..., None, :]
         widest = jnp.max(jnp.linalg.eigvalsh(covariance), axis=-1) * jnp.square(largest[..., 0])
-        # Rounding of the scales and of the eigenvalue, where the limit is met exactly.
+        # The tolerance covers rounding of scales and eigenvalues at the limit itself.
         limit = 2 * (1 / n + 1 / self._df) * (1 + 1e-5)
         is_mode = (self._df >= n) & (widest <= limit)
         return jnp.where(is_mode[..., None], self._loc, jnp.full_like(self._loc, jnp.nan))
 
     def mean(self) -> Array:
-        """Not known in closed form: always a NotImplementedError."""
+        """Raises NotImplementedError, because there is no closed form."""
         raise NotImplementedError(
-            "the mean of SphericalStudentT has no closed form: in stereographic coordinates take the "
+            "the mean of SphericalStudentT has no closed form. In stereographic coordinates take the "
             "mean of samples, which lies along loc"
         )
 
     def entropy(self) -> Array:
-        """Not known in closed form: always a NotImplementedError."""
+        """Raises NotImplementedError, because there is no closed form."""
         raise NotImplementedError(
-            "the entropy of SphericalStudentT has no closed form: in stereographic coordinates take "
+            "the entropy of SphericalStudentT has no closed form. In stereographic coordinates take "
             "minus the mean of log_prob over samples"
         )
 
     def kl_divergence(self, other_dist: Any, **kwargs: Any) -> Array:
-        """Not known in closed form: always a NotImplementedError."""
+        """Raises NotImplementedError, because there is no closed form."""
         del kwargs
         raise NotImplementedError(
-            f"the KL of SphericalStudentT to {type(other_dist).__name__} has no closed form: in "
+            f"the KL of SphericalStudentT to {type(other_dist).__name__} has no closed form. In "
             "stereographic coordinates take the mean of log_prob(x) - other.log_prob(x) over samples x; "
             "the uniform log-density is uniform_log_prob(D)"
         )
@@ -446,15 +445,15 @@ class SphericalStudentT(_OnSphere):
         dtype = self._loc.dtype
         loc = jnp.broadcast_to(self._loc, shape)
         scale_diag = jnp.broadcast_to(self._scale_diag, shape)
-        # N(0, S^2) conditioned on <m, x> = 0 has the compression of S^-2 to the tangent space as its
-        # precision. With x = S g the condition is that g is orthogonal to S m.
+        # N(0, S^2) given <m, x> = 0 has a precision that is the compression of S^-2 to the tangent
+        # space. With x = S g, the condition is that g is orthogonal to S m.
         along, _ = sphere.polar_decomposition(scale_diag * loc)
         normal = jax.random.normal(key_normal, shape, dtype)
         normal = normal - jnp.sum(normal * along, axis=-1, keepdims=True) * along
         tangent = scale_diag * normal
         log_tail = _log_heavy_tail(key_gamma, jnp.broadcast_to(self._df, shape[:-1]))
-        # Inverse stereographic projection: t = tan(angle / 2) is half the length, and may overflow. Past
-        # one its reciprocal stands for it.
+        # Inverse stereographic projection: t = tan(angle / 2) is half the length and may overflow.
+        # Above one we compute with its reciprocal.
         half = sphere.safe_norm(tangent) / 2
         is_zero = half == 0
         half = jnp.where(is_zero, 1.0, half)
@@ -470,10 +469,11 @@ class SphericalStudentT(_OnSphere):
 
 
 def _log_heavy_tail(key: Array, df: Array) -> Array:
-    """Log of `sqrt(df / chi-square)`, the width of a Student-t, with a finite gradient at every `df`.
+    """Log of `sqrt(df / chi-square)`, the width of a Student-t. Its gradient is always finite.
 
-    A gamma variable of a shape below one underflows. There it is one of that shape plus one, times
-    `U^(1 / shape)` with `U` uniform (Marsaglia and Tsang 2000, section 6), in logarithms.
+    A gamma variable with a shape below one may underflow. Then we draw one with the shape plus one
+    and multiply it by `U^(1 / shape)`, `U` uniform (Marsaglia and Tsang 2000, section 6), in
+    logarithms.
     """
     is_gaussian = jnp.isinf(df)
     shape = jnp.where(is_gaussian, 1.0, df / 2)
@@ -487,7 +487,7 @@ def _log_heavy_tail(key: Array, df: Array) -> Array:
 def _unit_tangent(x: Array, loc: Array) -> Array:
     """The part of `x` orthogonal to `loc`, of norm one.
 
-    Projected twice: where `x` is nearly parallel to `loc`, rounding in the first leaves a rest.
+    It is projected twice: if `x` is nearly parallel to `loc`, the first projection leaves an error.
     """
     x, _ = sphere.polar_decomposition(x)
     for _ in range(2):

@@ -1,7 +1,8 @@
-"""The domain of every density: what an argument may be, asked in one place.
+"""The allowed values of arguments of densities, and their checks.
 
-A value that is known, outside of `jit`, `vmap` and `grad`, is refused with its name. A traced value
-cannot be refused: outside of its domain it is read as NaN, so that no wrong number is plausible.
+A known value (outside of `jit`, `vmap` and `grad`) that is not allowed raises an error with its
+name. A traced value cannot raise an error: it is replaced by NaN, so that no wrong result looks
+plausible.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,12 @@ from jaxtyping import Float
 
 from jevb_jax.paper.tracing import is_traced
 
-# The rounding of bfloat16 vectors is 0.004; whoever forgot to normalize is further off.
+# Vectors normalized in bfloat16 are off by 0.004; vectors that nobody normalized are off by more.
 _UNIT_TOLERANCE = 0.02
 
 
 def _known(value: ArrayLike) -> np.ndarray | None:
-    """The value as NumPy has it, or None where it is traced or lies on other hosts."""
+    """The value as a NumPy array, or None if it is traced or lies on other hosts."""
     if is_traced(value):
         return None
     if not getattr(value, "is_fully_addressable", True):
@@ -45,15 +46,15 @@ def _within(
 
 
 def positive(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A scale: positive and finite, and no smaller than the smallest normal number.
+    """Checks a scale: positive, finite, and at least the smallest normal number.
 
     Args:
-      name: what the error calls the argument.
-      given: as the caller gave it.
+      name: name of the argument in the error.
+      given: the argument as the caller gave it.
       cast: the same as an array of a float type.
 
     Returns:
-      `cast`; where it is traced, with NaN for what is outside.
+      `cast`; if it is traced, with NaN for values that are not allowed.
 
     Raises:
       ValueError: a known value is not positive and finite.
@@ -65,7 +66,7 @@ def positive(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float
 def degrees_of_freedom(
     name: str, given: ArrayLike, cast: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Degrees of freedom: positive, `inf` included. Arguments and errors as of `positive`."""
+    """Checks degrees of freedom: positive or `inf`. Arguments and errors as in `positive`."""
     least = float(jnp.finfo(cast.dtype).tiny)
     return _within(name, given, cast, "positive (inf is the Gaussian)", lambda x: x >= least)
 
@@ -73,31 +74,27 @@ def degrees_of_freedom(
 def concentration(
     name: str, given: ArrayLike, cast: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """A concentration: at least zero and finite. Arguments and errors as of `positive`."""
+    """Checks a concentration: at least zero, finite. Arguments and errors as in `positive`."""
     most = float(jnp.finfo(cast.dtype).max)
     return _within(name, given, cast, "at least zero and finite", lambda x: (x >= 0) & (x <= most))
 
 
 def radius(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A radius: not negative. It is data, so a NaN passes. Arguments and errors as of `positive`."""
+    """Checks a radius: not negative; data, so NaN passes. Arguments and errors as in `positive`."""
     return _within(name, given, cast, "at least zero", lambda x: ~(x < 0))
 
 
 def weight(name: str, given: ArrayLike) -> None:
-    """Refuses a known weight that is negative or not finite. A traced one is used as it is.
-
-    Raises:
-      ValueError: so.
-    """
+    """Raises ValueError for a known weight that is negative or not finite."""
     if _known(given) is not None:
         concentration(name, given, jnp.zeros((), jnp.float32))
 
 
 def unit_vectors(name: str, given: ArrayLike) -> None:
-    """Refuses known vectors whose norm is neither one nor, for want of a direction, zero.
+    """Checks known vectors: the norm is one, or zero for a vector without direction.
 
     Raises:
-      ValueError: a norm that is off by more than 0.02, or no vector at all.
+      ValueError: a norm differs by more than 0.02, or the value is not a vector.
     """
     known = _known(given)
     if known is None:
@@ -112,18 +109,20 @@ def unit_vectors(name: str, given: ArrayLike) -> None:
     if wrong.any():
         raise ValueError(
             f"{name} must be unit vectors along the last axis, got one of norm "
-            f"{norm[wrong].flat[0]:.4g} ({wrong.sum()} of {wrong.size} are not): normalize them, by "
-            "polar_decomposition for example"
+            f"{norm[wrong].flat[0]:.4g} ({wrong.sum()} of {wrong.size} are not): normalize them, for "
+            "example by polar_decomposition"
         )
 
 
 def whole_number(name: str, value: ArrayLike, minimum: int) -> int:
-    """A count, as a Python int. Integers of NumPy and JAX and floats without a fraction are taken.
+    """Checks a count and returns it as a Python int.
+
+    Integers of NumPy and JAX, and floats without a fraction, are accepted.
 
     Raises:
-      ValueError: it has a fraction, or is below `minimum`.
+      ValueError: the value has a fraction, or is below `minimum`.
     """
-    # Arrays of one whole number are counts too; a traced one is not known.
+    # Arrays of one whole number are counts too, unless they are traced.
     if isinstance(value, (np.ndarray, Array)) and not is_traced(value) and not value.ndim:
         value = value.item()
     is_number = isinstance(value, (int, float, np.integer, np.floating))
@@ -133,21 +132,13 @@ def whole_number(name: str, value: ArrayLike, minimum: int) -> int:
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses a setting that does not exist.
-
-    Raises:
-      ValueError: so, with the choices.
-    """
+    """Raises ValueError for a setting that is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def sphere_of(dim: int, minimum: int, name: str) -> None:
-    """Refuses a sphere too small for a density, named for the error.
-
-    Raises:
-      ValueError: `dim < minimum`.
-    """
+    """Raises ValueError if a sphere is too small for a density, `dim < minimum`."""
     if dim < minimum:
         raise ValueError(
             f"{name} needs an embedding dimension D >= {minimum} (the last axis), got D = {dim}"
@@ -155,10 +146,9 @@ def sphere_of(dim: int, minimum: int, name: str) -> None:
 
 
 def same_matrices(minimum_batch: int = 0, **values: Float[Array, "..."]) -> None:
-    """Refuses arguments that do not share one shape `[batch, D]`: some others would broadcast.
+    """Raises ValueError unless all arguments share one shape `[batch, D]`.
 
-    Raises:
-      ValueError: so, with the names and the shapes.
+    Other shapes might broadcast silently.
     """
     shapes = [value.shape for value in values.values()]
     if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] < minimum_batch:
@@ -172,16 +162,16 @@ def same_matrices(minimum_batch: int = 0, **values: Float[Array, "..."]) -> None
 def spread(
     name: str, value: Float[Array, "..."], shape: tuple[int, ...], meaning: str
 ) -> Float[Array, "..."]:
-    """`value` broadcast to exactly `shape`, which it may not enlarge.
+    """Broadcasts `value` to exactly `shape`, which it must not enlarge.
 
     Args:
-      name: what the error calls the argument.
+      name: name of the argument in the error.
       value: the argument as an array.
-      shape: what the values are broadcast to.
-      meaning: which shapes are meant, for the error.
+      shape: the shape of the result.
+      meaning: the allowed shapes in words, for the error.
 
     Raises:
-      ValueError: it does not broadcast to `shape`.
+      ValueError: the value does not broadcast to `shape`.
     """
     try:
         return jnp.broadcast_to(value, shape)
@@ -196,23 +186,23 @@ def broadcast(
     numbers: dict[str, Float[Array, "..."]],
     scales: dict[str, Float[Array, "..."]] | None = None,
 ) -> tuple[Float[Array, "..."], ...]:
-    """One batch shape for vectors and for numbers of examples, and one width for the vectors.
+    """Broadcasts vectors, scales and numbers to one batch shape, and vectors and scales to one `D`.
 
     Args:
       vectors: by name, `[..., D]`.
       numbers: by name, `[...]`.
-      scales: by name, `[..., D]`, or a number, or `[..., 1]`: the same for all features.
+      scales: by name, `[..., D]`; or a number, or `[..., 1]`, for all features.
 
     Returns:
-      The vectors and the scales `[..., D]`, then the numbers `[...]`, each in its order.
+      The vectors and scales, `[..., D]`, then the numbers, `[...]`; each in the given order.
 
     Raises:
-      ValueError: they do not fit.
+      ValueError: the shapes do not broadcast.
     """
     scales = {name: x if x.ndim else x[None] for name, x in (scales or {}).items()}
     shapes = ", ".join(f"{k} {v.shape}" for k, v in {**vectors, **scales, **numbers}.items())
     if any(x.ndim < 1 for x in vectors.values()):
-        raise ValueError(f"vectors [..., D] are needed, got {shapes}")
+        raise ValueError(f"expected vectors [..., D], got shapes {shapes}")
     width = next(iter(vectors.values())).shape[-1] if vectors else 1
     if any(x.shape[-1] != width for x in vectors.values()) or any(
         x.shape[-1] not in (1, width) for x in scales.values()

@@ -1,8 +1,9 @@
 """The likelihood `p(h | z)` of an embedding given a latent: its settings, its scale, its terms.
 
-The embedding is split into direction and radius, `h = r u`, the latent into `z = rho m`, and
+The embedding is split into direction and radius, `h = r u`, and the latent into `z = rho m`:
 
-    log p(h | z) = log p_dir(u | m, s) + log p_rad(r | rho)   [ - n log r, constant in the parameters ]
+    log p(h | z) = log p_dir(u | m, s) + log p_rad(r | rho)   [ - n log r, constant in the
+    parameters ]
 
 Equation numbers are those of `docs/mathematics.md`.
 """
@@ -33,27 +34,27 @@ LIKELIHOODS: tuple[Factorization, ...] = ("factorised", "unfactorised")
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """What an embedding's density given a latent is made of (docs eq. 4, 6 and 16).
+    """Settings of the density of an embedding given a latent (docs eq. 4, 6 and 16).
 
-    A pytree. Its three numbers are leaves, so they may be learned, traced or one for each example;
-    its choices are static. `dataclasses.replace` changes one of them.
+    It is a pytree. The three numbers are leaves, so they may be learned, traced, or given for each
+    example. The choices are static. `dataclasses.replace` makes a changed copy.
 
     Attributes:
       df: degrees of freedom of the directional term, positive; `inf` is the Gaussian.
-      radial_df: the same for the radial term.
-      radial_scale: width of the radial term, positive: relative in `space` "log", else a length.
-      scale_units: what a posterior's deviation is worth on the unit sphere, see `likelihood_scale`.
-      coordinates: see `directional_log_prob`.
-      space: see `radial_log_prob`.
-      tails: see `directional_log_prob`.
+      radial_df: degrees of freedom of the radial term, positive; `inf` is the Gaussian.
+      radial_scale: width of the radial term, positive: relative if `space` is "log", else a length.
+      scale_units: how a deviation of the posterior is converted to the unit sphere, by
+        `likelihood_scale`.
+      coordinates: tangent coordinates, as for `directional_log_prob`.
+      space: where the radius is Student-t, as for `radial_log_prob`.
+      tails: as for `directional_log_prob`.
       normalized: whether the directional density is divided by its mass on the sphere.
-      likelihood: "factorised" into direction and radius, or "unfactorised": one Student-t about `z` in
-        `R^D` (docs eq. 16), which of these settings has `df` and
-        `scale_units` alone.
+      likelihood: "factorised" into direction and radius, or "unfactorised", which is one Student-t
+        about `z` in `R^D` (docs eq. 16) and uses only `df` and `scale_units` of these settings.
 
     Raises:
-      ValueError: a choice that does not exist, feature-wise tails in stereographic coordinates.
-        Numbers are checked where they are used.
+      ValueError: a choice does not exist, or feature-wise tails are combined with stereographic
+        coordinates. Numbers are checked where they are used.
     """
 
     df: Real[ArrayLike, "*batch"]
@@ -74,7 +75,7 @@ class Likelihood:
 
     @property
     def is_factorised(self) -> bool:
-        """Whether direction and radius have densities of their own."""
+        """Whether direction and radius have separate densities."""
         return self.likelihood == "factorised"
 
 
@@ -85,12 +86,12 @@ def likelihood_scale(
 
     Args:
       posterior_scale: standard deviations of the latent, positive.
-      scale_units: "sphere": `c_D = 1/sqrt(D)`, the length of a latent deviation on the unit sphere,
-        since the prior's radius is near `sqrt(D)`. "unit": `c_D = 1`.
+      scale_units: "sphere" gives `c_D = 1/sqrt(D)`, the length of a latent deviation on the unit
+        sphere, because the prior's radius is near `sqrt(D)`. "unit" gives `c_D = 1`.
 
     Raises:
-      ValueError: unknown `scale_units`, a known scale that is not positive. A traced one that is not
-        positive has the value NaN.
+      ValueError: `scale_units` is unknown, or a known scale is not positive. A traced scale that is
+        not positive gives NaN.
     """
     domain.choice("scale_units", scale_units, SCALE_UNITS)
     (sigma,) = sphere.at_least_float32(posterior_scale)
@@ -101,11 +102,11 @@ def likelihood_scale(
 
 
 class LogLikelihood(NamedTuple):
-    """Terms of `log p(h | z)`, nats.
+    """Terms of `log p(h | z)`, in nats.
 
     Attributes:
-      directional: `log p_dir(u | m, s)`, divided by the mass if the likelihood is normalized; the
-        whole of an unfactorized likelihood.
+      directional: `log p_dir(u | m, s)`, divided by the mass if the likelihood is normalized. For
+        an unfactorized likelihood, all of `log p(h | z)`.
       radial: `log p_rad(r | rho)`; zero if unfactorized.
       log_mass: `log M(m, s)` (docs eq. 31); zero if unfactorized.
     """
@@ -123,14 +124,14 @@ def log_likelihood_terms(
     scale_diag: Float[Array, "*batch D"],
     location: Float[Array, "*batch D"] | None = None,
 ) -> LogLikelihood:
-    """`log p_dir(u | m, s)` and `log p_rad(r | rho)` of embeddings given latents (docs eq. 4 and 6).
+    """`log p_dir(u | m, s)` and `log p_rad(r | rho)` for given latents (docs eq. 4 and 6).
 
     Args:
       embedding: `h = r u`.
       latent: `z = rho m`.
-      likelihood: its numbers are `[*batch]` or one for all.
+      likelihood: its numbers are `[*batch]`, or one for all.
       scale_diag: `s`, in units of the sphere.
-      location: gives `m` in place of the latent, if there is one.
+      location: if given, `m` is its direction and not that of the latent.
     """
     s, df = scale_diag, likelihood.df
     if not likelihood.is_factorised:
@@ -144,7 +145,7 @@ def log_likelihood_terms(
         m, _ = sphere.polar_decomposition(location)
     density: Any = {"df": df, "coordinates": likelihood.coordinates, "tails": likelihood.tails}
     log_p_dir = densities.directional_log_prob(u, loc=m, scale_diag=s, **density)
-    # The mass is only looked at unless the density is divided by it: no gradient.
+    # If the density is not divided by the mass, the mass is only logged and needs no gradient.
     held = (lambda x: x) if likelihood.normalized else jax.lax.stop_gradient
     log_mass = mass.directional_log_mass(held(s), loc=held(m), **density)
     log_p_rad = densities.radial_log_prob(
@@ -164,20 +165,20 @@ def embedding_log_prob(
 ) -> Float[Array, "*#batch"]:
     """`log p(h | z)` as a density in `R^D`, with the polar Jacobian `-(D - 1) log r` (docs eq. 12).
 
-    The training objective leaves the Jacobian out: it is constant in the parameters. An unfactorized
-    likelihood is a density in `R^D` as it is, and has none.
+    The training objective leaves the Jacobian out, because it is constant in the parameters. An
+    unfactorized likelihood is already a density in `R^D` and has no Jacobian.
 
     Args:
       embedding: `h`, not the zero vector.
       latent: `z`.
-      likelihood: degrees of freedom and the like; its numbers broadcast against the batch.
+      likelihood: its numbers broadcast against the batch.
       scale_diag: `s`, scale of the directional term, in units of the sphere.
 
     Returns:
       Nats.
 
     Raises:
-      ValueError: as `directional_log_prob` and `radial_log_prob`.
+      ValueError: for the reasons of `directional_log_prob` and `radial_log_prob`.
     """
     h, z, s, df, radial_df, radial_scale = sphere.at_least_float32(
         embedding, latent, scale_diag, likelihood.df, likelihood.radial_df, likelihood.radial_scale
@@ -203,16 +204,16 @@ def checked_numbers(
     radial_df: Float[Array, "..."],
     radial_scale: Float[Array, "..."],
 ) -> dict[str, Float[Array, "..."]]:
-    """The numbers of a likelihood by name, cast and within their domain.
+    """The numbers of a likelihood by name, cast and checked.
 
     Args:
-      likelihood: with the numbers as they were given.
-      df: the same number as an array of a float type.
-      radial_df: the radial term's, cast.
-      radial_scale: cast.
+      likelihood: holds the numbers as they were given.
+      df: `likelihood.df` as an array of a float type.
+      radial_df: `likelihood.radial_df` as an array of a float type.
+      radial_scale: `likelihood.radial_scale` as an array of a float type.
 
     Raises:
-      ValueError: a known number that is not positive. Traced ones become NaN.
+      ValueError: a known number is not positive. Traced ones become NaN.
     """
     return {
         "df": domain.degrees_of_freedom("df", likelihood.df, df),

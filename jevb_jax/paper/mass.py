@@ -1,17 +1,18 @@
-"""Mass on the sphere of the directional densities, which without it are sub-densities.
+"""The mass on the sphere of the directional densities, which are sub-densities if it is below one.
 
 A directional density of `densities` is a density of tangent coordinates `y` at `m`. In chordal
-coordinates the sphere holds only a part of it (docs eq. 31):
+coordinates the sphere contains only a part of it (docs eq. 31):
 
     M = E[ 1{|y| < 2} (1 - |y|^2 / 4)^((D - 3) / 2) ]
 
-At the scales that a model learns `log M` is tens of nats, and it depends on the scales: no likelihood
-can be read without it.
+At the scales that a model learns, `log M` is tens of nats, and it depends on the scales. No
+likelihood can be interpreted without it.
 
-With equal scales `M` is one integral over the angle, and exact here. With unequal scales the squared
-length `T = |y|^2` is a weighted sum of squares. It is tilted by `exp(-theta T)` to where the
-integrand lies, and there replaced by the multiple of a chi-square that has its mean and variance:
-the sum of the tilt's exact normalizer and of one integral over the angle.
+With equal scales `M` is one integral over the angle, computed exactly here. With unequal scales the
+squared length `T = |y|^2` is a weighted sum of squares. We tilt its distribution by the factor
+`exp(-theta T)`, which moves it to where the integrand is large. Then we replace it by a multiple of
+a chi-square with the same mean and variance. The result is the sum of the exact normalizer of the
+tilt and of one integral over the angle.
 """
 
 import functools
@@ -30,16 +31,16 @@ from jevb_jax.paper import domain, special, sphere
 Tails = Literal["joint", "feature"]
 TAILS: tuple[Tails, ...] = ("joint", "feature")
 
-# The integrand over the angle has a peak of unit width and at worst exponential tails; nodes spaced
-# by sinh reach both.
+# The integrand over the angle has a peak of unit width and at worst exponential tails. Nodes spaced
+# by sinh cover both.
 _ANGLE_NODES = np.linspace(-4.2, 4.2, 97)
-# The same for log(chi-square / df), whose left tail is the longer one.
+# The same for log(chi-square / df), whose left tail is longer.
 _MIXTURE_NODES = np.linspace(-4.4, 2.6, 41)
 _TILT_STEPS = 6
-# Narrower than this, the mass is taken at this width. Wider, the density is flat on the sphere, and
-# the mass falls as scale^-(D - 1).
+# Smaller scales are replaced by the lower limit. Above the upper limit the density is flat on the
+# sphere, and the mass falls as scale^-(D - 1).
 _LOG_SCALE_LIMITS = (math.log(1e-6), math.log(1e3))
-# Gaussians wider than e^11 add nothing under the tilt, and the powers of their width would overflow.
+# Gaussians wider than e^11 contribute nothing under the tilt; powers of their width would overflow.
 _LEAST_LOG_SHARE = -22.0
 
 
@@ -50,27 +51,28 @@ def uniform_log_prob(dim: int) -> float:
       dim: embedding dimension `D`, at least 1.
 
     Returns:
-      `lgamma(D/2) - log 2 - (D/2) log pi`, nats: 127.05 at `D = 128`.
+      `lgamma(D/2) - log 2 - (D/2) log pi`, nats; for example 127.05 at `D = 128`.
 
     Raises:
-      ValueError: `dim < 1`, or no whole number.
+      ValueError: `dim` is not a whole number of at least 1.
     """
     dim = domain.whole_number("the embedding dimension D", dim, 1)
     return math.lgamma(dim / 2) - math.log(2) - dim / 2 * math.log(math.pi)
 
 
 def _nodes(values: np.ndarray, like: Array) -> Array:
-    """`[1, ..., K]`: nodes `[K]` with an axis of length one for each axis of `like`."""
+    """Nodes `[K]` as `[1, ..., 1, K]`, with an axis of length one for each axis of `like`."""
     return jnp.asarray(values.reshape((1,) * like.ndim + (-1,)), like.dtype)
 
 
 class _Features(NamedTuple):
-    """The features `y_i` under the tilt, before `<m, y> = 0` is asked of them.
+    """The features `y_i` under the tilt, without the condition `<m, y> = 0`.
 
     Attributes:
       log_normalizer: `[...]`, `sum_i log E[exp(-theta y_i^2)]`.
       second: `[..., D]`, `E[y_i^2]`.
-      half_variance: `[..., D]`, half the variance of `y_i^2`; of a Gaussian the square of `second`.
+      half_variance: `[..., D]`, half the variance of `y_i^2`; for a Gaussian the square of
+        `second`.
     """
 
     log_normalizer: Array
@@ -79,7 +81,7 @@ class _Features(NamedTuple):
 
 
 class _ChiSquare(NamedTuple):
-    """`T = sum_i y_i^2` under the tilt, as `width` times a chi-square with `dof` degrees of freedom.
+    """`T = sum_i y_i^2` under the tilt: `width` times a chi-square of `dof` degrees of freedom.
 
     Attributes:
       log_tilt: `[...]`, `log E[exp(-theta T)]`.
@@ -93,15 +95,18 @@ class _ChiSquare(NamedTuple):
 
 
 def _on_hyperplane(features: _Features, loc_squares: Array, log_along: Array) -> _ChiSquare:
-    """`T` given `<m, y> = 0`: exact moments for Gaussian features, else the constraint as for those.
+    """`T` given `<m, y> = 0`.
+
+    The moments are exact for Gaussian features. For others the condition is applied as if they were
+    Gaussian.
 
     Args:
-      features: under the tilt.
+      features: the features under the tilt.
       loc_squares: `[..., D]`, `m_i^2`.
-      log_along: `[...]`, log of the scale along `m` that the density was divided by, squared.
+      log_along: `[...]`, log of the squared scale along `m`, by which the density was divided.
     """
     second = features.second
-    # A latent of exactly zero has no direction; the guard keeps its value and gradient finite.
+    # A latent of exactly zero has no direction; the guard keeps value and gradient finite there.
     smallest = float(jnp.finfo(second.dtype).tiny) ** 0.5
     along = jnp.maximum(jnp.sum(loc_squares * second, axis=-1), smallest)
     lost = jnp.sum(loc_squares * jnp.square(second), axis=-1) / along
@@ -113,7 +118,7 @@ def _on_hyperplane(features: _Features, loc_squares: Array, log_along: Array) ->
 
 
 def _gaussian_features(squared_scale: Array, tilt: Array) -> _Features:
-    """Features `N(0, s_i^2)` tilted by `exp(-tilt y_i^2)`: Gaussians again."""
+    """Features `N(0, s_i^2)` tilted by `exp(-tilt y_i^2)`, which are Gaussian too."""
     excess = 2 * tilt[..., None] * squared_scale
     second = squared_scale / (1 + excess)
     return _Features(-jnp.sum(jnp.log1p(excess), axis=-1) / 2, second, jnp.square(second))
@@ -122,7 +127,7 @@ def _gaussian_features(squared_scale: Array, tilt: Array) -> _Features:
 def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features:
     """Features `s_i t_df` tilted by `exp(-tilt y_i^2)`, as mixtures of Gaussians `N(0, s_i^2 w)`.
 
-    `df / w` is a chi-square with `df` degrees of freedom: one sum over its logarithm.
+    `df / w` is a chi-square with `df` degrees of freedom. Its logarithm is summed over nodes.
     """
     nodes = _nodes(_MIXTURE_NODES, df)
     is_infinite = jnp.isinf(df)
@@ -151,9 +156,9 @@ def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features
 
 
 def _peak(rate: Array, dof: Array, inverse_df: Array, n: int) -> Array:
-    """Where the integrand over `logit(|y|^2 / 4)` is largest, as a share in (0, 1).
+    """The `x = |y|^2 / 4` in (0, 1) at which the integrand over `logit(x)` is largest.
 
-    The smaller root of `dof - (dof + n + B) x + B (1 - n/df) x^2`, `B` being `rate`.
+    It is the smaller root of `dof - (dof + n + B) x + B (1 - n/df) x^2`, where `B` is `rate`.
     """
     # In units of 1 + B, so that no square overflows.
     unit = 1 + rate
@@ -167,18 +172,19 @@ def _log_angle_integral(
 ) -> Array:
     """`log E[(1 - |y|^2/4)_+^((n - 2)/2)]` for `|y|^2 = w T`, `T` of the width and `dof` given.
 
-    With `v = logit(|y|^2 / 4)` the integrand is `x^(dof/2) (1 - x)^(n/2) (1 + B x / df)^(-(df + dof)/2)`,
-    analytic in `v`. It is written relative to its peak, so that nothing cancels.
+    With `x = |y|^2 / 4` and `v = logit(x)` the integrand is
+    `x^(dof/2) (1 - x)^(n/2) (1 + B x / df)^(-(df + dof)/2)`, analytic in `v`. It is computed
+    relative to its peak, so that nothing cancels.
 
     Args:
-      log_width: `[...]`, of `T` under the tilt, for the normalizer.
-      rate: `[...]`, `B`: four over the width of `T` with the tilt taken back.
-      dof: `[...]`.
-      df: `[...]`, of the mixing variable `w`.
+      log_width: `[...]`, log of the width of `T` under the tilt, for the normalizer.
+      rate: `[...]`, `B`: 4 divided by the width of `T` after the tilt is removed.
+      dof: `[...]`, degrees of freedom of `T`.
+      df: `[...]`, degrees of freedom of the mixing variable `w`.
       inverse_df: `[...]`, zero at `df = inf`.
       n: `D - 1`.
     """
-    # The value does not depend on the point that it is written about.
+    # The value does not depend on this reference point, so the point needs no gradient.
     share = jax.lax.stop_gradient(_peak(rate, dof, inverse_df, n))
     growth = 1 + rate * inverse_df * share
     rest = 1 - share
@@ -198,7 +204,7 @@ def _log_angle_integral(
     def of_nodes(value: Array) -> Array:
         return value[..., None]
 
-    # To the right about 1 - x, to the left about x: sums of positive numbers either way.
+    # To the right in terms of 1 - x, to the left in terms of x: both are sums of positive numbers.
     near = jnp.where(is_right, of_nodes(rest), of_nodes(share))
     far = jnp.where(is_right, of_nodes(share), of_nodes(rest))
     kernel_near, kernel_far = of_nodes(kernel_share), of_nodes(kernel_rest)
@@ -239,21 +245,23 @@ def directional_log_mass(
     """Log of the mass that a directional density has on the sphere (docs eq. 31).
 
     Args:
-      scale_diag: positive, in units of the sphere. One number or one feature stands for all.
+      scale_diag: positive, in units of the sphere. A number or `[..., 1]` is the same scale for all
+        features.
       loc: unit vectors `m`, `D >= 3`.
-      df: degrees of freedom, positive, `inf` for the Gaussian.
-      tails: see `densities.directional_log_prob`.
-      coordinates: see there. Stereographic ones fill the sphere: zero.
+      df: degrees of freedom, positive; `inf` is the Gaussian.
+      tails: "joint" or "feature", as for `densities.directional_log_prob`.
+      coordinates: "chordal" or "stereographic". Stereographic coordinates fill the sphere, so the
+        result is zero.
 
     Returns:
-      Nats. Joint tails: at most zero; exact to quadrature where the scales are equal,
-      otherwise an approximation whose error `docs/mathematics.md` states. A largest scale under 1e-6
-      counts as 1e-6.
+      Nats. With joint tails it is at most zero. It is exact up to quadrature if the scales are
+      equal, otherwise an approximation; `docs/mathematics.md` states its error. A largest scale
+      below 1e-6 counts as 1e-6.
 
     Raises:
-      ValueError: `D < 3`, a known scale or `df` that is not positive, a `loc` that is no unit vector,
-        shapes that do not broadcast, unknown `tails` or `coordinates`, feature-wise tails in
-        stereographic coordinates. Traced scales and `df` that are not positive have the value NaN.
+      ValueError: `D < 3`, a known scale or `df` is not positive, `loc` is not a unit vector, shapes
+        do not broadcast, or `tails` and `coordinates` are unknown or do not fit each other. Traced
+        scales and `df` that are not positive give NaN.
     """
     check_tails(tails, coordinates)
     s, m, df_array = sphere.at_least_float32(scale_diag, loc, df)
@@ -270,15 +278,17 @@ def directional_log_mass(
 
 
 class _Problem(NamedTuple):
-    """What the mass is a function of, in units in which nothing overflows.
+    """The arguments of the mass, in units in which nothing overflows.
 
     Attributes:
-      squares: `[..., D]`, squared scales, relative to the largest.
+      squares: `[..., D]`, squared scales relative to the largest.
       log_largest: `[...]`, log of the largest scale.
       loc_squares: `[..., D]`, `m_i^2`.
-      log_along: `[...]`, log of the relative scale along `m`, squared.
-      feature_df: `[...]`, of the features' own tails; `inf` where the tails are joint.
-      kernel_df: `[...]`, of the whole vector's tail; `inf` where the tails are feature-wise.
+      log_along: `[...]`, log of the squared relative scale along `m`.
+      feature_df: `[...]`, degrees of freedom of the tails of single features; `inf` for joint
+        tails.
+      kernel_df: `[...]`, degrees of freedom of the tail of the whole vector; `inf` for feature-wise
+        tails.
     """
 
     squares: Array
@@ -290,12 +300,12 @@ class _Problem(NamedTuple):
 
     @property
     def inverse_kernel_df(self) -> Array:
-        """`[...]`, zero at `inf`; the slope there is zero too."""
+        """`1 / kernel_df`, `[...]`; zero with zero slope at `inf`."""
         is_infinite = jnp.isinf(self.kernel_df)
         return jnp.where(is_infinite, 0.0, 1 / jnp.where(is_infinite, 1.0, self.kernel_df))
 
     def tilted(self, tilt: Array, *, of_students: bool) -> _ChiSquare:
-        """The squared length under a tilt, of features that are Student-t or Gaussians."""
+        """The squared length under a tilt, for features that are Student-t or Gaussian."""
         if of_students:
             features = _student_features(self.squares, tilt, self.feature_df)
         else:
@@ -303,16 +313,16 @@ class _Problem(NamedTuple):
         return _on_hyperplane(features, self.loc_squares, self.log_along)
 
     def rate(self, square: _ChiSquare, tilt: Array) -> Array:
-        """`4 / width` with the tilt taken back; positive also where the two moments say otherwise."""
+        """`4 / width` after the tilt is removed; kept positive, also if the moments give less."""
         untilted = jnp.maximum(1 / square.width - 2 * tilt, 1e-6 / square.width)
         return 4 * untilted * jnp.exp(-2 * self.log_largest)
 
     def next_tilt(self, tilt: Array, *, of_students: bool) -> Array:
-        """Towards the tilt whose mean of `T` is where the integrand has its peak."""
+        """One step toward the tilt at which the mean of `T` is at the peak of the integrand."""
         square = self.tilted(tilt, of_students=of_students)
         rate, inverse_df = self.rate(square, tilt), self.inverse_kernel_df
         share = _peak(rate, square.dof, inverse_df, self.squares.shape[-1] - 1)
-        # Given |y|^2 = w T the mixing variable is a Gamma: E[1/w] = (df + dof) / (df + B share).
+        # Given |y|^2 = w T, 1/w is a Gamma variable with E[1/w] = (df + dof) / (df + B share).
         mixing = (1 + square.dof * inverse_df) / (1 + rate * share * inverse_df)
         target = 4 * share * mixing * jnp.exp(-2 * self.log_largest)
         step = (square.width * square.dof / target - 1) / (2 * square.width)
@@ -320,10 +330,10 @@ class _Problem(NamedTuple):
 
 
 def _tilt(problem: _Problem, *, is_joint: bool) -> Array:
-    """`[...]`, the tilt to where the integrand lies.
+    """The tilt to where the integrand is large, `[...]`.
 
-    Any tilt would do, this one makes the error small: so it has no gradient. Its steps are a loop,
-    which compiles several times faster than the same steps written out.
+    Every tilt would be valid; this one makes the error small. Therefore it needs no gradient. Its
+    steps are a loop, which compiles several times faster than the same steps unrolled.
     """
     held = jax.lax.stop_gradient(problem)
     tilt = jax.lax.fori_loop(
@@ -339,12 +349,12 @@ def _tilt(problem: _Problem, *, is_joint: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnames="is_joint")
 def _chordal_log_mass(s: Array, m: Array, df: Array, *, is_joint: bool) -> Array:
-    """`directional_log_mass` of `s` and `m` `[..., D]` and `df` `[...]`, compiled as one program.
+    """`directional_log_mass` as one compiled program; `s` and `m` `[..., D]`, `df` `[...]`.
 
-    It is some hundreds of small operations: called one by one, each is compiled for each shape.
+    Called one by one, its hundreds of small operations would each be compiled for each shape.
     """
     n = s.shape[-1] - 1
-    # Scales relative to the largest, so that no square of them overflows.
+    # Scales relative to the largest, so that no square overflows.
     largest = jnp.max(s, axis=-1)
     squares = jnp.square(s / largest[..., None])
     log_scale = jnp.log(largest)
@@ -373,12 +383,8 @@ def _chordal_log_mass(s: Array, m: Array, df: Array, *, is_joint: bool) -> Array
 
 
 def check_tails(tails: str, coordinates: str) -> None:
-    """Refuses tails that do not exist.
-
-    Raises:
-      ValueError: unknown `tails`, or feature-wise ones in stereographic coordinates.
-    """
+    """Raises ValueError if `tails` is unknown, or feature-wise in stereographic coordinates."""
     domain.choice("tails", tails, TAILS)
     domain.choice("coordinates", coordinates, sphere.COORDINATES)
     if tails == "feature" and coordinates != "chordal":
-        raise ValueError('tails = "feature" needs coordinates = "chordal": it has no other mass')
+        raise ValueError('tails = "feature" needs coordinates = "chordal", where its mass is known')

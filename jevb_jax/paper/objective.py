@@ -1,12 +1,12 @@
 """The JEVB objective: conditional and symmetric ELBO, importance-weighted bound.
 
-One view's posterior explains the other view's embedding, whose gradient is stopped:
+The posterior of one view explains the embedding of the other view, whose gradient is stopped:
 
     elbo(t | s) = E_q(z|s)[ log p_dir(u_t | z) + log p_rad(r_t | z) ] - KL( q(z|s) || p(z) )
 
-Everything is per example, in nats. The reduction over the batch belongs to the caller. Equation
-numbers are those of `docs/mathematics.md`, and the names in the functions are its symbols: `h` an
-embedding, `mu` and `sigma` of its posterior, `z` a latent, `s` the scale of the likelihood.
+All values are for single examples, in nats; the caller reduces them over the batch. Equation
+numbers are those of `docs/mathematics.md`. The functions use its symbols as names: `h` is an
+embedding, `mu` and `sigma` are its posterior, `z` is a latent, `s` is the scale of the likelihood.
 """
 
 import dataclasses
@@ -32,28 +32,28 @@ from jevb_jax.paper.likelihood import (
 
 Location = Literal["sample", "mean"]
 LOCATIONS: tuple[Location, ...] = ("sample", "mean")
-# One key, or one for each example. Raw keys, of `jax.random.PRNGKey`, are taken too.
+# One key, or one for each example. Raw keys by `jax.random.PRNGKey` are accepted too.
 Keys = (
     Key[Array, ""] | Key[Array, " batch"] | UInt32[Array, " words"] | UInt32[Array, "batch words"]
 )
 _T = TypeVar("_T")
-# Noise of 256 KiB in float32, what a core's cache holds with the terms.
+# Noise of 256 KiB in float32 fits into the cache of a core together with the terms.
 _SIDE_BY_SIDE_ELEMENTS = 2**16
 
 
 class ElboTerms(NamedTuple):
-    """Terms of a bound, one value for each example, nats.
+    """Terms of a bound, one value for each example, in nats.
 
     Attributes:
-      directional_log_likelihood: `E_q[log p_dir]`, larger is better; of an unfactorized likelihood
-        the whole.
+      directional_log_likelihood: `E_q[log p_dir]`, larger is better. For an unfactorized
+        likelihood, the whole log-likelihood.
       radial_log_likelihood: `E_q[log p_rad]`, larger is better; zero if unfactorized.
       kl: `KL(q || p)`, at least zero.
       radial_weight: weight of the radial term in the training objective.
       kl_weight: weight of the KL in the training objective.
-      directional_log_mass: `E_q[log M]`, the mass of the density before any division by it
-        (docs eq. 31). Without a gradient unless the density is normalized. None if unfactorized.
-      predictive_information: see that function. None if unfactorized.
+      directional_log_mass: `E_q[log M]` (docs eq. 31), the mass of the density before it is divided
+        by it. Without a gradient unless the density is normalized. None if unfactorized.
+      predictive_information: result of the function of this name. None if unfactorized.
     """
 
     directional_log_likelihood: Float[Array, " batch"]
@@ -66,17 +66,17 @@ class ElboTerms(NamedTuple):
 
     @property
     def log_likelihood(self) -> Float[Array, " batch"]:
-        """Directional plus radial, nats, larger is better."""
+        """Directional plus radial log-likelihood, nats; larger is better."""
         return self.directional_log_likelihood + self.radial_log_likelihood
 
     @property
     def elbo(self) -> Float[Array, " batch"]:
-        """The bound: both weights one, whatever was trained with. Larger is better."""
+        """The bound in nats, with both weights one whatever they are in training; larger is better."""
         return self.log_likelihood - self.kl
 
     @property
     def weighted_elbo(self) -> Float[Array, " batch"]:
-        """What training maximises, nats: the bound when both weights are one."""
+        """What training maximizes, nats. It is a bound if both weights are one."""
         return (
             self.directional_log_likelihood
             + self.radial_weight * self.radial_log_likelihood
@@ -85,12 +85,12 @@ class ElboTerms(NamedTuple):
 
 
 class View(NamedTuple):
-    """One view of a batch, as the networks give it.
+    """One view of a batch, as the networks return it.
 
     Attributes:
       embedding: `h`.
       posterior_mean: `mu` of `q(z | h)`.
-      posterior_scale: `sigma`, its standard deviations, positive.
+      posterior_scale: `sigma` of `q(z | h)`, standard deviations, positive.
     """
 
     embedding: Float[Array, "*batch D"]
@@ -100,7 +100,7 @@ class View(NamedTuple):
 
 @runtime_checkable
 class HasView(Protocol):
-    """Anything with the three attributes of `View`."""
+    """Any object with the three attributes of `View`."""
 
     @property
     def embedding(self) -> Float[Array, "batch D"]:
@@ -119,14 +119,14 @@ class HasView(Protocol):
 
 
 class ElboSettings(TypedDict, total=False):
-    """Settings of a bound beside its likelihood, see `conditional_elbo`.
+    """Settings of a bound besides its likelihood.
 
     Attributes:
       prior_scale: standard deviation of the prior.
-      num_samples: reparameterized draws of `z` averaged over.
+      num_samples: number of reparameterized draws of `z` to average over.
       kl_weight: weight of the KL in `weighted_elbo`.
       radial_weight: weight of the radial term in `weighted_elbo`.
-      location: where the directional density is centered.
+      location: center of the directional density, as for `conditional_elbo`.
     """
 
     prior_scale: ArrayLike
@@ -150,29 +150,30 @@ def conditional_elbo(
     untied_scale: Real[ArrayLike, "batch D"] | Real[ArrayLike, ""] | None = None,
     location: Location = "sample",
 ) -> ElboTerms:
-    """ELBO of target embeddings given the source view's posterior (docs eq. 13).
+    """ELBO of target embeddings given the posterior of the source view (docs eq. 13).
 
-    The target's gradient is stopped here. The polar Jacobian of the target is left out.
+    The gradient of the target is stopped here. The polar Jacobian of the target is left out.
 
     Args:
       key: one key, or one for each example; consumed.
       target_embedding: `h_t`, `D >= 3`.
       posterior_mean: `mu` of `q(z | h_s)`.
-      posterior_scale: `sigma`, its standard deviations, positive; also the directional scale.
+      posterior_scale: `sigma` of `q(z | h_s)`, standard deviations, positive. It also gives the
+        directional scale.
       likelihood: its numbers are one for all, or one for each example.
       prior_scale: standard deviation of the prior.
-      num_samples: reparameterized draws of `z` averaged over.
+      num_samples: number of reparameterized draws of `z` to average over.
       kl_weight: weight of the KL in `weighted_elbo`, at least zero.
-      radial_weight: weight of the radial term in `weighted_elbo`, likewise.
-      untied_scale: a scale of the likelihood in the latent's units in place of the posterior's; None
-        ties the two. `scale_units` applies to it.
-      location: of the directional term: the "sample" of `z`, or the posterior "mean", which is no
-        longer a bound.
+      radial_weight: weight of the radial term in `weighted_elbo`, at least zero.
+      untied_scale: a scale of the likelihood to use and not the posterior's, in the same units;
+        `scale_units` applies to it. None ties the scale to the posterior's.
+      location: center of the directional density: "sample" is the direction of `z`, "mean" that of
+        the posterior mean, which does not give a bound.
 
     Raises:
-      ValueError: shapes that differ, `D < 3`, `num_samples < 1`, a setting that does not exist; known
-        scales or degrees of freedom that are not positive, known weights that are negative. Traced
-        scales and degrees of freedom that are not positive have the value NaN.
+      ValueError: shapes differ, `D < 3`, `num_samples < 1`, a setting does not exist, a known scale
+        or degrees of freedom are not positive, or a known weight is negative. Traced scales and
+        degrees of freedom that are not positive give NaN.
     """
     domain.choice("location", location, LOCATIONS)
     h, mu, sigma, likelihood, p = _in_one_type(
@@ -203,7 +204,7 @@ def conditional_elbo(
 def _with_information(
     terms: ElboTerms, log_mass: Float[Array, " batch"], likelihood: Likelihood, *, dim: int
 ) -> ElboTerms:
-    """The terms with the mass and the information, which an unfactorised likelihood has not."""
+    """Adds mass and information to the terms, unless the likelihood is unfactorized."""
     if not likelihood.is_factorised:
         return terms
     information = predictive_information(
@@ -218,14 +219,15 @@ def predictive_information(
     *,
     dim: int,
 ) -> Float[Array, "*batch"]:
-    """`E_q[log p_dir(u_t | z) - log M] + log A_D` (docs eq. 34).
+    """Predictive information `E_q[log p_dir(u_t | z) - log M] + log A_D`, nats (docs eq. 34).
 
-    Below zero the view explains the other worse than chance. It bounds what one view tells of the other
-    only while directions fill the sphere: a collapse raises it too.
+    Below zero, the view predicts the other view worse than a uniform guess. The value bounds what
+    one view tells about the other only while directions fill the sphere; a collapse increases it
+    too.
 
     Args:
       directional_log_likelihood: `E_q[log p_dir]`, nats.
-      log_mass: `E_q[log M]`; None where the density has mass one.
+      log_mass: `E_q[log M]`; None if the density has mass one.
       dim: `D`.
     """
     information = directional_log_likelihood - mass.uniform_log_prob(dim)
@@ -248,16 +250,16 @@ def symmetric_elbo(
     The training loss is `-mean(weighted_elbo) / D`, nats per dimension.
 
     Args:
-      key: one key; or one for each example; or a pair of either, of which the first samples the
-        posterior of `view_1` and the second that of `view_2`.
-      view_1: embedding, posterior_mean and posterior_scale.
-      view_2: the same for the other view.
-      likelihood: see `conditional_elbo`.
-      untied_scale: None, one number, or a pair: of the likelihoods given view 1 and given view 2.
-      **settings: see `conditional_elbo`.
+      key: one key, or one for each example, or a pair of either. The first of a pair samples the
+        posterior of `view_1`, the second that of `view_2`.
+      view_1: has embedding, posterior_mean and posterior_scale.
+      view_2: the other view.
+      likelihood: as for `conditional_elbo`.
+      untied_scale: None, one number, or a pair: the scale given view 1 and the scale given view 2.
+      **settings: keyword arguments of `conditional_elbo`.
 
     Raises:
-      ValueError: as `conditional_elbo`.
+      ValueError: for the reasons of `conditional_elbo`.
     """
     key_1, key_2 = _key_for_each_view(key, view_1.embedding.shape[0])
     is_pair = isinstance(untied_scale, (tuple, list))
@@ -284,27 +286,27 @@ def importance_weighted_bound(
     prior_scale: Real[ArrayLike, "#batch #D"] | Real[ArrayLike, " D"] | Real[ArrayLike, ""] = 1.0,
     untied_scale: Real[ArrayLike, "batch D"] | Real[ArrayLike, ""] | None = None,
 ) -> Float[Array, " batch"]:
-    """`log 1/K sum_k p(h | z_k) p(z_k) / q(z_k | h)` (docs eq. 15; Burda et al. 2016, eq. 8).
+    """Bound `log 1/K sum_k p(h | z_k) p(z_k) / q(z_k | h)`, nats (docs eq. 15).
 
-    Its expectation is the ELBO at `K = 1` and rises with `K` towards `log p(h)`. The scale of the
-    likelihood, the posterior's unless it is untied, is held for all `z`. The polar Jacobian is left
-    out, as in training. No gradient is stopped.
+    The bound is that of Burda et al. 2016, eq. 8. Its expectation is the ELBO at `K = 1` and rises
+    with `K` toward `log p(h)`. All `z` share one scale of the likelihood, which is the posterior's
+    unless it is untied. The polar Jacobian is left out, as in training. No gradient is stopped.
 
     Args:
       key: one key, or one for each example; consumed.
       embedding: `h`.
       posterior_mean: `mu` of `q(z | h)`.
-      posterior_scale: `sigma`, positive.
-      likelihood: see `conditional_elbo`.
+      posterior_scale: `sigma` of `q(z | h)`, positive.
+      likelihood: as for `conditional_elbo`.
       num_samples: `K`.
       prior_scale: standard deviation of the prior.
-      untied_scale: see `conditional_elbo`.
+      untied_scale: as for `conditional_elbo`.
 
     Returns:
       Nats, larger is better.
 
     Raises:
-      ValueError: as `conditional_elbo`.
+      ValueError: for the reasons of `conditional_elbo`.
     """
     h, mu, sigma, likelihood, p = _in_one_type(
         "embedding", embedding, posterior_mean, posterior_scale, likelihood, prior_scale
@@ -314,8 +316,8 @@ def importance_weighted_bound(
     def log_weight(noise: Float[Array, "batch D"]) -> Float[Array, " batch"]:
         z = mu + sigma * noise
         log_p_dir, log_p_rad, _ = log_likelihood_terms(h, z, likelihood, scale_diag=s)
-        # 2 log(p(z) / q(z | h)), in which the constants of the two Gaussians cancel. Of the logarithms:
-        # the quotient of the scales may underflow.
+        # 2 log(p(z) / q(z | h)); the constants of the two Gaussians cancel. Subtract the logarithms
+        # of the scales, because their quotient may underflow.
         log_ratio = jnp.square(noise) - jnp.square(z / p)
         log_ratio = log_ratio + 2 * (jnp.log(sigma) - jnp.log(p))
         return log_p_dir + log_p_rad + jnp.sum(log_ratio, axis=-1) / 2
@@ -324,7 +326,7 @@ def importance_weighted_bound(
     return jax.nn.logsumexp(log_weights, axis=0) - float(np.log(len(log_weights)))
 
 
-# The door: what a caller gives, checked and in one float type.
+# Checks of the arguments, and conversion to one float type.
 
 
 def _in_one_type(
@@ -335,10 +337,10 @@ def _in_one_type(
     likelihood: Likelihood,
     prior_scale: ArrayLike,
 ) -> tuple[Array, Array, Array, Likelihood, Array]:
-    """All arguments of a bound, checked and in one float type, lest its terms differ in theirs.
+    """All arguments of a bound, checked and in one float type.
 
     Args:
-      name: what errors call the embedding.
+      name: name of the embedding in errors.
       embedding: `h`.
       posterior_mean: `mu`.
       posterior_scale: `sigma`.
@@ -354,7 +356,7 @@ def _in_one_type(
     )
     domain.same_matrices(0, **{name: h, "posterior_mean": mu, "posterior_scale": sigma})
     sigma = domain.positive("posterior_scale", posterior_scale, sigma)
-    # A column [batch, 1] would pair every example with the number of every other.
+    # A column [batch, 1] would broadcast to all pairs of examples.
     of_examples = {
         name: domain.spread(name, number, mu.shape[:1], "a number or [batch]")
         for name, number in checked_numbers(likelihood, *numbers).items()
@@ -376,7 +378,7 @@ def _weight_of_examples(
 def _scale_diag(
     sigma: Float[Array, "batch D"], untied_scale: ArrayLike | None, likelihood: Likelihood
 ) -> Float[Array, "batch D"]:
-    """The likelihood's scale: tied to the posterior's unless another is given."""
+    """The scale of the likelihood: tied to the posterior's unless another is given."""
     if untied_scale is not None:
         untied = jnp.asarray(untied_scale, sigma.dtype)
         untied = domain.positive("untied_scale", untied_scale, untied)
@@ -388,7 +390,7 @@ def _scale_diag(
 
 
 def _example_keys(key: Keys, batch: int) -> Key[Array, " batch"]:
-    """One typed key for each example, so that its draw does not depend on its neighbours."""
+    """One typed key for each example, so that its draw does not depend on the other examples."""
     if not isinstance(key, (Array, np.ndarray)):
         raise ValueError(f"key must be made by jax.random.key, got {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -403,7 +405,7 @@ def _example_keys(key: Keys, batch: int) -> Key[Array, " batch"]:
 
 
 def _key_for_each_view(key: Keys | tuple[Keys, Keys], batch: int) -> tuple[Keys, Keys]:
-    """A pair of keys as it is; of others, each example's key is split in two."""
+    """A pair of keys stays as it is. Otherwise the key of each example is split in two."""
     if isinstance(key, (tuple, list)):
         key_1, key_2 = key
         return key_1, key_2
@@ -423,24 +425,25 @@ def _standard_normal(
 def _over_samples(
     terms: Callable[[Float[Array, "batch D"]], _T], noise: Float[Array, "samples batch D"]
 ) -> _T:
-    """Stacks `terms(noise[k])` over the samples `k`, without the memory of all of them.
+    """Stacks `terms(noise[k])` over the samples `k`, with bounded memory.
 
-    All at once would keep some eighteen arrays `[batch, D]` for each sample until its gradient is
-    taken. So large samples are taken one after the other, and computed again for the gradient. Small
-    ones are taken as many at once as fit a cache, since a loop of small steps is slow.
+    All samples at once would keep about eighteen arrays `[batch, D]` for each sample until the
+    gradient is taken. So large samples are computed one after the other, and again for the
+    gradient. Small samples are computed in groups that fit into a cache, because a loop of small
+    steps is slow.
 
     Args:
-      terms: a function of one sample's noise; gives arrays without the axis `D`.
+      terms: a function of the noise of one sample. It returns arrays without the axis `D`.
       noise: one draw for each sample.
 
     Returns:
       The terms, with a leading axis for the samples.
     """
     num_samples = noise.shape[0]
-    # A batch of no examples has no noise.
+    # An empty batch has no noise.
     at_once = max(1, _SIDE_BY_SIDE_ELEMENTS // max(1, noise.size // num_samples))
     if num_samples <= at_once:
         return jax.vmap(terms)(noise)
-    # The loop itself keeps the compiler from merging the second computation with the first.
+    # In the loop the compiler cannot merge the second computation with the first.
     checkpointed = jax.checkpoint(terms, prevent_cse=False)
     return jax.lax.map(checkpointed, noise, batch_size=at_once)

@@ -1,4 +1,4 @@
-"""Scores of JEVB's own terms: a larger one is more out of distribution."""
+"""Scores computed from JEVB's terms. Larger is more out of distribution."""
 
 import functools
 import math
@@ -25,12 +25,12 @@ from jevb_jax.paper.objective import (
 
 
 def dtype_of(values: Any) -> np.dtype:
-    """The type of numbers, without copying them."""
+    """The type of numbers, without a copy of them."""
     return np.dtype(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
 
 
 def real_numbers(name: str, values: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """As floats of at least 32 bits, which neither tie nor wrap."""
+    """Numbers as floating point of at least 32 bits, so that they neither tie nor wrap around."""
     dtype = dtype_of(values)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be real numbers, got {dtype}")
@@ -39,23 +39,23 @@ def real_numbers(name: str, values: Real[ArrayLike, "..."]) -> Float[Array, "...
 
 
 def never_certain(score: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Infinite where it is minus infinity: an overflow does not say that an image is as usual."""
+    """Replaces minus infinity by infinity: an overflow does not make an image ordinary."""
     return jnp.where(jnp.isneginf(score), jnp.inf, score)
 
 
 class UncertaintyTerms(NamedTuple):
-    """JEVB's terms of images, each `[N]`, nats: means over views and samples.
+    """JEVB's terms of images, each `[N]`, nats, as means over views and samples.
 
-    A view explains itself in all of them but the last.
+    In all but the last, each view is explained by its own posterior.
 
     Attributes:
       directional_log_likelihood: `E_q(z | h)[log p_dir(u | z)]`.
       radial_log_likelihood: `E_q(z | h)[log p_rad(r | z)]`.
       kl: `KL(q(z | h) || p(z))`.
       posterior_entropy: differential entropy of `q(z | h)`.
-      importance_weighted_bound: a bound of `log p(h)` (docs eq. 15).
+      importance_weighted_bound: a bound on `log p(h)` (docs eq. 15).
       cross_view_log_likelihood: `E_q(z | h_s)[log p(h_t | z)]` over ordered pairs of different
-        views; None of a single view.
+        views; None for a single view.
     """
 
     directional_log_likelihood: Float[Array, " batch"]
@@ -79,20 +79,17 @@ def uncertainty_terms(
     """JEVB's terms of images from one or more of their views (docs eq. 22).
 
     Args:
-      key: one typed key, whose draws serve all images; or `[N]` keys, one for each image. Either way a
-        score does not depend on the batch.
+      key: one typed key, whose draws serve all images, or `[N]` keys, one for each image. In both
+        cases a score does not depend on the batch.
       views: embedding, posterior_mean and posterior_scale of every view, each `[V, N, D]`.
-      likelihood: see `conditional_elbo`.
-      num_samples: draws of each posterior.
+      likelihood: as for `conditional_elbo`.
+      num_samples: number of draws from each posterior.
       prior_scale: standard deviation of the prior.
       untied_scale: as for `conditional_elbo`, a number or `[V, N, D]`.
-      location: as for `conditional_elbo`; the importance-weighted bound is always of samples.
-
-    Returns:
-      `UncertaintyTerms` of `[N]`.
+      location: as for `conditional_elbo`. The importance-weighted bound always uses samples.
 
     Raises:
-      ValueError: arrays that are not `[V, N, D]`, and as `conditional_elbo`.
+      ValueError: arrays are not `[V, N, D]`, or for the reasons of `conditional_elbo`.
     """
     shapes = {name: jnp.shape(values) for name, values in views._asdict().items()}
     if len(set(shapes.values())) > 1 or len(shapes["embedding"]) != 3:
@@ -109,7 +106,7 @@ def uncertainty_terms(
     fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
 
     def of_views(function: Callable[..., Any], purpose: ArrayLike, embedding: Array) -> Any:
-        """A function of the keys of a purpose and of the arrays of every view, its values `[V, N]`."""
+        """Values `[V, N]` of a function, given keys for a purpose and the arrays of every view."""
         keys = jax.vmap(lambda view: fold_in(key, purpose * num_views + view))(
             jnp.arange(num_views)
         )
@@ -120,7 +117,7 @@ def uncertainty_terms(
             batch_of_one = jax.tree.map(lambda x: x[None], arrays)
             return jax.tree.map(lambda x: x[0], function(key[None], *batch_of_one))
 
-        # The draws depend on the key alone: they are made once, not for each image.
+        # The draws depend on the key only, so they are made once and not for each image.
         of_images = jax.vmap(of_image, in_axes=(None, 0, 0, 0, 0))
         return jax.vmap(of_images)(keys, embedding, mean, scale, untied_scale)
 
@@ -141,7 +138,7 @@ def uncertainty_terms(
         return terms.directional_log_likelihood, terms.radial_log_likelihood
 
     def log_likelihoods(shift: Array) -> tuple[Array, Array]:
-        """The target of view `v` is view `v + shift`."""
+        """Log-likelihoods when the target of view `v` is view `v + shift`."""
         return of_views(log_likelihood, shift, jnp.roll(views.embedding, -shift, axis=0))
 
     def log_bound(
@@ -158,7 +155,7 @@ def uncertainty_terms(
             untied_scale=untied_scale,
         )
 
-    # One shift after the other: compiled once, and memory does not grow with the pairs of views.
+    # One shift after the other: the program is compiled once, and memory stays bounded.
     directional, radial = jax.lax.map(log_likelihoods, jnp.arange(num_views))
     bound = of_views(log_bound, num_views, views.embedding)
     cross_view = None
@@ -178,7 +175,7 @@ def uncertainty_terms(
 
 
 def negative_log_likelihood_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
-    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23): the embedding surprises its posterior."""
+    """`-E_q[log p_dir + log p_rad]`, `[N]`, nats (docs eq. 23)."""
     return -(terms.directional_log_likelihood + terms.radial_log_likelihood)
 
 
@@ -193,7 +190,7 @@ def radial_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
 
 
 def negative_elbo_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
-    """The negative bound, both weights one, `[N]`, nats (docs eq. 23)."""
+    """The negative bound with both weights one, `[N]`, nats (docs eq. 23)."""
     return negative_log_likelihood_score(terms) + terms.kl
 
 
@@ -203,10 +200,10 @@ def importance_weighted_score(terms: UncertaintyTerms) -> Float[Array, " batch"]
 
 
 def kl_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
-    """`-KL(q || p)`, `[N]`, nats (docs eq. 23): high where the posterior is near the prior.
+    """`-KL(q || p)`, `[N]`, nats (docs eq. 23). It is large if the posterior is close to the prior.
 
-    The sign is the one that an encoder's uncertainty suggests. It is not right for every set: see
-    `typicality_features`.
+    This sign follows the idea that an uncertain encoder returns the prior. It is wrong for some
+    sets of images; see `typicality_features`.
     """
     return never_certain(-terms.kl)
 
@@ -217,10 +214,12 @@ def posterior_entropy_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
 
 
 def cross_view_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
-    """`-E_q(z | h_s)[log p(h_t | z)]` over pairs of views, `[N]`, nats: they disagree (docs eq. 23).
+    """`-E_q(z | h_s)[log p(h_t | z)]` over pairs of views, `[N]`, nats (docs eq. 23).
+
+    It is large if the views of an image disagree.
 
     Raises:
-      ValueError: terms of a single view.
+      ValueError: the terms are of a single view.
     """
     if terms.cross_view_log_likelihood is None:
         raise ValueError("the cross-view score needs terms of at least 2 views")
@@ -228,11 +227,11 @@ def cross_view_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
 
 
 def typicality_features(terms: UncertaintyTerms) -> Float[Array, "batch terms"]:
-    """The vector of JEVB's terms, `[N, 5]` (`[N, 4]` of a single view), nats (docs eq. 24).
+    """The vector of JEVB's terms, `[N, 5]` (`[N, 4]` for a single view), nats (docs eq. 24).
 
-    One term alone calls images more likely that are simpler than any in the training set (Nalisnick
-    et al. 2019). A density fitted to these vectors of in-distribution images, by `fit_mahalanobis` or
-    `fit_whitened_knn`, calls an image strange on either side of what is usual.
+    A single term rates images that are simpler than the training images as more likely (Nalisnick
+    et al. 2019). A density of these vectors, fitted to in-distribution images by `fit_mahalanobis`
+    or `fit_whitened_knn`, rates deviations to both sides as strange.
     """
     columns = [
         terms.directional_log_likelihood,
@@ -246,10 +245,10 @@ def typicality_features(terms: UncertaintyTerms) -> Float[Array, "batch terms"]:
 
 
 def concentration_score(concentration: Real[ArrayLike, "*batch"]) -> Float[Array, "*batch"]:
-    """VI-SimSiam's uncertainty, `-k`, high where unsure (docs eq. 23; Nakamura et al. 2023).
+    """VI-SimSiam's uncertainty `-k`, large if uncertain (docs eq. 23; Nakamura et al. 2023).
 
     Args:
-      concentration: `[N]`, positive.
+      concentration: `k`, `[N]`, positive.
 
     Returns:
       `[N]`.

@@ -1,7 +1,7 @@
-"""Geometry of the unit sphere: polar decomposition and tangent-space squared lengths.
+"""Geometry of the unit sphere: polar decomposition, and squared lengths in the tangent space.
 
 `D` is the embedding dimension, `S^(D-1)` the unit sphere, `u` a direction on it, `m` the location.
-Every function promotes bfloat16 and float16 to float32 and keeps float64.
+Every function converts bfloat16 and float16 to float32 and keeps float64.
 """
 
 from typing import Literal, NamedTuple
@@ -20,17 +20,17 @@ COORDINATES: tuple[Coordinates, ...] = ("chordal", "stereographic")
 
 
 def at_least_float32(*values: Real[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ...]:
-    """Casts to one common float type, the widest given and float32 at least.
+    """Casts to one common float type: the widest given type, at least float32.
 
     Args:
       *values: numbers or arrays. Python numbers never widen the result.
 
     Raises:
-      ValueError: a complex value, whose imaginary part would be lost.
+      ValueError: a value is complex; its imaginary part would be lost.
     """
     if any(jnp.iscomplexobj(value) for value in values):
-        raise ValueError("real numbers are needed, got complex ones: give their real parts")
-    # By hand: promotion would be refused under `jax.numpy_dtype_promotion("strict")`.
+        raise ValueError("real numbers are needed, got complex ones; give their real parts")
+    # Not by promotion, which `jax.numpy_dtype_promotion("strict")` would refuse.
     is_wide = any(
         getattr(value, "dtype", None) == jnp.float64 and not getattr(value, "weak_type", False)
         for value in values
@@ -40,17 +40,17 @@ def at_least_float32(*values: Real[ArrayLike, "..."]) -> tuple[Float[Array, "...
 
 
 def _scaled(x: Array) -> tuple[Array, Array, Array]:
-    """`x` scaled, its norm then (one at the zero vector), and the radius of `x`.
+    """`x` scaled, the norm of the scaled vector (one for the zero vector), and the radius of `x`.
 
-    Neither the squares of the scaled vector nor the derivatives of its norm overflow or underflow,
+    Squares of the scaled vector and derivatives of its norm neither overflow nor underflow,
     whatever the size of `x`.
     """
     if x.ndim < 1 or x.shape[-1] < 1:
-        raise ValueError(f"vectors [..., D] with D >= 1 are needed, got shape {x.shape}")
+        raise ValueError(f"expected vectors [..., D] with D >= 1, got shape {x.shape}")
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1))
     is_zero = largest == 0
-    # Usually the largest entry's size. The reciprocal of that, or its product with a cotangent, is lost
-    # near the ends of the float type: there, a fixed power of two, from which both ends are far.
+    # The scale is the size of the largest entry. Near the ends of the float type, its reciprocal or
+    # the product of that with a cotangent would be lost; there the scale is a fixed power of two.
     limits = jnp.finfo(x.dtype)
     power = round(0.7 * limits.maxexp)
     is_long = largest > float(limits.max) ** 0.75
@@ -60,28 +60,25 @@ def _scaled(x: Array) -> tuple[Array, Array, Array]:
     lowered = jnp.where(is_long, 2.0**power, jnp.where(is_short, 2.0**-power, one))
     divisor = jnp.where(is_long | is_short, one, largest)
     scaled = x * lift[..., None] / divisor[..., None]
-    # Without the barrier XLA takes the constant factors of a constant `x` out of the sum of squares,
-    # which brings the overflow back.
+    # Without the barrier XLA would take constant factors of a constant `x` out of the sum of
+    # squares, which would overflow again.
     scaled = jax.lax.optimization_barrier(scaled)
     squared = jnp.sum(jnp.square(scaled), axis=-1)
-    # The untaken branch gets a harmless argument, lest its gradient be NaN.
+    # The branch that is not taken gets a harmless argument. Otherwise its gradient could be NaN.
     norm = jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared))
     return scaled, norm, jnp.where(is_zero, jnp.zeros_like(largest), divisor) * norm * lowered
 
 
 def safe_norm(x: Real[ArrayLike, "*batch D"]) -> Float[Array, "*batch"]:
-    """Euclidean norm over the last axis; value and gradient are finite everywhere.
-
-    At the zero vector both are zero.
-    """
+    """Norm over the last axis. Value and gradient are finite, and zero at the zero vector."""
     _, _, radius = _scaled(*at_least_float32(x))
     return radius
 
 
 def safe_log(x: Real[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Logarithm for `x >= 0`; below the smallest normal number its value there, with zero gradient.
+    """Logarithm for `x >= 0`. Below the smallest normal number it is constant, with zero gradient.
 
-    A NaN stays one, and of a negative number it is NaN.
+    NaN and negative numbers give NaN.
     """
     (x,) = at_least_float32(x)
     smallest = float(jnp.finfo(x.dtype).tiny)
@@ -100,8 +97,8 @@ def polar_decomposition(
       x: finite.
 
     Returns:
-      direction: norm one; the zero vector at `x = 0`, where no direction exists.
-      radius: at least zero. Gradients of both are finite everywhere.
+      direction: unit vectors; the zero vector for `x = 0`, which has no direction.
+      radius: at least zero. Gradients of direction and radius are finite everywhere.
     """
     scaled, norm, radius = _scaled(*at_least_float32(x))
     return scaled / norm[..., None], radius
@@ -110,10 +107,10 @@ def polar_decomposition(
 def cosine_complements(
     direction: Real[ArrayLike, "*#batch D"], loc: Real[ArrayLike, "*#batch D"]
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
-    """`1 - c` and `1 + c` with `c = <loc, direction>`, each free of cancellation.
+    """`1 - c` and `1 + c` with `c = <loc, direction>`, both without cancellation.
 
-    They are half the squared chords to `loc` and to its antipode; `1 - <m, u>` itself has no correct
-    digit left in float32 once the angle is under 1e-3.
+    They are half the squared chords to `loc` and to its antipode. Computed as `1 - <m, u>`, the
+    first would have no correct digit in float32 for angles below 1e-3.
 
     Args:
       direction: unit vectors `u`.
@@ -123,7 +120,7 @@ def cosine_complements(
       `1 - c` and `1 + c`, each in `[0, 2]`.
 
     Raises:
-      ValueError: shapes that do not broadcast.
+      ValueError: shapes do not broadcast.
     """
     u, m = at_least_float32(direction, loc)
     direction, loc = domain.broadcast({"direction": u, "loc": m}, {})
@@ -133,12 +130,12 @@ def cosine_complements(
 
 
 class TangentSquares(NamedTuple):
-    """`(y_i / s_i)^2`, in a unit that keeps them from overflow.
+    """`(y_i / s_i)^2`, in a unit in which they do not overflow.
 
     Attributes:
-      squares: times `exp(log_unit)` they are `(y_i / s_i)^2`.
-      log_unit: exactly zero where none of them can overflow.
-      log_volume: see `scaled_tangent_squares`.
+      squares: `(y_i / s_i)^2 / exp(log_unit)`.
+      log_unit: exactly zero if no square can overflow.
+      log_volume: as returned by `scaled_tangent_squares`.
     """
 
     squares: Float[Array, "*batch D"]
@@ -156,12 +153,13 @@ def scaled_tangent_squares(
     """`(y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`; their sum is `Q`.
 
     Chordal (Lambert) coordinates have `|y| = |u - m|`, stereographic ones `|y| = 2 tan(angle / 2)`
-    (docs eq. 2 and 3). Both are `u - c m` times a power of `2 / (1 + c)`: the root in chordal ones, the
-    factor itself in stereographic ones. Only the squares are needed, so no root is taken.
+    (docs eq. 2 and 3). Both are `u - c m` times a power of `2 / (1 + c)`: its square root in
+    chordal coordinates, the factor itself in stereographic ones. We need only squares, so we take
+    no root.
 
-    At the antipode `u = -m` every tangent direction is as good as any other, so each square there is
-    its mean over them. A guard of one squared rounding error joins the two smoothly; it keeps
-    `|y|^2 = 2 (1 - c)` exactly, whatever the angle.
+    At the antipode `u = -m` all tangent directions are equivalent, so each square is its mean over
+    them. A guard of one squared rounding error makes the transition smooth, and keeps
+    `|y|^2 = 2 (1 - c)` exact for every angle.
 
     Args:
       direction: unit vectors `u`.
@@ -171,21 +169,21 @@ def scaled_tangent_squares(
 
     Returns:
       squares: `(y_i / s_i)^2`.
-      log_volume: `log(2 / (1 + c))`: per tangent dimension, the log-Jacobian that normalizes
+      log_volume: `log(2 / (1 + c))`, the log-Jacobian for each tangent dimension that normalizes
         stereographic coordinates on the sphere.
 
     Raises:
-      ValueError: `coordinates` is not one of the two, a known scale is not positive, or shapes do not
-        broadcast. Traced scales that are not positive have the value NaN.
+      ValueError: `coordinates` is unknown, a known scale is not positive, or shapes do not
+        broadcast. Traced scales that are not positive give NaN.
     """
     u, m, s = at_least_float32(direction, loc, scale_diag)
     s = domain.positive("scale_diag", scale_diag, s)
     u, m, s = domain.broadcast({"direction": u, "loc": m}, {}, {"scale_diag": s})
     residual_squares, stretch = _residual_squares_and_stretch(u, m, coordinates)
-    # (u - c m)^2 / s^2 * 2/(1 + c): eq. 2, squared and scaled. Divided twice: the slope in s of a
-    # division by s^2 has a factor s^-4, which overflows.
+    # (u - c m)^2 / s^2 * 2/(1 + c): eq. 2, squared and scaled. Divide twice by s, because the slope
+    # in s of a division by s^2 has a factor s^-4, which overflows.
     scaled = residual_squares / s / s * stretch[..., None]
-    if coordinates == "stereographic":  # eq. 3 has the factor where eq. 2 has its root
+    if coordinates == "stereographic":  # eq. 3 has the factor where eq. 2 has its square root
         scaled = scaled * stretch[..., None]
     return scaled, jnp.log(stretch)
 
@@ -197,7 +195,7 @@ def bounded_tangent_squares(
     *,
     coordinates: Coordinates,
 ) -> TangentSquares:
-    """`scaled_tangent_squares`, which at tiny scales or near the antipode would overflow.
+    """`scaled_tangent_squares` in a unit in which tiny scales and the antipode do not overflow.
 
     Args:
       direction: unit vectors `u`.
@@ -211,7 +209,7 @@ def bounded_tangent_squares(
     squares, stretch = _residual_squares_and_stretch(direction, loc, coordinates)
     num_factors = 2 if coordinates == "stereographic" else 1
     limits = jnp.finfo(scale_diag.dtype)
-    # A power of two at or below the smallest scale: exact to divide by, and without a gradient.
+    # A power of two at or below the smallest scale: the division is exact, and has no gradient.
     smallest = jax.lax.stop_gradient(jnp.min(scale_diag, axis=-1)) / 2
     smallest = jnp.clip(smallest, float(limits.tiny), 1.0)
     unit = jax.lax.reduce_precision(smallest, limits.nexp, 0)
@@ -231,18 +229,18 @@ def bounded_tangent_squares(
 def _residual_squares_and_stretch(
     u: Float[Array, "*batch D"], m: Float[Array, "*batch D"], coordinates: Coordinates
 ) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
-    """Squares of `u - c m`, and `2 / (1 + c)`: what eq. 2 and 3 are made of."""
+    """Squares of `u - c m`, and `2 / (1 + c)`, the two parts of eq. 2 and 3."""
     domain.choice("coordinates", coordinates, COORDINATES)
     n = u.shape[-1] - 1
     one_minus, one_plus = cosine_complements(u, m)
     guard = jnp.asarray(float(jnp.finfo(u.dtype).eps) ** 2, u.dtype)
-    # u - c m, written from the nearer pole so that its rounding error shrinks with its length.
+    # u - c m, computed from the nearer pole, so that its rounding error shrinks with its length.
     residual = jnp.where(
         (one_minus < one_plus)[..., None],
         (u - m) + one_minus[..., None] * m,
         (u + m) - one_plus[..., None] * m,
     )
-    mean_direction = (1 - jnp.square(m)) / n  # the average of e_i^2 over unit tangents e
+    mean_direction = (1 - jnp.square(m)) / n  # the average of e_i^2 over unit tangent vectors e
     squares = jnp.square(residual) + guard * one_minus[..., None] * mean_direction
     return squares, 2 / (one_plus + guard)
 
@@ -254,7 +252,7 @@ def scaled_tangent_squared_length(
     *,
     coordinates: Coordinates,
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
-    """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and the log-volume; see `scaled_tangent_squares`."""
+    """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and `scaled_tangent_squares`' log-volume."""
     squares, log_volume = scaled_tangent_squares(
         direction, loc, scale_diag, coordinates=coordinates
     )

@@ -1,4 +1,4 @@
-"""Whether values are known, or stand for those of a program that JAX is tracing."""
+"""Whether values are known, or stand for values of a program that JAX is tracing."""
 
 from typing import Any
 
@@ -7,15 +7,9 @@ from jax.core import Tracer
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether an array in these trees is traced: under `jax.jit`, `jax.vmap`, `jax.grad` and the like.
+    """Whether any array in these trees is traced, for example under `jax.jit`, `vmap` or `grad`.
 
-    JAX keeps `Tracer` in `jax.core`, outside of its promises, and has no other way to ask without
-    fetching the array. This is the one place to change when it moves.
-
-    Args:
-      *values: trees of anything.
-
-    Returns:
-      True where one is.
+    `jax.core.Tracer` is not part of JAX's public interface, but there is no other way to ask
+    without fetching the array. If it moves, only this function must change.
     """
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))

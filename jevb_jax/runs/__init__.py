@@ -1,1 +1,1 @@
-"""What a run directory is: checkpoints, config, results and logs."""
+"""The contents of a run directory: checkpoints, config, results and logs."""

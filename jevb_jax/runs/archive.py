@@ -1,7 +1,8 @@
-"""The archive form of a model: weights as safetensors beside a JSON that says what they are.
+"""The archive form of a model: weights as safetensors, and a JSON file that describes them.
 
-`model.json` holds the config, every array's shape and type, and the SHA-256 of every other file and
-of itself. It is written last: a directory that holds it holds the rest. Nothing is pickled.
+`model.json` holds the config, the shape and type of every array, and the SHA-256 of every other
+file and of itself. It is written last, so a directory that holds it is complete. Nothing is
+pickled.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 
 class ArchiveError(RuntimeError):
-    """An exported model that is not what was written."""
+    """An exported model is damaged, incomplete, or not what was written."""
 
 
 def is_archive(directory: Path) -> bool:
@@ -29,15 +30,15 @@ def is_archive(directory: Path) -> bool:
 
 
 def check_free(directory: Path, *, kind: str) -> None:
-    """Raises if writing an archive would take something else away.
+    """Raises an error if writing an archive would destroy something else.
 
     Args:
-      directory: where it will be; it need not exist.
-      kind: what will be written, "export" or "detector". An older one of the same kind may be replaced.
+      directory: where the archive will be; it need not exist.
+      kind: "export" or "detector". An older archive of the same kind may be replaced.
 
     Raises:
       ValueError: the directory holds a run, or a model of another kind.
-      ArchiveError: a damaged archive, of which nobody knows the kind.
+      ArchiveError: the directory holds a damaged archive, whose kind is unknown.
     """
     if (directory / "config.json").exists():
         raise ValueError(f"{directory} holds a run: give another directory for the {kind}")
@@ -45,9 +46,9 @@ def check_free(directory: Path, *, kind: str) -> None:
         found = sorted(path.name for path in directory.glob("*.safetensors"))
         if found:
             raise ValueError(
-                f"{directory} holds {', '.join(found)} without {MANIFEST}: of another program, or of "
-                f"a model whose writing was cut short; remove them, or give another directory for the "
-                f"{kind}"
+                f"{directory} holds {', '.join(found)} without {MANIFEST}. They belong to another "
+                "program, or to a model whose writing was interrupted. Remove them, or give another "
+                f"directory for the {kind}"
             )
         return
     manifest = read_manifest(directory)
@@ -68,14 +69,14 @@ def write_archive(
     manifest: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
 ) -> None:
-    """Writes a model, the manifest last.
+    """Writes a model, and its manifest last.
 
     Args:
-      directory: made if it does not exist; an older model in it is replaced, or left whole if there is
-        no room for the new one.
+      directory: created if it does not exist. An older model in it is replaced; if there is no
+        space for the new one, the older model stays whole.
       arrays: weights by name.
-      manifest: JSON values; what it says of files and arrays is added here.
-      extra_files: contents of further files by name.
+      manifest: JSON values. The entries about files and arrays are added here.
+      extra_files: contents of other files by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     contents = {WEIGHTS: safetensors.save(dict(arrays)), **extra_files}
@@ -97,52 +98,43 @@ def write_archive(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The JSON of an exported model.
-
-    Args:
-      directory: where the model lies.
-
-    Returns:
-      Its values.
+    """Reads the JSON values that describe an exported model.
 
     Raises:
-      ArchiveError: there is none, or it was changed, or it is of another version.
+      ArchiveError: there is no manifest, it was changed, or it is of another version.
     """
     path = directory / MANIFEST
     if not path.exists():
-        raise ArchiveError(f"{directory} holds no {MANIFEST}: export the run again")
+        raise ArchiveError(f"{directory} holds no {MANIFEST}; export the run again")
     try:
         manifest = files.read_json(path)
         asked = manifest.pop("manifest_sha256")
     except (ValueError, KeyError, AttributeError) as error:
-        raise ArchiveError(f"{path} is damaged ({error!r}): export the run again") from error
+        raise ArchiveError(f"{path} is damaged ({error!r}); export the run again") from error
     if files.json_sha256(manifest) != asked:
-        raise ArchiveError(f"{path} is not what was written (SHA-256): export the run again")
+        raise ArchiveError(f"{path} is not what was written (SHA-256); export the run again")
     if manifest["format"] != FORMAT:
         raise ArchiveError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
     return manifest
 
 
 def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
-    """One file of an exported model, checked against its hash.
+    """Reads one file of an exported model and checks its hash.
 
     Args:
-      directory: where the model lies.
-      manifest: what `read_manifest` gave.
-      name: which file of it.
-
-    Returns:
-      Its content.
+      directory: directory of the model.
+      manifest: from `read_manifest`.
+      name: name of the file.
 
     Raises:
-      ArchiveError: the file is missing, not the model's, or not what was written.
+      ArchiveError: the file is missing, not part of the model, or not what was written.
     """
     if name not in manifest["files"]:
         raise ArchiveError(f"{directory} was exported with {list(manifest['files'])}, not {name}")
     asked = manifest["files"][name]
     path = directory / name
     if not path.exists():
-        raise ArchiveError(f"{path} is missing: export the run again")
+        raise ArchiveError(f"{path} is missing; export the run again")
     content = path.read_bytes()
     if len(content) != asked["bytes"] or hashlib.sha256(content).hexdigest() != asked["sha256"]:
         raise ArchiveError(
@@ -153,16 +145,9 @@ def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
 
 
 def read_arrays(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The weights of an exported model, by name, checked against their hash.
-
-    Args:
-      directory: where the model lies.
-      manifest: what `read_manifest` gave.
-
-    Returns:
-      Arrays by name.
+    """Reads the weights of an exported model, by name, and checks their hash.
 
     Raises:
-      ArchiveError: as `read_file`.
+      ArchiveError: the file is missing, or not what was written.
     """
     return safetensors.load(read_file(directory, manifest, WEIGHTS))

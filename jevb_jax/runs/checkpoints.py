@@ -1,7 +1,8 @@
-"""Checkpoints: state and settings through Orbax; strict, verified, with a predecessor to fall back on.
+"""Checkpoints of state and settings by Orbax. Reading is strict and verifies every bit.
 
-A checkpoint holds the state as a flat mapping of names to arrays and one JSON: the step (which alone
-is the position in the data), the resolved config with its hash, and a fingerprint of every array.
+If the latest checkpoint is damaged, the one before it is read. A checkpoint holds the state as a
+flat mapping from names to arrays, and one JSON file: the step (which alone gives the position in
+the data), the complete config with its hash, and a fingerprint of every array.
 """
 
 import contextlib
@@ -26,29 +27,29 @@ _logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used."""
+    """A checkpoint cannot be read or written."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A whole checkpoint of another model."""
+    """The checkpoint is undamaged, but of another model."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a resolved config."""
+    """SHA-256 of the canonical JSON of a complete config."""
     return files.json_sha256(config)
 
 
 def changed_keys(
     saved: Mapping[str, Any], current: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Compares two configs, as nested JSON mappings.
+    """The settings in which two configs differ.
 
     Args:
       saved: the config of the run.
-      current: the config asked for.
+      current: the requested config.
 
     Returns:
-      `{dotted key: (saved, current)}` of those that differ; "(absent)" where one lacks the key.
+      `{dotted key: (saved, current)}`, with "(absent)" for a config that lacks the key.
     """
 
     def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -70,13 +71,10 @@ def changed_keys(
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Steps of whole checkpoints, ascending, by the names of a directory alone.
+    """Steps of the complete checkpoints in a directory, rising, read from names alone.
 
     Args:
-      directory: where a `Checkpointer` saves; may not exist.
-
-    Returns:
-      The steps.
+      directory: where a `Checkpointer` saves; it need not exist.
     """
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
 
@@ -86,8 +84,8 @@ def _fingerprints(flat: dict[str, Array]) -> dict[str, Array]:
     def fingerprint(leaf: Array) -> Array:
         unsigned = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
         words = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1).astype(jnp.uint32)
-        # The finaliser of MurmurHash3 is a bijection of a word, mixed with its place before: a change
-        # of any one word changes the sum, and an exchange of words almost always does.
+        # The last steps of MurmurHash3 are a bijection of a word. Each word is first mixed with its
+        # position. So a change of one word always changes the sum, and an exchange almost always.
         mixed = words + jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
@@ -97,19 +95,19 @@ def _fingerprints(flat: dict[str, Array]) -> dict[str, Array]:
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
-    """A 32-bit sum of every leaf's bits, computed on the device.
+    """Sums of the bits of every leaf, 32 bits each, computed on the device.
 
     Args:
       tree: a pytree of arrays.
 
     Returns:
-      `{name: sum}`. Equal trees have equal sums; one changed word always changes its leaf's sum.
+      `{name: sum}`. Equal trees have equal sums. A change of one word always changes a sum.
     """
     return {name: int(value) for name, value in _fingerprints(flatten_names(tree)).items()}
 
 
 def _check_same_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointMismatchError listing every missing, extra and differently shaped array."""
+    """Raises CheckpointMismatchError with all missing, extra and differently shaped arrays."""
     problems = differences(saved, wanted, where="checkpoint")
     if problems:
         raise CheckpointMismatchError(
@@ -119,10 +117,10 @@ def _check_same_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], w
 
 
 def _link_without_patterns(directory: Path) -> tempfile.TemporaryDirectory[str] | None:
-    """A temporary directory with the link `checkpoints`, where the directory's own name is a pattern.
+    """A temporary directory with a link `checkpoints`, if the path of the directory is a pattern.
 
-    Orbax looks for its own parts by `glob` of the whole path: under a directory called `sweep[lr=0.1]`
-    it finds none, and writes checkpoints that cannot be read.
+    Orbax looks for its own files by `glob` with the whole path. Under a directory like
+    `sweep[lr=0.1]` it would find none, and write checkpoints that cannot be read.
     """
     if files.is_remote(directory) or not any(sign in str(directory) for sign in "*?["):
         return None
@@ -133,10 +131,10 @@ def _link_without_patterns(directory: Path) -> tempfile.TemporaryDirectory[str] 
 
 
 class Checkpointer:
-    """Saves and restores a run's state in `directory`, asynchronously.
+    """Saves and restores the state of a run in `directory`, asynchronously.
 
-    Keeps the latest `keep_latest` checkpoints and, if `keep_best` is above zero, as many of the best
-    by the metric given to `save`.
+    It keeps the latest `keep_latest` checkpoints, and the `keep_best` best ones by the score given
+    to `save`.
     """
 
     def __init__(
@@ -147,14 +145,14 @@ class Checkpointer:
         keep_best: int = 0,
         keep_steps: Sequence[int] = (),
     ):
-        """Opens or makes the directory.
+        """Opens or creates the directory.
 
         Args:
-          directory: where checkpoints live, one subdirectory a step.
-          keep_latest: number of most recent checkpoints kept, at least 1; 2 or more leave a
-            predecessor to a damaged one.
-          keep_best: number of best checkpoints kept beside them.
-          keep_steps: steps kept in any case, such as the end of a run before it was extended.
+          directory: directory of all checkpoints; each step has a subdirectory.
+          keep_latest: number of latest checkpoints to keep, at least 1. With 2 or more, a damaged
+            checkpoint has a predecessor.
+          keep_best: number of best checkpoints to keep in addition.
+          keep_steps: steps that are always kept, for example the end of a run that was extended.
 
         Raises:
           ValueError: `keep_latest < 1` or `keep_best < 0`.
@@ -164,7 +162,7 @@ class Checkpointer:
                 "checkpoint.keep_latest must be at least 1 and keep_best at least 0, "
                 f"got {keep_latest} and {keep_best}"
             )
-        # `best_fn` with `max_to_keep` would delete the latest checkpoint; the policies do not.
+        # `best_fn` with `max_to_keep` would delete the latest checkpoint; these policies do not.
         policies: list[Any] = [checkpoint_managers.LatestN(n=keep_latest)]
         if keep_best:
             policies.append(
@@ -179,7 +177,7 @@ class Checkpointer:
         self._link = _link_without_patterns(self._directory)
         self._manager = ocp.CheckpointManager(
             self._directory if self._link is None else Path(self._link.name) / "checkpoints",
-            # Named here, or a process that has not saved could not read.
+            # Named here, because otherwise a process that has not saved could not read.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
@@ -194,26 +192,26 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the complete checkpoints, rising."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint, or None when none has a score."""
+        """Step of the best checkpoint, or None if no checkpoint has a score."""
         return self._manager.best_step() if self._keep_best else None
 
     def save(
         self, step: int, state: Any, *, config: Mapping[str, Any], score: float | None = None
     ) -> None:
-        """Starts saving; returns once the state may be overwritten.
+        """Starts to save, and returns as soon as the state may be overwritten.
 
         Args:
-          step: number of steps done.
+          step: number of training steps done.
           state: pytree of arrays.
-          config: resolved config, JSON values.
-          score: larger is better; required when `keep_best` is above zero.
+          config: complete config, as JSON values.
+          score: larger is better. Required if `keep_best` is above zero.
 
         Raises:
-          CheckpointError: this save, or one started before, failed.
+          CheckpointError: this save or an earlier one failed.
         """
         if step in self._manager.all_steps():
             return
@@ -247,15 +245,12 @@ class Checkpointer:
 
         Args:
           step: one of `steps()`.
-          template: a state of the wanted structure, arrays or `jax.ShapeDtypeStruct`s.
-
-        Returns:
-          The state.
+          template: a state of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s.
 
         Raises:
-          CheckpointMismatchError: arrays are missing, extra or of another shape or type; all are
-            listed.
-          CheckpointError: the bits of some array are not those that were saved.
+          CheckpointMismatchError: arrays are missing, extra, or of another shape or type. The
+            message lists all of them.
+          CheckpointError: some array has other bits than those that were saved.
         """
         where = f"checkpoint {step}"
         meta = self.read_meta(step)
@@ -282,22 +277,22 @@ class Checkpointer:
         damaged = [name for name in wanted if found[name] != meta["fingerprint"][name]]
         if damaged:
             raise CheckpointError(
-                f"{where} is damaged: the bits of {len(damaged)} arrays differ from those saved, "
-                f"first {damaged[:5]}"
+                f"{where} is damaged: {len(damaged)} arrays have other bits than those saved, the "
+                f"first are {damaged[:5]}"
             )
         return unflatten_names(restored, template)
 
     def restore_latest(self, template: State) -> tuple[int, State] | None:
-        """Restores the newest checkpoint that is whole, warning of every damaged one it passes.
+        """Restores the latest undamaged checkpoint. Logs a warning for each damaged one.
 
         Args:
-          template: see `restore`.
+          template: a state of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s.
 
         Returns:
-          Its step and state, or None when there is no checkpoint at all.
+          Step and state, or None if there are no checkpoints.
 
         Raises:
-          CheckpointMismatchError: the checkpoint is whole and of another model.
+          CheckpointMismatchError: the checkpoint is undamaged, but of another model.
           CheckpointError: all checkpoints are damaged.
         """
         failures: list[str] = []
@@ -306,7 +301,7 @@ class Checkpointer:
                 state = self.restore(step, template)
             except CheckpointMismatchError:
                 raise
-            # Whatever Orbax, TensorStore or JSON raise on damaged files, the answer is the same.
+            # Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
             except Exception as error:  # noqa: BLE001
                 failures.append(f"checkpoint {step}: {type(error).__name__}: {error}")
                 _logger.warning(
@@ -320,27 +315,27 @@ class Checkpointer:
         if failures:
             raise CheckpointError(
                 "no checkpoint can be read:\n  " + "\n  ".join(failures) + "\n"
-                "Move the directory away to start the run anew."
+                "Move the directory away to start the run again."
             )
         return None
 
     def discard_after(self, step: int) -> None:
-        """Deletes checkpoints newer than `step`: damaged ones that would stand in the way of a save."""
+        """Deletes checkpoints after `step`. Damaged ones would prevent a save at the same step."""
         for newer in self.steps():
             if newer > step:
                 self._manager.delete(newer)
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk.
+        """Waits until every save is on disk.
 
         Raises:
-          CheckpointError: one of them failed.
+          CheckpointError: a save failed.
         """
         with self._failures_named():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for saves, as `wait`, and frees the manager."""
+        """Waits for all saves, and frees the manager. Errors are those of `wait`."""
         try:
             self.wait()
         finally:
@@ -350,12 +345,12 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failures_named(self) -> Iterator[None]:
-        # A full disk is an OSError, a ValueError or an error of XLA, after who came upon it.
+        # A full disk raises OSError, ValueError or an XLA error, depending on what was writing.
         try:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"a checkpoint could not be saved ({type(error).__name__}: {error}); those of steps "
-                f"{self.steps()} in {self._directory} are whole. Once there is room and leave "
-                "to write there, the same command goes on from the last."
+                f"a checkpoint could not be saved ({type(error).__name__}: {error}). The checkpoints of "
+                f"steps {self.steps()} in {self._directory} are complete. When there is space and "
+                "permission to write there, the same command continues from the last."
             ) from error

@@ -1,4 +1,4 @@
-"""Paths here and in object stores, files that are whole or absent, directories of one run at a time."""
+"""Local and remote paths, files that are written whole or not at all, and locks of directories."""
 
 import contextlib
 import hashlib
@@ -22,32 +22,32 @@ STORES = ("gs", "s3", "az", "hf")
 
 
 class DirectoryInUseError(RuntimeError):
-    """Another process works on the directory."""
+    """Another process uses the directory."""
 
 
 def to_path(path: str | os.PathLike[str]) -> Path:
-    """A path with the methods of `pathlib.Path`.
+    """Converts a path or URL to an object with the methods of `pathlib.Path`.
 
     Args:
-      path: of this machine, where `~` is the home directory and `file:///x` is `/x`; or a URL as
-        `gs://bucket/runs/x`, which etils.epath opens.
+      path: a local path, in which `~` is the home directory and `file:///x` means `/x`; or a URL
+        like `gs://bucket/runs/x`, which etils.epath opens.
 
     Returns:
-      An absolute path, or the URL's.
+      An absolute local path, or the path of the URL.
 
     Raises:
-      ValueError: no path at all, the home of a user who is not known, a URL of another kind.
+      ValueError: the path is empty, names an unknown user's home, or is a URL of another kind.
     """
     text = os.fspath(path)
     if not text.strip():
         raise ValueError(
-            f"a path must name a file or a directory, got {text!r}: a variable of the shell that is "
-            "not set leaves nothing; for the current directory give ."
+            f"a path must name a file or a directory, got {text!r}. Is a variable of the shell not "
+            "set? For the current directory give ."
         )
     if text.startswith("file:/"):
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
-            raise ValueError(f"{text} is on another machine: write file:///path, or the path alone")
+            raise ValueError(f"{text} is on another machine; give file:///path, or only the path")
         text = unquote(parts.path)
         if not text:
             raise ValueError(f"a path must name a file or a directory, got {os.fspath(path)!r}")
@@ -55,33 +55,36 @@ def to_path(path: str | os.PathLike[str]) -> Path:
         expanded = os.path.expanduser(text)
         if expanded.startswith("~"):
             raise ValueError(
-                f"{text}: there is no home directory of that name; a directory that is called so "
-                f"is ./{text}"
+                f"{text}: there is no home directory of that name. If the directory itself has this "
+                f"name, give ./{text}"
             )
         return Path(expanded).absolute()
     scheme = text.partition("://")[0]
     if scheme not in STORES:
         raise ValueError(
-            f"{text}: paths are of this machine or begin with "
+            f"{text}: a path must be local or begin with "
             f"{' or '.join(f'{store}://' for store in STORES)}, not with {scheme}://"
         )
-    from etils import epath  # needed by few, and it takes a while
+    from etils import epath  # slow to import, and rarely needed
 
     remote: Any = epath.Path(text)
     return remote
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path of `to_path` lies in an object store: no appending, no locks, whole objects."""
+    """Whether a path from `to_path` lies in an object store, which cannot append or lock."""
     return "://" in os.fspath(path)
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Writes beside the target, flushes to disk, and moves into place; object stores do so themselves.
+    """Writes a file whole or not at all: an error, such as a full disk, leaves the old file.
+
+    The content is written beside the target, flushed to disk, and moved into place. Object stores
+    do the same themselves.
 
     Args:
-      path: the file; its directory exists. An error, a full disk say, leaves it as it was.
-      content: what to write.
+      path: the file; its directory exists.
+      content: the new content.
     """
     if is_remote(path):
         path.write_bytes(content)
@@ -90,7 +93,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 
 def _write_part(path: Path, content: bytes) -> Path:
-    """Writes what will be `path` beside it, on disk when this returns; nothing stays of a failure."""
+    """Writes the content of `path` to a file beside it and to disk; removes the file on failure."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -104,15 +107,15 @@ def _write_part(path: Path, content: bytes) -> Path:
 
 
 def write_together(directory: Path, contents: Mapping[str, bytes], *, last: str) -> None:
-    """Writes files that belong together: whoever finds the last of them finds its companions.
+    """Writes files that belong together. If the last of them exists, all of them do.
 
-    On this machine all are on disk before the first is moved into place, so a full disk leaves what
-    was there. In an object store each is replaced by itself, and until the last is, there is no last.
+    On a local disk, all are written before the first is moved into place, so a full disk leaves the
+    old files. In an object store each file is replaced alone, and the last is absent until the end.
 
     Args:
-      directory: exists.
-      contents: by name; files of these names are replaced.
-      last: the name of the file that says that the others are there.
+      directory: an existing directory.
+      contents: contents by file name. Files with these names are replaced.
+      last: name of the file that shows that the others are there.
     """
     names = [name for name in contents if name != last] + [last]
     if is_remote(directory):
@@ -134,30 +137,20 @@ def write_together(directory: Path, contents: Mapping[str, bytes], *, last: str)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes UTF-8, as `write_bytes_atomically`.
-
-    Args:
-      path: the file.
-      text: its content.
-    """
+    """Writes a text in UTF-8, whole or not at all."""
     write_bytes_atomically(path, text.encode())
 
 
 def write_arrays_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file, as `write_bytes_atomically`.
-
-    Args:
-      path: the file.
-      arrays: by name.
-    """
+    """Writes arrays to an .npz file by name, whole or not at all."""
     content = io.BytesIO()
     np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
     write_bytes_atomically(path, content.getvalue())
 
 
-# JSON has no numbers for these; they are written as these strings, as Protocol Buffers write them.
+# JSON has no such numbers. They are written as these strings, as Protocol Buffers do.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-# A text that could be taken for one of them is written with one more of these before it.
+# A text that could be confused with such a string is written with one more of these before it.
 _TEXT_MARK = "="
 _MARKED = re.compile(f"{_TEXT_MARK}*({'|'.join(_NOT_FINITE)})")
 
@@ -186,33 +179,27 @@ def _from_strict(value: Any) -> Any:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """A value as JSON that every reader takes: RFC 8259, without bare words for infinities and NaN.
+    """A value as standard JSON (RFC 8259), which every program can read.
 
     Args:
-      value: JSON values, and floats that are not finite: they become the strings `"Infinity"`,
-        `"-Infinity"` and `"NaN"`. A text that is one of these words gets a `=` before it.
-      indent: spaces a level; None for one line.
+      value: JSON values, and floats that are not finite. These become the strings `"Infinity"`,
+        `"-Infinity"` and `"NaN"`; a text that equals such a string gets a `=` before it.
+      indent: number of spaces for each level; None for one line.
 
     Returns:
-      Text that `from_json` reads back to the same value; tuples become lists.
+      Text that `from_json` reads back to the same value, except that tuples become lists.
 
     Raises:
-      TypeError: a value that JSON does not know.
+      TypeError: JSON has no form for a value.
     """
     return json.dumps(_to_strict(value), indent=indent, allow_nan=False)
 
 
 def from_json(text: str) -> Any:
-    """The value that `to_json` wrote; bare `Infinity` and `NaN`, as files had them before, too.
-
-    Args:
-      text: JSON.
-
-    Returns:
-      Its value.
+    """The value that `to_json` wrote. Also reads bare `Infinity` and `NaN`, which older files hold.
 
     Raises:
-      ValueError: no JSON.
+      ValueError: the text is not JSON.
     """
     bare: list[str] = []
 
@@ -221,17 +208,11 @@ def from_json(text: str) -> Any:
         return _NOT_FINITE[word]
 
     value = json.loads(text, parse_constant=constant)
-    return value if bare else _from_strict(value)  # with bare words, every text is itself
+    return value if bare else _from_strict(value)  # files with bare words have no marked strings
 
 
 def read_json(path: Path) -> Any:
-    """The value of a file that `write_json_atomically` wrote.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its value.
+    """The value in a file that `write_json_atomically` wrote.
 
     Raises:
       ValueError: the file is not JSON; the message names it.
@@ -244,25 +225,20 @@ def read_json(path: Path) -> Any:
 
 
 def indented_json(value: Any) -> str:
-    """A value as people read it, ending with a line's end; see `to_json`."""
+    """A value as indented JSON for people, with a final newline."""
     return to_json(value, indent=2) + "\n"
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Writes indented JSON, as `write_text_atomically`.
-
-    Args:
-      path: the file.
-      value: see `to_json`.
-    """
+    """Writes a value as indented JSON, whole or not at all."""
     write_text_atomically(path, indented_json(value))
 
 
 def json_sha256(value: Any) -> str:
     """SHA-256 of the canonical JSON of a value, in hexadecimal digits.
 
-    Floats that are not finite stand in it as the bare words `Infinity` and `NaN`: hashes of before
-    stay as they are.
+    For the hash, floats that are not finite are the bare words `Infinity` and `NaN`, so that older
+    hashes stay valid.
     """
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -270,19 +246,22 @@ def json_sha256(value: Any) -> str:
 
 @contextlib.contextmanager
 def lock_directory(path: Path) -> Iterator[Callable[[], None]]:
-    """Holds a directory for this process.
+    """Locks a directory for this process.
 
-    On this machine the system lets go of it however the process ends. An object store has no locks:
-    there the last to come holds the directory, and the one before is told by the check.
+    On a local disk the system removes the lock when the process ends, for whatever reason. Object
+    stores have no locks: there the latest process holds the directory, and the check tells the one
+    before it.
 
     Args:
-      path: an existing directory; `.lock` in it says who holds it or held it last.
+      path: an existing directory. The file `.lock` in it names the process that holds it or held it
+        last.
 
     Yields:
-      A check that this process holds the directory still; to be called before a file is written.
+      A function that raises unless this process still holds the directory. Call it before every
+      write.
 
     Raises:
-      DirectoryInUseError: another process, or this one, holds it.
+      DirectoryInUseError: this or another process holds the directory.
     """
     holder = f"process {os.getpid()} on {platform.node()}"
     if is_remote(path):
@@ -293,7 +272,7 @@ def lock_directory(path: Path) -> Iterator[Callable[[], None]]:
             found = (path / ".lock").read_text()
             if found != holder:
                 raise DirectoryInUseError(
-                    f"{path} was taken over by {found}: this process writes no more there"
+                    f"{path} was taken over by {found}; this process stops writing there"
                 )
 
         yield check
@@ -304,7 +283,7 @@ def lock_directory(path: Path) -> Iterator[Callable[[], None]]:
     except filelock.Timeout as error:
         found = file.read_text(encoding="utf-8").strip() or "another process"
         raise DirectoryInUseError(
-            f"{path} is in use by {found}: wait until it ends, or give another directory"
+            f"{path} is in use by {found}; wait until it ends, or give another directory"
         ) from error
     with held:
         file.write_text(f"{holder}\n", encoding="utf-8")

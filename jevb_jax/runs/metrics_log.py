@@ -1,7 +1,7 @@
-"""Where metrics go: JSON lines always, TensorBoard when installed, and lines for people.
+"""Logs of metrics: JSON lines always, TensorBoard events if it is installed, and lines for people.
 
-People may stop reading: `| head` has enough, or Ctrl-C ends `| tee` before the run. `unbroken` keeps
-that from ending the work.
+The reader of standard output may go away during a run: `| head` has enough, or Ctrl-C ends `| tee`.
+`unbroken` lets the run continue.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ _PLAIN_LINE_SECONDS = 15.0
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run: one JSON object a line, each with its `step`; see `files.to_json`.
+    """The file `metrics.jsonl` of a run: on each line a JSON object that includes `step`.
 
-    Also writes TensorBoard events under `tensorboard/` if tensorboardX is installed. In an object
-    store, which cannot append, lines wait for `flush`, and there are no TensorBoard events.
+    If tensorboardX is installed, TensorBoard events are written under `tensorboard/` too. An object
+    store cannot append: there lines wait for `flush`, and there are no TensorBoard events.
     """
 
     def __init__(self, workdir: Path, *, is_writer: bool = True):
         """Opens the log.
 
         Args:
-          workdir: directory of the run, of `files.to_path`.
-          is_writer: False makes a log that writes nothing, for all processes of a run but one.
+          workdir: directory of the run, from `files.to_path`.
+          is_writer: with False nothing is written. Only one process of a run writes.
         """
         self._path = workdir / "metrics.jsonl"
         self._is_writer = is_writer
@@ -51,13 +51,7 @@ class MetricsLog:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """Reads the lines of a log; a last line cut short by a kill is left out.
-
-        Args:
-          path: a `metrics.jsonl`.
-
-        Returns:
-          One mapping a line.
+        """Reads the lines of a `metrics.jsonl`, without a last line that a kill cut short.
 
         Raises:
           ValueError: a line before the last is not JSON.
@@ -76,7 +70,7 @@ class MetricsLog:
         return records
 
     def truncate_after(self, step: int) -> None:
-        """Drops lines of steps after `step`: a resumed run writes them again."""
+        """Removes the lines after `step`, because a resumed run writes them again."""
         if not self._is_writer:
             return
         kept = _lines_of(record for record in self.read(self._path) if record["step"] <= step)
@@ -89,7 +83,7 @@ class MetricsLog:
             self._events.forget_from(step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line, at once; in an object store, at the next `flush`.
+        """Appends one line at once; in an object store it is written at the next `flush`.
 
         Args:
           step: number of steps done.
@@ -107,7 +101,7 @@ class MetricsLog:
             self._events.write(step, values)
 
     def flush(self) -> None:
-        """Writes what waits, as a whole."""
+        """Writes all lines that wait."""
         if self._is_writer and self._is_remote:
             files.write_text_atomically(self._path, "".join(self._lines))
 
@@ -125,7 +119,7 @@ def _lines_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 class _TensorBoardEvents:
-    """Scalars for TensorBoard, written by tensorboardX's thread soon after `write`."""
+    """Scalars for TensorBoard, which a thread of tensorboardX writes soon after `write`."""
 
     def __init__(self, directory: Path, writer: Callable[..., Any]):
         self._directory = directory
@@ -135,7 +129,7 @@ class _TensorBoardEvents:
 
     @classmethod
     def of(cls, directory: Path) -> "_TensorBoardEvents | None":
-        """None where tensorboardX is not installed."""
+        """The writer, or None if tensorboardX is not installed."""
         if importlib.util.find_spec("tensorboardX") is None:
             return None
         return cls(directory, importlib.import_module("tensorboardX").SummaryWriter)
@@ -145,17 +139,17 @@ class _TensorBoardEvents:
             self._writer = self._make_writer(
                 str(self._directory),
                 purge_step=self._purge_step,
-                # Without a limit: a full queue before a thread that died would wait for ever.
+                # No limit: if the thread died, a full queue would wait forever.
                 max_queue=0,
-                # Files are named by the second, and a later one replaces its namesake.
+                # tensorboardX names files by the second; a second file would replace the first.
                 filename_suffix=f".{time.time_ns()}",
             )
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # where the thread's error becomes ours, on a full disk
+        self._writer.flush()  # raises the error of the thread, for example for a full disk
 
     def forget_from(self, step: int) -> None:
-        """Hides what was written of this step and later ones."""
+        """Hides what was written for this step and all later ones."""
         self.close()
         self._purge_step = step
 
@@ -166,12 +160,12 @@ class _TensorBoardEvents:
 
 
 def standard_output(*, quiet: bool = False) -> Console:
-    """Standard output for people; says nothing where a process has none (`>&-`, a service)."""
+    """Standard output for people. Silent if the process has none (`>&-`, a service)."""
     return Console(quiet=quiet or sys.stdout is None)
 
 
 class _UnbrokenFile:
-    """A text file for writing; from the first failure on, what is written is dropped."""
+    """A text file for writing. After the first failure it drops what is written."""
 
     def __init__(self, file: Any, on_closed: Callable[[Exception], None]):
         self._file = file
@@ -193,27 +187,27 @@ class _UnbrokenFile:
             return
         try:
             action()
-        except UnicodeError:  # a ValueError too, but of the text
+        except UnicodeError:  # also a ValueError, but caused by the text
             raise
-        except (OSError, ValueError) as error:  # a broken pipe, a full disk; a closed file
+        except (OSError, ValueError) as error:  # a broken pipe or full disk; a closed file
             self._is_closed = True
             _drop_what_waits(self._file)
             self._on_closed(error)
 
 
 def _drop_what_waits(file: Any) -> None:
-    """Leads standard output nowhere, and standard error where it is the same file.
+    """Redirects standard output to nowhere, and also standard error if it is the same file.
 
-    Python flushes both at its end, and would fail: exit status 120.
+    Python flushes both when it ends. That would fail, with exit status 120.
     """
     standard = (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)
     if not any(file is one for one in standard) or file.closed:
         return
-    with contextlib.suppress(OSError):  # no file of the system, as under a notebook
+    with contextlib.suppress(OSError):  # not a file of the system, for example in a notebook
         broken = os.fstat(file.fileno())
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
-            with contextlib.suppress(OSError):  # closed
+            with contextlib.suppress(OSError):  # the file is closed
                 if os.path.samestat(os.fstat(number), broken):
                     os.dup2(nowhere, number)
         os.close(nowhere)
@@ -223,17 +217,14 @@ def _drop_what_waits(file: Any) -> None:
 def unbroken(
     console: Console, on_closed: Callable[[Exception], None] = lambda _: None
 ) -> Iterator[None]:
-    """Keeps a console whose reader went away from ending the work: it falls silent.
+    """Lets the work continue if the reader of a console goes away; the console becomes silent.
 
     Args:
-      console: what the work prints to; its file is its own again afterwards.
-      on_closed: told once, with the error, when something could not be written: an OSError, or the
+      console: what the work prints to. Its file is restored afterwards.
+      on_closed: called once with the error when something could not be written: an OSError, or the
         ValueError of a closed file.
-
-    Yields:
-      Nothing.
     """
-    changed: Any = console  # takes None as its file: the standard output of the moment
+    changed: Any = console  # None as its file means the present standard output
     file = changed.file
     is_standard = file is (sys.stderr if console.stderr else sys.stdout)
     changed.file = _UnbrokenFile(file, on_closed)
@@ -244,15 +235,15 @@ def unbroken(
 
 
 class ProgressLine:
-    """A live bar on a terminal; a plain line every 15 seconds elsewhere."""
+    """A live bar on a terminal; elsewhere, a plain line every 15 seconds."""
 
     def __init__(self, console: Console, *, total_steps: int, initial_step: int):
         """Prepares the line.
 
         Args:
           console: where to write.
-          total_steps: steps of the run.
-          initial_step: steps done before.
+          total_steps: number of steps of the run.
+          initial_step: number of steps done before.
         """
         self._console = console
         self._total = total_steps
@@ -283,16 +274,11 @@ class ProgressLine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stops the bar, leaving the last line."""
+        """Stops the bar and leaves its last line."""
         self._progress.stop()
 
     def update(self, step: int, status: str) -> None:
-        """Shows the state of the run.
-
-        Args:
-          step: steps done.
-          status: what to say beside it.
-        """
+        """Shows the number of steps done, and a status text beside it."""
         self._step = step
         self._progress.update(self._task, completed=step, status=status)
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, versions, devices."""
+"""The origin of a number: command, commit, versions, devices."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ from jevb_jax.runs import files
 
 
 def environment() -> dict[str, Any]:
-    """What a published number needs beside its config: command, commit, versions, devices."""
+    """What a published number needs besides its config: command, commit, versions, devices."""
     packages = (
         "jevb-jax",
         "jax",
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None  # run from a checkout that is not installed
+            versions[package] = None  # a checkout that is not installed
     commit, is_dirty = _own_commit(Path(__file__).resolve())
     return {
         "command": sys.argv,
@@ -44,10 +44,10 @@ def environment() -> dict[str, Any]:
 
 
 def _own_commit(file: Path) -> tuple[str | None, bool]:
-    """The commit of a source file and whether tracked files differ from it; None of an installed one.
+    """Commit of a source file, and whether tracked files differ from it. None if it is installed.
 
-    An installed package lies in the repository of whoever uses it, under `.venv` for instance, and that
-    repository does not track it: its commit would be another project's.
+    An installed package may lie in another project's repository, for example under `.venv`. That
+    repository does not track the package, so its commit says nothing about it.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,11 +60,11 @@ def _own_commit(file: Path) -> tuple[str | None, bool]:
             return None, False
         is_dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout)
         return git("rev-parse", "HEAD").stdout.strip() or None, is_dirty
-    except FileNotFoundError:  # no git on this machine
+    except FileNotFoundError:  # git is not installed
         return None, False
 
 
 def read_environment(workdir: Path) -> dict[str, Any]:
-    """What `environment` wrote of a run; of one that was copied without it, that nobody knows."""
+    """What `environment` wrote for a run; empty values if the run was copied without the file."""
     path = workdir / "environment.json"
     return files.read_json(path) if path.exists() else {"command": []}

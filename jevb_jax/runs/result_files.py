@@ -1,4 +1,4 @@
-"""Files of results, which are never overwritten by results of other settings."""
+"""Result files. Results of one set of settings never overwrite those of another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,18 @@ from jevb_jax.runs import files
 
 
 def result_files(workdir: Path, suffix: str) -> list[Path]:
-    """Where the results of one evaluation are; JSON, which tells of the others, last."""
+    """Paths of the results of one evaluation. The JSON file is last: it proves completeness."""
     names = (f"results{suffix}.csv", f"report{suffix}.html", f"results{suffix}.json")
     return [workdir / name for name in names]
 
 
 def rename_results(workdir: Path, suffix: str, new_suffix: str) -> None:
-    """Gives the results of one evaluation other names.
+    """Renames the results of one evaluation.
 
     Args:
-      workdir: directory of the run, of `files.to_path`.
-      suffix: what the names end with now: "" is `results.json`.
-      new_suffix: what the names of the new results end with.
+      workdir: directory of the run, from `files.to_path`.
+      suffix: present ending of the names; "" is `results.json`.
+      new_suffix: new ending of the names.
     """
     new = result_files(workdir, new_suffix)
     for path, new_path in zip(result_files(workdir, suffix), new, strict=True):
@@ -28,20 +28,20 @@ def rename_results(workdir: Path, suffix: str, new_suffix: str) -> None:
 
 
 def keep_other_results(workdir: Path, suffix: str, settings_sha256: str) -> None:
-    """Copies results that those of other settings are about to replace.
+    """Copies results that results of other settings will replace.
 
-    The copies have a part of their settings' hash in their names: `results_1a2b3c4d.json`.
+    The names of the copies contain a part of the hash of their settings: `results_1a2b3c4d.json`.
 
     Args:
-      workdir: directory of the run, of `files.to_path`.
-      suffix: what the names of the new results end with.
-      settings_sha256: of the new results' settings; older ones of the same are not kept.
+      workdir: directory of the run, from `files.to_path`.
+      suffix: ending of the names of the new results.
+      settings_sha256: hash of the new results' settings. Results with the same hash are not kept.
     """
     path = workdir / f"results{suffix}.json"
     if not path.exists():
         return
     found = files.read_json(path)
-    # Older versions wrote no hash: that of the numbers does as well.
+    # Older versions wrote no hash of the settings; a hash of the numbers is as good.
     older = found["settings_sha256"] if "settings_sha256" in found else files.json_sha256(found)
     if older == settings_sha256:
         return
@@ -52,11 +52,11 @@ def keep_other_results(workdir: Path, suffix: str, settings_sha256: str) -> None
 
 
 def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) -> str:
-    """A hash of what results depend on beside the trained encoder.
+    """Hash of everything that results depend on besides the trained encoder.
 
     Args:
-      config: what the run was trained with, plain values.
-      data_changes: accepted changes of its data: results of other data are others.
+      config: config of the run, plain values.
+      data_changes: accepted changes of the data, because other data give other results.
 
     Returns:
       Hexadecimal digits.
@@ -66,7 +66,7 @@ def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) ->
 
 
 def is_own(path: Path, settings_sha256: str) -> bool:
-    """Whether results of these settings may be written to a path: nothing there, or the same's."""
+    """Whether a path is free for these results: it is absent or has the same settings."""
     if not path.exists():
         return True
     found = files.read_json(path)

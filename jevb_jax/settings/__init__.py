@@ -1,1 +1,1 @@
-"""Settings: what each may be, whether they fit each other, and the typed form that the rest reads."""
+"""Settings: their allowed values, whether they fit each other, and their typed form."""

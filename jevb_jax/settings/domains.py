@@ -1,4 +1,4 @@
-"""What a setting may be: domains, each with the words that follow "must be"."""
+"""Allowed values of settings, as domains with words that can follow "must be"."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ class Domain:
     """The values that a setting may have.
 
     Attributes:
-      says: what they are, to follow "must be".
-      accepts: whether a plain value is one of them.
+      says: the values in words that can follow "must be".
+      accepts: whether a plain value is allowed.
     """
 
     says: str
@@ -24,7 +24,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """A float or an integer that a float can hold."""
+    """Whether a value is a float, or an integer that fits into a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 1e300
@@ -35,7 +35,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def integer(low: int, high: int | None = None, *, note: str = "") -> Domain:
-    """Integers from `low` to `high`, both included; no bool, no float."""
+    """Integers from `low` to `high`, both included. No bool, no float."""
     bounds = f"of at least {low}" if high is None else f"from {low} to {high:,}"
     return Domain(
         f"an integer {bounds}{f' ({note})' if note else ''}",
@@ -60,7 +60,7 @@ def number(
     infinite: bool = False,
     note: str = "",
 ) -> Domain:
-    """Numbers from `low` to `high`, without an end where it is open; finite unless `infinite`."""
+    """Numbers from `low` to `high`; an open end is excluded. Infinity only with `infinite`."""
     is_bounded = math.isfinite(high)
     if is_bounded:
         says = f"a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
@@ -81,7 +81,7 @@ def number(
 
 
 def choice(*names: str) -> Domain:
-    """One of some texts."""
+    """One of several texts."""
     says = _list(names) if len(names) < 3 else f"one of {_list(names)}"
     return Domain(says, lambda value: isinstance(value, str) and value in names)
 
@@ -101,13 +101,10 @@ def many(domain: Domain, *, length: Sequence[int] = (), minimum: int = 0, note: 
     """A tuple of values of one domain.
 
     Args:
-      domain: what each value must be.
-      length: how many there may be; any number where it is empty.
-      minimum: at least so many.
-      note: what to say beside it.
-
-    Returns:
-      The domain of the tuple.
+      domain: the domain of each value.
+      length: allowed numbers of values; empty for any number.
+      minimum: smallest number of values.
+      note: words to add to the description.
     """
     if length:
         count = f"{_list([str(n) for n in length])} values"
@@ -129,7 +126,7 @@ def many(domain: Domain, *, length: Sequence[int] = (), minimum: int = 0, note: 
 
 
 def interval(low: float, high: float = math.inf) -> Domain:
-    """`(from, to)`, rising, within `(low, high]`; finite."""
+    """A finite range `(from, to)` with `low < from <= to <= high`."""
     one = number(low, high, low_open=True)
     within = f"in ({low:g}, {high:g}]" if math.isfinite(high) else f"above {low:g}, finite"
     return Domain(
@@ -144,7 +141,7 @@ def interval(low: float, high: float = math.inf) -> Domain:
 
 
 def rising(domain: Domain) -> Domain:
-    """A tuple of values of one domain, each larger than the one before."""
+    """A tuple of values of one domain, each larger than the one before it."""
     plain_many = many(domain)
     return Domain(
         f"{plain_many.says}, rising",
@@ -153,7 +150,7 @@ def rising(domain: Domain) -> Domain:
 
 
 def outside_sets() -> Domain:
-    """Sets of `ood.outside` and `ood.choice`, each a mapping."""
+    """The sets of `ood.outside` and `ood.choice`; each is a mapping."""
     return Domain(
         "a tuple of outside sets (configs/ood.py makes them), or ()",
         lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),

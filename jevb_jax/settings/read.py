@@ -1,9 +1,9 @@
-"""From plain values to typed settings: every key checked, all that is wrong in one error.
+"""Turns plain values into typed settings. Every key is checked; one error lists all that is wrong.
 
-Three kinds of config: of a run (`configs/default.py`), of a fine-tune (`configs/finetune_default.py`),
-and single sections. A check lists all settings that cannot be meant, and names each with its domain and
-the value that came. What depends on the data is checked once these are loaded, by
-`experiment.build_experiment` and by `evaluation.readiness`; still before the first step.
+There are three kinds of config: of a run (`configs/default.py`), of a fine-tune
+(`configs/finetune_default.py`), and single sections. The error gives each wrong setting with its
+domain and the value that it had. What depends on the data is checked when these are loaded, by
+`experiment.build_experiment` and `evaluation.readiness`, before the first step.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _Settings = TypeVar("_Settings")
 
 
 def domains(kind: type, prefix: str = "") -> dict[str, Domain]:
-    """What each setting of a class may be, by dotted key.
+    """The domain of each setting of a class, by dotted key.
 
     Args:
       kind: a class of `sections`.
@@ -50,18 +50,14 @@ RUN = domains(RunSettings)
 FINETUNE = domains(FinetuneSettings)
 OUTSIDE_SET = domains(OutsideSetSection)
 _ALWAYS_GIVEN = ("name", "group", "source", "protocol")
-# Of sets that the evaluation makes itself: a set and a group.
+# A set, and a group of sets, that the evaluation makes itself.
 _OTHER_CLASSES, _CORRUPTED = "other_classes", "corrupted"
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: tuples, ranges and arrays become lists, NumPy's scalars Python's.
+    """A copy in JSON types: tuples, ranges and arrays become lists, NumPy scalars numbers.
 
-    Args:
-      value: a plain value, as JSON has it.
-
-    Returns:
-      A copy. What JSON does not know, an iterator say, stays as it is: the checks refuse it.
+    Values that JSON does not have, such as iterators, stay as they are. The checks refuse them.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -71,7 +67,7 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, np.generic | np.ndarray):
         return plain(value.tolist())
-    for kind in (int, float, str):  # subclasses of these, as an IntEnum; a bool stays one
+    for kind in (int, float, str):  # for subclasses, such as IntEnum; a bool stays a bool
         if isinstance(value, kind) and type(value) not in (kind, bool):
             return kind(value)
     return value
@@ -100,7 +96,7 @@ def _shown(value: Any) -> str:
 
 
 def _problems(values: Mapping[str, Any], table: Mapping[str, Domain], prefix: str) -> list[str]:
-    """What is wrong with flat values, one text each."""
+    """One text for each wrong value."""
     problems = []
     for key, domain in table.items():
         if key in values and not domain.accepts(values[key]):
@@ -121,7 +117,7 @@ _KINDS = (
 def _check_keys(
     values: Mapping[str, Any], table: Mapping[str, Domain], *, prefix: str = ""
 ) -> None:
-    """Refuses settings that the table does not know, and a config that lacks some."""
+    """Raises ValueError for settings that the table does not have, or that the config lacks."""
     unknown = [key for key in values if key not in table]
     missing = [key for key in table if key not in values]
     if not unknown and not missing:
@@ -130,8 +126,8 @@ def _check_keys(
     for script, _, mark in _KINDS:
         if asked and script != asked and mark in values and mark not in table:
             raise ValueError(
-                f"this is a config of {script}, and {asked} needs one of its own (configs/"
-                f"{'default.py' if asked == 'train.py' else 'finetune_default.py'} holds all settings)"
+                f"this is a config for {script}, but {asked} needs its own config (configs/"
+                f"{'default.py' if asked == 'train.py' else 'finetune_default.py'} has all its settings)"
             )
     problems = []
     for key in unknown:
@@ -146,7 +142,7 @@ def _check_keys(
 
 
 def _built(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
-    """An object of a class of `sections`, of plain values that have exactly its keys."""
+    """Builds an object of a class of `sections` from plain values with exactly its keys."""
     made: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         value = values[name]
@@ -182,16 +178,13 @@ def _check_outside_sets(sets: Sequence[Mapping[str, Any]], where: str) -> list[s
 
 
 def run_settings(config: Mapping[str, Any]) -> RunSettings:
-    """The settings of a run, refused where a value cannot be meant or values do not fit each other.
+    """The typed settings of a run. Each value, and how they fit each other, is checked.
 
     Args:
       config: plain values, with the sections of configs/default.py.
 
-    Returns:
-      The settings.
-
     Raises:
-      ValueError: all wrong settings, each with its name, its domain and its value.
+      ValueError: lists all wrong settings, each with its name, its domain and its value.
     """
     values = _flatten(config)
     _check_keys(values, RUN)
@@ -206,16 +199,13 @@ def run_settings(config: Mapping[str, Any]) -> RunSettings:
 
 
 def saved_settings(config: Mapping[str, Any]) -> RunSettings:
-    """The settings of a run that was trained with them: of values nothing is asked any more.
+    """The typed settings of a run that was already trained. Values are not checked again.
 
     Args:
-      config: plain values, completed (`saved_config.completed_config`).
-
-    Returns:
-      The settings.
+      config: plain values, completed by `saved_config.completed_config`.
 
     Raises:
-      ValueError: settings that this version does not know, or that it lacks.
+      ValueError: a setting is missing, or this version does not have it.
     """
     _check_keys(_flatten(config), RUN)
     return _built(RunSettings, config)
@@ -225,13 +215,10 @@ def data_section(section: Mapping[str, Any]) -> DataSection:
     """The section `data` of a config, alone.
 
     Args:
-      section: plain values, as configs/transfer.py makes them.
-
-    Returns:
-      The settings.
+      section: plain values, as in configs/transfer.py.
 
     Raises:
-      ValueError: as `run_settings`.
+      ValueError: lists all wrong settings.
     """
     made = _section(DataSection, section, "data.")
     _refuse(_source_misfits(made))
@@ -244,11 +231,8 @@ def evaluation_section(section: Mapping[str, Any]) -> EvaluationSection:
     Args:
       section: its values; collections may be tuples or lists.
 
-    Returns:
-      The settings.
-
     Raises:
-      ValueError: as `run_settings`.
+      ValueError: lists all wrong settings.
     """
     return _section(EvaluationSection, plain(section), "evaluation.")
 
@@ -261,16 +245,13 @@ def _section(kind: type[_Settings], section: Mapping[str, Any], prefix: str) -> 
 
 
 def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
-    """The settings of a fine-tune.
+    """The typed settings of a fine-tune.
 
     Args:
       config: plain values, with the sections of configs/finetune_default.py.
 
-    Returns:
-      The settings.
-
     Raises:
-      ValueError: as `run_settings`.
+      ValueError: lists all wrong settings.
     """
     values = _flatten(config)
     _check_keys(values, FINETUNE)
@@ -290,7 +271,7 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
 
 
 def _misfits(settings: RunSettings) -> list[str]:
-    """Settings that are right alone and wrong together."""
+    """Settings that are allowed alone, but not together."""
     return [
         *_method_misfits(settings),
         *_batch_misfits(settings.train),
@@ -302,7 +283,7 @@ def _misfits(settings: RunSettings) -> list[str]:
 
 
 def _method_misfits(settings: RunSettings) -> list[str]:
-    """What a method needs, or has no use for."""
+    """Settings that the method needs or would ignore."""
     problems = []
     name, method, train = settings.method, METHODS[settings.method], settings.train
     num_small_crops = settings.augmentation.num_small_crops
@@ -326,7 +307,7 @@ def _method_misfits(settings: RunSettings) -> list[str]:
 
 
 def _batch_misfits(train: TrainSection) -> list[str]:
-    """Parts of a batch, and groups of BatchNorm."""
+    """Wrong numbers of parts of a batch, and of groups of BatchNorm."""
     if train.batch_size % train.num_micro_batches:
         return [
             "train.num_micro_batches must divide train.batch_size, got "
@@ -347,7 +328,7 @@ def _batch_misfits(train: TrainSection) -> list[str]:
 
 
 def _view_misfits(settings: RunSettings) -> list[str]:
-    """Sizes of views, their channels, and the patches that they are cut into."""
+    """Wrong sizes and channels of views, and patches that do not divide them."""
     problems = []
     views, model = settings.augmentation, settings.model
     if len(views.mean) != len(views.std):
@@ -373,7 +354,7 @@ def _view_misfits(settings: RunSettings) -> list[str]:
 
 
 def _posterior_misfits(settings: RunSettings) -> list[str]:
-    """What a likelihood on the sphere needs."""
+    """Settings that a likelihood on the sphere does not allow."""
     problems = []
     model, jevb, head = settings.model, settings.jevb, METHODS[settings.method].head
     if head == "posterior":
@@ -408,7 +389,7 @@ def _detection_misfits(settings: RunSettings) -> list[str]:
 
 
 def _source_misfits(section: DataSection) -> list[str]:
-    """What a source of data needs."""
+    """Settings that the source of the data lacks."""
     source = section.source
     if source == "tfds" and not section.tfds_name:
         return ["data.tfds_name must name the data set where data.source is tfds"]

@@ -1,4 +1,4 @@
-"""The config of a run, read from its directory."""
+"""Reads the config of a run from its directory."""
 
 from pathlib import Path
 from typing import Any
@@ -10,38 +10,31 @@ from jevb_jax.settings.saved_config import completed_finetune, saved_config
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
-    """The config of a run directory.
-
-    Args:
-      workdir: directory of the run.
-
-    Returns:
-      The config, locked. Lists are tuples again.
+    """The config of a run directory, locked; its lists are tuples again.
 
     Raises:
       FileNotFoundError: no run was started there.
     """
     path = files.to_path(workdir) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: --workdir must be a directory of train.py")
+        raise FileNotFoundError(f"{path} does not exist; --workdir must be a directory of train.py")
     config = read_config(path)
     config.lock()
     return config
 
 
 def read_config(path: str | Path) -> ConfigDict:
-    """The config that a run saved, to be changed and given again.
+    """The config that a run saved, not locked, so that it can be changed and used again.
+
+    Its lists are tuples again. Settings that did not exist at that time have the value that the run
+    was trained with.
 
     Args:
-      path: a `config.json`; or the `model.json` of a fine-tune or an export.
-
-    Returns:
-      The config, not locked. Lists are tuples again, and settings that did not exist yet are as they
-      were then.
+      path: a `config.json`, or the `model.json` of a fine-tune or an export.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a config.
+      ValueError: the file is not a config.
     """
 
     def tuples(value: Any) -> Any:

@@ -1,16 +1,17 @@
-"""Saved configs: the version of their form, and what older ones did not say yet."""
+"""Saved configs: the version of their format, and settings that older configs lack."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from jevb_jax.images import pictures
 
-# Of `config.json`: raised when a key is renamed, removed or means something else. A new key needs no new
-# version, only its value in `_BEFORE`. Files without it are from before there were versions.
+# Version of `config.json`. Raise it when a key is renamed, is removed or changes its meaning. A new
+# key needs no new version, only a value in `_BEFORE`. Files without a version are older than
+# versions.
 VERSION = 1
 _VERSION_KEY = "version"
 
-# Settings that came after the first runs, with the value that runs had before them.
+# Settings added after the first runs, with the values that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
     "data": {"max_image_pixels": pictures.MAX_PIXELS},
     "input": {"accept_changed_data": False},
@@ -18,51 +19,40 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
     "train": {"extend": False, "knn_every_epochs": 0},
-    "evaluation": {"knn_uniform_k": []},  # as JSON has it
+    "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
 }
-# Likewise, of sections that came later.
+# The same for whole sections that were added later.
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}
 
 
 def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with the settings that did not exist yet when it was saved.
-
-    Args:
-      config: plain values.
+    """A saved config with the settings that did not exist when it was saved.
 
     Returns:
-      A new config: each missing setting has the value by which that run was trained.
+      A new config. Each missing setting gets the value that the run was trained with.
     """
     added = {name: {**before, **config[name]} for name, before in _BEFORE.items() if name in config}
-    sections = _SECTIONS_BEFORE if "train" in config else {}  # not a part of a config
+    sections = _SECTIONS_BEFORE if "train" in config else {}  # only for a whole config
     return {**sections, **config, **added}
 
 
 def completed_finetune(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As `completed_config`, of a fine-tune.
-
-    Args:
-      config: plain values.
-
-    Returns:
-      A new config.
-    """
+    """The saved config of a fine-tune with the settings that did not exist when it was saved."""
     return {**config, "data": {**_BEFORE["data"], **config["data"]}}
 
 
 def saved_config(value: Any, where: object) -> dict[str, Any]:
-    """The completed config of a run, of the JSON that is said to hold it.
+    """The completed config of a run, from the JSON value that should hold it.
 
     Args:
-      value: what the JSON says.
+      value: the JSON value.
       where: the file, for messages.
 
     Returns:
-      See `completed_config`.
+      The result of `completed_config`.
 
     Raises:
-      ValueError: it is no config of a run, but another program's, for instance; or one of a later
-        version of this library.
+      ValueError: the value is not a config of a run, or it is of a later version of this library.
     """
     sections = ("data", "augmentation", "model", "train")
     is_config = (
@@ -72,25 +62,18 @@ def saved_config(value: Any, where: object) -> dict[str, Any]:
     )
     if not is_config:
         raise ValueError(
-            f"{where} holds no config of a run, as train.py writes it: another program's file, or a "
-            "part of one"
+            f"{where} holds no config of a run as train.py writes it; it may be the file of another "
+            "program, or only a part"
         )
     version = value.get(_VERSION_KEY, 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(
-            f"{where} is of version {version!r}, and this jevb_jax reads versions up to {VERSION}: it "
-            "was written by a later jevb_jax, update this one"
+            f"{where} is of version {version!r}, but this jevb_jax reads versions up to {VERSION}. A "
+            "later jevb_jax wrote it; update this one"
         )
     return completed_config({key: one for key, one in value.items() if key != _VERSION_KEY})
 
 
 def versioned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as `config.json` holds it: `saved_config` is the inverse.
-
-    Args:
-      config: plain values.
-
-    Returns:
-      A new config with the version of its form.
-    """
+    """A config with the version of its format, as in `config.json`; inverse of `saved_config`."""
     return {_VERSION_KEY: VERSION, **config}

@@ -1,7 +1,7 @@
-"""The settings of a run, typed: one frozen class a section, each setting beside its domain.
+"""The typed settings of a run: one frozen class for each section, each setting with its domain.
 
-`configs/default.py` and `configs/finetune_default.py` hold the same settings with their values, units
-and meaning. `read` makes these objects; nothing below them knows a config.
+`configs/default.py` and `configs/finetune_default.py` give the settings their values, units and
+meaning. `read` makes these objects; only they are used below it, never a config.
 """
 
 import math
@@ -32,7 +32,7 @@ from jevb_jax.settings.domains import (
 _PROBABILITY = number(0, 1)
 _WEIGHT = number(0)
 _DF = number(0, low_open=True, infinite=True, note="inf is the Gaussian")
-_SEED = integer(0, 2**32 - 1, note="the keys of JAX take 32 bits: of a longer hash, hash % 2**32")
+_SEED = integer(0, 2**32 - 1, note="JAX keys have 32 bits; for a longer hash give hash % 2**32")
 _PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
 _CORRUPTIONS = many(choice(*CORRUPTIONS))
 _SEVERITIES = rising(integer(1, NUM_SEVERITIES))
@@ -51,7 +51,7 @@ OutsideSets = Annotated[tuple[Mapping[str, Any], ...], outside_sets()]
 
 @dataclass(frozen=True)
 class InitSection:
-    """Weights to start from."""
+    """The weights to start from."""
 
     workdir: Annotated[str, text(note='"" = weights drawn by the seed')]
     step: Annotated[int, integer(-1, note="-1 = the latest")]
@@ -59,7 +59,7 @@ class InitSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which images."""
+    """The images."""
 
     source: Annotated[str, choice(*dataset.SOURCES)]
     train_paths: Paths
@@ -79,7 +79,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class InputSection:
-    """How images come to the devices."""
+    """How images reach the devices."""
 
     placement: Annotated[
         Literal["auto", "resident", "stream"], choice("auto", "resident", "stream")
@@ -92,7 +92,7 @@ class InputSection:
 
 @dataclass(frozen=True)
 class AugmentationSection:
-    """Views of an image."""
+    """How views are made of an image."""
 
     image_size: Annotated[int, integer(1)]
     crop_scale: Annotated[tuple[float, float], interval(0, 1)]
@@ -125,7 +125,7 @@ class AugmentationSection:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Networks."""
+    """The networks."""
 
     backbone: Annotated[
         str,
@@ -150,7 +150,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class JevbSection:
-    """JEVB's objective."""
+    """The objective of JEVB."""
 
     df: Df
     radial_df: Df
@@ -173,7 +173,7 @@ class JevbSection:
 
 @dataclass(frozen=True)
 class VicregSection:
-    """VICReg's objective."""
+    """The objective of VICReg."""
 
     invariance_weight: Weight
     variance_weight: Weight
@@ -190,7 +190,7 @@ class BarlowTwinsSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """Optimizer and learning rate."""
+    """The optimizer and the learning rate."""
 
     name: Annotated[str, choice("sgd", "lars", "larc", "adamw")]
     learning_rate: Annotated[float, number(0)]
@@ -206,7 +206,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How long, in what batches, and what is logged."""
+    """Length of the run, batches, and logs."""
 
     batch_size: Annotated[int, integer(2, note="BatchNorm needs at least 2")]
     num_epochs: Annotated[float, number(0, low_open=True)]
@@ -217,7 +217,7 @@ class TrainSection:
     target_decay: Annotated[float, number(0, 1, high_open=True, note="0 = none")]
     shard_optimizer_state: Flag
     steps_per_dispatch: Annotated[int, integer(0, note="0 = 1 on the CPU, else 10")]
-    log_every_steps: Annotated[int, integer(0, note="0 = the last step alone")]
+    log_every_steps: Annotated[int, integer(0, note="0 = only the last step")]
     health_every_steps: Annotated[int, integer(0, note="0 = off")]
     health_pairs: Flag
     health_num_images: Annotated[int, integer(1)]
@@ -226,16 +226,16 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """When a run is saved, and what is kept."""
+    """When the run is saved, and which checkpoints are kept."""
 
-    every_steps: Annotated[int, integer(0, note="0 = at the end alone")]
+    every_steps: Annotated[int, integer(0, note="0 = only at the end")]
     keep_latest: Annotated[int, integer(1)]
     keep_best: Annotated[int, integer(0, note="0 = off")]
 
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """What is measured of the features."""
+    """How the features are measured."""
 
     batch_size: Annotated[int, integer(1)]
     split: Annotated[Literal["test", "validation"], choice("test", "validation")]
@@ -250,7 +250,7 @@ class EvaluationSection:
 
 @dataclass(frozen=True)
 class OodSection:
-    """Detection and the use of uncertainty."""
+    """Detection, and checks of the uncertainty."""
 
     name: Text
     outside: OutsideSets
@@ -272,7 +272,7 @@ class OodSection:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that `configs/default.py` says."""
+    """All settings of `configs/default.py`."""
 
     method: Annotated[str, choice(*methods.METHODS)]
     seed: Annotated[int, _SEED]
@@ -293,7 +293,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class FinetuneInitSection:
-    """The encoder that is fine-tuned."""
+    """The encoder to fine-tune."""
 
     workdir: Annotated[str, text(is_empty_allowed=False, note="a run of train.py, or an export")]
     step: Annotated[int, integer(-1, note="-1 = the latest")]
@@ -302,7 +302,7 @@ class FinetuneInitSection:
 
 @dataclass(frozen=True)
 class FinetuneAugmentationSection:
-    """What is varied of an image; size and normalization are the encoder's."""
+    """How images are varied. Size and normalization are those of the encoder."""
 
     crop_scale: Annotated[tuple[float, float], interval(0, 1)]
     crop_ratio: Annotated[tuple[float, float], interval(0)]
@@ -311,7 +311,7 @@ class FinetuneAugmentationSection:
 
 @dataclass(frozen=True)
 class FinetuneTrainSection:
-    """How long, in what batches."""
+    """Length of the fine-tune, and batches."""
 
     batch_size: Annotated[int, integer(1)]
     num_epochs: Annotated[int, integer(1)]
@@ -326,7 +326,7 @@ class FinetuneEvaluationSection:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Everything that `configs/finetune_default.py` says."""
+    """All settings of `configs/finetune_default.py`."""
 
     seed: Annotated[int, _SEED]
     init: FinetuneInitSection
@@ -339,7 +339,7 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class OutsideSetSection:
-    """A set of `ood.outside` or `ood.choice`; all but the first four may be left out."""
+    """A set of `ood.outside` or `ood.choice`. All settings but the first four are optional."""
 
     name: Annotated[str, text(is_empty_allowed=False)]
     group: Annotated[str, text(is_empty_allowed=False)]

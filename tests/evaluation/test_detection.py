@@ -277,7 +277,7 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
     again = extract(variables(), ArraySource(gray[labels != 1].repeat(3, axis=-1)))
     np.testing.assert_allclose(found.embedding, again.embedding, rtol=1e-5)
     four = ArraySource(np.zeros((2, 8, 8, 4), np.uint8))
-    with pytest.raises(ValueError, match="has 4 channels and the network was trained on 3"):
+    with pytest.raises(ValueError, match="has 4 channels, but the network was trained on 3"):
         extract(variables(), four)
 
 

@@ -395,7 +395,7 @@ def test_settings_out_of_range_and_features_without_variance():
     ):
         with pytest.raises(DegenerateFeaturesError, match="Multiply all features"):
             fit(train.astype(np.float64) * 1e-38)
-    with pytest.raises(DegenerateFeaturesError, match="divide all features"):
+    with pytest.raises(DegenerateFeaturesError, match="Divide all features"):
         gaussian_detectors.fit_mahalanobis(train.astype(np.float64) * 1e36)
     for seed, error in ((-1, ValueError), (1.0, TypeError), (None, TypeError), (2**32, ValueError)):
         with pytest.raises(error, match="seed must be"):
@@ -674,7 +674,7 @@ def test_log_probabilities_are_no_logits():
         num_components=4,
     )
     for values, message in (
-        (sure, "not log-probabilities"),
+        (sure, "Did you give log-probabilities"),
         (np.exp(sure), "got probabilities"),
         (logits[:1], "one row for each image"),
         (np.where(logits > 1, np.nan, logits), "logits must be finite"),

@@ -170,7 +170,7 @@ def test_refuses():
         (lambda: reliability.risk_coverage_curve([0, 1], wrong.astype(int)), r"must be bool \[2\]"),
         (lambda: reliability.severity_correlation([[0, 1]]), r"must be \[S \+ 1, N\]"),
         (lambda: reliability.severity_correlation([[0], [np.nan]]), "1 of 2 are NaN"),
-        (lambda: reliability.share_increased([0, 1], [0]), "of the same images, got 2 and 1"),
+        (lambda: reliability.share_increased([0, 1], [0]), "one value for each image, got 2 and 1"),
         (lambda: reliability.label_entropy([[0, 0], [1, 0]]), "a vote for each image"),
         (lambda: reliability.label_entropy([[-1, 2]]), "a vote for each image"),
         (lambda: reliability.label_entropy([[np.inf, 2]]), "finite"),

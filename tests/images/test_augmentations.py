@@ -645,7 +645,7 @@ def test_float32_stays_float32_where_x64_is_enabled():
 
 
 def test_bad_images_and_arguments():
-    with pytest.raises(ValueError, match="vmap over a batch"):
+    with pytest.raises(ValueError, match="use vmap for a batch"):
         to_float(photographs())
     with pytest.raises(ValueError, match="1 or 3 channels"):
         to_float(np.zeros((4, 4, 2), np.uint8))

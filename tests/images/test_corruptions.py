@@ -175,7 +175,7 @@ def test_seeds_and_severities(name):
 def test_errors():
     with pytest.raises(ValueError, match="corruption must be one of"):
         corruptions.corrupt(images(), "fog", severity=1, seed=0)
-    with pytest.raises(ValueError, match="sides that 4 divides, got 30 x 32"):
+    with pytest.raises(ValueError, match="sides divisible by 4, got 30 x 32"):
         corruptions.corrupt(images()[:, :30], "patch_shuffle", severity=3, seed=0)
 
 

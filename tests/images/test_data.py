@@ -194,7 +194,7 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
         ),
         "float": ({"images": images, "labels": labels / 2}, TypeError, "integer labels"),
         "object": ({"images": np.array([{}], object)}, ValueError, "cannot be read"),
-        "size": ({"images": images[:, :4], "labels": labels}, ValueError, "differing size"),
+        "size": ({"images": images[:, :4], "labels": labels}, ValueError, "must have one size"),
         "unlabelled": ({"images": images}, ValueError, "has none"),
         "names": (
             {"images": images, "labels": labels, "class_names": ["a"]},
@@ -650,7 +650,7 @@ def test_validation_is_carved_from_train(tmp_path, labelled):
         share = np.bincount(full.train.labels, minlength=4) / 7.5
         assert np.abs(np.bincount(small.train.labels, minlength=4) - share).max() < 1
     for name, count in [("num_train_examples", 751), ("num_test_examples", 301)]:
-        with pytest.raises(ValueError, match=f"{count} examples asked for"):
+        with pytest.raises(ValueError, match=f"{count} examples were asked for"):
             load(**{name: count})
         assert load(**{name: count - 1})
 
@@ -703,13 +703,13 @@ def test_load_dataset_refuses(tmp_path, photos):
         ({"source": "digits", "validation_fraction": 0.0}, r"in \(0, 1\), got 0"),
         ({"source": "digits", "validation_fraction": 1.0}, r"in \(0, 1\), got 1"),
         ({"source": "digits", "validation_fraction": 1e-5}, "leaves both parts non-empty"),
-        ({"source": "digits", "image_size": 32}, "8x8 images and image_size is 32"),
+        ({"source": "digits", "image_size": 32}, "8x8 images, but image_size is 32"),
         ({"source": "digits", "image_size": -1}, "image_size >= 0"),
         ({"source": "digits", "num_train_examples": -1}, "0 for all"),
-        ({"source": "digits", "num_train_examples": 1295}, "1295 examples asked for"),
+        ({"source": "digits", "num_train_examples": 1295}, "1295 examples were asked for"),
         ({"source": "arrays"}, "at least one"),
         ({"source": "arrays", "train_paths": train}, "not one string"),
-        ({"source": "arrays", "train_paths": (train,)}, "labelled but has no test images"),
+        ({"source": "arrays", "train_paths": (train,)}, "has labels but no test images"),
         (
             {"source": "arrays", "train_paths": (train,), "test_paths": (train,)},
             "in both train_paths",
@@ -725,7 +725,7 @@ def test_load_dataset_refuses(tmp_path, photos):
         (pair | {"train_paths": named[:1], "test_paths": named[1:]}, "class_names differ"),
         ({"source": "folder"}, "one directory in train_paths"),
         ({"source": "folder", "train_paths": (folder, folder)}, "one directory in train_paths"),
-        ({"source": "folder", "train_paths": (folder,)}, "labelled but has no test images"),
+        ({"source": "folder", "train_paths": (folder,)}, "has labels but no test images"),
         (
             {"source": "folder", "train_paths": (folder,), "test_paths": (folder,)},
             "in both train_paths",

@@ -158,7 +158,7 @@ def test_too_many_pixels_are_refused_from_the_header(tmp_path, size):
 def test_the_limit_is_a_setting_even_above_pillows(tmp_path, monkeypatch):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     np.testing.assert_array_equal(FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
-    with pytest.raises(ValueError, match="9 x 6 = 54 pixels, and max_image_pixels allows 53"):
+    with pytest.raises(ValueError, match="9 x 6 = 54 pixels, but max_image_pixels allows 53"):
         FolderSource(tmp_path, max_image_pixels=53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
@@ -223,7 +223,7 @@ def test_all_endings_are_read_and_the_others_counted(tmp_path, caplog):
     assert listing.endings == {".heic": 2, ".svg": 1, "without an ending": 1}
     assert listing.num_hidden == 1
     FolderSource(tmp_path, image_size=4)
-    assert "4 files are left out, of no ending that is read: 2 .heic, 1 .svg" in caplog.text
+    assert "4 files are left out, because their ending is not read: 2 .heic, 1 .svg" in caplog.text
     assert "1 hidden" in caplog.text
 
 
@@ -274,7 +274,7 @@ def test_links_multiply_nothing(tmp_path, caplog):
     assert "10 links are not followed" in caplog.text
     (root / "cat" / "9.png").symlink_to("1.png")  # said, and meant: it is a file of its own
     assert len(FolderSource(root, image_size=4)) == 8
-    assert "1 links lead to pictures that are in the set anyway" in caplog.text
+    assert "1 links lead to pictures that are in the set too" in caplog.text
 
 
 @settings(max_examples=20, deadline=None)
@@ -315,5 +315,5 @@ def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path):
         os.mkdir(folder)
         with open(os.path.join(folder, b"a.png"), "wb") as file:
             file.write(content(Image.fromarray(PIXELS)).getvalue())
-    with pytest.raises(ValueError, match=r"'caf\\udce9' .* is no UTF-8: rename it"):
+    with pytest.raises(ValueError, match=r"'caf\\udce9' .* is not valid UTF-8; rename it"):
         FolderSource(tmp_path)

@@ -151,7 +151,7 @@ print(again.steps())
     )
     first, *rest = ended.stdout.splitlines()
     assert "could not be saved" in first, ended.stderr
-    assert "those of steps [1] in" in first
+    assert "The checkpoints of steps [1] in" in first
     assert rest == ["[1] True", "[1, 2]"]
 
 

@@ -242,7 +242,7 @@ def with_settings(built: Experiment, section: str, **keys: Any) -> Experiment:
     ("section", "keys", "error", "message"),
     [
         ("ood", {"default_score": "jevb/klx"}, ValueError, "ood.default_score must be one of"),
-        ("ood", {"knn_k": [161]}, ValueError, r"ood.knn_k = \(161,\) asks for more than the 160"),
+        ("ood", {"knn_k": [161]}, ValueError, r"ood.knn_k = \(161,\) must be at most 160"),
         ("ood", {"ssd_clusters": [99], "max_fit_images": 60}, ValueError, "ssd_clusters .* the 60 im"),
         ("ood", {"outside": [outside()]}, FileNotFoundError, r"ood.outside\[0\], 'a': no file at"),
         ("ood", {"choice": [outside()]}, FileNotFoundError, r"ood.choice\[0\], 'a': no file at"),
@@ -262,7 +262,9 @@ def test_images_that_a_corruption_cannot_divide_are_refused(built, size, severit
     images = ArraySource(np.zeros((2, size, size, 3), np.uint8))
     test = dataclasses.replace(built, dataset=built.dataset._replace(test=images))
     asked = {"corruptions": ["contrast", "patch_shuffle"], "severities": severities}
-    with pytest.raises(ValueError, match=rf"patch_shuffle, severity {severities[-1]}: .* divides"):
+    with pytest.raises(
+        ValueError, match=rf"patch_shuffle, severity {severities[-1]}: .* divisible"
+    ):
         readiness.check(with_settings(test, "ood", **asked))
     readiness.check(with_settings(test, "ood", **asked | {"corruptions": ["contrast"]}))
 
