@@ -188,13 +188,13 @@ def test_numbers_are_those_of_evaluate(run, tmp_path):
         assert auroc == pytest.approx(rows[score, "contrast_5"], abs=1e-6), score
     np.testing.assert_array_equal(found["test default"], found[f"test {default}"])
     for name in ("representation", "embedding"):
-        accuracy = knn.knn_accuracy(
+        (accuracy,) = knn.knn_accuracies(
             found[f"train {name}"],
             train.labels,
             found[f"test {name}"],
             test.labels,
             num_classes=num_classes(train),
-            k=20,
+            votes=[knn.Vote(20)],
         )
         (expected,) = (
             row["value"]

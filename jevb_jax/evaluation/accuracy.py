@@ -175,8 +175,7 @@ def knn_results(
             name,
             accuracy,
             knn.knn_protocol(
-                k=measures[measure].k,
-                temperature=measures[measure].temperature,
+                measures[measure],
                 bank=Split("train split", len(getattr(train, name))),
                 evaluated=Split(settings.split, len(getattr(test, name))),
                 features=name,
@@ -296,12 +295,11 @@ def wrong_predictions(
     k = settings.knn_k[0]
     if k > len(labels):
         return wrong
-    nearest = knn.knn_predict(
+    (nearest,) = knn.knn_predict(
         train.representation,
         labels,
         test.representation,
         num_classes=int(labels.max()) + 1,
-        k=k,
-        temperature=settings.knn_temperature,
+        votes=[Vote(k, settings.knn_temperature)],
     )
-    return {f"{k}_nn": np.asarray(nearest) != test_labels} | wrong
+    return {f"{k}_nn": nearest != test_labels} | wrong

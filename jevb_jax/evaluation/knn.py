@@ -1,8 +1,8 @@
 """k-NN classification: the nearest neighbors vote for a class."""
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -46,25 +46,33 @@ def _vote(
     return jnp.stack([scores_of_k[k] for k in ks])
 
 
-class Vote(NamedTuple):
+@dataclass(frozen=True)
+class Vote:
     """How neighbors choose a class.
 
     Attributes:
       k: number of neighbors.
-      temperature: a neighbor's vote weighs `exp(cosine / temperature)`. Positive. With None every
-        vote weighs the same.
+      temperature: a neighbor's vote weighs `exp(cosine / temperature)` (Wu et al. 2018, section
+        3.4; DINO does the same at 0.07). Positive. With None every vote weighs the same.
     """
 
     k: int
-    temperature: float | None
+    temperature: float | None = 0.1
 
 
-def _numbers_of_neighbours(k: Any) -> tuple[int, ...]:
-    ks = (k,) if arguments.is_single(k) else arguments.collected("k", k)
-    return tuple(arguments.whole_number("k", one, at_least=1) for one in ks)
+def _checked(vote: Vote) -> Vote:
+    if not isinstance(vote, Vote):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"votes must be a sequence of Vote(k, temperature), got {vote!r} in it")
+    k = arguments.whole_number("k", vote.k, at_least=1)
+    if vote.temperature is None:
+        return Vote(k, None)
+    temperature = arguments.positive_number("temperature", vote.temperature)
+    if temperature < np.finfo(np.float64).tiny:  # XLA reads a smaller number as zero
+        raise ValueError(f"temperature must be at least 2.3e-308, got {temperature}")
+    return Vote(k, temperature)
 
 
-def _scores_of_present_classes(
+def _shares_of_present_classes(
     train_features: ArrayLike,
     train_labels: ArrayLike,
     test_features: ArrayLike,
@@ -74,71 +82,41 @@ def _scores_of_present_classes(
     chunk_size: int,
     bank_chunk_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the classes that occur in the bank and the share of the votes for each.
+    """Returns the classes that occur in the bank, and the share of the votes for each.
 
-    The classes are `[P]`, in rising order; the shares are `[len(votes), M, P]`. Call this under
-    `jax.enable_x64`: float64 keeps the order of neighbors that are very close together.
+    The classes are `[P]`, in rising order; the shares are float64 `[len(votes), M, P]`: single
+    precision would lose the order of neighbors that are very close together.
     """
-    checked = _checked_votes(votes)
+    votes = [_checked(vote) for vote in arguments.collected("votes", votes)]
     labels = checked_labels(
         "train_labels",
         train_labels,
         num_examples=number_of_rows("train_features", train_features),
         num_classes=num_classes,
     )
-    half, index = checked_nearest(
-        ("train_features", "test_features"),
-        train_features,
-        test_features,
-        k=max(vote.k for vote in checked),
-        chunk_size=chunk_size,
-        bank_chunk_size=bank_chunk_size,
-    )
     # Only these classes can win. Labels may be ids of a database, in the millions.
     present, number = np.unique(labels, return_inverse=True)
-    neighbour_labels = number.astype(np.int32)[np.asarray(index)]
-    scores = np.empty([len(checked), len(half), len(present)])
-    for temperature in {vote.temperature for vote in checked}:
-        places = [i for i, vote in enumerate(checked) if vote.temperature == temperature]
-        scores[places] = _vote(
-            half,
-            neighbour_labels,
-            np.asarray(np.inf if temperature is None else temperature, half.dtype),
-            ks=tuple(checked[place].k for place in places),
-            num_classes=len(present),
-        )
-    return present, scores
-
-
-def _votes(k: int | Iterable[int], temperature: float | None) -> tuple[Vote, ...]:
-    return tuple(Vote(one, temperature) for one in _numbers_of_neighbours(k))
-
-
-def _checked_votes(votes: Iterable[Vote]) -> list[Vote]:
-    return [
-        Vote(arguments.whole_number("k", k, at_least=1), _checked_temperature(temperature))
-        for k, temperature in arguments.collected("votes", votes)
-    ]
-
-
-def _checked_temperature(temperature: float | None) -> float | None:
-    if temperature is None:
-        return None
-    checked = arguments.positive_number("temperature", temperature)
-    if checked < np.finfo(np.float64).tiny:  # XLA reads a smaller number as zero
-        raise ValueError(f"temperature must be at least 2.3e-308, got {checked}")
-    return checked
-
-
-def _predicted_labels(
-    train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, **settings: Any
-) -> np.ndarray:
-    """Labels with the most votes, `[len(votes), M]` int64."""
     with jax.enable_x64(True):
-        present, scores = _scores_of_present_classes(
-            train_features, train_labels, test_features, **settings
+        half, index = checked_nearest(
+            ("train_features", "test_features"),
+            train_features,
+            test_features,
+            k=max(vote.k for vote in votes),
+            chunk_size=chunk_size,
+            bank_chunk_size=bank_chunk_size,
         )
-        return present[np.argmax(scores, axis=-1)]
+        neighbor_labels = number.astype(np.int32)[np.asarray(index)]
+        shares = np.empty([len(votes), len(half), len(present)])
+        for temperature in {vote.temperature for vote in votes}:
+            places = [i for i, vote in enumerate(votes) if vote.temperature == temperature]
+            shares[places] = _vote(
+                half,
+                neighbor_labels,
+                np.asarray(np.inf if temperature is None else temperature, half.dtype),
+                ks=tuple(votes[place].k for place in places),
+                num_classes=len(present),
+            )
+    return present, shares
 
 
 def knn_class_scores(
@@ -147,50 +125,45 @@ def knn_class_scores(
     test_features: ArrayLike,
     *,
     num_classes: int,
-    k: int | Iterable[int],
-    temperature: float | None = 0.1,
+    votes: Iterable[Vote],
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> Array:
-    """Share of the votes of the `k` nearest neighbors that each class gets.
-
-    A neighbor votes with weight `exp(cosine / temperature)` (Wu et al. 2018, section 3.4; DINO
-    does the same at temperature 0.07).
+    """Share of the votes of the nearest neighbors that each class gets.
 
     Args:
       train_features: `[N, F]`, the bank.
-      train_labels: `[N]` integers.
+      train_labels: `[N]` integers in `[0, num_classes)`.
       test_features: `[M, F]`.
-      num_classes: `C`. Labels lie in `[0, C)`.
-      k: number of neighbors, or several such numbers. Several cost one search, for the largest.
-      temperature: positive. With None every vote weighs the same.
+      num_classes: `C`.
+      votes: one or more kinds of votes. All of them cost one search, for the largest `k`.
       chunk_size: test rows compared at once.
       bank_chunk_size: bank rows compared at once.
 
     Returns:
-      `[M, C]`, each row sums to one. For several `k`: `[len(k), M, C]`.
+      `[len(votes), M, C]`. Each row of classes sums to one.
 
     Raises:
-      ValueError: `temperature` is not positive, a label is out of range, or there is no `k`; also
-        for the reasons of `nearest_neighbours`.
+      ValueError: a temperature is not positive, a label is out of range, or there are no votes;
+        also for the reasons of `nearest_neighbours`.
       TypeError: labels are not integers, features are not floating point, or a setting is not a
         number.
     """
     num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
-    dtype = result_dtype(train_features, test_features)
-    with jax.enable_x64(True):
-        present, scores = _scores_of_present_classes(
-            train_features,
-            train_labels,
-            test_features,
-            num_classes=num_classes,
-            votes=_votes(k, temperature),
-            chunk_size=chunk_size,
-            bank_chunk_size=bank_chunk_size,
-        )
-        all_scores = np.zeros([*scores.shape[:-1], num_classes], dtype)
-        all_scores[..., present] = scores
-        return jnp.asarray(all_scores[0] if arguments.is_single(k) else all_scores)
+    present, shares = _shares_of_present_classes(
+        train_features,
+        train_labels,
+        test_features,
+        num_classes=num_classes,
+        votes=votes,
+        chunk_size=chunk_size,
+        bank_chunk_size=bank_chunk_size,
+    )
+    scores = np.zeros(
+        [*shares.shape[:-1], num_classes], result_dtype(train_features, test_features)
+    )
+    scores[..., present] = shares
+    return jnp.asarray(scores)
 
 
 def knn_predict(
@@ -199,97 +172,27 @@ def knn_predict(
     test_features: ArrayLike,
     *,
     num_classes: int,
-    k: int | Iterable[int],
-    temperature: float | None = 0.1,
+    votes: Iterable[Vote],
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
-) -> Array:
+) -> np.ndarray:
     """Class with the most votes; the lowest class wins a tie.
 
     Arguments and errors are those of `knn_class_scores`.
 
     Returns:
-      `[M]` int32. For several `k`: `[len(k), M]`.
+      `[len(votes), M]` integers.
     """
-    num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
-    predictions = jnp.asarray(
-        _predicted_labels(
-            train_features,
-            train_labels,
-            test_features,
-            num_classes=num_classes,
-            votes=_votes(k, temperature),
-            chunk_size=chunk_size,
-            bank_chunk_size=bank_chunk_size,
-        ),
-        jnp.int32,
-    )
-    return predictions[0] if arguments.is_single(k) else predictions
-
-
-@overload
-def knn_accuracy(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    test_labels: ArrayLike,
-    *,
-    num_classes: int,
-    k: int,
-    temperature: float | None = ...,
-    chunk_size: int = ...,
-    bank_chunk_size: int = ...,
-) -> float: ...
-
-
-@overload
-def knn_accuracy(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    test_labels: ArrayLike,
-    *,
-    num_classes: int,
-    k: Iterable[int],
-    temperature: float | None = ...,
-    chunk_size: int = ...,
-    bank_chunk_size: int = ...,
-) -> tuple[float, ...]: ...
-
-
-def knn_accuracy(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    test_labels: ArrayLike,
-    *,
-    num_classes: int,
-    k: int | Iterable[int],
-    temperature: float | None = 0.1,
-    chunk_size: int = 256,
-    bank_chunk_size: int = 65536,
-) -> float | tuple[float, ...]:
-    """Share of the test rows that `knn_predict` gets right.
-
-    The other arguments, and the errors, are those of `knn_class_scores`.
-
-    Args:
-      test_labels: `[M]` integers in `[0, num_classes)`.
-
-    Returns:
-      Accuracy in [0, 1]. For several `k`: one accuracy for each, in the same order.
-    """
-    accuracies = knn_accuracies(
+    present, shares = _shares_of_present_classes(
         train_features,
         train_labels,
         test_features,
-        test_labels,
-        num_classes=num_classes,
-        votes=_votes(k, temperature),
+        num_classes=arguments.whole_number("num_classes", num_classes, at_least=1),
+        votes=votes,
         chunk_size=chunk_size,
         bank_chunk_size=bank_chunk_size,
     )
-    return accuracies[0] if arguments.is_single(k) else accuracies
+    return present[np.argmax(shares, axis=-1)]
 
 
 def knn_accuracies(
@@ -299,17 +202,16 @@ def knn_accuracies(
     test_labels: ArrayLike,
     *,
     num_classes: int,
-    votes: Sequence[Vote],
+    votes: Iterable[Vote],
     chunk_size: int = 256,
     bank_chunk_size: int = 65536,
 ) -> tuple[float, ...]:
-    """Accuracies of several kinds of votes from one search for neighbors.
+    """Share of the test rows that `knn_predict` gets right.
 
     The other arguments, and the errors, are those of `knn_class_scores`.
 
     Args:
       test_labels: `[M]` integers in `[0, num_classes)`.
-      votes: at least one.
 
     Returns:
       Accuracies in [0, 1], one for each element of `votes`.
@@ -321,7 +223,7 @@ def knn_accuracies(
         num_examples=number_of_rows("test_features", test_features),
         num_classes=num_classes,
     )
-    predictions = _predicted_labels(
+    predictions = knn_predict(
         train_features,
         train_labels,
         test_features,
@@ -333,13 +235,11 @@ def knn_accuracies(
     return tuple(float(np.mean(prediction == labels)) for prediction in predictions)
 
 
-def knn_protocol(
-    *, k: int, temperature: float | None, bank: Split, evaluated: Split, features: str = "features"
-) -> str:
+def knn_protocol(vote: Vote, *, bank: Split, evaluated: Split, features: str = "features") -> str:
     """Sentence that says how a k-NN accuracy was measured.
 
     Args:
-      temperature: as for `knn_class_scores`.
+      vote: how neighbors voted.
       bank: the examples that vote.
       evaluated: the examples that were classified.
       features: name of the features, for example "representation".
@@ -348,8 +248,8 @@ def knn_protocol(
       One line: "k-NN cosine, k=20, T=0.1, un-augmented features, bank=train split (1,294),
       evaluated on test (360)".
     """
-    votes = "uniform votes" if temperature is None else f"T={temperature:g}"
+    weights = "uniform votes" if vote.temperature is None else f"T={vote.temperature:g}"
     return (
-        f"k-NN cosine, k={k}, {votes}, un-augmented {features}, bank={bank}, "
+        f"k-NN cosine, k={vote.k}, {weights}, un-augmented {features}, bank={bank}, "
         f"evaluated on {evaluated}"
     )

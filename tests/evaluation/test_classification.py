@@ -70,8 +70,7 @@ def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size):
             *train,
             test[0],
             num_classes=num_classes,
-            k=ks,
-            temperature=temperature,
+            votes=[Vote(k, temperature) for k in ks],
             chunk_size=chunk_size,
             bank_chunk_size=bank_chunk_size,
         )
@@ -97,14 +96,13 @@ def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
     assert searched == [20]
     with pytest.raises(ValueError, match="votes must hold at least one"):
         knn.knn_accuracies(*train, *test, votes=[], **settings)
-    for (k, temperature), accuracy in zip(votes, accuracies, strict=True):
-        settings["temperature"] = temperature
-        assert accuracy == knn.knn_accuracy(*train, *test, k=k, **settings)
-        if temperature is None:
-            model = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(*train)
-            predicted = knn.knn_predict(*train, test[0], k=k, **settings)
+    for vote, accuracy in zip(votes, accuracies, strict=True):
+        assert accuracy == knn.knn_accuracies(*train, *test, votes=[vote], **settings)[0]
+        if vote.temperature is None:
+            model = KNeighborsClassifier(vote.k, metric="cosine", algorithm="brute").fit(*train)
+            (predicted,) = knn.knn_predict(*train, test[0], votes=[vote], **settings)
             np.testing.assert_array_equal(predicted, model.predict(test[0]))
-            shares = knn.knn_class_scores(*train, test[0], k=k, **settings)
+            (shares,) = knn.knn_class_scores(*train, test[0], votes=[vote], **settings)
             np.testing.assert_allclose(shares, model.predict_proba(test[0]), rtol=1e-6)
 
 
@@ -112,18 +110,18 @@ def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
 def test_knn_equals_sklearn_on_digits():
     train, _, test = digits_splits()
     ks = (1, 5, 20, 200)
-    options = {"num_classes": 10, "temperature": 0.1, "chunk_size": 100, "bank_chunk_size": 500}
-    predictions = knn.knn_predict(*train, test[0], k=ks, **options)
-    assert predictions.dtype == jnp.int32
-    accuracies = knn.knn_accuracy(*train, *test, k=ks, **options)
+    votes = [Vote(k) for k in ks]
+    options = {"num_classes": 10, "chunk_size": 100, "bank_chunk_size": 500}
+    predictions = knn.knn_predict(*train, test[0], votes=votes, **options)
+    accuracies = knn.knn_accuracies(*train, *test, votes=votes, **options)
     for k, predictions_of_k, accuracy in zip(ks, predictions, accuracies, strict=True):
         expected, _ = sklearn_knn(train, test[0], k=k, temperature=0.1)
         np.testing.assert_array_equal(predictions_of_k, expected)
         assert accuracy == np.mean(expected == test[1])
-    one = knn.knn_predict(*train, test[0], k=20, **options)
+    (one,) = knn.knn_predict(*train, test[0], votes=[Vote(20)], **options)
     np.testing.assert_array_equal(one, predictions[ks.index(20)])
-    assert knn.knn_accuracy(*train, *test, k=20, **options) == accuracies[2]
-    assert knn.knn_accuracy(*train, *train, k=1, num_classes=10) == 1.0
+    assert knn.knn_accuracies(*train, *test, votes=[Vote(20)], **options) == (accuracies[2],)
+    assert knn.knn_accuracies(*train, *train, votes=[Vote(1)], num_classes=10) == (1.0,)
 
 
 @pytest.mark.parametrize(("chunk_size", "bank_chunk_size"), [*CHUNKS, (4, 3), (1, 1)])
@@ -141,8 +139,8 @@ def test_ties_go_to_the_lower_row_and_the_lower_class(chunk_size, bank_chunk_siz
     # Two neighbours of one vote each, of different classes: the lower class, in either order.
     same = np.ones((2, 4), np.float32)
     for labels in (np.array([3, 1]), np.array([1, 3])):
-        prediction = knn.knn_predict(same, labels, same[:1], num_classes=5, k=2)
-        assert prediction.tolist() == [1]
+        prediction = knn.knn_predict(same, labels, same[:1], num_classes=5, votes=[Vote(2)])
+        assert prediction.tolist() == [[1]]
 
 
 def test_neighbours_do_not_depend_on_the_chunks():
@@ -273,25 +271,25 @@ def test_accuracy_is_that_of_the_exact_neighbours(offset):
     weights = np.exp((half[:, :1] - half) / 0.1)
     votes = np.stack([np.bincount(labels[i], w, 10) for i, w in zip(index, weights, strict=True)])
     expected = np.mean(votes.argmax(axis=1) == test[1][:256])
-    found = knn.knn_accuracy(
-        bank, labels, queries, test[1][:256], num_classes=10, k=20, temperature=0.1
+    found = knn.knn_accuracies(
+        bank, labels, queries, test[1][:256], num_classes=10, votes=[Vote(20, 0.1)]
     )
-    assert found == expected
+    assert found == (expected,)
 
 
 def test_label_numbers_with_gaps_of_billions():
     train, test, num_classes = random_problem(num_train=256, num_test=64)
     numbers = 500_000_003 * np.arange(num_classes)
-    options: dict[str, Any] = {"k": 5}
-    expected = knn.knn_accuracy(*train, *test, num_classes=num_classes, **options)
+    options: dict[str, Any] = {"votes": [Vote(5)]}
+    expected = knn.knn_accuracies(*train, *test, num_classes=num_classes, **options)
     sparse = [(x, numbers[y]) for x, y in (train, test)]
-    found = knn.knn_accuracy(*sparse[0], *sparse[1], num_classes=int(numbers[-1]) + 1, **options)
+    found = knn.knn_accuracies(*sparse[0], *sparse[1], num_classes=int(numbers[-1]) + 1, **options)
     assert found == expected
     scores = knn.knn_class_scores(
         train[0], 3 * train[1], test[0], num_classes=3 * num_classes, **options
     )
     plain = knn.knn_class_scores(*train, test[0], num_classes=num_classes, **options)
-    np.testing.assert_array_equal(scores[:, ::3], plain)
+    np.testing.assert_array_equal(scores[..., ::3], plain)
     assert np.sum(scores) == pytest.approx(64, abs=1e-3)
     with pytest.raises(ValueError, match="hold 7 classes: number these from 0"):
         linear_probe.fit_linear_probe(
@@ -299,24 +297,23 @@ def test_label_numbers_with_gaps_of_billions():
         )
     for labels in (np.array(["cat", "dog"] * 128), train[1].astype(float)):
         with pytest.raises(TypeError, match=r"train_labels must be integers, got .*return_inverse"):
-            knn.knn_predict(train[0], labels, test[0], num_classes=7, k=5)
+            knn.knn_predict(train[0], labels, test[0], num_classes=7, votes=[Vote(5)])
 
 
 def test_settings_of_numpy_and_any_iterable():
     train, test, num_classes = random_problem(num_train=256, num_test=64)
-    expected = knn.knn_accuracy(*train, *test, num_classes=num_classes, k=(3, 5))
-    for k in (np.array([3, 5]), range(3, 6, 2), (n for n in (3, np.int64(5))), jnp.array([3, 5])):
-        found = knn.knn_accuracy(  # pyright: ignore[reportCallIssue]
+    votes = [Vote(3, 0.1), Vote(5, 0.1)]
+    expected = knn.knn_accuracies(*train, *test, num_classes=num_classes, votes=votes)
+    of_numpy: Any = [Vote(np.int64(3), np.float32(0.1)), Vote(np.array(5), np.float32(0.1))]  # pyright: ignore[reportArgumentType]
+    for same in (of_numpy, tuple(votes), (vote for vote in votes)):
+        found = knn.knn_accuracies(
             *train,
             *test,
             num_classes=np.int32(num_classes),  # pyright: ignore[reportArgumentType]
-            k=k,  # pyright: ignore[reportArgumentType]
-            temperature=np.float32(0.1),  # pyright: ignore[reportArgumentType]
+            votes=same,  # pyright: ignore[reportArgumentType]
             chunk_size=np.int64(256),  # pyright: ignore[reportArgumentType]
         )
         assert found == expected
-    for k in (np.uint8(5), np.array(5)):
-        assert knn.knn_accuracy(*train, *test, num_classes=7, k=k) == expected[1]  # pyright: ignore[reportArgumentType, reportCallIssue]
     points = [
         linear_probe.select_linear_probe(
             *train,
@@ -338,7 +335,6 @@ def test_settings_of_numpy_and_any_iterable():
     for refused in (
         {"k": whole},
         {"k": np.float64(5)},
-        {"k": (3, 5.0)},
         {"k": True},
         {"k": "5"},
         {"num_classes": 7.0},
@@ -346,10 +342,13 @@ def test_settings_of_numpy_and_any_iterable():
         {"bank_chunk_size": np.float32(9)},
         {"temperature": "0.1"},
         {"temperature": np.ones(2)},
+        {"votes": Vote(5)},
+        {"votes": [(5, 0.1)]},
     ):
-        options: dict[str, Any] = {"num_classes": 7, "k": 5} | refused
+        options: dict[str, Any] = {"num_classes": 7, "k": 5, "temperature": 0.1} | refused
+        votes = [Vote(options.pop("k"), options.pop("temperature"))]
         with pytest.raises(TypeError, match=f"{next(iter(refused))} must be"):
-            knn.knn_predict(*train, test[0], **options)
+            knn.knn_predict(*train, test[0], **({"votes": votes} | options))
     for grid, message in (
         (0.1, "must be a sequence"),
         ("0.1", "must be a sequence"),
@@ -364,10 +363,10 @@ def test_settings_of_numpy_and_any_iterable():
 
 def test_low_temperature_does_not_overflow():
     train, test, num_classes = random_problem()
-    options = {"num_classes": num_classes, "k": 20}
-    cold = knn.knn_class_scores(*train, test[0], temperature=1e-6, **options)
+    options = {"num_classes": num_classes}
+    cold = knn.knn_class_scores(*train, test[0], votes=[Vote(20, 1e-6)], **options)
     assert np.all(np.isfinite(cold))
-    nearest = knn.knn_predict(*train, test[0], num_classes=num_classes, k=1)
+    nearest = knn.knn_predict(*train, test[0], votes=[Vote(1)], **options)
     np.testing.assert_array_equal(np.argmax(cold, axis=-1), nearest)
 
 
@@ -429,19 +428,26 @@ def test_knn_errors():
     train, test, num_classes = random_problem(num_train=50, num_test=10)
 
     def predict(
-        train_x: Any = train[0], train_y: Any = train[1], test_x: Any = test[0], **options: Any
+        train_x: Any = train[0],
+        train_y: Any = train[1],
+        test_x: Any = test[0],
+        ks: tuple[int, ...] = (5,),
+        temperature: float = 0.1,
+        chunk_size: int = 256,
     ):
-        options = {"num_classes": num_classes, "k": 5} | options
-        return knn.knn_predict(train_x, train_y, test_x, **options)
+        votes = [Vote(k, temperature) for k in ks]
+        return knn.knn_predict(
+            train_x, train_y, test_x, num_classes=num_classes, votes=votes, chunk_size=chunk_size
+        )
 
-    for k in (51, (5, 51)):
+    for ks in ((51,), (5, 51)):
         with pytest.raises(ValueError, match="k must be between 1 and the size of the bank, 50"):
-            predict(k=k)
-    for k in (0, -1, (5, 0)):
+            predict(ks=ks)
+    for ks in ((0,), (-1,), (5, 0)):
         with pytest.raises(ValueError, match="k must be at least 1"):
-            predict(k=k)
-    with pytest.raises(ValueError, match="k must hold at least one"):
-        predict(k=())
+            predict(ks=ks)
+    with pytest.raises(ValueError, match="votes must hold at least one"):
+        predict(ks=())
     for temperature in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="temperature must be positive"):
             predict(temperature=temperature)
@@ -469,7 +475,7 @@ def test_knn_errors():
     with pytest.raises(ValueError, match=r"must lie in \[0, 7\), 4 of 50 do not"):
         predict(train_y=unlabelled)
     with pytest.raises(ValueError, match=r"test_labels must lie in \[0, 7\)"):
-        knn.knn_accuracy(*train, test[0], test[1] + 7, num_classes=7, k=5)
+        knn.knn_accuracies(*train, test[0], test[1] + 7, num_classes=7, votes=[Vote(5)])
 
 
 # --- linear probe ---------------------------------------------------------------------------------
@@ -908,11 +914,11 @@ def test_protocols():
     train = Split("train split", 1294)
     validation = Split("validation", 143)
     test = Split("test", 360)
-    assert knn.knn_protocol(k=20, temperature=0.1, bank=train, evaluated=test) == (
+    assert knn.knn_protocol(Vote(20, 0.1), bank=train, evaluated=test) == (
         "k-NN cosine, k=20, T=0.1, un-augmented features, bank=train split (1,294), "
         "evaluated on test (360)"
     )
-    uniform = knn.knn_protocol(k=10, temperature=None, bank=train, evaluated=test)
+    uniform = knn.knn_protocol(Vote(10, None), bank=train, evaluated=test)
     assert uniform.startswith("k-NN cosine, k=10, uniform votes, un-augmented features, ")
     protocol = linear_probe.linear_protocol(
         solver="lbfgs",
