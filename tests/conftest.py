@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compiling, and hardly any of it is running; XLA's older code generator is
 # the quicker one at that. Processes that tests start inherit it, unless they add `AS_USERS_RUN_IT`: the
 # optimised program is tested there, and where `optimised` asks for it.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 # What one test compiled, others read: on every worker and in the processes that tests start. Workers

@@ -52,6 +52,7 @@ def copy(exported, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_served_function_equals_the_model_on_real_digits_for_any_batch(exported):
     model, directory = exported
     images = digits().images
@@ -77,6 +78,7 @@ def test_served_function_equals_the_model_on_real_digits_for_any_batch(exported)
     )
 
 
+@pytest.mark.slow
 def test_photos_are_served_as_the_model_sees_them(tmp_path):
     # Read to 12 pixels and seen at 8, as 256 and 224 are.
     model = small_model(square_size=12)
@@ -99,6 +101,7 @@ def test_photos_are_served_as_the_model_sees_them(tmp_path):
     assert loading._saved_square_size({"config": model.config}) == 12
 
 
+@pytest.mark.slow
 def test_an_export_is_made_and_loaded_in_a_process_of_64_bits(exported, tmp_path):
     model, directory = exported
     images = digits().images[:5]

@@ -142,6 +142,7 @@ def classifier_of(encoder: Model) -> finetuning.Classifier:
     return finetuning.Classifier(encoder, arrays)
 
 
+@pytest.mark.slow
 def test_a_classifier_sees_photos_as_its_own_data_were_read(encoder, tmp_path):
     """The encoder's own data were stored images; the classifier's were read to 12 pixels."""
     y, x = np.mgrid[:24, :50]
@@ -239,6 +240,7 @@ def test_directory_that_cannot_be_used_is_known_before_training(encoder, tmp_pat
         tuned(encoder, tmp_path / "held", "frozen")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["finetune.py", "evaluate.py"])
 def test_damage_is_one_message_of_the_scripts(encoder, tmp_path, script):
     for file in encoder.iterdir():

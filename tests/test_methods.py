@@ -143,6 +143,7 @@ def test_jevb_loss_is_the_weighted_bound_per_dimension():
     np.testing.assert_allclose(found.metrics["elbo"], terms.elbo, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed_scale", [None, 0.7])
 def test_jevb_scale_of_the_likelihood_can_be_its_own(fixed_scale):
     settings = dataclasses.replace(SETTINGS, fixed_scale=fixed_scale)

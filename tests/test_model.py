@@ -325,6 +325,7 @@ def test_photos_are_seen_as_the_evaluation_sees_their_files(untrained, folder):
     np.testing.assert_allclose(similarity, np.linalg.norm(seen.embedding, axis=1), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_model_of_stored_images_cuts_photos_too(untrained):
     model = untrained.model.with_square_size(0)
     photos = [photo(*size) for size in ((28, 56), (48, 16), (16, 16), (30, 30))]
@@ -399,6 +400,7 @@ def test_numbers_of_numpy_and_jax_are_numbers(untrained):
         assert (type(other.step), other.step, other.extractor._batch_size) == (int, 3, 8)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
     model = untrained.model
 
@@ -455,6 +457,7 @@ def small_detector(
     return model.detector(0.1, score, fit_images=fit_images, calibration_images=images[40:])
 
 
+@pytest.mark.slow
 def test_models_and_detectors_can_be_pickled_and_copied(untrained):
     images = untrained.test_images
     model = untrained_model()
@@ -603,6 +606,7 @@ def test_a_saved_score_holds_names_of_ours_alone():
         saved_scores.describe(lambda x: x)
 
 
+@pytest.mark.slow
 def test_a_process_of_64_bits_has_the_numbers_of_32(untrained, tmp_path):
     images = untrained.test_images
     model = untrained.model

@@ -110,6 +110,7 @@ def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
     assert math.isclose(float(table.splitlines()[2].split("|")[6]), 19_400)
 
 
+@pytest.mark.slow
 def test_latency_table_of_the_docs_is_what_the_command_prints():
     work = scaling_model.imagenet_workload(4096)
     rows = scaling_model.scaling_rows(work, (8, 32, 128, 512), utilisation=0.3)

@@ -96,6 +96,7 @@ def plain():
     return everything(*make_batch())
 
 
+@pytest.mark.slow
 def test_plain_numbers_are_finite_and_one_for_each_example():
     for leaf in jax.tree.leaves(plain()):
         assert leaf.shape[0] == 16
@@ -192,6 +193,7 @@ def test_gradients_agree_between_one_device_and_eight():
     jax.tree.map(lambda x, y: close(np.asarray(x)[0], y), per_device, expected)
 
 
+@pytest.mark.slow
 def test_repeated_calls_compile_once():
     traces = []
 

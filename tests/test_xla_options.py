@@ -123,6 +123,7 @@ def test_several_devices_get_no_options():
     assert xla_options.network_options() == {}
 
 
+@pytest.mark.slow
 def test_features_are_extracted_with_the_options(monkeypatch):
     # Which options is known by the error of the compiler that gets one that it does not know.
     monkeypatch.setattr(features, "network_options", lambda: {"no_such_option": ""})

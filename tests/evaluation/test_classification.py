@@ -616,6 +616,7 @@ def test_sgd_comes_near_lbfgs_and_is_seeded():
     assert np.max(np.abs(probe.weights - other.weights)) > 2e-5
 
 
+@pytest.mark.slow
 def test_sgd_steps_fit_the_curvature_of_correlated_features():
     (features, labels), _, num_classes = random_problem(num_features=8)
     noise = np.random.default_rng(0).normal(size=(700, 56))

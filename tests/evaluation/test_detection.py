@@ -165,6 +165,7 @@ def test_terms_are_of_the_image_and_its_augmented_views():
         np.testing.assert_allclose(getattr(terms, name)[:3], value, rtol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_metrics_compare_the_corrupted_images_with_themselves():
     (row,) = [
         r for r in found().results if (r.score, r.outside) == ("embedding/knn_5", "contrast_5")
@@ -262,6 +263,7 @@ def test_choice_sees_validation_images_only(tmp_path):
     assert "noise" not in chosen.outside
 
 
+@pytest.mark.slow
 def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
     gray = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 1), np.uint8)
     labels = np.arange(12) % 3
@@ -343,6 +345,7 @@ def test_what_two_scores_share_is_fitted_once():
     assert not any(name.endswith("_knn") for name in table)
 
 
+@pytest.mark.slow
 def test_degenerate_features_leave_a_score_out_by_name():
     train = evaluation()[1].train
     constant = train._replace(embedding=np.ones_like(train.embedding), terms=None)

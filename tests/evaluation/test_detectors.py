@@ -114,6 +114,7 @@ def test_terms_are_means_over_views_and_ordered_pairs():
     )
 
 
+@pytest.mark.slow
 def test_kl_and_entropy_are_scipys():
     _, m, s = (np.asarray(x, np.float64) for x in views())
     entropy = [[scipy.stats.norm(0, s[v, i]).entropy().sum() for i in range(N)] for v in range(V)]
@@ -149,6 +150,7 @@ def test_the_bounds_and_a_single_view():
     assert terms(1).cross_view_log_likelihood is None
 
 
+@pytest.mark.slow
 def test_unfactorised_bound_reaches_the_exact_evidence():
     # p(h | z) = N(z, s^2), p(z) = N(0, p^2): log p(h) is a Gaussian's.
     h, prior, s = normal(5, N, 3), 1.5, 0.7
@@ -229,6 +231,7 @@ def test_knn_is_scikit_learns(k):
     )
 
 
+@pytest.mark.slow
 def test_whitened_knn_is_scikit_learns_after_whitening():
     train, new = correlated(0, 300).astype(np.float64), correlated(1, 70).astype(np.float64)
     covariance = np.cov(train.T, bias=True)
@@ -305,6 +308,7 @@ def test_class_mahalanobis_and_rmd_are_the_papers():
     np.testing.assert_allclose(found, relative, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_vim_is_the_published_code_written_again():
     train, new, w, b = correlated(0, 400), correlated(1, 50), normal(2, 7, 3), normal(3, 3)
     x, q = train.astype(np.float64), new.astype(np.float64)
@@ -402,6 +406,7 @@ def test_settings_out_of_range_and_features_without_variance():
             gaussian_detectors.fit_ssd(train, num_clusters=2, seed=seed)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_typicality_is_right_on_both_sides():
     # In-distribution terms around 0; one set has too high, one too low a likelihood.
     rng = np.random.default_rng(0)
@@ -467,6 +472,7 @@ def spectrum(num_images: int, rng: np.random.Generator, factor: float = 1.0) -> 
     return (rng.normal(size=(num_images, 24)) * std) @ turn + 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DENSITIES)
 def test_as_few_images_as_features_tell_strange_ones(name):
     rng = np.random.default_rng(0)
@@ -478,6 +484,7 @@ def test_as_few_images_as_features_tell_strange_ones(name):
     assert detection_metrics.ood_metrics(*found).auroc > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [300, 9])
 @pytest.mark.parametrize("name", DENSITIES)
 @pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.detector_input.FewImagesWarning")
@@ -501,6 +508,7 @@ def test_what_leaves_the_span_is_strange(name, num_images):
     assert np.all(found[1:].min(axis=1) > found[0].max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mahalanobis", "whitened_knn", "residual"])
 def test_dead_features_change_nothing_where_they_are_dead(name):
     train, new = correlated(0, 400), correlated(1, 50)
@@ -527,6 +535,7 @@ def test_what_cannot_be_fitted_is_refused():
         gaussian_detectors.fit_residual(train[:, :1], num_components=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 300])
 def test_neighbours_are_found_under_an_offset_and_among_near_duplicates(offset):
     train, new = ((0.3 * normal(seed, 400, 16) + offset).astype(np.float32) for seed in (0, 1))
@@ -540,6 +549,7 @@ def test_neighbours_are_found_under_an_offset_and_among_near_duplicates(offset):
         )
 
 
+@pytest.mark.slow
 def test_neighbours_in_two_far_crowds():
     # A product of float32 does not tell the members of a crowd apart, wherever the center is.
     rng = np.random.default_rng(0)
@@ -557,6 +567,7 @@ def test_neighbours_in_two_far_crowds():
     np.testing.assert_allclose(found, distances[:, 4], rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_directions_of_features_with_much_in_common():
     rng = np.random.default_rng(0)
     train, inside, outside = (1e4 + s * rng.normal(size=(200, 6)) for s in (1, 1, 3))
@@ -593,6 +604,7 @@ LOGIT_SCORES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", LOGIT_SCORES)
 def test_logits_of_every_type_are_promoted(score):
     logits = np.array([[3, 0, 2], [101, 100, 7], [120, 2, 1], [9, 9, 9]])
@@ -611,6 +623,7 @@ def test_logits_of_every_type_are_promoted(score):
         score(np.zeros((4, 0), np.float32))
 
 
+@pytest.mark.slow
 def test_digits_that_all_logits_share_are_not_lost():
     margins = np.array([1, 3, 7])
     expected = -np.log1p(np.exp(margins.astype(np.float64)))
@@ -624,6 +637,7 @@ def test_digits_that_all_logits_share_are_not_lost():
     )
 
 
+@pytest.mark.slow
 def test_an_overflow_is_never_inside():
     inf = np.inf
     logits = np.array([[inf, 0], [inf, inf], [-inf, -inf], [3, 1]], np.float32)
@@ -698,6 +712,7 @@ def test_log_probabilities_are_no_logits():
         labeled_detectors.vim_origin(w, b[:1])
 
 
+@pytest.mark.slow
 def test_vim_weighs_few_images_as_many():
     # Alpha is of images that the subspace was not fitted to; its own leave it nothing.
     rng = np.random.default_rng(0)
@@ -731,6 +746,7 @@ def test_counts_are_integers_and_a_wrong_one_spoils_no_right_one(bad):
         assert np.all(np.isfinite(neighbor_detectors.fit_knn(train, k=k)(train[:2])))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DENSITIES, "knn"])
 def test_features_of_another_width_are_refused_and_no_images_have_no_scores(name):
     train = correlated(0, 40, 14)

@@ -191,6 +191,7 @@ def transfer_values(settings: EvaluationSection, dataset: Any, extract: Any) -> 
     return {r["name"]: r["value"] for r in found["trained"] if r["features"] == "embedding"}
 
 
+@pytest.mark.slow
 def test_rare_classes_and_sparse_numbers_leave_out_one_row_and_change_no_other():
     labels = np.concatenate([np.arange(60) % 3, np.full(3, 3)])
     whole = transfer_values(dataclasses.replace(SETTINGS, labels_per_class=2), *synthetic(labels))

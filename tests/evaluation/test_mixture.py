@@ -156,6 +156,7 @@ def test_mass_of_equal_scales_is_a_quadrature_over_the_angle(float64, df, width)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", [0.5, np.inf])
 def test_queries_at_a_location_and_at_its_antipode(df):
     mean, s, _ = images(1, 32, 0.05)

@@ -388,6 +388,7 @@ ADJUSTMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strengths", [(0.4, 0.4, 0.4, 0.1), (0.0, 0.4, 0.4, 0.1), (0.4, 0.4, 0.4, 0.0)]
 )
@@ -442,6 +443,7 @@ def test_jitter_factor_never_goes_below_zero():
 # --------------------------------------------------------------------------------------------- views
 
 
+@pytest.mark.slow
 def test_plain_view_is_the_view_of_evaluation_and_the_oracle():
     image = photographs()[0][:40, :40]
     view = PLAIN(jax.random.key(0), image)
@@ -581,6 +583,7 @@ def test_jit_and_vmap_change_nothing():
     np.testing.assert_allclose(batched[0], alone, atol=2e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), size=st.sampled_from([(1, 1), (3, 2), (5, 9)]))
 def test_any_image_of_any_size_gives_a_finite_view(seed, size):

@@ -302,6 +302,7 @@ def triangle_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.einsum("ph,hwc,qw->pqc", vertical, image.astype(np.float64), horizontal)
 
 
+@pytest.mark.slow
 def test_folder_resizes_like_the_definition(tmp_path):
     photo = load_sample_image("china.jpg")
     sizes = [(90, 150), (150, 90), (91, 140), (37, 20), (48, 48), (48, 97), (64, 48)]
@@ -1090,6 +1091,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_reading_tfds_imports_no_tensorflow(tfds_root, photos):
     """A TensorFlow that can be found, and explodes when imported, as on a machine that has it."""
     output = run_python(f"""

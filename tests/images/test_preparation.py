@@ -62,6 +62,7 @@ def test_square_is_the_filter_s(height, width, size, channels):
     np.testing.assert_array_equal(pixels, levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(28, 56), (57, 31), (9, 7), (16, 40)])
 def test_device_and_host_cut_the_same_square(shape):
     image = noise(*shape)

@@ -134,6 +134,7 @@ def test_groups_by_vmap_are_those_of_flax_one_by_one(has_shortcut, relu):
         np.testing.assert_allclose(together[index], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_reverse_mode():
     with jax.enable_x64(True):
         (x, shortcut, scale, bias), cotangents = inputs(True, dtype=np.float64)

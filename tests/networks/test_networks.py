@@ -666,6 +666,7 @@ def test_scales_of_batch_norms_start_at_one_but_where_asked(zero_init_residual):
             np.testing.assert_array_equal(leaf, 0 if is_zero else 1, err_msg=name)
 
 
+@pytest.mark.slow
 def test_initial_kernels_have_the_published_spread():
     resnet = ResNet(stage_sizes=(1, 1), bottleneck=False, stem="imagenet", width=64)
     params = initialise(resnet, jnp.zeros((1, 8, 8, 3)))["params"]

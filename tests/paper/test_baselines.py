@@ -98,6 +98,7 @@ ORACLES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -148,6 +149,7 @@ def test_vi_simsiam_is_the_power_spherical_log_likelihood():
     np.testing.assert_array_equal(swapped.loss, terms.loss)
 
 
+@pytest.mark.slow
 def test_vi_simsiam_check_values():
     # D = 64, k = 50: H = -47.7297 and E[cos] = k / (D - 1 + k) = 0.44248. The density at that cosine
     # and the entropy, both by the formulas, and the mean log-likelihood of samples that follow it.
@@ -164,6 +166,7 @@ def test_vi_simsiam_check_values():
     assert loss.mean() == pytest.approx(-47.7297, abs=4 * loss.std() / np.sqrt(20_000))
 
 
+@pytest.mark.slow
 def test_vi_simsiam_gradients():
     m1, m2, t1, t2 = normal(2, 4, 6, 8)
     k1, k2 = np.exp(normal(3, 2, 6))

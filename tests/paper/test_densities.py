@@ -82,6 +82,7 @@ def test_directional_matches_scipy_in_the_tangent_space(float64, dim, coordinate
     assert_close(directional(u, m, scale, df, coordinates), expected, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dim", [3, 6])
 def test_directional_values_and_gradients_match_forty_digits(float64, dim, coordinates):
@@ -167,6 +168,7 @@ def test_directional_isotropic_is_a_function_of_the_cosine(float64, dim):
     assert_close(directional(u, m, scale_diag, df, "stereographic"), stereographic, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, 8, 100])
 def test_chordal_gaussian_limit_is_von_mises_fisher_up_to_its_constant(float64, dim):
     rng = np.random.default_rng(0)
@@ -356,6 +358,7 @@ def grid_oracle(dim, u, m, scale_diag, df, coordinates):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dim", [3, pytest.param(8, marks=pytest.mark.slow), 128, 4096])
 def test_directional_over_the_domain(dim, coordinates):
@@ -420,6 +423,7 @@ def test_isotropic_chord_at_the_antipode_is_two(float64):
     assert_close(actual, np.full(4, expected), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_directional_at_the_zero_embedding_is_finite(coordinates):
     # `polar_decomposition` gives direction zero at the zero vector.
@@ -431,6 +435,7 @@ def test_directional_at_the_zero_embedding_is_finite(coordinates):
         assert np.all(np.isfinite(array))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_directional_is_continuous_into_the_gaussian(float64, coordinates):
     # Derivation: log p_df - log p_inf = (n (n - 2) - 2 n Q + Q^2) / (4 df) + O(df^-2).
@@ -458,6 +463,7 @@ def test_directional_is_continuous_into_the_gaussian(float64, coordinates):
             np.testing.assert_allclose(gradient, limit_gradient, atol=1e4 / df)
 
 
+@pytest.mark.slow
 def test_directional_shapes_and_types():
     rng = np.random.default_rng(0)
     u, m = oracles.random_units(rng, 2, 2, 5, 4).astype(np.float32)
@@ -523,6 +529,7 @@ def test_multivariate_student_t_matches_scipy(float64):
     np.testing.assert_allclose(one, student_t_log_prob(x, df=df, loc=loc, scale=scale), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", [0.1, 5.0, 1e8, np.inf])
 def test_multivariate_student_t_is_finite_in_float32(df):
     rng = np.random.default_rng(1)
@@ -609,6 +616,7 @@ def test_radial_mass(float64, df, scale):
     assert linear_mass < 1 + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["log", "linear"])
 def test_radial_float32_over_the_domain(space):
     length = np.array([0, 1e-20, 1e-4, 0.7, 1, 30, 1e4])
@@ -755,6 +763,7 @@ def power_spherical_with_gradients(direction, loc, concentration):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", SPHERE_DIMS)
 def test_power_spherical_over_the_domain(dim):
     u, m, k, cosine = sphere_pairs(dim, (*CONCENTRATIONS, 1e6))
@@ -879,6 +888,7 @@ def test_both_tails_share_their_gaussian_limit(float64):
     np.testing.assert_allclose(joint, feature, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tails", "force"), [("joint", 5 / 15), ("feature", 5.0)])
 def test_force_that_holds_a_scale_up_far_in_the_tail(float64, tails, force):
     # A common scale far below the residuals: the slope in its logarithm, for each tangent dimension.
@@ -984,6 +994,7 @@ def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
         assert np.max(error) < 3e-5, (name, arguments[:, np.argmax(error)], np.max(error))
 
 
+@pytest.mark.slow
 def test_student_t_between_the_ends_of_float32():
     # The difference overflows in the first row, what is not selected in the second, and the square of
     # the scale in the rest.
@@ -1009,6 +1020,7 @@ def test_student_t_between_the_ends_of_float32():
         np.testing.assert_allclose(slope, [-6 / (x - loc), 0, 0], rtol=1e-5, atol=1e-37)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
     # Scales at a model's floor and far below it, across from the location and next to its antipode.
@@ -1091,6 +1103,7 @@ def test_multivariate_student_t_far_in_the_tail():
     np.testing.assert_allclose(of_df, float(slope), rtol=1e-5)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_kl_of_scales_whose_quotient_underflows():
     for scale, prior in ((1e-30, 1e30), (1.3e-38, 3e37), (1e-20, 1e20), (1e-5, 1e5)):
         of_scale, of_prior = (np.float64(np.float32(v)) for v in (scale, prior))
@@ -1230,6 +1243,7 @@ def test_every_argument_broadcasts_against_the_batch():
     assert student_t_log_prob(2.0, loc=k, scale=1.0, df=k[:, None]).shape == (3, 3)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32_where_x64_is_enabled():
     with jax.enable_x64(True):
         for name, (call, _) in GUARDED.items():

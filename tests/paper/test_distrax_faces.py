@@ -31,6 +31,7 @@ def half_one_minus_cosine(samples, loc):
 # Power spherical.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "concentration"), [(3, 0.0), (3, 5.0), (3, 1e6), (8, 1e4), (64, 50.0), (512, 300.0)]
 )
@@ -73,6 +74,7 @@ def test_power_spherical_mean():
     assert abs(cosine.mean() - 0.44248) <= 4 * cosine.std() / math.sqrt(NUM_SAMPLES) + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_power_spherical_samples_at_the_poles_of_the_reflection(sign):
     # A Householder reflection that maps an axis to `loc` divides by zero where they are the same.
@@ -86,6 +88,7 @@ def test_power_spherical_samples_at_the_poles_of_the_reflection(sign):
         assert abs(cosine.mean() - 30 / 34) <= 4 * cosine.std() / math.sqrt(4000)
 
 
+@pytest.mark.slow
 def test_power_spherical_samples_are_reparameterised():
     # d E[cos] / d k = (D - 1) / (D - 1 + k)^2, through the samples.
     loc, dim = unit32(0, 8), 8
@@ -149,6 +152,7 @@ def test_spherical_student_t_entropy_by_sampling_matches_quadrature():
     assert abs(np.mean(log_prob) - expected) <= 4 * np.std(log_prob) / math.sqrt(NUM_SAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", ["chordal", "stereographic"])
 def test_spherical_student_t_log_prob_is_the_function(coordinates):
     loc, u = unit32(0, 5, 8), unit32(1, 5, 8)
@@ -241,6 +245,7 @@ def test_they_pass_through_jit_and_compose_with_distrax():
         np.testing.assert_allclose(np.asarray(mixed), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_they_compose_with_tensorflow_probability():
     u = unit32(1, 3, 4)
     for distribution in faces():
@@ -289,6 +294,7 @@ def arrays_of(distribution):
     return [getattr(distribution, name) for name in names if hasattr(distribution, name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "index",
     [0, -1, slice(2), slice(None, None, -2), Ellipsis, None, np.array([2, 0]), [True, False, True]],
@@ -306,6 +312,7 @@ def test_indexing_is_that_of_the_parameters_along_the_batch(index):
         assert part.batch_shape == expected.shape
 
 
+@pytest.mark.slow
 def test_indexing_of_two_axes_of_an_empty_batch_and_beyond_it():
     loc = np.broadcast_to(unit32(0, 4), (2, 3, 4))
     k = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -344,6 +351,7 @@ def test_float32_stays_float32_where_x64_is_enabled():
     assert jevb_jax.SphericalStudentT(np.eye(4)[0], np.ones(4), 3.0).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_parameters_outside_of_their_domain_are_refused_and_nan_where_traced():
     axis, one = np.eye(4, dtype=np.float32)[0], np.ones(4, np.float32)
     builders: list[tuple[str, Any]] = [
@@ -368,6 +376,7 @@ def test_parameters_outside_of_their_domain_are_refused_and_nan_where_traced():
         jevb_jax.gaussian_prior(0)
 
 
+@pytest.mark.slow
 def test_gaussians_pass_through_vmap_and_jit_either_way():
     rng = np.random.default_rng(0)
     mean, scale = rng.normal(size=(2, 3, 6)).astype(np.float32)
@@ -403,6 +412,7 @@ def test_gaussians_pass_through_vmap_and_jit_either_way():
 # Mode, divergence, gradients of samples.
 
 
+@pytest.mark.slow
 def test_modes():
     loc = unit32(0, 5)
     np.testing.assert_array_equal(jevb_jax.PowerSpherical(loc, 3.0).mode(), loc)
@@ -428,6 +438,7 @@ def test_modes():
     assert pole.log_prob(-loc) > pole.log_prob(loc)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [2, 3, 64])
 def test_divergence_of_power_spherical_to_uniform_and_to_its_own_kind(dim):
     loc = np.eye(dim, dtype=np.float32)[0]
@@ -465,6 +476,7 @@ def test_divergence_of_power_spherical_to_uniform_and_to_its_own_kind(dim):
             student.mean()
 
 
+@pytest.mark.slow
 def test_gradient_of_samples_in_df_is_that_of_the_mean_cosine():
     # |y|^2 / n is Fisher-distributed with equal scales; E[cos] by quadrature in its logarithm.
     scale, dim = 0.3, 5

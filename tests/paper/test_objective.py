@@ -128,6 +128,7 @@ def test_conditional_elbo_matches_quadrature(
     np.testing.assert_allclose(terms.kl, kl, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sharp_posterior_gives_the_densities_at_its_mean(float64):
     rng = np.random.default_rng(0)
     mean = oracles.random_units(rng, 4, 6) * np.array([[0.5], [1], [2], [3]])
@@ -171,6 +172,7 @@ def test_terms_add_up(float64):
         assert np.all(np.abs(terms.weighted_elbo - terms.elbo) > 0.1)
 
 
+@pytest.mark.slow
 def test_weights_change_the_objective_and_not_the_bound(float64):
     view_1, view_2 = views(0)
     plain = symmetric(jax.random.key(0), view_1, view_2, MODEL)
@@ -184,6 +186,7 @@ def test_weights_change_the_objective_and_not_the_bound(float64):
     )
 
 
+@pytest.mark.slow
 def test_scale_units(float64):
     # "sphere" divides sigma by sqrt(D). A latent of a sharp posterior hardly moves, so scaling
     # sigma up by sqrt(D) under "sphere" is "unit".
@@ -235,6 +238,7 @@ def test_one_key_gives_the_two_views_different_noise(float64):
     assert np.all(np.abs(before.elbo - swapped.elbo) > 1e-6)
 
 
+@pytest.mark.slow
 def test_views_may_be_any_object_with_their_attributes(float64):
     class Output:
         def __init__(self, view):
@@ -250,6 +254,7 @@ def test_views_may_be_any_object_with_their_attributes(float64):
     assert_terms_close(with_objects(key), symmetric(key, view_1, view_2, MODEL))
 
 
+@pytest.mark.slow
 def test_examples_are_independent_of_the_rest_of_the_batch(float64):
     view_1, view_2 = views(0)
     for key in (jax.random.key(0), example_keys(0)):
@@ -331,6 +336,7 @@ def test_each_sample_costs_the_memory_of_its_noise():
     assert (arrays(12) - arrays(6)) / 6 < 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_permuting_the_batch_with_its_keys_permutes_the_terms(float64, num_samples):
     view_1, view_2 = views(0)
@@ -346,6 +352,7 @@ def test_permuting_the_batch_with_its_keys_permutes_the_terms(float64, num_sampl
     np.testing.assert_allclose(after, before[order], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_samples_differ_between_examples_keys_and_draws(float64):
     rng = np.random.default_rng(0)
     same = [np.broadcast_to(rng.normal(size=5), (4, 5)) for _ in range(2)]
@@ -399,6 +406,7 @@ def test_no_gradient_reaches_the_target_and_some_reaches_the_online_branch(float
         )
 
 
+@pytest.mark.slow
 def test_model_parameters_receive_gradients(float64):
     view_1, view_2 = views(0)
 
@@ -421,6 +429,7 @@ def test_model_parameters_receive_gradients(float64):
         assert abs(slope) > 1e-4
 
 
+@pytest.mark.slow
 def test_zero_and_degenerate_embeddings_give_finite_terms_and_gradients():
     # Zero targets, targets at the mean and at its antipode, tiny and huge ones, tiny scales.
     mean = oracles.random_units(np.random.default_rng(0), 6, 8).astype(np.float32)
@@ -560,6 +569,7 @@ def test_unfactorised_elbo_matches_quadrature(float64):
     assert np.all(np.asarray(terms.radial_log_likelihood) == 0)
 
 
+@pytest.mark.slow
 def test_location_at_the_mean_needs_no_sample(float64):
     source, target = views(5)
     arguments = (target.embedding, source.posterior_mean, source.posterior_scale)
@@ -613,6 +623,7 @@ def test_untied_scale(float64):
     np.testing.assert_allclose(found.kl, tied.kl, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_symmetric_elbo_takes_an_untied_scale_for_each_view(float64):
     view_1, view_2 = views(7)
     scales = (2 * view_1.posterior_scale, 3 * view_2.posterior_scale)
@@ -655,6 +666,7 @@ def test_golden():
 # Types and errors.
 
 
+@pytest.mark.slow
 def test_half_precision_is_promoted():
     view_1, view_2 = views(0, dtype=jnp.float32)
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (view_1, view_2))
@@ -726,6 +738,7 @@ def test_bad_input_is_refused():
 # Mass and information.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tails", ["joint", "feature"])
 def test_normalised_terms_differ_by_the_mass_and_share_the_information(float64, tails):
     view_1, view_2 = views(0, dim=16)
@@ -746,6 +759,7 @@ def test_normalised_terms_differ_by_the_mass_and_share_the_information(float64, 
         )
 
 
+@pytest.mark.slow
 def test_a_posterior_that_says_nothing_has_no_information(float64):
     # Targets uniform on the sphere, apart from the latents: by Gibbs not above zero, in the mean.
     rng = np.random.default_rng(0)
@@ -770,6 +784,7 @@ def test_information_of_an_unfactorised_likelihood_is_left_out(float64):
     assert terms.directional_log_mass is None
 
 
+@pytest.mark.slow
 def test_the_mass_has_a_gradient_only_where_it_is_divided_by(float64):
     view_1, view_2 = views(0, dim=8)
 
@@ -816,6 +831,7 @@ def test_a_batch_of_no_examples_has_no_terms(num_samples):
     assert total.shape == (0, 5)
 
 
+@pytest.mark.slow
 def test_terms_share_the_widest_type_that_was_given():
     view_1, view_2 = views(0, dtype=jnp.float32)
     args = (view_2.embedding, *view_1[1:])
@@ -931,6 +947,7 @@ def test_keys_and_counts_of_other_kinds():
             domain.whole_number("num_samples", count, 1)
 
 
+@pytest.mark.slow
 def test_embedding_log_prob_broadcasts():
     rng = np.random.default_rng(0)
     embedding, latent = rng.normal(size=(2, 3, 4)).astype(np.float32)

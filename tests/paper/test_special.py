@@ -36,6 +36,7 @@ def test_log_gamma_ratio_and_its_slope_in_float32():
     assert np.all(np.abs(slope - expected[:, 1]) <= 1e-6 * size)
 
 
+@pytest.mark.slow
 def test_log_gamma_ratio_at_infinity():
     values = special.log_gamma_ratio(jnp.full(3, jnp.inf), jnp.asarray([0.5, 1.0, 64.0]))
     np.testing.assert_array_equal(values, np.zeros(3))
@@ -53,6 +54,7 @@ def test_digamma_difference_where_the_entropy_uses_it():
     np.testing.assert_allclose(found, expected, rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_log1p_ratios():
     x = np.array([0.0, 1e-30, 1e-6, 1e-3, 0.3, 0.999, 1.0, 1.001, 7.0, 1e6, 1e30], np.float32)
     with mpmath.workdps(60):

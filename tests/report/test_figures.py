@@ -6,6 +6,7 @@ from PIL import Image
 from jevb_jax.report import figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_figure(tmp_path, monkeypatch, channels):
     drawn = []

@@ -296,6 +296,7 @@ def drawing(drawn: Drawn, start: str) -> tuple[Any, str]:
     return drawn.figures[png], image["alt"]
 
 
+@pytest.mark.slow
 def test_page_refers_to_nothing_outside_itself(full):
     page, _ = full
     identifiers = [a["id"] for _, a, _ in page.elements if "id" in a]

@@ -42,6 +42,7 @@ def test_what_does_not_fit_is_named(changes, message):
         Study("does not", **(fitting | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_study_builds_every_run(path):
     runs: Any = load_study(path).runs

@@ -107,6 +107,7 @@ def test_loss_is_the_negative_weighted_elbo_per_dimension():
     assert changed["raw_radial_scale"]
 
 
+@pytest.mark.slow
 def test_ema_is_the_recursion():
     before, (after, _) = initial_state(0.9), first_step()
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before.params, after.params)
