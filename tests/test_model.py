@@ -738,7 +738,7 @@ def test_scores_that_cannot_be_made_are_refused(untrained, monkeypatch):
     assert len(fresh.ood_score(untrained.test_images, "embedding/norm")) == 80
     with pytest.raises(ValueError, match=r"train.npz\)\. Pass fit_images= with"):
         fresh.ood_score(untrained.test_images, "embedding/mahalanobis")
-    with pytest.raises(ValueError, match="pass calibration_images="):
+    with pytest.raises(ValueError, match="Pass calibration_images="):
         fresh.detector(score="embedding/norm")
     images = untrained.test_images
     own = fresh.ood_score(images, "embedding/mahalanobis", fit_images=images)

@@ -214,7 +214,7 @@ def test_where_programs_are_kept_is_the_users_choice(no_cache, tmp_path, monkeyp
     with caplog.at_level(logging.WARNING):
         assert xla_options.keep_compiled_programs() is None
     assert "Compiled programs are not kept for later processes" in caplog.text
-    assert "JEVB_JAX_COMPILE_CACHE names another directory" in caplog.text
+    assert "JEVB_JAX_COMPILE_CACHE can name another directory" in caplog.text
 
 
 def test_several_processes_keep_programs_only_where_they_are_told_to(

@@ -219,7 +219,7 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
         with pytest.raises(ValueError, match=r"cannot be read as an \.npz") as caught:
             arrays.arrays([path])
         assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match=r"more than once: .*good\.npz"):
+    with pytest.raises(ValueError, match=r"are repeated: .*good\.npz"):
         arrays.arrays([good, tmp_path / "." / "good.npz"])
     single = tmp_path / "single.npy"
     np.save(single, images)
@@ -451,7 +451,7 @@ def test_image_list_refuses(tmp_path):
         with pytest.raises(ValueError, match=message):
             ImageListSource(lists, tmp_path)
     lists.write_text("a b/0.png 1\na b/9.png 1\n")
-    with pytest.raises(FileNotFoundError, match=r"1 of the 2 files of .* the first is .*9\.png"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 files in .* for example .*9\.png"):
         ImageListSource(lists, tmp_path)
     with pytest.raises(FileNotFoundError, match="no image list"):
         ImageListSource(tmp_path / "nothing", tmp_path)
@@ -733,7 +733,7 @@ def test_load_dataset_refuses(tmp_path, photos):
         ),
         (
             {"source": "folder", "train_paths": (folder,), "test_paths": (f"{folder}/c0",)},
-            "c0 lies in .*folder, so the one's images would be the other's too",
+            "c0 lies in .*folder, so both would contain the same images",
         ),
         ({"source": "tfds"}, "needs tfds_name"),
         ({"source": "tfds", "tfds_name": "x", "test_split": "train"}, "are both 'train'"),

@@ -195,7 +195,7 @@ def test_runs_from_before_the_record_go_on(tmp_path, caplog):
     assert data_record.check_evaluation(workdir, dataset, accept_change=False) == []
     assert not (workdir / "data.json").exists()
     assert data_record.check_training(workdir, dataset, accept_change=False) == []
-    assert "recorded now, as they are: 36 train, 4 validation, 9 test" in caplog.text
+    assert "recorded now: 36 train, 4 validation, 9 test" in caplog.text
     # Of a folder, they had read fewer files than are read now.
     other = begun(tmp_path / "other")
     folder(tmp_path)

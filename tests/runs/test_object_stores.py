@@ -113,7 +113,7 @@ def test_arrays_of_a_bucket_are_read_and_folders_refused(bucket):
     np.testing.assert_array_equal(source[1], images[1])
     with pytest.raises(FileNotFoundError, match=r"gs://x/b\.npz"):
         arrays.arrays("gs://x/b.npz")
-    with pytest.raises(ValueError, match="gs://x/images is an object store: take a TFDS"):
+    with pytest.raises(ValueError, match=r"gs://x/images is an object store\. Use a TFDS"):
         FolderSource("gs://x/images")
 
 

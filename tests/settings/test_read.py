@@ -204,9 +204,9 @@ def test_outside_sets_are_checked_key_by_key(sets, message):
 
 def test_keys_are_those_of_the_script():
     tuned: Any = finetune_default.get_config()
-    with pytest.raises(ValueError, match=r"a config of finetune\.py, and train\.py needs one"):
+    with pytest.raises(ValueError, match=r"a config for finetune\.py, but train\.py needs its own"):
         experiment.build_experiment(tuned)
-    with pytest.raises(ValueError, match=r"a config of train\.py, and finetune\.py needs one"):
+    with pytest.raises(ValueError, match=r"a config for train\.py, but finetune\.py needs its own"):
         finetuning.finetune(RUN, "unused")
     with pytest.raises(
         ValueError, match=r"train.batchsize is no setting; did you mean train.batch_"
@@ -243,7 +243,7 @@ def with_settings(built: Experiment, section: str, **keys: Any) -> Experiment:
     [
         ("ood", {"default_score": "jevb/klx"}, ValueError, "ood.default_score must be one of"),
         ("ood", {"knn_k": [161]}, ValueError, r"ood.knn_k = \(161,\) must be at most 160"),
-        ("ood", {"ssd_clusters": [99], "max_fit_images": 60}, ValueError, "ssd_clusters .* the 60 im"),
+        ("ood", {"ssd_clusters": [99], "max_fit_images": 60}, ValueError, "ssd_clusters .* at most 60"),
         ("ood", {"outside": [outside()]}, FileNotFoundError, r"ood.outside\[0\], 'a': no file at"),
         ("ood", {"choice": [outside()]}, FileNotFoundError, r"ood.choice\[0\], 'a': no file at"),
         ("ood", {"human_counts_path": "no.npz"}, FileNotFoundError, r"no\.npz"),
@@ -292,7 +292,7 @@ def unlabelled(built: Experiment, **parts: Any) -> Experiment:
 
 def test_the_best_checkpoints_need_labels(built):
     readiness.check(unlabelled(built))
-    reason = "needs k-NN on the validation split: the images have no labels; set it to 0"
+    reason = r"needs k-NN on the validation split: the images have no labels\. Set it to 0"
     with pytest.raises(ValueError, match=rf"^checkpoint.keep_best = 1 {reason}$"):
         readiness.check(with_settings(unlabelled(built), "checkpoint", keep_best=1))
     with pytest.raises(ValueError, match=rf"^train.knn_every_epochs = 5 {reason}$"):
