@@ -1,17 +1,13 @@
 """Sets of images that are out of distribution."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jevb_jax.images import corruptions, dataset
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.settings.sections import RunSettings
-
-if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
-    pass
-
 
 # The group of corrupted copies of in-distribution images.
 CORRUPTED = "corrupted"
