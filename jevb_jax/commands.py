@@ -31,7 +31,7 @@ from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
 from jevb_jax.runs.provenance import environment, read_environment
 from jevb_jax.runs.result_files import is_own, keep_other_results, result_files, settings_sha256
 from jevb_jax.settings import read
-from jevb_jax.training import alarms
+from jevb_jax.training import alarms, pretraining
 from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop
 from jevb_jax.training.resume import check_config, read_extensions
@@ -173,17 +173,13 @@ def _train_and_evaluate(
     start: dict[str, Any] | None,
 ) -> bool:
     """`train` in a directory that process 0 holds."""
-    run = RunLoop(
+    plan = pretraining.make_plan(
         experiment,
-        workdir,
-        console,
-        mesh,
-        stop,
-        check_held,
         validate=_validation(experiment, mesh),
         best_measure=accuracy.best_measure(experiment.settings.evaluation),
         start=start,
     )
+    run = RunLoop(plan, workdir, console, mesh, stop, check_held)
     reasons = accuracy.left_out(experiment.settings.evaluation, experiment.dataset)
     for line in accuracy.left_out_lines(reasons):
         run.say(line)

@@ -1,6 +1,6 @@
-"""What a run in its directory may change, and how it is made longer."""
+"""What may change when a run or a fine-tune is resumed, and how a run is made longer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import changed_keys, saved_steps
 from jevb_jax.runs.result_files import rename_results
 from jevb_jax.settings import read
-from jevb_jax.settings.saved_config import saved_config, versioned
+from jevb_jax.settings.saved_config import saved_config, saved_finetune, versioned
 from jevb_jax.training.experiment import Experiment
 from jevb_jax.training.optimizers import EarlierLength
 
@@ -27,10 +27,18 @@ CHANGEABLE_ON_RESUME = (
     "train.knn_every_epochs",
     "train.log_every_steps",
 )
+FINETUNE_CHANGEABLE_ON_RESUME = (
+    "checkpoint.",
+    "evaluation.",
+    "input.accept_changed_data",
+    "input.num_workers",
+    "input.prefetch_batches",
+    "train.log_every_steps",
+)
 
 
 class ChangedConfigError(ValueError):
-    """The directory holds a run of another config."""
+    """The directory holds a run, or a fine-tune, of another config."""
 
 
 def refused_changes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -96,9 +104,6 @@ def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[],
     found = saved_config(files.read_json(path), path)
     refused = refused_changes(found, config)
     if refused:
-        lines = [
-            f"  {key}: the run has {old!r}, got {new!r}" for key, (old, new) in refused.items()
-        ]
         longer = ""
         if is_longer(refused):
             longer = (
@@ -106,17 +111,57 @@ def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[],
                 "(--config.train.extend=True): from where it stands on, its learning rate is that of "
                 "a run of the new length."
             )
-        raise ChangedConfigError(
-            f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
-            "Give the same settings to resume it, or another --workdir to start anew. Only "
-            f"{', '.join(CHANGEABLE_ON_RESUME)} may change.{longer}"
-        )
+        raise _changed(workdir, "run", refused, CHANGEABLE_ON_RESUME, longer)
     check_data()
     changes = changed_keys(found, config)
     if is_longer(changes):
         _extend(workdir, round(found["train"]["num_epochs"] * experiment.steps_per_epoch))
     if changes:
         files.write_json_atomically(path, versioned(config))
+
+
+def check_finetune_config(
+    directory: Path, config: Mapping[str, Any], check_data: Callable[[], None]
+) -> None:
+    """As `check_config`, of a fine-tune.
+
+    Args:
+      directory: where it keeps its log and its checkpoints.
+      config: plain values.
+      check_data: refuses data that changed.
+
+    Raises:
+      ChangedConfigError: another fine-tune was begun there; every changed setting is named.
+    """
+    path = directory / "config.json"
+    if path.exists():
+        found = saved_finetune(files.read_json(path), path)
+        refused = {
+            key: values
+            for key, values in changed_keys(found, config).items()
+            if not key.startswith(FINETUNE_CHANGEABLE_ON_RESUME)
+        }
+        if refused:
+            raise _changed(directory, "fine-tune", refused, FINETUNE_CHANGEABLE_ON_RESUME)
+    else:
+        _check_unused(directory)
+    check_data()
+    files.write_json_atomically(path, versioned(config))
+
+
+def _changed(
+    directory: Path,
+    kind: str,
+    refused: Mapping[str, tuple[Any, Any]],
+    changeable: Sequence[str],
+    hint: str = "",
+) -> ChangedConfigError:
+    lines = [f"  {key}: the {kind} has {old!r}, got {new!r}" for key, (old, new) in refused.items()]
+    return ChangedConfigError(
+        f"{directory} holds a {kind} of another config:\n" + "\n".join(lines) + "\n"
+        "Give the same settings to resume it, or another --workdir to start anew. Only "
+        f"{', '.join(changeable)} may change.{hint}"
+    )
 
 
 _EXTENSIONS = "extensions.json"

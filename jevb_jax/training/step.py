@@ -329,7 +329,8 @@ def _select(is_finite: Array, new: TrainState, old: TrainState) -> TrainState:
     return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
 
-StepFunction = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
+# From a state, a batch (images, or a tree of arrays with the examples first) and the run's key.
+StepFunction = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]
 
 
 def state_shardings(state: TrainState, mesh: Mesh, *, shard_optimizer_state: bool) -> TrainState:
@@ -355,38 +356,42 @@ def make_train_chunk(
     donate: bool = True,
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
-) -> Callable[[TrainState, Array, Array | None, Array, Array], ChunkResult]:
-    """Compiles a loop of steps over images that are on the device.
+) -> Callable[[TrainState, Any, Array | None, Array, Array], ChunkResult]:
+    """Compiles a loop of steps over examples that are on the device.
 
     The number of steps is an argument of the compiled program, not a constant: one compilation serves
     every chunk, and a run cut anywhere computes the same bits as an uncut one. With `K = 1` there is
     no loop: on the CPU, XLA's convolutions inside a loop run many times slower than outside.
 
     Args:
-      step_fn: `(state, images, key) -> (state, metrics)`.
+      step_fn: `(state, batch, key) -> (state, metrics)`.
       donate: reuse the memory of the state that is passed in.
       mesh: cut every batch over it; None for one device.
       shardings: how the state lies over the devices of a mesh.
 
     Returns:
-      `chunk(state, images [N, h, w, c], indices [K, batch], num_steps, key) -> ChunkResult`, which runs
-      the first `num_steps <= K` rows of indices and stops early when a step is not finite. With none
-      to run, the state comes back as it was. Without indices (None), the images are the batches,
-      `[K, batch, h, w, c]`.
+      `chunk(state, examples, indices [K, batch], num_steps, key) -> ChunkResult`, which runs the first
+      `num_steps <= K` rows of indices and stops early when a step is not finite. With none to run, the
+      state comes back as it was. Examples are images `[N, h, w, c]`, or a tree of arrays `[N, ...]` as
+      images with their labels. Without indices (None) they are the batches, `[K, batch, ...]`.
     """
 
     def chunk(
-        state: TrainState, images: Array, indices: Array | None, num_steps: Array, key: Array
+        state: TrainState, examples: Any, indices: Array | None, num_steps: Array, key: Array
     ) -> ChunkResult:
-        steps = (images if indices is None else indices).shape[0]
+        steps = jax.tree.leaves(examples if indices is None else indices)[0].shape[0]
+
+        def rows(array: Array, index: Array) -> Array:
+            if indices is None:
+                found = array[index]
+            else:
+                found = jnp.take(array, indices[index], axis=0, mode="clip")
+            if mesh is None:
+                return found
+            return jax.lax.with_sharding_constraint(found, parallel.over_data(mesh))
 
         def run_step(state: TrainState, index: Array) -> tuple[TrainState, dict[str, Array]]:
-            if indices is None:
-                batch = images[index]
-            else:
-                batch = jnp.take(images, indices[index], axis=0, mode="clip")
-            if mesh is not None:
-                batch = jax.lax.with_sharding_constraint(batch, parallel.over_data(mesh))
+            batch = jax.tree.map(lambda array: rows(array, index), examples)
             return step_fn(state, batch, key)
 
         if steps == 1:
