@@ -28,7 +28,7 @@ from jevb_jax.model import Images, Model
 from jevb_jax.parallel import StoppedError
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.archive import ArchiveError
-from jevb_jax.runs.checkpoints import CheckpointError, fingerprint, saved_steps
+from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, fingerprint, saved_steps
 from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.runs.provenance import environment
 from jevb_jax.settings import read
@@ -202,6 +202,7 @@ def finetune(
                 RESULTS: files.indented_json(results).encode(),
             },
         )
+        _discard_checkpoints(directory)
         for part in ("validation", "test"):
             if f"{part}_accuracy" in results:
                 console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
@@ -213,6 +214,13 @@ def _check_new(path: Path) -> None:
     for name in (RESULTS, archive.MANIFEST, "config.json", archive.WEIGHTS, CLASSIFIER):
         if (path / name).exists():
             raise ValueError(f"{path} holds {name} already: give another --workdir")
+
+
+def _discard_checkpoints(directory: Path) -> None:
+    """Deletes the checkpoints of a fine-tune that has ended: nobody can go on from them."""
+    checkpointer = Checkpointer(directory / "checkpoints")
+    checkpointer.discard_after(-1)
+    checkpointer.close()
 
 
 def _labels(source: ImageSource) -> np.ndarray:

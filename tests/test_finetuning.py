@@ -232,7 +232,12 @@ def test_the_best_epoch_survives_a_kill_and_the_earliest_of_equals_is_best(
         return value
 
     monkeypatch.setattr(finetuning, "_accuracy", accuracy)
-    changes = {**SHORT, "num_epochs": 5, "checkpoint__keep_latest": 1}
+    changes = {
+        **SHORT,
+        "num_epochs": 5,
+        "checkpoint__every_epochs": 1,
+        "checkpoint__keep_latest": 1,
+    }
     with pytest.raises(Killed):
         tuned(encoder, tmp_path / "out", "frozen", **changes)
     checkpointer = Checkpointer(tmp_path / "out" / "training" / "checkpoints", keep_best=1)
