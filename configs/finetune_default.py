@@ -27,6 +27,7 @@ def get_config(mode: str = "full") -> ConfigDict:
         }
     )
     config.data = whole.data  # set `num_train_examples` to fine-tune on few labels
+    config.input = whole.input
     # Size, mean and standard deviation are those of the encoder's training.
     config.augmentation = ConfigDict(
         {
@@ -42,6 +43,21 @@ def get_config(mode: str = "full") -> ConfigDict:
     config.optimizer.learning_rate = 1e-2 if is_frozen else 1e-3
     config.optimizer.weight_decay = 1e-2
     config.optimizer.warmup_epochs = 1.0
-    config.train = ConfigDict({"batch_size": 128, "num_epochs": 100 if is_frozen else 20})
+    config.train = ConfigDict(
+        {
+            "batch_size": 128,  # images a step, over all devices
+            "num_epochs": 100 if is_frozen else 20,
+            "steps_per_dispatch": 0,  # steps in one compiled call (0 = 1 on the CPU, else 10)
+            "log_every_steps": 10,  # 0 = the last step alone
+        }
+    )
+    config.checkpoint = ConfigDict(
+        {
+            # A save beside those of the epochs that are the best so far. After a kill, the same command
+            # goes on from the latest of them all.
+            "every_epochs": 10 if is_frozen else 1,
+            "keep_latest": 2,  # at least 2, so that a damaged one has a predecessor
+        }
+    )
     config.evaluation = ConfigDict({"batch_size": 512})
     return config

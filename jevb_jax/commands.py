@@ -1,4 +1,4 @@
-"""Train, evaluate, evaluate on other data: what the command line and a notebook call."""
+"""Training, evaluation, evaluation on other data: for the command line and for notebooks."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
 from jevb_jax.runs.provenance import environment, read_environment
 from jevb_jax.runs.result_files import is_own, keep_other_results, result_files, settings_sha256
 from jevb_jax.settings import read
-from jevb_jax.training import alarms
+from jevb_jax.training import alarms, pretraining
 from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop
 from jevb_jax.training.resume import check_config, read_extensions
@@ -78,9 +78,9 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
 
     Raises:
       ChangedConfigError: the directory holds a run of another config.
-      ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
+      ChangedDataError: the data changed since the run began (`input.accept_changed_data` allows it).
       DirectoryInUseError: another process works on the directory.
-      NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
+      NonFiniteError: the loss or its gradient is NaN or infinite; the state before it is written.
       CheckpointError: no checkpoint of the run can be read.
       ValueError: settings that do not fit each other.
     """
@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
             files.write_json_atomically(workdir / "environment.json", environment())
 
         def stop_unread(error: Exception) -> None:
-            if stop.signal_name is not None:  # the reader was stopped too
+            if stop.signal_name is not None:  # the same signal ended the reader
                 return
             outcome = "It goes on; metrics.jsonl has every number."
             if stop.request("closed output"):
@@ -144,16 +144,16 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
 
 
 def _check_nothing() -> None:
-    """The check of processes beside the first, which hold no directory."""
+    """For processes other than the first: they do not hold the directory."""
 
 
 def _console() -> Console:
-    """Standard output, of one process."""
+    """Standard output of the first process; the others print nothing."""
     return standard_output(quiet=not parallel.is_main())
 
 
 def _validation(experiment: Experiment, mesh: Mesh) -> Callable[[TrainState], dict[str, float]]:
-    """k-NN on the validation split; its forward pass is compiled once, when it is first needed."""
+    """k-NN on the validation split. Its forward pass is compiled once, at the first use."""
     extractor = functools.cache(
         lambda: evaluate_module.make_extractors(experiment, mesh=mesh).plain
     )
@@ -172,18 +172,14 @@ def _train_and_evaluate(
     data_changes: list[str],
     start: dict[str, Any] | None,
 ) -> bool:
-    """`train` in a directory that process 0 holds."""
-    run = RunLoop(
+    """The rest of `train`, once process 0 holds the directory."""
+    plan = pretraining.make_plan(
         experiment,
-        workdir,
-        console,
-        mesh,
-        stop,
-        check_held,
         validate=_validation(experiment, mesh),
         best_measure=accuracy.best_measure(experiment.settings.evaluation),
         start=start,
     )
+    run = RunLoop(plan, workdir, console, mesh, stop, check_held)
     reasons = accuracy.left_out(experiment.settings.evaluation, experiment.dataset)
     for line in accuracy.left_out_lines(reasons):
         run.say(line)
@@ -279,10 +275,10 @@ def _write_results(
         config=experiment.config,
         environment=read_environment(workdir),
     )
-    # The last of the files: who finds it finds the others.
+    # Written last: where this file is, the others are too.
     files.write_json_atomically(workdir / f"results{suffix}.json", results)
     for copy in result_files(workdir, f"{suffix}_{results['settings_sha256'][:8]}"):
-        copy.unlink(missing_ok=True)  # of the same settings, from before others took the name
+        copy.unlink(missing_ok=True)  # the same results under the longer name
     console.print(tables.classification_table(results))
     if evaluation.ood is not None:
         console.print(tables.detection_table(results))
@@ -295,11 +291,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run; writes `results.json`, `results.csv` and `report.html`.
 
-    Results of other settings that have these names are kept under others (`keep_other_results`).
+    Results of other settings that lie there are renamed, not replaced (`keep_other_results`).
 
     Args:
-      config: the config of the run; only `evaluation`, `ood` and `input` may differ from what it was
-        trained with.
+      config: the config of the run. Only `evaluation`, `ood` and `input` may differ from that of the
+        training.
       workdir: directory of the run.
       step: a checkpoint's step, or None for the latest.
       console: where people read.
@@ -309,7 +305,7 @@ def evaluate(
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be used.
-      ChangedDataError: its data are not those that it started on (`input.accept_changed_data`).
+      ChangedDataError: the data changed since the run began (`input.accept_changed_data` allows it).
       StoppedError: a signal ended it.
     """
     workers.check_not_starting()
@@ -367,13 +363,13 @@ def evaluate_on(
 ) -> dict[str, Any]:
     """k-NN and linear probes of a run's encoder on other data; writes `results_on_NAME.json`, `.csv`.
 
-    Where that name is taken by results of other data (files in two directories may have one name),
-    another step or other settings, a part of a hash of these is added to it. The same call again
-    replaces its own files.
+    A part of a hash is added to the name where other results have it: of another step, of other settings
+    or of other data (files in two directories may have the same name). The same call again replaces its
+    own files.
 
     Args:
-      config: the run's; its section `evaluation` is read.
-      section: `data` of a config.
+      config: the config of the run; only its section `evaluation` is read.
+      section: which data, as the section `data` of a config.
       workdir: directory of the run.
       step: a checkpoint's step, or None for the latest.
       console: where people read.
@@ -395,7 +391,7 @@ def evaluate_on(
     evaluation = read.evaluation_section(to_json_values(config)["evaluation"])
     loaded = loading.load(workdir, step)
     if described.source in ("folder", "tfds") and not described.image_size:
-        # Photos are cut as the encoder's own were.
+        # Photos are cut to the size that the encoder was trained on.
         described = dataclasses.replace(described, image_size=loaded.square_size)
     dataset = load_dataset(**vars(described))
     with parallel.StopRequest() as stop, stop.interrupting():
@@ -406,7 +402,7 @@ def evaluate_on(
         "evaluation": read.plain(vars(evaluation)),
     }
     made_of = {name: results[name] for name in ("step", "data", "evaluation")}
-    # Paths do not tell data apart: relative ones, and files that were replaced.
+    # Paths are not enough to tell data apart: they may be relative, and files may be replaced.
     made_of["images"] = data_record.fingerprint(dataset)
     results["settings_sha256"] = files.json_sha256(made_of)
     name = re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset.train.name).name).strip("_")

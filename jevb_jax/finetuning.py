@@ -1,56 +1,51 @@
 """Supervised fine-tuning of a trained encoder: cross-entropy of a linear classifier, full or frozen.
 
-Small on purpose: images on the device, one process, no resuming. Validation accuracy chooses the epoch,
-before any update included; the test images are read once, at the end.
+The steps are taken by the loop of `training`, in the subdirectory `training` of `workdir`. Validation
+accuracy chooses the epoch, before any update included. The test images are read once, at the end.
 """
 
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import loading, messages
+from jevb_jax import loading, messages, parallel
 from jevb_jax.detector import write_model
-from jevb_jax.images import augmentations, batch_order, batches, workers
+from jevb_jax.images import batch_order, data_record, workers
 from jevb_jax.images import source as source_module
 from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.batches import evaluation_batches, load_resident
 from jevb_jax.images.dataset import Dataset, load_dataset
-from jevb_jax.images.source import ImageSource
+from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.model import Images, Model
+from jevb_jax.parallel import StoppedError
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.archive import ArchiveError
+from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, fingerprint, saved_steps
 from jevb_jax.runs.metrics_log import standard_output, unbroken
+from jevb_jax.runs.provenance import environment
 from jevb_jax.settings import read
-from jevb_jax.settings.sections import FinetuneSettings
-from jevb_jax.training import optimizers
+from jevb_jax.settings.sections import FinetuneSettings, InputSection
+from jevb_jax.training import classification, optimizers
+from jevb_jax.training.classification import BestEpoch
 from jevb_jax.training.experiment import make_optimizer
-from jevb_jax.xla_options import in_single_precision, keep_compiled_programs, network_options
+from jevb_jax.training.loop import RunLoop
+from jevb_jax.training.plan import Plan, is_resident
+from jevb_jax.training.resume import check_finetune_config
+from jevb_jax.training.step import TrainState
+from jevb_jax.xla_options import in_single_precision, keep_compiled_programs
 
 CLASSIFIER = "classifier.safetensors"
 RESULTS = "results.json"
-
-
-class Tuned(NamedTuple):
-    """What is learned.
-
-    Attributes:
-      kernel: `[F, C]`, of the classifier on standardized representations.
-      bias: `[C]`.
-      backbone: parameters of the encoder, or None where it is frozen.
-    """
-
-    kernel: Array
-    bias: Array
-    backbone: Any
+TRAINING = "training"  # where the loop works
+_ENCODER = "encoder.json"
 
 
 class Classifier:
@@ -93,9 +88,9 @@ class Classifier:
         Returns:
           `[N, C]`, or `[C]` of one image.
         """
-        standardised = self.model.represent(images) - self.arrays["feature_mean"]
-        standardised = standardised / self.arrays["feature_std"]
-        return standardised @ self.arrays["kernel"] + self.arrays["bias"]
+        standardized = self.model.represent(images) - self.arrays["feature_mean"]
+        standardized = standardized / self.arrays["feature_std"]
+        return standardized @ self.arrays["kernel"] + self.arrays["bias"]
 
     def predict(self, images: Images) -> np.ndarray:
         """Most likely classes, `[N]`, or `[]` of one image."""
@@ -133,7 +128,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tunes the encoder of `config["init"]`; writes results, the classifier and the encoder.
 
-    All files are written together at the end.
+    These files are written together at the end. Until then `workdir/training` holds the log and the
+    checkpoints, from which the same call goes on after a kill, bit for bit.
 
     Args:
       config: plain values, see `configs/finetune_default.py`.
@@ -145,9 +141,13 @@ def finetune(
 
     Raises:
       ValueError: unlabeled data, settings that do not fit each other, results that exist.
+      ChangedConfigError: a fine-tune with other settings was begun there.
+      ChangedDataError: the data are not those that it began with (`input.accept_changed_data`).
       FileNotFoundError: no encoder there.
+      NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
       OSError: the directory cannot be written.
       DirectoryInUseError: another process works on it.
+      StoppedError: a signal ended it after a save.
     """
     workers.check_not_starting()
     keep_compiled_programs()
@@ -158,6 +158,8 @@ def finetune(
     _check_new(path)
     if jax.process_count() > 1:
         raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
+    mesh = parallel.make_mesh()
+    parallel.check_divisible(settings.train.batch_size, 1, mesh)
     init = settings.init
     encoder = loading.load(
         init.workdir,
@@ -165,25 +167,42 @@ def finetune(
         batch_size=settings.evaluation.batch_size,
     ).with_square_size(settings.data.image_size)
     dataset = load_dataset(**vars(settings.data))
-    for part in dataset[:3]:  # read once more at the end: refused before the training
-        if part is not None and part.labels is None:
-            raise ValueError(f"fine-tuning needs labels, and {part.name} has none")
+    for part in dataset[:3]:
+        if part is not None:
+            _labels(part)
     path.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the training
-    # Who reads the lines may leave before the end; nothing is saved before it, so it goes on.
+    # Who reads the lines may leave before the end: the work goes on.
     with files.lock_directory(path) as check_held, unbroken(console):
         _check_new(path)  # again: another process may have just ended there
-        classifier, accuracies = _train(settings, encoder, dataset, console)
-        results = _results(settings, dataset, classifier, accuracies)
+        directory = path / TRAINING
+        directory.mkdir(exist_ok=True)
+        check_finetune_config(
+            directory,
+            config,
+            lambda: _check_data_and_encoder(directory, settings, dataset, encoder),
+        )
+        files.write_json_atomically(directory / "environment.json", environment())
+        with parallel.StopRequest() as stop:
+            trained = _train(settings, encoder, dataset, directory, console, stop, check_held)
+            try:
+                with stop.interrupting():
+                    results = _results(settings, dataset, trained)
+            except StoppedError as error:
+                raise StoppedError(
+                    f"{stop.signal_name}: {path} is trained to the end, not yet tested; the same "
+                    "command goes on from there"
+                ) from error
         check_held()
         write_model(
-            classifier.model,
+            trained.classifier.model,
             path,
             manifest={"finetuned": config},
             extra_files={
-                CLASSIFIER: safetensors.save(dict(classifier.arrays)),
+                CLASSIFIER: safetensors.save(dict(trained.classifier.arrays)),
                 RESULTS: files.indented_json(results).encode(),
             },
         )
+        _discard_checkpoints(directory)
         for part in ("validation", "test"):
             if f"{part}_accuracy" in results:
                 console.print(f"{part} accuracy {results[f'{part}_accuracy']:.4f}")
@@ -197,18 +216,200 @@ def _check_new(path: Path) -> None:
             raise ValueError(f"{path} holds {name} already: give another --workdir")
 
 
-def _labelled(source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+def _discard_checkpoints(directory: Path) -> None:
+    """Deletes the checkpoints of a fine-tune that has ended: nobody can go on from them."""
+    checkpointer = Checkpointer(directory / "checkpoints")
+    checkpointer.discard_after(-1)
+    checkpointer.close()
+
+
+def _labels(source: ImageSource) -> np.ndarray:
     if source.labels is None:
         raise ValueError(f"fine-tuning needs labels, and {source.name} has none")
-    return batches.load_resident(source), source.labels
+    return source.labels
 
 
-def _results(
+def _check_data_and_encoder(
+    directory: Path, settings: FinetuneSettings, dataset: Dataset, encoder: Model
+) -> None:
+    """Refuses to go on with other data, or from another encoder, than the fine-tune began with."""
+    data_record.check_training(directory, dataset, accept_change=settings.input.accept_changed_data)
+    found = {
+        "step": encoder.step,
+        "sha256": files.json_sha256([encoder.config, fingerprint(encoder.variables)]),
+    }
+    path = directory / _ENCODER
+    if saved_steps(directory / "checkpoints"):
+        recorded = files.read_json(path)
+        if recorded != found:
+            raise ValueError(
+                f"{settings.init.workdir} now holds another encoder, of step {found['step']}, than "
+                f"the fine-tune in {directory} began with, of step {recorded['step']}: give another "
+                "--workdir to start anew"
+            )
+    files.write_json_atomically(path, found)
+
+
+def _held(source: ImageSource, section: InputSection) -> ImageSource:
+    """The source with its images in memory, unless they are to be streamed."""
+    if not is_resident(source, section):
+        return source
+    return ArraySource(load_resident(source), source.labels, source.class_names, source.name)
+
+
+def _of_images(
+    function: Callable[[np.ndarray], np.ndarray], source: ImageSource, batch_size: int
+) -> np.ndarray:
+    """A function of every image, a batch at a time."""
+    found = evaluation_batches(source, min(batch_size, len(source)))
+    return np.concatenate([function(images)[mask] for images, mask in found])
+
+
+def _classifier(encoder: Model, state: TrainState) -> Classifier:
+    """The classifier of a state, with the encoder of that state."""
+    state = parallel.on_local_device(state._replace(opt_state=None))
+    tuned, statistics = state.params, state.batch_stats
+    variables = dict(encoder.variables)
+    if tuned.backbone is not None:
+        variables["params"] = {**variables["params"], "backbone": tuned.backbone}
+        variables["batch_stats"] = {**variables["batch_stats"], "backbone": statistics["backbone"]}
+    arrays = {
+        "feature_mean": statistics["feature_mean"],
+        "feature_std": statistics["feature_std"],
+        "kernel": tuned.kernel,
+        "bias": tuned.bias,
+    }
+    return Classifier(encoder.with_variables(variables), jax.device_get(arrays))
+
+
+def _accuracy(classifier: Classifier, source: ImageSource, batch_size: int) -> float:
+    predicted = _of_images(classifier.predict, source, batch_size)
+    return float(np.mean(predicted == _labels(source)))
+
+
+class _Trained(NamedTuple):
+    """What training gave.
+
+    Attributes:
+      classifier: of the best epoch.
+      accuracies: on validation, by epoch, from the one before any update on.
+    """
+
+    classifier: Classifier
+    accuracies: list[float]
+
+
+def _train(
     settings: FinetuneSettings,
+    encoder: Model,
     dataset: Dataset,
-    classifier: Classifier,
-    accuracies: list[float],
-) -> dict[str, Any]:
+    directory: Path,
+    console: Console,
+    stop: parallel.StopRequest,
+    check_held: Callable[[], None],
+) -> _Trained:
+    """Trains to the end, from the latest checkpoint in the directory where there is one."""
+    train, validation_images = (_held(part, settings.input) for part in dataset[:2])
+    size = settings.evaluation.batch_size
+    steps_per_epoch = batch_order.steps_per_epoch(len(train), settings.train.batch_size)
+    num_steps = settings.train.num_epochs * steps_per_epoch
+    schedule = optimizers.make_schedule(
+        learning_rate=settings.optimizer.learning_rate,
+        warmup_steps=round(settings.optimizer.warmup_epochs * steps_per_epoch),
+        num_steps=num_steps,
+        final_learning_rate=settings.optimizer.final_learning_rate,
+    )
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    # ViT has no BatchNorm, and so no statistics.
+    backbone = {kind: part.get("backbone", {}) for kind, part in encoder.variables.items()}
+    view = ViewAugmentation(
+        size=encoder.image_size,
+        mean=encoder.settings.augmentation.mean,
+        std=encoder.settings.augmentation.std,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        **vars(settings.augmentation),
+    )
+    validation = BestEpoch(
+        lambda state: _accuracy(_classifier(encoder, state), validation_images, size),
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=settings.train.num_epochs,
+    )
+    plan = Plan(
+        config=read.plain(dataclasses.asdict(settings)),
+        seed=settings.seed,
+        source=train,
+        labels=_labels(train),
+        input=settings.input,
+        batch_size=settings.train.batch_size,
+        num_steps=num_steps,
+        schedule=schedule,
+        initial_state=lambda: classification.initial_state(
+            _of_images(encoder.represent, train, size),
+            num_classes=source_module.num_classes(train),
+            tuned_backbone=None if settings.init.frozen else backbone,
+            optimizer=optimizer,
+        ),
+        train_step=functools.partial(
+            classification.train_step,
+            network=encoder.network.backbone,
+            frozen_backbone=backbone if settings.init.frozen else None,
+            view=view,
+            optimizer=optimizer,
+        ),
+        log_every_steps=settings.train.log_every_steps,
+        save_every_steps=settings.checkpoint.every_epochs * steps_per_epoch,
+        keep_latest=settings.checkpoint.keep_latest,
+        keep_best=1,
+        steps_per_dispatch=settings.train.steps_per_dispatch,
+        saves_start=True,
+        measurements=[validation],
+        score=validation.score,
+        score_name="validation/best_accuracy",
+    )
+    loop = RunLoop(plan, directory, console, parallel.make_mesh(), stop, check_held)
+    try:
+        state = loop.restore()
+        _check_resumed(validation, int(state.step), loop.checkpointer.steps(), directory)
+        if int(state.step) < num_steps:
+            state = loop.train(state)
+        if int(state.step) < num_steps:
+            raise StoppedError(
+                f"{stop.signal_name}: saved step {int(state.step)} of {num_steps} in {directory}; "
+                "the same command goes on from there"
+            )
+        loop.checkpointer.wait()
+        best = loop.checkpointer.restore(validation.best_step, state)
+    finally:
+        try:
+            loop.checkpointer.close()
+        finally:
+            loop.log.close()
+    accuracies = [validation.accuracies[step] for step in sorted(validation.accuracies)]
+    return _Trained(_classifier(encoder, best), accuracies)
+
+
+def _check_resumed(validation: BestEpoch, step: int, saved: Sequence[int], directory: Path) -> None:
+    """Refuses to go on where an accuracy or the best epoch's checkpoint was lost.
+
+    Raises:
+      CheckpointError: one of them was.
+    """
+    epochs = range(0, step + 1, validation.every_steps)
+    lost = [number for number in epochs if number not in validation.accuracies]
+    if lost or validation.best_step not in saved:
+        what = (
+            f"metrics.jsonl lacks the accuracy after step {lost[0]}"
+            if lost
+            else f"the checkpoint of the best epoch, step {validation.best_step}, is lost"
+        )
+        raise CheckpointError(
+            f"{directory} cannot be gone on with: {what}. Remove {directory} to start anew"
+        )
+
+
+def _results(settings: FinetuneSettings, dataset: Dataset, trained: _Trained) -> dict[str, Any]:
+    accuracies = trained.accuracies
     best = int(np.argmax(accuracies))
     results: dict[str, Any] = {
         "validation_accuracy": accuracies[best],
@@ -222,116 +423,8 @@ def _results(
         f"{len(dataset.validation):,} validation images"
     )
     if dataset.test is not None:
-        images, labels = _labelled(dataset.test)
-        results["test_accuracy"] = float(np.mean(classifier.predict(images) == labels))
-        sentence += f"; test images read once ({len(labels):,})"
-    return {**results, "protocol": sentence}
-
-
-def _train(
-    settings: FinetuneSettings, encoder: Model, dataset: Dataset, console: Console
-) -> tuple[Classifier, list[float]]:
-    """The best epoch's encoder and classifier, and validation accuracies by epoch."""
-    images, labels = _labelled(dataset.train)
-    validation_images, validation_labels = _labelled(dataset.validation)
-    train, is_frozen = settings.train, settings.init.frozen
-    steps_per_epoch = batch_order.steps_per_epoch(len(images), train.batch_size)
-    num_steps = train.num_epochs * steps_per_epoch
-    backbone: Any = encoder.network.backbone
-    view = ViewAugmentation(
-        size=encoder.image_size,
-        mean=encoder.settings.augmentation.mean,
-        std=encoder.settings.augmentation.std,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-        **vars(settings.augmentation),
-    )
-    # One learning rate then suits every encoder; fixed, so that the classifier stays linear.
-    features = encoder.represent(images)
-    std = features.std(axis=0)
-    constants = {
-        "feature_mean": features.mean(axis=0),
-        "feature_std": np.where(std > 1e-6 * np.abs(features).max(), std, 1).astype(np.float32),
-    }
-    schedule = optimizers.make_schedule(
-        learning_rate=settings.optimizer.learning_rate,
-        warmup_steps=round(settings.optimizer.warmup_epochs * steps_per_epoch),
-        num_steps=num_steps,
-        final_learning_rate=settings.optimizer.final_learning_rate,
-    )
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    frozen = encoder.variables["params"]["backbone"]
-    # ViT has no BatchNorm, and so no statistics.
-    batch_stats = encoder.variables["batch_stats"].get("backbone", {})
-    num_classes = source_module.num_classes(dataset.train)
-    tuned = Tuned(
-        jnp.zeros((features.shape[1], num_classes)),
-        jnp.zeros(num_classes),
-        None if is_frozen else frozen,
-    )
-
-    def logits_of(tuned: Tuned, batch_stats: Any, views: Array, *, train: bool) -> Any:
-        params = frozen if tuned.backbone is None else tuned.backbone
-        variables = {"params": params, "batch_stats": batch_stats}
-        if train and not is_frozen:
-            found, updates = backbone.apply(variables, views, train=True, mutable=["batch_stats"])
-            batch_stats = updates.get("batch_stats", {})
-        else:
-            found = backbone.apply(variables, views, train=False)
-        found = (found - constants["feature_mean"][None]) / constants["feature_std"][None]
-        return found @ tuned.kernel + tuned.bias[None], batch_stats
-
-    @functools.partial(jax.jit, compiler_options=network_options())
-    def step(tuned: Tuned, batch_stats: Any, state: Any, images: Array, labels: Array, key: Array):
-        def loss(tuned: Tuned) -> Any:
-            images_in = jnp.broadcast_to(images, (*images.shape[:-1], encoder.num_channels))
-            views = augmentations.augment(jax.random.split(key, len(images)), images_in, view)
-            logits, updated = logits_of(tuned, batch_stats, views, train=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.mean(losses), updated
-
-        (value, updated), gradients = jax.value_and_grad(loss, has_aux=True)(tuned)
-        updates, state = optimizer.update(gradients, state, tuned)
-        return optax.apply_updates(tuned, updates), updated, state, value
-
-    def classifier_of(tuned: Tuned, batch_stats: Any) -> Classifier:
-        variables = dict(encoder.variables)
-        if tuned.backbone is not None:
-            variables["params"] = {**variables["params"], "backbone": tuned.backbone}
-            variables["batch_stats"] = {**variables["batch_stats"], "backbone": batch_stats}
-        learned = {"kernel": np.asarray(tuned.kernel), "bias": np.asarray(tuned.bias)}
-        return Classifier(encoder.with_variables(variables), {**constants, **learned})
-
-    def accuracy(tuned: Tuned, batch_stats: Any) -> float:
-        predicted = classifier_of(tuned, batch_stats).predict(validation_images)
-        return float(np.mean(predicted == validation_labels))
-
-    key = jax.random.key(settings.seed)
-    state = optimizer.init(tuned)
-    accuracies = [accuracy(tuned, batch_stats)]
-    best = tuned, batch_stats
-    order = functools.partial(
-        batch_order.batch_indices,
-        num_examples=len(images),
-        batch_size=train.batch_size,
-        seed=settings.seed,
-    )
-    for number in range(num_steps):
-        rows = order(number)
-        tuned, batch_stats, state, value = step(
-            tuned, batch_stats, state, images[rows], labels[rows], jax.random.fold_in(key, number)
+        results["test_accuracy"] = _accuracy(
+            trained.classifier, dataset.test, settings.evaluation.batch_size
         )
-        if (number + 1) % steps_per_epoch == 0:
-            loss_value = float(value)
-            if not np.isfinite(loss_value):
-                raise ValueError(
-                    f"the loss is {loss_value} at step {number + 1}: lower optimizer.learning_rate"
-                )
-            accuracies.append(accuracy(tuned, batch_stats))
-            if accuracies[-1] > max(accuracies[:-1]):
-                best = tuned, batch_stats
-            console.print(
-                f"epoch {(number + 1) // steps_per_epoch}/{train.num_epochs}  "
-                f"loss {loss_value:.4f}  validation accuracy {accuracies[-1]:.4f}"
-            )
-    return classifier_of(*best), accuracies
+        sentence += f"; test images read once ({len(dataset.test):,})"
+    return {**results, "protocol": sentence}

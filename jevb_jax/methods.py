@@ -1,15 +1,15 @@
-"""Methods: what each makes of the views' outputs, in one shape for the one training step.
+"""Methods: the loss of each, as a function of one form, so that one training step serves all.
 
 The loss of a method is a function `(key, views, targets, *, step, radial_scale) -> MethodOutput`:
 
 * `key`: `[batch]` keys, one for each example;
 * `views`: `ViewOutputs` of two views, then of smaller crops;
-* `targets`: of the first two views, as the other view is to predict them: the same outputs or those
-  of an averaged network. The losses stop their gradient;
+* `targets`: what is predicted: outputs of the first two views, by the same network or by an averaged
+  one. The losses stop their gradient;
 * `step`: steps done, for schedules; `radial_scale`: learned, or None.
 
-What a loss does not need it ignores. The caller averages over examples. `METHODS` is the one table of
-methods: what else differs between them stands there.
+A loss ignores what it does not need. The caller averages over examples. The table `METHODS` at the
+end lists the methods and everything else that differs between them.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jevb_jax.paper.likelihood import Likelihood
 
 
 class MethodOutput(NamedTuple):
-    """What a method says of a batch.
+    """The loss of a batch and its terms.
 
     Attributes:
       loss: `[batch]`, or `[]` where the loss couples examples; minimized.
@@ -41,7 +41,7 @@ class MethodOutput(NamedTuple):
 
 
 class Loss(Protocol):
-    """See the module."""
+    """The type of a loss; the docstring of the module explains it."""
 
     def __call__(
         self,
@@ -58,12 +58,13 @@ class Loss(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class JevbSettings:
-    """Arguments of the objective and the warm-up of its KL; see `conditional_elbo`.
+    """Settings of JEVB's objective (`conditional_elbo`), and how its KL is warmed up.
 
     Attributes:
-      likelihood: its `radial_scale` is the one that training starts from, see `likelihood_at`.
-      fixed_scale: the likelihood's, in the latent's units; None where it is tied or learned.
-      kl_warmup_steps: until the weight of the KL, linear from zero, is `kl_weight`.
+      likelihood: with the `radial_scale` that training starts from; `likelihood_at` replaces it.
+      fixed_scale: the scale of the likelihood in the units of the latent; None where it is tied or
+        learned.
+      kl_warmup_steps: the weight of the KL rises linearly from zero to `kl_weight` in so many steps.
     """
 
     likelihood: Likelihood
@@ -76,11 +77,11 @@ class JevbSettings:
     kl_warmup_steps: int
 
     def likelihood_at(self, radial_scale: ArrayLike) -> Likelihood:
-        """The likelihood with the radial scale that is learned."""
+        """The likelihood with a radial scale that was learned."""
         return dataclasses.replace(self.likelihood, radial_scale=radial_scale)
 
     def elbo_settings(self, step: ArrayLike) -> objective.ElboSettings:
-        """The other settings of a bound at `step`, all but the scales that are learned."""
+        """The keyword arguments of a bound at `step`, without the likelihood and the scales."""
         kl_weight: ArrayLike = self.kl_weight
         if self.kl_warmup_steps:
             share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / self.kl_warmup_steps)
@@ -94,7 +95,7 @@ class JevbSettings:
         }
 
     def untied_scale(self, view: ViewOutputs) -> ArrayLike | None:
-        """Scale of the likelihood given `view`, None where it is the posterior's."""
+        """The scale of the likelihood, or None where it is the posterior's own."""
         return self.fixed_scale if self.fixed_scale else view.prediction.likelihood_scale
 
 
@@ -178,7 +179,7 @@ def jevb(
 
 
 def _information(predictive: Array | None, log_mass: Array | None) -> dict[str, Array]:
-    """What a likelihood on the sphere knows of the other view, in nats and bits, and its log mass."""
+    """Metrics of a likelihood on the sphere: predictive information in nats and bits, and log mass."""
     if predictive is None or log_mass is None:
         return {}
     return {
@@ -282,14 +283,14 @@ class Method:
     """What differs between methods.
 
     Attributes:
-      loss: as the module says; with the keyword arguments of its own section, if it has one.
-      head: what follows the projector.
-      default_score: what detects where no score is asked for.
-      uncertainty_score: what the report draws as an image's uncertainty; "" is the default score.
+      loss: see the module; it also takes the settings of its section as keyword arguments.
+      head: the network after the projector.
+      default_score: the score of detection where the user names none.
+      uncertainty_score: what the report draws as the uncertainty of an image; "" is `default_score`.
       target: whether an averaged network is needed, possible, or makes no sense.
-      takes_small_crops: whether further views are of any use.
-      section: of the config, whose settings are keyword arguments of the loss; "" without one. The
-        section `jevb` is the exception: its settings come as one `JevbSettings`.
+      takes_small_crops: whether the loss uses further views.
+      section: the section of the config that is the method's own, or "". Its settings are keyword
+        arguments of the loss, except those of `jevb`, which come as one `JevbSettings`.
     """
 
     loss: Callable[..., MethodOutput]

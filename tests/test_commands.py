@@ -1,6 +1,5 @@
 """Real processes: a kill, a signal, a changed setting, a loss that is not finite."""
 
-import functools
 import io
 import json
 import os
@@ -29,9 +28,10 @@ from jevb_jax.runs import files, provenance, result_files
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings import read, run_config
-from jevb_jax.training import alarms, health_check, loop, resume
+from jevb_jax.training import alarms, health_check, loop, pretraining, resume
 from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop
+from jevb_jax.training.pretraining import HealthWatch
 from jevb_jax.training.resume import ChangedConfigError
 from jevb_jax.training.step import TrainState
 from tests.conftest import AS_USERS_RUN_IT
@@ -258,42 +258,41 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
     healthy = {"embedding_std": 0.9, "effective_rank": 9.0, "embedding_log_radius": 0.0}
     sick = {**healthy, "effective_rank": float("nan")}
 
-    def check(run: Any, step: int, values: dict[str, float]) -> str:
-        run.check_health = lambda state: values
+    def make() -> tuple[RunLoop, HealthWatch]:
+        plan = pretraining.make_plan(experiment, validate=lambda _: {}, best_measure="")
+        (watch,) = plan.measurements
+        assert isinstance(watch, HealthWatch)
+        # A narrow console, and brackets that are no markup.
+        console = Console(file=out, width=30)
+        stop = parallel.StopRequest()
+        return RunLoop(plan, tmp_path, console, parallel.make_mesh(), stop, lambda: None), watch
+
+    def check(run: RunLoop, watch: HealthWatch, step: int, values: dict[str, float]) -> str:
+        watch.check = lambda state: values
         out.seek(0)
         out.truncate()
-        run.record_health(types.SimpleNamespace(step=step))
+        state: Any = types.SimpleNamespace(step=step)
+        assert not run.measure(watch, state, {})
         return out.getvalue()
 
-    # A narrow console, and brackets that are no markup.
-    make = functools.partial(
-        RunLoop,
-        experiment,
-        tmp_path,
-        mesh=parallel.make_mesh(),
-        stop=parallel.StopRequest(),
-        check_held=lambda: None,
-        validate=lambda _: {},
-        best_measure="",
-    )
-    run = make(Console(file=out, width=30))
-    assert check(run, 10, sick) == ""  # too early to judge
-    assert check(run, 20, healthy) == ""
-    said = check(run, 40, sick)
+    run, watch = make()
+    assert check(run, watch, 10, sick) == ""  # too early to judge
+    assert check(run, watch, 20, healthy) == ""
+    said = check(run, watch, 40, sick)
     assert said.startswith("Health alarm at step 40, collapse: effective rank nan of D = 16")
     assert said.count("\n") == 1
-    assert check(run, 60, sick) == ""
+    assert check(run, watch, 60, sick) == ""
     run.log.close()
 
     # A resumed run knows what was raised, and says no more than the uninterrupted one.
     monkeypatch.setattr(Experiment, "initial_state", lambda self: None)
-    resumed = make(Console(file=out, width=30))
+    resumed, second = make()
     resumed.checkpointer.restore_latest = lambda template: (60, template)
     resumed.restore()
-    assert resumed.alarms == run.alarms
-    assert check(resumed, 80, sick) == ""
-    assert check(resumed, 100, healthy) == "Health alarm cleared at step 100: collapse\n"
-    assert check(resumed, 120, healthy) == ""
+    assert second.alarms == watch.alarms
+    assert check(resumed, second, 80, sick) == ""
+    assert check(resumed, second, 100, healthy) == "Health alarm cleared at step 100: collapse\n"
+    assert check(resumed, second, 120, healthy) == ""
     for each in (run, resumed):
         each.checkpointer.close()
     resumed.log.close()
@@ -392,16 +391,11 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     experiment = build_experiment(config)
     out = io.StringIO()
     mesh = parallel.make_mesh(jax.devices()[:1])
-    run = RunLoop(
-        experiment,
-        tmp_path,
-        Console(file=out, width=80),
-        mesh,
-        parallel.StopRequest(),
-        lambda: None,
-        validate=lambda _: {},
-        best_measure="",
-    )
+    plan = pretraining.make_plan(experiment, validate=lambda _: {}, best_measure="")
+    (watch,) = plan.measurements
+    assert isinstance(watch, HealthWatch)
+    console = Console(file=out, width=80)
+    run = RunLoop(plan, tmp_path, console, mesh, parallel.StopRequest(), lambda: None)
     state = run.train(run.restore())
     run.checkpointer.close()
     run.log.close()
@@ -409,7 +403,7 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     assert int(state.step) == 48  # no alarm stops a run
     raised = [{cause}] if cause else [set()]
     raised += [{cause, other} for other in beside]
-    assert run.alarms.keys() in raised
+    assert watch.alarms.keys() in raised
     said = out.getvalue()
     records = MetricsLog.read(tmp_path / "metrics.jsonl")
     checks = [record for record in records if "health/embedding_std" in record]
@@ -426,11 +420,11 @@ def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     assert flags[f"health/alarm_{cause}"][-1] == 1
     assert said.count(f"Health alarm at step {history[0].step}, {cause}: ") == 1
     summary = said[said.index("Health alarms at the end: ") :]
-    assert f"\n  {cause}: {run.alarms[cause]}\n" in summary
+    assert f"\n  {cause}: {watch.alarms[cause]}\n" in summary
     standing = {
         p.name for p in history if p.message.endswith("Not cleared by the last health check.")
     }
-    assert standing == run.alarms.keys()
+    assert standing == watch.alarms.keys()
     # The flags and the history tell one story.
     rises = sum(
         values[i] == 1 and not values[i - 1] for values in flags.values() for i in range(1, 5)
@@ -658,15 +652,15 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(finished_run, tmp_path, m
     extended, console = copy_of(finished_run, tmp_path / "extended"), text_console()
     longer = short_config(train__num_epochs=4, train__extend=True)
     # Stopped once on the way, and gone on by the same command.
-    record_health = RunLoop.record_health
+    measure = RunLoop.measure
 
-    def stop_at_30(run: Any, state: TrainState) -> None:
-        record_health(run, state)
+    def stop_at_30(run: Any, watch: Any, state: TrainState, last: Any) -> bool:
         if int(state.step) == 30:
             run.stop.request("the test")
+        return measure(run, watch, state, last)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLoop, "record_health", stop_at_30)
+        patch.setattr(RunLoop, "measure", stop_at_30)
         assert not commands.train(longer, extended, console=console)
     assert "A run of 20 steps until step 20, extended." in said(console)
     assert "the test: saved step 30 of 40" in said(console)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,17 @@ from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, image_shape
 from jevb_jax.loading import load
 from jevb_jax.model import Model
+from jevb_jax.parallel import StoppedError
+from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
+from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import FinetuneSettings
-from jevb_jax.training import from_settings
+from jevb_jax.training import from_settings, step
+from jevb_jax.training.classification import BestEpoch
 from jevb_jax.training.experiment import to_json_values
+from jevb_jax.training.loop import NonFiniteError, RunLoop
+from jevb_jax.training.resume import ChangedConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,12 +66,17 @@ def encoder(tmp_path_factory):
     return directory
 
 
-def tuned(encoder, directory, mode: str, *, num_epochs: int = 2) -> dict[str, Any]:
+def tuned(
+    encoder, directory, mode: str, *, num_epochs: int = 2, console: Console | None = None, **changes
+) -> dict[str, Any]:
     config: Any = finetune_digits.get_config(mode)
     config.init.workdir = str(encoder)
     config.data.num_train_examples = 256
     config.train.num_epochs = num_epochs
-    return finetuning.finetune(to_json_values(config), directory, console=quiet())
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return finetuning.finetune(to_json_values(config), directory, console=console or quiet())
 
 
 @pytest.mark.slow
@@ -102,10 +114,195 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
 @pytest.mark.slow
 def test_a_step_is_compiled_with_the_options_for_networks(encoder, tmp_path, monkeypatch):
     # Which options is known by the error of the compiler that gets one that it does not know.
-    monkeypatch.setattr(finetuning, "network_options", lambda: {"no_such_option": ""})
+    monkeypatch.setattr(step, "network_options", lambda: {"no_such_option": ""})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         tuned(encoder, tmp_path / "out", "frozen")
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+class Killed(BaseException):
+    """As sudden as a signal that nobody handles."""
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Asks the loop to stop once it has taken so many steps."""
+    record = RunLoop.record
+
+    def recorded(self: Any, dispatch: Any, state: Any) -> Any:
+        if int(state.step) == step:
+            self.stop.request("the test")
+        return record(self, dispatch, state)
+
+    monkeypatch.setattr(RunLoop, "record", recorded)
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    """Ends everything where an epoch's accuracy would be measured."""
+    measure = BestEpoch.measure
+
+    def measured(self: Any, state: Any, last: Any) -> Any:
+        if int(state.step) == step:
+            raise Killed
+        return measure(self, state, last)
+
+    monkeypatch.setattr(BestEpoch, "measure", measured)
+
+
+SHORT: dict[str, Any] = {"num_epochs": 3, "train__batch_size": 64}  # of 4 steps
+
+
+@pytest.mark.parametrize("mode", ["frozen", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_finetune_that_was_cut_is_the_uncut_one_bit_for_bit(encoder, tmp_path, monkeypatch, mode):
+    changes = {**SHORT, "train__log_every_steps": 3}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    results = tuned(encoder, whole, mode, **changes)
+    records = MetricsLog.read(whole / "training" / "metrics.jsonl")
+    assert [r["step"] for r in records if "train/loss" in r] == [3, 6, 9, 12]
+    measured = {r["step"]: r["validation/accuracy"] for r in records if "validation/accuracy" in r}
+    assert list(measured) == [0, 4, 8, 12]
+    assert list(measured.values()) == results["validation_accuracies"]
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(StoppedError, match="the test: saved step 3 of 12"):
+            tuned(encoder, cut, mode, **changes)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            tuned(encoder, cut, mode, **changes)
+    # Nothing is written before the end, and every attempt is in one place.
+    assert {path.name for path in cut.iterdir()} == {".lock", "training"}
+    out = io.StringIO()
+    # What no number depends on may change.
+    again = {**changes, "checkpoint__every_epochs": 3, "input__prefetch_batches": 1}
+    found = tuned(encoder, cut, mode, console=Console(file=out, width=200), **again)
+    assert f"Resuming {cut}/training at step " in out.getvalue()
+    assert found == results
+    for name in ("classifier.safetensors", "model.safetensors", "results.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    logs = [(path / "training" / "metrics.jsonl").read_text() for path in (cut, whole)]
+    best = '"validation/best_accuracy"'  # of every save, as often as was saved
+    logs = [[line for line in log.splitlines() if best not in line] for log in logs]
+    assert logs[0] == logs[1]
+    assert not list((cut / "training" / "checkpoints").glob("[0-9]*"))
+    with pytest.raises(ValueError, match=r"holds results\.json already"):
+        tuned(encoder, cut, mode, **changes)
+
+
+def test_a_finetune_with_other_settings_or_another_encoder_does_not_go_on(
+    encoder, tmp_path, monkeypatch
+):
+    stop_at(monkeypatch, 2)
+    own = tmp_path / "encoder"
+    export.export_model(load(encoder), own)
+    with pytest.raises(StoppedError):
+        tuned(own, tmp_path / "out", "frozen", **SHORT)
+    with pytest.raises(
+        ChangedConfigError,
+        match=r"(?s)holds a fine-tune of another config.*  optimizer\.learning_rate: the "
+        r"fine-tune has 0\.01, got 0\.02\n.*  train\.num_epochs: the fine-tune has 3, got 4",
+    ):
+        tuned(
+            own, tmp_path / "out", "frozen", **{**SHORT, "num_epochs": 4},
+            optimizer__learning_rate=0.02,
+        )  # fmt: skip
+    model = load(encoder)
+    other = jax.tree.map(lambda leaf: leaf + 1, model.variables)
+    export.export_model(model.with_variables(other), own)
+    with pytest.raises(ValueError, match="now holds another encoder, of step 0, than"):
+        tuned(own, tmp_path / "out", "frozen", **SHORT)
+    # What was not saved yet may begin with anything.
+    for checkpoint in (tmp_path / "out" / "training" / "checkpoints").glob("[0-9]*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(StoppedError, match="saved step 2"):
+        tuned(own, tmp_path / "out", "frozen", **SHORT)
+
+
+def test_the_best_epoch_survives_a_kill_and_the_earliest_of_equals_is_best(
+    encoder, tmp_path, monkeypatch
+):
+    script: list[Any] = [0.1, 0.9, 0.9, 0.5, Killed, 0.5, 0.9, 0.25]  # the last on the test images
+    seen = []
+
+    def accuracy(classifier: finetuning.Classifier, *_: Any) -> float:
+        value = script.pop(0)
+        if value is Killed:
+            raise Killed
+        seen.append(dict(classifier.arrays))
+        return value
+
+    monkeypatch.setattr(finetuning, "_accuracy", accuracy)
+    changes = {
+        **SHORT,
+        "num_epochs": 5,
+        "checkpoint__every_epochs": 1,
+        "checkpoint__keep_latest": 1,
+    }
+    with pytest.raises(Killed):
+        tuned(encoder, tmp_path / "out", "frozen", **changes)
+    checkpointer = Checkpointer(tmp_path / "out" / "training" / "checkpoints", keep_best=1)
+    assert 4 in checkpointer.steps()
+    assert checkpointer.best_step() == 4
+    checkpointer.close()
+    results = tuned(encoder, tmp_path / "out", "frozen", **changes)
+    assert results["validation_accuracies"] == [0.1, 0.9, 0.9, 0.5, 0.5, 0.9]
+    assert results["epoch"] == 1
+    assert results["test_accuracy"] == 0.25
+    saved = finetuning.load_classifier(tmp_path / "out").arrays
+    for name in saved:
+        np.testing.assert_array_equal(saved[name], seen[1][name])
+    assert not np.array_equal(saved["kernel"], seen[2]["kernel"])
+
+
+def test_a_finetune_whose_log_lost_an_epoch_says_so(encoder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stop_at(monkeypatch, 6)
+    with pytest.raises(StoppedError):
+        tuned(encoder, out, "frozen", **SHORT)
+    log = out / "training" / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"validation/accuracy"' not in line))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl lacks the accuracy after step 0"):
+        tuned(encoder, out, "frozen", **SHORT)
+
+
+def test_a_step_that_is_not_finite_is_named_and_nothing_is_written(encoder, tmp_path):
+    out = tmp_path / "out"
+    changes = {
+        **SHORT,
+        "optimizer__name": "sgd",
+        "optimizer__learning_rate": 1e38,
+        "optimizer__warmup_epochs": 0.0,
+    }
+    with pytest.raises(NonFiniteError, match=r"step \d: the loss is (nan|inf)") as caught:
+        tuned(encoder, out, "frozen", **changes)
+    assert {path.name for path in out.iterdir()} == {".lock", "training"}
+    (evidence,) = (out / "training").glob("nonfinite_step_*")
+    assert str(evidence) in str(caught.value)
+    taken = int(evidence.name.rsplit("_", 1)[1])
+    assert taken < 4  # not only found at the end of an epoch
+    batch = json.loads((evidence / "batch.json").read_text())
+    assert batch["step"] == taken
+    assert len(batch["train_indices"]) == 64
+    with np.load(evidence / "state.npz", allow_pickle=False) as state:
+        assert int(state["step"]) == taken
+        assert np.isfinite(state["params.kernel"]).all()
+    checkpointer = Checkpointer(out / "training" / "checkpoints")
+    assert checkpointer.steps() == [0]
+    checkpointer.close()
+
+
+def test_streamed_images_are_those_in_memory(encoder, tmp_path):
+    results = [
+        tuned(
+            encoder, tmp_path / placement, "frozen", **SHORT,
+            input__placement=placement, train__steps_per_dispatch=3,
+        )
+        for placement in ("stream", "resident")
+    ]  # fmt: skip
+    assert results[0] == results[1]
+    files = [tmp_path / one / "classifier.safetensors" for one in ("stream", "resident")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_cannot_be_tuned_is_refused(tmp_path):
@@ -127,7 +324,7 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
         finetune_digits.get_config("half")
     unlabelled = ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="needs labels"):
-        finetuning._labelled(unlabelled)
+        finetuning._labels(unlabelled)
 
 
 def classifier_of(encoder: Model) -> finetuning.Classifier:

@@ -114,10 +114,7 @@ def test_nothing_in_a_path_is_markup_and_checkpoints_are_found_under_any_name(tm
 @pytest.mark.parametrize(("every", "logged"), [(0, [4]), (1, [1, 2, 3, 4]), (3, [3, 4])])
 def test_steps_that_are_logged(every, logged):
     run: Any = SimpleNamespace(
-        experiment=SimpleNamespace(
-            num_train_steps=4,
-            settings=SimpleNamespace(train=SimpleNamespace(log_every_steps=every)),
-        ),
+        plan=SimpleNamespace(num_steps=4, log_every_steps=every),
         learning_rate=lambda step: 0.1 * step,
         log=Mock(),
     )

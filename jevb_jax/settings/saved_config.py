@@ -24,6 +24,20 @@ _BEFORE: dict[str, dict[str, Any]] = {
 # The same for whole sections that were added later.
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}
 
+# The same for fine-tunes, which held all images in memory and saved nothing before their end.
+_FINETUNE_BEFORE: dict[str, dict[str, Any]] = {
+    "data": _BEFORE["data"],
+    "input": {
+        "placement": "resident",
+        "resident_limit_bytes": 4_000_000_000,
+        "num_workers": 0,
+        "prefetch_batches": 4,
+        "accept_changed_data": False,
+    },
+    "train": {"steps_per_dispatch": 0, "log_every_steps": 10},
+    "checkpoint": {"every_epochs": 1, "keep_latest": 2},
+}
+
 
 def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A saved config with the settings that did not exist when it was saved.
@@ -38,7 +52,8 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed_finetune(config: Mapping[str, Any]) -> dict[str, Any]:
     """The saved config of a fine-tune with the settings that did not exist when it was saved."""
-    return {**config, "data": {**_BEFORE["data"], **config["data"]}}
+    added = {name: {**before, **config.get(name, {})} for name, before in _FINETUNE_BEFORE.items()}
+    return {**config, **added}
 
 
 def saved_config(value: Any, where: object) -> dict[str, Any]:
@@ -65,13 +80,37 @@ def saved_config(value: Any, where: object) -> dict[str, Any]:
             f"{where} holds no config of a run as train.py writes it; it may be the file of another "
             "program, or only a part"
         )
+    return completed_config(_unversioned(value, where))
+
+
+def saved_finetune(value: Any, where: object) -> dict[str, Any]:
+    """The config of a fine-tune from its JSON, completed by `completed_finetune`.
+
+    Args:
+      value: the content of the file.
+      where: the file, for error messages.
+
+    Raises:
+      ValueError: this is not the config of a fine-tune, or a later version of this library wrote it.
+    """
+    sections = ("init", "data", "augmentation", "train")
+    is_config = isinstance(value, dict) and all(
+        isinstance(value.get(name), dict) for name in sections
+    )
+    if not is_config or "frozen" not in value["init"]:
+        raise ValueError(f"{where} holds no config of a fine-tune, as finetune.py writes it")
+    return completed_finetune(_unversioned(value, where))
+
+
+def _unversioned(value: dict[str, Any], where: object) -> dict[str, Any]:
+    """A config without the version of its form; that of a later version is refused."""
     version = value.get(_VERSION_KEY, 0)
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(
             f"{where} is of version {version!r}, but this jevb_jax reads versions up to {VERSION}. A "
             "later jevb_jax wrote it; update this one"
         )
-    return completed_config({key: one for key, one in value.items() if key != _VERSION_KEY})
+    return {key: one for key, one in value.items() if key != _VERSION_KEY}
 
 
 def versioned(config: Mapping[str, Any]) -> dict[str, Any]:

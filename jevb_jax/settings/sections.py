@@ -315,6 +315,16 @@ class FinetuneTrainSection:
 
     batch_size: Annotated[int, integer(1)]
     num_epochs: Annotated[int, integer(1)]
+    steps_per_dispatch: Annotated[int, integer(0, note="0 = 1 on the CPU, else 10")]
+    log_every_steps: Annotated[int, integer(0, note="0 = the last step alone")]
+
+
+@dataclass(frozen=True)
+class FinetuneCheckpointSection:
+    """When a fine-tune is saved, and what is kept beside the best epoch."""
+
+    every_epochs: Annotated[int, integer(1)]
+    keep_latest: Annotated[int, integer(1)]
 
 
 @dataclass(frozen=True)
@@ -331,9 +341,11 @@ class FinetuneSettings:
     seed: Annotated[int, _SEED]
     init: FinetuneInitSection
     data: DataSection
+    input: InputSection
     augmentation: FinetuneAugmentationSection
     optimizer: OptimizerSection
     train: FinetuneTrainSection
+    checkpoint: FinetuneCheckpointSection
     evaluation: FinetuneEvaluationSection
 
 

@@ -1,46 +1,46 @@
-"""Alarms: which health numbers of a run are those of a sick one."""
+"""Alarms: which health numbers say that something is wrong with a run."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jevb_jax.training.health import (
-    FLOOR_MARGIN,
-)
+from jevb_jax.training.health import FLOOR_MARGIN
 
 # Thresholds of the alarms. "Healthy runs" are those of `docs/results`, and short runs of every
 # method and of JEVB with other priors, at D from 16 to 512, looked at from step 20 on.
 
-# The networks are judged with BatchNorm's running statistics, which keep 0.9 of the old value a
-# step. Before this step more than 12% of their arbitrary start is left: healthy runs then show
-# directions all alike (embedding_std 0.16) and radii 16 times too small.
+# A health check uses BatchNorm's running statistics, and each step keeps 0.9 of their old value.
+# Before this step more than 12% of their arbitrary start is left. Even healthy runs then show
+# directions that are all alike (embedding_std 0.16) and radii 16 times too small.
 ALARM_WARMUP_STEPS = 20
-# A young likelihood is below the uniform density in healthy runs too: smoke runs of 48 steps end there.
+# Early in a healthy run, too, the likelihood is below the uniform density: smoke runs of 48 steps end
+# before it rises.
 INFORMATION_WARMUP_STEPS = 200
-# The mean direction has a share 1 - std^2 = 0.91 of the energy. Healthy runs stay above 0.5; a
-# projector without BatchNorm has 0.8, because ReLU leaves a common offset.
+# At this value 1 - std^2 = 0.91 of the squared length lies along the mean direction. Healthy runs stay
+# above 0.5. A projector without BatchNorm has 0.8, because ReLU leaves a common offset.
 MIN_EMBEDDING_STD = 0.3
-# Partial collapse of JEVB at the posterior's mean has 5.6 of 128 axes, and accuracy suffers. Healthy
-# runs stay above 8 of 64 and, in few dimensions, above 0.4 D; so the lower of the two counts.
+# JEVB with its location at the posterior's mean collapses to 5.6 of 128 axes, and accuracy suffers.
+# Healthy runs stay above 8 of 64 axes and, where D is small, above 0.4 D. The lower limit counts.
 MIN_EFFECTIVE_RANK = 6.0
 MIN_EFFECTIVE_RANK_SHARE = 0.2
-# Over sqrt(D). A loss of distances collapses so (VICReg's invariance alone), and directions do not
-# see it. Healthy runs stay above 0.3.
+# Times sqrt(D). A loss that only measures distances (VICReg's invariance alone) shrinks the radius, and
+# the directions do not show it. Healthy runs stay above 0.3.
 MIN_RADIUS = 0.01
-# Of an image, not of a dimension: E[KL(q || p)] bounds the information, in nats, that a sample has of
-# its image, at any D. To tell two halves of the images apart takes log 2 = 0.69.
+# For a whole image, not for a dimension: at any D, E[KL(q || p)] bounds how many nats a sample tells
+# about its image. Telling one half of the images from the other takes log 2 = 0.69.
 MIN_POSTERIOR_KL_NATS = 0.5
 MAX_SHARE_AT_FLOOR = 0.1
-# Against sqrt(D), where a projector that ends with BatchNorm has it, and where one that does not
-# begins within a factor of 1.6. Healthy runs stay within 3.
+# Relative to sqrt(D). A projector that ends with BatchNorm has that radius, and one without begins
+# within a factor of 1.6 of it. Healthy runs stay within 3.
 MAX_RADIUS_FACTOR = 5.0
-# Below: a sample of the latent alone has a log-radius of standard deviation 1 / sqrt(2 D), more than
-# this for every D under 100,000, and the network's own floor is 1e-3. Above: a factor of 20.
+# The lower limit: sampling the latent alone gives the log-radius a standard deviation of
+# 1 / sqrt(2 D), which is more than this for every D under 100,000. The network's own floor is 1e-3.
+# The upper limit is a factor of 20 in the radius.
 RADIAL_WIDTH_RANGE = (2e-3, 3.0)
-# The power spherical density at its mean direction is 2^k times that at a right angle: 3.5% more. It
-# starts at 0.69, its floor is 1e-3.
+# With concentration k, the power spherical density at its mean direction is 2^k times that at a right
+# angle: here 3.5% more. Training starts at 0.69, and the network's floor is 1e-3.
 MIN_CONCENTRATION = 0.05
-# Of the mean cosine k / (D - 1 + k): the directions are predicted to 2.6 degrees.
+# The mean cosine is k / (D - 1 + k). At this value directions are predicted to within 2.6 degrees.
 MAX_MEAN_COSINE = 0.999
 
 
@@ -58,11 +58,11 @@ class Alarm(NamedTuple):
 
 
 class AlarmPeriod(NamedTuple):
-    """A time in which an alarm was raised.
+    """The time from one raising of an alarm until it cleared.
 
     Attributes:
       step: where the health check raised it.
-      name: as `Alarm`'s.
+      name: see `Alarm`.
       message: what that check said, and when it cleared.
     """
 
@@ -72,7 +72,7 @@ class AlarmPeriod(NamedTuple):
 
 
 def _is_outside(value: float, lower: float = -math.inf, upper: float = math.inf) -> bool:
-    """Whether a value is out of a band; one that is NaN or infinite is."""
+    """Whether a value lies outside a band. NaN and infinities do."""
     return not (math.isfinite(value) and lower <= value <= upper)
 
 

@@ -24,21 +24,21 @@ from jevb_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config means.
+    """Everything that a config describes, ready to be used.
 
     Attributes:
-      config: as plain JSON values, to be written.
-      settings: the same, to be read.
+      config: plain JSON values, to be written to files.
+      settings: the same values, typed.
       dataset: train, validation and test sources.
       model: networks.
       optimizer: with the learning rate of `schedule`.
       schedule: learning rate by step.
-      view_augmentations: what makes view 1, view 2 and small crops.
-      method: loss of the views' outputs.
-      jevb_settings: JEVB's objective, used or not.
+      view_augmentations: for view 1, view 2 and the small crops.
+      method: the loss, a function of the views' outputs.
+      jevb_settings: of JEVB's objective; other methods do not read them.
       steps_per_epoch: whole batches in the training split.
       num_train_steps: steps of the run.
-      earlier: lengths that the run was to have before it was extended.
+      earlier: the planned lengths before the run was extended.
     """
 
     config: dict[str, Any]
@@ -103,13 +103,13 @@ class Experiment:
         )
 
     def extended(self, earlier: Sequence[EarlierLength]) -> "Experiment":
-        """This experiment as the last part of a run that was shorter before.
+        """This experiment, as the last part of a run that was planned shorter at first.
 
         Args:
-          earlier: lengths before this one, the first one first.
+          earlier: the planned lengths before this one, in their order.
 
         Returns:
-          The experiment with the schedules of every part.
+          The experiment; its schedules follow each length for its own steps.
         """
         if not earlier:
             return self
@@ -173,7 +173,7 @@ def make_optimizer(
 
 
 def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> TrainState:
-    """The state of a run as shapes and types, without its data.
+    """Shapes and types of a run's state; no data are loaded.
 
     Args:
       settings: what the run asks for.
@@ -182,7 +182,7 @@ def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> Tra
     Returns:
       A state of `jax.ShapeDtypeStruct`s.
     """
-    # The schedule's length follows from the data; the shape of the optimizer's state does not.
+    # The length of the schedule needs the data. The shapes of the optimizer's state do not.
     optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(1.0))
     return jax.eval_shape(
         lambda key: step.init_state(
@@ -207,7 +207,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
       The experiment.
 
     Raises:
-      ValueError: settings that cannot be meant or do not fit each other, naming them.
+      ValueError: wrong settings, or settings that do not fit each other; all are named.
     """
     values = to_json_values(config)
     settings = read.run_settings(values)

@@ -59,7 +59,7 @@ def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, 
 
 
 def jevb_settings(settings: RunSettings, *, steps_per_epoch: int) -> methods.JevbSettings:
-    """Settings of the objective, also where another method has no use for them.
+    """Settings of JEVB's objective. They are made for every method; the others ignore them.
 
     Args:
       settings: what the run asks for.

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jevb_jax.paper import densities, domain, sphere
 from jevb_jax.paper.objective import ElboTerms
 
-# Of `softplus(raw) + min_scale`, the network then moves less than a tenth.
+# A scale is `softplus(raw) + min_scale`. Below this many times `min_scale`, the part that the network
+# can move is less than a tenth of the floor.
 FLOOR_MARGIN = 1.1
 
 
@@ -24,13 +25,13 @@ class PosteriorSummary(NamedTuple):
       scale_anisotropy: mean over images of the standard deviation over features of `log scale`:
         0 when every feature is equally uncertain.
       scale_spread: standard deviation over images of the mean over features of `log scale`: 0 when
-        every image is equally uncertain, and the uncertainty then ranks nothing.
+        every image is equally uncertain, and then the uncertainty cannot rank images.
       mean_rms: root mean square of the posterior means, near the prior's scale when the latent
         is used in full, 0 when the posterior has fallen onto the prior's mean.
       kl_per_dimension: mean over images of `KL(q || p) / D`, nats per dimension; 0 on posterior
         collapse.
       signal_to_noise: mean over images of `|mu| / sqrt(sum_i sigma_i^2)`: near 0 the direction of a
-        sample says nothing of the image.
+        sample tells nothing about the image.
     """
 
     scale_mean: Array
@@ -75,8 +76,7 @@ def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
     RankMe (Garrido et al. 2023, eq. 1) without the paper's 1e-7 added to `p`.
 
     Singular values below the rounding error of `embedding` itself count as zero. Otherwise a
-    constant embedding, which leaves only rounding noise once centered, would be reported as of full
-    rank.
+    constant embedding would seem to have full rank: centering leaves only rounding noise of it.
 
     Args:
       embedding: `[N, D]` with `N > D`.
@@ -88,8 +88,8 @@ def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
       `[D, D]`: meant for a logging cadence, not for every step.
 
     Raises:
-      ValueError: `N <= D`, where the value is bounded by the number of images and says nothing
-        about the representation; not two axes.
+      ValueError: `N <= D`: the number of images would bound the value, and it would say nothing about
+        the representation. Or not two axes.
     """
     matrix = _as_matrix("embedding", embedding)
     num_images, dim = matrix.shape
@@ -99,8 +99,8 @@ def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
             f"the value would be bounded by N. Give it more than {dim} images, for instance the "
             "embeddings of several batches together"
         )
-    # Largest entry one: squares neither overflow nor underflow, and the value has no units. A quarter
-    # of large ones first: the reciprocal of the largest numbers underflows.
+    # The largest entry becomes one, so squares neither overflow nor underflow. Large numbers are first
+    # divided by four, because the reciprocal of the largest floats underflows.
     largest = jnp.max(jnp.abs(matrix))
     quarter = jnp.where(largest > 1, 0.25, jnp.ones_like(largest))
     largest, matrix = largest * quarter, matrix * quarter
@@ -145,7 +145,7 @@ def posterior_summary(
     (prior,) = sphere.at_least_float32(prior_scale)
     prior_scale = domain.positive("prior_scale", prior_scale, prior)
     log_scale = jnp.log(scale)
-    # Compiled, where a scale that diverged is NaN and no error.
+    # Under `jit` a scale that diverged gives NaN; outside of it, an error.
     kl = jax.jit(densities.gaussian_kl_divergence)(mean, scale, prior_scale=prior_scale)
     return PosteriorSummary(
         scale_mean=jnp.mean(scale),
@@ -275,10 +275,10 @@ def pair_health(
 def term_gradient_norms(
     terms_of: Callable[[Array], ElboTerms], representation: ArrayLike
 ) -> dict[str, Array]:
-    """How hard each term of the bound pulls at the encoder.
+    """How strongly each term of the bound moves the encoder.
 
-    `sqrt(mean_i |d term_i / d x|^2 mean_i |x_i|^2)`, nats for a relative change of the representation
-    by one: free of the representation's units, which the projector's BatchNorm makes arbitrary.
+    `sqrt(mean_i |d term_i / d x|^2 mean_i |x_i|^2)`: nats for a relative change of one. Relative, because
+    the projector's BatchNorm makes the units of the representation arbitrary.
 
     Args:
       terms_of: representation `[N, F]` to terms `[N]`.

@@ -24,9 +24,10 @@ _logger = logging.getLogger(__name__)
 
 
 def health_check(experiment: Experiment) -> Any:
-    """A compiled function state -> health measures, on fixed validation images; or None.
+    """A compiled function from a state to its health on fixed validation images, or None.
 
-    Every process computes it for itself, on its first device.
+    It is None where health is off or there are too few images. Every process computes it on its own
+    first device.
     """
     settings = experiment.settings.train
     embedding_dim = experiment.settings.model.embedding_dim
@@ -71,7 +72,7 @@ def health_check(experiment: Experiment) -> Any:
 def _posterior_values(
     experiment: Experiment, state: TrainState, output: ViewOutputs
 ) -> dict[str, Array]:
-    """Posteriors of the images, their scales' floor and the width of the radial likelihood."""
+    """Size and spread of the posteriors, the share at the floor, the width of the radial likelihood."""
     settings: methods.JevbSettings = experiment.jevb_settings
     min_scale = experiment.settings.model.min_scale
     mean, scale = output.posterior_mean, output.posterior_scale
@@ -79,10 +80,10 @@ def _posterior_values(
     values = {f"posterior_{name}": value for name, value in summary._asdict().items()}
     values["posterior_scale_at_floor"] = health.share_at_floor(scale, min_scale=min_scale)
     likelihood = output.prediction.likelihood_scale
-    if likelihood is not None:  # untied: a head of its own, with the same floor
+    if likelihood is not None:  # untied: it has its own head, with the same floor
         values["likelihood_scale_at_floor"] = health.share_at_floor(likelihood, min_scale=min_scale)
     width: Any = experiment.model.apply(state.evaluation_variables, method="radial_scale")
-    if settings.likelihood.space == "linear":  # a length there: relative to the radii
+    if settings.likelihood.space == "linear":  # the width is a length: make it relative to radii
         log_radius = health.embedding_log_radius(output.embedding)
         width = width / (jnp.exp(log_radius) * np.sqrt(mean.shape[-1]))
     values["radial_width"] = width
@@ -104,7 +105,7 @@ def _two_views(
 def _information_values(
     experiment: Experiment, state: TrainState, images: Array
 ) -> dict[str, Array]:
-    """What one view tells of the other by the method's likelihood, and the likelihood's mass."""
+    """How much one view predicts of the other, and the mass of the likelihood on the sphere."""
     views = _two_views(experiment, state, images)
     radial_scale: Any = None
     if experiment.model.initial_radial_scale is not None:
@@ -116,7 +117,7 @@ def _information_values(
 
 
 def _pair_values(experiment: Experiment, state: TrainState, images: Array) -> dict[str, Array]:
-    """What JEVB's objective sees of two augmented views of the images."""
+    """Residuals, weights and gradients of JEVB's objective on two augmented views of the images."""
     settings: methods.JevbSettings = experiment.jevb_settings
     key = jax.random.key(0)
     source, target = _two_views(experiment, state, images)

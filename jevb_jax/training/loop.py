@@ -1,9 +1,10 @@
-"""The loop: takes steps, logs, saves, and stops on what is not finite."""
+"""The training loop: it takes steps, logs, saves, and stops at a step that is not finite."""
 
 import contextlib
 import functools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +17,14 @@ from rich.console import Console
 
 from jevb_jax import messages, parallel
 from jevb_jax.images import batch_order
-from jevb_jax.images.batches import fits_resident, load_resident, stream_batches
+from jevb_jax.images.batches import load_resident, stream_batches
 from jevb_jax.images.workers import ReadAhead
 from jevb_jax.parallel import StoppedError
 from jevb_jax.runs import files
 from jevb_jax.runs.array_names import flatten_names
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.metrics_log import MetricsLog, ProgressLine
-from jevb_jax.settings.sections import RunSettings
-from jevb_jax.training.alarms import ALARM_WARMUP_STEPS, health_alarms, judge, logged_health
-from jevb_jax.training.experiment import Experiment
-from jevb_jax.training.health_check import health_check
+from jevb_jax.training.plan import Measurement, Plan, is_resident
 from jevb_jax.training.step import TrainState, make_train_chunk, state_shardings
 
 
@@ -34,64 +32,80 @@ class NonFiniteError(RuntimeError):
     """The loss or its gradient is NaN or infinite."""
 
 
-def _steps_per_dispatch(settings: RunSettings) -> int:
-    """Steps in one compiled call: loops of convolutions are slow on the CPU alone."""
-    asked = settings.train.steps_per_dispatch
-    return asked or (1 if jax.default_backend() == "cpu" else 10)
+def _steps_per_dispatch(plan: Plan) -> int:
+    """Steps in one compiled call. Convolutions inside a loop are slow on a CPU, and only there."""
+    return plan.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 10)
+
+
+def _row_numbers(plan: Plan, step: int) -> np.ndarray:
+    """Which training examples a step sees."""
+    return batch_order.batch_indices(
+        step, num_examples=len(plan.source), batch_size=plan.batch_size, seed=plan.seed
+    )
 
 
 class _Batches:
-    """Images on the devices, and row numbers into them, for the steps of one dispatch.
+    """The batches of each dispatch, on the devices. Nothing is read before the first `take`."""
 
-    Nothing is read before the first `take`.
-    """
-
-    def __init__(self, experiment: Experiment, start_step: int, mesh: Mesh):
+    def __init__(self, plan: Plan, start_step: int, mesh: Mesh):
+        self._plan = plan
         self._over_data = parallel.over_data(mesh, axis=1)
-        settings = experiment.settings
-        source = experiment.dataset.train
-        self._batch_size = settings.train.batch_size
-        self._batch_indices = functools.partial(
-            batch_order.batch_indices,
-            num_examples=len(source),
-            batch_size=self._batch_size,
-            seed=settings.seed,
-        )
-        self._chunk_steps = _steps_per_dispatch(settings)
-        placement = settings.input.placement
-        fits = fits_resident(source, limit_bytes=settings.input.resident_limit_bytes)
-        self._is_resident = placement == "resident" or (placement == "auto" and fits)
-        self._load = lambda: parallel.put(load_resident(source), parallel.replicated(mesh))
+        self._everywhere = parallel.replicated(mesh)
+        self._chunk_steps = _steps_per_dispatch(plan)
+        self._labels = None if plan.labels is None else plan.labels.astype(np.int32)
+        self._local_rows = parallel.local_rows(plan.batch_size)
+        self._is_resident = is_resident(plan.source, plan.input)
         self._open = functools.partial(
             stream_batches,
-            source,
+            plan.source,
             start_step=start_step,
-            num_steps=experiment.num_train_steps - start_step,
-            batch_size=self._batch_size,
-            seed=settings.seed,
-            num_workers=settings.input.num_workers,
-            prefetch_batches=settings.input.prefetch_batches,
-            rows=parallel.local_rows(self._batch_size),
+            num_steps=plan.num_steps - start_step,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
+            num_workers=plan.input.num_workers,
+            prefetch_batches=plan.input.prefetch_batches,
+            rows=self._local_rows,
         )
-        self._resident: Array | None = None
+        self._resident: Any = None
         self._stream: ReadAhead[np.ndarray] | None = None
 
-    def take(self, step: int, num_steps: int) -> tuple[Array, Array | None]:
+    def take(self, step: int, num_steps: int) -> tuple[Any, Array | None]:
         """What `step.make_train_chunk` takes for the next steps.
 
-        All images and `indices [steps_per_dispatch, batch]`, or the batches themselves and None.
+        All images and `indices [steps_per_dispatch, batch]`, or the batches themselves and None. With
+        labels, a pair of images and labels stands for the images.
         """
         if self._is_resident:
-            resident = self._resident = self._load() if self._resident is None else self._resident
-            indices = np.zeros((self._chunk_steps, self._batch_size), np.int32)
-            for row in range(num_steps):
-                indices[row] = self._batch_indices(step + row)
-            return resident, parallel.put(indices, self._over_data)
+            return self._take_resident(step, num_steps)
+        return self._take_streamed(step, num_steps), None
+
+    def _take_resident(self, step: int, num_steps: int) -> tuple[Any, Array]:
+        if self._resident is None:
+            images = load_resident(self._plan.source)
+            examples = images if self._labels is None else (images, self._labels)
+            self._resident = parallel.put(examples, self._everywhere)
+        indices = np.zeros((self._chunk_steps, self._plan.batch_size), np.int32)
+        for row in range(num_steps):
+            indices[row] = _row_numbers(self._plan, step + row)
+        return self._resident, parallel.put(indices, self._over_data)
+
+    def _take_streamed(self, step: int, num_steps: int) -> Any:
         if self._stream is None:
             self._stream = self._open()
-        batches = [next(self._stream) for _ in range(num_steps)]
-        padding = [batches[-1]] * (self._chunk_steps - num_steps)
-        return parallel.put_local_rows(np.stack(batches + padding), self._over_data), None
+        missing = self._chunk_steps - num_steps
+        images = [next(self._stream) for _ in range(num_steps)]
+        stacked = parallel.put_local_rows(
+            np.stack(images + [images[-1]] * missing), self._over_data
+        )
+        if self._labels is None:
+            return stacked
+        labels = [
+            self._labels[_row_numbers(self._plan, step + row)[self._local_rows]]
+            for row in range(num_steps)
+        ]
+        return stacked, parallel.put_local_rows(
+            np.stack(labels + [labels[-1]] * missing), self._over_data
+        )
 
     def close(self) -> None:
         """Ends threads and workers that read ahead."""
@@ -99,8 +113,8 @@ class _Batches:
             self._stream.close()
 
 
-def _write_evidence(workdir: Path, experiment: Experiment, state: TrainState) -> Path:
-    """Sets aside the state before a step that was not finite, and what its batch was."""
+def _write_evidence(workdir: Path, plan: Plan, state: TrainState) -> Path:
+    """Writes the state before a step that was not finite, and which batch the step saw."""
     step = int(state.step)
     directory = workdir / f"nonfinite_step_{step}"
     arrays = parallel.to_host(flatten_names(state))
@@ -108,35 +122,17 @@ def _write_evidence(workdir: Path, experiment: Experiment, state: TrainState) ->
         return directory
     directory.mkdir(exist_ok=True)
     files.write_arrays_atomically(directory / "state.npz", arrays)
-    settings = experiment.settings
-    indices = batch_order.batch_indices(
-        step,
-        num_examples=len(experiment.dataset.train),
-        batch_size=settings.train.batch_size,
-        seed=settings.seed,
-    )
-    step_key = jax.random.fold_in(experiment.key, step)
+    step_key = jax.random.fold_in(plan.key, step)
     files.write_json_atomically(
         directory / "batch.json",
         {
             "step": step,
-            "seed": settings.seed,
+            "seed": plan.seed,
             "step_key": np.asarray(jax.random.key_data(step_key)).tolist(),
-            "train_indices": indices.tolist(),
+            "train_indices": _row_numbers(plan, step).tolist(),
         },
     )
     return directory
-
-
-def _status(metrics: dict[str, float], rank: float | None, images_per_second: float) -> str:
-    values = {name.removeprefix("train/"): value for name, value in metrics.items()}
-    texts = [f"{images_per_second:,.0f} images/s  loss {values.pop('loss'):.4f}"]
-    del values["gradient_norm"]
-    values.pop("learning_rate", None)
-    texts += [f"{n.removesuffix('_log_likelihood')} {v:.3g}" for n, v in values.items()]
-    if rank is not None:
-        texts.append(f"rank {rank:.1f}")
-    return "  ".join(texts)
 
 
 def _next_boundary(step: int, *intervals: int) -> int:
@@ -145,7 +141,7 @@ def _next_boundary(step: int, *intervals: int) -> int:
 
 
 class _SpeedMeter:
-    """Images a second over intervals of a second or more; metrics of steps may arrive in bursts."""
+    """Images a second, over at least a second each time: metrics may arrive in bursts."""
 
     def __init__(self) -> None:
         self.images_per_second = 0.0
@@ -162,7 +158,7 @@ class _SpeedMeter:
 
 
 class _Dispatch(NamedTuple):
-    """Steps handed to the device, whose metrics are still to be fetched."""
+    """Steps that the device works on; their metrics are not fetched yet."""
 
     first_step: int
     num_steps: int
@@ -171,111 +167,98 @@ class _Dispatch(NamedTuple):
 
 
 class RunLoop:
-    """One process's work on a run directory."""
+    """The work of one process on a training directory."""
 
     def __init__(
         self,
-        experiment: Experiment,
+        plan: Plan,
         workdir: Path,
         console: Console,
         mesh: Mesh,
         stop: parallel.StopRequest,
         check_held: Callable[[], None],
-        validate: Callable[[TrainState], dict[str, float]],
-        best_measure: str,
-        start: dict[str, Any] | None = None,
     ):
-        """Opens the logs and the checkpoints of a directory.
+        """Opens the log and the checkpoints of a directory.
 
         Args:
-          experiment: what the run is.
-          workdir: its directory.
+          plan: what to do.
+          workdir: an existing directory.
           console: where people read.
           mesh: the devices.
-          stop: what a signal asks for.
-          check_held: raises where the directory is no longer this process's own.
-          validate: accuracies of a state by name, on the validation split.
-          best_measure: the one of them by which the best checkpoints are kept.
-          start: weights of another run to start from.
+          stop: tells the loop that a signal came.
+          check_held: raises where another process has taken the directory over.
         """
-        self.validate = validate
-        self.best_measure = best_measure
-        self.experiment = experiment
-        self.start = start
+        self.plan = plan
         self.mesh = mesh
         self.check_held = check_held
         self.stop = stop
-        self.embedding_dim = experiment.settings.model.embedding_dim
         self.workdir = workdir
         self.console = console
         self.log = MetricsLog(workdir, is_writer=parallel.is_main())
-        settings = experiment.settings.checkpoint
         self.checkpointer = Checkpointer(
             workdir / "checkpoints",
-            keep_latest=settings.keep_latest,
-            keep_best=settings.keep_best,
-            keep_steps=[length.until_step for length in experiment.earlier],
+            keep_latest=plan.keep_latest,
+            keep_best=plan.keep_best,
+            keep_steps=plan.keep_steps,
         )
-        self.rank: float | None = None
-        self.alarms: dict[str, str] = {}  # raised at the last health check: messages by name
-        self.check_health = health_check(experiment)
-        self.learning_rate = jax.jit(experiment.schedule)
-        self.latest_knn: tuple[int, dict[str, float]] | None = None  # step, accuracies
+        self.learning_rate = jax.jit(plan.schedule)
 
     def shardings(self, state: TrainState) -> TrainState:
         """How the state lies over the devices."""
-        is_cut = self.experiment.settings.train.shard_optimizer_state
+        is_cut = self.plan.shard_optimizer_state
         return state_shardings(state, self.mesh, shard_optimizer_state=is_cut)
 
     def restore(self) -> TrainState:
-        """The latest whole checkpoint's state, or the initial one."""
-        template = self.experiment.initial_state()
+        """The state of the latest whole checkpoint, or the initial one."""
+        template = self.plan.initial_state()
         template = parallel.put(template, self.shardings(template))
         restored = self.checkpointer.restore_latest(template)
-        step, state = (0, template) if restored is None else restored
-        if restored is not None:
-            self.checkpointer.discard_after(step)
-            self.say(f"Resuming {self.workdir} at step {step}.")
+        if restored is None:
+            self.log.truncate_after(-1)  # a run killed before its first save leaves lines
+            for measurement in self.plan.measurements:
+                if measurement.at_start:
+                    self.measure(measurement, template, {})
+            if self.plan.saves_start:
+                self.save(template)
+            return template
+        step, state = restored
+        self.checkpointer.discard_after(step)
+        self.say(f"Resuming {self.workdir} at step {step}.")
         self.log.truncate_after(step)
-        for record in MetricsLog.read(self.workdir / "metrics.jsonl"):
-            if values := logged_health(record):
-                alarms = health_alarms(
-                    values, step=record["step"], embedding_dim=self.embedding_dim
-                )
-                self.alarms = {alarm.name: alarm.message for alarm in alarms}
-        if restored is None and self.start is not None:
-            state = parallel.put(_started_from(template, self.start), self.shardings(template))
-            self.save(state)  # whatever becomes of the other run, this one starts here
+        records = MetricsLog.read(self.workdir / "metrics.jsonl")
+        for measurement in self.plan.measurements:
+            measurement.resume(records)
         return state
 
     def save(self, state: TrainState) -> None:
         """Starts a checkpoint of a state whose metrics are known to be finite."""
         parallel.on_main(self.check_held)
         score = None
-        if self.experiment.settings.checkpoint.keep_best:
-            score = self.validation_knn(state)[self.best_measure]
-            self.log.write(int(state.step), {"validation/knn_accuracy": score})
+        if self.plan.keep_best and self.plan.score is not None:
+            score = self.plan.score(state)
+            if score > -math.inf:
+                self.log.write(int(state.step), {self.plan.score_name: score})
         self.log.flush()
-        self.checkpointer.save(int(state.step), state, config=self.experiment.config, score=score)
+        self.checkpointer.save(int(state.step), state, config=self.plan.config, score=score)
 
     def record(self, dispatch: _Dispatch, state: TrainState) -> dict[str, float]:
-        """Fetches a dispatch's metrics, logs them, and stops on a step that was not finite.
+        """Fetches the metrics of a dispatch, logs them, and stops at a step that was not finite.
 
-        `state` is the latest one, which no later dispatch has consumed.
+        `state` is the latest one: no later dispatch has used its memory.
         """
         first_step, num_steps, metrics, is_finite = jax.device_get(dispatch)
         rows = num_steps if is_finite else int(state.step) - first_step + 1
-        every = self.experiment.settings.train.log_every_steps
+        every = self.plan.log_every_steps
         values: dict[str, float] = {}
         for row in range(rows):
             step = first_step + row + 1
             values = {f"train/{name}": float(array[row]) for name, array in metrics.items()}
             is_bad = not is_finite and row == rows - 1
-            if (every and step % every == 0) or step == self.experiment.num_train_steps or is_bad:
+            if (every and step % every == 0) or step == self.plan.num_steps or is_bad:
                 values["train/learning_rate"] = float(self.learning_rate(np.int32(step - 1)))
                 self.log.write(step, values)
         if not is_finite:
-            directory = _write_evidence(self.workdir, self.experiment, state)
+            directory = _write_evidence(self.workdir, self.plan, state)
             raise NonFiniteError(
                 f"step {int(state.step)}: the loss is {values['train/loss']} and the norm of "
                 f"its gradient {values['train/gradient_norm']}. Nothing was saved after it; the state "
@@ -285,124 +268,91 @@ class RunLoop:
             )
         return values
 
-    def validation_knn(self, state: TrainState) -> dict[str, float]:
-        """k-NN accuracies of a state by name, computed once a step; all processes do."""
-        step = int(state.step)
-        if self.latest_knn is None or self.latest_knn[0] != step:
-            self.latest_knn = step, self.validate(state)
-        return self.latest_knn[1]
-
-    def record_knn(self, state: TrainState) -> None:
-        """Logs the k-NN accuracies of a state."""
-        values = self.validation_knn(state)
-        self.log.write(
-            int(state.step), {f"validation/{name}": value for name, value in values.items()}
-        )
-
-    def record_health(self, state: TrainState) -> None:
-        """Logs the health of a state and its alarms; says which alarms rose or cleared."""
-        step = int(state.step)
-        values = {name: float(value) for name, value in self.check_health(state).items()}
-        judged = judge(values, step=step, embedding_dim=self.embedding_dim)
-        self.rank = values.get("effective_rank")
-        values |= {f"alarm_{name}": float(message is not None) for name, message in judged.items()}
-        self.log.write(step, {f"health/{name}": value for name, value in values.items()})
-        raised = {name: message for name, message in judged.items() if message is not None}
-        for name, message in raised.items():
-            if name not in self.alarms:
-                self.say(f"Health alarm at step {step}, {name}: {message}")
-        for name in self.alarms:
-            if name not in raised:
-                self.say(f"Health alarm cleared at step {step}: {name}")
-        self.alarms = raised
+    def measure(
+        self, measurement: Measurement, state: TrainState, last: Mapping[str, float]
+    ) -> bool:
+        """Measures a state, logs and prints what was found; True if the state is to be saved."""
+        found = measurement.measure(state, last)
+        self.log.write(int(state.step), found.values)
+        for line in found.lines:
+            self.say(line)
+        return found.is_to_be_saved
 
     def say(self, text: str) -> None:
         """Prints a line in which nothing is markup, whatever the width."""
         messages.say(self.console, text)
 
+    def status(self, metrics: dict[str, float], images_per_second: float) -> str:
+        """The progress line: speed, loss and its terms, and what the measurements say."""
+        values = {name.removeprefix("train/"): value for name, value in metrics.items()}
+        texts = [f"{images_per_second:,.0f} images/s  loss {values.pop('loss'):.4f}"]
+        del values["gradient_norm"]
+        values.pop("learning_rate", None)
+        texts += [f"{n.removesuffix('_log_likelihood')} {v:.3g}" for n, v in values.items()]
+        texts += [one.status for one in self.plan.measurements if one.status]
+        return "  ".join(texts)
+
     def train(self, state: TrainState) -> TrainState:
-        """Runs the loop from a state to the end of the run or to a request to stop."""
-        settings = self.experiment.settings.train
-        num_steps = self.experiment.num_train_steps
-        health_every = settings.health_every_steps if self.check_health is not None else 0
-        save_every = self.experiment.settings.checkpoint.every_steps
-        knn_every = settings.knn_every_epochs * self.experiment.steps_per_epoch
-        boundaries = [every for every in (health_every, save_every, knn_every) if every]
-        chunk = make_train_chunk(
-            self.experiment.train_step, mesh=self.mesh, shardings=self.shardings(state)
-        )
+        """Takes steps from a state to the end of the run, or until a signal asks to stop."""
+        plan = self.plan
+        save_every = plan.save_every_steps
+        boundaries = [one.every_steps for one in plan.measurements]
+        boundaries += [save_every] if save_every else []
+        chunk = make_train_chunk(plan.train_step, mesh=self.mesh, shardings=self.shardings(state))
         step = int(state.step)
-        batches = _Batches(self.experiment, step, self.mesh)
-        key = parallel.put_key(self.experiment.key, self.mesh)
+        batches = _Batches(plan, step, self.mesh)
+        key = parallel.put_key(plan.key, self.mesh)
         pending: _Dispatch | None = None
         is_finite = parallel.put(np.asarray(True), parallel.replicated(self.mesh))
         is_stopping = False
         meter = _SpeedMeter()
         with (
             contextlib.closing(batches),
-            ProgressLine(self.console, total_steps=num_steps, initial_step=step) as progress,
+            ProgressLine(self.console, total_steps=plan.num_steps, initial_step=step) as progress,
         ):
 
-            def settle(dispatch: _Dispatch) -> None:
+            def settle(dispatch: _Dispatch) -> dict[str, float]:
                 values = self.record(dispatch, state)
-                meter.add(dispatch.num_steps * settings.batch_size)
+                meter.add(dispatch.num_steps * plan.batch_size)
                 end = dispatch.first_step + dispatch.num_steps
-                progress.update(end, _status(values, self.rank, meter.images_per_second))
+                progress.update(end, self.status(values, meter.images_per_second))
+                return values
 
-            while step < num_steps and not is_stopping:
-                count = min(_steps_per_dispatch(self.experiment.settings), num_steps - step)
+            while step < plan.num_steps and not is_stopping:
+                count = min(_steps_per_dispatch(plan), plan.num_steps - step)
                 if boundaries:
                     count = min(count, _next_boundary(step, *boundaries) - step)
                 try:
                     with self.stop.interrupting():
-                        images, indices = batches.take(step, count)
+                        examples, indices = batches.take(step, count)
                 except StoppedError:
                     break
                 # After a bad step, known so far to the device only, nothing more runs.
                 allowed = jnp.where(is_finite, np.int32(count), np.int32(0))
-                state, metrics, is_finite = chunk(state, images, indices, allowed, key)
+                state, metrics, is_finite = chunk(state, examples, indices, allowed, key)
                 # The metrics of the dispatch before are fetched while this one computes.
                 if pending is not None:
                     settle(pending)
                 pending = _Dispatch(step, count, metrics, is_finite)
                 step += count
-                is_save = save_every and step % save_every == 0
-                is_last = step == num_steps
-                is_health = health_every and (step % health_every == 0 or is_last)
-                is_knn = knn_every and (step % knn_every == 0 or is_last)
-                if is_save or is_health or is_knn:
-                    settle(pending)
+                is_last = step == plan.num_steps
+                is_save = bool(save_every) and step % save_every == 0
+                due = [m for m in plan.measurements if is_last or step % m.every_steps == 0]
+                if due or is_save:
+                    last = settle(pending)
                     pending = None
-                if is_health:
-                    self.record_health(state)
-                if is_knn:
-                    self.record_knn(state)
+                    for measurement in due:
+                        is_save |= self.measure(measurement, state, last)
                 is_stopping = self.stop.is_requested()
-                if is_save and step < num_steps and not is_stopping:
+                if is_save and not is_last and not is_stopping:
                     self.save(state)
             if pending is not None:
                 settle(pending)
             # Before the workers are ended, which may take them a while.
             self.save(state)
             self.checkpointer.wait()
-        if health_every and step == num_steps >= ALARM_WARMUP_STEPS:
-            lines = [f"  {name}: {message}" for name, message in self.alarms.items()]
-            self.say("\n".join([f"Health alarms at the end: {len(lines) or 'none'}", *lines]))
+        if step == plan.num_steps:
+            for measurement in plan.measurements:
+                for line in measurement.closing_lines(step):
+                    self.say(line)
         return state
-
-
-def _started_from(state: TrainState, variables: dict[str, Any]) -> TrainState:
-    """A state before the first step with the weights of another run, averages likewise."""
-
-    def copied(tree: Any) -> Any:  # each its own memory: a step gives away what it is passed
-        return jax.tree.map(jnp.copy, tree)
-
-    params = variables["params"]
-    return state._replace(
-        params=copied(params),
-        batch_stats=copied(variables["batch_stats"]),
-        ema_params=None if state.ema_params is None else copied(params),
-        target_params=None
-        if state.target_params is None
-        else copied({name: params[name] for name in state.target_params}),
-    )

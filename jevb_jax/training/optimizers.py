@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 
 
 class EarlierLength(NamedTuple):
-    """A length that a run was to have before it was extended.
+    """The planned length of a run before it was extended.
 
     Attributes:
-      num_steps: how long the run was to be then.
-      until_step: steps done in that way: schedules of later steps are those of the next length.
+      num_steps: steps that were planned.
+      until_step: the schedules of this length hold before this step, those of the next from it on.
     """
 
     num_steps: int
@@ -38,9 +38,9 @@ def make_schedule(
       warmup_steps: steps of the warm-up, less than `num_steps`.
       num_steps: steps of the run.
       final_learning_rate: value at the end.
-      earlier: lengths before the run was extended, the first one first. From the step of an extension
-        on the rate is that of a run of the new length from its start: where the shorter cosine had
-        come down, it jumps up.
+      earlier: planned lengths before the run was extended, in their order. From an extension on, the
+        rate is that of a run that had the new length from its start. So it jumps up where the
+        shorter cosine had already come down.
 
     Returns:
       step -> learning rate.
@@ -76,7 +76,7 @@ def make_schedule(
 def _by_length(
     step: ArrayLike, values: Sequence[ArrayLike], earlier: Sequence[EarlierLength]
 ) -> Array:
-    """The value of the length that holds at a step: one for each earlier length, and the last."""
+    """Chooses among values, one for each length of a run: the one that holds at a step."""
     chosen = jnp.asarray(values[-1])
     for value, length in zip(values[-2::-1], earlier[::-1], strict=True):
         chosen = jnp.where(jnp.asarray(step) < length.until_step, value, chosen)
@@ -92,14 +92,15 @@ def target_decay_at(
 ) -> Array:
     """Decay of the target network's average at a step (docs eq. 18; Grill et al. 2020, section 3.2).
 
-    `1 - (1 - target_decay) (cos(pi step / num_steps) + 1) / 2`: from `target_decay` to one. A function
-    of the step alone, so that neither resuming nor accumulation of gradients changes it.
+    `1 - (1 - target_decay) (cos(pi step / num_steps) + 1) / 2` rises from `target_decay` to one. It
+    depends on the step alone, so neither resuming nor gradient accumulation changes it.
 
     Args:
       step: steps done.
-      target_decay: at the start.
+      target_decay: the decay at step 0.
       num_steps: steps of the run.
-      earlier: as of `make_schedule`: where the shorter run had come to one, the decay falls back.
+      earlier: see `make_schedule`. At an extension the decay falls back from where the shorter run
+        had it.
 
     Returns:
       `[]`.
@@ -112,7 +113,7 @@ def target_decay_at(
 
 
 def decayed(params: Any) -> Any:
-    """Mask of the parameters that weight decay and LARS adapt: matrices and kernels only.
+    """Which parameters weight decay and LARS apply to: matrices and kernels only.
 
     Args:
       params: parameters.
@@ -153,7 +154,7 @@ def scale_by_clipped_trust_ratio(
             if not is_kernel:
                 return gradient
             norm, gradient_norm = jnp.linalg.norm(parameter), jnp.linalg.norm(gradient)
-            # At a learning rate of zero, the start of a warm-up, nothing is clipped and nothing moves.
+            # A warm-up starts at a learning rate of zero: nothing is clipped then, and nothing moves.
             rate = trust_coefficient * norm
             limit = learning_rate * (gradient_norm + weight_decay * norm)
             ratio = jnp.where(limit > rate, rate / jnp.where(limit > rate, limit, 1.0), 1.0)
@@ -184,12 +185,12 @@ def make_optimizer(
       name: "sgd", "lars", "larc" or "adamw".
       schedule: learning rate by step.
       momentum: read by sgd, lars and larc.
-      weight_decay: masked by `decayed`; coupled (in the gradient) in all but adamw.
-      trust_coefficient: step over weights, in norms; lars and larc alone use it.
-      bias_rate_factor: learning rate of what is not `decayed` (biases, BatchNorm, scalars) over that
-        of kernels; Barlow Twins' is 0.024.
+      weight_decay: masked by `decayed`; part of the gradient in all but adamw.
+      trust_coefficient: norm of a step over norm of the weights; lars and larc alone use it.
+      bias_rate_factor: multiplies the learning rate of biases, BatchNorm and scalars; Barlow Twins
+        takes 0.024.
       max_gradient_norm: global norm to which gradients are clipped; 0 is off.
-      head_learning_rate: of the head's parameters, constant (SimSiam's predictor), or None for the
+      head_learning_rate: constant learning rate of the head (SimSiam's predictor); None follows the
         schedule.
 
     Returns:

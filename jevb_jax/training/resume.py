@@ -1,6 +1,6 @@
-"""What a run in its directory may change, and how it is made longer."""
+"""What may change when a run or a fine-tune is resumed, and how a run is made longer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import changed_keys, saved_steps
 from jevb_jax.runs.result_files import rename_results
 from jevb_jax.settings import read
-from jevb_jax.settings.saved_config import saved_config, versioned
+from jevb_jax.settings.saved_config import saved_config, saved_finetune, versioned
 from jevb_jax.training.experiment import Experiment
 from jevb_jax.training.optimizers import EarlierLength
 
-# Settings that a resumed run may change, because no number of the run depends on them.
+# Settings that may change on resuming, because no number that training computes depends on them.
 CHANGEABLE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
@@ -27,22 +27,30 @@ CHANGEABLE_ON_RESUME = (
     "train.knn_every_epochs",
     "train.log_every_steps",
 )
+FINETUNE_CHANGEABLE_ON_RESUME = (
+    "checkpoint.",
+    "evaluation.",
+    "input.accept_changed_data",
+    "input.num_workers",
+    "input.prefetch_batches",
+    "train.log_every_steps",
+)
 
 
 class ChangedConfigError(ValueError):
-    """The directory holds a run of another config."""
+    """The directory holds a run, or a fine-tune, of another config."""
 
 
 def refused_changes(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that a run in its directory may not change.
+    """Changed settings with which a run may not be resumed.
 
     Args:
       saved: the config of the run, completed.
       config: the config asked for.
 
     Returns:
-      `{dotted key: (saved, asked for)}`; a larger `train.num_epochs` is none of them where
-      `train.extend` allows it.
+      `{dotted key: (saved, asked for)}`. A larger `train.num_epochs` is left out where `train.extend`
+      allows it.
     """
     refused = {
         key: values
@@ -62,7 +70,7 @@ def is_longer(changes: dict[str, tuple[Any, Any]]) -> bool:
     return isinstance(saved, int | float) and asked > saved
 
 
-# What a run writes once its config.json is there, and would replace.
+# What a run writes after its config.json. A new run would replace these files.
 _WRITTEN_LATER = (
     "checkpoints",
     "metrics.jsonl",
@@ -75,7 +83,7 @@ _WRITTEN_LATER = (
 
 
 def _check_unused(workdir: Path) -> None:
-    """Refuses to begin a run where files lie that it would replace, or go on from."""
+    """Refuses to begin a run in a directory with files that it would replace, or resume from."""
     found = [name for name in _WRITTEN_LATER if (workdir / name).exists()]
     if found:
         raise ValueError(
@@ -86,7 +94,17 @@ def _check_unused(workdir: Path) -> None:
 
 
 def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[], None]) -> None:
-    """Writes the config of a new run; of an old one, refuses what changed, and makes it longer."""
+    """Begins a run, or checks that an old one may be resumed with this config, and extends it.
+
+    Args:
+      workdir: directory of the run, held by this process.
+      experiment: what the config describes.
+      check_data: refuses data that changed.
+
+    Raises:
+      ChangedConfigError: the directory holds a run of another config; every difference is named.
+      ValueError: files of another program lie there.
+    """
     path, config = workdir / "config.json", experiment.config
     if not path.exists():
         _check_unused(workdir)
@@ -96,9 +114,6 @@ def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[],
     found = saved_config(files.read_json(path), path)
     refused = refused_changes(found, config)
     if refused:
-        lines = [
-            f"  {key}: the run has {old!r}, got {new!r}" for key, (old, new) in refused.items()
-        ]
         longer = ""
         if is_longer(refused):
             longer = (
@@ -106,11 +121,7 @@ def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[],
                 "(--config.train.extend=True): from where it stands on, its learning rate is that of "
                 "a run of the new length."
             )
-        raise ChangedConfigError(
-            f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
-            "Give the same settings to resume it, or another --workdir to start anew. Only "
-            f"{', '.join(CHANGEABLE_ON_RESUME)} may change.{longer}"
-        )
+        raise _changed(workdir, "run", refused, CHANGEABLE_ON_RESUME, longer)
     check_data()
     changes = changed_keys(found, config)
     if is_longer(changes):
@@ -119,25 +130,69 @@ def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[],
         files.write_json_atomically(path, versioned(config))
 
 
+def check_finetune_config(
+    directory: Path, config: Mapping[str, Any], check_data: Callable[[], None]
+) -> None:
+    """As `check_config`, of a fine-tune.
+
+    Args:
+      directory: where it keeps its log and its checkpoints.
+      config: plain values.
+      check_data: refuses data that changed.
+
+    Raises:
+      ChangedConfigError: another fine-tune was begun there; every changed setting is named.
+    """
+    path = directory / "config.json"
+    if path.exists():
+        found = saved_finetune(files.read_json(path), path)
+        refused = {
+            key: values
+            for key, values in changed_keys(found, config).items()
+            if not key.startswith(FINETUNE_CHANGEABLE_ON_RESUME)
+        }
+        if refused:
+            raise _changed(directory, "fine-tune", refused, FINETUNE_CHANGEABLE_ON_RESUME)
+    else:
+        _check_unused(directory)
+    check_data()
+    files.write_json_atomically(path, versioned(config))
+
+
+def _changed(
+    directory: Path,
+    kind: str,
+    refused: Mapping[str, tuple[Any, Any]],
+    changeable: Sequence[str],
+    hint: str = "",
+) -> ChangedConfigError:
+    lines = [f"  {key}: the {kind} has {old!r}, got {new!r}" for key, (old, new) in refused.items()]
+    return ChangedConfigError(
+        f"{directory} holds a {kind} of another config:\n" + "\n".join(lines) + "\n"
+        "Give the same settings to resume it, or another --workdir to start anew. Only "
+        f"{', '.join(changeable)} may change.{hint}"
+    )
+
+
 _EXTENSIONS = "extensions.json"
 
 
 def _extend(workdir: Path, num_steps: int) -> None:
-    """Records where a run that becomes longer stands, and keeps what was written of the shorter one.
+    """Records up to which step a run had its old length, and keeps the files of the shorter run.
 
     Args:
       workdir: directory of the run.
-      num_steps: how long the shorter run was.
+      num_steps: planned steps of the shorter run.
     """
     stands = max(saved_steps(workdir / "checkpoints"), default=0)
     earlier: list[EarlierLength] = []
     start = 0
     for length in (*read_extensions(workdir), EarlierLength(num_steps, stands)):
         until = min(length.until_step, stands)
-        if until > start:  # a length that no saved step had is none
+        if until > start:  # a length without a saved step leaves no trace
             earlier.append(length._replace(until_step=until))
             start = until
-    if not earlier:  # killed before its first save: it starts anew
+    if not earlier:  # killed before its first save: it starts from the beginning
         return
     for name in ("config", "environment"):
         kept = workdir / f"{name}_until_step_{stands}.json"
@@ -150,7 +205,7 @@ def _extend(workdir: Path, num_steps: int) -> None:
 
 
 def read_extensions(workdir: Path) -> list[EarlierLength]:
-    """Lengths that a run was to have before it was extended, the first one first.
+    """The planned lengths of a run before it was extended, in their order.
 
     Args:
       workdir: directory of the run, of `files.to_path`.

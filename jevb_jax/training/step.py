@@ -88,11 +88,11 @@ def compiled_init(
     One program: operation by operation, initializing a ResNet takes many times longer.
 
     Args:
-      model: as for `init_state`.
-      optimizer: see `init_state`.
-      view_shape: see `init_state`.
-      ema_decay: see `init_state`.
-      target_decay: see `init_state`.
+      model: networks.
+      optimizer: as given to `train_step`.
+      view_shape: `(height, width, channels)` of a view.
+      ema_decay: 0 is off.
+      target_decay: 0 is no target network.
 
     Returns:
       From a key to the state before the first step.
@@ -129,7 +129,7 @@ def apply_views(
     train: bool,
     bn_group_size: int = 0,
 ) -> tuple[list[ViewOutputs], Any]:
-    """Runs each view through the networks in turn: BatchNorm normalizes a view by itself.
+    """Runs each view through the networks in turn, so BatchNorm normalizes each view by itself.
 
     Args:
       model: networks.
@@ -137,8 +137,8 @@ def apply_views(
       batch_stats: running statistics.
       views: each `[batch, h, w, c]`, normalized.
       train: batch statistics (and their running update) or running ones.
-      bn_group_size: consecutive examples that BatchNorm takes together in training; 0 is all. Running
-        statistics take in the average of the groups' means and of their variances.
+      bn_group_size: how many consecutive examples BatchNorm normalizes together in training; 0 is all.
+        Running statistics use the average of the groups' means and variances.
 
     Returns:
       The outputs of every view, and the updated statistics.
@@ -207,8 +207,8 @@ def train_step(
       optimizer: as in `init_state`.
       view_augmentations: what makes view 1, view 2 and, where there are any, small crops.
       method: see `jevb_jax.methods`.
-      num_micro_batches: equal parts whose gradients are averaged; it divides the batch. BatchNorm sees
-        one part at a time.
+      num_micro_batches: the batch is cut into so many equal parts, and their gradients are averaged.
+        BatchNorm sees one part at a time.
       bn_group_size: examples that BatchNorm takes together, see `apply_views`; 0 is all of a part.
       ema_decay: what the parameters' average keeps, if the state has one.
       target_decay: step -> decay of the target network, if the state has one.
@@ -225,7 +225,7 @@ def train_step(
     purpose_keys = jax.vmap(functools.partial(jax.random.split, num=2))(example_keys)
 
     def target_outputs(batch_stats: Any, views: Sequence[Array]) -> list[ViewOutputs] | None:
-        """Of the target network, whose BatchNorm sees the batch but keeps no statistics."""
+        """Outputs of the target network. Its BatchNorm sees the batch but keeps no statistics."""
         if state.target_params is None:
             return None
         target_params = {**state.params, **state.target_params}
@@ -261,7 +261,7 @@ def train_step(
             state.params, state.batch_stats, images, purpose_keys
         )
     else:
-        # Every so-manieth example, so that each part lies over all devices as the batch does.
+        # A part takes every n-th example, so that each part is spread over all devices as the batch is.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1),
             (images, purpose_keys),
@@ -310,7 +310,7 @@ class ChunkResult(NamedTuple):
 
     Attributes:
       state: after the last good step.
-      metrics: each `[steps_per_dispatch]`; entries from the number of steps asked for on are zero.
+      metrics: each `[steps_per_dispatch]`; zero for the steps that were not asked for.
       is_finite: False if a loss or gradient was not finite. Then `state` is the one *before* that
         step, whose number is `state.step`.
     """
@@ -325,20 +325,21 @@ def _is_finite(metrics: dict[str, Array]) -> Array:
 
 
 def _select(is_finite: Array, new: TrainState, old: TrainState) -> TrainState:
-    """The new state, or the old one: a step that is not finite is not taken but kept as evidence."""
+    """The new state, or the old one: the state before a bad step is the evidence."""
     return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
 
-StepFunction = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
+# From a state, a batch (images, or a tree of arrays with the examples first) and the run's key.
+StepFunction = Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]
 
 
 def state_shardings(state: TrainState, mesh: Mesh, *, shard_optimizer_state: bool) -> TrainState:
-    """The layout of a state: on every device, but for an optimizer's state that is cut (ZeRO-1).
+    """How a state lies on the devices: whole on each, or with the optimizer's part cut (ZeRO-1).
 
     Args:
       state: arrays or shapes.
       mesh: the devices, from `parallel.make_mesh`.
-      shard_optimizer_state: whether each device keeps only its part of the optimizer's state.
+      shard_optimizer_state: whether each device keeps only a part of the optimizer's state.
 
     Returns:
       The same tree of shardings.
@@ -355,38 +356,42 @@ def make_train_chunk(
     donate: bool = True,
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
-) -> Callable[[TrainState, Array, Array | None, Array, Array], ChunkResult]:
-    """Compiles a loop of steps over images that are on the device.
+) -> Callable[[TrainState, Any, Array | None, Array, Array], ChunkResult]:
+    """Compiles a loop of steps over examples that are on the device.
 
-    The number of steps is an argument of the compiled program, not a constant: one compilation serves
-    every chunk, and a run cut anywhere computes the same bits as an uncut one. With `K = 1` there is
-    no loop: on the CPU, XLA's convolutions inside a loop run many times slower than outside.
+    The compiled program takes the number of steps as an argument. So it is compiled once, and a run that
+    was cut anywhere computes the same bits as an uncut one. With `K = 1` there is no loop: on the CPU,
+    XLA's convolutions run many times slower inside one.
 
     Args:
-      step_fn: `(state, images, key) -> (state, metrics)`.
-      donate: reuse the memory of the state that is passed in.
-      mesh: cut every batch over it; None for one device.
+      step_fn: `(state, batch, key) -> (state, metrics)`.
+      donate: whether to reuse the memory of the state that is passed in.
+      mesh: the devices that share every batch; None for one device.
       shardings: how the state lies over the devices of a mesh.
 
     Returns:
-      `chunk(state, images [N, h, w, c], indices [K, batch], num_steps, key) -> ChunkResult`, which runs
-      the first `num_steps <= K` rows of indices and stops early when a step is not finite. With none
-      to run, the state comes back as it was. Without indices (None), the images are the batches,
-      `[K, batch, h, w, c]`.
+      `chunk(state, examples, indices [K, batch], num_steps, key) -> ChunkResult`, which runs the first
+      `num_steps <= K` rows of indices and stops early when a step is not finite. With none to run, the
+      state comes back as it was. Examples are images `[N, h, w, c]`, or a tree of arrays `[N, ...]` as
+      images with their labels. Without indices (None) they are the batches, `[K, batch, ...]`.
     """
 
     def chunk(
-        state: TrainState, images: Array, indices: Array | None, num_steps: Array, key: Array
+        state: TrainState, examples: Any, indices: Array | None, num_steps: Array, key: Array
     ) -> ChunkResult:
-        steps = (images if indices is None else indices).shape[0]
+        steps = jax.tree.leaves(examples if indices is None else indices)[0].shape[0]
+
+        def rows(array: Array, index: Array) -> Array:
+            if indices is None:
+                found = array[index]
+            else:
+                found = jnp.take(array, indices[index], axis=0, mode="clip")
+            if mesh is None:
+                return found
+            return jax.lax.with_sharding_constraint(found, parallel.over_data(mesh))
 
         def run_step(state: TrainState, index: Array) -> tuple[TrainState, dict[str, Array]]:
-            if indices is None:
-                batch = images[index]
-            else:
-                batch = jnp.take(images, indices[index], axis=0, mode="clip")
-            if mesh is not None:
-                batch = jax.lax.with_sharding_constraint(batch, parallel.over_data(mesh))
+            batch = jax.tree.map(lambda array: rows(array, index), examples)
             return step_fn(state, batch, key)
 
         if steps == 1:
