@@ -348,7 +348,7 @@ def test_settings_of_numpy_and_any_iterable():
         options: dict[str, Any] = {"num_classes": 7, "k": 5, "temperature": 0.1} | refused
         votes = [Vote(options.pop("k"), options.pop("temperature"))]
         with pytest.raises(TypeError, match=f"{next(iter(refused))} must be"):
-            knn.knn_predict(*train, test[0], **({"votes": votes} | options))
+            knn.knn_predict(*train, test[0], **{"votes": votes, **options})
     for grid, message in (
         (0.1, "must be a sequence"),
         ("0.1", "must be a sequence"),
