@@ -82,9 +82,6 @@ class Classifier:
     def logits(self, images: Images) -> np.ndarray:
         """Class logits.
 
-        Args:
-          images: see `Model`.
-
         Returns:
           `[N, C]`, or `[C]` of one image.
         """

@@ -45,8 +45,6 @@ class ForwardPass:
         Args:
           network: the Flax module.
           settings: settings of the run.
-          square_size: see the class.
-          batch_size: see the class.
           compiled: a `ForwardPass` of the same networks, whose programs are shared.
         """
         self.network = network

@@ -240,7 +240,6 @@ class Model:
         an image depends on that image only.
 
         Args:
-          images: see the class.
           score: `family/score`, for example "jevb/negative_elbo" or "embedding/mahalanobis", one of
             `score_names()`. None takes the default of the config or the method.
           fit_images: in-distribution images to fit the score to. By default they are the images of
@@ -386,7 +385,6 @@ class Model:
         """The values of a fitted score, `[N]` float32; `[]` for one image. `Detector` calls this.
 
         Args:
-          images: see the class.
           name: name of the score.
           scorer: the fitted score.
         """

@@ -166,9 +166,6 @@ def make_drawing(figure: Figure, alt: str, title: str, note: str = "") -> Drawin
 
     Args:
       figure: what to draw.
-      alt: see `Drawing`.
-      title: see `Drawing`.
-      note: see `Drawing`.
 
     Returns:
       The drawing; the same figure gives the same bytes with the same matplotlib.

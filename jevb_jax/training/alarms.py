@@ -62,7 +62,6 @@ class AlarmPeriod(NamedTuple):
 
     Attributes:
       step: where the health check raised it.
-      name: see `Alarm`.
       message: what that check said, and when it cleared.
     """
 
@@ -216,16 +215,7 @@ def judge(values: Mapping[str, float], *, step: int, embedding_dim: int) -> dict
 
 
 def health_alarms(values: Mapping[str, float], *, step: int, embedding_dim: int) -> list[Alarm]:
-    """The alarms that a health check raises.
-
-    Args:
-      values: as `judge`.
-      step: as `judge`.
-      embedding_dim: D.
-
-    Returns:
-      The raised alarms, in a fixed order.
-    """
+    """The alarms that a health check raises, in a fixed order; arguments as for `judge`."""
     judged = judge(values, step=step, embedding_dim=embedding_dim)
     return [Alarm(name, message) for name, message in judged.items() if message is not None]
 

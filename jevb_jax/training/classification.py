@@ -133,9 +133,6 @@ class BestEpoch:
     """Measures validation accuracy before the first step and after every epoch; knows the best.
 
     Attributes:
-      every_steps: see `plan.Measurement`.
-      at_start: see `plan.Measurement`.
-      status: see `plan.Measurement`.
       accuracies: by step.
     """
 

@@ -17,8 +17,6 @@ class HealthWatch:
     """Measures the health of a state; says which alarms rose or cleared since the last time.
 
     Attributes:
-      every_steps: see `plan.Measurement`.
-      at_start: likewise.
       alarms: those that the last check raised, messages by name.
     """
 
@@ -35,7 +33,6 @@ class HealthWatch:
 
         Args:
           check: from a state to health measures by name.
-          every_steps: see the class.
           embedding_dim: D, by which the alarms judge.
         """
         self.check = check
@@ -93,8 +90,6 @@ class KnnWatch:
 
     Attributes:
       every_steps: see `plan.Measurement`; 0 where k-NN only scores checkpoints.
-      at_start: see `plan.Measurement`.
-      status: see `plan.Measurement`.
     """
 
     at_start = False
@@ -112,7 +107,6 @@ class KnnWatch:
         Args:
           validate: from a state to accuracies by name.
           best_measure: the accuracy that scores a checkpoint.
-          every_steps: see the class.
         """
         self.every_steps = every_steps
         self._validate = validate
