@@ -327,19 +327,20 @@ def evaluate(
         )
     mesh = parallel.make_mesh()
     replicated = parallel.replicated(mesh)
+    # An evaluation reads no state of the optimizer, whatever Optax calls its parts.
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(experiment.initial_state),
+        jax.eval_shape(experiment.initial_state)._replace(opt_state=None, target_params=None),
     )
     checkpointer = Checkpointer(workdir / "checkpoints")
     try:
         if step is None:
-            restored = checkpointer.restore_latest(template)
+            restored = checkpointer.restore_latest(template, is_whole=False)
             if restored is None:
                 raise CheckpointError(f"{workdir} holds no checkpoint: train first")
             _, state = restored
         elif step in checkpointer.steps():
-            state = checkpointer.restore(step, template)
+            state = checkpointer.restore(step, template, is_whole=False)
         else:
             raise CheckpointError(f"{workdir} has checkpoints {checkpointer.steps()}, not {step}")
     finally:

@@ -178,9 +178,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
 
 
 def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
-    # These need Orbax and Optax, which an export does not.
-    from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
-    from jevb_jax.training.experiment import state_shapes
+    from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError  # an export needs no Orbax
 
     if step is not None and not isinstance(step, str):
         step = whole_number("step", step)
@@ -189,12 +187,15 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     settings = _saved_settings(config, directory)
     if not (directory / "checkpoints").exists():
         raise CheckpointError(f"{directory} holds no checkpoint; train first")
-    view = from_settings.view_augmentations(settings.augmentation)[0]
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    template = jax.tree.map(
+    shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state_shapes(settings, (view.size, view.size, len(view.mean))),
+        variable_shapes(settings),
     )
+    # Only what evaluates: the state of the optimizer is neither read nor needs to be known. So an
+    # Optax that names its parts in another way does not make old runs unloadable.
+    evaluated = "ema_params" if settings.train.ema_decay > 0 else "params"
+    template = {evaluated: shapes["params"], "batch_stats": shapes["batch_stats"]}
     checkpointer = Checkpointer(directory / "checkpoints", keep_best=settings.checkpoint.keep_best)
     try:
         steps = checkpointer.steps()
@@ -207,12 +208,12 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
                 )
             step = best
         if step is None:
-            restored = checkpointer.restore_latest(template)
+            restored = checkpointer.restore_latest(template, is_whole=False)
             if restored is None:
                 raise CheckpointError(f"{directory} holds no checkpoint; train first")
             found, state = restored
         elif step in steps:
-            found, state = step, checkpointer.restore(step, template)
+            found, state = step, checkpointer.restore(step, template, is_whole=False)
         else:
             raise CheckpointError(
                 f'step must be one of {steps}, the checkpoints in {directory}, or "best"; got {step!r}'
@@ -221,7 +222,7 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
         checkpointer.close()
     return Model(
         config,
-        state.evaluation_variables,
+        {"params": state[evaluated], "batch_stats": state["batch_stats"]},
         step=found,
         batch_size=batch_size,
         recorded_data=data_record.read(directory),

@@ -6,11 +6,15 @@ import tempfile
 # Before JAX starts: the suite must not depend on an accelerator of the machine it runs on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Most of the suite's time is compiling, and hardly any of it is running; XLA's older code generator is
-# the quicker one at that. Processes that tests start inherit it, unless they add `AS_USERS_RUN_IT`: the
-# optimised program is tested there, and where `optimised` asks for it.
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+# Most of the suite's time is compiling, and hardly any of it is running. So tests compile without most
+# optimizations, and with XLA's older code generator, which is quicker. Processes that tests start
+# inherit this, unless they add `AS_USERS_RUN_IT`. `JEVB_JAX_TESTS=optimized pytest -m numerics` tests
+# what depends on rounding in the programs that users run.
+if os.environ.get("JEVB_JAX_TESTS") != "optimized":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    )
 
 # What one test compiled, others read: on every worker and in the processes that tests start. Workers
 # inherit the directory from pytest's own process, which deletes it at its end.
@@ -31,10 +35,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def optimised():
-    """Compiles with XLA's optimisations."""
+    """Compiles with XLA's optimizations, whatever the rest of the suite does."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ of 40, a detector saved from it, and what that version computed with both.
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,24 @@ def test_it_loads_and_says_the_same(old):
     found = expected(old)
     np.testing.assert_allclose(model.embed(images()), found["embeddings"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.ood_score(images()), found["scores"], rtol=1e-3)
+
+
+WITHOUT_OPTAX = """
+import sys
+sys.modules["optax"] = None  # an import of it is an error
+import numpy as np
+import jevb_jax
+images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+np.save(sys.argv[2], jevb_jax.load(sys.argv[1]).embed(images))
+"""
+
+
+@pytest.mark.slow
+def test_it_loads_whatever_became_of_its_optimizer(old, tmp_path):
+    # Its checkpoint names the parts of an optimizer's state as Optax did then.
+    file = tmp_path / "embeddings.npy"
+    subprocess.run([sys.executable, "-c", WITHOUT_OPTAX, old / "run", file], check=True)
+    np.testing.assert_allclose(np.load(file), expected(old)["embeddings"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -106,6 +106,11 @@ def fingerprint(tree: Any) -> dict[str, int]:
     return {name: int(value) for name, value in _fingerprints(flatten_names(tree)).items()}
 
 
+def _field(name: str) -> str:
+    """The field of the state that an array belongs to, for example `params`."""
+    return name.partition(".")[0]
+
+
 def _check_same_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     """Raises CheckpointMismatchError with all missing, extra and differently shaped arrays."""
     problems = differences(saved, wanted, where="checkpoint")
@@ -240,12 +245,14 @@ class Checkpointer:
         )
         return restored["meta"]
 
-    def restore(self, step: int, template: State) -> State:
+    def restore(self, step: int, template: State, *, is_whole: bool = True) -> State:
         """Restores one checkpoint, strictly.
 
         Args:
           step: one of `steps()`.
           template: a state of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s.
+          is_whole: False if the template holds only some fields of the saved state, and None for the
+            others. Other fields are not read, so they may be anything.
 
         Raises:
           CheckpointMismatchError: arrays are missing, extra, or of another shape or type. The
@@ -261,7 +268,8 @@ class Checkpointer:
         wanted = flatten_names(template)
         saved_names = dict.fromkeys(meta["fingerprint"])
         metadata = self._manager.item_metadata(step)["state"]
-        saved = {name: metadata[name] for name in saved_names}
+        fields = {_field(name) for name in wanted}
+        saved = {name: metadata[name] for name in saved_names if is_whole or _field(name) in fields}
         _check_same_structure(saved, wanted, where)
         abstract = {
             name: jax.ShapeDtypeStruct(
@@ -269,10 +277,7 @@ class Checkpointer:
             )
             for name, leaf in wanted.items()
         }
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),  # pyright: ignore[reportCallIssue]
-        )["state"]
+        restored = self._read(step, abstract) if is_whole else self._read_part(step, abstract)
         found = fingerprint(restored)
         damaged = [name for name in wanted if found[name] != meta["fingerprint"][name]]
         if damaged:
@@ -282,11 +287,28 @@ class Checkpointer:
             )
         return unflatten_names(restored, template)
 
-    def restore_latest(self, template: State) -> tuple[int, State] | None:
+    def _read(self, step: int, abstract: dict[str, Any]) -> dict[str, Array]:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+        return self._manager.restore(step, args=args)["state"]
+
+    def _read_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Array]:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(
+                self._manager.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+                    abstract,
+                    restore_args=restore_args,
+                    partial_restore=True,
+                ),
+            )
+
+    def restore_latest(self, template: State, *, is_whole: bool = True) -> tuple[int, State] | None:
         """Restores the latest undamaged checkpoint. Logs a warning for each damaged one.
 
         Args:
           template: a state of the wanted structure, of arrays or `jax.ShapeDtypeStruct`s.
+          is_whole: as for `restore`.
 
         Returns:
           Step and state, or None if there are no checkpoints.
@@ -298,7 +320,7 @@ class Checkpointer:
         failures: list[str] = []
         for step in reversed(self.steps()):
             try:
-                state = self.restore(step, template)
+                state = self.restore(step, template, is_whole=is_whole)
             except CheckpointMismatchError:
                 raise
             # Orbax, TensorStore and JSON raise many kinds of errors for damaged files.

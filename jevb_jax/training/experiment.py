@@ -172,31 +172,6 @@ def make_optimizer(
     )
 
 
-def state_shapes(settings: RunSettings, view_shape: tuple[int, int, int]) -> TrainState:
-    """Shapes and types of a run's state; no data are loaded.
-
-    Args:
-      settings: what the run asks for.
-      view_shape: `(height, width, channels)` of a full view.
-
-    Returns:
-      A state of `jax.ShapeDtypeStruct`s.
-    """
-    # The length of the schedule needs the data. The shapes of the optimizer's state do not.
-    optimizer = make_optimizer(settings.optimizer, optax.constant_schedule(1.0))
-    return jax.eval_shape(
-        lambda key: step.init_state(
-            key,
-            from_settings.make_network(settings),
-            optimizer,
-            view_shape,
-            ema_decay=settings.train.ema_decay,
-            target_decay=settings.train.target_decay,
-        ),
-        jax.random.key(0),
-    )
-
-
 def build_experiment(config: ConfigDict) -> Experiment:
     """Loads the data and makes everything else that the config describes.
 

@@ -13,6 +13,8 @@ from jax import Array
 from jevb_jax.networks import batch_norm
 from jevb_jax.networks.batch_norm import BatchNorm
 
+pytestmark = pytest.mark.numerics
+
 EPSILON = 1e-5
 SHAPE = (6, 5, 4, 7)
 

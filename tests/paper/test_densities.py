@@ -82,6 +82,7 @@ def test_directional_matches_scipy_in_the_tangent_space(float64, dim, coordinate
     assert_close(directional(u, m, scale, df, coordinates), expected, 1e-11)
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dim", [3, 6])
@@ -358,6 +359,7 @@ def grid_oracle(dim, u, m, scale_diag, df, coordinates):
     return value
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dim", [3, pytest.param(8, marks=pytest.mark.slow), 128, 4096])
@@ -616,6 +618,7 @@ def test_radial_mass(float64, df, scale):
     assert linear_mass < 1 + 1e-9
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("space", ["log", "linear"])
 def test_radial_float32_over_the_domain(space):
@@ -686,6 +689,7 @@ def test_kl_is_of_the_posterior_from_the_prior():
     np.testing.assert_allclose(backward, 1.5 - math.log(2), rtol=1e-6)
 
 
+@pytest.mark.numerics
 def test_kl_keeps_its_digits_near_zero():
     # In float32, x^2 - 1 - log(x^2) as written would have an error of 1e-7 here, a tenth of it.
     scale = 1 + np.linspace(-1e-3, 1e-3, 8, dtype=np.float32)
@@ -763,6 +767,7 @@ def power_spherical_with_gradients(direction, loc, concentration):
     )
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", SPHERE_DIMS)
 def test_power_spherical_over_the_domain(dim):
@@ -963,6 +968,7 @@ def mp_student_t(x, df, loc, scale):
         return [float(v) for v in (value, -pull / s, of_df, pull / s, (z * pull - 1) / s)]
 
 
+@pytest.mark.numerics
 def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
     distances = (0.0, 0.9, 1.1, 30.0, 1e4, 1e9, 1e13, 3e15, 1e18, 3e19, 1e30)
     rows = [
@@ -994,6 +1000,7 @@ def test_student_t_and_its_gradients_far_in_the_tail_in_float32():
         assert np.max(error) < 3e-5, (name, arguments[:, np.argmax(error)], np.max(error))
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 def test_student_t_between_the_ends_of_float32():
     # The difference overflows in the first row, what is not selected in the second, and the square of
@@ -1020,6 +1027,7 @@ def test_student_t_between_the_ends_of_float32():
         np.testing.assert_allclose(slope, [-6 / (x - loc), 0, 0], rtol=1e-5, atol=1e-37)
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
@@ -1065,6 +1073,7 @@ def test_directional_gradients_far_in_the_tail_match_sixty_digits(coordinates):
         assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 def test_multivariate_student_t_far_in_the_tail():
     x = np.array([[3e25, -1e25, 0], [1e37, 2e37, 1e37], [2e4, 1, 1]], np.float32)
@@ -1103,6 +1112,7 @@ def test_multivariate_student_t_far_in_the_tail():
     np.testing.assert_allclose(of_df, float(slope), rtol=1e-5)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 def test_kl_of_scales_whose_quotient_underflows():
     for scale, prior in ((1e-30, 1e30), (1.3e-38, 3e37), (1e-20, 1e20), (1e-5, 1e5)):

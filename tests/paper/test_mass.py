@@ -56,12 +56,14 @@ def test_equal_scales_agree_with_quadrature_over_the_angle(dim, float64):
     np.testing.assert_allclose(actual, expected, atol=1e-6, rtol=1e-9)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dim", [3, slow(4), slow(16), slow(128), 4096])
 def test_float32_keeps_an_error_of_a_few_roundings_for_each_dimension(dim):
     actual, expected = equal_scales(dim, np.float32)
     np.testing.assert_allclose(actual, expected, atol=3e-6 + 1e-6 * dim, rtol=1e-6)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("df", "expected"), [(5.0, -16.637), (127.0, -36.2), (math.inf, -42.4)])
 def test_values_of_the_design(df, expected, float64):
     # D = 128 at sigma = 1.76, computed apart from this project.

@@ -81,6 +81,7 @@ def expected_terms(target, mean, scale, *, scale_units, coordinates, space, df, 
     return np.sum(weights * directional), np.sum(weights * radial), *deviations
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("scale_units", "coordinates", "space", "df", "radial_df"),
     [
@@ -429,6 +430,7 @@ def test_model_parameters_receive_gradients(float64):
         assert abs(slope) > 1e-4
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 def test_zero_and_degenerate_embeddings_give_finite_terms_and_gradients():
     # Zero targets, targets at the mean and at its antipode, tiny and huge ones, tiny scales.
@@ -638,6 +640,7 @@ def test_symmetric_elbo_takes_an_untied_scale_for_each_view(float64):
     assert_terms_close(both, jax.tree.map(lambda a, b: (a + b) / 2, *halves))
 
 
+@pytest.mark.numerics
 def test_golden():
     # Literal inputs, so that a change of any constant shows. To regenerate after a change that is
     # meant: print `expected`, which is the oracles', never the package's own output.

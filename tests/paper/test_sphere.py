@@ -18,7 +18,7 @@ polar = jax.jit(polar_decomposition)
 polar_jacobian = jax.jit(jax.vmap(jax.jacrev(polar_decomposition)))
 
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
+pytestmark = [pytest.mark.usefixtures("strict_dtypes"), pytest.mark.numerics]
 
 
 @pytest.mark.parametrize("dim", [1, 3, 128, 4096])

@@ -100,6 +100,44 @@ def test_restore_refuses_bits_that_changed(tmp_path, monkeypatch):
     checkpointer.close()
 
 
+def test_a_part_is_read_whatever_the_rest_is(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+    unknown = {"renamed": (jnp.ones(2), {"by": jnp.zeros((2, 2))})}
+    checkpointer.save(1, {**state(2.0), "opt_state": unknown}, config=CONFIG)
+    checkpointer.wait()
+    params = {"params": state(0.0)["params"]}
+    with pytest.raises(
+        CheckpointMismatchError, match=r"only in the checkpoint: opt_state\.renamed"
+    ):
+        checkpointer.restore(1, params)
+    found = checkpointer.restore_latest(params, is_whole=False)
+    assert found is not None
+    step, restored = found
+    assert step == 1
+    assert restored.keys() == {"params"}
+    np.testing.assert_array_equal(restored["params"]["kernel"], np.full((3, 5), 2.0))
+    assert restored["params"]["half"].dtype == jnp.bfloat16
+
+    # Of the fields that are asked for, nothing may be missing, extra or of another shape.
+    for wrong, message in (
+        ({"kernel": jnp.ones((3, 5))}, "only in the checkpoint: params.half"),
+        ({**params["params"], "bias": jnp.ones(2)}, "missing from the checkpoint: params.bias"),
+        ({**params["params"], "kernel": jnp.ones((5, 3))}, "params.kernel"),
+    ):
+        with pytest.raises(CheckpointMismatchError, match=message):
+            checkpointer.restore(1, {"params": wrong}, is_whole=False)
+
+    # Damage counts where it is read.
+    meta = checkpointer.read_meta(1)
+    monkeypatch.setattr(checkpointer, "read_meta", lambda step: meta)
+    meta["fingerprint"]["step"] ^= 1
+    checkpointer.restore(1, params, is_whole=False)
+    meta["fingerprint"]["params.half"] ^= 1
+    with pytest.raises(CheckpointError, match=r"damaged.*params\.half"):
+        checkpointer.restore(1, params, is_whole=False)
+    checkpointer.close()
+
+
 def test_latest_and_best_are_kept(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_latest=1, keep_best=1)
     for step, score in enumerate((0.9, 0.8, 0.1, 0.2)):
