@@ -5,7 +5,7 @@ python -m benchmarks.evaluation --out=runs/evaluation --num_cores=1 --width=16 \
 
 Features are random: Gaussian classes, so that a probe has something to learn. k-NN is the search alone,
 the same exact neighbours by cosine on every side; how many agree is in the table. The probes minimise one
-objective, penalised cross-entropy of standardised features; each gets the loosest tolerance, in powers of
+objective, penalized cross-entropy of standardized features; each gets the loosest tolerance, in powers of
 ten, at which its objective is within `--probe_gap` of the best that any reached. With few labels the
 whole grid is fitted, from the strongest penalty to the weakest, each from the solution before. Metrics of
 detection are five, with intervals from `--num_resamples` resamples of the images. Features are of random

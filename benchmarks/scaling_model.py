@@ -45,7 +45,7 @@ class Chip(NamedTuple):
       inner_bandwidth: bytes a second over ICI or NVLink.
       inner_size: chips that these links join.
       torus_dims: dimensions of the ICI torus; 0 is a switch.
-      outer_bandwidth: bytes a second between such groups (InfiniBand, the data centre's network).
+      outer_bandwidth: bytes a second between such groups (InfiniBand, the data center's network).
       chips_per_host: chips that one host feeds.
     """
 
@@ -59,7 +59,7 @@ class Chip(NamedTuple):
 
 
 # cloud.google.com/tpu/docs (v4, v5e, v5p: bf16 peak; ICI 2400, 1600 and 4800 Gbit/s a chip; pods of
-# 4096, 256 and 8960 chips; data centre network 6.4 Tbit/s a v5e pod and 50 Gbit/s a v5p chip; v4's is
+# 4096, 256 and 8960 chips; data center network 6.4 Tbit/s a v5e pod and 50 Gbit/s a v5p chip; v4's is
 # not used below 4096 chips, v5p's stands in). NVIDIA's data sheets of H100 SXM (989 Tflop/s dense,
 # NVLink 900 GB/s both ways) and DGX H100 (eight GPUs, one 400 Gbit/s InfiniBand port each).
 CHIPS = (

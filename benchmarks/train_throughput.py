@@ -15,7 +15,7 @@ encoder, ResNet-18 with the CIFAR stem, and the heads of their recipes, `--head_
 SimSiam's are lightly's three layers. Images are random unless `--images` names an `.npz`: time does not
 depend on them. Rows `encoder`, `views` and `matmul` are parts alone: the encoder's forward and backward
 on ready views (the floor), the augmentations, and a product of square matrices (the ceiling, of which
-the last column is the share). Operations are XLA's count of the program before it is optimised.
+the last column is the share). Operations are XLA's count of the program before it is optimized.
 
 The peers: `python -m venv PEERS`, `PEERS/bin/pip install torch torchvision lightly kornia`; and
 `python -m venv SPT`, `SPT/bin/pip install 'stable-pretraining[jax]'`. Writes `train_throughput.json`

@@ -415,7 +415,7 @@ def _results(settings: FinetuneSettings, dataset: Dataset, trained: _Trained) ->
     }
     sentence = (
         f"{'linear classifier on the frozen' if settings.init.frozen else 'fine-tuned'} encoder "
-        f"of {settings.init.workdir}, {len(dataset.train):,} labelled images of "
+        f"of {settings.init.workdir}, {len(dataset.train):,} labeled images of "
         f"{dataset.train.name}, epoch {best} of {settings.train.num_epochs} chosen on "
         f"{len(dataset.validation):,} validation images"
     )

@@ -203,7 +203,7 @@ def simsiam(
 def byol(
     key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
 ) -> MethodOutput:
-    """BYOL: squared distance of normalised predictions to the averaged network's embeddings."""
+    """BYOL: squared distance of normalized predictions to the averaged network's embeddings."""
     del key
     terms = baselines.byol_loss(
         views[0].prediction, views[1].prediction, targets[0].embedding, targets[1].embedding

@@ -34,7 +34,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
-def optimised():
+def optimized():
     """Compiles with XLA's optimizations, whatever the rest of the suite does."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)

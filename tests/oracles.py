@@ -151,8 +151,8 @@ def mp_directional_log_prob(direction, loc, scale_diag, df, coordinates):
 
 
 def radial_log_prob(radius, loc, scale, df, space):
-    standardised = (radius - loc) / scale if space == "linear" else np.log(radius / loc) / scale
-    value = stats.norm.logpdf(standardised) if np.isinf(df) else stats.t.logpdf(standardised, df)
+    standardized = (radius - loc) / scale if space == "linear" else np.log(radius / loc) / scale
+    value = stats.norm.logpdf(standardized) if np.isinf(df) else stats.t.logpdf(standardized, df)
     return value - np.log(scale if space == "linear" else scale * radius)
 
 

@@ -108,7 +108,7 @@ def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mo
     should_move = {name for name in moved if mode == "full" and ".backbone." in name}
     assert {name for name, has_moved in moved.items() if has_moved} == should_move
     assert ("frozen" in results["protocol"]) == (mode == "frozen")
-    assert "256 labelled images" in results["protocol"]
+    assert "256 labeled images" in results["protocol"]
 
 
 @pytest.mark.slow
@@ -322,9 +322,9 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
         finetuning.finetune(config, tmp_path / "out", console=quiet())
     with pytest.raises(ValueError, match="must be full or frozen, got 'half'"):
         finetune_digits.get_config("half")
-    unlabelled = ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
+    unlabeled = ArraySource(np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="needs labels"):
-        finetuning._labels(unlabelled)
+        finetuning._labels(unlabeled)
 
 
 def classifier_of(encoder: Model) -> finetuning.Classifier:
@@ -510,13 +510,13 @@ def test_transfer_is_the_run_s_own_evaluation_on_its_own_data(encoder, tmp_path)
 
 def test_transfer_needs_labels_and_the_split():
     images = np.zeros((4, 8, 8, 1), np.uint8)
-    labelled = ArraySource(images, np.arange(4))
-    unlabelled = ArraySource(images, name="pictures")
+    labeled = ArraySource(images, np.arange(4))
+    unlabeled = ArraySource(images, name="pictures")
     nothing: Any = None
     settings = read.evaluation_section(to_json_values(default.get_config())["evaluation"])
-    dataset = Dataset(unlabelled, unlabelled, unlabelled)
+    dataset = Dataset(unlabeled, unlabeled, unlabeled)
     with pytest.raises(ValueError, match="pictures has no labels"):
         evaluate_transfer(settings, nothing, nothing, dataset)
-    dataset = Dataset(labelled, labelled, None)
+    dataset = Dataset(labeled, labeled, None)
     with pytest.raises(ValueError, match="has no test part"):
         evaluate_transfer(settings, nothing, nothing, dataset)

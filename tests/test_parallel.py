@@ -359,7 +359,7 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     ids=["global", "grouped", "micro-batches"],
 )
 def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
-    changes, num_statistics, most, optimised
+    changes, num_statistics, most, optimized
 ):
     experiment = make_experiment(changes=changes)
     mesh = parallel.make_mesh()

@@ -84,7 +84,7 @@ def by_definition(x, kernel, cotangent, stride):
     return of_x[:, inner, inner], of_kernel
 
 
-@pytest.mark.usefixtures("optimised", "one_device")
+@pytest.mark.usefixtures("optimized", "one_device")
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2), (7, 2)])
 def test_gradients_of_convolutions_with_the_options_for_them(size, stride):
     generator = np.random.default_rng(0)

@@ -225,11 +225,11 @@ def probe_logits(probe: LinearProbe, features: ArrayLike) -> Array:
     x = checked_features("features", features)
     check_same_width("features", x, "the probe's weights", probe.weights.T)
     standardise = Standardization(probe.feature_mean, probe.feature_std)
-    return _standardised_logits(ProbeParameters(probe.weights, probe.bias), standardise, x)
+    return _standardized_logits(ProbeParameters(probe.weights, probe.bias), standardise, x)
 
 
 @jax.jit
-def _standardised_logits(
+def _standardized_logits(
     parameters: ProbeParameters, standardise: Standardization, features: Array
 ) -> Array:
     return logits_of(parameters, standardise(features))
@@ -407,12 +407,12 @@ def linear_protocol(
       features: name of the features, for example "representation".
 
     Returns:
-      One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardised
+      One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardized
       features, l2=0.001 of 6 chosen on validation (143), fitted on train split (1,294), evaluated
       on test (360)".
     """
     return (
         f"linear (multinomial logistic regression, {SOLVER_NAMES[solver]}), un-augmented "
-        f"standardised {features}, l2={l2_regularization:g} of {num_strengths} chosen on "
+        f"standardized {features}, l2={l2_regularization:g} of {num_strengths} chosen on "
         f"{validation}, fitted on {fitted}, evaluated on {evaluated}"
     )

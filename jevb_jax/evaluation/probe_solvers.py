@@ -65,18 +65,18 @@ def fit_standardization(features: Array) -> Standardization:
     )
 
 
-def logits_of(parameters: ProbeParameters, standardised: Array) -> Array:
+def logits_of(parameters: ProbeParameters, standardized: Array) -> Array:
     """Logits, `[N, C]`."""
-    return _matmul(standardised, parameters.weights) + parameters.bias[None]
+    return _matmul(standardized, parameters.weights) + parameters.bias[None]
 
 
-def _cross_entropy(parameters: ProbeParameters, standardised: Array, labels: Array) -> Array:
+def _cross_entropy(parameters: ProbeParameters, standardized: Array, labels: Array) -> Array:
     """Cross-entropy `log sum_c exp(z_c - z_y)`, `[N]`, of logits `z`. It is accurate near 0 too.
 
     `logsumexp(z) - z_y` has an error of `1e-7 z`. For classes that are separated this is more than
     the value itself: the line search of L-BFGS then finds no descent, and the fit stalls.
     """
-    logits = logits_of(parameters, standardised)
+    logits = logits_of(parameters, standardized)
     is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None]
     margin = logits - jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
     # Any shift gives the same value and gradient. The largest margin (at least 0) cannot overflow.
@@ -100,10 +100,10 @@ def fit_lbfgs(
     max_iterations: Array,
 ) -> tuple[ProbeParameters, Array, Array]:
     """Minimizes the penalized cross-entropy: parameters, gradient norm, number of iterations."""
-    standardised = standardise(features)
+    standardized = standardise(features)
 
     def objective(parameters: ProbeParameters) -> Array:
-        cross_entropy = _cross_entropy(parameters, standardised, labels)
+        cross_entropy = _cross_entropy(parameters, standardized, labels)
         return jnp.mean(cross_entropy) + _penalty(parameters, l2_regularization)
 
     optimizer = optax.lbfgs()

@@ -157,7 +157,7 @@ class OfProbe:
         default=None, metadata={"static": True}
     )
 
-    def standardised(self, features: Features) -> Array:
+    def standardized(self, features: Features) -> Array:
         """Standardized features, `[N, F]`. The logits are linear in them."""
         x = jnp.asarray(features.representation)
         return (x - self.probe.feature_mean[None]) / self.probe.feature_std[None]
@@ -165,7 +165,7 @@ class OfProbe:
     def logits(self, features: Features) -> Array:
         """Logits, `[N, C]`."""
         products = jnp.matmul(
-            self.standardised(features), self.probe.weights, precision=jax.lax.Precision.HIGHEST
+            self.standardized(features), self.probe.weights, precision=jax.lax.Precision.HIGHEST
         )
         return products + self.probe.bias[None]
 
@@ -174,13 +174,13 @@ class OfProbe:
         if self.score is not None:
             return self.score(self.logits(features))
         vim: Any = self.vim
-        return vim(self.standardised(features), self.logits(features))
+        return vim(self.standardized(features), self.logits(features))
 
 
 @jax.jit
 def _probe_values(of_probe: OfProbe, features: Features) -> tuple[Array, Array]:
     """Standardized features and logits."""
-    return of_probe.standardised(features), of_probe.logits(features)
+    return of_probe.standardized(features), of_probe.logits(features)
 
 
 ScoreFunction = Callable[[Features], Array]
@@ -394,9 +394,9 @@ def _fit_mixture(posterior: Posterior, df: float, embedding: Array) -> TrainingM
 
 def _fit_vim(settings: ScoreSettings, train: TrainingData) -> OfProbe:
     probe: Any = train.probe
-    standardised, logits = _probe_values(OfProbe(probe), train.features._replace(labels=None))
+    standardized, logits = _probe_values(OfProbe(probe), train.features._replace(labels=None))
     vim = labeled_detectors.fit_vim(
-        standardised,
+        standardized,
         logits,
         origin=labeled_detectors.vim_origin(probe.weights, probe.bias),
         num_components=settings.num_components(train.features.representation),

@@ -101,12 +101,12 @@ def score_features(
     batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
     num_images = len(features.representation)
     batch_size = useful_batch_size(batch_size, num_images)
-    unlabelled = features._replace(labels=None)
+    unlabeled = features._replace(labels=None)
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, num_images, batch_size):
         # The last batch repeats its last row, so that only one batch size is compiled.
         rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
-        batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabelled)
+        batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabeled)
         # On the device where streamed features are, so that both use one compiled program.
         batch = jax.device_put(batch, jax.local_devices()[0])
         parts.append(jax.device_get(_score_batch(scorers.scores, batch)))

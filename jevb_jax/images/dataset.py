@@ -279,8 +279,8 @@ def _check_train_and_test(train: ImageSource, test: ImageSource | None, image_si
             f"test images are {image_shape(test)} in {test.name}"
         )
     if (train.labels is None) != (test.labels is None):
-        labelled, unlabelled = (train, test) if test.labels is None else (test, train)
-        raise ValueError(f"{labelled.name} has labels and {unlabelled.name} has none")
+        labeled, unlabeled = (train, test) if test.labels is None else (test, train)
+        raise ValueError(f"{labeled.name} has labels and {unlabeled.name} has none")
     if train.labels is None or test.labels is None:
         return
     if train.class_names is not None and test.class_names not in (None, train.class_names):

@@ -143,7 +143,7 @@ class FolderSource(_FileSource):
         if not files:
             raise ValueError(
                 "; ".join([f"no pictures in {root}", *remarks])
-                + f"; expected {root}/<class>/<file> or, unlabelled, {root}/<file>, with endings "
+                + f"; expected {root}/<class>/<file> or, unlabeled, {root}/<file>, with endings "
                 f"{' '.join(pictures.SUFFIXES)}"
             )
         for remark in remarks:

@@ -96,32 +96,32 @@ def _draw_shapes(
 
     # Geometry in pixels around the shape's center; every shape fits in a circle of this radius.
     radius = image_size * (0.24 + 0.14 * next(u))
-    centre_x = radius + (image_size - 2 * radius) * next(u)
-    centre_y = radius + (image_size - 2 * radius) * next(u)
+    center_x = radius + (image_size - 2 * radius) * next(u)
+    center_y = radius + (image_size - 2 * radius) * next(u)
     angle, phase = 2 * np.pi * next(u), next(u)
     period = _per_image(image_size * (0.14 + 0.06 * next(u)))
     pixel = np.arange(image_size, dtype=np.float32) + 0.5
-    x = pixel[None, None, :] - _per_image(centre_x)
-    y = pixel[None, :, None] - _per_image(centre_y)
+    x = pixel[None, None, :] - _per_image(center_x)
+    y = pixel[None, :, None] - _per_image(center_y)
     cos, sin = _per_image(np.cos(angle)), _per_image(np.sin(angle))
     across, along = cos * x + sin * y, cos * y - sin * x
 
     # A light shape on a gradient of two dark colors, or the negative of that.
-    colours = [
+    colors = [
         _hsv_to_rgb(next(u), 0.5 + 0.5 * next(u), 0.7 + 0.3 * next(u)),
         _hsv_to_rgb(next(u), 0.8 * next(u), 0.4 * next(u)),
         _hsv_to_rgb(next(u), 0.8 * next(u), 0.4 * next(u)),
     ]
     negative = next(u)[:, None] < 0.5
     plain, corner_1, corner_2 = (
-        np.where(negative, 1 - colour, colour)[:, None, None, :] for colour in colours
+        np.where(negative, 1 - color, color)[:, None, None, :] for color in colors
     )
     slope = 2 * np.pi * next(u)
-    centred = (pixel / image_size - 0.5) / math.sqrt(2)
+    centered = (pixel / image_size - 0.5) / math.sqrt(2)
     gradient = (
         0.5
-        + _per_image(np.cos(slope)) * centred[None, None, :]
-        + _per_image(np.sin(slope)) * centred[None, :, None]
+        + _per_image(np.cos(slope)) * centered[None, None, :]
+        + _per_image(np.sin(slope)) * centered[None, :, None]
     )[..., None]
     background = corner_1 * (1 - gradient) + corner_2 * gradient
 

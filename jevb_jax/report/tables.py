@@ -182,8 +182,8 @@ def detection_table(results: Mapping[str, Any]) -> Table:
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     with_labels = set(found["with_labels"])
-    for is_labelled in (False, True):
-        names = [name for name in rows if (name in with_labels) == is_labelled]
+    for is_labeled in (False, True):
+        names = [name for name in rows if (name in with_labels) == is_labeled]
         for name in names:
             mark = ("*" if name == found["default_score"] else "") + (
                 "+" if name == found["chosen_score"] else ""

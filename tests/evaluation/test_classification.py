@@ -34,9 +34,9 @@ def digits_splits():
 
 def random_problem(seed=0, *, num_train=700, num_test=150, num_features=24, num_classes=7):
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(num_classes, num_features))
+    centers = generator.normal(size=(num_classes, num_features))
     labels = generator.integers(0, num_classes, num_train + num_test)
-    features = centres[labels] + 3 * generator.normal(size=(len(labels), num_features))
+    features = centers[labels] + 3 * generator.normal(size=(len(labels), num_features))
     features = features.astype(np.float32)
     return (
         (features[:num_train], labels[:num_train]),
@@ -201,11 +201,11 @@ def hard_features(name):
     """320 rows, of which what tells them apart is far below what they have in common."""
     generator = np.random.default_rng(5)
     x = generator.normal(size=(320, 16)).astype(np.float32)
-    centres = 4 * generator.normal(size=(4, 16))[np.arange(320) % 4]
+    centers = 4 * generator.normal(size=(4, 16))[np.arange(320) % 4]
     if name.startswith("offset"):
         return x + np.float32(name.split()[1])
     if name.startswith("crowds"):
-        return (centres + float(name.split()[1]) * x).astype(np.float32)
+        return (centers + float(name.split()[1]) * x).astype(np.float32)
     return {
         "one ray": np.outer(generator.uniform(0.1, 10, 320), np.ones(16)) + 1e-5 * x,
         "any length": x * 10.0 ** generator.uniform(-30, 30, (320, 1)),
@@ -471,9 +471,9 @@ def test_knn_errors():
         predict(train_y=train[1][1:])
     with pytest.raises(TypeError, match="must be integers, got float64"):
         predict(train_y=train[1].astype(np.float64))
-    unlabelled = np.where(np.arange(50) < 4, -1, train[1])
+    unlabeled = np.where(np.arange(50) < 4, -1, train[1])
     with pytest.raises(ValueError, match=r"must lie in \[0, 7\), 4 of 50 do not"):
-        predict(train_y=unlabelled)
+        predict(train_y=unlabeled)
     with pytest.raises(ValueError, match=r"test_labels must lie in \[0, 7\)"):
         knn.knn_accuracies(*train, test[0], test[1] + 7, num_classes=7, votes=[Vote(5)])
 
@@ -535,10 +535,10 @@ def test_lbfgs_equals_sklearn_on_digits(l2_regularization):
     bias = np.asarray(probe.bias) - np.mean(probe.bias)
     atol = max(1e-6 / l2_regularization, 1e-6 / least_curvature_in_bias(oracle, features))
     np.testing.assert_allclose(bias, oracle.intercept_ - oracle.intercept_.mean(), atol=atol)
-    standardised = numpy_standardise(test[0], features)
+    standardized = numpy_standardise(test[0], features)
     predictions = np.argmax(linear_probe.probe_logits(probe, test[0]), axis=-1)
-    np.testing.assert_array_equal(predictions, oracle.predict(standardised))
-    assert linear_probe.probe_accuracy(probe, *test) == oracle.score(standardised, test[1])
+    np.testing.assert_array_equal(predictions, oracle.predict(standardized))
+    assert linear_probe.probe_accuracy(probe, *test) == oracle.score(standardized, test[1])
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1000.0])
@@ -570,9 +570,9 @@ def test_few_separable_labels_are_fitted_to_the_tolerance():
     # Ten labels a class of many features: every image is surer than float32 can tell from 1. With a
     # cross-entropy that errs by its logits' rounding, L-BFGS stalls at the weak end of the grid.
     generator = np.random.default_rng(0)
-    centres = generator.normal(size=(10, 512)) / 8
+    centers = generator.normal(size=(10, 512)) / 8
     labels = np.repeat(np.arange(10), 10)
-    features = (centres[labels] + generator.normal(size=(100, 512))).astype(np.float32)
+    features = (centers[labels] + generator.normal(size=(100, 512))).astype(np.float32)
     selection = linear_probe.select_linear_probe(
         features, labels, features, labels, num_classes=10, l2_grid=[10.0**-n for n in range(1, 7)]
     )
@@ -704,7 +704,7 @@ def test_standardisation_against_numpy():
 
 
 @pytest.mark.parametrize("exponent", [-100, 100, 124])
-def test_standardised_features_do_not_depend_on_a_power_of_two(exponent):
+def test_standardized_features_do_not_depend_on_a_power_of_two(exponent):
     features = np.random.default_rng(0).normal(size=(50, 3)).clip(-3, 3).astype(np.float32)
     expected = probe_solvers.fit_standardization(jnp.asarray(features))(features)
     scaled = np.ldexp(features, exponent)
@@ -779,8 +779,8 @@ def few_and_noisy():
     """A problem where weak regularisation overfits: 60 rows of 40 features, 30 of them noise."""
     generator = np.random.default_rng(2)
     labels = generator.integers(0, 3, 460)
-    centres = 0.4 * generator.normal(size=(3, 40)) * (np.arange(40) < 10)
-    features = (centres[labels] + generator.normal(size=(460, 40))).astype(np.float32)
+    centers = 0.4 * generator.normal(size=(3, 40)) * (np.arange(40) < 10)
+    features = (centers[labels] + generator.normal(size=(460, 40))).astype(np.float32)
     rows = np.split(np.arange(460), [60, 260])
     return [(features[r], labels[r]) for r in rows]
 
@@ -792,11 +792,11 @@ def test_selection_equals_sklearns_on_validation():
     )
     strengths = sorted(GRID, reverse=True)
     assert [point.l2_regularization for point in selection.grid] == strengths
-    standardised = numpy_standardise(validation[0], train[0])
+    standardized = numpy_standardise(validation[0], train[0])
     train_accuracies, expected = [], []
     for l2_regularization in strengths:
         oracle = sklearn_probe(*train, l2_regularization=l2_regularization)
-        expected.append(oracle.score(standardised, validation[1]))
+        expected.append(oracle.score(standardized, validation[1]))
         train_accuracies.append(oracle.score(numpy_standardise(train[0], train[0]), train[1]))
     assert [point.validation_accuracy for point in selection.grid] == expected
     assert all(point.converged for point in selection.grid)
@@ -931,7 +931,7 @@ def test_protocols():
         features="representation",
     )
     assert protocol == (
-        "linear (multinomial logistic regression, L-BFGS), un-augmented standardised "
+        "linear (multinomial logistic regression, L-BFGS), un-augmented standardized "
         "representation, l2=0.001 of 6 chosen on validation (143), fitted on train split (1,294), "
         "evaluated on test (360)"
     )

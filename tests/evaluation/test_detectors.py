@@ -286,13 +286,13 @@ def test_logit_scores_are_scipys():
     )
 
 
-def labelled() -> tuple[np.ndarray, np.ndarray]:
+def labeled() -> tuple[np.ndarray, np.ndarray]:
     labels = np.arange(400) % 4 * 10 + 3  # classes need not be 0, 1, ...
     return correlated(0, 400) + 2 * normal(7, 50, 7)[labels], labels
 
 
 def test_class_mahalanobis_and_rmd_are_the_papers():
-    (train, labels), new = labelled(), correlated(1, 50)
+    (train, labels), new = labeled(), correlated(1, 50)
     x, q = train.astype(np.float64), new.astype(np.float64)
     means = {c: x[labels == c].mean(axis=0) for c in np.unique(labels)}
     shared = sum((x[labels == c] - m).T @ (x[labels == c] - m) for c, m in means.items()) / len(x)

@@ -83,9 +83,9 @@ def test_features_are_of_every_image_once_in_order():
     expected: Any = (direct.representation, direct.embedding, direct.prediction)
     chex.assert_trees_all_close(tuple(found)[:3], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.labels, source.labels)
-    unlabelled = evaluate.make_extractors(experiment).plain(variables, ArraySource(images[:3]))
-    assert unlabelled.labels is None
-    np.testing.assert_allclose(unlabelled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
+    unlabeled = evaluate.make_extractors(experiment).plain(variables, ArraySource(images[:3]))
+    assert unlabeled.labels is None
+    np.testing.assert_allclose(unlabeled.embedding, found.embedding[:3], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_validation_score_for_the_best_checkpoint():
 
 def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[Dataset, Any]:
     """A data set of black images, and features that separate its classes."""
-    centres = np.random.default_rng(0).normal(size=(40, 6)) * 10
+    centers = np.random.default_rng(0).normal(size=(40, 6)) * 10
 
     def source(labels: Any) -> ArraySource:
         return ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.asarray(labels))
@@ -165,7 +165,7 @@ def synthetic(labels: Any, *, test_labels: Any = None) -> tuple[Dataset, Any]:
     def extract(_: Any, of: Any) -> Any:
         rng = np.random.default_rng(len(of))
         classes = np.unique(labels, return_inverse=True)[0]
-        x = centres[np.searchsorted(classes, of.labels)] + rng.normal(size=(len(of), 6))
+        x = centers[np.searchsorted(classes, of.labels)] + rng.normal(size=(len(of), 6))
         x = x.astype(np.float32)
         return Features(x, x, None, None, of.labels)
 
@@ -245,13 +245,13 @@ def test_what_is_left_out_is_known_from_the_data():
     with pytest.raises(ValueError, match=r"nothing can be evaluated on .* one class, 0"):
         evaluate.evaluate_transfer(SETTINGS, one_extract, None, one_class)
     images = ArraySource(np.zeros((9, 2, 2, 1), np.uint8))
-    unlabelled = Dataset(train=images, validation=images, test=None)
-    assert set(accuracy.left_out(SETTINGS, unlabelled)) == {
+    unlabeled = Dataset(train=images, validation=images, test=None)
+    assert set(accuracy.left_out(SETTINGS, unlabeled)) == {
         "split",
         "knn_accuracy",
         "linear_accuracy",
     }
-    assert accuracy.evaluated_split(SETTINGS, unlabelled) == ("validation", images)
+    assert accuracy.evaluated_split(SETTINGS, unlabeled) == ("validation", images)
     with pytest.raises(ValueError, match=r"has no test part.*set evaluation.split"):
         accuracy.evaluated_split(SETTINGS, dataset._replace(test=None))
 

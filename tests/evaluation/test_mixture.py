@@ -77,8 +77,8 @@ def pair_log_probs(
             r = np.linalg.norm(h)
             result[i, j] = tangent_log_density(h / r, m, s, df, basis) - log_mass[j]
             if radial:
-                standardised = np.log(r / rho) / radial["radial_scale"]
-                t = scipy.stats.t.logpdf(standardised, radial["radial_df"])
+                standardized = np.log(r / rho) / radial["radial_scale"]
+                t = scipy.stats.t.logpdf(standardized, radial["radial_df"])
                 result[i, j] += t - np.log(radial["radial_scale"] * r)
     return result
 

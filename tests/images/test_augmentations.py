@@ -208,7 +208,7 @@ def test_fallback_is_the_largest_central_box():
     assert np.all(sampled_boxes(50, height=4, width=4, **whole) == (0, 1, 4, 1))
 
 
-# ------------------------------------------------------------------------------------------- colour
+# ------------------------------------------------------------------------------------------- color
 
 FACTORS = np.array([0.0, 0.3, 1.0, 1.4, 7.0], np.float32)
 
@@ -253,11 +253,11 @@ def test_hue_is_colorsys():
             np.testing.assert_allclose(view, expected, atol=TOLERANCE)
 
 
-def test_hue_of_pure_colours():
-    colours = np.array(
+def test_hue_of_pure_colors():
+    colors = np.array(
         [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0.4, 0.4, 0.4)]
     )
-    turned = adjust_hue(colours[None].astype(np.float32), 1 / 3)
+    turned = adjust_hue(colors[None].astype(np.float32), 1 / 3)
     expected = np.array(
         [(0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0.4, 0.4, 0.4)]
     )
@@ -375,7 +375,7 @@ def test_blur_widths_are_uniform():
         augmentations.random_gaussian_blur, kernel_size=3, sigma=(0.5, 2.0), probability=1.0
     )
     views = np.asarray(jax.jit(jax.vmap(blur, (0, None)))(keys(3000), dot), np.float64)[..., 0]
-    # Beside the centre of the kernel: exp(-1 / (2 sigma^2)) of it.
+    # Beside the center of the kernel: exp(-1 / (2 sigma^2)) of it.
     sigma = np.sqrt(-0.5 / np.log(views[:, 2, 1] / views[:, 2, 2]))
     assert scipy.stats.kstest((sigma - 0.5) / 1.5, "uniform").pvalue > 1e-3
 

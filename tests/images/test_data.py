@@ -195,7 +195,7 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
         "float": ({"images": images, "labels": labels / 2}, TypeError, "integer labels"),
         "object": ({"images": np.array([{}], object)}, ValueError, "cannot be read"),
         "size": ({"images": images[:, :4], "labels": labels}, ValueError, "must have one size"),
-        "unlabelled": ({"images": images}, ValueError, "has none"),
+        "unlabeled": ({"images": images}, ValueError, "has none"),
         "names": (
             {"images": images, "labels": labels, "class_names": ["a"]},
             ValueError,
@@ -293,8 +293,8 @@ def triangle_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
     def weights(size_in: int, size_out: int) -> np.ndarray:
         scale = size_in / size_out
-        centre = (np.arange(size_out)[:, None] + 0.5) * scale
-        distance = np.abs(np.arange(size_in)[None, :] + 0.5 - centre) / max(scale, 1.0)
+        center = (np.arange(size_out)[:, None] + 0.5) * scale
+        distance = np.abs(np.arange(size_in)[None, :] + 0.5 - center) / max(scale, 1.0)
         tent = np.maximum(0.0, 1.0 - distance)
         return tent / tent.sum(1, keepdims=True)
 
@@ -324,15 +324,15 @@ def test_folder_resizes_like_the_definition(tmp_path):
 
 def test_folder_layouts_and_formats(tmp_path, photos):
     labels = np.arange(10) % 3
-    write_folder(tmp_path / "labelled", photos[:10], labels)
-    (tmp_path / "labelled" / "notes.txt").write_text("no image")
-    (tmp_path / "labelled" / ".cache").mkdir()
-    write_folder(tmp_path / "labelled" / "c1" / ".thumbnails", photos[:1], None)
-    (tmp_path / "labelled" / "c2" / "more").mkdir()
-    (tmp_path / "labelled" / "c2" / "008.png").rename(
-        tmp_path / "labelled" / "c2" / "more" / "008.png"
+    write_folder(tmp_path / "labeled", photos[:10], labels)
+    (tmp_path / "labeled" / "notes.txt").write_text("no image")
+    (tmp_path / "labeled" / ".cache").mkdir()
+    write_folder(tmp_path / "labeled" / "c1" / ".thumbnails", photos[:1], None)
+    (tmp_path / "labeled" / "c2" / "more").mkdir()
+    (tmp_path / "labeled" / "c2" / "008.png").rename(
+        tmp_path / "labeled" / "c2" / "more" / "008.png"
     )
-    source = FolderSource(tmp_path / "labelled")
+    source = FolderSource(tmp_path / "labeled")
     order = np.argsort(labels, kind="stable")
     np.testing.assert_array_equal(as_array_source(source), photos[:10][order])
     np.testing.assert_array_equal(source.labels, labels[order])
@@ -604,10 +604,10 @@ def numbers(source: ImageSource) -> np.ndarray:
     return images[:, 0, 0, 0] * 256 + images[:, 0, 0, 1]
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_validation_is_carved_from_train(tmp_path, labelled):
+@pytest.mark.parametrize("labeled", [True, False])
+def test_validation_is_carved_from_train(tmp_path, labeled):
     rng = np.random.default_rng(0)
-    labels = rng.choice(4, 1000, p=[0.6, 0.3, 0.09, 0.01]) if labelled else None
+    labels = rng.choice(4, 1000, p=[0.6, 0.3, 0.09, 0.01]) if labeled else None
     train = numbered(1000, labels, tmp_path / "train.npz")
     test = numbered(300, None if labels is None else labels[:300], tmp_path / "test.npz")
 
@@ -741,8 +741,8 @@ def test_load_dataset_refuses(tmp_path, photos):
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             dataset.load_dataset(**arguments)
-    unlabelled = dataset.load_dataset(source="arrays", train_paths=(bare,))
-    assert unlabelled.test is None
+    unlabeled = dataset.load_dataset(source="arrays", train_paths=(bare,))
+    assert unlabeled.test is None
     write_folder(tmp_path / "test_folder", images[:3], np.array([1, 1, 0]))
     parts = dataset.load_dataset(
         source="folder", train_paths=(folder,), test_paths=(str(tmp_path / "test_folder"),)

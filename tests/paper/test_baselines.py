@@ -158,7 +158,7 @@ def test_vi_simsiam_check_values():
     cosine = 2 * rng.beta(31.5 + 50, 31.5, size=20_000) - 1
     assert cosine.mean() == pytest.approx(50 / 113, abs=4 * cosine.std() / np.sqrt(20_000))
     mean = np.zeros((20_000, 64), np.float32)
-    mean[:, 0] = 3.0  # normalised by the loss
+    mean[:, 0] = 3.0  # normalized by the loss
     sample = np.zeros((20_000, 64), np.float32)
     sample[:, 0], sample[:, 1] = cosine, np.sqrt(1 - cosine**2)
     k = np.full(20_000, 50, np.float32)

@@ -912,7 +912,7 @@ def test_force_that_holds_a_scale_up_far_in_the_tail(float64, tails, force):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tails", ["joint", "feature"])
-def test_values_and_gradients_of_normalised_densities_are_finite(tails):
+def test_values_and_gradients_of_normalized_densities_are_finite(tails):
     rng = np.random.default_rng(0)
     df, width = (
         axis.ravel().astype(np.float32)

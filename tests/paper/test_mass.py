@@ -133,7 +133,7 @@ def test_both_tails_share_their_gaussian_limit(float64):
 
 
 @pytest.mark.slow
-def test_the_normalised_density_integrates_to_one(float64):
+def test_the_normalized_density_integrates_to_one(float64):
     loc = oracles.random_units(np.random.default_rng(0), 3)
     points, weights = oracles.two_sphere_quadrature(loc, 1e-3)
     for scale, tolerance in ((np.full(3, 0.4), 1e-6), (np.array([0.2, 0.5, 1.0]), 0.015)):

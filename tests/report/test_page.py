@@ -636,7 +636,7 @@ def test_map(full):
         np.testing.assert_array_equal(dots.get_offsets(), points[label == LABELS])
         assert len(dots.get_paths()) == 1
         looks.add(dots.get_paths()[0].vertices.tobytes())
-    assert len(looks) == 10  # marker shapes, without colour
+    assert len(looks) == 10  # marker shapes, without color
     shades = [np.mean(dots.get_facecolor()[0, :3]) for dots in classes.axes[0].collections]
     assert min(abs(a - b) for a, b in itertools.pairwise(shades)) > 0.05
     uncertain, _ = drawing(full, "The same map")

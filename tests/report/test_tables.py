@@ -29,7 +29,7 @@ RESULTS: dict[str, Any] = {
     "trained": [
         measured("knn_20_accuracy", "representation", 1 / 3, "k = 20, of 7"),
         measured("linear_accuracy", "embedding", 0.5),
-        measured("auroc_far", "b/labelled", 0.75),
+        measured("auroc_far", "b/labeled", 0.75),
         measured("auroc_far", "a/default", 0.25),
         measured("error_auroc_linear", "a/default", 0.125),
         measured("severity_correlation_blur", "a/default", 0.625),
@@ -39,7 +39,7 @@ RESULTS: dict[str, Any] = {
         "protocol": "P",
         "default_score": "a/default",
         "chosen_score": "a/default",
-        "with_labels": ["b/labelled"],
+        "with_labels": ["b/labeled"],
         "sets": {"mnist": 'all "of" it'},
         "rows": [
             {"score": "a/default", "outside": "mnist", "group": "far", **metrics(0.3)}
@@ -128,6 +128,6 @@ def test_scores_fitted_with_labels_stand_below_the_others():
         *("score", "auroc far", "error auroc linear")
     ]
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["a/default *+", "b/labelled"]
+    assert cells[0] == ["a/default *+", "b/labeled"]
     assert cells[1:] == [["0.250", "0.750"], ["0.125", ""]]
     assert "test split against P" in shown(table)

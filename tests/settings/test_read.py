@@ -282,7 +282,7 @@ def test_outside_images_and_votes_fit_the_run(built, tmp_path, monkeypatch):
         readiness.check(with_settings(built, "ood", human_counts_path="votes.npz"))
 
 
-def unlabelled(built: Experiment, **parts: Any) -> Experiment:
+def unlabeled(built: Experiment, **parts: Any) -> Experiment:
     dataset = built.dataset._replace(
         train=dataclasses.replace(built.dataset.train, has_labels=False),  # pyright: ignore[reportArgumentType]
         **parts,
@@ -291,12 +291,12 @@ def unlabelled(built: Experiment, **parts: Any) -> Experiment:
 
 
 def test_the_best_checkpoints_need_labels(built):
-    readiness.check(unlabelled(built))
+    readiness.check(unlabeled(built))
     reason = r"needs k-NN on the validation split: the images have no labels\. Set it to 0"
     with pytest.raises(ValueError, match=rf"^checkpoint.keep_best = 1 {reason}$"):
-        readiness.check(with_settings(unlabelled(built), "checkpoint", keep_best=1))
+        readiness.check(with_settings(unlabeled(built), "checkpoint", keep_best=1))
     with pytest.raises(ValueError, match=rf"^train.knn_every_epochs = 5 {reason}$"):
-        readiness.check(with_settings(unlabelled(built), "train", knn_every_epochs=5))
+        readiness.check(with_settings(unlabeled(built), "train", knn_every_epochs=5))
 
 
 def test_refused_settings_leave_nothing_behind(tmp_path):

@@ -17,7 +17,7 @@ from jevb_jax.training.alarms import alarm_history, health_alarms, judge
 
 
 def embedding_with_spectrum(singular_values, *, num_images, seed=0, offset=0.0):
-    """Float64 `[num_images, D]` whose centred singular values are exactly the given ones."""
+    """Float64 `[num_images, D]` whose centered singular values are exactly the given ones."""
     generator = np.random.default_rng(seed)
     dim = len(singular_values)
     # Orthogonal to the ones vector, so that centring changes nothing.
@@ -86,7 +86,7 @@ def test_collapse_is_reported_as_collapse():
     generator = np.random.default_rng(0)
     point = generator.normal(size=(1, 32)).astype(np.float32)
     same = np.repeat(point, 100, axis=0)
-    # One unit in the last place, as parallel reductions leave it: full rank once centred.
+    # One unit in the last place, as parallel reductions leave it: full rank once centered.
     noisy = np.nextafter(same, generator.choice(np.array([-9, 9], np.float32), same.shape))
     assert numpy_effective_rank(noisy - noisy.mean(axis=0, dtype=np.float64)) > 10
     for embedding in (same, noisy, np.zeros_like(same)):

@@ -22,7 +22,7 @@ VIEW = ViewAugmentation(
     mean=(0.3,),
     std=(0.4,),
     crop_scale=(0.5, 1.0),
-    jitter_probability=0,  # colour takes long to compile and has tests of its own
+    jitter_probability=0,  # color takes long to compile and has tests of its own
     grayscale_probability=0,
 )
 SETTINGS = methods.JevbSettings(
@@ -155,7 +155,7 @@ def test_micro_batches_are_written_out_on_one_cpu_device(monkeypatch):
     np.testing.assert_allclose(steps[1][1]["loss"], steps[0][1]["loss"], rtol=2e-5)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_steps_are_compiled_with_the_options_for_gradients(monkeypatch):
     def convolve(state: Any, images: Any, key: Any) -> Any:
         del key
