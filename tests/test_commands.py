@@ -287,7 +287,7 @@ def test_alarms_are_logged_and_said_once_when_they_change(tmp_path, monkeypatch)
     # A resumed run knows what was raised, and says no more than the uninterrupted one.
     monkeypatch.setattr(Experiment, "initial_state", lambda self: None)
     resumed, second = make()
-    resumed.checkpointer.restore_latest = lambda template: (60, template)
+    monkeypatch.setattr(resumed.checkpointer, "restore_latest", lambda template: (60, template))
     resumed.restore()
     assert second.alarms == watch.alarms
     assert check(resumed, second, 80, sick) == ""
