@@ -364,9 +364,9 @@ def evaluate_on(
 ) -> dict[str, Any]:
     """k-NN and linear probes of a run's encoder on other data; writes `results_on_NAME.json`, `.csv`.
 
-    A part of a hash is added to the name where other results have it: of another step, of other settings
-    or of other data (files in two directories may have the same name). The same call again replaces its
-    own files.
+    If files of that name hold other results (another step, other settings or other data; two
+    directories may hold files of the same name), part of a hash is added to the name. The same call
+    again replaces its own files.
 
     Args:
       config: the config of the run; only its section `evaluation` is read.

@@ -401,7 +401,8 @@ def _check_resumed(validation: BestEpoch, step: int, saved: Sequence[int], direc
             else f"the checkpoint of the best epoch, step {validation.best_step}, is lost"
         )
         raise CheckpointError(
-            f"{directory} cannot be gone on with: {what}. Remove {directory} to start anew"
+            f"the fine-tune in {directory} cannot be continued: {what}. Remove {directory} to "
+            "start anew"
         )
 
 

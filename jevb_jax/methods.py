@@ -64,7 +64,8 @@ class JevbSettings:
       likelihood: with the `radial_scale` that training starts from; `likelihood_at` replaces it.
       fixed_scale: the scale of the likelihood in the units of the latent; None where it is tied or
         learned.
-      kl_warmup_steps: the weight of the KL rises linearly from zero to `kl_weight` in so many steps.
+      kl_warmup_steps: the weight of the KL rises linearly from zero to `kl_weight` over this many
+        steps.
     """
 
     likelihood: Likelihood

@@ -41,8 +41,8 @@ def to_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not text.strip():
         raise ValueError(
-            f"a path must name a file or a directory, got {text!r}. Is a variable of the shell not "
-            "set? For the current directory give ."
+            f"a path must name a file or a directory, got {text!r}. Is a shell variable unset? "
+            "For the current directory, give '.'"
         )
     if text.startswith("file:/"):
         parts = urlsplit(text)

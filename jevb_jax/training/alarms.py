@@ -173,7 +173,8 @@ def _no_information(values: Mapping[str, float], embedding_dim: int) -> str | No
     return (
         f"predictive information {information:.3g} nats an image is below zero: the likelihood of a "
         "view given the other is worse than the uniform density, so its nats say nothing. Try a longer "
-        "run, for jevb a lower jevb.kl_weight and jevb.prior_scale with jevb.df = inf."
+        "run. The default settings of jevb can raise this alarm (docs/study.md). A lower "
+        "jevb.kl_weight raises the value too, but can collapse: watch the effective rank."
     )
 
 

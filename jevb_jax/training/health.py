@@ -226,7 +226,7 @@ class PairHealth(NamedTuple):
       residual_over_df: mean of `Q / df`, or of `Q / (D - 1)` at `df = inf`. Far above 1 the residuals
         are in the tail, where a pair's weight falls as `1 / Q`.
       effective_pairs: share of pairs that carry the gradient, `(sum w)^2 / (N sum w^2)` of the weights
-        `w = (df + n) / (df + Q)`: 1 when all weigh alike, as in the Gaussian limit.
+        `w = (df + n) / (df + Q)`, `n = D - 1`: 1 when all weigh alike, as in the Gaussian limit.
     """
 
     cosine: Array

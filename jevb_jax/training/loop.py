@@ -261,8 +261,8 @@ class RunLoop:
             directory = _write_evidence(self.workdir, self.plan, state)
             raise NonFiniteError(
                 f"step {int(state.step)}: the loss is {values['train/loss']} and the norm of "
-                f"its gradient {values['train/gradient_norm']}. Nothing was saved after it; the state "
-                f"before the step and the keys of its batch are in {directory}. Lower "
+                f"its gradient {values['train/gradient_norm']}. This step was not applied; the "
+                f"state before the step and the keys of its batch are in {directory}. Lower "
                 "optimizer.learning_rate, lengthen optimizer.warmup_epochs or set "
                 "optimizer.max_gradient_norm, and start in another directory."
             )

@@ -1,4 +1,4 @@
-"""What the training loop is told: the same few facts of a run and of a fine-tune."""
+"""The plan of a training loop: what it must know of a run or of a fine-tune, and nothing more."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -150,8 +150,8 @@ def make_plan(
       experiment: what the run is.
       validate: k-NN accuracies of a state by name, on the validation split.
       best_measure: the one of them by which the best checkpoints are kept.
-      start: weights of another run to start from; they are saved as step 0, because nobody knows what
-        becomes of the other run.
+      start: weights of another run to start from; they are saved as step 0, because the other run
+        may be moved or deleted later.
 
     Returns:
       The plan.

@@ -87,9 +87,9 @@ def _check_unused(workdir: Path) -> None:
     found = [name for name in _WRITTEN_LATER if (workdir / name).exists()]
     if found:
         raise ValueError(
-            f"{workdir} holds {', '.join(found)} and no config.json: a new run would replace what "
-            "another program wrote there, or go on from checkpoints of settings that nobody knows. "
-            "Give another --workdir, or bring the config.json of the run back"
+            f"{workdir} holds {', '.join(found)} and no config.json: a new run would overwrite "
+            "these files, or continue from checkpoints whose settings are unknown. Give another "
+            "--workdir, or restore the config.json of the run"
         )
 
 
