@@ -328,9 +328,10 @@ def evaluate(
     mesh = parallel.make_mesh()
     replicated = parallel.replicated(mesh)
     # An evaluation reads no state of the optimizer, whatever Optax calls its parts.
+    shapes = jax.eval_shape(experiment.initial_state)._replace(opt_state=None, target_params=None)
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(experiment.initial_state)._replace(opt_state=None, target_params=None),
+        shapes if shapes.ema_params is None else shapes._replace(params=None),
     )
     checkpointer = Checkpointer(workdir / "checkpoints")
     try:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from safetensors import numpy as safetensors
 
@@ -126,7 +127,7 @@ def finetune(
     """Fine-tunes the encoder of `config["init"]`; writes results, the classifier and the encoder.
 
     These files are written together at the end. Until then `workdir/training` holds the log and the
-    checkpoints, from which the same call goes on after a kill, bit for bit.
+    checkpoints. After a kill, the same call continues from them, bit for bit.
 
     Args:
       config: plain values, see `configs/finetune_default.py`.
@@ -139,7 +140,8 @@ def finetune(
     Raises:
       ValueError: unlabeled data, settings that do not fit each other, results that exist.
       ChangedConfigError: a fine-tune with other settings was begun there.
-      ChangedDataError: the data are not those that it began with (`input.accept_changed_data`).
+      ChangedDataError: the data are not those that it began with.
+      CheckpointError: the fine-tune cannot be continued, because a checkpoint or the log is damaged.
       FileNotFoundError: no encoder there.
       NonFiniteError: the loss or its gradient is NaN or infinite; the evidence is set aside.
       OSError: the directory cannot be written.
@@ -155,14 +157,14 @@ def finetune(
     _check_new(path)
     if jax.process_count() > 1:
         raise ValueError(f"fine-tuning runs in one process, got {jax.process_count()}")
+    if settings.input.accept_changed_data:
+        raise ValueError(
+            "input.accept_changed_data is for train.py: a fine-tune chooses its epoch among accuracies "
+            "on the same images. Leave it out, and give another --workdir for other data"
+        )
     mesh = parallel.make_mesh()
     parallel.check_divisible(settings.train.batch_size, 1, mesh)
-    init = settings.init
-    encoder = loading.load(
-        init.workdir,
-        None if init.step < 0 else init.step,
-        batch_size=settings.evaluation.batch_size,
-    ).with_square_size(settings.data.image_size)
+    encoder = _load_encoder(settings, path / TRAINING)
     dataset = load_dataset(**vars(settings.data))
     for part in dataset[:3]:
         if part is not None:
@@ -180,7 +182,12 @@ def finetune(
         )
         files.write_json_atomically(directory / "environment.json", environment())
         with parallel.StopRequest() as stop:
-            trained = _train(settings, encoder, dataset, directory, console, stop, check_held)
+            if not stop.is_heeding:
+                console.print(
+                    "This is not the main thread: SIGTERM and Ctrl-C will not save the state of the "
+                    "fine-tune. After them, the same command continues from the last checkpoint."
+                )
+            trained = _train(settings, encoder, dataset, directory, console, mesh, stop, check_held)
             try:
                 with stop.interrupting():
                     results = _results(settings, dataset, trained)
@@ -189,16 +196,16 @@ def finetune(
                     f"{stop.signal_name}: {path} is trained to the end, not yet tested; the same "
                     "command goes on from there"
                 ) from error
-        check_held()
-        write_model(
-            trained.classifier.model,
-            path,
-            manifest={"finetuned": config},
-            extra_files={
-                CLASSIFIER: safetensors.save(dict(trained.classifier.arrays)),
-                RESULTS: files.indented_json(results).encode(),
-            },
-        )
+            check_held()
+            write_model(  # a signal waits for its end
+                trained.classifier.model,
+                path,
+                manifest={"finetuned": config},
+                extra_files={
+                    CLASSIFIER: safetensors.save(dict(trained.classifier.arrays)),
+                    RESULTS: files.indented_json(results).encode(),
+                },
+            )
         _discard_checkpoints(directory)
         for part in ("validation", "test"):
             if f"{part}_accuracy" in results:
@@ -207,14 +214,28 @@ def finetune(
     return results
 
 
+def _load_encoder(settings: FinetuneSettings, directory: Path) -> Model:
+    """The encoder to tune; by default, a begun fine-tune takes the step that it began with."""
+    init = settings.init
+    step = None if init.step < 0 else init.step
+    is_begun = bool(saved_steps(directory / "checkpoints"))
+    if step is None and is_begun and not archive.is_archive(files.to_path(init.workdir)):
+        step = files.read_json(directory / _ENCODER)["step"]
+    encoder = loading.load(init.workdir, step, batch_size=settings.evaluation.batch_size)
+    return encoder.with_square_size(settings.data.image_size)
+
+
 def _check_new(path: Path) -> None:
-    for name in (RESULTS, archive.MANIFEST, "config.json", archive.WEIGHTS, CLASSIFIER):
+    names = [RESULTS, archive.MANIFEST, "config.json", archive.WEIGHTS, CLASSIFIER]
+    if (path / TRAINING / "config.json").exists() and not archive.is_archive(path):
+        names = ["config.json"]  # the others were left by a kill: the manifest comes last
+    for name in names:
         if (path / name).exists():
             raise ValueError(f"{path} holds {name} already: give another --workdir")
 
 
 def _discard_checkpoints(directory: Path) -> None:
-    """Deletes the checkpoints of a fine-tune that has ended: nobody can go on from them."""
+    """Deletes the checkpoints of a fine-tune that has ended: it cannot be continued."""
     checkpointer = Checkpointer(directory / "checkpoints")
     checkpointer.discard_after(-1)
     checkpointer.close()
@@ -229,11 +250,14 @@ def _labels(source: ImageSource) -> np.ndarray:
 def _check_data_and_encoder(
     directory: Path, settings: FinetuneSettings, dataset: Dataset, encoder: Model
 ) -> None:
-    """Refuses to go on with other data, or from another encoder, than the fine-tune began with."""
-    data_record.check_training(directory, dataset, accept_change=settings.input.accept_changed_data)
+    """Refuses to continue with other data, or another encoder, than the fine-tune began with."""
+    data_record.check_training(directory, dataset, accept_change=None)
+    seen = encoder.settings.augmentation
     found = {
         "step": encoder.step,
-        "sha256": files.json_sha256([encoder.config, fingerprint(encoder.variables)]),
+        "sha256": files.json_sha256(
+            [encoder.image_size, list(seen.mean), list(seen.std), fingerprint(encoder.variables)]
+        ),
     }
     path = directory / _ENCODER
     if saved_steps(directory / "checkpoints"):
@@ -302,6 +326,7 @@ def _train(
     dataset: Dataset,
     directory: Path,
     console: Console,
+    mesh: Mesh,
     stop: parallel.StopRequest,
     check_held: Callable[[], None],
 ) -> _Trained:
@@ -327,6 +352,13 @@ def _train(
         grayscale_probability=0.0,
         **vars(settings.augmentation),
     )
+
+    def features() -> np.ndarray:
+        """Of all training images; of one, where a checkpoint replaces all that is made of them."""
+        if saved_steps(directory / "checkpoints"):
+            return encoder.represent(train[0][None])
+        return _of_images(encoder.represent, train, size)
+
     validation = BestEpoch(
         lambda state: _accuracy(_classifier(encoder, state), validation_images, size),
         steps_per_epoch=steps_per_epoch,
@@ -342,7 +374,7 @@ def _train(
         num_steps=num_steps,
         schedule=schedule,
         initial_state=lambda: classification.initial_state(
-            _of_images(encoder.represent, train, size),
+            features(),
             num_classes=source_module.num_classes(train),
             tuned_backbone=None if settings.init.frozen else backbone,
             optimizer=optimizer,
@@ -357,14 +389,14 @@ def _train(
         log_every_steps=settings.train.log_every_steps,
         save_every_steps=settings.checkpoint.every_epochs * steps_per_epoch,
         keep_latest=settings.checkpoint.keep_latest,
-        keep_best=1,
+        keep_best=2,  # where the newest checkpoint is damaged, the best one before it is still there
         steps_per_dispatch=settings.train.steps_per_dispatch,
         saves_start=True,
         measurements=[validation],
         score=validation.score,
         score_name="validation/best_accuracy",
     )
-    loop = RunLoop(plan, directory, console, parallel.make_mesh(), stop, check_held)
+    loop = RunLoop(plan, directory, console, mesh, stop, check_held)
     try:
         state = loop.restore()
         _check_resumed(validation, int(state.step), loop.checkpointer.steps(), directory)
@@ -376,7 +408,12 @@ def _train(
                 "the same command goes on from there"
             )
         loop.checkpointer.wait()
-        best = loop.checkpointer.restore(validation.best_step, state)
+        try:
+            best = loop.checkpointer.restore(validation.best_step, state)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the best epoch of the fine-tune is lost: {error}. Remove {directory} to start anew"
+            ) from error
     finally:
         try:
             loop.checkpointer.close()

@@ -39,8 +39,9 @@ def load(
 ) -> Model:
     """Loads a model from a run directory, or from a directory of `jevb_jax.export`.
 
-    Loading is strict: no array may be missing or left over, shapes and types must fit the config,
-    and the bits must be those that were saved. If a run has averaged parameters
+    Loading is strict: of the parameters and statistics, no array may be missing or left over, shapes
+    and types must fit the config, and the bits must be those that were saved. The other parts of a
+    checkpoint, such as the state of the optimizer, are not read. If a run has averaged parameters
     (`train.ema_decay`), these are loaded, as in evaluation. The data of the run are not read. From
     this call on, the process keeps its compiled programs for later processes
     (`xla_options.keep_compiled_programs`).

@@ -27,7 +27,7 @@ class MainProcessError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """A signal ended work that has written nothing."""
+    """A signal ended work before it had results. What the work saved before, it can resume from."""
 
 
 # --- Start-up -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from configs import digits as digits_config
 from jevb_jax import commands, export, finetuning, loading
 from jevb_jax.evaluation.evaluate import evaluate_transfer
 from jevb_jax.images import batches
+from jevb_jax.images.data_record import ChangedDataError
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, image_shape
@@ -31,7 +32,7 @@ from jevb_jax.parallel import StoppedError
 from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.runs.metrics_log import MetricsLog
-from jevb_jax.settings import read
+from jevb_jax.settings import read, run_config
 from jevb_jax.settings.sections import FinetuneSettings
 from jevb_jax.training import from_settings, step
 from jevb_jax.training.classification import BestEpoch
@@ -264,6 +265,141 @@ def test_a_finetune_whose_log_lost_an_epoch_says_so(encoder, tmp_path, monkeypat
     log.write_text("".join(line for line in lines if '"validation/accuracy"' not in line))
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl lacks the accuracy after step 0"):
         tuned(encoder, out, "frozen", **SHORT)
+
+
+def test_other_images_are_refused_whatever_is_accepted(encoder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(StoppedError):
+            tuned(encoder, tmp_path / "out", "frozen", **SHORT)
+    loaded = finetuning.load_dataset
+
+    def inverted(**settings: Any) -> Dataset:
+        dataset = loaded(**settings)
+        train = dataset.train
+        images = 255 - batches.load_resident(train)
+        return dataset._replace(train=ArraySource(images, train.labels, name=train.name))
+
+    monkeypatch.setattr(finetuning, "load_dataset", inverted)
+    with pytest.raises(ChangedDataError, match="have changed") as caught:
+        tuned(encoder, tmp_path / "out", "frozen", **SHORT)
+    assert "accept_changed_data" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"input\.accept_changed_data is for train\.py"):
+        tuned(encoder, tmp_path / "new", "frozen", **SHORT, input__accept_changed_data=True)
+
+
+def test_a_kill_while_results_are_put_in_place_is_no_end(encoder, tmp_path, monkeypatch):
+    out, changes = tmp_path / "out", SHORT
+    replace = Path.replace
+
+    def killed(self: Path, target: Any) -> Any:
+        if Path(target).name == "model.json":
+            raise Killed
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            tuned(encoder, out, "frozen", **changes)
+    assert (out / "results.json").exists()
+    results = tuned(encoder, out, "frozen", **changes)
+    assert json.loads((out / "results.json").read_text()) == results
+    assert finetuning.load_classifier(out).arrays["bias"].shape == (10,)
+    # Without an unfinished fine-tune, files of these names are somebody else's.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds results\.json already"):
+        tuned(encoder, tmp_path / "other", "frozen", **changes)
+
+
+def damage(checkpoint: Path) -> None:
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"no checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "damaged", "again"),
+    [
+        # The newest, and best: the one before it is taken, whose best epoch is still there.
+        ([0.1, 0.5, 0.4, 0.9], 12, [0.9, 0.25]),
+        # The best: nothing can replace it.
+        ([0.1, 0.9, 0.5, 0.4], 4, None),
+    ],
+)
+def test_damaged_checkpoints(encoder, tmp_path, monkeypatch, accuracies, damaged, again):
+    script: list[Any] = [*accuracies, Killed]
+
+    def accuracy(*_: Any) -> float:
+        value = script.pop(0)
+        if value is Killed:
+            raise Killed
+        return value
+
+    monkeypatch.setattr(finetuning, "_accuracy", accuracy)
+    changes = {**SHORT, "checkpoint__every_epochs": 1}
+    with pytest.raises(Killed):  # in the test
+        tuned(encoder, tmp_path / "out", "frozen", **changes)
+    damage(tmp_path / "out" / "training" / "checkpoints" / str(damaged))
+    if again is None:
+        with pytest.raises(CheckpointError, match=r"best epoch .* is lost: checkpoint 4 cannot be"):
+            tuned(encoder, tmp_path / "out", "frozen", **changes)
+    else:
+        script = list(again)
+        results = tuned(encoder, tmp_path / "out", "frozen", **changes)
+        assert results["validation_accuracies"] == accuracies
+        assert results["epoch"] == 3
+        assert results["test_accuracy"] == 0.25
+
+
+def test_a_mistake_before_the_first_save_can_be_corrected(encoder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="smaller batch"):
+        tuned(encoder, tmp_path / "out", "frozen", train__batch_size=512)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(StoppedError, match="saved step 2 of 12"):
+        tuned(encoder, tmp_path / "out", "frozen", **SHORT)
+    saved = run_config.read_config(tmp_path / "out" / "training" / "config.json")
+    assert saved.train.batch_size == 64
+    assert saved.init.frozen
+    with pytest.raises(ValueError, match="holds training and no config"):
+        commands.train(digits_config.get_config(), tmp_path / "out", console=quiet())
+
+
+def test_the_encoder_is_known_by_its_weights(encoder, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2)
+    with pytest.raises(StoppedError):
+        tuned(encoder, tmp_path / "out", "frozen", **SHORT)
+    # The same weights in another place, whose run has other settings of its evaluation.
+    model = load(encoder)
+    evaluation = {**model.config["evaluation"], "batch_size": 7}
+    moved = Model({**model.config, "evaluation": evaluation}, model.variables, step=0)
+    export.export_model(moved, tmp_path / "moved")
+    stop_at(monkeypatch, 4)
+    with pytest.raises(StoppedError, match="saved step 4"):
+        tuned(tmp_path / "moved", tmp_path / "out", "frozen", **SHORT)
+
+
+def test_a_finetune_goes_on_from_the_step_of_the_run_that_it_began_with(
+    encoder, tmp_path, monkeypatch
+):
+    asked = []
+
+    def recorded(workdir: Any, step: Any, **settings: Any) -> Model:
+        asked.append(step)
+        return load(encoder, **settings)
+
+    monkeypatch.setattr(loading, "load", recorded)
+    config = finetune_digits.get_config("frozen")
+    config.init.workdir = str(tmp_path / "run")  # no export
+    settings = read.finetune_settings(to_json_values(config))
+    directory = tmp_path / "training"
+    finetuning._load_encoder(settings, directory)
+    checkpointer = Checkpointer(directory / "checkpoints")
+    checkpointer.save(1, {"x": jnp.ones(2)}, config={})
+    checkpointer.close()
+    (directory / "encoder.json").write_text('{"step": 7, "sha256": ""}')
+    finetuning._load_encoder(settings, directory)
+    assert asked == [None, 7]
 
 
 def test_a_step_that_is_not_finite_is_named_and_nothing_is_written(encoder, tmp_path):

@@ -217,7 +217,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> list[str]:
+def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool | None) -> list[str]:
     """Records the data of a new run, and checks that the data of a resumed run have not changed.
 
     A run without a checkpoint starts from the beginning, so its data are recorded anew. The data of
@@ -226,7 +226,8 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> l
     Args:
       workdir: directory of the run, locked by this process.
       dataset: the present data of the run's config.
-      accept_change: continue with changed data; the record keeps the changes.
+      accept_change: continue with changed data; the record keeps the changes. None: changed data are
+        refused, and there is no setting that accepts them.
 
     Returns:
       Lines about the changes that were accepted, now and before.
@@ -255,9 +256,11 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool) -> l
         _refuse(
             lines,
             f"the data of {workdir}",
-            "--config.input.accept_changed_data=True: order, schedule and splits then follow from the "
-            "present data",
-            accept_change=accept_change,
+            None
+            if accept_change is None
+            else "--config.input.accept_changed_data=True: order, schedule and splits then follow from "
+            "the present data",
+            accept_change=bool(accept_change),
         )
     if record is None or lines:
         accepted = [*accepted, *lines]
@@ -311,7 +314,7 @@ def check_loaded(record: Mapping[str, Any], dataset: Dataset, *, instead: str) -
         _refuse(lines, "the data of the run", instead, accept_change=False)
 
 
-def _refuse(lines: list[str], what: str, instead: str, *, accept_change: bool) -> None:
+def _refuse(lines: list[str], what: str, instead: str | None, *, accept_change: bool) -> None:
     text = f"{what} have changed since the run started:\n" + "\n".join(
         f"  {line}" for line in lines
     )
@@ -324,10 +327,9 @@ def _refuse(lines: list[str], what: str, instead: str, *, accept_change: bool) -
     if accept_change:
         _logger.warning("%s", text)
         return
-    raise ChangedDataError(
-        f"{text}\nRestore the former data, or start a new run in another directory, or continue with "
-        f"{instead}."
-    )
+    remedies = ["restore the former data", "start anew in another directory"]
+    remedies += [] if instead is None else [f"continue with {instead}"]
+    raise ChangedDataError(f"{text}\nThere are these ways on: {', or '.join(remedies)}.")
 
 
 def _unread_before(dataset: Dataset) -> list[str]:

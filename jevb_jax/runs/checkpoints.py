@@ -257,8 +257,20 @@ class Checkpointer:
         Raises:
           CheckpointMismatchError: arrays are missing, extra, or of another shape or type. The
             message lists all of them.
-          CheckpointError: some array has other bits than those that were saved.
+          CheckpointError: the checkpoint cannot be read, or some array has other bits than those
+            that were saved.
         """
+        try:
+            return self._restore(step, template, is_whole)
+        except CheckpointError:
+            raise
+        # Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {step} cannot be read ({type(error).__name__}: {error})"
+            ) from error
+
+    def _restore(self, step: int, template: State, is_whole: bool) -> State:
         where = f"checkpoint {step}"
         meta = self.read_meta(step)
         if meta.get("format") != _FORMAT:
@@ -323,14 +335,10 @@ class Checkpointer:
                 state = self.restore(step, template, is_whole=is_whole)
             except CheckpointMismatchError:
                 raise
-            # Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
-            except Exception as error:  # noqa: BLE001
-                failures.append(f"checkpoint {step}: {type(error).__name__}: {error}")
+            except CheckpointError as error:
+                failures.append(str(error))
                 _logger.warning(
-                    "Checkpoint %d cannot be read (%s: %s); falling back to the one before it.",
-                    step,
-                    type(error).__name__,
-                    str(error).splitlines()[0] if str(error) else "",
+                    "%s; falling back to the one before it.", str(error).splitlines()[0]
                 )
             else:
                 return step, state

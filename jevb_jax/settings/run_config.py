@@ -6,7 +6,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jevb_jax.runs import archive, files
-from jevb_jax.settings.saved_config import completed_finetune, saved_config
+from jevb_jax.settings.saved_config import (
+    completed_finetune,
+    is_finetune,
+    saved_config,
+    saved_finetune,
+)
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -30,7 +35,8 @@ def read_config(path: str | Path) -> ConfigDict:
     was trained with.
 
     Args:
-      path: a `config.json`, or the `model.json` of a fine-tune or an export.
+      path: a `config.json` of a run or of an unfinished fine-tune (`training/config.json`), or the
+        `model.json` of a fine-tune or an export.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -48,4 +54,6 @@ def read_config(path: str | Path) -> ConfigDict:
         if "finetuned" in found:
             return ConfigDict(tuples(completed_finetune(found["finetuned"])))
         found = found.get("config")
+    elif isinstance(found, dict) and is_finetune(found):
+        return ConfigDict(tuples(saved_finetune(found, path)))
     return ConfigDict(tuples(saved_config(found, path)))

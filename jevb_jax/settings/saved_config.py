@@ -83,6 +83,16 @@ def saved_config(value: Any, where: object) -> dict[str, Any]:
     return completed_config(_unversioned(value, where))
 
 
+def is_finetune(value: Any) -> bool:
+    """Whether this is the config of a fine-tune and not that of a run."""
+    sections = ("init", "data", "augmentation", "train")
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), dict) for name in sections)
+        and "frozen" in value["init"]
+    )
+
+
 def saved_finetune(value: Any, where: object) -> dict[str, Any]:
     """The config of a fine-tune from its JSON, completed by `completed_finetune`.
 
@@ -93,11 +103,7 @@ def saved_finetune(value: Any, where: object) -> dict[str, Any]:
     Raises:
       ValueError: this is not the config of a fine-tune, or a later version of this library wrote it.
     """
-    sections = ("init", "data", "augmentation", "train")
-    is_config = isinstance(value, dict) and all(
-        isinstance(value.get(name), dict) for name in sections
-    )
-    if not is_config or "frozen" not in value["init"]:
+    if not is_finetune(value):
         raise ValueError(f"{where} holds no config of a fine-tune, as finetune.py writes it")
     return completed_finetune(_unversioned(value, where))
 

@@ -30,7 +30,8 @@ CHANGEABLE_ON_RESUME = (
 FINETUNE_CHANGEABLE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
-    "input.accept_changed_data",
+    "init.step",
+    "init.workdir",
     "input.num_workers",
     "input.prefetch_batches",
     "train.log_every_steps",
@@ -79,6 +80,7 @@ _WRITTEN_LATER = (
     "results.json",
     "results.csv",
     "report.html",
+    "training",  # an unfinished fine-tune
 )
 
 
@@ -133,12 +135,14 @@ def check_config(workdir: Path, experiment: Experiment, check_data: Callable[[],
 def check_finetune_config(
     directory: Path, config: Mapping[str, Any], check_data: Callable[[], None]
 ) -> None:
-    """As `check_config`, of a fine-tune.
+    """Begins a fine-tune, or checks that a begun one may be resumed with this config.
+
+    A fine-tune that saved nothing yet may begin again with any settings.
 
     Args:
       directory: where it keeps its log and its checkpoints.
       config: plain values.
-      check_data: refuses data that changed.
+      check_data: refuses data, or an encoder, that changed.
 
     Raises:
       ChangedConfigError: another fine-tune was begun there; every changed setting is named.
@@ -146,10 +150,11 @@ def check_finetune_config(
     path = directory / "config.json"
     if path.exists():
         found = saved_finetune(files.read_json(path), path)
+        is_begun = bool(saved_steps(directory / "checkpoints"))
         refused = {
             key: values
             for key, values in changed_keys(found, config).items()
-            if not key.startswith(FINETUNE_CHANGEABLE_ON_RESUME)
+            if is_begun and not key.startswith(FINETUNE_CHANGEABLE_ON_RESUME)
         }
         if refused:
             raise _changed(directory, "fine-tune", refused, FINETUNE_CHANGEABLE_ON_RESUME)
