@@ -190,6 +190,7 @@ def test_a_finetune_that_was_cut_is_the_uncut_one_bit_for_bit(encoder, tmp_path,
         tuned(encoder, cut, mode, **changes)
 
 
+@pytest.mark.slow
 def test_a_finetune_with_other_settings_or_another_encoder_does_not_go_on(
     encoder, tmp_path, monkeypatch
 ):
@@ -219,6 +220,7 @@ def test_a_finetune_with_other_settings_or_another_encoder_does_not_go_on(
         tuned(own, tmp_path / "out", "frozen", **SHORT)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_survives_a_kill_and_the_earliest_of_equals_is_best(
     encoder, tmp_path, monkeypatch
 ):
@@ -267,6 +269,7 @@ def test_a_finetune_whose_log_lost_an_epoch_says_so(encoder, tmp_path, monkeypat
         tuned(encoder, out, "frozen", **SHORT)
 
 
+@pytest.mark.slow
 def test_other_images_are_refused_whatever_is_accepted(encoder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -288,6 +291,7 @@ def test_other_images_are_refused_whatever_is_accepted(encoder, tmp_path, monkey
         tuned(encoder, tmp_path / "new", "frozen", **SHORT, input__accept_changed_data=True)
 
 
+@pytest.mark.slow
 def test_a_kill_while_results_are_put_in_place_is_no_end(encoder, tmp_path, monkeypatch):
     out, changes = tmp_path / "out", SHORT
     replace = Path.replace
@@ -318,6 +322,7 @@ def damage(checkpoint: Path) -> None:
             path.write_bytes(b"no checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accuracies", "damaged", "again"),
     [
@@ -365,6 +370,7 @@ def test_a_mistake_before_the_first_save_can_be_corrected(encoder, tmp_path, mon
         commands.train(digits_config.get_config(), tmp_path / "out", console=quiet())
 
 
+@pytest.mark.slow
 def test_the_encoder_is_known_by_its_weights(encoder, tmp_path, monkeypatch):
     stop_at(monkeypatch, 2)
     with pytest.raises(StoppedError):
@@ -428,6 +434,7 @@ def test_a_step_that_is_not_finite_is_named_and_nothing_is_written(encoder, tmp_
     checkpointer.close()
 
 
+@pytest.mark.slow
 def test_streamed_images_are_those_in_memory(encoder, tmp_path):
     results = [
         tuned(

@@ -514,6 +514,7 @@ def least_curvature_in_bias(oracle, features):
     return np.linalg.eigvalsh(np.diag(p.mean(axis=0)) - p.T @ p / len(p))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l2_regularization", [1e-1, 1e-3])
 def test_lbfgs_equals_sklearn_on_digits(l2_regularization):
     (features, labels), _, test = digits_splits()
@@ -645,6 +646,7 @@ def test_sgd_steps_fit_the_curvature_of_correlated_features():
     assert values[0] <= values[1] <= 1.001 * values[0]
 
 
+@pytest.mark.slow
 def test_auto_solver_goes_by_size(monkeypatch):
     (features, labels), _, num_classes = random_problem()
     options = {"num_classes": num_classes, "l2_regularization": 0.1, "num_epochs": 2}

@@ -181,6 +181,7 @@ def test_metrics_compare_the_corrupted_images_with_themselves():
     assert "with contrast, severity 5 of 5 (40)" in row.protocol
 
 
+@pytest.mark.slow
 def test_results_json_and_csv_hold_every_number():
     results, _ = evaluation()
     rows = {(r["score"], r["outside"]): r for r in results["ood"]["rows"]}
@@ -298,6 +299,7 @@ READ: dict[str, set[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "num_views"), [("jevb", 2), ("jevb", 1), ("vi_simsiam", 2)])
 def test_an_entry_says_what_its_score_needs(method, num_views):
     random = np.random.default_rng(0)

@@ -123,6 +123,7 @@ def test_kl_and_entropy_are_scipys():
     np.testing.assert_allclose(terms().kl, kl.mean(axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_terms_of_an_image_do_not_depend_on_its_neighbours():
     order = np.array([3, 1, 4, 0, 2])
     shuffled: Any = compute(keys()[order], View(*(x[:, order] for x in views())))
@@ -132,6 +133,7 @@ def test_terms_of_an_image_do_not_depend_on_its_neighbours():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("untied_scale", [None, 0.5])
 def test_one_key_serves_all_images(untied_scale):
     key = jax.random.key(7)
@@ -143,6 +145,7 @@ def test_one_key_serves_all_images(untied_scale):
         )
 
 
+@pytest.mark.slow
 def test_the_bounds_and_a_single_view():
     # The importance-weighted bound is at least the ELBO, both with little noise of 2,000 samples.
     bound = terms(1).importance_weighted_bound

@@ -458,6 +458,7 @@ def test_plain_view_is_the_view_of_evaluation_and_the_oracle():
     )
 
 
+@pytest.mark.slow
 def test_half_of_the_views_are_mirrored():
     image = photographs()[0][:40, :40]
     plain = np.asarray(PLAIN(jax.random.key(0), image))
@@ -664,6 +665,7 @@ def test_bad_images_and_arguments():
         resized_crop(photographs()[0], 0, 0, 4, 4, size=4, interpolation=bad)
 
 
+@pytest.mark.slow
 def test_visible_views_are_the_views_before_they_are_normalized():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     plain = ViewAugmentation(

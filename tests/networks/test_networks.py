@@ -955,6 +955,7 @@ def scalar_of_training(model, images):
     return scalar, variables["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "width", "head"),
     [

@@ -115,6 +115,7 @@ def test_losses_equal_the_oracles(seed, batch, dim, scale):
         np.testing.assert_allclose(found[name], ORACLES[name](x[0], x[1]), rtol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_gradients_equal_central_differences_of_the_oracles(name):
     x = normal(1, 4, 5, 3)

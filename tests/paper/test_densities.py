@@ -871,6 +871,7 @@ def tangent_vector(direction, loc):
     return basis @ oracles.tangent_coordinates(direction, loc, "chordal", basis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, 8, 40])
 def test_feature_wise_tails_match_scipy(float64, dim):
     rng = np.random.default_rng(dim)
@@ -882,6 +883,7 @@ def test_feature_wise_tails_match_scipy(float64, dim):
     assert_close(actual, expected, 1e-10)
 
 
+@pytest.mark.slow
 def test_both_tails_share_their_gaussian_limit(float64):
     rng = np.random.default_rng(0)
     u, m = oracles.random_units(rng, 2, 5, 16)

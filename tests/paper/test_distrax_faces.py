@@ -64,6 +64,7 @@ def test_power_spherical_samples_follow_their_density(dim, concentration):
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_power_spherical_mean():
     # E[cos] = k / (D - 1 + k): 0.44248 at D = 64, k = 50.
     loc = unit32(0, 64)
@@ -107,6 +108,7 @@ def test_power_spherical_samples_are_reparameterised():
 # Spherical Student-t.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, 8, 64])
 @pytest.mark.parametrize("df", [1.5, 20.0, np.inf])
 def test_spherical_student_t_samples_follow_their_density(dim, df):

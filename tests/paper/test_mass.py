@@ -121,6 +121,7 @@ def test_feature_wise_tails_agree_with_monte_carlo(dim, float64):
         assert abs(actual - expected) < FEATURE_ERROR[dim] + 4 * error
 
 
+@pytest.mark.slow
 def test_both_tails_share_their_gaussian_limit(float64):
     rng = np.random.default_rng(0)
     scale, loc = random_case(rng, 32, sigma=1.0, spread=10)
@@ -145,6 +146,7 @@ def test_the_normalized_density_integrates_to_one(float64):
     np.testing.assert_allclose(normalized, (log_density - log_mass(scale, loc, df))[:9], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, slow(16), 512])
 def test_gradient_in_a_common_scale_is_that_of_the_quadrature(dim, float64):
     df = np.array([0.5, 5.0, math.inf])

@@ -231,6 +231,7 @@ def test_swapping_views_with_their_keys_changes_nothing(float64):
     assert np.all(np.abs(without_their_keys.elbo - before.elbo) > 1e-6)
 
 
+@pytest.mark.slow
 def test_one_key_gives_the_two_views_different_noise(float64):
     # With the same noise for both, swapping the views would change nothing.
     view_1, view_2 = views(0)
@@ -596,6 +597,7 @@ def test_location_at_the_mean_needs_no_sample(float64):
     assert np.all(np.asarray(first.radial_log_likelihood != second.radial_log_likelihood))
 
 
+@pytest.mark.slow
 def test_untied_scale(float64):
     source, target = views(6)
     rng = np.random.default_rng(6)
