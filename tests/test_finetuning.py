@@ -363,7 +363,7 @@ def test_a_mistake_before_the_first_save_can_be_corrected(encoder, tmp_path, mon
     stop_at(monkeypatch, 2)
     with pytest.raises(StoppedError, match="saved step 2 of 12"):
         tuned(encoder, tmp_path / "out", "frozen", **SHORT)
-    saved = run_config.read_config(tmp_path / "out" / "training" / "config.json")
+    saved: Any = run_config.read_config(tmp_path / "out" / "training" / "config.json")
     assert saved.train.batch_size == 64
     assert saved.init.frozen
     with pytest.raises(ValueError, match="holds training and no config"):
@@ -395,7 +395,7 @@ def test_a_finetune_goes_on_from_the_step_of_the_run_that_it_began_with(
         return load(encoder, **settings)
 
     monkeypatch.setattr(loading, "load", recorded)
-    config = finetune_digits.get_config("frozen")
+    config: Any = finetune_digits.get_config("frozen")
     config.init.workdir = str(tmp_path / "run")  # no export
     settings = read.finetune_settings(to_json_values(config))
     directory = tmp_path / "training"
