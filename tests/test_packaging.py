@@ -1,6 +1,8 @@
 """What an installation holds: every module, and the files beside them."""
 
 import importlib.resources
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -30,3 +32,21 @@ def test_every_file_of_the_package_is_installed():
 @pytest.mark.parametrize("name", ["page.html.j2", "sections.html.j2", "style.css"])
 def test_the_page_finds_its_files(name):
     assert importlib.resources.files("jevb_jax.report").joinpath(name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/*.yml"),
+        ("citation-file-format", "CITATION.cff"),
+    ],
+)
+def test_what_a_host_reads_fits_its_schema(schema, pattern):
+    paths = sorted(ROOT.glob(pattern))
+    assert paths
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema"]
+    done = subprocess.run(
+        [*command, f"vendor.{schema}", *paths], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
