@@ -158,7 +158,7 @@ def test_a_script_without_a_guard_fails_and_one_with_it_leaves_no_workers(tmp_pa
     assert ended.stdout == ""
     last = ended.stderr.strip().splitlines()[-1]
     assert "WorkerError: one of the 2 worker processes of input.num_workers ended" in last
-    assert "WorkerError: this is a worker process that read the script again" in ended.stderr
+    assert "WorkerError: this is a worker process that runs the script again" in ended.stderr
 
     script.write_text(SCRIPT.format(root=str(ROOT), end="if __name__ == '__main__':\n    work()"))
     with subprocess.Popen(
