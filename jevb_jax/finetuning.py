@@ -312,8 +312,8 @@ class _Trained(NamedTuple):
     """What training gave.
 
     Attributes:
-      classifier: of the best epoch.
-      accuracies: on validation, by epoch, from the one before any update on.
+      classifier: as it was at the epoch with the best validation accuracy.
+      accuracies: validation accuracies by epoch; the first is from before any update.
     """
 
     classifier: Classifier

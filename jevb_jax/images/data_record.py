@@ -233,7 +233,7 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool | Non
       Lines about the changes that were accepted, now and before.
 
     Raises:
-      ChangedDataError: the data have changed, and `accept_change` is False.
+      ChangedDataError: the data have changed, and `accept_change` is not True.
       ValueError: the record is damaged or of a later version.
     """
     found = fingerprint(dataset)

@@ -147,7 +147,7 @@ class BestEpoch:
         Args:
           accuracy: of a state, on the validation split.
           steps_per_epoch: whole batches in the training images.
-          num_epochs: of the run, to be printed.
+          num_epochs: length of the fine-tune, for the printed line.
         """
         self.every_steps = steps_per_epoch
         self.accuracies: dict[int, float] = {}

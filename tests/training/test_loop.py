@@ -146,7 +146,8 @@ def test_what_is_measured_when_and_saved_because_of_it(tmp_path, steps_per_dispa
     assert loop.checkpointer.steps() == [0, 4, 6, 8, 11]
     loop.checkpointer.close()
     loop.log.close()
-    out = loop.console.file.getvalue()  # type: ignore[attr-defined]
+    console: Any = loop.console
+    out = console.file.getvalue()
     assert [line for line in out.splitlines() if line.startswith(("at", "closed"))] == [
         "at 0", "at 3", "at 6", "at 9", "at 11", "closed at 11",
     ]  # fmt: skip
