@@ -124,9 +124,10 @@ def get_config() -> ConfigDict:
     config.barlow_twins = ConfigDict({"redundancy_weight": 0.0051, "loss_weight": 1.0})
     config.optimizer = ConfigDict(
         {
-            "name": "sgd",  # sgd | lars | larc (lars that only lowers the learning rate) | adamw
+            # sgd | lars | larc (lars that only lowers the learning rate) | adamw | muon
+            "name": "sgd",
             "learning_rate": 0.06,  # peak value; not scaled with the batch size
-            "momentum": 0.9,  # all but adamw
+            "momentum": 0.9,  # sgd, lars, larc
             "weight_decay": 5e-4,  # not applied to biases, BatchNorm and scalars
             "trust_coefficient": 1e-3,  # lars, larc
             "bias_rate_factor": 1.0,  # multiplies the rate of biases, BatchNorm and scalars

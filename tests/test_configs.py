@@ -115,7 +115,7 @@ def test_digits_experiment_is_consistent():
         ("augmentation.mean", (0.5, 0.5, 0.5), "one value for each"),
         ("augmentation.blur_probability", (0.5,), "each of the"),
         ("optimizer.warmup_epochs", 1000.0, "must be shorter than the run"),
-        ("optimizer.name", "adam", "sgd, lars, larc or adamw"),
+        ("optimizer.name", "adam", "sgd, lars, larc, adamw or muon"),
         ("train.batch_size", 10_000, "10"),
         ("train.target_decay", 1.0, "target_decay"),
         ("jevb.likelihood_scale", "free", "tied, untied or fixed"),

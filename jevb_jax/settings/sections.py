@@ -192,7 +192,7 @@ class BarlowTwinsSection:
 class OptimizerSection:
     """The optimizer and the learning rate."""
 
-    name: Annotated[str, choice("sgd", "lars", "larc", "adamw")]
+    name: Annotated[str, choice("sgd", "lars", "larc", "adamw", "muon")]
     learning_rate: Annotated[float, number(0)]
     momentum: Annotated[float, number(0, 1, high_open=True)]
     weight_decay: Annotated[float, number(0, note="0 = none")]

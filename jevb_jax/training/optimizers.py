@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax import Array
 from jax.typing import ArrayLike
+
+_ADAM_RMS = 0.2  # root mean square of AdamW's steps per unit of the learning rate (Liu et al. 2025)
 
 
 class EarlierLength(NamedTuple):
@@ -182,10 +185,12 @@ def make_optimizer(
     """The optimizer of a run.
 
     Args:
-      name: "sgd", "lars", "larc" or "adamw".
+      name: "sgd", "lars", "larc", "adamw" or "muon". Muon (Jordan 2024) moves every kernel by its
+        orthogonalized momentum, at the size of AdamW's steps (Liu et al. 2025), so it takes AdamW's
+        learning rates; it leaves biases and scalars to Adam with Nesterov's momentum.
       schedule: learning rate by step.
       momentum: read by sgd, lars and larc.
-      weight_decay: masked by `decayed`; part of the gradient in all but adamw.
+      weight_decay: masked by `decayed`; part of the gradient in all but adamw and muon.
       trust_coefficient: norm of a step over norm of the weights; lars and larc alone use it.
       bias_rate_factor: multiplies the learning rate of biases, BatchNorm and scalars; Barlow Twins
         takes 0.024.
@@ -224,7 +229,14 @@ def make_optimizer(
             )
         if name == "adamw":
             return optax.adamw(schedule, weight_decay=weight_decay, mask=decayed)
-        raise ValueError(f"optimizer.name must be sgd, lars, larc or adamw, got {name!r}")
+        if name == "muon":
+            return optax.contrib.muon(
+                schedule,
+                weight_decay=weight_decay,
+                muon_weight_dimension_numbers=_as_matrices,
+                consistent_rms=_ADAM_RMS,
+            )
+        raise ValueError(f"optimizer.name must be sgd, lars, larc, adamw or muon, got {name!r}")
 
     steps: list[optax.GradientTransformation] = []
     if max_gradient_norm > 0:
@@ -241,6 +253,17 @@ def make_optimizer(
         not_decayed = functools.partial(jax.tree.map, lambda leaf: leaf.ndim <= 1)
         steps.append(optax.masked(optax.scale(bias_rate_factor), not_decayed))
     return steps[0] if len(steps) == 1 else optax.chain(*steps)
+
+
+def _as_matrices(params: Any) -> Any:
+    """Which axes of a kernel Muon takes as rows: all but the last, so a convolution is one matrix."""
+
+    def axes(leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map(axes, params)
 
 
 def _head_or_rest(params: Any) -> Any:

@@ -379,6 +379,31 @@ def test_larc_at_rate_zero_and_of_zero_kernels():
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(update))
 
 
+def test_muon_orthogonalizes_kernels_as_matrices_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = {
+        "convolution": jnp.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.float32),
+        "dense": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=4), jnp.float32),
+    }
+    gradient = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    (update,), _ = optimizer_updates(params, [gradient], name="muon")
+
+    for name in ("convolution", "dense"):
+        # Newton and Schulz's polynomial acts on the singular values alone.
+        matrix = np.asarray(gradient[name], np.float64).reshape(-1, params[name].shape[-1])
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        values /= np.linalg.norm(values)
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        step = 0.2 * np.sqrt(max(matrix.shape)) * (left * values) @ right
+        expected = -0.5 * (step.reshape(params[name].shape) + 0.01 * np.asarray(params[name]))
+        np.testing.assert_allclose(update[name], expected, rtol=1e-4, atol=1e-5)
+    # Adam with Nesterov's momentum: its first step is the sign, 1 + 0.9 * 0.1 / (1 - 0.9^2) long.
+    step = (1 + 0.09 / 0.19) * np.sign(gradient["bias"])
+    np.testing.assert_allclose(update["bias"], -0.5 * step, rtol=1e-4)
+
+
 def test_head_rate_may_stay_and_biases_may_learn_slower():
     params, gradients = random_tree(0), [random_tree(1)] * 2
     schedule = lambda step: jnp.asarray([1.0, 0.1])[step]  # noqa: E731
@@ -459,7 +484,7 @@ def test_clipping_and_unknown_optimizer():
     gradients = {"kernel": jnp.full(4, 50.0)}
     updates: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
     np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 1.0, rtol=1e-6)
-    with pytest.raises(ValueError, match="sgd, lars, larc or adamw"):
+    with pytest.raises(ValueError, match="sgd, lars, larc, adamw or muon"):
         optimizers.make_optimizer(
             name="adam",
             schedule=optax.constant_schedule(1.0),

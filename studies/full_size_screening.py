@@ -1,0 +1,93 @@
+"""Short runs at full size that choose a recipe: CIFAR-10, ResNet-18, bfloat16, 12 epochs each.
+
+python -m studies.run studies/full_size_screening.py --out=runs/full_size_screening --num_processes=6
+
+For one GPU with 80 GB; the runs share it. Reads `data/cifar10_train.npz` and `data/cifar10_test.npz`
+(`images`, `labels`). Every choice is made by k-NN on the validation split.
+"""
+
+import math
+from typing import Any
+
+from configs import cifar10
+from studies.spec import Comparison, Curves, Logged, Result, Study
+
+_ACCURACY = "10-NN accuracy"
+_KNN = "validation/knn_10_uniform_accuracy"
+
+
+def run_config(method: str, **changes: Any) -> Any:
+    """`configs/cifar10.py` for a method in 12 epochs, with changes such as `train__batch_size=256`."""
+    config: Any = cifar10.get_config(method)
+    config.data.source = "arrays"
+    config.data.train_paths = ("data/cifar10_train.npz",)
+    config.data.test_paths = ("data/cifar10_test.npz",)
+    config.model.dtype = "bfloat16"
+    config.optimizer.warmup_epochs = 1.0
+    config.train.num_epochs = 12
+    config.train.knn_every_epochs = 4
+    config.train.health_every_steps = 500
+    config.checkpoint.every_steps = 0
+    config.evaluation.split = "validation"
+    config.evaluation.knn_k = (20,)
+    config.evaluation.l2_grid = (1e-3,)
+    config.evaluation.labels_per_class = 0
+    config.evaluation.compare_untrained = False
+    config.ood.corruptions = ()
+    config.ood.num_views = 2
+    config.ood.num_samples = 1
+    config.ood.num_bootstrap = 2
+    config.ood.max_fit_images = 2000
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
+def get_study() -> Study:
+    """JEVB's optimizer, batch, augmentation and likelihood, one change at a time; SimSiam beside it."""
+    small: dict[str, Any] = {"train__batch_size": 256}
+    adam: dict[str, Any] = {**small, "optimizer__name": "adamw", "optimizer__weight_decay": 1e-4}
+    narrow = {"jevb__kl_weight": 0.1, "jevb__prior_scale": 1.0, "jevb__df": math.inf}
+    runs = {
+        "jevb_512": run_config("jevb"),
+        "jevb": run_config("jevb", **small),
+        "jevb_rate_0.001": run_config("jevb", **small, optimizer__learning_rate=1e-3),
+        "jevb_rate_0.004": run_config("jevb", **small, optimizer__learning_rate=4e-3),
+        "jevb_decay_0.05": run_config("jevb", **small, optimizer__weight_decay=0.05),
+        "jevb_muon": run_config("jevb", **small, optimizer__name="muon"),
+        "jevb_muon_0.0005": run_config(
+            "jevb", **small, optimizer__name="muon", optimizer__learning_rate=5e-4
+        ),
+        "jevb_sgd_0.5": run_config(
+            "jevb",
+            **small,
+            optimizer__name="sgd",
+            optimizer__learning_rate=0.5,
+            optimizer__weight_decay=5e-4,
+        ),
+        "jevb_narrow": run_config("jevb", **small, **narrow),
+        "jevb_target": run_config("jevb", **small, train__target_decay=0.99),
+        "jevb_crops": run_config("jevb", **small, augmentation__num_small_crops=4),
+        "simsiam_512": run_config("simsiam"),
+        "simsiam_adamw": run_config("simsiam", **adam, optimizer__learning_rate=1e-3),
+    }
+    return Study(
+        title="Screening at full size: CIFAR-10, ResNet-18, 12 epochs, validation",
+        runs=runs,
+        seeds=(0,),
+        measures=(
+            Result("linear accuracy", "linear_accuracy"),
+            Result("20-NN accuracy", "knn_20_accuracy"),
+            Logged(_ACCURACY, _KNN),
+            Logged("effective rank", "health/effective_rank"),
+            Logged("posterior scale", "health/posterior_scale_mean"),
+            Logged("signal to noise", "health/posterior_signal_to_noise"),
+        ),
+        figures=(
+            Comparison(
+                "accuracy", "Accuracy after 12 epochs", tuple(runs), ("linear accuracy", _ACCURACY)
+            ),
+            Curves("curves", "k-NN accuracy on validation", tuple(runs), (_KNN,)),
+        ),
+    )
