@@ -7,6 +7,7 @@ For one GPU with 80 GB; the runs share it. Reads `data/cifar10_train.npz` and `d
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from configs import cifar10
@@ -44,21 +45,22 @@ def run_config(method: str, **changes: Any) -> Any:
     return config
 
 
-def get_study() -> Study:
-    """JEVB's optimizer, batch, augmentation and likelihood, one change at a time; SimSiam beside it."""
+def get_runs(run_config: Callable[..., Any]) -> dict[str, Any]:
+    """JEVB's optimizer, batch and likelihood, one change at a time; SimSiam beside it.
+
+    Args:
+      run_config: from a method and its changes to a config; `rehearsal` has a smaller one.
+
+    Returns:
+      Configs by name.
+    """
     small: dict[str, Any] = {"train__batch_size": 256}
     adam: dict[str, Any] = {**small, "optimizer__name": "adamw", "optimizer__weight_decay": 1e-4}
     narrow = {"jevb__kl_weight": 0.1, "jevb__prior_scale": 1.0, "jevb__df": math.inf}
-    runs = {
-        "jevb_512": run_config("jevb"),
+    return {
         "jevb": run_config("jevb", **small),
-        "jevb_rate_0.001": run_config("jevb", **small, optimizer__learning_rate=1e-3),
-        "jevb_rate_0.004": run_config("jevb", **small, optimizer__learning_rate=4e-3),
-        "jevb_decay_0.05": run_config("jevb", **small, optimizer__weight_decay=0.05),
+        "simsiam_512": run_config("simsiam"),
         "jevb_muon": run_config("jevb", **small, optimizer__name="muon"),
-        "jevb_muon_0.0005": run_config(
-            "jevb", **small, optimizer__name="muon", optimizer__learning_rate=5e-4
-        ),
         "jevb_sgd_0.5": run_config(
             "jevb",
             **small,
@@ -66,14 +68,24 @@ def get_study() -> Study:
             optimizer__learning_rate=0.5,
             optimizer__weight_decay=5e-4,
         ),
-        "jevb_narrow": run_config("jevb", **small, **narrow),
+        "simsiam_adamw": run_config("simsiam", **adam, optimizer__learning_rate=1e-3),
+        "jevb_512": run_config("jevb"),
+        "jevb_rate_0.004": run_config("jevb", **small, optimizer__learning_rate=4e-3),
+        "jevb_rate_0.001": run_config("jevb", **small, optimizer__learning_rate=1e-3),
         "jevb_target": run_config("jevb", **small, train__target_decay=0.99),
         "jevb_crops": run_config("jevb", **small, augmentation__num_small_crops=4),
-        "simsiam_512": run_config("simsiam"),
-        "simsiam_adamw": run_config("simsiam", **adam, optimizer__learning_rate=1e-3),
+        "jevb_narrow": run_config("jevb", **small, **narrow),
+        "jevb_muon_0.0005": run_config(
+            "jevb", **small, optimizer__name="muon", optimizer__learning_rate=5e-4
+        ),
+        "jevb_decay_0.05": run_config("jevb", **small, optimizer__weight_decay=0.05),
     }
+
+
+def make_study(title: str, runs: dict[str, Any]) -> Study:
+    """The table and figures of the screening, for one seed of each run."""
     return Study(
-        title="Screening at full size: CIFAR-10, ResNet-18, 12 epochs, validation",
+        title=title,
         runs=runs,
         seeds=(0,),
         measures=(
@@ -86,8 +98,14 @@ def get_study() -> Study:
         ),
         figures=(
             Comparison(
-                "accuracy", "Accuracy after 12 epochs", tuple(runs), ("linear accuracy", _ACCURACY)
+                "accuracy", "Accuracy at the end", tuple(runs), ("linear accuracy", _ACCURACY)
             ),
             Curves("curves", "k-NN accuracy on validation", tuple(runs), (_KNN,)),
         ),
     )
+
+
+def get_study() -> Study:
+    """The runs at full size."""
+    title = "Screening at full size: CIFAR-10, ResNet-18, 12 epochs, validation"
+    return make_study(title, get_runs(run_config))
