@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     # Weights to start from. Optimizer and schedules start anew; `train.extend` continues them.
     config.init = ConfigDict(
         {
-            "workdir": "",  # another run of train.py, or an export; "" = random weights
+            # another run of train.py, an export, or a backbone.safetensors with torchvision's names
+            "workdir": "",  # "" = random weights
             "step": -1,  # step of that run's checkpoint; -1 = the latest
         }
     )

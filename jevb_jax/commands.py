@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
+from safetensors import SafetensorError
+from safetensors import flax as safetensors
 
 from jevb_jax import loading, messages, parallel
 from jevb_jax.evaluation import accuracy, evidence, readiness
@@ -22,6 +24,7 @@ from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
 from jevb_jax.images import augmentations, data_record, workers
 from jevb_jax.images.batches import gather
 from jevb_jax.images.dataset import load_dataset
+from jevb_jax.networks import torch_names
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
 from jevb_jax.runs import archive, files
@@ -42,15 +45,24 @@ _logger = logging.getLogger(__name__)
 _NUM_SHOWN_IMAGES = 8  # in views.png
 
 
-def _start_variables(experiment: Experiment) -> dict[str, Any]:
+def start_variables(experiment: Experiment) -> dict[str, Any]:
     """Parameters and statistics of the encoder that `init.workdir` names.
 
+    Args:
+      experiment: with a run, an export or a file of weights in its section `init`.
+
+    Returns:
+      `params` and `batch_stats`; from a file with torchvision's names, those of the backbone alone.
+
     Raises:
+      FileNotFoundError: there is no such file, run or export.
       ValueError: they are those of another network; every difference is named.
     """
     settings = experiment.settings.init
-    loaded = loading.load(settings.workdir, None if settings.step < 0 else settings.step)
     shapes = jax.eval_shape(experiment.initial_state)
+    if settings.workdir.endswith(".safetensors"):
+        return _start_backbone(settings.workdir, settings.step, shapes)
+    loaded = loading.load(settings.workdir, None if settings.step < 0 else settings.step)
     wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     problems = differences(
         flatten_names(loaded.variables), flatten_names(wanted), where="init.workdir"
@@ -62,6 +74,23 @@ def _start_variables(experiment: Experiment) -> dict[str, Any]:
             + "\nGive the method and the section model of that run, or leave init.workdir empty."
         )
     return loaded.variables
+
+
+def _start_backbone(file: str, step: int, shapes: TrainState) -> dict[str, Any]:
+    """The backbone of a file with torchvision's names; see `networks.torch_names`."""
+    if step >= 0:
+        raise ValueError(f"init.step = {step}, but {file} has no steps: leave init.step at -1")
+    wanted = {
+        "params": shapes.params["backbone"],
+        "batch_stats": shapes.batch_stats.get("backbone", {}),
+    }
+    try:
+        backbone = torch_names.from_torch(
+            safetensors.load(files.to_path(file).read_bytes()), wanted
+        )
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"init.workdir = {file}: {error}") from error
+    return {part: {"backbone": arrays} for part, arrays in backbone.items()}
 
 
 @in_single_precision
@@ -102,7 +131,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     )
     start = None
     if experiment.settings.init.workdir and not saved_steps(workdir / "checkpoints"):
-        start = _start_variables(experiment)
+        start = start_variables(experiment)
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
         check_held: Callable[[], None] = _check_nothing
         data_changes: list[str] = []

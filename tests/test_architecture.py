@@ -22,7 +22,7 @@ FLOORS = (
     ("forward", "detector"),
     ("model", "report"),
     ("loading",),
-    ("__init__", "commands", "command_line", "export", "finetuning"),
+    ("__init__", "commands", "command_line", "convert", "export", "finetuning"),
 )
 
 

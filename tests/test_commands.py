@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors import numpy as safetensors
 
 from configs import finetune_digits, smoke, transfer
 from jevb_jax import commands, parallel
 from jevb_jax.images import batches
 from jevb_jax.images.source import ArraySource
 from jevb_jax.loading import load
+from jevb_jax.networks import torch_names
 from jevb_jax.runs import files, provenance, result_files
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.metrics_log import MetricsLog
@@ -702,6 +704,40 @@ def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
     with pytest.raises(ValueError, match=r"init\.workdir = .* holds another network:\n"):
         commands.train(other, tmp_path / "other", console=text_console())
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_starts_from_a_backbone_of_torch(tmp_path):
+    file = tmp_path / "backbone.safetensors"
+    config = short_config(model__backbone="resnet8", model__width=4, init__workdir=str(file))
+    experiment = build_experiment(config)
+    drawn = jax.jit(experiment.initial_state)()
+    other = {
+        "params": jax.tree.map(lambda leaf: leaf + 1, drawn.params["backbone"]),
+        "batch_stats": jax.tree.map(lambda leaf: leaf + 2, drawn.batch_stats["backbone"]),
+    }
+    with pytest.raises(FileNotFoundError, match="backbone"):
+        commands.start_variables(experiment)
+    file.write_bytes(safetensors.save(torch_names.to_torch(other)))
+    start = commands.start_variables(experiment)
+    state = pretraining.started_from(drawn, start)
+    for part, before in (("params", drawn.params), ("batch_stats", drawn.batch_stats)):
+        after = getattr(state, part)
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        jax.tree.map(np.testing.assert_array_equal, after["backbone"], other[part])
+        for name in set(before) - {"backbone"}:
+            jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
+
+    def mistake(match: str, **changes: Any) -> None:
+        changed = short_config(**{"model__backbone": "resnet8", "model__width": 4, **changes})
+        changed.init.workdir = str(file)
+        with pytest.raises(ValueError, match=match):
+            commands.start_variables(build_experiment(changed))
+
+    mistake(r"no steps: leave init\.step", init__step=3)
+    mistake(r"init\.workdir = (.|\n)*stem_conv\.kernel: weights has", model__width=8)
+    mistake("only ResNets", model__backbone="convnet")
+    file.write_bytes(file.read_bytes()[:-9])
+    mistake(r"init\.workdir = .*backbone\.safetensors: ")
 
 
 @pytest.mark.slow

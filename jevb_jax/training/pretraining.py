@@ -150,8 +150,8 @@ def make_plan(
       experiment: what the run is.
       validate: k-NN accuracies of a state by name, on the validation split.
       best_measure: the one of them by which the best checkpoints are kept.
-      start: weights of another run to start from; they are saved as step 0, because the other run
-        may be moved or deleted later.
+      start: weights to start from, of all parts or of the backbone alone. They are saved as step 0,
+        because the place that they come from may be moved or deleted later.
 
     Returns:
       The plan.
@@ -178,7 +178,7 @@ def make_plan(
 
     def initial_state() -> TrainState:
         state = experiment.initial_state()
-        return state if start is None else _started_from(state, start)
+        return state if start is None else started_from(state, start)
 
     return Plan(
         config=experiment.config,
@@ -205,16 +205,24 @@ def make_plan(
     )
 
 
-def _started_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
-    """A state before the first step with the weights of another run, in its averages too."""
+def started_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
+    """A state before the first step with other weights, in its averages too.
+
+    Args:
+      state: with weights drawn by the seed.
+      variables: `params` and `batch_stats` of all parts, or of some; the other parts stay.
+
+    Returns:
+      The state.
+    """
 
     def copied(tree: Any) -> Any:  # own memory for each: a step reuses the memory of its state
         return jax.tree.map(jnp.copy, tree)
 
-    params = variables["params"]
+    params = {**state.params, **variables["params"]}
     return state._replace(
         params=copied(params),
-        batch_stats=copied(variables["batch_stats"]),
+        batch_stats=copied({**state.batch_stats, **variables["batch_stats"]}),
         ema_params=None if state.ema_params is None else copied(params),
         target_params=None
         if state.target_params is None

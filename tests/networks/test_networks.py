@@ -24,6 +24,7 @@ from jevb_jax.networks.heads import (
 )
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.networks.resnet import ConvNet, ResidualBlock, ResNet, resnet18, resnet34, resnet50
+from jevb_jax.networks.torch_names import torch_name
 from jevb_jax.networks.vit import ViT, sincos_position_embedding, vit_small, vit_tiny
 from jevb_jax.settings import read
 from jevb_jax.training import from_settings
@@ -568,21 +569,6 @@ def test_make_model_passes_its_arguments_on():
     assert vit == vit_small(patch_size=8)
 
 
-def torch_names(name: str) -> str:
-    """torchvision's name of a part of our ResNet."""
-    name = re.sub(r"stage(\d)_block(\d)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}", name)
-    for ours, theirs in {
-        "stem_conv": "conv1",
-        "stem_bn": "bn1",
-        "shortcut_conv": "downsample.0",
-        "shortcut_bn": "downsample.1",
-        "kernel": "weight",
-        "scale": "weight",
-    }.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
 def test_resnet18_and_its_gradients_are_those_of_the_installed_torchvision():
     torch = pytest.importorskip("torch")
     torchvision = pytest.importorskip("torchvision")
@@ -601,7 +587,7 @@ def test_resnet18_and_its_gradients_are_those_of_the_installed_torchvision():
     parameters = dict(theirs.named_parameters())
 
     def of_torch(path: Any, leaf: Any, *, gradient: bool) -> np.ndarray:
-        found = parameters[torch_names(".".join(key.key for key in path))]
+        found = parameters[torch_name(".".join(["params", *(key.key for key in path)]))]
         values = (found.grad if gradient else found).detach().numpy()
         values = values.transpose(2, 3, 1, 0) if values.ndim == 4 else values
         assert values.shape == leaf.shape

@@ -1,0 +1,76 @@
+"""Writes a trained ResNet with torchvision's names, for PyTorch.
+
+`python -m jevb_jax.convert --workdir=runs/cifar10 --out=resnet18.safetensors`
+
+In PyTorch, `model.load_state_dict(safetensors.torch.load_file("resnet18.safetensors"), strict=False)`
+then reports only the classifier `fc` as missing. A run with `model.stem = "cifar"` needs a torchvision
+ResNet whose `conv1` is a 3x3 convolution of stride 1 and whose `maxpool` is the identity. Images are
+normalized with `augmentation.mean` and `std` of the run; both are in the metadata of the file.
+
+The way back needs no command: `init.workdir` of a training takes such a file (docs/use.md).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from safetensors import numpy as safetensors
+
+from jevb_jax import messages
+from jevb_jax.loading import load
+from jevb_jax.model import Model
+from jevb_jax.networks.torch_names import to_torch
+from jevb_jax.runs import files
+from jevb_jax.runs.metrics_log import standard_output, unbroken
+
+
+def torch_weights(model: Model) -> bytes:
+    """The encoder of a model as safetensors with torchvision's names.
+
+    Args:
+      model: from `load`, with a ResNet as backbone.
+
+    Returns:
+      The content of the file.
+
+    Raises:
+      ValueError: the backbone is another network.
+    """
+    backbone = {part: model.variables[part]["backbone"] for part in ("params", "batch_stats")}
+    settings = model.settings
+    metadata = {
+        "backbone": settings.model.backbone,
+        "stem": settings.model.stem,
+        "mean": json.dumps(list(settings.augmentation.mean)),
+        "std": json.dumps(list(settings.augmentation.std)),
+    }
+    return safetensors.save(to_torch(backbone), metadata)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jevb_jax.convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--workdir", required=True, help="directory of a run or an export")
+    parser.add_argument("--out", required=True, help="file to write, .safetensors")
+    arguments = parser.parse_args(argv)
+    if not arguments.out.endswith(".safetensors"):
+        parser.error(f"--out must end in .safetensors, got {arguments.out!r}")
+    try:
+        content = torch_weights(load(arguments.workdir))
+        files.write_bytes_atomically(files.to_path(arguments.out), content)
+    except Exception as error:
+        message = messages.for_person(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
+        return 1
+    console = standard_output()
+    with unbroken(console):
+        console.print(f"Written to {arguments.out}", markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
