@@ -29,6 +29,7 @@ from jevb_jax.paper.objective import (
 from jevb_jax.paper.sphere import polar_decomposition
 
 if TYPE_CHECKING:
+    from jevb_jax.any_encoder import wrap
     from jevb_jax.detector import Detector
     from jevb_jax.loading import load, load_detector
     from jevb_jax.model import Model
@@ -69,6 +70,7 @@ __all__ = [
     "student_t_log_prob",
     "symmetric_elbo",
     "uniform_log_prob",
+    "wrap",
 ]
 
 _DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
@@ -80,6 +82,10 @@ def __getattr__(name: str) -> object:
         from jevb_jax.paper import distrax_faces
 
         return getattr(distrax_faces, name)
+    if name == "wrap":
+        from jevb_jax.any_encoder import wrap
+
+        return wrap
     if name == "Model":
         from jevb_jax.model import Model
 

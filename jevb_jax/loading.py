@@ -115,9 +115,14 @@ def load_archive(directory: Path, batch_size: int | None = None) -> Model:
       batch_size: as for `load`.
 
     Raises:
-      ArchiveError: the archive is damaged or does not fit its config.
+      ArchiveError: the archive is damaged, holds no encoder, or does not fit its config.
     """
     manifest = archive.read_manifest(directory)
+    if archive.WRAPPED in manifest:
+        raise ArchiveError(
+            f"{directory} holds a detector for an encoder that is not ours: read it with "
+            "jevb_jax.wrap(features_fn).load_detector(directory)"
+        )
     config = completed_config(manifest["config"])
     wanted = variable_shapes(_saved_settings(config, directory))
     arrays = archive.read_arrays(directory, manifest)

@@ -19,7 +19,7 @@ FLOORS = (
     ("settings",),
     ("training",),
     ("evaluation",),
-    ("forward", "detector"),
+    ("any_encoder", "forward", "detector"),
     ("model", "report"),
     ("loading",),
     ("__init__", "commands", "command_line", "convert", "export", "finetuning"),

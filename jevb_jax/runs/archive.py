@@ -18,6 +18,7 @@ from jevb_jax.runs import files
 FORMAT = 1
 MANIFEST = "model.json"
 WEIGHTS = "model.safetensors"
+WRAPPED = "wrapped_detector"  # entry of a detector whose encoder is not ours
 
 
 class ArchiveError(RuntimeError):
@@ -34,7 +35,7 @@ def check_free(directory: Path, *, kind: str) -> None:
 
     Args:
       directory: where the archive will be; it need not exist.
-      kind: "export" or "detector". An older archive of the same kind may be replaced.
+      kind: "export", "detector" or "wrapped detector". An older archive of the same kind may be replaced.
 
     Raises:
       ValueError: the directory holds a run, or a model of another kind.
@@ -53,7 +54,11 @@ def check_free(directory: Path, *, kind: str) -> None:
         return
     manifest = read_manifest(directory)
     found = "export"
-    for name, of in (("finetuned", "fine-tuned classifier"), ("detector", "detector")):
+    for name, of in (
+        ("finetuned", "fine-tuned classifier"),
+        ("detector", "detector"),
+        (WRAPPED, "wrapped detector"),
+    ):
         if name in manifest:
             found = of
     if found != kind:
