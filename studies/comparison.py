@@ -1,0 +1,307 @@
+"""Our numbers beside the published ones: writes `docs/comparison.md`.
+
+python -m studies.comparison --out=docs/comparison.md
+
+Our numbers are read from the tables in `docs/results`; each names the command that made it. A published
+number was read in the file or page that is named. Two numbers of a table were rarely made alike, so
+each has its protocol, and a difference of protocols is no difference of methods.
+"""
+
+import argparse
+import csv
+import dataclasses
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from jevb_jax.runs import files
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+_ONE_CLASS = "python -m studies.run studies/one_class_digits.py --out=runs/one_class_digits"
+_UNCERTAINTY = "python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty"
+_TEST = "python -m studies.run studies/cifar10_small_test.py --out=runs/test"
+_FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # and what full_size.md adds"
+_SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A number of somebody else.
+
+    Attributes:
+      what: the method.
+      value: as published.
+      protocol: how it was made.
+      source: where it was read.
+    """
+
+    what: str
+    value: str
+    protocol: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """A number of ours, in a table of `docs/results`.
+
+    Attributes:
+      what: the method.
+      table: folder and file below `docs/results`.
+      run: row of the table.
+      measure: its column, without ": mean"; or its value in the column "measure".
+      protocol: how it was made.
+      command: that made it.
+    """
+
+    what: str
+    table: str
+    run: str
+    measure: str
+    protocol: str
+    command: str
+
+    @property
+    def page(self) -> str:
+        """The page with the whole table, relative to `docs`."""
+        folder = self.table.split("/")[0]
+        return "full_size.md" if folder == "full_size" else f"results/{folder}/table.md"
+
+    @property
+    def value(self) -> str:
+        """Mean ± standard deviation over seeds, and their number; or a value of one run.
+
+        Raises:
+          ValueError: the table has no such number.
+        """
+        with (RESULTS / self.table).open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["run"] == self.run]
+        column = f"{self.measure}: mean"
+        if rows and column in rows[0] and rows[0][column]:
+            mean, count = float(rows[0][column]), rows[0][f"{self.measure}: n"]
+            spread = rows[0][f"{self.measure}: std"]
+            return f"{mean:.3f}" + (f" ± {float(spread):.3f}, n = {count}" if spread else "")
+        found = [row["value"] for row in rows if row.get("measure") == self.measure]
+        if len(found) != 1:
+            raise ValueError(f"{self.table} has no {self.measure!r} of the run {self.run!r}")
+        return f"{float(found[0]):.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One table of the page.
+
+    Attributes:
+      title: heading.
+      answer: what the table says, in a sentence or two.
+      published: of others.
+      ours: of this library.
+    """
+
+    title: str
+    answer: str
+    published: Sequence[Published]
+    ours: Sequence[Ours]
+
+
+def _detection(group: str) -> list[Ours]:
+    """The rows of the uncertainty study for near or far sets."""
+    protocol = f"AUROC, {_SMALL_IMAGES}; mean over the {group} sets of ood.md"
+    names = {
+        "JEVB, mixture and residual (default score)": ("direction", "own"),
+        "JEVB, embedding, Mahalanobis": ("direction", "embedding"),
+        "JEVB, likelihood of one image": ("direction", "likelihood"),
+        "SimSiam, embedding, Mahalanobis": ("simsiam", "embedding"),
+        "VI-SimSiam, embedding, Mahalanobis": ("vi_simsiam", "embedding"),
+    }
+    return [
+        Ours(what, "uncertainty/table.csv", run, f"{score}, {group}", protocol, _UNCERTAINTY)
+        for what, (run, score) in names.items()
+    ]
+
+
+_SSD = "README of inspire-group/SSD, commit cf2e162"
+_CSI = "README of alinlab/CSI, commit 60742b6"
+_URL = "results and plot scripts of mkirchhof/url, commit eacd47f"
+QUESTIONS = (
+    Question(
+        "How good is the representation? (CIFAR-10)",
+        "Far behind: our only runs at full size learned little, and have not been repeated. The small "
+        "study shows that JEVB is not behind SimSiam with the same budget; it says nothing of full size.",
+        (
+            Published(
+                "SimCLR, 100 epochs",
+                "0.832 ± 0.002 k-NN, 0.856 ± 0.002 linear",
+                "ResNet-18; k-NN with 10 neighbors, cosine, equal votes; three seeds",
+                "README of dkobak/simclr-cifar10",
+            ),
+            Published(
+                "SimCLR, 500 epochs",
+                "0.903 ± 0.003 k-NN",
+                "the same; 99 minutes on one A100",
+                "the same",
+            ),
+            Published(
+                "FastSiam, 200 epochs",
+                "0.906 k-NN",
+                "ResNet-18, batch 128; k = 200, best epoch on test",
+                "benchmarks of lightly, commit e8d317f",
+            ),
+            Published(
+                "SimSiam, 800 epochs",
+                "0.904 k-NN; 0.919 linear",
+                "ResNet-18; k = 200; linear: another repository",
+                "lightly; Reza-Safdari/SimSiam-91.9",
+            ),
+            Published(
+                "EMP-SSL, 20 crops, 10 epochs",
+                "0.907 linear",
+                "ResNet-18; features averaged over 128 crops",
+                "README of tsb0601/EMP-SSL, commit 8fc3758",
+            ),
+        ),
+        (
+            Ours(
+                "JEVB, 100 epochs",
+                "full_size/first_runs.csv",
+                "jevb",
+                "20-NN accuracy",
+                "ResNet-18; k = 20, T = 0.1; test; one seed; the settings of that time",
+                _FULL,
+            ),
+            Ours(
+                "JEVB, 100 epochs, linear",
+                "full_size/first_runs.csv",
+                "jevb",
+                "linear accuracy",
+                "the same run",
+                _FULL,
+            ),
+            *(
+                Ours(
+                    f"{name}, small study, linear",
+                    "test/table.csv",
+                    run,
+                    "linear accuracy",
+                    "16 pixels, 10,000 images, ResNet-8, 8 epochs, two CPU cores; test",
+                    _TEST,
+                )
+                for name, run in (("JEVB", "jevb"), ("SimSiam", "simsiam"), ("BYOL", "byol"))
+            ),
+        ),
+    ),
+    Question(
+        "Does it notice other classes? (CIFAR-10 against near sets)",
+        "Hardly: encoders of this size do not separate near sets well, with any score. On the same "
+        "embedding, JEVB's default score is slightly ahead of the Mahalanobis distance.",
+        (
+            Published("SSD", "0.906", "AUROC, CIFAR-100; ResNet-50, SimCLR, 500 epochs", _SSD),
+            Published(
+                "CSI", "0.893", "AUROC, CIFAR-100; ResNet-18, four rotations, ten views", _CSI
+            ),
+            Published(
+                "people",
+                "0.95",
+                "AUROC, CIFAR-100",
+                "a NeurIPS 2021 supplement, read as an abstract",
+            ),
+        ),
+        _detection("near"),
+    ),
+    Question(
+        "Does it notice other data sets? (CIFAR-10 against far sets)",
+        "Mahalanobis distances and the default score do; the likelihood of one image does the reverse.",
+        (Published("SSD", "0.996 / 0.976", "AUROC, SVHN / textures; as above", _SSD),),
+        _detection("far"),
+    ),
+    Question(
+        "Does it notice strange images of one class?",
+        "On digits. CIFAR-10 has not been run at a size that could be compared.",
+        (
+            Published("CSI", "0.943", "AUROC, CIFAR-10, mean of ten classes; ResNet-18", _CSI),
+            Published("SimCLR features", "0.879", "the same", _CSI),
+        ),
+        [
+            Ours(
+                f"JEVB, {name}",
+                "one_class/table.csv",
+                "mean",
+                name,
+                "AUROC, 8x8 digits of scikit-learn, mean of ten classes; one seed",
+                _ONE_CLASS,
+            )
+            for name in ("scale", "embedding SSD", "representation Mahalanobis")
+        ],
+    ),
+    Question(
+        "Does uncertainty predict errors, crops and people?",
+        "Our measures are those of this benchmark since version 0.2.0 (evaluation.md); at full size none "
+        "has been measured.",
+        (
+            Published(
+                "loss prediction, R-AUROC",
+                "0.739 / 0.706",
+                "CIFAR-10 / CIFAR-100; frozen ViT, trained with labels",
+                _URL,
+            ),
+            Published("plain InfoNCE, norm, R-AUROC", "at most 0.529", "ResNet-50", _URL),
+            Published(
+                "cropped images are less certain",
+                "0.87 to 0.95",
+                "loss prediction; share of images",
+                _URL,
+            ),
+            Published(
+                "people's entropy, rank correlation",
+                "0.095",
+                "best of 324 runs, mean of soft sets",
+                _URL,
+            ),
+        ),
+        (),
+    ),
+)
+
+
+def _table(question: Question) -> list[str]:
+    """The table of a question, and the commands of our rows."""
+    lines = ["| method | number | protocol | source |", "|---|---|---|---|"]
+    lines += [
+        f"| {one.what} | {one.value} | {one.protocol} | {one.source} |"
+        for one in question.published
+    ]
+    lines += [
+        f"| **ours:** {one.what} | {one.value} | {one.protocol} | [table]({one.page}) |"
+        for one in question.ours
+    ]
+    commands = dict.fromkeys(one.command for one in question.ours)  # each once, in their order
+    return ["\n".join(lines), *(f"    {command}" for command in commands)]
+
+
+def page(questions: Sequence[Question] = QUESTIONS) -> str:
+    """The page as Markdown."""
+    command = "python -m studies.comparison --out=docs/comparison.md"
+    text = (
+        "Our numbers are read from our tables, and the command that made them stands below. A "
+        "published number was read where it says. Two numbers were rarely made alike: the column "
+        "*protocol* says how, and a difference of protocols is no difference of methods. For speed, "
+        "see the [benchmarks](../benchmarks/README.md). This page is generated:"
+    )
+    parts = ["# Beside published numbers", textwrap.fill(text, 100), f"    {command}"]
+    for question in questions:
+        parts += [f"## {question.title}", textwrap.fill(question.answer, 100), *_table(question)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m studies.comparison", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file")
+    files.write_text_atomically(parser.parse_args(arguments).out, page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""The page of comparisons is what its generator writes, and its numbers are those of the tables."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from studies import comparison
+from studies.comparison import Ours
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_page_is_up_to_date(tmp_path):
+    assert comparison.main([f"--out={tmp_path / 'page.md'}"]) == 0
+    assert (tmp_path / "page.md").read_text() == (DOCS / "comparison.md").read_text(), (
+        "run `python -m studies.comparison --out=docs/comparison.md`"
+    )
+
+
+def test_every_number_of_ours_is_the_mean_of_its_seeds():
+    for question in comparison.QUESTIONS:
+        for one in question.ours:
+            assert (DOCS / one.page).exists()
+            with (DOCS / "results" / one.table).open(newline="") as file:
+                (row,) = [
+                    row
+                    for row in csv.DictReader(file)
+                    if row["run"] == one.run and row.get("measure", one.measure) == one.measure
+                ]
+            seeds = [
+                float(v) for k, v in row.items() if k.startswith(f"{one.measure}: seed ") and v
+            ]
+            mean = float(row["value"]) if "value" in row else sum(seeds) / max(len(seeds), 1)
+            if seeds or "value" in row:  # the mean over classes has no seeds of its own
+                assert float(one.value.split(" ")[0]) == pytest.approx(mean, abs=5e-4), one
+
+
+def test_a_number_that_no_table_has_is_named():
+    missing = Ours("x", "uncertainty/table.csv", "direction", "colour", "", "")
+    with pytest.raises(ValueError, match=r"uncertainty/table\.csv has no 'colour' of the run 'dir"):
+        _ = missing.value
+    with pytest.raises(ValueError, match="of the run 'nobody'"):
+        _ = Ours("x", "uncertainty/table.csv", "nobody", "own, near", "", "").value
