@@ -206,14 +206,16 @@ def test_the_page_runs():
         "train_features": images[20:100].reshape(80, -1),
         "features_fn": lambda batch: batch.reshape(len(batch), -1),
     }
-    first, existing, flax, eqx = list(code)[:4]
+    first, sklearn, existing, flax, eqx = list(code)[:5]
     assert (existing, flax, eqx) == ("Features that exist already", "Flax", "Equinox")
     exec(code[first], names)
     assert names["alarms"].shape == names["scores"].shape == (20,)
+    exec(code[sklearn], names)
+    assert set(names["labels"]) <= {1, -1}
     exec(code[existing], names)
     assert names["scores"].shape == (20,)
     variables = linen.init(jax.random.key(0), images)
     exec(code[flax], {**names, "network": linen, "variables": variables})
     exec(code[eqx], {**names, "network": lambda image: layer(image.reshape(-1))})
-    for text in list(code.values())[4:]:
+    for text in list(code.values())[5:]:
         compile(text, str(PAGE), "exec")

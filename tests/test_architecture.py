@@ -22,7 +22,7 @@ FLOORS = (
     ("any_encoder", "forward", "detector"),
     ("model", "report"),
     ("loading",),
-    ("__init__", "commands", "command_line", "convert", "export", "finetuning"),
+    ("__init__", "commands", "command_line", "convert", "estimators", "export", "finetuning"),
 )
 
 
