@@ -134,7 +134,9 @@ def export_serving(
     (batch,) = jax.export.symbolic_shape("b")
     height, width = operator.index(height), operator.index(width)
     images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
-    exported = jax.export.export(jax.jit(serving_function(model, detector)), platforms=PLATFORMS)(images)
+    exported = jax.export.export(jax.jit(serving_function(model, detector)), platforms=PLATFORMS)(
+        images
+    )
     return bytes(exported.serialize())
 
 
