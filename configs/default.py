@@ -169,6 +169,9 @@ def get_config() -> ConfigDict:
             # Number of best checkpoints to keep. Above 0, every save computes the k-NN accuracy on
             # validation images with the first of evaluation.knn_k.
             "keep_best": 0,
+            # At most so much of the fitted scores is saved after the evaluation (the default score
+            # first, then the smallest), so that `load` needs no training images. 0 = none.
+            "fitted_megabytes": 100,
         }
     )
     config.evaluation = ConfigDict(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors import flax as safetensors
 
 from jevb_jax import loading, messages, parallel
-from jevb_jax.evaluation import accuracy, evidence, readiness
+from jevb_jax.evaluation import accuracy, evidence, fitted_scores, readiness
 from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
 from jevb_jax.images import augmentations, data_record, workers
@@ -34,6 +34,7 @@ from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
 from jevb_jax.runs.provenance import environment, read_environment
 from jevb_jax.runs.result_files import is_own, keep_other_results, result_files, settings_sha256
 from jevb_jax.settings import read
+from jevb_jax.settings.saved_config import saved_config
 from jevb_jax.training import alarms, pretraining
 from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop
@@ -256,6 +257,7 @@ def _evaluate_and_report(
     data_changes: list[str],
 ) -> dict[str, Any]:
     """Evaluates a state; writes `results.json`, `results.csv` and `report.html`, prints the tables."""
+    reason = _why_not_fitted(experiment, workdir, data_changes)
 
     def check_stop() -> None:
         if stop.is_requested():
@@ -264,7 +266,11 @@ def _evaluate_and_report(
     try:
         with stop.interrupting():
             results, evaluation = evaluate_module.evaluate(
-                experiment, state.evaluation_variables, mesh=mesh, check_stop=check_stop
+                experiment,
+                state.evaluation_variables,
+                mesh=mesh,
+                check_stop=check_stop,
+                keeps_fitted=not reason,
             )
     except StoppedError as error:
         raise StoppedError(
@@ -276,8 +282,38 @@ def _evaluate_and_report(
     if earlier := read_extensions(workdir):
         results["earlier_lengths"] = [length._asdict() for length in earlier]
     results["settings_sha256"] = settings_sha256(experiment.config, data_changes)
+    if reason:
+        messages.say(console, f"Fitted scores are not saved: {reason}")
     parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
     return results
+
+
+def _why_not_fitted(experiment: Experiment, workdir: Path, data_changes: list[str]) -> str:
+    """Why the fitted scores of an evaluation are not those of the run; empty if they are."""
+    if not experiment.settings.checkpoint.fitted_megabytes:
+        return "checkpoint.fitted_megabytes is 0"
+    if data_changes:
+        return "the data have changed since the run began"
+    path = workdir / "config.json"
+    if not path.exists():
+        return f"there is no {path}"
+    own = read.saved_settings(saved_config(files.read_json(path), path)).ood
+    if fitted_scores.settings_of_fit(own) != fitted_scores.settings_of_fit(experiment.settings.ood):
+        return "the section ood has other settings than config.json, which `load` reads"
+    return ""
+
+
+def _write_fitted(
+    workdir: Path, step: int, fitted: fitted_scores.FittedScores, console: Console
+) -> None:
+    path = fitted_scores.write(workdir, step, fitted)
+    fitted_scores.remove_others(workdir, {step, *saved_steps(workdir / "checkpoints")})
+    messages.say(
+        console,
+        f"Fitted scores: {fitted_scores.FOLDER}/{path.name}, {fitted.num_bytes / 1e6:.1f} MB",
+    )
+    for name, why in fitted.left_out.items():
+        messages.say(console, f"  without {name}: {why}")
 
 
 def _write_results(
@@ -304,6 +340,8 @@ def _write_results(
         config=experiment.config,
         environment=read_environment(workdir),
     )
+    if evaluation.fitted is not None:
+        _write_fitted(workdir, step, evaluation.fitted, console)
     # Written last: where this file is, the others are too.
     files.write_json_atomically(workdir / f"results{suffix}.json", results)
     for copy in result_files(workdir, f"{suffix}_{results['settings_sha256'][:8]}"):

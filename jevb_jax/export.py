@@ -8,7 +8,13 @@ and TPU, with any batch size, which needs only JAX:
     exported = jax.export.deserialize(pathlib.Path("exports/digits/model.stablehlo").read_bytes())
     outputs = exported.call(images)     # uint8 [b, h, w, c] -> {"embedding": [b, D], ...}
 
-`read_serving` does the same, and first checks the hash of the file. Height and width are fixed by
+`read_serving` does the same, and first checks the hash of the file. With `--false_alarm_rate=0.05`
+there is one more function of this form, `detector.stablehlo`. Beside the outputs above it gives
+"score" and "is_outside", the verdict at that rate of false alarms. If the evaluation of the run
+saved its fitted scores, the archive form holds the default score and its calibration: a loaded
+export needs no training images for `ood_score` and `detector`.
+
+Height and width are fixed by
 the export (`--height`, `--width`). By default they are those of the images that the network was
 trained on, as they were read from files. The function itself prepares images of another size, as
 everywhere (`images.preparation`): the shorter side is resized to the trained size, and the center
@@ -33,10 +39,13 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jevb_jax import messages
-from jevb_jax.detector import write_model
+from jevb_jax.detector import Detector, write_model
+from jevb_jax.evaluation import fitted_scores, score_table
+from jevb_jax.evaluation.features import Features
 from jevb_jax.images import pixels
 from jevb_jax.loading import load
 from jevb_jax.model import Model
@@ -48,20 +57,35 @@ from jevb_jax.xla_options import in_single_precision
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SERVED = "model.stablehlo"
+SERVED_DETECTOR = "detector.stablehlo"
 
 
-def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
+def serving_function(
+    model: Model, detector: Detector | None = None
+) -> Callable[[Array], dict[str, Array]]:
     """The function that is served; it takes only images.
 
     Args:
       model: from `load`. Its weights become constants of the function.
+      detector: from `model.detector`. Its fitted score becomes constants, too.
 
     Returns:
       `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and for JEVB
       also "posterior_mean" and "posterior_scale", `[b, D]`; all float32. Images of any size are
       prepared as by `Model`. If they must be resized, a level may differ by one of 255
-      (`cut_levels`).
+      (`cut_levels`). With a detector also "score" `[b]` float32 and "is_outside" `[b]` bool.
+
+    Raises:
+      ValueError: the detector's score needs augmented views, which are not served.
     """
+    if detector is not None:
+        name = detector.score_name
+        if score_table.scores_of_run(model.settings, has_labels=False)[name].needs_terms:
+            raise ValueError(
+                f"{name} needs augmented views and random samples of an image, and only scores of the "
+                "plain image are served. Set ood.default_score to another score, or leave out the "
+                "false-alarm rate"
+            )
     view = from_settings.view_augmentations(model.settings.augmentation)[0]
 
     def center_view(image: Array) -> Array:
@@ -76,19 +100,33 @@ def serving_function(model: Model) -> Callable[[Array], dict[str, Array]]:
         if isinstance(outputs.prediction, Posterior):
             served["posterior_mean"] = outputs.prediction.posterior_mean
             served["posterior_scale"] = outputs.prediction.posterior_scale
+        if detector is not None:
+            served["score"] = scores = score(Features(*outputs, terms=None, labels=None))
+            served["is_outside"] = ~(jnp.isfinite(scores) & (scores <= threshold))
         return served
+
+    def score(features: Features) -> Array:
+        # One image at a time, because scores divide a batch into parts of a known size.
+        scorer: Any = None if detector is None else detector.scorer
+        return jax.vmap(lambda one: scorer(jax.tree.map(lambda x: x[None], one))[0])(features)
+
+    # The threshold is one of the float32 scores of the calibration, so nothing is lost.
+    threshold = np.float32(np.nan if detector is None else detector.threshold)
 
     return serve
 
 
 @in_single_precision
-def export_serving(model: Model, *, height: int, width: int) -> bytes:
+def export_serving(
+    model: Model, *, height: int, width: int, detector: Detector | None = None
+) -> bytes:
     """The serving form: StableHLO for all platforms and any batch size.
 
     Args:
       model: from `load`.
       height: height of the images to serve, in pixels.
       width: width of the images to serve, in pixels.
+      detector: as for `serving_function`.
 
     Returns:
       Bytes for `jax.export.deserialize`.
@@ -96,12 +134,19 @@ def export_serving(model: Model, *, height: int, width: int) -> bytes:
     (batch,) = jax.export.symbolic_shape("b")
     height, width = operator.index(height), operator.index(width)
     images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
-    exported = jax.export.export(jax.jit(serving_function(model)), platforms=PLATFORMS)(images)
+    exported = jax.export.export(jax.jit(serving_function(model, detector)), platforms=PLATFORMS)(
+        images
+    )
     return bytes(exported.serialize())
 
 
 def export_model(
-    model: Model, directory: str | Path, *, height: int | None = None, width: int | None = None
+    model: Model,
+    directory: str | Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    false_alarm_rate: float | None = None,
 ) -> None:
     """Writes both forms of a model.
 
@@ -111,11 +156,13 @@ def export_model(
       height: height of the images to serve, in pixels; by default the model's `square_size`, or its
         `image_size` if that is 0.
       width: width of the images to serve, in pixels; by default as for `height`.
+      false_alarm_rate: in (0, 1). If given, a function that detects strange images is served, too.
 
     Raises:
-      ValueError: a size is below one pixel, or the directory holds a run, a classifier or a
-        detector.
-      ArchiveError: the directory holds a damaged export.
+      ValueError: a size is below one pixel; the directory holds a run, a classifier or a detector;
+        or there can be no detector, for the reasons of `Model.detector`.
+      ArchiveError: the directory holds a damaged export, or the fitted scores of the model are
+        damaged or of another encoder.
     """
     trained = model.square_size or model.image_size
     height = trained if height is None else operator.index(height)
@@ -124,7 +171,8 @@ def export_model(
         raise ValueError(f"images of {height} x {width} pixels cannot be served")
     target = files.to_path(directory)
     archive.check_free(target, kind="export")
-    manifest = {
+    detector = None if false_alarm_rate is None else model.detector(false_alarm_rate)
+    manifest: dict[str, Any] = {
         "serving": {
             "file": SERVED,
             "images": ["b", height, width, model.num_channels],
@@ -132,21 +180,38 @@ def export_model(
         },
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     }
-    served = export_serving(model, height=height, width=width)
-    write_model(model, target, manifest=manifest, extra_files={SERVED: served})
+    written = {SERVED: export_serving(model, height=height, width=width)}
+    if detector is not None:
+        manifest["serving_detector"] = {
+            **manifest["serving"],
+            "file": SERVED_DETECTOR,
+            "score": detector.score_name,
+            "false_alarm_rate": detector.false_alarm_rate,
+            "threshold": detector.threshold,
+        }
+        written[SERVED_DETECTOR] = export_serving(
+            model, height=height, width=width, detector=detector
+        )
+    saved = model.fitted_scores
+    if saved is not None:
+        default = score_table.default_score(model.settings)
+        manifest[fitted_scores.ENTRY], content = fitted_scores.to_files(saved.only(default))
+        written[fitted_scores.IN_EXPORT] = content
+    write_model(model, target, manifest=manifest, extra_files=written)
 
 
-def read_serving(directory: str | Path) -> jax.export.Exported:
+def read_serving(directory: str | Path, name: str = SERVED) -> jax.export.Exported:
     """Reads the serving form and checks its hash. Use it by `.call(images)`.
 
     Args:
       directory: directory of an export.
+      name: `SERVED`, or `SERVED_DETECTOR` for the function that also detects.
 
     Raises:
       ArchiveError: a file is missing or not what was written.
     """
     source = files.to_path(directory)
-    content = archive.read_file(source, archive.read_manifest(source), SERVED)
+    content = archive.read_file(source, archive.read_manifest(source), name)
     return jax.export.deserialize(bytearray(content))
 
 
@@ -159,6 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", help='step of a checkpoint, or "best"; the latest by default')
     parser.add_argument("--height", type=int, help="of served images, in pixels; as trained")
     parser.add_argument("--width", type=int, help="of served images, in pixels; as trained")
+    parser.add_argument(
+        "--false_alarm_rate",
+        type=float,
+        help="in (0, 1): also serve score and verdict of each image, at this rate",
+    )
     arguments = parser.parse_args(argv)
     step: Any = arguments.step
     if step is not None and step != "best":
@@ -167,7 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         step = int(step)
     try:
         model = load(arguments.workdir, step)
-        export_model(model, arguments.out, height=arguments.height, width=arguments.width)
+        export_model(
+            model,
+            arguments.out,
+            height=arguments.height,
+            width=arguments.width,
+            false_alarm_rate=arguments.false_alarm_rate,
+        )
     except Exception as error:
         message = messages.for_person(error)
         if message is None:

@@ -4,6 +4,7 @@ An export needs no libraries for training. Every bit of the weights is checked a
 saved.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from jevb_jax.detector import DETECTOR, Detector
-from jevb_jax.evaluation import saved_scores
+from jevb_jax.evaluation import fitted_scores, saved_scores
 from jevb_jax.images import data_record
 from jevb_jax.model import Model, whole_number
 from jevb_jax.runs import archive, files
@@ -42,7 +43,8 @@ def load(
     Loading is strict: of the parameters and statistics, no array may be missing or left over, shapes
     and types must fit the config, and the bits must be those that were saved. The other parts of a
     checkpoint, such as the state of the optimizer, are not read. If a run has averaged parameters
-    (`train.ema_decay`), these are loaded, as in evaluation. The data of the run are not read. From
+    (`train.ema_decay`), these are loaded, as in evaluation. The data of the run are not read. Fitted
+    scores that were saved with these weights are read when the first of them is needed. From
     this call on, the process keeps its compiled programs for later processes
     (`xla_options.keep_compiled_programs`).
 
@@ -136,6 +138,7 @@ def load_archive(directory: Path, batch_size: int | None = None) -> Model:
         batch_size=batch_size,
         square_size=_saved_square_size(manifest),
         recorded_data=manifest.get("recorded_data"),  # older exports have none
+        read_fitted=functools.partial(fitted_scores.of_export, directory),
     )
 
 
@@ -232,4 +235,5 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
         step=found,
         batch_size=batch_size,
         recorded_data=data_record.read(directory),
+        read_fitted=functools.partial(fitted_scores.of_run, directory, found),
     )

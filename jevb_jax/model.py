@@ -18,6 +18,7 @@ from jevb_jax import methods
 from jevb_jax.detector import Detector
 from jevb_jax.evaluation import conformal, detection, detector_input, score_table
 from jevb_jax.evaluation.features import FeatureExtractor, Features
+from jevb_jax.evaluation.fitted_scores import FittedScores
 from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingData
 from jevb_jax.forward import ForwardPass
 from jevb_jax.images import data_record
@@ -71,8 +72,8 @@ class Model:
     compiled once. Fewer images than a batch are padded to a power of two. Except for rounding, the
     result for an image depends neither on its place nor on the other images. On a terminal, a bar
     appears after a few seconds. Work is done on the first device of the process, in float32 even if
-    the process has enabled 64 bits. A pickled or copied model keeps weights and settings, but not
-    compiled programs and fitted scores.
+    the process has enabled 64 bits. A pickled or copied model keeps weights, settings, and the place
+    where its fitted scores are saved, but not compiled programs and the scores themselves.
 
     Wrong images raise TypeError if they are neither numbers nor pictures, or if their range of
     levels is unclear (16 bits; integers that are all 0 or 1). They raise ValueError for a wrong
@@ -100,6 +101,7 @@ class Model:
         batch_size: SupportsIndex | None = None,
         square_size: SupportsIndex | None = None,
         recorded_data: Mapping[str, Any] | None = None,
+        read_fitted: Callable[[], FittedScores | None] | None = None,
     ):
         """Prepares the forward pass. Usually you call `load`.
 
@@ -110,6 +112,8 @@ class Model:
           batch_size: number of images at once, by default `evaluation.batch_size` of the config.
           square_size: see the class; by default `data.image_size` of the config.
           recorded_data: from `data_record.read`. If given, the run's data must agree with it.
+          read_fitted: reads the scores that were fitted to features of these weights. It is called
+            when the first of them is needed; None if there are none.
 
         Raises:
           ValueError: the batch size is below one, or a number is not whole.
@@ -138,11 +142,12 @@ class Model:
         self._scorers: dict[str, ScoreFunction] = {}
         self._dataset: Dataset | None = None
         self.recorded_data = recorded_data
+        self._read_fitted = read_fitted
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Devices and compiled programs cannot be pickled.
         state = self.config, jax.device_get(self.variables), self.step, self._forward.batch_size
-        return _model_again, (*state, self.square_size, self.recorded_data)
+        return _model_again, (*state, self.square_size, self.recorded_data, self._read_fitted)
 
     def __repr__(self) -> str:
         return (
@@ -242,8 +247,9 @@ class Model:
         Args:
           score: `family/score`, for example "jevb/negative_elbo" or "embedding/mahalanobis", one of
             `score_names()`. None takes the default of the config or the method.
-          fit_images: in-distribution images to fit the score to. By default they are the images of
-            the run's training split that the evaluation uses; these are loaded on first use.
+          fit_images: in-distribution images to fit the score to. By default the score is that which
+            the evaluation of the run saved. If there is none, it is fitted on first use to the
+            images of the run's training split that the evaluation uses.
 
         Returns:
           `[N]` float32; `[]` for one image.
@@ -251,6 +257,7 @@ class Model:
         Raises:
           ValueError: the score is unknown, or needs no `fit_images`; the data of the run cannot be
             loaded; or the images are wrong (see the class).
+          ArchiveError: the saved score is damaged, or was fitted to another encoder.
         """
         name = self._checked_score(score)
         checked = self._forward.checked(images)  # check before a fit that may take long
@@ -282,14 +289,20 @@ class Model:
           score: as for `ood_score`.
           fit_images: as for `ood_score`.
           calibration_images: in-distribution images that the score is not fitted to; by default the
-            validation split of the run.
+            validation split of the run, whose values are saved with the fitted scores.
 
         Raises:
           ValueError: there are fewer than `1 / false_alarm_rate - 1` calibration images, or for the
             reasons of `ood_score`.
+          ArchiveError: as for `ood_score`.
         """
         name = self._checked_score(score)
         rate = detector_input.checked_share("false_alarm_rate", false_alarm_rate)
+        if fit_images is None and calibration_images is None:
+            saved = self.fitted_scores
+            if saved is not None and name in saved.calibration:
+                threshold = conformal.conformal_threshold(saved.calibration[name], rate)
+                return Detector(self, self._scorer(name, None), name, rate, threshold)
         checked: GivenImages | None = None
         source: Any = None
         if calibration_images is None:
@@ -316,6 +329,18 @@ class Model:
         return Detector(self, scorer, name, rate, conformal.conformal_threshold(calibration, rate))
 
     # --- Scores ---
+
+    @functools.cached_property
+    def fitted_scores(self) -> FittedScores | None:
+        """The scores that the evaluation of the run saved; None if there are none.
+
+        Raises:
+          ArchiveError: they are damaged, or were fitted to another encoder.
+        """
+        saved = None if self._read_fitted is None else self._read_fitted()
+        if saved is not None:
+            saved.check_belongs(self.variables, self.settings.ood)
+        return saved
 
     @functools.cached_property
     def _score_entries(self) -> dict[str, ScoreEntry]:
@@ -349,6 +374,11 @@ class Model:
             )
             return entry.make(TrainingData(features))
         if name not in self._scorers:
+            saved = self.fitted_scores
+            found = None if saved is None else saved.scorer(name)
+            if found is not None:
+                self._scorers[name] = found
+                return found
             if has_terms not in self._training_data:
                 train = self._data("fit_images").train
                 rows = detection.fit_rows(len(train), self.settings.ood.max_fit_images)
@@ -410,6 +440,7 @@ def _model_again(
     batch_size: int,
     square_size: int,
     recorded_data: Mapping[str, Any] | None,
+    read_fitted: Callable[[], FittedScores | None] | None = None,  # older pickles have none
 ) -> Model:
     return Model(
         config,
@@ -418,6 +449,7 @@ def _model_again(
         batch_size=batch_size,
         square_size=square_size,
         recorded_data=recorded_data,
+        read_fitted=read_fitted,
     )
 
 

@@ -861,7 +861,7 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
         dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits")),
     )
     results = {"step": 4, "settings_sha256": "a" * 64}
-    evaluation: Any = types.SimpleNamespace(ood=None)
+    evaluation: Any = types.SimpleNamespace(ood=None, fitted=None)
     commands._write_results(experiment, tmp_path, results, evaluation, text_console())
     assert found[0]["environment"] == {"command": []}
     assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -138,6 +138,7 @@ class OODEvaluation(NamedTuple):
       choice_protocol: sentence that says how `chosen_score` was chosen.
       with_labels: names of the scores that were fitted with labels.
       left_out: why a score is missing, by its name.
+      scorers: the fitted scores.
     """
 
     results: list[SetResult]
@@ -148,6 +149,7 @@ class OODEvaluation(NamedTuple):
     choice_protocol: str
     with_labels: frozenset[str]
     left_out: dict[str, str]
+    scorers: Scorers | None = None
 
 
 def terms_settings(experiment: "Experiment") -> TermsSettings | None:
@@ -213,7 +215,7 @@ def fit_rows(num_images: int, most: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(num_images)[:most])
 
 
-def _fit_features(
+def features_to_fit(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, train: Features
 ) -> Features:
     """Features of the training images that scores are fitted to; for JEVB with its terms."""
@@ -311,7 +313,7 @@ def evaluate_ood(
       ValueError: the settings or the outside sets do not fit the run.
     """
     settings = experiment.settings.ood
-    fit_features = _fit_features(experiment, variables, extract, train)
+    fit_features = features_to_fit(experiment, variables, extract, train)
     table = scores_of_run(experiment.settings, has_labels=probe is not None)
     scorers = make_scorers(table, TrainingData(fit_features, probe))
     default = default_score(experiment.settings)
@@ -361,4 +363,5 @@ def evaluate_ood(
         choice_protocol=choice_protocol,
         with_labels=scorers.with_labels,
         left_out=scorers.left_out | not_numbers,
+        scorers=scorers,
     )

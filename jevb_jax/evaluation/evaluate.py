@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jevb_jax.evaluation import detection, outside_sets, reliability
+from jevb_jax.evaluation import detection, fitted_scores, outside_sets, reliability
 from jevb_jax.evaluation.accuracy import (
     FEATURE_NAMES,
     Result,
@@ -22,6 +22,7 @@ from jevb_jax.evaluation.accuracy import (
 )
 from jevb_jax.evaluation.detection import OODEvaluation
 from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
+from jevb_jax.evaluation.fitted_scores import FittedScores
 from jevb_jax.evaluation.linear_probe import LinearProbe
 from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images.dataset import Dataset
@@ -83,6 +84,7 @@ class Evaluation(NamedTuple):
       probe: linear probe fitted on the representation; None for unlabeled data.
       ood: out-of-distribution detection, or None if nothing is to be detected.
       risk_coverage: curves by score and classifier; empty if nothing is to be detected.
+      fitted: the label-free scores to save; None if they are not to be saved.
     """
 
     results: list[Result]
@@ -91,6 +93,7 @@ class Evaluation(NamedTuple):
     probe: LinearProbe | None
     ood: OODEvaluation | None
     risk_coverage: dict[str, dict[str, RiskCoverage]]
+    fitted: FittedScores | None = None
 
 
 def evaluate_variables(
@@ -323,6 +326,7 @@ def evaluate(
     *,
     mesh: Mesh | None = None,
     check_stop: Callable[[], None] = lambda: None,
+    keeps_fitted: bool = False,
 ) -> tuple[dict[str, Any], Evaluation]:
     """Evaluates a model, and the untrained model for comparison.
 
@@ -331,6 +335,7 @@ def evaluate(
       variables: parameters and running statistics of the trained model.
       mesh: devices that share a batch; by default the first device of this process.
       check_stop: called before every batch; raises an error to end the evaluation.
+      keeps_fitted: whether the label-free scores are fitted, if they are not yet, and returned.
 
     Returns:
       results: JSON values. "split" is the evaluated split; "left_out" is from `left_out`;
@@ -357,6 +362,19 @@ def evaluate(
         ).results
     if found.ood is not None:
         results["ood"] = _ood_json(experiment, found.ood)
+    if keeps_fitted:
+        extract = extractors.with_terms
+        terms = detection.terms_settings(experiment)
+        if found.ood is None and terms is not None:
+            extract = _extractor(experiment, terms=terms, mesh=mesh, check_stop=check_stop)
+        fitted = fitted_scores.fit(
+            experiment,
+            variables,
+            extract=extract,
+            train=found.train,
+            fitted=None if found.ood is None else found.ood.scorers,
+        )
+        found = found._replace(fitted=fitted)
     return results, found
 
 

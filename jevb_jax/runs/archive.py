@@ -19,6 +19,7 @@ FORMAT = 1
 MANIFEST = "model.json"
 WEIGHTS = "model.safetensors"
 WRAPPED = "wrapped_detector"  # entry of a detector whose encoder is not ours
+_EXPORT_AGAIN = "export the run again"
 
 
 class ArchiveError(RuntimeError):
@@ -83,53 +84,98 @@ def write_archive(
       manifest: JSON values. The entries about files and arrays are added here.
       extra_files: contents of other files by name.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    contents = {WEIGHTS: safetensors.save(dict(arrays)), **extra_files}
     whole = {
         **manifest,
-        "format": FORMAT,
         "arrays": {
             name: {"shape": list(array.shape), "dtype": str(array.dtype)}
             for name, array in arrays.items()
         },
+    }
+    contents = {WEIGHTS: safetensors.save(dict(arrays)), **extra_files}
+    write_described(directory, contents, whole, manifest_name=MANIFEST)
+
+
+def write_described(
+    directory: Path,
+    contents: Mapping[str, bytes],
+    manifest: Mapping[str, Any],
+    *,
+    manifest_name: str,
+) -> None:
+    """Writes files, and last the manifest with their hashes and its own.
+
+    Args:
+      directory: created if it does not exist. Older files of these names are replaced together.
+      contents: contents of the files by name.
+      manifest: JSON values. The format and the entries about files are added here.
+      manifest_name: name of the manifest.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = {
+        **manifest,
+        "format": FORMAT,
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in contents.items()
         },
     }
     whole["manifest_sha256"] = files.json_sha256(whole)
-    contents[MANIFEST] = files.indented_json(whole).encode()
-    files.write_together(directory, contents, last=MANIFEST)
+    written = {**contents, manifest_name: files.indented_json(whole).encode()}
+    files.write_together(directory, written, last=manifest_name)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads the JSON values that describe an exported model.
+def arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the names, types, shapes and bits of arrays, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def read_manifest(
+    directory: Path, name: str = MANIFEST, *, remedy: str = _EXPORT_AGAIN
+) -> dict[str, Any]:
+    """Reads the JSON values that describe an exported model, or other files with hashes.
+
+    Args:
+      directory: directory of the files.
+      name: name of the manifest.
+      remedy: what the user can do if it is damaged, for messages.
 
     Raises:
       ArchiveError: there is no manifest, it was changed, or it is of another version.
     """
-    path = directory / MANIFEST
+    path = directory / name
     if not path.exists():
-        raise ArchiveError(f"{directory} holds no {MANIFEST}; export the run again")
+        raise ArchiveError(f"{directory} holds no {name}; {remedy}")
     try:
         manifest = files.read_json(path)
         asked = manifest.pop("manifest_sha256")
     except (ValueError, KeyError, AttributeError) as error:
-        raise ArchiveError(f"{path} is damaged ({error!r}); export the run again") from error
+        raise ArchiveError(f"{path} is damaged ({error!r}); {remedy}") from error
     if files.json_sha256(manifest) != asked:
-        raise ArchiveError(f"{path} is not what was written (SHA-256); export the run again")
+        raise ArchiveError(f"{path} is not what was written (SHA-256); {remedy}")
     if manifest["format"] != FORMAT:
         raise ArchiveError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
     return manifest
 
 
-def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
+def read_file(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    name: str,
+    *,
+    remedy: str = "copy or export it again",
+) -> bytes:
     """Reads one file of an exported model and checks its hash.
 
     Args:
       directory: directory of the model.
       manifest: from `read_manifest`.
       name: name of the file.
+      remedy: what the user can do if it is missing or damaged, for messages.
 
     Raises:
       ArchiveError: the file is missing, not part of the model, or not what was written.
@@ -139,12 +185,12 @@ def read_file(directory: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     asked = manifest["files"][name]
     path = directory / name
     if not path.exists():
-        raise ArchiveError(f"{path} is missing; export the run again")
+        raise ArchiveError(f"{path} is missing; {remedy}")
     content = path.read_bytes()
     if len(content) != asked["bytes"] or hashlib.sha256(content).hexdigest() != asked["sha256"]:
         raise ArchiveError(
             f"{path} is not what was written: {len(content):,} bytes, expected {asked['bytes']:,} "
-            f"with SHA-256 {asked['sha256'][:12]}...; copy or export it again"
+            f"with SHA-256 {asked['sha256'][:12]}...; {remedy}"
         )
     return content
 

@@ -20,6 +20,8 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "ood": {"mixture_df": 5.0},
     "train": {"extend": False, "knn_every_epochs": 0},
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
+    # The old runs saved none. If one is evaluated again, it gets them.
+    "checkpoint": {"fitted_megabytes": 100},
 }
 # The same for whole sections that were added later.
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}

@@ -231,6 +231,7 @@ class CheckpointSection:
     every_steps: Annotated[int, integer(0, note="0 = only at the end")]
     keep_latest: Annotated[int, integer(1)]
     keep_best: Annotated[int, integer(0, note="0 = off")]
+    fitted_megabytes: Annotated[int, integer(0, note="0 = not saved")]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ _WRITTEN_LATER = (
     "results.json",
     "results.csv",
     "report.html",
+    "fitted",
     "training",  # an unfinished fine-tune
 )
 
