@@ -97,11 +97,13 @@ def test_every_score_is_there_and_of_every_image():
     expected |= {"jevb/mixture", "jevb/residual_mahalanobis", "jevb/mixture_and_residual"}
     scores = ("knn_5", "mahalanobis", "ssd_1", "residual", "norm")
     expected |= {f"{f}/{score}" for f in ("representation", "embedding") for score in scores}
+    expected |= {"representation/ssd_published", "representation/mahalanobis_plus_plus"}
     probe = {
         "max_softmax",
         "max_logit",
         "energy",
         "class_mahalanobis",
+        "mahalanobis_plus_plus",
         "relative_mahalanobis",
         "vim",
     }
