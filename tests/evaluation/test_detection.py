@@ -132,6 +132,17 @@ def test_scores_are_those_of_features_extracted_apart():
 
 
 @pytest.mark.slow
+def test_crops_are_scored_as_other_images():
+    test = tiny().dataset.test
+    assert test is not None
+    crops = corruptions.center_crops(batches.load_resident(test)[:40], seed=0)
+    extract = evaluate.make_extractors(tiny()).plain
+    again = extract(variables(), ArraySource(crops)).embedding
+    norm = -np.linalg.norm(again, axis=1)
+    np.testing.assert_allclose(found().cropped["embedding/norm"], norm, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_terms_are_of_the_image_and_its_augmented_views():
     experiment = tiny()
     test = experiment.dataset.test
@@ -225,6 +236,22 @@ def test_uncertainty_is_checked_against_errors_and_severity():
         if (r["features"], r["name"]) == ("jevb/kl", "error_auroc_linear")
     ]  # fmt: skip
     assert value == pytest.approx(roc_auc_score(errors["linear"], found().inside["jevb/kl"]))
+    # URL: R@1 within the test images, and its errors.
+    unit = evaluated.test.representation.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    labels: Any = evaluated.test.labels
+    nearest = np.argmax(unit @ unit.T - 3 * np.eye(70), axis=1)
+    is_right = labels[nearest] == labels
+    assert accuracy["r_at_1"] == pytest.approx(is_right.mean())
+    of_kl = {r["name"]: r for r in results["trained"] if r["features"] == "jevb/kl"}
+    assert of_kl["r_auroc"]["value"] == pytest.approx(
+        roc_auc_score(~is_right, found().inside["jevb/kl"])
+    )
+    crops = found().cropped["jevb/kl"]
+    assert of_kl["cropped_has_bigger_uncertainty"]["value"] == pytest.approx(
+        np.mean(crops > found().inside["jevb/kl"][:40])
+    )
+    assert "first 40 images of test" in of_kl["cropped_has_bigger_uncertainty"]["protocol"]
     shares = {r["name"]: r["value"] for r in results["trained"] if "log_scale" in r["name"]}
     log_scale = np.log(np.asarray(evaluated.test.prediction.posterior_scale, np.float64))
     between_images = log_scale.mean(axis=1).var() / log_scale.var()
@@ -362,7 +389,7 @@ def test_degenerate_features_leave_a_score_out_by_name():
 
 def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     numbers, row = np.arange(4.0), np.array([0, np.nan, 2, 3])
-    scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers}
+    scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers, "a/crops": numbers}
     scorers = Scorers(dict.fromkeys(scored, lambda x: x), frozenset(), {})
     sets = [
         OutsideSet(name, "far", ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
@@ -377,6 +404,7 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
         ("score_features", scored),
         ("_sets", sets),
         ("_choose", (None, "")),
+        ("_score_crops", scored | {"a/inside": numbers, "a/crops": row}),
     ):
         monkeypatch.setattr(detection, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(detection, "score_images", lambda *_: next(outside))
@@ -393,6 +421,8 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     assert set(found.inside) == {"a/good"}
     assert all(set(scores) == {"a/good"} for scores in found.outside.values())
     assert found.left_out["a/inside"].startswith("1 of 4 scores of inside images are NaN")
+    assert set(found.cropped) == {"a/good"}
+    assert found.left_out["a/crops"].startswith("1 of 4 scores of outside images are NaN")
     assert found.left_out["a/outside"].startswith("1 of 4 scores of outside images are NaN")
 
 
