@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,16 @@ from sklearn.metrics import roc_auc_score
 from jevb_jax.evaluation import detection, evaluate, outside_sets, score_table, scoring
 from jevb_jax.evaluation.accuracy import wrong_predictions
 from jevb_jax.evaluation.detection import OODEvaluation
+from jevb_jax.evaluation.detection_metrics import bootstrap_intervals_of_scores
 from jevb_jax.evaluation.evaluate import Evaluation
 from jevb_jax.evaluation.features import Features
+from jevb_jax.evaluation.gaussian_detectors import fit_mahalanobis
+from jevb_jax.evaluation.neighbor_detectors import fit_knn
 from jevb_jax.evaluation.outside_sets import OutsideSet
 from jevb_jax.evaluation.score_table import ScoreEntry, ScoreSettings, TrainingData
 from jevb_jax.evaluation.scoring import Scorers
 from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
+from jevb_jax.images.shapes import shapes
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.paper.objective import View
@@ -68,8 +73,15 @@ def variables(method: str = "jevb") -> Any:
 
 
 @functools.cache
+def extractors(method: str = "jevb") -> evaluate.Extractors:
+    return evaluate.make_extractors(tiny(method))
+
+
+@functools.cache
 def evaluation(method: str = "jevb") -> tuple[dict[str, Any], Evaluation]:
-    return evaluate.evaluate(tiny(method), variables(method))
+    compiled = extractors(method)
+    with mock.patch.object(evaluate, "make_extractors", return_value=compiled):
+        return evaluate.evaluate(tiny(method), variables(method))
 
 
 def found() -> OODEvaluation:
@@ -84,7 +96,7 @@ def outside_features() -> Any:
     assert test is not None
     images = batches.load_resident(test)[:40]
     corrupted = corruptions.corrupt(images, "contrast", severity=5, seed=0)
-    extract = evaluate.make_extractors(tiny()).plain
+    extract = extractors().plain
     return extract(variables(), ArraySource(corrupted))
 
 
@@ -131,12 +143,69 @@ def test_scores_are_those_of_features_extracted_apart():
     np.testing.assert_allclose(streamed["embedding/mahalanobis"], expected, rtol=1e-2)
 
 
+def auroc_interval(inside: Any, outside: Any, level: float) -> tuple[float, float]:
+    ((low, high),) = bootstrap_intervals_of_scores(
+        [inside], [outside], num_resamples=5, level=level, seed=0
+    )
+    return low.auroc, high.auroc
+
+
+def test_held_out_images_are_no_stranger_than_others():
+    """No score may tell the test images from more images of the same kind."""
+    more = shapes(300, seed=7, image_size=16)
+    experiment = dataclasses.replace(
+        tiny(),
+        dataset=tiny().dataset._replace(outside=more),
+        settings=dataclasses.replace(
+            tiny().settings, ood=dataclasses.replace(tiny().settings.ood, corruptions=())
+        ),
+    )
+    test: Any = tiny().dataset.test
+    evaluated = evaluation()[1]
+    scored = detection.evaluate_ood(
+        experiment, variables(), extract=extractors().with_terms, train=evaluated.train,
+        inside=evaluated.test, inside_source=test, probe=evaluated.probe, split="test",
+        has_intervals=False,
+    )  # fmt: skip
+    assert set(scored.outside) == {"other_classes"}
+    assert set(scored.inside) == set(found().inside)
+    level = 1 - 0.05 / len(scored.inside)  # 95% for all scores together
+    for name, scores in scored.inside.items():
+        low, high = auroc_interval(scores, scored.outside["other_classes"][name], level)
+        assert low < 0.5 < high, name
+    # What the test is for: images that a score is fitted to do look less strange.
+    fitted = evaluated.train.representation[detection.fit_rows(150, 120)]
+    for fit in (fit_mahalanobis, functools.partial(fit_knn, k=1)):
+        score = fit(fitted)
+        low, _ = auroc_interval(score(fitted), score(evaluated.test.representation), level)
+        assert low > 0.5, fit
+
+
+def test_no_score_is_fitted_to_an_image_that_it_scores():
+    dataset: Any = tiny().dataset
+    parts = [
+        {image.tobytes() for image in batches.load_resident(part)}
+        for part in (dataset.train, dataset.validation, dataset.test)
+    ]
+    assert [len(part) for part in parts] == [150, len(dataset.validation), 70]
+    assert not parts[0] & (parts[1] | parts[2])
+    asked = []
+
+    def extract(_: Any, source: Any) -> Any:
+        asked.append(batches.load_resident(source))
+        return evaluation()[1].train
+
+    detection._fit_features(tiny(), None, extract, evaluation()[1].train)  # pyright: ignore[reportArgumentType, reportPrivateUsage]
+    (fitted,) = asked
+    assert {image.tobytes() for image in fitted} <= parts[0]
+
+
 @pytest.mark.slow
 def test_crops_are_scored_as_other_images():
     test = tiny().dataset.test
     assert test is not None
     crops = corruptions.center_crops(batches.load_resident(test)[:40], seed=0)
-    extract = evaluate.make_extractors(tiny()).plain
+    extract = extractors().plain
     again = extract(variables(), ArraySource(crops)).embedding
     norm = -np.linalg.norm(again, axis=1)
     np.testing.assert_allclose(found().cropped["embedding/norm"], norm, rtol=1e-4)
@@ -304,7 +373,7 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
     )  # fmt: skip
     assert len(outside.source) == 8
     assert "gray.npz" in outside.protocol
-    extract = evaluate.make_extractors(tiny()).plain
+    extract = extractors().plain
     found = extract(variables(), outside.source)
     again = extract(variables(), ArraySource(gray[labels != 1].repeat(3, axis=-1)))
     np.testing.assert_allclose(found.embedding, again.embedding, rtol=1e-5)
@@ -492,7 +561,8 @@ def test_one_class_is_detected_without_labels():
     assert set(found.ood.outside) == {"other_classes"}
     assert found.probe is None
     shares = {f"log_scale_{name}_share" for name in ("feature", "image", "interaction")}
-    assert {row["name"] for row in found.results} == {"auroc_other_classes"} | shares
+    measures = {"auroc_other_classes", "cropped_has_bigger_uncertainty"}
+    assert {row["name"] for row in found.results} == measures | shares
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_right_at_1_is_a_loop_over_images():
     expected = []
     for i in range(40):
         others = [j for j in range(40) if j != i]
-        nearest = max(others, key=lambda j: unit[i] @ unit[j])  # noqa: B023, used at once
+        nearest = max(others, key=lambda j: unit[i] @ unit[j])
         expected.append(labels[nearest] == labels[i])
     found = reliability.right_at_1(neighbors.nearest_others(features), labels)
     np.testing.assert_array_equal(found, expected)
