@@ -214,7 +214,7 @@ def _crop_batch(images: Array, top: Array, left: Array, side: Array) -> Array:
 
 
 def center_crops(images: np.ndarray, *, seed: int) -> np.ndarray:
-    """Crops the center of every image and enlarges it, as the URL benchmark does.
+    """Crops the center of every image and enlarges it, as the URL benchmark does (docs eq. 39).
 
     The side of the square is a share of the shorter side of the image, uniform in
     `CENTER_CROP_SHARES`. It is a share of the side and not of the area, and the place is the center,
