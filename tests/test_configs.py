@@ -105,7 +105,7 @@ def test_adjacent_leaves_a_quarter_of_the_classes_outside():
     assert [len(adjacent.inside_classes(n, 0)) for n in (2, 3, 100)] == [1, 2, 75]
     config: Any = adjacent.get_config("digits,3")
     assert config.data.inlier_classes == adjacent.inside_classes(10, 3)
-    dataset = experiment.build_experiment(config).dataset
+    dataset: Any = experiment.build_experiment(config).dataset
     assert set(np.unique(dataset.train.labels)) == set(config.data.inlier_classes)
     for bad in ("digits", "svhn,1", "digits,x"):
         with pytest.raises(ValueError, match="expected digits or cifar10, a comma and a seed"):

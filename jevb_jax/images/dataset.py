@@ -191,12 +191,12 @@ def _with_outside(whole: Dataset, classes: Sequence[int], name: str, has_labels:
     """The images of some classes; the test images of the other classes become `outside`."""
 
     def inside(source: ImageSource) -> Subset:
-        present = set() if source.labels is None else set(source.labels.tolist())
-        missing = sorted(set(classes) - present)
+        labels = np.zeros(0, np.int64) if source.labels is None else source.labels
+        missing = sorted(set(classes) - set(labels.tolist()))
         if missing:
             what = "that label" if len(classes) == 1 else f"the labels {missing}"
             raise ValueError(f"{name}: {source.name} has no images with {what}")
-        rows = np.flatnonzero(np.isin(source.labels, list(classes)))
+        rows = np.flatnonzero(np.isin(labels, list(classes)))
         return Subset(source, rows, has_labels=has_labels)
 
     train, validation = inside(whole.train), inside(whole.validation)

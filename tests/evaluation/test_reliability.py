@@ -110,7 +110,8 @@ def test_right_at_1_is_a_loop_over_images():
     assert 0 < found.mean() < 1
     # Three copies: none is its own neighbor.
     np.testing.assert_array_equal(
-        neighbors.nearest_others(np.float32([[1, 0], [2, 0], [3, 0]])) == np.arange(3), False
+        neighbors.nearest_others(np.array([[1, 0], [2, 0], [3, 0]], np.float32)) == np.arange(3),
+        False,
     )
 
 
