@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
             "validation_fraction": 0.1,  # share of the training images; used for every choice
             "split_seed": 0,  # seed of the subsets and of the validation split
             "inlier_class": -1,  # one-class detection: train only on this class (-1 = on all)
+            "inlier_classes": (),  # train only on these classes; the others are outside (() = all)
         }
     )
     config.input = ConfigDict(

@@ -6,7 +6,7 @@ send it to another process.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import jax
@@ -23,7 +23,7 @@ from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingD
 from jevb_jax.forward import ForwardPass
 from jevb_jax.images import data_record
 from jevb_jax.images.dataset import Dataset, load_dataset
-from jevb_jax.images.given import GivenImages
+from jevb_jax.images.given import GivenImages, refuse_shared
 from jevb_jax.images.source import Subset
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings import read
@@ -292,8 +292,8 @@ class Model:
             validation split of the run, whose values are saved with the fitted scores.
 
         Raises:
-          ValueError: there are fewer than `1 / false_alarm_rate - 1` calibration images, or for the
-            reasons of `ood_score`.
+          ValueError: there are fewer than `1 / false_alarm_rate - 1` calibration images, one of them
+            is also in `fit_images`, or for the reasons of `ood_score`.
           ArchiveError: as for `ood_score`.
         """
         name = self._checked_score(score)
@@ -314,6 +314,9 @@ class Model:
         # Check before the fit whether the threshold can exist.
         count = len(source) if checked is None else checked.num_images
         conformal.conformal_threshold(np.zeros(count), rate)
+        if fit_images is not None and checked is not None:
+            fit_images = list(fit_images) if isinstance(fit_images, Iterator) else fit_images
+            refuse_shared(self._forward.checked(fit_images), checked)
         scorer = self._scorer(name, fit_images)
         if checked is None:
             extract = self._forward.extractor(

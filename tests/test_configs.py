@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default, finetune_default, one_class, ood, recipes, transfer
+from configs import adjacent, default, finetune_default, one_class, ood, recipes, transfer
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import run_config, saved_config
 from jevb_jax.training import experiment
@@ -91,6 +91,25 @@ def test_one_class_names_its_class():
             one_class.get_config(bad)
     with pytest.raises(ValueError, match="protocol must be one of"):
         ood.get_config("imagenet")
+
+
+def test_adjacent_leaves_a_quarter_of_the_classes_outside():
+    drawn = set()
+    for seed in range(20):
+        inside = adjacent.inside_classes(10, seed)
+        assert len(set(inside)) == 8
+        assert set(inside) <= set(range(10))
+        assert inside == tuple(sorted(inside))
+        drawn.add(inside)
+    assert len(drawn) > 5
+    assert [len(adjacent.inside_classes(n, 0)) for n in (2, 3, 100)] == [1, 2, 75]
+    config: Any = adjacent.get_config("digits,3")
+    assert config.data.inlier_classes == adjacent.inside_classes(10, 3)
+    dataset: Any = experiment.build_experiment(config).dataset
+    assert set(np.unique(dataset.train.labels)) == set(config.data.inlier_classes)
+    for bad in ("digits", "svhn,1", "digits,x"):
+        with pytest.raises(ValueError, match="expected digits or cifar10, a comma and a seed"):
+            adjacent.get_config(bad)
 
 
 def test_digits_experiment_is_consistent():

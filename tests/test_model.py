@@ -33,7 +33,7 @@ from jevb_jax.forward import _with_progress
 from jevb_jax.images import corruptions, pixels
 from jevb_jax.images.batches import load_resident
 from jevb_jax.images.dataset import load_dataset
-from jevb_jax.images.given import check_images
+from jevb_jax.images.given import GivenImages, check_images, refuse_shared
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import ArraySource, num_classes
 from jevb_jax.loading import load, load_detector
@@ -480,6 +480,23 @@ def small_detector(
 ) -> Detector:
     fit_images = images[:40] if model._score_entries[score].is_fitted else None
     return model.detector(0.1, score, fit_images=fit_images, calibration_images=images[40:])
+
+
+def test_a_threshold_from_images_of_the_fit_is_refused(untrained):
+    model, images = untrained.model, untrained.test_images
+    for fit_images in (images[:41], iter(images[:41])):
+        with pytest.raises(ValueError, match="1 of 40 calibration_images are also fit_images"):
+            model.detector(
+                0.1, "embedding/mahalanobis", fit_images=fit_images, calibration_images=images[40:]
+            )
+    # Images of several sizes, and the same numbers in another type, which are other images.
+    stacks = [np.zeros((3, 4, 4, 1), np.uint8), np.ones((2, 8, 2, 1), np.uint8)]
+    rows = [np.arange(3), np.arange(3, 5)]
+    some, same_bytes = GivenImages(stacks, rows, False), stacks[0][:1].view(np.bool_)
+    other = GivenImages([np.ones((1, 4, 4, 1), np.uint8), same_bytes], [rows[0][:1]] * 2, False)
+    refuse_shared(some, other)
+    with pytest.raises(ValueError, match="5 of 5 calibration_images"):
+        refuse_shared(some, some)
 
 
 @pytest.mark.slow

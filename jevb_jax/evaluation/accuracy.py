@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jevb_jax.evaluation import knn, labeled_features, linear_probe
+from jevb_jax.evaluation import knn, labeled_features, linear_probe, neighbors, reliability
 from jevb_jax.evaluation.features import Features
 from jevb_jax.evaluation.knn import Vote
 from jevb_jax.evaluation.labeled_features import Split
@@ -303,3 +303,31 @@ def wrong_predictions(
         votes=[Vote(k, settings.knn_temperature)],
     )
     return {f"{k}_nn": nearest != test_labels} | wrong
+
+
+def right_at_1(name: str, evaluated: Features) -> np.ndarray | None:
+    """Which images have the label of their nearest other image, `[N]` bool, for URL's measures.
+
+    Args:
+      name: name of the features, for example "representation".
+      evaluated: features of the evaluated images.
+
+    Returns:
+      None if the images have no labels or are fewer than two.
+    """
+    if evaluated.labels is None or len(evaluated.labels) < 2:
+        return None
+    nearest = neighbors.nearest_others(getattr(evaluated, name))
+    return reliability.right_at_1(nearest, evaluated.labels)
+
+
+def r_at_1_results(name: str, is_right: np.ndarray | None, split: str) -> list[Result]:
+    """R@1 of the URL benchmark; empty without `is_right` of `right_at_1`."""
+    if is_right is None:
+        return []
+    evaluated = Split(split, len(is_right))
+    protocol = (
+        f"URL's R@1: share of {evaluated} whose nearest other image of {split} by cosine has the same "
+        f"label, un-augmented {name}, nothing is fitted"
+    )
+    return [result_of("r_at_1", name, float(np.mean(is_right)), protocol)]

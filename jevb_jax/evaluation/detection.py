@@ -18,9 +18,9 @@ from jevb_jax.evaluation.features import (
     Features,
     TermsSettings,
 )
-from jevb_jax.images import batches
+from jevb_jax.images import batches, corruptions
 from jevb_jax.images.augmentations import ViewAugmentation
-from jevb_jax.images.source import ImageSource, Subset
+from jevb_jax.images.source import ArraySource, ImageSource, Subset
 from jevb_jax.methods import METHODS
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.paper.objective import View
@@ -138,6 +138,7 @@ class OODEvaluation(NamedTuple):
       choice_protocol: sentence that says how `chosen_score` was chosen.
       with_labels: names of the scores that were fitted with labels.
       left_out: why a score is missing, by its name.
+      cropped: scores of the center crops of the first inside images, by score.
       scorers: the fitted scores.
     """
 
@@ -149,6 +150,7 @@ class OODEvaluation(NamedTuple):
     choice_protocol: str
     with_labels: frozenset[str]
     left_out: dict[str, str]
+    cropped: dict[str, np.ndarray]
     scorers: Scorers | None = None
 
 
@@ -238,6 +240,21 @@ def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator
         count = min(len(inside), settings.num_corrupted_images)
         images = batches.load_resident(Subset(inside, np.arange(count)))
         yield from corrupted_sets(images, settings.corruptions, settings.severities, of=split)
+
+
+def _score_crops(
+    extract: FeatureExtractor,
+    variables: Any,
+    inside: ImageSource,
+    scorers: Scorers,
+    *,
+    num_images: int,
+) -> dict[str, np.ndarray]:
+    """Scores of the center crops of the first inside images, at most `num_images`."""
+    rows = np.arange(min(len(inside), num_images))
+    images = batches.load_resident(Subset(inside, rows))
+    crops = ArraySource(corruptions.center_crops(images, seed=0), name="center crops")
+    return score_images(extract, variables, crops, scorers)
 
 
 def _no_numbers(
@@ -346,11 +363,18 @@ def evaluate_ood(
             inside_name=f"{experiment.dataset.train.name}, {split}",
             num_bootstrap=settings.num_bootstrap if has_intervals else 0,
         )
+    cropped = _score_crops(
+        extract, variables, inside_source, scorers, num_images=settings.num_corrupted_images
+    )
+    for name in cropped:
+        reason = _no_numbers(name, inside_scores, [cropped])
+        if reason:
+            not_numbers.setdefault(name, reason)
     # A score that is NaN on one set is left out of all sets: its means would be over other sets.
     results = [result for result in results if result.score not in not_numbers]
-    inside_scores, *numbers = (
+    inside_scores, cropped, *numbers = (
         {name: values for name, values in scores.items() if name not in not_numbers}
-        for scores in (inside_scores, *outside_scores.values())
+        for scores in (inside_scores, cropped, *outside_scores.values())
     )
     outside_scores = dict(zip(outside_scores, numbers, strict=True))
     chosen, choice_protocol = _choose(experiment, variables, extract, scorers)
@@ -363,5 +387,6 @@ def evaluate_ood(
         choice_protocol=choice_protocol,
         with_labels=scorers.with_labels,
         left_out=scorers.left_out | not_numbers,
+        cropped=cropped,
         scorers=scorers,
     )

@@ -16,7 +16,9 @@ from jevb_jax.evaluation.accuracy import (
     knn_results,
     left_out,
     linear_results,
+    r_at_1_results,
     result_of,
+    right_at_1,
     why_no_knn,
     wrong_predictions,
 )
@@ -25,6 +27,7 @@ from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettin
 from jevb_jax.evaluation.fitted_scores import FittedScores
 from jevb_jax.evaluation.linear_probe import LinearProbe
 from jevb_jax.evaluation.reliability import RiskCoverage
+from jevb_jax.images import corruptions
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.runs import files
@@ -119,9 +122,11 @@ def evaluate_variables(
     is_same = split == "validation" and extract_terms is extract
     test = validation if is_same else extract_terms(variables, source)
     results: list[Result] = []
-    probes = {}
+    probes, is_right = {}, {}
     for name in FEATURE_NAMES:
         results += knn_results(name, settings, train, test, without)
+        is_right[name] = right_at_1(name, test)
+        results += r_at_1_results(name, is_right[name], split)
         probes[name], linear = linear_results(name, settings, train, validation, test, without)
         results += linear
     probe = probes["representation"]
@@ -148,6 +153,7 @@ def evaluate_variables(
             for score, values in found.inside.items()
         }
         results += _uncertainty_results(experiment, found, errors, curves, test, split)
+        results += _url_results(found, is_right["representation"], split)
     return Evaluation(results, train, test, probe, found, curves)
 
 
@@ -183,6 +189,7 @@ def evaluate_transfer(
     results: list[Result] = []
     for name in FEATURE_NAMES:
         results += knn_results(name, settings, train, test, without)
+        results += r_at_1_results(name, right_at_1(name, test), split)
         results += linear_results(name, settings, train, validation, test, without)[1]
     for result in results:
         result["protocol"] = f"on {dataset.train.name}, other data: {result['protocol']}"
@@ -251,6 +258,36 @@ def _uncertainty_results(
     return results
 
 
+def _url_results(found: OODEvaluation, is_right: np.ndarray | None, split: str) -> list[Result]:
+    """R-AUROC and the crop check of the URL benchmark (docs/evaluation.md), for each score."""
+    results = []
+    for name, cropped in found.cropped.items():
+        scores = found.inside[name]
+        if is_right is not None and 0 < is_right.sum() < len(is_right):
+            results.append(
+                result_of(
+                    "r_auroc",
+                    name,
+                    reliability.error_auroc(scores, ~is_right),
+                    f"URL's R-AUROC: AUROC of the score for the errors of R@1 of the representation on "
+                    f"{split} ({len(is_right):,}, {np.sum(~is_right):,} errors); larger score = less "
+                    "certain",
+                )
+            )
+        low, high = corruptions.CENTER_CROP_SHARES
+        results.append(
+            result_of(
+                "cropped_has_bigger_uncertainty",
+                name,
+                reliability.cropped_has_bigger_uncertainty(scores[: len(cropped)], cropped),
+                f"URL's crop check: share of the first {len(cropped):,} images of {split} whose "
+                f"enlarged center crop has a larger score; side of the crop {low:.0%} to {high:.0%}, "
+                "seed 0",
+            )
+        )
+    return results
+
+
 def _spectrum_results(test: Features, split: str) -> list[Result]:
     """How the variance of the posterior scales is split between features and images."""
     if not isinstance(test.prediction, Posterior):
@@ -314,7 +351,8 @@ def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[
             "human_disagreement_correlation",
             name,
             reliability.human_disagreement_correlation(scores, counts),
-            f"Spearman correlation with the entropy of people's votes ({num_images:,} images)",
+            "URL's rcorr_entropy: Spearman correlation with the entropy of people's votes "
+            f"({num_images:,} images)",
         )
         for name, scores in found.inside.items()
     ]

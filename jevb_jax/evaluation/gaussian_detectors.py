@@ -213,8 +213,18 @@ def fit_mahalanobis(features: ArrayLike) -> Gaussians:
     return gaussians_of(mean[None], whitening[None])
 
 
+def directions_of(values: np.ndarray) -> np.ndarray:
+    """Directions of checked features, `[M, F]` float64.
+
+    They are computed in float32, as those of scored images will be. If features share a large
+    offset, float32 loses digits, and this loss is not small against the variances.
+    """
+    scored, _ = _polar_decomposition(np.asarray(values, np.float32))
+    return np.asarray(scored, np.float64)
+
+
 class DirectionGaussians(NamedTuple):
-    """`Gaussians` of the directions of features, fitted by `fit_ssd`."""
+    """`Gaussians` of the directions of features, fitted by `fit_ssd` and related functions."""
 
     gaussians: Gaussians
 
@@ -252,10 +262,7 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
     values = checked_fit_features("features", features)
     num_clusters = at_most("num_clusters", num_clusters, len(values) // 2, "half the fitted images")
     seed = arguments.whole_number("seed", seed, at_least=0, at_most=2**32 - 1)
-    # Directions are computed in float32, as those of scored images will be. If features share a
-    # large offset, float32 loses digits, and this loss is not small against the variances.
-    scored, _ = _polar_decomposition(np.asarray(values, np.float32))
-    directions = np.asarray(scored, np.float64)
+    directions = directions_of(values)
     cluster = np.zeros(len(directions), int)
     if num_clusters > 1:
         from sklearn.cluster import KMeans  # only this score needs it, and only to be fitted
@@ -268,6 +275,54 @@ def fit_ssd(features: ArrayLike, *, num_clusters: int = 1, seed: int = 0) -> Dir
         )
     means = np.stack([directions[cluster == c].mean(axis=0) for c in range(num_clusters)])
     return DirectionGaussians(gaussians_of(means, _cluster_whitenings(directions, means, cluster)))
+
+
+def fit_published_ssd(features: ArrayLike) -> DirectionGaussians:
+    """SSD exactly as published: one cluster and a pseudo-inverse (docs eq. 37; Sehwag et al. 2021).
+
+    We follow the authors' code (`eval_ssd.py` of inspire-group/SSD): features before the head are
+    scaled to length one, each is then divided by its standard deviation over the fitted images, and
+    the distance uses the pseudo-inverse of the covariance of the result.
+
+    This equals `fit_ssd` with one cluster if the images span all features and there are three
+    images for each. Otherwise it differs in two ways. The covariance is never shrunk. A deviation
+    outside the span of the images adds nothing, while for `fit_ssd` it is strange.
+
+    Assumption: a variance below 1e-9 of the largest, the rounding of float32, counts as zero. The
+    authors' limit is 1e-15, so they divide by rounding errors if features depend on each other.
+
+    Args:
+      features: `[M, F]`, in distribution.
+
+    Returns:
+      A score: features `[N, F]` to `[N]`.
+
+    Raises:
+      ValueError: for the reasons of `fit_mahalanobis`.
+
+    Warns:
+      FewImagesWarning: there are fewer images than features.
+    """
+    directions = directions_of(checked_fit_features("features", features))
+    num_images, num_features = num_different(directions), directions.shape[1]
+    mean = directions.mean(axis=0)
+    residual = directions - mean
+    std = np.sqrt(np.mean(np.square(residual), axis=0))
+    is_alive = std > ROUNDING * np.max(np.abs(directions), axis=0)
+    check_alive(is_alive)
+    if num_images <= num_features:
+        warn_of_few_images(
+            f"the published form of SSD does not shrink its covariance, and its score is weak: it has "
+            f"{num_features} features and only {num_images} different images. Fit more images, or "
+            "take fit_ssd"
+        )
+    units = np.where(is_alive, std, 1)
+    standardized = residual * (is_alive / units)
+    variances, axes = np.linalg.eigh(standardized.T @ standardized / len(standardized))
+    is_spanned = variances > LEAST_VARIANCE * variances[-1]
+    inverse = is_spanned / np.sqrt(np.where(is_spanned, variances, 1))
+    whitening = (is_alive / units)[:, None] * axes * inverse
+    return DirectionGaussians(gaussians_of(mean[None], whitening[None]))
 
 
 def _cluster_whitenings(

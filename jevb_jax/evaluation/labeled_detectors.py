@@ -21,10 +21,12 @@ from jevb_jax.evaluation.detector_input import (
 )
 from jevb_jax.evaluation.gaussian_detectors import (
     NUM_FOLDS,
+    DirectionGaussians,
     Gaussians,
     Residual,
     checked_residual,
     covariance_of,
+    directions_of,
     fit_residual,
     gaussians_of,
     num_different,
@@ -163,6 +165,32 @@ def fit_class_mahalanobis(features: ArrayLike, labels: ArrayLike) -> Gaussians:
     means, index = _class_means(values, labels)
     covariance = covariance_of(values - means[index], values, index)
     return gaussians_of(means, covariance.whitening()[None])
+
+
+def fit_class_mahalanobis_plus_plus(features: ArrayLike, labels: ArrayLike) -> DirectionGaussians:
+    """Mahalanobis++: `fit_class_mahalanobis` of directions (docs eq. 38; Mueller and Hein 2025).
+
+    Features before the classifier are scaled to length one. The distance is that to the nearest
+    class mean, with one covariance for all classes. Without labels, that is with one mean for all
+    images, Mahalanobis++ is `fit_ssd` with one cluster.
+
+    Args:
+      features: `[M, F]`, in distribution.
+      labels: `[M]` integers.
+
+    Returns:
+      A score: features `[N, F]` to `[N]`.
+
+    Raises:
+      ValueError: for the reasons of `fit_class_mahalanobis`.
+
+    Warns:
+      FewImagesWarning: as `fit_class_mahalanobis`.
+    """
+    directions = directions_of(checked_fit_features("features", features))
+    means, index = _class_means(directions, labels)
+    covariance = covariance_of(directions - means[index], directions, index)
+    return DirectionGaussians(gaussians_of(means, covariance.whitening()[None]))
 
 
 class RelativeMahalanobis(NamedTuple):

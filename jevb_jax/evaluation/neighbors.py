@@ -382,3 +382,19 @@ def nearest_neighbours(
             bank_chunk_size=bank_chunk_size,
         )
         return (1 - half).astype(dtype), index
+
+
+def nearest_others(features: ArrayLike) -> np.ndarray:
+    """The row nearest to each row by cosine, other than itself, `[N]`.
+
+    Args:
+      features: `[N, F]`, `N >= 2`. A copy of a row counts as another row.
+
+    Raises:
+      ValueError: there are fewer than two rows, or for the reasons of `nearest_neighbours`.
+      TypeError: features are not floating point.
+    """
+    _, index = nearest_neighbours(features, features, k=2)
+    first, second = np.asarray(index).T
+    # A row with copies may not be the first, or not even the second, of its own neighbors.
+    return np.where(first == np.arange(len(first)), second, first)

@@ -67,4 +67,5 @@ def corrupted_sets(
 def is_asked(settings: RunSettings) -> bool:
     """Whether the config asks for detection."""
     section = settings.ood
-    return bool(section.outside or section.corruptions or settings.data.inlier_class >= 0)
+    has_classes = settings.data.inlier_class >= 0 or bool(settings.data.inlier_classes)
+    return bool(section.outside or section.corruptions or has_classes)

@@ -33,6 +33,17 @@ def _checked(name: str, values: ArrayLike) -> np.ndarray:
     return checked
 
 
+def _checked_pair(
+    first_name: str, first: ArrayLike, second_name: str, second: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    before, after = _checked(first_name, first), _checked(second_name, second)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"both must have one value for each image, got {len(before)} and {len(after)} values"
+        )
+    return before, after
+
+
 def _checked_errors(uncertainty: ArrayLike, is_error: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     values, errors = _checked("uncertainty", uncertainty), np.asarray(is_error)
     if errors.shape != values.shape or errors.dtype != np.bool_:
@@ -46,9 +57,9 @@ def _checked_errors(uncertainty: ArrayLike, is_error: ArrayLike) -> tuple[np.nda
 def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
     """Probability that a wrongly classified image is less certain than a correctly classified one.
 
-    The errors are those of a classifier fitted on training images. The R-AUROC of Kirchhof et al.
-    (2023) is a different number: its errors are those of the nearest neighbor among the test
-    images.
+    With the errors of the nearest other test image (not `right_at_1`), this is the R-AUROC of the URL
+    benchmark (Kirchhof et al. 2023; docs eq. 39). With the errors of a classifier fitted on training
+    images, it is another number.
 
     Args:
       uncertainty: `[N]`.
@@ -70,6 +81,36 @@ def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(errors, rankdata(values)))
+
+
+def right_at_1(nearest_other: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Whether the nearest other image of the same set has the same label (docs eq. 39).
+
+    Its mean is R@1 of the URL benchmark (Kirchhof et al. 2023; `recall_at_one` of mkirchhof/url).
+    Neither training images nor a fit are used.
+
+    Args:
+      nearest_other: `[N]`, rows, from `neighbors.nearest_others`.
+      labels: `[N]`, integers.
+
+    Returns:
+      `[N]` bool. An image that is alone in its class is never right.
+
+    Raises:
+      ValueError: shapes differ, or a row number is out of range or that of the image itself.
+      TypeError: labels or rows are not integers.
+    """
+    rows, classes = np.asarray(nearest_other), np.asarray(labels)
+    for name, values in (("nearest_other", rows), ("labels", classes)):
+        if not np.issubdtype(values.dtype, np.integer):
+            raise TypeError(f"{name} must be integers, got {values.dtype}")
+    if rows.ndim != 1 or rows.shape != classes.shape:
+        raise ValueError(
+            f"nearest_other and labels must be [N], got shapes {rows.shape} and {classes.shape}"
+        )
+    if ((rows < 0) | (rows >= len(rows)) | (rows == np.arange(len(rows)))).any():
+        raise ValueError(f"nearest_other must be rows of other images, below {len(rows)}")
+    return classes[rows] == classes
 
 
 class RiskCoverage(NamedTuple):
@@ -167,8 +208,6 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
 def share_increased(uncertainty: ArrayLike, degraded_uncertainty: ArrayLike) -> float:
     """Share of images that are less certain after degradation; ties count half.
 
-    URL does this check with cropped images.
-
     Args:
       uncertainty: `[N]`.
       degraded_uncertainty: `[N]`, of the same images after cropping or corruption.
@@ -179,13 +218,32 @@ def share_increased(uncertainty: ArrayLike, degraded_uncertainty: ArrayLike) -> 
     Raises:
       ValueError: a value is NaN, or lengths differ.
     """
-    before = _checked("uncertainty", uncertainty)
-    after = _checked("degraded_uncertainty", degraded_uncertainty)
-    if before.shape != after.shape:
-        raise ValueError(
-            f"both must have one value for each image, got {len(before)} and {len(after)} values"
-        )
+    before, after = _checked_pair(
+        "uncertainty", uncertainty, "degraded_uncertainty", degraded_uncertainty
+    )
     return float(np.mean((after > before) + 0.5 * (after == before)))
+
+
+def cropped_has_bigger_uncertainty(uncertainty: ArrayLike, cropped_uncertainty: ArrayLike) -> float:
+    """Share of images that are less certain after cropping; a tie does not count (docs eq. 39).
+
+    It is the check of the URL benchmark, with crops from `corruptions.center_crops`.
+    `share_increased` counts a tie half.
+
+    Args:
+      uncertainty: `[N]`.
+      cropped_uncertainty: `[N]`, of the crops of the same images.
+
+    Returns:
+      A number in [0, 1].
+
+    Raises:
+      ValueError: a value is NaN, or lengths differ.
+    """
+    whole, cropped = _checked_pair(
+        "uncertainty", uncertainty, "cropped_uncertainty", cropped_uncertainty
+    )
+    return float(np.mean(cropped > whole))
 
 
 def label_entropy(counts: ArrayLike) -> np.ndarray:
@@ -238,6 +296,9 @@ def _rounding_joined(values: np.ndarray, *, relative: float) -> np.ndarray:
 
 def human_disagreement_correlation(uncertainty: ArrayLike, counts: ArrayLike) -> float:
     """Spearman's correlation of uncertainty with the entropy of people's votes (CIFAR-10H).
+
+    It is URL's `rcorr_entropy`: the entropy of the votes of each image, as shares, against the
+    uncertainty, over all images. URL gives NaN where one of the two is constant.
 
     Args:
       uncertainty: `[N]`.

@@ -357,6 +357,15 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
         )
     made_of = "representation"
     table |= {
+        "representation/ssd_published": fitted(
+            made_of, make=fit(made_of, gaussian_detectors.fit_published_ssd)
+        ),
+        # Without labels, Mahalanobis++ has one mean: it is SSD with one cluster.
+        "representation/mahalanobis_plus_plus": fitted(
+            made_of, make=fit(made_of, gaussian_detectors.fit_ssd)
+        ),
+    }
+    table |= {
         "probe/max_softmax": with_labels(
             made_of, make=of_logits(labeled_detectors.max_softmax_score)
         ),
@@ -364,6 +373,9 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
         "probe/energy": with_labels(made_of, make=of_logits(labeled_detectors.energy_score)),
         "probe/class_mahalanobis": with_labels(
             made_of, make=fit_classes(labeled_detectors.fit_class_mahalanobis)
+        ),
+        "probe/mahalanobis_plus_plus": with_labels(
+            made_of, make=fit_classes(labeled_detectors.fit_class_mahalanobis_plus_plus)
         ),
         "probe/relative_mahalanobis": with_labels(
             made_of, make=fit_classes(labeled_detectors.fit_relative_mahalanobis)

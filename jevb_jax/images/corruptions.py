@@ -8,7 +8,7 @@ they mean the same for digits of 8 pixels and photographs of 32.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +31,9 @@ _BLUR_SIGMA = (0.04, 0.055, 0.07, 0.09, 0.12)  # share of the shorter side
 _PIXELS = (0.8, 0.65, 0.5, 0.4, 0.25)  # share of the pixels of each side that is kept
 _DEGREES = (8.0, 16.0, 30.0, 45.0, 90.0)
 _CROP_AREA = (0.8, 0.6, 0.4, 0.25, 0.15)  # share of the area of the image
+# Least and largest side of a center crop, as a share of the shorter side of the image: `crop_min`
+# and `crop_max` of the URL benchmark.
+CENTER_CROP_SHARES = (0.1, 0.75)
 
 
 def _checked_severity(severity: Any) -> int:
@@ -190,18 +193,70 @@ def corrupt(images: np.ndarray, name: str, *, severity: int, seed: int) -> np.nd
         raise ValueError(f"corruption must be one of {sorted(CORRUPTIONS)}, got {name!r}")
     severity = _checked_severity(severity)
     seed = arguments.whole_number("seed", seed, at_least=0, at_most=arguments.LARGEST_SEED)
+    images = _checked_images(images)
+    corrupt_batch = _corrupt_traced if name in _TRACED else _corrupt_static
+    parts = []
+    for index in _batches(len(images)):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index))
+        corrupted = corrupt_batch(keys, jnp.asarray(images[index]), severity, name=name)
+        parts.append(np.asarray(corrupted))
+    return np.concatenate(parts)[: len(images)]
+
+
+@jax.jit
+def _crop_batch(images: Array, top: Array, left: Array, side: Array) -> Array:
+    def one(image: Array, top: Array, left: Array, side: Array) -> Array:
+        size = min(image.shape[:2])
+        crop = resized_crop(image, top, left, side, side, size=size)
+        return jnp.round(crop * 255).astype(jnp.uint8)
+
+    return jax.vmap(one)(images, top, left, side)
+
+
+def center_crops(images: np.ndarray, *, seed: int) -> np.ndarray:
+    """Crops the center of every image and enlarges it, as the URL benchmark does (docs eq. 39).
+
+    The side of the square is a share of the shorter side of the image, uniform in
+    `CENTER_CROP_SHARES`. It is a share of the side and not of the area, and the place is the center,
+    as in `validate.py` of mkirchhof/url (Kirchhof et al. 2023). The draws of the shares are ours. A
+    crop is enlarged bilinearly to the square that the evaluation would cut out of the whole image.
+
+    Args:
+      images: `[N, h, w, c]` uint8, at least one.
+      seed: sets the shares, at least 0.
+
+    Returns:
+      `[N, s, s, c]` uint8, where `s` is the shorter of `h` and `w`.
+
+    Raises:
+      ValueError: images have a wrong shape or are none, or `seed` is out of range.
+      TypeError: images are not uint8, or `seed` is not a whole number.
+    """
+    seed = arguments.whole_number("seed", seed, at_least=0, at_most=arguments.LARGEST_SEED)
+    images = _checked_images(images)
+    height, width = images.shape[1:3]
+    share = np.random.default_rng(seed).uniform(*CENTER_CROP_SHARES, size=len(images))
+    side = np.maximum(1, np.rint(share * min(height, width))).astype(np.int32)
+    # As torchvision's center_crop: half a pixel is rounded to even.
+    top, left = (np.rint((length - side) / 2).astype(np.int32) for length in (height, width))
+    parts = [
+        np.asarray(_crop_batch(*(jnp.asarray(x[rows]) for x in (images, top, left, side))))
+        for rows in _batches(len(images))
+    ]
+    return np.concatenate(parts)[: len(images)]
+
+
+def _checked_images(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
     if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8 with levels 0 to 255, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be a non-empty [N, h, w, c], got shape {images.shape}")
-    corrupt_batch = _corrupt_traced if name in _TRACED else _corrupt_static
-    size = min(len(images), _BATCH_SIZE)
-    parts = []
-    for start in range(0, len(images), size):
-        # The last batch repeats its last image, so that one size is compiled.
-        index = np.minimum(np.arange(start, start + size), len(images) - 1)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index))
-        corrupted = corrupt_batch(keys, jnp.asarray(images[index]), severity, name=name)
-        parts.append(np.asarray(corrupted))
-    return np.concatenate(parts)[: len(images)]
+    return images
+
+
+def _batches(num_images: int) -> Iterator[np.ndarray]:
+    """Rows of batches of one size; the last batch repeats its last image, so that one is compiled."""
+    size = min(num_images, _BATCH_SIZE)
+    for start in range(0, num_images, size):
+        yield np.minimum(np.arange(start, start + size), num_images - 1)

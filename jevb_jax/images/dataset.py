@@ -34,7 +34,7 @@ class Dataset(NamedTuple):
       validation: images held out of the training images; every choice is made on them.
       test: images for the final numbers only. None if the data are unlabeled and no test images
         were given.
-      outside: for one-class detection, test images of the other classes; otherwise None.
+      outside: for detection of left-out classes, test images of these classes; otherwise None.
     """
 
     train: ImageSource
@@ -59,6 +59,7 @@ def load_dataset(
     validation_fraction: float = 0.1,
     split_seed: int = 0,
     inlier_class: int = -1,
+    inlier_classes: Sequence[int] = (),
 ) -> Dataset:
     """Loads a data set and holds out its validation part.
 
@@ -88,6 +89,9 @@ def load_dataset(
       inlier_class: the only class to train on, for one-class detection; -1 for all classes. The
         test images of the other classes become `outside`. The remaining labels are all equal and
         are dropped. Numbers of examples count all classes.
+      inlier_classes: the only classes to train on; empty for all classes. The test images of the
+        other classes become `outside`. Unlike with `inlier_class`, labels are kept. Numbers of
+        examples count all classes.
 
     Raises:
       ValueError: an argument is unknown or out of range, a part would be empty, there are fewer
@@ -169,21 +173,39 @@ def load_dataset(
     train = _limited(train, num_train_examples, split_seed, TRAIN_SUBSET)
     if test is not None:
         test = _limited(test, num_test_examples, split_seed, TEST_SUBSET)
-    outside = None
+    whole = Dataset(train, validation, test)
+    if inlier_class >= 0 and len(inlier_classes):
+        raise ValueError(
+            f"inlier_class={inlier_class} and inlier_classes={tuple(inlier_classes)} exclude each "
+            "other; set one of them"
+        )
     if inlier_class >= 0:
-        train, validation = (_of_class(part, inlier_class) for part in (train, validation))
-        if test is None or test.labels is None:
-            raise ValueError(f"inlier_class={inlier_class} needs labeled test images")
-        outside = Subset(test, np.flatnonzero(test.labels != inlier_class))
-        test = _of_class(test, inlier_class)
-    return Dataset(train, validation, test, outside)
+        return _with_outside(whole, [inlier_class], f"inlier_class={inlier_class}", False)
+    if len(inlier_classes):
+        name = f"inlier_classes={tuple(inlier_classes)}"
+        return _with_outside(whole, inlier_classes, name, True)
+    return whole
 
 
-def _of_class(source: ImageSource, label: int) -> Subset:
-    """The images of one class, without their labels."""
-    if source.labels is None or not np.any(source.labels == label):
-        raise ValueError(f"inlier_class={label}: {source.name} has no images with that label")
-    return Subset(source, np.flatnonzero(source.labels == label), has_labels=False)
+def _with_outside(whole: Dataset, classes: Sequence[int], name: str, has_labels: bool) -> Dataset:
+    """The images of some classes; the test images of the other classes become `outside`."""
+
+    def inside(source: ImageSource) -> Subset:
+        labels = np.zeros(0, np.int64) if source.labels is None else source.labels
+        missing = sorted(set(classes) - set(labels.tolist()))
+        if missing:
+            what = "that label" if len(classes) == 1 else f"the labels {missing}"
+            raise ValueError(f"{name}: {source.name} has no images with {what}")
+        rows = np.flatnonzero(np.isin(labels, list(classes)))
+        return Subset(source, rows, has_labels=has_labels)
+
+    train, validation = inside(whole.train), inside(whole.validation)
+    if whole.test is None or whole.test.labels is None:
+        raise ValueError(f"{name} needs labeled test images")
+    rest = np.flatnonzero(~np.isin(whole.test.labels, list(classes)))
+    if not len(rest):
+        raise ValueError(f"{name}: {whole.test.name} has no images of other classes")
+    return Dataset(train, validation, inside(whole.test), Subset(whole.test, rest))
 
 
 def load_images(

@@ -36,6 +36,25 @@ class GivenImages(NamedTuple):
         return sum(len(stack) for stack in self.stacks)
 
 
+def refuse_shared(fitted: GivenImages, calibration: GivenImages) -> None:
+    """Raises ValueError if an image is among both, bit for bit.
+
+    A score is too low for an image that it is fitted to, and a threshold from such scores is too.
+    """
+
+    def keys(images: GivenImages) -> list[tuple[Any, ...]]:
+        return [(x.dtype, x.shape, x.tobytes()) for stack in images.stacks for x in stack]
+
+    known = set(keys(fitted))
+    count = sum(key in known for key in keys(calibration))
+    if count:
+        raise ValueError(
+            f"{count} of {calibration.num_images} calibration_images are also fit_images. The score is "
+            "too low for images that it is fitted to, so the threshold would be too low. Give other "
+            "images, and remove copies"
+        )
+
+
 def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenImages:
     """Checks images; lists, tuples, iterators and Pillow pictures become arrays.
 

@@ -159,7 +159,7 @@ def classification_table(results: Mapping[str, Any]) -> Table:
 
 
 def detection_table(results: Mapping[str, Any]) -> Table:
-    """All scores for the terminal: AUROC of each group of sets, and AUROC of errors.
+    """All scores for the terminal: AUROC of each group of sets, AUROC of errors, the crop check.
 
     Args:
       results: the content of `results.json`, with "ood".
@@ -171,7 +171,7 @@ def detection_table(results: Mapping[str, Any]) -> Table:
     found = results["ood"]
     rows: dict[str, dict[str, float]] = {}
     for row in results["trained"]:
-        if row["name"].startswith(("auroc_", "error_auroc_")):
+        if row["name"].startswith(("auroc_", "error_auroc_", "r_auroc", "cropped_")):
             rows.setdefault(row["features"], {})[row["name"]] = row["value"]
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
     table = Table(

@@ -75,6 +75,7 @@ class DataSection:
     validation_fraction: Annotated[float, number(0, 1, low_open=True, high_open=True)]
     split_seed: Annotated[int, integer(0)]
     inlier_class: Annotated[int, integer(-1, note="-1 = all classes")]
+    inlier_classes: Annotated[tuple[int, ...], many(integer(0))]
 
 
 @dataclass(frozen=True)

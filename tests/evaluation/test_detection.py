@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import importlib
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score
 
@@ -17,10 +19,12 @@ from jevb_jax.evaluation.accuracy import wrong_predictions
 from jevb_jax.evaluation.detection import OODEvaluation
 from jevb_jax.evaluation.evaluate import Evaluation
 from jevb_jax.evaluation.features import Features
+from jevb_jax.evaluation.neighbor_detectors import fit_knn
 from jevb_jax.evaluation.outside_sets import OutsideSet
 from jevb_jax.evaluation.score_table import ScoreEntry, ScoreSettings, TrainingData
 from jevb_jax.evaluation.scoring import Scorers
 from jevb_jax.images import arrays, augmentations, batches, corruptions, pixels
+from jevb_jax.images.shapes import shapes
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.paper.objective import View
@@ -68,8 +72,26 @@ def variables(method: str = "jevb") -> Any:
 
 
 @functools.cache
+def extractors(method: str = "jevb") -> evaluate.Extractors:
+    return evaluate.make_extractors(tiny(method))
+
+
+fitted_scorers: dict[str, Scorers] = {}
+
+
+@functools.cache
 def evaluation(method: str = "jevb") -> tuple[dict[str, Any], Evaluation]:
-    return evaluate.evaluate(tiny(method), variables(method))
+    compiled = extractors(method)
+
+    def make_and_keep(*arguments: Any) -> Scorers:
+        fitted_scorers[method] = scoring.make_scorers(*arguments)
+        return fitted_scorers[method]
+
+    with (
+        mock.patch.object(evaluate, "make_extractors", return_value=compiled),
+        mock.patch.object(detection, "make_scorers", make_and_keep),
+    ):
+        return evaluate.evaluate(tiny(method), variables(method))
 
 
 def found() -> OODEvaluation:
@@ -84,7 +106,7 @@ def outside_features() -> Any:
     assert test is not None
     images = batches.load_resident(test)[:40]
     corrupted = corruptions.corrupt(images, "contrast", severity=5, seed=0)
-    extract = evaluate.make_extractors(tiny()).plain
+    extract = extractors().plain
     return extract(variables(), ArraySource(corrupted))
 
 
@@ -97,11 +119,13 @@ def test_every_score_is_there_and_of_every_image():
     expected |= {"jevb/mixture", "jevb/residual_mahalanobis", "jevb/mixture_and_residual"}
     scores = ("knn_5", "mahalanobis", "ssd_1", "residual", "norm")
     expected |= {f"{f}/{score}" for f in ("representation", "embedding") for score in scores}
+    expected |= {"representation/ssd_published", "representation/mahalanobis_plus_plus"}
     probe = {
         "max_softmax",
         "max_logit",
         "energy",
         "class_mahalanobis",
+        "mahalanobis_plus_plus",
         "relative_mahalanobis",
         "vim",
     }
@@ -127,6 +151,55 @@ def test_scores_are_those_of_features_extracted_apart():
     oracle = EmpiricalCovariance().fit(train)
     expected = oracle.mahalanobis(outside.embedding.astype(np.float64))
     np.testing.assert_allclose(streamed["embedding/mahalanobis"], expected, rtol=1e-2)
+
+
+def test_held_out_images_are_no_stranger_than_others():
+    """No score may tell the test images from more images of the same kind."""
+    more = shapes(300, seed=7, image_size=16)
+    inside, train = found().inside, evaluation()[1].train
+    held_out = scoring.score_images(
+        extractors().with_terms, variables(), more, fitted_scorers["jevb"]
+    )
+    assert set(held_out) >= set(inside)
+    level = 0.05 / len(inside)  # 5% for all scores together
+    # This tests whether the AUROC is 0.5.
+    for name, scores in inside.items():
+        assert mannwhitneyu(scores, held_out[name]).pvalue > level, name
+    # What the test is for: an image that a score is fitted to looks less strange.
+    fitted = train.representation[detection.fit_rows(150, 120)]
+    score = jax.jit(fit_knn(fitted, k=1).__call__)
+    of_fitted, of_test = score(fitted), score(evaluation()[1].test.representation)
+    assert mannwhitneyu(of_fitted, of_test).pvalue < level
+
+
+def test_no_score_is_fitted_to_an_image_that_it_scores():
+    dataset: Any = tiny().dataset
+    parts = [
+        {image.tobytes() for image in batches.load_resident(part)}
+        for part in (dataset.train, dataset.validation, dataset.test)
+    ]
+    assert [len(part) for part in parts] == [150, len(dataset.validation), 70]
+    assert not parts[0] & (parts[1] | parts[2])
+    asked = []
+
+    def extract(_: Any, source: Any) -> Any:
+        asked.append(batches.load_resident(source))
+        return evaluation()[1].train
+
+    detection._fit_features(tiny(), None, extract, evaluation()[1].train)  # pyright: ignore[reportArgumentType, reportPrivateUsage]
+    (fitted,) = asked
+    assert {image.tobytes() for image in fitted} <= parts[0]
+
+
+@pytest.mark.slow
+def test_crops_are_scored_as_other_images():
+    test = tiny().dataset.test
+    assert test is not None
+    crops = corruptions.center_crops(batches.load_resident(test)[:40], seed=0)
+    extract = extractors().plain
+    again = extract(variables(), ArraySource(crops)).embedding
+    norm = -np.linalg.norm(again, axis=1)
+    np.testing.assert_allclose(found().cropped["embedding/norm"], norm, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -223,6 +296,22 @@ def test_uncertainty_is_checked_against_errors_and_severity():
         if (r["features"], r["name"]) == ("jevb/kl", "error_auroc_linear")
     ]  # fmt: skip
     assert value == pytest.approx(roc_auc_score(errors["linear"], found().inside["jevb/kl"]))
+    # URL: R@1 within the test images, and its errors.
+    unit = evaluated.test.representation.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    labels: Any = evaluated.test.labels
+    nearest = np.argmax(unit @ unit.T - 3 * np.eye(70), axis=1)
+    is_right = labels[nearest] == labels
+    assert accuracy["r_at_1"] == pytest.approx(is_right.mean())
+    of_kl = {r["name"]: r for r in results["trained"] if r["features"] == "jevb/kl"}
+    assert of_kl["r_auroc"]["value"] == pytest.approx(
+        roc_auc_score(~is_right, found().inside["jevb/kl"])
+    )
+    crops = found().cropped["jevb/kl"]
+    assert of_kl["cropped_has_bigger_uncertainty"]["value"] == pytest.approx(
+        np.mean(crops > found().inside["jevb/kl"][:40])
+    )
+    assert "first 40 images of test" in of_kl["cropped_has_bigger_uncertainty"]["protocol"]
     shares = {r["name"]: r["value"] for r in results["trained"] if "log_scale" in r["name"]}
     log_scale = np.log(np.asarray(evaluated.test.prediction.posterior_scale, np.float64))
     between_images = log_scale.mean(axis=1).var() / log_scale.var()
@@ -275,7 +364,7 @@ def test_outside_sets_from_files_gray_ones_and_excluded_classes(tmp_path):
     )  # fmt: skip
     assert len(outside.source) == 8
     assert "gray.npz" in outside.protocol
-    extract = evaluate.make_extractors(tiny()).plain
+    extract = extractors().plain
     found = extract(variables(), outside.source)
     again = extract(variables(), ArraySource(gray[labels != 1].repeat(3, axis=-1)))
     np.testing.assert_allclose(found.embedding, again.embedding, rtol=1e-5)
@@ -360,7 +449,7 @@ def test_degenerate_features_leave_a_score_out_by_name():
 
 def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     numbers, row = np.arange(4.0), np.array([0, np.nan, 2, 3])
-    scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers}
+    scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers, "a/crops": numbers}
     scorers = Scorers(dict.fromkeys(scored, lambda x: x), frozenset(), {})
     sets = [
         OutsideSet(name, "far", ArraySource(np.zeros((4, 8, 8, 3), np.uint8)), "")
@@ -375,6 +464,7 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
         ("score_features", scored),
         ("_sets", sets),
         ("_choose", (None, "")),
+        ("_score_crops", scored | {"a/inside": numbers, "a/crops": row}),
     ):
         monkeypatch.setattr(detection, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(detection, "score_images", lambda *_: next(outside))
@@ -391,6 +481,8 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     assert set(found.inside) == {"a/good"}
     assert all(set(scores) == {"a/good"} for scores in found.outside.values())
     assert found.left_out["a/inside"].startswith("1 of 4 scores of inside images are NaN")
+    assert set(found.cropped) == {"a/good"}
+    assert found.left_out["a/crops"].startswith("1 of 4 scores of outside images are NaN")
     assert found.left_out["a/outside"].startswith("1 of 4 scores of outside images are NaN")
 
 
@@ -428,13 +520,13 @@ def test_more_neighbours_than_images_leave_a_score_out():
     assert {values.shape for values in empty.values()} == {(0,)}
 
 
-def one_class() -> Experiment:
+def of_digits(**data: Any) -> Experiment:
     config = make_config()
     config.data.num_train_examples = 0
     config.data.source = "digits"
     config.data.image_size = 0
     config.data.num_test_examples = 0
-    config.data.inlier_class = 3
+    config.data.update(data)
     config.augmentation.mean, config.augmentation.std = (0.3,), (0.3,)
     config.augmentation.saturation = config.augmentation.hue = 0.0
     config.augmentation.grayscale_probability = 0.0
@@ -443,7 +535,7 @@ def one_class() -> Experiment:
 
 
 def test_one_class_leaves_the_other_classes_outside():
-    dataset: Any = one_class().dataset
+    dataset: Any = of_digits(inlier_class=3).dataset
     assert dataset.train.labels is None
     digits = arrays.digits()
     of_three = int(np.sum(digits.labels == 3))
@@ -453,14 +545,33 @@ def test_one_class_leaves_the_other_classes_outside():
 
 @pytest.mark.slow
 def test_one_class_is_detected_without_labels():
-    experiment = one_class()
+    experiment = of_digits(inlier_class=3)
     initial = experiment.initial_state().evaluation_variables
     found = evaluate.evaluate_variables(experiment, initial, evaluate.make_extractors(experiment))
     assert found.ood is not None
     assert set(found.ood.outside) == {"other_classes"}
     assert found.probe is None
     shares = {f"log_scale_{name}_share" for name in ("feature", "image", "interaction")}
-    assert {row["name"] for row in found.results} == {"auroc_other_classes"} | shares
+    measures = {"auroc_other_classes", "cropped_has_bigger_uncertainty"}
+    assert {row["name"] for row in found.results} == measures | shares
+
+
+@pytest.mark.slow
+def test_adjacent_classes_are_outside_and_the_rest_is_classified():
+    experiment = of_digits(inlier_classes=(1, 3, 4, 6, 9))
+    initial = experiment.initial_state().evaluation_variables
+    found = evaluate.evaluate_variables(experiment, initial, evaluate.make_extractors(experiment))
+    assert found.ood is not None
+    assert found.probe is not None
+    assert found.probe.weights.shape[1] == 5
+    dataset: Any = experiment.dataset
+    assert len(dataset.outside) + len(dataset.test) == 359
+    assert {v.shape for v in found.ood.outside["other_classes"].values()} == {
+        (len(dataset.outside),)
+    }
+    values = {row["name"]: row["value"] for row in found.results}
+    assert {"auroc_other_classes", "r_at_1", "r_auroc", "error_auroc_linear"} <= values.keys()
+    assert values["linear_accuracy"] > 0.5  # of five classes
 
 
 @pytest.mark.slow

@@ -263,6 +263,54 @@ def test_ssd_is_a_loop_over_clusters():
     np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(7 * new), one, rtol=2e-3)
 
 
+def authors_ssd(train: np.ndarray, new: np.ndarray, rcond: float = 1e-15) -> np.ndarray:
+    """The authors' `get_eval_results` and `get_scores_one_cluster`, written again in float64."""
+    train, new = (x.astype(np.float64) for x in (train, new))
+    train, new = (x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-10) for x in (train, new))
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    train, new = ((x - mean) / (std + 1e-10) for x in (train, new))
+    inverse = np.linalg.pinv(np.cov(train.T, bias=True), rcond=rcond)
+    shifted = new - train.mean(axis=0)
+    return np.einsum("nf,fg,ng->n", shifted, inverse, shifted)
+
+
+def test_published_ssd_is_the_authors_code_and_ours_where_images_are_many():
+    train, new = correlated(0, 400), correlated(1, 50)
+    found = gaussian_detectors.fit_published_ssd(train)(new)
+    np.testing.assert_allclose(found, authors_ssd(train, new), rtol=2e-3)
+    np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(new), found, rtol=1e-4)
+    np.testing.assert_allclose(
+        gaussian_detectors.fit_published_ssd(train)(7 * new), found, rtol=2e-3
+    )
+
+
+@pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.detector_input.FewImagesWarning")
+def test_published_ssd_does_not_see_what_leaves_the_span():
+    # A copy and a dead feature, and at last fewer images than features.
+    def padded(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, x[:, :1], np.zeros((len(x), 1), np.float32)], axis=1)
+
+    for num_images in (400, 6):
+        train, new = padded(correlated(0, num_images)), padded(correlated(1, 50))
+        found = np.asarray(gaussian_detectors.fit_published_ssd(train)(new))
+        np.testing.assert_allclose(found, authors_ssd(train, new, rcond=1e-9), rtol=1e-2)
+        ours = np.asarray(gaussian_detectors.fit_ssd(train)(new))
+        assert np.allclose(ours, found, rtol=1e-2) == (num_images == 400)
+    train = padded(correlated(0, 400))
+    strange = padded(correlated(1, 50))
+    strange[:, -1] = 5
+    found = np.asarray(gaussian_detectors.fit_published_ssd(train)(strange))
+    np.testing.assert_allclose(found, authors_ssd(train, strange, rcond=1e-9), rtol=1e-2)
+    assert np.asarray(gaussian_detectors.fit_ssd(train)(strange)).min() > 100 * found.max()
+
+
+def test_published_ssd_warns_of_few_images_and_refuses_none_that_vary():
+    with pytest.warns(FewImagesWarning, match="does not shrink"):
+        gaussian_detectors.fit_published_ssd(correlated(0, 7))
+    with pytest.raises(DegenerateFeaturesError, match="do not vary"):
+        gaussian_detectors.fit_published_ssd(np.ones((60, 3), np.float32))
+
+
 def test_residual_is_what_the_principal_components_leave():
     train, new = correlated(0, 400).astype(np.float64), correlated(1, 50).astype(np.float64)
     _, _, axes = np.linalg.svd(train - train.mean(axis=0))
@@ -311,6 +359,23 @@ def test_class_mahalanobis_and_rmd_are_the_papers():
     np.testing.assert_allclose(found, relative, rtol=1e-3, atol=1e-2)
 
 
+def test_mahalanobis_plus_plus_is_the_distance_between_directions():
+    (train, labels), new = labeled(), correlated(1, 50)
+    x, q = (
+        x / np.linalg.norm(x, axis=1, keepdims=True)
+        for x in (train.astype(np.float64), new.astype(np.float64))
+    )
+    means = {c: x[labels == c].mean(axis=0) for c in np.unique(labels)}
+    centered = x - np.stack([means[c] for c in labels])
+    oracle = EmpiricalCovariance(assume_centered=True).fit(centered)
+    expected = np.min([oracle.mahalanobis(q - mean) for mean in means.values()], axis=0)
+    score = labeled_detectors.fit_class_mahalanobis_plus_plus(train, labels)
+    np.testing.assert_allclose(score(new), expected, rtol=2e-3)
+    np.testing.assert_allclose(score(3 * new), expected, rtol=2e-3)
+    one = labeled_detectors.fit_class_mahalanobis_plus_plus(train, np.zeros(400, int))
+    np.testing.assert_allclose(one(new), gaussian_detectors.fit_ssd(train)(new), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_vim_is_the_published_code_written_again():
     train, new, w, b = correlated(0, 400), correlated(1, 50), normal(2, 7, 3), normal(3, 3)
@@ -349,6 +414,7 @@ FITS = {
     "whitened_knn": neighbor_detectors.fit_whitened_knn,
     "mahalanobis": gaussian_detectors.fit_mahalanobis,
     "ssd": functools.partial(gaussian_detectors.fit_ssd, num_clusters=2),
+    "published_ssd": gaussian_detectors.fit_published_ssd,
     "residual": functools.partial(gaussian_detectors.fit_residual, num_components=3),
 }
 
@@ -460,6 +526,9 @@ def test_few_images_are_shrunk_by_what_explains_images_left_out(num_images):
 DENSITIES = {
     "mahalanobis": gaussian_detectors.fit_mahalanobis,
     "class": lambda x: labeled_detectors.fit_class_mahalanobis(x, np.arange(len(x)) % 2),
+    "plus_plus": lambda x: labeled_detectors.fit_class_mahalanobis_plus_plus(
+        x, np.arange(len(x)) % 2
+    ),
     "relative": lambda x: labeled_detectors.fit_relative_mahalanobis(x, np.arange(len(x)) % 2),
     "whitened_knn": functools.partial(neighbor_detectors.fit_whitened_knn, k=2),
     "ssd": gaussian_detectors.fit_ssd,
@@ -503,7 +572,7 @@ def test_what_leaves_the_span_is_strange(name, num_images):
     score = (DENSITIES | {"residual": fit})[name](on_the_plane(0, num_images))
     off = np.linalg.svd(plane)[2][-1]
     directions = [*np.eye(10)[7:], np.append(off, [off[0], 0, 0])]
-    if name in ("ssd", "clusters"):
+    if name in ("ssd", "clusters", "plus_plus"):
         del directions[2]  # a direction of the same plane, of a shorter image
     inside = on_the_plane(1, 64)
     strange = [inside + size * one for one in directions for size in (1, 1e3, 1e30)]

@@ -70,7 +70,7 @@ def make(*, method: str = "jevb", has_labels: bool = True, has_ood: bool = True)
         for index, (score, name) in enumerate((s, n) for s in scores for n in sizes)
     ]
     default = SCORES[1] if method == "jevb" else "other/score"
-    found = OODEvaluation(results, inside, outside, default, None, "", frozenset(), {})
+    found = OODEvaluation(results, inside, outside, default, None, "", frozenset(), {}, {})
     train, test = dataset.train, dataset.test
     evaluation = Evaluation(
         results=[],

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from jevb_jax.evaluation import reliability
+from jevb_jax.evaluation import neighbors, reliability
 
 levels = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30)
 
@@ -87,6 +87,44 @@ def test_severity_correlation_is_scipys():
 
 def test_share_increased():
     assert reliability.share_increased([1, 2, 3, 4], [2, 2, 2, 5]) == pytest.approx(2.5 / 4)
+
+
+def test_only_a_larger_uncertainty_of_the_crop_counts():
+    found = reliability.cropped_has_bigger_uncertainty([1, 2, 3, np.inf], [2, 2, 2, np.inf])
+    assert found == pytest.approx(1 / 4)
+
+
+def test_right_at_1_is_a_loop_over_images():
+    rng = np.random.default_rng(3)
+    features, labels = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(0, 3, 40)
+    features[7] = features[5]  # a copy is another image
+    unit = features.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    expected = []
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        nearest = max(others, key=lambda j: unit[i] @ unit[j])
+        expected.append(labels[nearest] == labels[i])
+    found = reliability.right_at_1(neighbors.nearest_others(features), labels)
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < found.mean() < 1
+    # Three copies: none is its own neighbor.
+    np.testing.assert_array_equal(
+        neighbors.nearest_others(np.array([[1, 0], [2, 0], [3, 0]], np.float32)) == np.arange(3),
+        False,
+    )
+
+
+def test_right_at_1_refuses_an_image_as_its_own_neighbor():
+    for call, error, message in (
+        (lambda: reliability.right_at_1([0, 0], [1, 1]), ValueError, "rows of other images"),
+        (lambda: reliability.right_at_1([1, 2], [1, 1]), ValueError, "rows of other images"),
+        (lambda: reliability.right_at_1([1, 0], [1]), ValueError, r"must be \[N\]"),
+        (lambda: reliability.right_at_1([1.0, 0.0], [1, 1]), TypeError, "must be integers"),
+        (lambda: neighbors.nearest_others(np.ones((1, 2), np.float32)), ValueError, "k must be"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_disagreement_is_scipys():
@@ -171,6 +209,7 @@ def test_refuses():
         (lambda: reliability.severity_correlation([[0, 1]]), r"must be \[S \+ 1, N\]"),
         (lambda: reliability.severity_correlation([[0], [np.nan]]), "1 of 2 are NaN"),
         (lambda: reliability.share_increased([0, 1], [0]), "one value for each image, got 2 and 1"),
+        (lambda: reliability.cropped_has_bigger_uncertainty([0], [0, 1]), "got 1 and 2 values"),
         (lambda: reliability.label_entropy([[0, 0], [1, 0]]), "a vote for each image"),
         (lambda: reliability.label_entropy([[-1, 2]]), "a vote for each image"),
         (lambda: reliability.label_entropy([[np.inf, 2]]), "finite"),

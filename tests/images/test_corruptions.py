@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from jevb_jax.images import corruptions
@@ -200,3 +201,33 @@ def test_settings_of_numpy_and_images_that_are_refused():
         call: dict[str, Any] = {"images": first, "severity": 3, "seed": 1} | wrong
         with pytest.raises(error, match=message):
             corruptions.corrupt(call.pop("images"), "contrast", **call)
+
+
+def test_center_crops_are_urls():
+    photograph = load_sample_image("china.jpg")
+    # Two shapes; the square is that of the shorter side.
+    for whole in (photograph[60:316:4, 200:456:4], photograph[60:316:4, 200:520:4]):
+        many = np.stack([np.roll(whole, 7 * i, axis=1) for i in range(9)])
+        found = corruptions.center_crops(many, seed=3)
+        assert found.shape == (9, 64, 64, 3)
+        shares = np.random.default_rng(3).uniform(0.1, 0.75, size=9)
+        for image, crop, share in zip(many, found, shares, strict=True):
+            side = round(64 * share)
+            # torchvision's center_crop rounds in this way.
+            top, left = (round((length - side) / 2) for length in image.shape[:2])
+            picture = Image.fromarray(image[top : top + side, left : left + side])
+            expected = np.asarray(picture.resize((64, 64), Image.Resampling.BILINEAR), int)
+            np.testing.assert_allclose(crop, expected, atol=1)
+    np.testing.assert_array_equal(found, corruptions.center_crops(many, seed=3))
+    assert np.any(found != corruptions.center_crops(many, seed=4))
+
+
+def test_center_crops_of_few_pixels_and_of_no_images():
+    tiny = np.full((6, 1, 3, 1), 9, np.uint8)
+    np.testing.assert_array_equal(corruptions.center_crops(tiny, seed=0), tiny[:, :, :1])
+    with pytest.raises(ValueError, match="non-empty"):
+        corruptions.center_crops(tiny[:0], seed=0)
+    with pytest.raises(TypeError, match="must be uint8"):
+        corruptions.center_crops(tiny / 255, seed=0)
+    with pytest.raises(ValueError, match="seed must be"):
+        corruptions.center_crops(tiny, seed=-1)

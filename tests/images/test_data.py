@@ -502,6 +502,34 @@ def test_one_class_is_split_off_without_its_label():
         dataset.load_dataset(source="digits", inlier_class=10)
 
 
+def test_some_classes_are_split_off_with_their_labels():
+    whole, some = (
+        dataset.load_dataset(source="digits"),
+        dataset.load_dataset(source="digits", inlier_classes=(7, 0, 2)),
+    )
+    for before, after in zip(whole[:3], some[:3], strict=True):
+        assert before is not None
+        assert after is not None
+        assert before.labels is not None
+        rows = [i for i, label in enumerate(before.labels) if label in (0, 2, 7)]
+        np.testing.assert_array_equal(after.labels, before.labels[rows])
+        np.testing.assert_array_equal(load_resident(after), load_resident(before)[rows])
+    assert whole.test is not None
+    assert some.test is not None
+    assert some.outside is not None
+    assert len(some.outside) == len(whole.test) - len(some.test)
+    assert some.outside.labels is not None
+    assert set(some.outside.labels.tolist()) == {1, 3, 4, 5, 6, 8, 9}
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"inlier_classes": (0, 10, 11)}, r"has no images with the labels \[10, 11\]"),
+        ({"inlier_classes": tuple(range(10))}, "has no images of other classes"),
+        ({"inlier_classes": (0, 1), "inlier_class": 0}, "exclude each other"),
+    )
+    for keywords, message in cases:
+        with pytest.raises(ValueError, match=message):
+            dataset.load_dataset(source="digits", **keywords)
+
+
 # --- Shapes ---
 
 

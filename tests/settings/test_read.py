@@ -96,6 +96,7 @@ BORDERS = {
     "augmentation.mean": ([[0, -1, 0.4]], [[0.1, 0.2], [0.1, 0.2, INF]]),
     "data.validation_fraction": ([0.01, 0.99], [0, 1, 0.0, 1.0]),
     "data.inlier_class": ([-1, 0, 9], [-2]),
+    "data.inlier_classes": ([[], [0], [3, 1]], [[-1], [1.5], 3]),
     "model.projector_hidden_dims": ([[1]], [[], [0], [2.0]]),
     "model.initial_radial_scale": ([0.5], [1e-3, 0]),
     "jevb.df": ([0.5, 5, INF], [0, 0.0]),
