@@ -14,11 +14,12 @@ _VERSION_KEY = "version"
 # Settings added after the first runs, with the values that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
     "data": {"max_image_pixels": pictures.MAX_PIXELS},
+    "augmentation": {"num_views": 2},
     "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
-    "train": {"extend": False, "knn_every_epochs": 0},
+    "train": {"extend": False, "knn_every_epochs": 0, "bn_over_views": False},
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
 }
 # The same for whole sections that were added later.
