@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the default settings (CIFAR-sized images, ResNet-18)."""
     config = ConfigDict()
-    config.method = "jevb"  # jevb | simsiam | vi_simsiam | byol | vicreg | barlow_twins
+    # jevb | simsiam | vi_simsiam | byol | vicreg | barlow_twins | fastsiam | emp_ssl
+    config.method = "jevb"
     config.seed = 0  # determines parameters, order of the data, augmentation and sampling
 
     # Weights to start from. Optimizer and schedules start anew; `train.extend` continues them.
@@ -123,6 +124,7 @@ def get_config() -> ConfigDict:
         {"invariance_weight": 25.0, "variance_weight": 25.0, "covariance_weight": 1.0}
     )
     config.barlow_twins = ConfigDict({"redundancy_weight": 0.0051, "loss_weight": 1.0})
+    config.emp_ssl = ConfigDict({"invariance_weight": 200.0, "squared_epsilon": 0.2})
     config.optimizer = ConfigDict(
         {
             "name": "sgd",  # sgd | lars | larc (lars that only lowers the learning rate) | adamw

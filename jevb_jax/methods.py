@@ -349,6 +349,39 @@ def barlow_twins(
     return MethodOutput(loss_weight * terms.loss, metrics)
 
 
+def fastsiam(
+    key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
+) -> MethodOutput:
+    """FastSiam: negative cosine between predictions and the mean of the other views' embeddings."""
+    del key
+    terms = baselines.fastsiam_loss(
+        jnp.stack([view.prediction for view in views]),
+        jnp.stack([target.embedding for target in targets]),
+    )
+    return MethodOutput(terms.loss, {"cosine_similarity": -terms.loss})
+
+
+def emp_ssl(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    invariance_weight: float,
+    squared_epsilon: float,
+    **_: object,
+) -> MethodOutput:
+    """EMP-SSL: similarity of each crop to the mean over crops, and the coding rate of each crop."""
+    del key, targets
+    terms = baselines.emp_ssl_loss(
+        jnp.stack([view.embedding for view in views]),
+        invariance_weight=invariance_weight,
+        squared_epsilon=squared_epsilon,
+    )
+    return MethodOutput(
+        terms.loss, {"cosine_similarity": terms.similarity, "coding_rate": terms.coding_rate}
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What differs between methods.
@@ -414,5 +447,16 @@ METHODS: dict[str, Method] = {
         target="none",
         takes_many_views=True,
         section="barlow_twins",
+    ),
+    "fastsiam": Method(
+        fastsiam, head="vector", default_score="embedding/mahalanobis", takes_many_views=True
+    ),
+    "emp_ssl": Method(
+        emp_ssl,
+        head="none",
+        default_score="embedding/mahalanobis",
+        target="none",
+        takes_many_views=True,
+        section="emp_ssl",
     ),
 }

@@ -23,7 +23,10 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
 }
 # The same for whole sections that were added later.
-_SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}
+_SECTIONS_BEFORE: dict[str, dict[str, Any]] = {
+    "init": {"workdir": "", "step": -1},
+    "emp_ssl": {"invariance_weight": 200.0, "squared_epsilon": 0.2},
+}
 
 # The same for fine-tunes, which held all images in memory and saved nothing before their end.
 _FINETUNE_BEFORE: dict[str, dict[str, Any]] = {

@@ -190,6 +190,14 @@ class BarlowTwinsSection:
 
 
 @dataclass(frozen=True)
+class EmpSslSection:
+    """The objective of EMP-SSL."""
+
+    invariance_weight: Weight
+    squared_epsilon: Annotated[float, number(0, low_open=True)]
+
+
+@dataclass(frozen=True)
 class OptimizerSection:
     """The optimizer and the learning rate."""
 
@@ -286,6 +294,7 @@ class RunSettings:
     jevb: JevbSection
     vicreg: VicregSection
     barlow_twins: BarlowTwinsSection
+    emp_ssl: EmpSslSection
     optimizer: OptimizerSection
     train: TrainSection
     checkpoint: CheckpointSection
