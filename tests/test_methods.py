@@ -178,6 +178,7 @@ def test_jevb_scale_of_the_likelihood_can_be_its_own(fixed_scale):
     )
 
 
+@pytest.mark.slow
 def test_multi_view_elbo_is_symmetric_plus_small_crops():
     views = [view(seed) for seed in (1, 2, 3)]
     keywords: Any = {"step": 0, "radial_scale": jnp.asarray(0.5), "settings": SETTINGS}

@@ -187,6 +187,7 @@ def central_differences(function: Any, x: Any) -> np.ndarray:
     return found / 2e-5
 
 
+@pytest.mark.slow
 def test_gradients_of_many_views_equal_central_differences():
     p, t = normal(7, 3, 4, 3), normal(8, 2, 4, 3)
     loss = jax.grad(lambda p, t: jnp.sum(baselines.fastsiam_loss(p, t).loss), argnums=(0, 1))
