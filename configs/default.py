@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the default settings (CIFAR-sized images, ResNet-18)."""
     config = ConfigDict()
-    config.method = "jevb"  # jevb | simsiam | vi_simsiam | byol | vicreg | barlow_twins
+    # jevb | simsiam | vi_simsiam | byol | vicreg | barlow_twins | fastsiam | emp_ssl
+    config.method = "jevb"
     config.seed = 0  # determines parameters, order of the data, augmentation and sampling
 
     # Weights to start from. Optimizer and schedules start anew; `train.extend` continues them.
@@ -53,7 +54,7 @@ def get_config() -> ConfigDict:
     )
     config.augmentation = ConfigDict(
         {
-            "image_size": 32,  # height = width of both views, in pixels
+            "image_size": 32,  # height = width of the full views, in pixels
             "crop_scale": (0.2, 1.0),  # share of the image's area
             "crop_ratio": (3 / 4, 4 / 3),  # width / height
             "interpolation": "bilinear",  # bilinear | bicubic, antialiased
@@ -64,12 +65,13 @@ def get_config() -> ConfigDict:
             "saturation": 0.4,
             "hue": 0.1,
             "grayscale_probability": 0.2,
-            "blur_probability": (0.0, 0.0),  # for view 1 and view 2
+            "blur_probability": (0.0, 0.0),  # for views 1, 3, ... and for views 2, 4, ...
             "blur_sigma": (0.1, 2.0),  # pixels
             "blur_kernel_size": 0,  # pixels, odd; 0 = about a tenth of the image
-            "solarize_probability": (0.0, 0.0),  # for view 1 and view 2
+            "solarize_probability": (0.0, 0.0),  # for views 1, 3, ... and for views 2, 4, ...
             "solarize_threshold": 0.5,  # in [0, 1]
-            "num_small_crops": 0,  # further views that predict both full views and are no targets
+            "num_views": 2,  # full views of an image; each predicts every other one
+            "num_small_crops": 0,  # further views that predict the full views and are no targets
             "small_crop_size": 16,  # height = width in pixels
             "small_crop_scale": (0.05, 0.2),  # share of the image's area
             "mean": (0.4914, 0.4822, 0.4465),  # for the normalization, one per channel
@@ -124,6 +126,7 @@ def get_config() -> ConfigDict:
         {"invariance_weight": 25.0, "variance_weight": 25.0, "covariance_weight": 1.0}
     )
     config.barlow_twins = ConfigDict({"redundancy_weight": 0.0051, "loss_weight": 1.0})
+    config.emp_ssl = ConfigDict({"invariance_weight": 200.0, "squared_epsilon": 0.2})
     config.optimizer = ConfigDict(
         {
             # sgd | lars | larc (lars that only lowers the learning rate) | adamw | muon
@@ -148,6 +151,9 @@ def get_config() -> ConfigDict:
             # the shorter run had ended, the learning rate therefore jumps up (docs/faq.md).
             "extend": False,
             "num_micro_batches": 1,  # gradient accumulation; BatchNorm sees one micro-batch
+            # BatchNorm's statistics: False = of each view by itself; True = of all views of one size
+            # together. In both cases more than two views of one size are one batch of the network.
+            "bn_over_views": False,
             "bn_group_size": 0,  # number of examples in a BatchNorm group; 0 = the global batch
             "ema_decay": 0.0,  # moving average of the parameters, used in evaluation; 0 = off
             # Moving average of a target network, rises to 1; 0 = no target network (BYOL: 0.99).

@@ -6,19 +6,34 @@ Sources for CIFAR:
 * BYOL, VICReg and Barlow Twins: solo-learn's `scripts/pretrain/cifar`, because their papers do not
   use CIFAR.
 
-Source for ImageNet: each paper and its official code.
+* EMP-SSL: Tong et al. 2023 (arXiv 2304.03977) and its official code, with 20 of its 20 to 200 crops.
+
+Source for ImageNet: each paper and its official code. EMP-SSL's settings are those of its code for
+CIFAR, which it uses for ImageNet-100 too.
+
+FastSiam (Pototzky et al. 2022) is SimSiam with four views, batches of 32 and few epochs. We take 25
+epochs, and SimSiam's learning rate in proportion to the batch. The latter is an assumption.
 
 VI-SimSiam uses SimSiam's settings. This is an assumption, because there is no official code.
 
-Two things differ from the sources. Weight decay is not applied to biases and BatchNorm (SimSiam's code
-applies it). BYOL's predictor ends with a bias.
+Three things differ from the sources. Weight decay is not applied to biases and BatchNorm (SimSiam's
+code applies it). EMP-SSL's momentum is not Nesterov's. BYOL's predictor ends with a bias.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
+METHODS = (
+    "jevb",
+    "simsiam",
+    "vi_simsiam",
+    "byol",
+    "vicreg",
+    "barlow_twins",
+    "fastsiam",
+    "emp_ssl",
+)
 
 
 def _check(method: str) -> None:
@@ -47,6 +62,29 @@ def _set_optimizer(
     config.train.num_epochs = epochs
 
 
+def _set_fastsiam(config: Any, *, rate: float, decay: float) -> None:
+    """SimSiam's rate for batches of 256, in proportion to the batch, and four views."""
+    batch = 32
+    _set_optimizer(
+        config, name="sgd", rate=rate * batch / 256, decay=decay, warmup=0.0, batch=batch, epochs=25
+    )
+    config.augmentation.num_views = 4
+
+
+def _set_emp_ssl(config: Any) -> None:
+    """Many crops of a quarter of the image, and BatchNorm over all of them, as in the code."""
+    _set_heads(config, projector=(4096, 4096), embedding=1024, head=1, norm=False)
+    _set_optimizer(config, name="larc", rate=0.3, decay=1e-4, warmup=0.0, batch=100, epochs=30)
+    config.optimizer.trust_coefficient = 0.005
+    config.train.bn_over_views = True
+    config.augmentation.num_views = 20
+    config.augmentation.crop_scale = (0.25, 0.25)
+    config.augmentation.crop_ratio = (1.0, 1.0)
+    config.augmentation.hue = 0.2
+    config.augmentation.blur_probability = (0.1, 0.1)
+    config.augmentation.solarize_probability = (0.1, 0.1)
+
+
 def set_cifar_method(config: Any, method: str) -> ConfigDict:
     """Sets a method and its published recipe for 32x32 images.
 
@@ -65,6 +103,11 @@ def set_cifar_method(config: Any, method: str) -> ConfigDict:
     if method in ("simsiam", "vi_simsiam"):
         _set_heads(config, projector=(2048,), embedding=2048, head=512, norm=True)
         _set_optimizer(config, name="sgd", rate=0.06, decay=5e-4, warmup=0.0, batch=512, epochs=800)
+    elif method == "fastsiam":
+        _set_heads(config, projector=(2048,), embedding=2048, head=512, norm=True)
+        _set_fastsiam(config, rate=0.03, decay=5e-4)
+    elif method == "emp_ssl":
+        _set_emp_ssl(config)
     elif method == "byol":
         _set_heads(config, projector=(4096,), embedding=256, head=4096, norm=False)
         _set_optimizer(
@@ -110,6 +153,15 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
         if method != "jevb":
             _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
             config.optimizer.constant_head_rate = True
+        return config
+    if method == "fastsiam":
+        _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
+        _set_fastsiam(config, rate=0.05, decay=1e-4)
+        config.augmentation.blur_probability = (0.5, 0.5)
+        config.optimizer.constant_head_rate = True
+        return config
+    if method == "emp_ssl":
+        _set_emp_ssl(config)
         return config
     if method == "byol":
         _set_heads(config, projector=(4096,), embedding=256, head=4096, norm=False)

@@ -21,7 +21,8 @@ _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "OUT_O
 _WHAT_TAKES_LESS = """\
 What needs less memory, the most effective first:
   train.batch_size              lower; or the same batch in parts: train.num_micro_batches
-  augmentation.num_small_crops, augmentation.image_size   fewer and smaller views
+  augmentation.num_views, augmentation.num_small_crops, augmentation.image_size
+                                fewer and smaller views
   model.width, model.projector_hidden_dims, model.embedding_dim, model.head_hidden_dim   smaller
   model.dtype=bfloat16          half of the memory between the layers
   train.shard_optimizer_state=True   on several devices

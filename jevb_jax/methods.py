@@ -3,22 +3,25 @@
 The loss of a method is a function `(key, views, targets, *, step, radial_scale) -> MethodOutput`:
 
 * `key`: `[batch]` keys, one for each example;
-* `views`: `ViewOutputs` of two views, then of smaller crops;
-* `targets`: what is predicted: outputs of the first two views, by the same network or by an averaged
-  one. The losses stop their gradient;
+* `views`: `ViewOutputs` of the full views, two or more, then of smaller crops;
+* `targets`: what is predicted: outputs of the full views, by the same network or by an averaged one.
+  The losses stop their gradient;
 * `step`: steps done, for schedules; `radial_scale`: learned, or None.
 
-A loss ignores what it does not need. The caller averages over examples. The table `METHODS` at the
+A loss ignores what it does not need. The caller averages over examples. With more than two views, a
+loss of two views becomes its mean over pairs of a source, which is any view, and a target, which is
+another full view. The table `METHODS` at the
 end lists the methods and everything else that differs between them.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -54,6 +57,62 @@ class Loss(Protocol):
     ) -> MethodOutput:
         """Loss and terms of a batch."""
         ...
+
+
+# From a source, a target and the number of their pair to a tree of arrays.
+OfPair = Callable[[ViewOutputs, ViewOutputs, Array], Any]
+
+
+def _sum_over_pairs(
+    of_pair: OfPair, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], is_pair: Any
+) -> Any:
+    """Sum over those pairs of a view and a target that `is_pair`, `[views, targets]`, names.
+
+    It compiles once for all pairs, and holds the intermediate values of one source at a time.
+    Pairs are numbered with small crops first, from `len(targets)` on.
+    """
+    num_views, num_targets = is_pair.shape
+    wanted = jax.tree.map(lambda *outputs: jnp.stack(outputs), *targets)
+    place = (np.arange(num_views)[:, None] - num_targets) % num_views
+    numbers = num_targets + (num_targets + 1) * place + np.arange(num_targets)
+
+    def of_source(source: tuple[ViewOutputs, Array, Array]) -> Any:
+        outputs, counts, pair_numbers = source
+        values = jax.vmap(of_pair, in_axes=(None, 0, 0))(outputs, wanted, pair_numbers)
+
+        def total(value: Array) -> Array:
+            counts_along = counts.reshape(-1, *(1,) * (value.ndim - 1))
+            return jnp.sum(jnp.where(counts_along, value, 0), axis=0)
+
+        return jax.tree.map(total, values)
+
+    sources = jax.tree.map(lambda *outputs: jnp.stack(outputs), *views)
+    sums = jax.lax.map(
+        jax.checkpoint(of_source), (sources, jnp.asarray(is_pair), jnp.asarray(numbers))
+    )
+    return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
+
+
+def mean_over_pairs(
+    of_pair: Callable[[ViewOutputs, ViewOutputs], MethodOutput],
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+) -> MethodOutput:
+    """Mean of the loss and of each metric over all pairs of a source and a target.
+
+    Args:
+      of_pair: from the outputs of the source and of the target.
+      views: sources: full views, then small crops.
+      targets: of the full views, in their order. No view is its own target.
+
+    Returns:
+      As `of_pair`.
+    """
+    is_pair = ~np.eye(len(views), len(targets), dtype=bool)
+    total = _sum_over_pairs(
+        lambda source, target, _: of_pair(source, target), views, targets, is_pair
+    )
+    return jax.tree.map(lambda value: value / is_pair.sum(), total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +168,14 @@ def multi_view_elbo(
     radial_scale: Array,
     settings: JevbSettings,
 ) -> objective.ElboTerms:
-    """Mean of `elbo(t | s)` over targets `t` in the first two views and sources `s != t`.
+    """Mean of `elbo(t | s)` over targets `t` in the full views and sources `s != t`.
 
-    With two views it is `symmetric_elbo`. Further views are smaller crops: sources only.
+    With two views it is `symmetric_elbo`. Small crops are sources only.
 
     Args:
       key: `[batch]` keys, one for each example.
-      views: two views, then small crops.
-      targets: what is predicted of the first two views.
+      views: full views, at least two, then small crops.
+      targets: what is predicted of the full views.
       step: steps done.
       radial_scale: width of the radial density, positive.
       settings: degrees of freedom, weights and the like.
@@ -127,29 +186,31 @@ def multi_view_elbo(
     likelihood, elbo_settings = settings.likelihood_at(radial_scale), settings.elbo_settings(step)
     sources = [
         objective.View(target.embedding, view.posterior_mean, view.posterior_scale)
-        for view, target in zip(views, targets, strict=False)
+        for view, target in zip(views[:2], targets[:2], strict=True)
     ]
-    scale_1, scale_2, *small_scales = (settings.untied_scale(view) for view in views)
+    scale_1, scale_2 = (settings.untied_scale(view) for view in views[:2])
     pair = scale_1 if scale_1 is None else (jnp.asarray(scale_1), jnp.asarray(scale_2))
     terms = objective.symmetric_elbo(
         key, *sources, likelihood=likelihood, untied_scale=pair, **elbo_settings
     )
-    num_pairs = 2
-    total = jax.tree.map(lambda value: num_pairs * value, terms)
-    for index, (small, scale) in enumerate(zip(views[2:], small_scales, strict=True)):
-        for target in targets:
-            pair_keys = jax.vmap(jax.random.fold_in, (0, None))(key, num_pairs + index)
-            pair_terms = objective.conditional_elbo(
-                pair_keys,
-                target.embedding,
-                small.posterior_mean,
-                small.posterior_scale,
-                likelihood,
-                untied_scale=scale,
-                **elbo_settings,
-            )
-            total = jax.tree.map(jnp.add, total, pair_terms)
-            num_pairs += 1
+
+    def further(source: ViewOutputs, target: ViewOutputs, number: Array) -> objective.ElboTerms:
+        return objective.conditional_elbo(
+            jax.vmap(jax.random.fold_in, (0, None))(key, number),
+            target.embedding,
+            source.posterior_mean,
+            source.posterior_scale,
+            likelihood,
+            untied_scale=settings.untied_scale(source),
+            **elbo_settings,
+        )
+
+    is_pair = ~np.eye(len(views), len(targets), dtype=bool)
+    num_pairs = is_pair.sum()
+    is_pair[:2, :2] = False  # in `terms`
+    total = jax.tree.map(lambda value: 2 * value, terms)
+    if is_pair.any():
+        total = jax.tree.map(jnp.add, total, _sum_over_pairs(further, views, targets, is_pair))
     return jax.tree.map(lambda value: value / num_pairs, total)
 
 
@@ -194,7 +255,8 @@ def simsiam(
     key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
 ) -> MethodOutput:
     """SimSiam: negative cosine between predictions and the other view's embedding."""
-    del key
+    if len(views) > 2:
+        return mean_over_pairs(lambda s, t: simsiam(key, (s, s), (t, t)), views, targets)
     terms = baselines.simsiam_loss(
         views[0].prediction, views[1].prediction, targets[0].embedding, targets[1].embedding
     )
@@ -205,7 +267,8 @@ def byol(
     key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
 ) -> MethodOutput:
     """BYOL: squared distance of normalized predictions to the averaged network's embeddings."""
-    del key
+    if len(views) > 2:
+        return mean_over_pairs(lambda s, t: byol(key, (s, s), (t, t)), views, targets)
     terms = baselines.byol_loss(
         views[0].prediction, views[1].prediction, targets[0].embedding, targets[1].embedding
     )
@@ -216,7 +279,8 @@ def vi_simsiam(
     key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
 ) -> MethodOutput:
     """VI-SimSiam: negative power spherical log-likelihood of the other view's direction, nats."""
-    del key
+    if len(views) > 2:
+        return mean_over_pairs(lambda s, t: vi_simsiam(key, (s, s), (t, t)), views, targets)
     prediction_1, prediction_2 = views[0].prediction, views[1].prediction
     terms = baselines.vi_simsiam_loss(
         prediction_1.direction,
@@ -249,14 +313,16 @@ def vicreg(
     **_: object,
 ) -> MethodOutput:
     """VICReg: invariance, variance and covariance of the two views' embeddings."""
-    del key, targets
-    terms = baselines.vicreg_loss(
-        views[0].embedding,
-        views[1].embedding,
-        invariance_weight=invariance_weight,
-        variance_weight=variance_weight,
-        covariance_weight=covariance_weight,
-    )
+    weights = {
+        "invariance_weight": invariance_weight,
+        "variance_weight": variance_weight,
+        "covariance_weight": covariance_weight,
+    }
+    if len(views) > 2:
+        return mean_over_pairs(
+            lambda s, t: vicreg(key, (s, t), (s, t), **weights), views, views[: len(targets)]
+        )
+    terms = baselines.vicreg_loss(views[0].embedding, views[1].embedding, **weights)
     metrics = {name: getattr(terms, name) for name in ("invariance", "variance", "covariance")}
     return MethodOutput(terms.loss, metrics)
 
@@ -271,12 +337,49 @@ def barlow_twins(
     **_: object,
 ) -> MethodOutput:
     """Barlow Twins: the cross-correlation of the two views' embeddings against the identity."""
-    del key, targets
+    weights = {"redundancy_weight": redundancy_weight, "loss_weight": loss_weight}
+    if len(views) > 2:
+        return mean_over_pairs(
+            lambda s, t: barlow_twins(key, (s, t), (s, t), **weights), views, views[: len(targets)]
+        )
     terms = baselines.barlow_twins_loss(
         views[0].embedding, views[1].embedding, redundancy_weight=redundancy_weight
     )
     metrics = {name: getattr(terms, name) for name in ("invariance", "redundancy")}
     return MethodOutput(loss_weight * terms.loss, metrics)
+
+
+def fastsiam(
+    key: Array, views: Sequence[ViewOutputs], targets: Sequence[ViewOutputs], **_: object
+) -> MethodOutput:
+    """FastSiam: negative cosine between predictions and the mean of the other views' embeddings."""
+    del key
+    terms = baselines.fastsiam_loss(
+        jnp.stack([view.prediction for view in views]),
+        jnp.stack([target.embedding for target in targets]),
+    )
+    return MethodOutput(terms.loss, {"cosine_similarity": -terms.loss})
+
+
+def emp_ssl(
+    key: Array,
+    views: Sequence[ViewOutputs],
+    targets: Sequence[ViewOutputs],
+    *,
+    invariance_weight: float,
+    squared_epsilon: float,
+    **_: object,
+) -> MethodOutput:
+    """EMP-SSL: similarity of each crop to the mean over crops, and the coding rate of each crop."""
+    del key, targets
+    terms = baselines.emp_ssl_loss(
+        jnp.stack([view.embedding for view in views]),
+        invariance_weight=invariance_weight,
+        squared_epsilon=squared_epsilon,
+    )
+    return MethodOutput(
+        terms.loss, {"cosine_similarity": terms.similarity, "coding_rate": terms.coding_rate}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +392,7 @@ class Method:
       default_score: the score of detection where the user names none.
       uncertainty_score: what the report draws as the uncertainty of an image; "" is `default_score`.
       target: whether an averaged network is needed, possible, or makes no sense.
-      takes_small_crops: whether the loss uses further views.
+      takes_many_views: whether the loss uses more than two views.
       section: the section of the config that is the method's own, or "". Its settings are keyword
         arguments of the loss, except those of `jevb`, which come as one `JevbSettings`.
     """
@@ -299,7 +402,7 @@ class Method:
     default_score: str
     uncertainty_score: str = ""
     target: Literal["needed", "possible", "none"] = "possible"
-    takes_small_crops: bool = False
+    takes_many_views: bool = False
     section: str = ""
 
 
@@ -310,17 +413,31 @@ METHODS: dict[str, Method] = {
         head="posterior",
         default_score="jevb/mixture_and_residual",
         uncertainty_score="jevb/posterior_entropy",
-        takes_small_crops=True,
+        takes_many_views=True,
         section="jevb",
     ),
-    "simsiam": Method(simsiam, head="vector", default_score="embedding/mahalanobis"),
-    "vi_simsiam": Method(vi_simsiam, head="direction", default_score="vi_simsiam/concentration"),
-    "byol": Method(byol, head="vector", default_score="embedding/mahalanobis", target="needed"),
+    "simsiam": Method(
+        simsiam, head="vector", default_score="embedding/mahalanobis", takes_many_views=True
+    ),
+    "vi_simsiam": Method(
+        vi_simsiam,
+        head="direction",
+        default_score="vi_simsiam/concentration",
+        takes_many_views=True,
+    ),
+    "byol": Method(
+        byol,
+        head="vector",
+        default_score="embedding/mahalanobis",
+        target="needed",
+        takes_many_views=True,
+    ),
     "vicreg": Method(
         vicreg,
         head="none",
         default_score="embedding/mahalanobis",
         target="none",
+        takes_many_views=True,
         section="vicreg",
     ),
     "barlow_twins": Method(
@@ -328,6 +445,18 @@ METHODS: dict[str, Method] = {
         head="none",
         default_score="embedding/mahalanobis",
         target="none",
+        takes_many_views=True,
         section="barlow_twins",
+    ),
+    "fastsiam": Method(
+        fastsiam, head="vector", default_score="embedding/mahalanobis", takes_many_views=True
+    ),
+    "emp_ssl": Method(
+        emp_ssl,
+        head="none",
+        default_score="embedding/mahalanobis",
+        target="none",
+        takes_many_views=True,
+        section="emp_ssl",
     ),
 }

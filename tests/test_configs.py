@@ -1,5 +1,6 @@
 """Every config builds, is closed, and its first step is finite."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from configs import adjacent, default, finetune_default, one_class, ood, recipes, transfer
+from jevb_jax import methods
 from jevb_jax.runs import checkpoints
-from jevb_jax.settings import run_config, saved_config
-from jevb_jax.training import experiment
+from jevb_jax.settings import read, run_config, saved_config
+from jevb_jax.training import experiment, from_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -159,11 +161,13 @@ def test_recipe_builds_its_own_method(name, method):
     built = experiment.build_experiment(config)
     assert built.config["method"] == method
     shapes = jax.eval_shape(built.initial_state)
-    assert ("head" in shapes.params) == (method not in ("vicreg", "barlow_twins"))
+    assert ("head" in shapes.params) == (method not in ("vicreg", "barlow_twins", "emp_ssl"))
     assert ("raw_radial_scale" in shapes.params) == (method == "jevb")
     assert (shapes.target_params is not None) == (method == "byol")
     is_normalized = "bn_out" in shapes.batch_stats["projector"]
-    assert is_normalized == (method in ("jevb", "simsiam", "vi_simsiam"))
+    assert is_normalized == (method in ("jevb", "simsiam", "vi_simsiam", "fastsiam"))
+    num_views = {"fastsiam": 4, "emp_ssl": 20}.get(method, 2)
+    assert len(built.view_augmentations) == num_views
     with pytest.raises(ValueError, match="must be one of"):
         importlib.import_module(f"configs.{name}").get_config("moco")
 
@@ -178,6 +182,7 @@ def test_first_steps_of_every_method(method):
     config.augmentation.image_size = 16
     config.model.update({"backbone": "convnet", "width": 4, "projector_hidden_dims": (16,)})
     config.model.update({"embedding_dim": 16, "head_hidden_dim": 8})
+    config.augmentation.num_views = min(config.augmentation.num_views, 3)
     config.train.batch_size = 64
     config.optimizer.warmup_epochs = 0.0
     config.evaluation.knn_k = (5,)
@@ -199,7 +204,7 @@ def test_first_steps_of_every_method(method):
         ({"method": "moco"}, "method must be one of"),
         ({"method": "byol"}, "needs train.target_decay"),
         ({"method": "vicreg", "train.target_decay": 0.9}, "no target network"),
-        ({"method": "simsiam", "augmentation.num_small_crops": 2}, "ignore the small crops"),
+        ({"augmentation.num_views": 1}, "augmentation.num_views must be an integer of at least 2"),
     ],
 )
 def test_methods_that_do_not_fit_are_named(changes, message):
@@ -207,6 +212,27 @@ def test_methods_that_do_not_fit_are_named(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         experiment.build_experiment(config)
+
+
+def test_a_method_of_two_views_refuses_more(monkeypatch):
+    of_two = dataclasses.replace(methods.METHODS["simsiam"], takes_many_views=False)
+    monkeypatch.setitem(methods.METHODS, "simsiam", of_two)
+    for name in ("num_views", "num_small_crops"):
+        config: Any = importlib.import_module("configs.digits").get_config()
+        config.update_from_flattened_dict({"method": "simsiam", f"augmentation.{name}": 3})
+        with pytest.raises(ValueError, match=f"ignore all but two views.*{name} = 3"):
+            experiment.build_experiment(config)
+
+
+def test_views_alternate_between_the_two_probabilities():
+    config: Any = importlib.import_module("configs.digits").get_config()
+    config.augmentation.update(
+        {"num_views": 5, "num_small_crops": 2, "blur_probability": (0.1, 0.7)}
+    )
+    settings = read.run_settings(experiment.to_json_values(config))
+    views = from_settings.view_augmentations(settings.augmentation)
+    assert [view.blur_probability for view in views] == [0.1, 0.7, 0.1, 0.7, 0.1, 0.1, 0.1]
+    assert [view.size == views[0].size for view in views] == [True] * 5 + [False] * 2
 
 
 def test_workdir_without_a_run(tmp_path):

@@ -43,7 +43,13 @@ ALL: dict[str, tuple[Any, str]] = {
         functools.partial(methods.barlow_twins, redundancy_weight=0.1, loss_weight=1.0),
         "none",
     ),
+    "fastsiam": (methods.fastsiam, "vector"),
+    "emp_ssl": (
+        functools.partial(methods.emp_ssl, invariance_weight=2.0, squared_epsilon=0.2),
+        "none",
+    ),
 }
+PAIRED = ("jevb", "simsiam", "byol", "vi_simsiam", "vicreg", "barlow_twins")
 
 
 def view(seed: int, head: str = "posterior", *, untied: bool = False) -> ViewOutputs:
@@ -172,6 +178,7 @@ def test_jevb_scale_of_the_likelihood_can_be_its_own(fixed_scale):
     )
 
 
+@pytest.mark.slow
 def test_multi_view_elbo_is_symmetric_plus_small_crops():
     views = [view(seed) for seed in (1, 2, 3)]
     keywords: Any = {"step": 0, "radial_scale": jnp.asarray(0.5), "settings": SETTINGS}
@@ -192,6 +199,65 @@ def test_multi_view_elbo_is_symmetric_plus_small_crops():
     moved = [*views[:2], views[2]._replace(embedding=-views[2].embedding)]
     again = methods.multi_view_elbo(KEYS, moved, moved[:2], **keywords)
     np.testing.assert_array_equal(again.elbo, three.elbo)
+
+
+def loss_of_pair(name: str, source: Any, target: Any, number: int) -> Any:
+    """The loss of one source and one target, by the pure functions."""
+    p, t = source.prediction, target.embedding
+    if name == "simsiam":
+        return baselines.simsiam_loss(p, p, t, t).loss
+    if name == "byol":
+        return baselines.byol_loss(p, p, t, t).loss
+    if name == "vi_simsiam":
+        return baselines.vi_simsiam_loss(*p, *p, t, t).loss
+    if name == "vicreg":
+        terms = baselines.vicreg_loss(
+            source.embedding, t, invariance_weight=2, variance_weight=3, covariance_weight=5
+        )
+        return terms.loss
+    if name == "barlow_twins":
+        return baselines.barlow_twins_loss(source.embedding, t, redundancy_weight=0.1).loss
+    keys = jax.vmap(jax.random.fold_in, (0, None))(KEYS, number)
+    posterior = (source.posterior_mean, source.posterior_scale)
+    return -objective.conditional_elbo(keys, t, *posterior, SETTINGS.likelihood).elbo / DIM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRED)
+def test_many_views_are_the_mean_over_pairs(name):
+    head = ALL[name][1]
+    full, crop = [view(seed, head) for seed in (1, 2, 3)], view(4, head)
+    targets = full if head == "none" else [view(seed, head) for seed in (5, 6, 7)]
+    found = run(name, [*full, crop], targets).loss
+    # Pairs by hand; the crop's come first in the numbers of their keys.
+    sources = {
+        0: (full[0], (1, 2)),
+        1: (full[1], (0, 2)),
+        2: (full[2], (0, 1)),
+        3: (crop, (0, 1, 2)),
+    }
+    first = {0: 7, 1: 11, 2: 15, 3: 3}
+    losses = [
+        loss_of_pair(name, source, targets[t], first[s] + t)
+        for s, (source, others) in sources.items()
+        for t in others
+        if name != "jevb" or {s, t} != {0, 1}
+    ]
+    if name == "jevb":  # the first two views are a symmetric bound, with keys of its own
+        views = [
+            objective.View(t.embedding, v.posterior_mean, v.posterior_scale)
+            for v, t in zip(full[:2], targets[:2], strict=True)
+        ]
+        both = objective.symmetric_elbo(KEYS, *views, likelihood=SETTINGS.likelihood)
+        losses += [-both.elbo / DIM] * 2
+    assert len(losses) == 9
+    np.testing.assert_allclose(found, np.mean(np.stack(losses), axis=0), rtol=2e-5, atol=1e-6)
+
+
+def test_fastsiam_of_two_views_is_simsiam():
+    views, targets = ([view(seed, "vector") for seed in seeds] for seeds in ((1, 2), (3, 4)))
+    simsiam = run("simsiam", views, targets)
+    np.testing.assert_allclose(run("fastsiam", views, targets).loss, simsiam.loss, rtol=1e-5)
 
 
 def test_kl_warmup():

@@ -355,8 +355,9 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
         ({}, 4, 49),  # means and variances of both views, forward and backward
         ({"train.bn_group_size": 8}, 2, 20),  # of both views, to average the running ones
         ({"train.num_micro_batches": 4}, 4, 41),
+        ({"augmentation.num_views": 3}, 6, 49),  # of three views, in one batch
     ],
-    ids=["global", "grouped", "micro-batches"],
+    ids=["global", "grouped", "micro-batches", "many views"],
 )
 def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
     changes, num_statistics, most, optimized

@@ -448,10 +448,27 @@ def multi_view(
     Returns:
       One `[batch, size, size, c]` float32 for each view.
     """
-    return tuple(
-        augment(jax.vmap(jax.random.fold_in, (0, None))(keys, index), images, augmentation)
-        for index, augmentation in enumerate(augmentations)
-    )
+    views: dict[int, Array] = {}
+    for augmentation, alike in _alike(augmentations).items():
+        if len(alike) <= 2:
+            for index in alike:
+                own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+                views[index] = augment(own_keys, images, augmentation)
+            continue
+        # One program for all of them: it compiles as fast as one view.
+        fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        of_image = jax.vmap(jax.vmap(augmentation, (0, None)))
+        joint = of_image(fold_in(keys, jnp.asarray(alike)), jnp.asarray(images))
+        views |= {index: joint[:, number] for number, index in enumerate(alike)}
+    return tuple(views[index] for index in range(len(augmentations)))
+
+
+def _alike(augmentations: Sequence[ViewAugmentation]) -> dict[ViewAugmentation, list[int]]:
+    """The numbers of the views that each augmentation makes."""
+    found: dict[ViewAugmentation, list[int]] = {}
+    for index, augmentation in enumerate(augmentations):
+        found.setdefault(augmentation, []).append(index)
+    return found
 
 
 def visible_views(

@@ -11,6 +11,8 @@ in JAX; `fused=False` leaves differentiation to JAX.
 """
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -207,3 +209,46 @@ class BatchNorm(nn.Module):
 
     def _updated(self, old: Array, new: Array) -> Array:
         return self.momentum * old + (1 - self.momentum) * new
+
+
+def each_view_alone(num_views: int) -> AbstractContextManager[None]:
+    """In this context, BatchNorm normalizes each view of a joint batch by itself, for training.
+
+    It holds for every BatchNorm module, ours and Flax's, that is called with the statistics of the
+    batch. All other layers treat examples one by one, so a joint pass equals a pass of each view.
+    Running statistics take up view after view, as the passes do.
+
+    Only BatchNorm is mapped over views. If the whole network were, JAX would put the views of a
+    convolution before its examples, and XLA would gather a batch that lies on several devices.
+
+    Args:
+      num_views: the batch has all views of the first example, then those of the second, and so on.
+    """
+
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        module = context.module
+        is_batch_norm = isinstance(module, BatchNorm | nn.BatchNorm)
+        is_one_view = not isinstance(module.parent, nn.Module)  # the call of `alone`, below
+        if not is_batch_norm or is_one_view or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        alone = module.clone(parent=None)
+        params = {"params": module.variables["params"]} if "params" in module.variables else {}
+        running = module.variables["batch_stats"]
+        zeros = jax.tree.map(jnp.zeros_like, running)
+
+        def one_view(*arrays: Array) -> Any:
+            return alone.apply(
+                {**params, "batch_stats": zeros}, *arrays, **kwargs, mutable=["batch_stats"]
+            )
+
+        views = [array.reshape(-1, num_views, *array.shape[1:]) for array in args]
+        y, updated = jax.vmap(one_view, in_axes=1, out_axes=(1, 0))(*views)
+        for name, old in running.items():
+            for share in updated["batch_stats"][name]:  # (1 - momentum) times a view's statistic
+                old = module.momentum * old + share
+            module.put_variable("batch_stats", name, old)
+        return y.reshape(args[0].shape)
+
+    return nn.intercept_methods(intercept)

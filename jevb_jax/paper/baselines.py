@@ -1,7 +1,7 @@
-"""Losses of five other methods as published, each as named terms with a `loss`.
+"""Losses of seven other methods as published, each as named terms with a `loss`.
 
 The gradient of targets is stopped here. Terms are `[batch]` if the method has a loss for each
-example; VICReg and Barlow Twins couple the examples of a batch. Results are float32 or float64.
+example; VICReg, Barlow Twins and EMP-SSL couple the examples of a batch. Results are float32 or float64.
 Equation numbers are those of `docs/mathematics.md`.
 """
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
@@ -117,6 +118,40 @@ class BarlowTwinsTerms(NamedTuple):
     def loss(self) -> Float[Array, ""]:
         """Weighted sum, to be minimized."""
         return self.invariance + self.redundancy_weight * self.redundancy
+
+
+class FastSiamTerms(NamedTuple):
+    """Cosine similarities of each view, in [-1, 1].
+
+    Attributes:
+      similarity: between the prediction from a view and the mean target of the other views.
+    """
+
+    similarity: Float[Array, "views batch"]
+
+    @property
+    def loss(self) -> Float[Array, " batch"]:
+        """Negative mean similarity over views, to be minimized."""
+        return -jnp.mean(self.similarity, axis=0)
+
+
+class EmpSslTerms(NamedTuple):
+    """Terms of EMP-SSL, without the weight; both grow as the loss falls.
+
+    Attributes:
+      similarity: cosine between a crop and the mean over crops, mean over crops.
+      coding_rate: nats for the directions of a batch, mean over crops.
+      invariance_weight: weight of `similarity` in the loss.
+    """
+
+    similarity: Float[Array, " batch"]
+    coding_rate: Float[Array, ""]
+    invariance_weight: float
+
+    @property
+    def loss(self) -> Float[Array, ""]:
+        """Negative weighted sum, to be minimized."""
+        return -self.invariance_weight * jnp.mean(self.similarity) - self.coding_rate
 
 
 def _matrices(
@@ -334,3 +369,69 @@ def barlow_twins_loss(
 def _off_diagonal_squares(matrix: Array) -> Array:
     """Sum of squares off the diagonal. A difference of two sums could become negative."""
     return jnp.sum(jnp.square(matrix) * (1 - jnp.eye(matrix.shape[0], dtype=matrix.dtype)))
+
+
+def fastsiam_loss(
+    predictions: Real[ArrayLike, "views batch D"], targets: Real[ArrayLike, "full batch D"]
+) -> FastSiamTerms:
+    """FastSiam's negative cosine to a mean target (docs eq. 37; Pototzky et al. 2022).
+
+    The target of a view is the mean of the other views' embeddings, which are not normalized
+    before it. With two views, this is SimSiam.
+
+    Args:
+      predictions: outputs of the predictor for the full views, in the order of `targets`, then for
+        small crops. The target of a crop is the mean over all full views.
+      targets: embeddings of the full views, at least two. Their gradients are stopped.
+
+    Raises:
+      ValueError: shapes do not fit, or there are fewer than two targets.
+    """
+    p, t = sphere.at_least_float32(predictions, targets)
+    if p.ndim != 3 or t.ndim != 3 or p.shape[1:] != t.shape[1:] or not 2 <= len(t) <= len(p):
+        raise ValueError(
+            "fastsiam_loss needs predictions [views, batch, D] and targets [full, batch, D] with "
+            f"2 <= full <= views, got {p.shape} and {t.shape}"
+        )
+    is_other = ~np.eye(len(p), len(t), dtype=bool)
+    share = jnp.asarray(is_other / is_other.sum(axis=1, keepdims=True), t.dtype)
+    mean = jnp.einsum("vt,tbd->vbd", share, t, precision=jax.lax.Precision.HIGHEST)
+    return FastSiamTerms(jnp.sum(_unit(p) * _unit_target(mean), axis=-1))
+
+
+def emp_ssl_loss(
+    embeddings: Real[ArrayLike, "crops batch D"],
+    *,
+    invariance_weight: float = 200.0,
+    squared_epsilon: float = 0.2,
+) -> EmpSslTerms:
+    """EMP-SSL (docs eq. 38; Tong et al. 2023, arXiv 2304.03977), as in the official code.
+
+    Args:
+      embeddings: of all crops; they are normalized here. No gradient is stopped.
+      invariance_weight: weight of the similarity to the mean over crops.
+      squared_epsilon: squared distortion of the coding rate. The official code calls it `eps`.
+
+    Raises:
+      ValueError: not three axes, fewer than two crops, a known weight that is negative or not
+        finite, or a `squared_epsilon` that is not positive.
+    """
+    (z,) = sphere.at_least_float32(embeddings)
+    if z.ndim != 3 or len(z) < 2:
+        raise ValueError(
+            f"embeddings must be [crops, batch, D] with 2 crops or more, got {z.shape}"
+        )
+    domain.weight("invariance_weight", invariance_weight)
+    (squared,) = sphere.at_least_float32(squared_epsilon)
+    squared = domain.positive("squared_epsilon", squared_epsilon, squared).astype(z.dtype)
+    z = _unit(z)
+    similarity = jnp.sum(z * _unit(jnp.mean(z, axis=0))[None], axis=-1)
+    batch, dim = z.shape[1:]
+    transposed = jnp.swapaxes(z, 1, 2)
+    # det(I + a Z^T Z) = det(I + a Z Z^T) (Sylvester): take the smaller of the two matrices.
+    gram = _matmul(z, transposed) if batch < dim else _matmul(transposed, z)
+    matrix = jnp.eye(gram.shape[-1], dtype=z.dtype)[None] + dim / batch / squared * gram
+    factor = jnp.linalg.cholesky(matrix)
+    # Half the log-determinant is the sum of the logarithms of the factor's diagonal.
+    rate = jnp.sum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=-1)
+    return EmpSslTerms(jnp.mean(similarity, axis=0), jnp.mean(rate), invariance_weight)

@@ -286,11 +286,11 @@ def _method_misfits(settings: RunSettings) -> list[str]:
     """Settings that the method needs or would ignore."""
     problems = []
     name, method, train = settings.method, METHODS[settings.method], settings.train
-    num_small_crops = settings.augmentation.num_small_crops
-    if not method.takes_small_crops and num_small_crops:
+    views = settings.augmentation
+    if not method.takes_many_views and (views.num_views > 2 or views.num_small_crops):
         problems.append(
-            f"augmentation.num_small_crops = {num_small_crops} needs method jevb: {name} "
-            "would ignore the small crops; set it to 0"
+            f"{name} would ignore all but two views: set augmentation.num_views = "
+            f"{views.num_views} to 2 and augmentation.num_small_crops = {views.num_small_crops} to 0"
         )
     if method.head != "posterior" and train.health_pairs:
         problems.append(f"train.health_pairs needs method jevb, got {name}: set it to False")

@@ -14,17 +14,21 @@ _VERSION_KEY = "version"
 # Settings added after the first runs, with the values that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
     "data": {"max_image_pixels": pictures.MAX_PIXELS, "inlier_classes": []},  # as in JSON
+    "augmentation": {"num_views": 2},
     "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0},
-    "train": {"extend": False, "knn_every_epochs": 0},
+    "train": {"extend": False, "knn_every_epochs": 0, "bn_over_views": False},
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
     # The old runs saved none. If one is evaluated again, it gets them.
     "checkpoint": {"fitted_megabytes": 100},
 }
 # The same for whole sections that were added later.
-_SECTIONS_BEFORE: dict[str, dict[str, Any]] = {"init": {"workdir": "", "step": -1}}
+_SECTIONS_BEFORE: dict[str, dict[str, Any]] = {
+    "init": {"workdir": "", "step": -1},
+    "emp_ssl": {"invariance_weight": 200.0, "squared_epsilon": 0.2},
+}
 
 # The same for fine-tunes, which held all images in memory and saved nothing before their end.
 _FINETUNE_BEFORE: dict[str, dict[str, Any]] = {

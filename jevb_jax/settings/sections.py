@@ -111,6 +111,7 @@ class AugmentationSection:
     blur_kernel_size: Annotated[int, odd_or_zero(note="0 = about a tenth of the image")]
     solarize_probability: Pair
     solarize_threshold: Annotated[float, number(0, 1)]
+    num_views: Annotated[int, integer(2)]
     num_small_crops: Annotated[int, integer(0)]
     small_crop_size: Annotated[int, integer(1)]
     small_crop_scale: Annotated[tuple[float, float], interval(0, 1)]
@@ -190,6 +191,14 @@ class BarlowTwinsSection:
 
 
 @dataclass(frozen=True)
+class EmpSslSection:
+    """The objective of EMP-SSL."""
+
+    invariance_weight: Weight
+    squared_epsilon: Annotated[float, number(0, low_open=True)]
+
+
+@dataclass(frozen=True)
 class OptimizerSection:
     """The optimizer and the learning rate."""
 
@@ -213,6 +222,7 @@ class TrainSection:
     num_epochs: Annotated[float, number(0, low_open=True)]
     extend: Flag
     num_micro_batches: Annotated[int, integer(1)]
+    bn_over_views: Flag
     bn_group_size: Annotated[int, integer(0, note="0 = the global batch")]
     ema_decay: Annotated[float, number(0, 1, high_open=True, note="0 = off")]
     target_decay: Annotated[float, number(0, 1, high_open=True, note="0 = none")]
@@ -286,6 +296,7 @@ class RunSettings:
     jevb: JevbSection
     vicreg: VicregSection
     barlow_twins: BarlowTwinsSection
+    emp_ssl: EmpSslSection
     optimizer: OptimizerSection
     train: TrainSection
     checkpoint: CheckpointSection

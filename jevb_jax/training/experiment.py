@@ -33,7 +33,7 @@ class Experiment:
       model: networks.
       optimizer: with the learning rate of `schedule`.
       schedule: learning rate by step.
-      view_augmentations: for view 1, view 2 and the small crops.
+      view_augmentations: for the full views, then the small crops.
       method: the loss, a function of the views' outputs.
       jevb_settings: of JEVB's objective; other methods do not read them.
       steps_per_epoch: whole batches in the training split.
@@ -91,7 +91,9 @@ class Experiment:
             optimizer=self.optimizer,
             view_augmentations=self.view_augmentations,
             method=self.method,
+            num_full_views=self.settings.augmentation.num_views,
             num_micro_batches=self.settings.train.num_micro_batches,
+            bn_over_views=self.settings.train.bn_over_views,
             bn_group_size=self.settings.train.bn_group_size,
             ema_decay=self.settings.train.ema_decay,
             target_decay=functools.partial(

@@ -29,7 +29,9 @@ def make_network(settings: RunSettings) -> JointEmbeddingModel:
 
 
 def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, ...]:
-    """Two full views and the small crops, each with its own probabilities of blur and solarization.
+    """The full views and the small crops, each with its own probabilities of blur and solarization.
+
+    Views 1, 3, 5 and so on have the first probability of a pair, views 2, 4, 6 and so on the second.
 
     Returns:
       One for each view.
@@ -39,7 +41,7 @@ def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, 
     """
     own = {field.name for field in dataclasses.fields(ViewAugmentation)}
     shared = {name: value for name, value in vars(section).items() if name in own}
-    full = tuple(
+    pair = tuple(
         ViewAugmentation(
             **shared
             | {
@@ -52,6 +54,7 @@ def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, 
             section.blur_probability, section.solarize_probability, strict=True
         )
     )
+    full = tuple(pair[index % 2] for index in range(section.num_views))
     small = dataclasses.replace(
         full[0], size=section.small_crop_size, crop_scale=section.small_crop_scale
     )

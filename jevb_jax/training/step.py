@@ -1,5 +1,6 @@
 """One step of training: state in, state out."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jevb_jax import parallel
 from jevb_jax.images import augmentations
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.methods import Loss
+from jevb_jax.networks.batch_norm import each_view_alone
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.training import health
 from jevb_jax.xla_options import alone_on_a_cpu, jit_once, network_options
@@ -127,9 +129,10 @@ def apply_views(
     views: Sequence[Array],
     *,
     train: bool,
+    bn_over_views: bool = False,
     bn_group_size: int = 0,
 ) -> tuple[list[ViewOutputs], Any]:
-    """Runs each view through the networks in turn, so BatchNorm normalizes each view by itself.
+    """Runs views through the networks, those of one size together.
 
     Args:
       model: networks.
@@ -137,6 +140,7 @@ def apply_views(
       batch_stats: running statistics.
       views: each `[batch, h, w, c]`, normalized.
       train: batch statistics (and their running update) or running ones.
+      bn_over_views: whether BatchNorm normalizes all views of one size together, or each by itself.
       bn_group_size: how many consecutive examples BatchNorm normalizes together in training; 0 is all.
         Running statistics use the average of the groups' means and variances.
 
@@ -147,26 +151,60 @@ def apply_views(
       ValueError: groups of one example, or that do not divide the batch.
     """
 
-    def apply_group(batch_stats: Any, group: Array) -> Any:
+    def apply_group(num_views: int, batch_stats: Any, group: Array) -> Any:
         variables = {"params": params, "batch_stats": batch_stats}
-        return model.apply(variables, group, train=True, mutable=["batch_stats"])
+        is_apart = num_views > 1 and not bn_over_views
+        with each_view_alone(num_views) if is_apart else contextlib.nullcontext():
+            return model.apply(variables, group, train=True, mutable=["batch_stats"])
 
-    outputs = []
-    for view in views:
+    def apply_batch(num_views: int, batch_stats: Any, batch: Array) -> tuple[Any, Any]:
         if not train:
             variables = {"params": params, "batch_stats": batch_stats}
-            outputs.append(model.apply(variables, view, train=False))
-        elif bn_group_size == 0:
-            output, updated = apply_group(batch_stats, view)
-            outputs.append(output)
-            batch_stats = updated["batch_stats"]
-        else:
-            check_bn_group_size(bn_group_size, view.shape[0])
-            groups = view.reshape(-1, bn_group_size, *view.shape[1:])
-            output, updated = jax.vmap(apply_group, in_axes=(None, 0))(batch_stats, groups)
-            outputs.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output))
-            batch_stats = jax.tree.map(lambda x: x.mean(axis=0), updated["batch_stats"])
-    return outputs, batch_stats
+            return model.apply(variables, batch, train=False), batch_stats
+        apply = functools.partial(apply_group, num_views)
+        if bn_group_size == 0:
+            output, updated = apply(batch_stats, batch)
+            return output, updated["batch_stats"]
+        check_bn_group_size(bn_group_size, batch.shape[0] // num_views)
+        groups = batch.reshape(-1, bn_group_size * num_views, *batch.shape[1:])
+        output, updated = jax.vmap(apply, in_axes=(None, 0))(batch_stats, groups)
+        output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+        return output, jax.tree.map(lambda x: x.mean(axis=0), updated["batch_stats"])
+
+    outputs: dict[int, ViewOutputs] = {}
+    for members in _passes(views, bn_over_views=bn_over_views):
+        if len(members) == 1:
+            outputs[members[0]], batch_stats = apply_batch(1, batch_stats, views[members[0]])
+            continue
+        # Example after example, each with all its views: so a batch stays spread over the devices.
+        joint = jnp.stack([views[index] for index in members], axis=1)
+        joint = joint.reshape(-1, *joint.shape[2:])
+        output, batch_stats = apply_batch(len(members), batch_stats, joint)
+        for number, index in enumerate(members):
+            start = functools.partial(_every, len(members), number)
+            outputs[index] = jax.tree.map(start, output)
+    return [outputs[index] for index in range(len(views))], batch_stats
+
+
+def _every(count: int, number: int, x: Array) -> Array:
+    """View `number` of a joint batch of `count` views."""
+    return x.reshape(-1, count, *x.shape[1:])[:, number]
+
+
+def _passes(views: Sequence[Array], *, bn_over_views: bool) -> list[list[int]]:
+    """Which views go through the networks together, by their indices.
+
+    Two views that BatchNorm takes apart keep a pass each: their program is that of older versions,
+    so old runs continue with the same bits.
+    """
+    of_size: dict[tuple[int, ...], list[int]] = {}
+    for index, view in enumerate(views):
+        of_size.setdefault(view.shape, []).append(index)
+    passes = []
+    for members in of_size.values():
+        is_joint = bn_over_views or len(members) > 2
+        passes += [members] if is_joint else [[index] for index in members]
+    return passes
 
 
 def check_bn_group_size(bn_group_size: int, num_examples: int) -> None:
@@ -191,7 +229,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     view_augmentations: Sequence[ViewAugmentation],
     method: Loss,
+    num_full_views: int = 2,
     num_micro_batches: int = 1,
+    bn_over_views: bool = False,
     bn_group_size: int = 0,
     ema_decay: float = 0.0,
     target_decay: Callable[[Array], Array] | None = None,
@@ -205,10 +245,12 @@ def train_step(
       key: the run's key; the step folds in its own number.
       model: networks.
       optimizer: as in `init_state`.
-      view_augmentations: what makes view 1, view 2 and, where there are any, small crops.
+      view_augmentations: what makes the full views and, where there are any, small crops.
       method: see `jevb_jax.methods`.
+      num_full_views: so many of the first views are targets.
       num_micro_batches: the batch is cut into so many equal parts, and their gradients are averaged.
         BatchNorm sees one part at a time.
+      bn_over_views: whether BatchNorm takes the views of one size together, see `apply_views`.
       bn_group_size: examples that BatchNorm takes together, see `apply_views`; 0 is all of a part.
       ema_decay: what the parameters' average keeps, if the state has one.
       target_decay: step -> decay of the target network, if the state has one.
@@ -219,7 +261,11 @@ def train_step(
     """
     batch_size = images.shape[0]
     apply = functools.partial(
-        apply_views, model, train=use_batch_statistics, bn_group_size=bn_group_size
+        apply_views,
+        model,
+        train=use_batch_statistics,
+        bn_over_views=bn_over_views,
+        bn_group_size=bn_group_size,
     )
     example_keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
     purpose_keys = jax.vmap(functools.partial(jax.random.split, num=2))(example_keys)
@@ -233,12 +279,12 @@ def train_step(
 
     def loss_fn(params: Any, batch_stats: Any, images: Array, keys: Array) -> tuple[Array, Any]:
         views = augmentations.multi_view(keys[:, 0], images, view_augmentations)
-        targets = target_outputs(batch_stats, views[:2])
+        targets = target_outputs(batch_stats, views[:num_full_views])
         outputs, batch_stats = apply(params, batch_stats, views)
         output = method(
             keys[:, 1],
             outputs,
-            outputs[:2] if targets is None else targets,
+            outputs[:num_full_views] if targets is None else targets,
             step=state.step,
             radial_scale=_radial_scale(model, params),
         )

@@ -682,3 +682,20 @@ def test_visible_views_are_the_views_before_they_are_normalized():
     )
     assert np.abs(first - second).max() > 0.1
     assert 0 <= first.min() < first.max() <= 1
+
+
+@pytest.mark.slow
+def test_many_views_of_one_kind_are_the_views_one_by_one():
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    first = ViewAugmentation(
+        size=8, mean=(0.0,) * 3, std=(1.0,) * 3, jitter_probability=0.0, grayscale_probability=0.5
+    )
+    second = dataclasses.replace(first, solarize_probability=0.5)
+    kinds = (first, second, first, second, first, dataclasses.replace(first, size=4))
+    keys = jax.random.split(jax.random.key(3), 3)
+    found = jax.jit(lambda k, i: augmentations.multi_view(k, i, kinds))(keys, images)
+    for index, kind in enumerate(kinds):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        np.testing.assert_allclose(
+            found[index], augmentations.augment(own, images, kind), atol=1e-5, err_msg=str(index)
+        )

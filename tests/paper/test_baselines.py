@@ -90,6 +90,26 @@ def barlow_oracle(e1, e2, weight=0.0051):
     return total
 
 
+def fastsiam_oracle(predictions, targets):
+    total = 0.0
+    for v, p in enumerate(predictions):
+        others = [np.asarray(t, np.float64) for w, t in enumerate(targets) if w != v]
+        total = total - (unit(p) * unit(sum(others) / len(others))).sum(-1)
+    return total / len(predictions)
+
+
+def emp_ssl_oracle(embeddings, weight=200.0, squared_epsilon=0.2):
+    """Eigenvalues of the D x D matrix, whatever its size."""
+    z = unit(embeddings)
+    batch, dim = z.shape[1:]
+    cosine = (z * unit(z.mean(0))).sum(-1).mean()
+    rates = [
+        np.log1p(np.maximum(dim / (batch * squared_epsilon) * np.linalg.eigvalsh(c.T @ c), 0)).sum()
+        for c in z
+    ]
+    return -weight * cosine - np.mean(rates) / 2
+
+
 ORACLES: dict[str, Any] = {
     "simsiam": simsiam_oracle,
     "byol": byol_oracle,
@@ -135,6 +155,65 @@ def test_gradients_equal_central_differences_of_the_oracles(name):
             difference = np.sum(ORACLES[name](*(x + step))) - np.sum(ORACLES[name](*(x - step)))
             expected[place] = difference / 2e-5
         np.testing.assert_allclose(found[index], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("views", "full"), [(2, 2), (4, 4), (5, 3)])
+def test_fastsiam_is_the_oracle(views, full):
+    p, t = normal(4, views, 6, 5), normal(5, full, 6, 5)
+    found = baselines.fastsiam_loss(p, t)
+    assert found.similarity.shape == (views, 6)
+    np.testing.assert_allclose(found.loss, fastsiam_oracle(p, t), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "dim"), [(3, 7), (7, 3), (4, 4)])
+def test_emp_ssl_is_the_oracle(batch, dim):
+    z = normal(6, 3, batch, dim)
+    found = baselines.emp_ssl_loss(z, invariance_weight=2.0)
+    assert found.similarity.shape == (batch,)
+    np.testing.assert_allclose(found.loss, emp_ssl_oracle(z, 2.0), rtol=1e-5)
+    # Directions alone count, and so does the squared distortion.
+    scaled = baselines.emp_ssl_loss(30 * z, invariance_weight=2.0, squared_epsilon=0.5)
+    np.testing.assert_allclose(scaled.loss, emp_ssl_oracle(z, 2.0, 0.5), rtol=1e-5)
+    default = baselines.emp_ssl_loss(z)
+    np.testing.assert_allclose(default.loss, emp_ssl_oracle(z), rtol=1e-5)
+
+
+def central_differences(function: Any, x: Any) -> np.ndarray:
+    found = np.zeros(x.shape)
+    for place in np.ndindex(*x.shape):
+        step = np.zeros(x.shape)
+        step[place] = 1e-5
+        found[place] = np.sum(function(x + step)) - np.sum(function(x - step))
+    return found / 2e-5
+
+
+@pytest.mark.slow
+def test_gradients_of_many_views_equal_central_differences():
+    p, t = normal(7, 3, 4, 3), normal(8, 2, 4, 3)
+    loss = jax.grad(lambda p, t: jnp.sum(baselines.fastsiam_loss(p, t).loss), argnums=(0, 1))
+    of_predictions, of_targets = loss(p, t)
+    expected = central_differences(lambda p: fastsiam_oracle(p, t), p)
+    np.testing.assert_allclose(of_predictions, expected, rtol=1e-3, atol=1e-4)
+    assert np.all(np.asarray(of_targets) == 0)
+    for shape in ((2, 3, 4), (2, 4, 3)):
+        z = normal(9, *shape)
+        found = jax.grad(lambda z: baselines.emp_ssl_loss(z, invariance_weight=2.0).loss)(z)
+        expected = central_differences(lambda z: emp_ssl_oracle(z, 2.0), z)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_stacks_of_views_that_do_not_fit_are_refused():
+    x = normal(0, 3, 4, 5)
+    for targets in (x[:1], x[:, 1:], x[0], normal(0, 4, 4, 5)):
+        with pytest.raises(ValueError, match="2 <= full <= views"):
+            baselines.fastsiam_loss(x, targets)
+    for crops in (x[:1], x[0]):
+        with pytest.raises(ValueError, match="2 crops or more"):
+            baselines.emp_ssl_loss(crops)
+    with pytest.raises(ValueError, match="squared_epsilon must be"):
+        baselines.emp_ssl_loss(x, squared_epsilon=0.0)
+    with pytest.raises(ValueError, match="invariance_weight must be at least zero"):
+        baselines.emp_ssl_loss(x, invariance_weight=-1.0)
 
 
 def test_vi_simsiam_is_the_power_spherical_log_likelihood():

@@ -20,6 +20,7 @@ from jevb_jax.paper.scores import UncertaintyTerms
 B, D = 3, 5
 VECTORS, NUMBERS, NUMBER = np.full((B, D), 0.5), np.ones(B), np.ones(())
 LIKELIHOOD = Likelihood(df=5.0, radial_df=NUMBERS, radial_scale=0.5)
+CROPS = np.random.default_rng(0).normal(size=(3, B, D))
 KEY = jax.random.key(0)
 VIEW = View(*(jnp.asarray(VECTORS),) * 3)
 VIEWS = View(*(jnp.full((2, B, D), 0.5),) * 3)
@@ -175,6 +176,11 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"embedding_1": VECTORS, "embedding_2": VECTORS},
         {"embedding_2": VECTORS[None]},
     ),
+    "baselines.fastsiam_loss": (
+        {"predictions": CROPS, "targets": CROPS[:2]},
+        {"targets": CROPS[:2, 1:]},
+    ),
+    "baselines.emp_ssl_loss": ({"embeddings": CROPS}, {"embeddings": VECTORS}),
     "baselines.barlow_twins_loss": (
         {"embedding_1": VECTORS, "embedding_2": VECTORS},
         {"embedding_2": VECTORS[1:]},

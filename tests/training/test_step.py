@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from jevb_jax import methods
 from jevb_jax.images import arrays
 from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.networks import batch_norm
 from jevb_jax.networks.joint import make_model
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.training import optimizers
@@ -202,6 +205,100 @@ def test_batch_norm_in_groups_is_the_network_on_each_group():
     assert largest_difference(batch_stats, expected) < 1e-6
     whole, _ = apply_views(model(), state.params, state.batch_stats, views, train=True)
     assert largest_difference(whole[0].embedding, outputs[0].embedding) > 0.01
+
+
+class TwoNorms(nn.Module):
+    """A layer and both kinds of BatchNorm, as small as an oracle in NumPy can be."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> dict[str, Any]:
+        dense = nn.Dense(3, name="dense")(x)
+        ours = batch_norm.BatchNorm(0.9, 1e-5, jnp.float32, relu=False, name="ours")
+        flax = nn.BatchNorm(not train, momentum=0.8, use_scale=False, name="flax")
+        return {"out": flax(jnp.square(ours(dense, train=train)))}
+
+
+def two_norms(weights: Any, stats: Any, batches: Any) -> Any:
+    """`TwoNorms` on batches one after another, each normalized by itself: NumPy, float64."""
+    stats, outputs = {name: dict(one) for name, one in stats.items()}, []
+    for batch in batches:
+        x = np.asarray(batch, np.float64) @ np.asarray(weights["dense"]["kernel"], np.float64)
+        for name, momentum in (("ours", 0.9), ("flax", 0.8)):
+            mean, var = x.mean(0), x.var(0)
+            for kind, new in (("mean", mean), ("var", var)):
+                stats[name][kind] = momentum * stats[name][kind] + (1 - momentum) * new
+            x = (x - mean) / np.sqrt(var + 1e-5)
+            x = x**2 if name == "ours" else x
+        outputs.append(x)
+    return outputs, stats
+
+
+@pytest.mark.parametrize("bn_over_views", [False, True])
+def test_views_of_one_size_in_one_batch_are_the_oracle(bn_over_views):
+    views = [np.random.default_rng(v).normal(v, 1 + v, (6, 4)).astype(np.float32) for v in range(4)]
+    network: Any = TwoNorms()
+    variables = network.init(jax.random.key(0), views[0], train=True)
+    params, stats = variables["params"], variables["batch_stats"]
+    expected, running = two_norms(
+        params, stats, [np.concatenate(views)] if bn_over_views else views
+    )
+    if bn_over_views:
+        expected = np.split(expected[0], 4)
+    calls = []
+
+    def apply(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments[1].shape)
+        return network.apply(*arguments, **keywords)
+
+    spied: Any = SimpleNamespace(apply=apply)
+    found: Any = apply_views(
+        spied, params, stats, jnp.asarray(views), train=True, bn_over_views=bn_over_views
+    )
+    assert calls == [(24, 4)]
+    for output, wanted in zip(found[0], expected, strict=True):
+        np.testing.assert_allclose(output["out"], wanted, atol=2e-5)
+    for name in ("ours", "flax"):
+        for kind, value in running[name].items():
+            np.testing.assert_allclose(found[1][name][kind], value, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_gradients_of_views_in_one_batch_are_those_of_a_pass_each():
+    views = [jax.random.normal(jax.random.key(v), (6, 4)) * (1 + v) for v in range(3)]
+    network: Any = TwoNorms()
+    variables = network.init(jax.random.key(0), views[0], train=True)
+
+    def total(params: Any, passes: Any) -> Any:
+        outputs: list[Any] = []
+        for one in passes:
+            outputs += apply_views(network, params, variables["batch_stats"], one, train=True)[0]
+        return sum(jnp.sum(jnp.sin(output["out"] + v)) for v, output in enumerate(outputs))
+
+    joint, apart = (
+        jax.grad(total)(variables["params"], passes) for passes in ([views], [[v] for v in views])
+    )
+    assert largest_difference(joint, apart) < 2e-5
+    assert largest_difference(joint, jax.tree.map(jnp.zeros_like, joint)) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bn_over_views", [False, True])
+def test_groups_of_many_views_have_all_views_of_their_examples(bn_over_views):
+    state = initial_state()
+    views = [jax.random.normal(jax.random.key(seed), (16, 8, 8, 1)) for seed in range(3)]
+    run = functools.partial(
+        apply_views,
+        model(),
+        state.params,
+        state.batch_stats,
+        train=True,
+        bn_over_views=bn_over_views,
+    )
+    grouped, _ = run(views, bn_group_size=8)
+    for part in (slice(0, 8), slice(8, 16)):
+        alone, _ = run([view[part] for view in views])
+        for one, other in zip(grouped, alone, strict=True):
+            np.testing.assert_allclose(one.embedding[part], other.embedding, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [-8, 1, 5, 64])
