@@ -135,7 +135,7 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
     path = tmp_path / "config.json"
     files.write_json_atomically(path, experiment.to_json_values(config))
     for argv in (["x", f"--config={path}", "--a"], ["x", "--config", str(path), "--a"]):
-        made = command_line._with_saved_config(argv, "config")
+        made = command_line._with_files(argv, "config")
         assert made[-1] == "--a"
         given = command_line._value(made, "config") or ""
         assert given == f"{ROOT}/configs/saved.py:{path}"
@@ -153,6 +153,10 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
     [
         ("no_such.py", "there is none at 'no_such.py'"),
         ("", "there is none at ''"),
+        ("no_such", "those of the package are cifar10, default, digits,"),
+        ("{tmp}/digits.py", "the package has one: --config=digits"),
+        ("smoke:byol", "takes no argument 'byol'"),
+        ("cifar10:moco", "must be one of"),
         ("{tmp}", "the config of that run is {tmp}/config.json"),
         ("{tmp}/config.json", "is not JSON, or damaged"),
         ("{tmp}/other.json", "holds no config of a run"),
@@ -167,11 +171,28 @@ def test_configs_that_cannot_be_read_are_one_message(tmp_path, given, message):
     (tmp_path / "other.json").write_text("[1]")
     (tmp_path / "empty.py").write_text("def get_config(): pass")
     places = {"tmp": tmp_path, "root": ROOT}
-    argv = command_line._with_saved_config(["x", f"--config={given.format(**places)}"], "config")
+    argv = command_line._with_files(["x", f"--config={given.format(**places)}"], "config")
     with pytest.raises(flags.Error) as error:
         command_line._load_config("config", command_line._value(argv, "config") or "")
     assert message.format(**places) in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+def test_names_of_configs_of_the_package_and_files_that_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, method in (("digits", "jevb"), ("cifar10:byol", "byol")):
+        file, _, argument = given.partition(":")
+        expected = f"{ROOT}/configs/{file}.py" + (f":{argument}" if argument else "")
+        assert command_line._with_files(["x", f"--config={given}"], "config")[1:] == [
+            f"--config={expected}"
+        ]
+        assert command_line._with_files(["x", "--config", given], "config")[-1] == expected
+        assert command_line._load_config("config", expected).method == method
+    (tmp_path / "digits").mkdir()  # a run of that name is no file
+    assert command_line._file("digits") == f"{ROOT}/configs/digits.py"
+    (tmp_path / "smoke").write_text("")
+    for given in ("smoke", "configs/smoke.py", "x.py:digits", "recipes", "digits.py", "../digits"):
+        assert command_line._file(given) == given
 
 
 def test_a_fault_in_a_config_file_is_not_hidden(tmp_path):
