@@ -220,7 +220,7 @@ def test_the_installed_wheel_trains_without_a_checkout(tmp_path):
     where = call(programs / "python", "-c", "import jevb_jax; print(jevb_jax.__file__)")
     assert Path(where.strip()).is_relative_to(folder)
     call(
-        programs / "jevb-train", "--config=smoke", "--workdir=run", "--config.train.num_epochs=1",
+        programs / "jevb-train", "--config=smoke", "--workdir=run", "--config.train.num_epochs=2",
         "--config.ood.corruptions=()", "--config.augmentation.jitter_probability=0.0",
     )  # fmt: skip
     assert (tmp_path / "run" / "report.html").is_file()
