@@ -129,24 +129,24 @@ def _detection(results: Mapping[str, Any]) -> list[str]:
     if not after:
         return []
     why = "chosen on other outside sets" if found["chosen_score"] else "the default score"
-    values = ", ".join(f"{value:.3f} on {group}" for group, value in after.items())
+    values = ", ".join(f"{group} {value:.3f}" for group, value in after.items())
     told = (
-        f"To find images unlike those of the training, use {score}, {why}: "
-        f"AUROC {values} (0.5 is chance)."
+        f"To find images unlike those of the training, use {score}, {why}. "
+        f"Its AUROC: {values} (0.5 is chance)."
     )
     useless = [group for group, value in after.items() if value <= _USELESS_AUROC]
     if len(useless) == len(after):
         told = (
             f"No score is advised: {score}, {why}, does not find images unlike those of the "
-            f"training, with AUROC {values} (0.5 is chance)."
+            f"training. Its AUROC: {values} (0.5 is chance)."
         )
     elif useless:
-        told += f" It is of no use on {', '.join(useless)}."
+        told += f" It is of no use against: {', '.join(useless)}."
     lower = [
-        f"{group} ({before[group]:.3f})" for group in after if before.get(group, 0) > after[group]
+        f"{group} {before[group]:.3f}" for group in after if before.get(group, 0) > after[group]
     ]
     if lower:
-        told += f" With the encoder before training it has more on {', '.join(lower)}."
+        told += f" With the encoder before training it had more: {', '.join(lower)}."
     told += " Another score may look better in the table, but choosing it there needs other images."
     return [told]
 

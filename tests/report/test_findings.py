@@ -103,23 +103,26 @@ def test_which_score_to_use():
     ]
     (sentence, _) = told(trained, ood=detection())
     assert sentence.startswith(
-        "To find images unlike those of the training, use jevb/mixture, the default score: AUROC "
-        "0.600 on near, 0.875 on far (0.5 is chance). Another score"
+        "To find images unlike those of the training, use jevb/mixture, the default score. "
+        "Its AUROC: near 0.600, far 0.875 (0.5 is chance). Another score"
     )
     assert "vim" not in sentence
     before = rows("jevb/mixture", auroc_near=0.7, auroc_far=0.8)
     (sentence, _) = told(trained, before, ood=detection())
-    assert " With the encoder before training it has more on near (0.700). " in sentence
+    assert " With the encoder before training it had more: near 0.700. " in sentence
     (sentence, _) = told(trained, before, ood=detection("probe/vim"))
-    assert "use probe/vim, chosen on other outside sets: AUROC 0.990 on near, 0.990 on" in sentence
+    assert (
+        "use probe/vim, chosen on other outside sets. Its AUROC: near 0.990, far 0.990 ("
+        in sentence
+    )
 
 
 @pytest.mark.parametrize("score", ["vi_simsiam/concentration", "embedding/mahalanobis"])
 def test_scores_of_other_methods_and_scores_that_find_nothing(score):
     ood = detection() | {"default_score": score}
     (sentence, _) = told(rows(score, auroc_near=0.55, auroc_far=0.9), ood=ood)
-    assert f"use {score}, the default score: " in sentence
-    assert " It is of no use on near. " in sentence
+    assert f"use {score}, the default score. " in sentence
+    assert " It is of no use against: near. " in sentence
     (sentence, _) = told(rows(score, auroc_near=0.5, auroc_far=0.2), ood=ood)
     assert sentence.startswith(f"No score is advised: {score}, the default score, does not find")
     assert told(rows("another", auroc_near=0.9), ood=ood) == ["No health alarm was raised."]
