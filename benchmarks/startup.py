@@ -22,7 +22,12 @@ from typing import Any
 from benchmarks import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ("import jax", "import jevb_jax", "from jevb_jax import commands", "import train")
+IMPORTS = (
+    "import jax",
+    "import jevb_jax",
+    "from jevb_jax import commands",
+    "from jevb_jax import scripts",
+)
 
 
 def import_seconds(statement: str) -> float:
@@ -112,7 +117,7 @@ def main() -> None:
             {"statement": name, "s": timing.median, "of JAX alone": timing.ratio_to(floor)}
             for name, timing in imports.items()
         ],
-        "Slowest modules of train.py": slowest_imports("import train", 10),
+        "Slowest modules of train.py": slowest_imports("from jevb_jax import scripts", 10),
         f"First step of {arguments.config}": [
             {"": name, "s": timing.median, "of no cache": timing.ratio_to(steps["no cache"])}
             for name, timing in steps.items()

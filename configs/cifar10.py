@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default, ood, recipes
+from jevb_jax.configs import default, ood, recipes
 
 
 def get_config(method: str = "jevb") -> ConfigDict:

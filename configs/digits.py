@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default
+from jevb_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import finetune_default
+from jevb_jax.configs import finetune_default
 
 
 def get_config(mode: str = "full") -> ConfigDict:

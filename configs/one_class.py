@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import cifar10, digits
+from jevb_jax.configs import cifar10, digits
 
 DATA_SETS = ("digits", "cifar10")
 

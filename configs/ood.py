@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default
+from jevb_jax.configs import default
 
 CORRUPTIONS = ("contrast", "crop", "gaussian_blur", "gaussian_noise", "patch_shuffle")
 CORRUPTIONS += ("pixelate", "rotation")

@@ -7,6 +7,7 @@ Probability, and the functions that load a trained model, because they import Fl
 
 from typing import TYPE_CHECKING
 
+from jevb_jax import extras
 from jevb_jax.paper.densities import (
     directional_log_prob,
     gaussian_kl_divergence,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         gaussian_prior,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Detector",
@@ -78,24 +79,25 @@ _LOADING_NAMES = ("load", "load_detector")
 
 
 def __getattr__(name: str) -> object:
-    if name in _DISTRAX_NAMES:
-        from jevb_jax.paper import distrax_faces
+    with extras.explained():
+        if name in _DISTRAX_NAMES:
+            from jevb_jax.paper import distrax_faces
 
-        return getattr(distrax_faces, name)
-    if name == "wrap":
-        from jevb_jax.any_encoder import wrap
+            return getattr(distrax_faces, name)
+        if name == "wrap":
+            from jevb_jax.any_encoder import wrap
 
-        return wrap
-    if name == "Model":
-        from jevb_jax.model import Model
+            return wrap
+        if name == "Model":
+            from jevb_jax.model import Model
 
-        return Model
-    if name == "Detector":
-        from jevb_jax.detector import Detector
+            return Model
+        if name == "Detector":
+            from jevb_jax.detector import Detector
 
-        return Detector
-    if name in _LOADING_NAMES:
-        from jevb_jax import loading
+            return Detector
+        if name in _LOADING_NAMES:
+            from jevb_jax import loading
 
-        return getattr(loading, name)
+            return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

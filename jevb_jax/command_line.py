@@ -1,7 +1,7 @@
 """Common parts of the scripts: flags of several processes, and short messages for users' errors.
 
-Only scripts may import this, because the import defines flags. The command line is read by
-`app.run(main, flags_parser=parse_flags)`; a mistake in it gives one message and exit status 2.
+Only scripts may import this, because the import defines flags. A script defines its own flags and
+calls `start`; a mistake in the command line gives one message and exit status 2.
 """
 
 import difflib
@@ -14,8 +14,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
@@ -36,9 +37,26 @@ _HEARTBEAT = flags.DEFINE_integer(
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
 USAGE_STATUS = 2
-# Reads a saved `config.json` as a config file.
-_SAVED = Path(__file__).resolve().parent.parent / "configs" / "saved.py"
+# In a checkout this is a link to the folder `configs` beside the package.
+_CONFIGS = (Path(__file__).parent / "configs").resolve()
+_SAVED = _CONFIGS / "saved.py"  # reads a saved `config.json` as a config file
 _MODULE = "_config_of_the_command_line"
+
+
+def start(script: Callable[[], None], work: Callable[[], object]) -> NoReturn:
+    """Reads the command line and does the work, then ends the process.
+
+    Args:
+      script: the function that defined the flags; --help shows its docstring and these flags.
+      work: see `run`.
+    """
+    main: Any = sys.modules["__main__"]
+    main.__doc__ = f"{inspect.getdoc(script)}\n"
+    for module in (script.__module__, __name__):
+        for flag in flags.FLAGS.get_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    jax.config.config_with_absl()
+    app.run(lambda argv: run(argv, work), flags_parser=parse_flags)
 
 
 def run(argv: list[str], work: Callable[[], object]) -> None:
@@ -88,8 +106,9 @@ def _one_line(message: Warning | str, category: type[Warning], *_: object, **__:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; for `app.run(flags_parser=...)`.
 
-    A config flag takes a Python file, or the `config.json` that a run saved. Each is loaded once in
-    advance, so that an error in it, or in an override, becomes one message.
+    A config flag takes a Python file, the `config.json` that a run saved, or the name of a config of
+    the package. Each is loaded once in advance, so that an error in it, or in an override, becomes
+    one message.
 
     Args:
       argv: the command line, beginning with the script's name.
@@ -103,7 +122,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     argv = list(argv)
     try:
         for name in [n for n in flags.FLAGS if config_flags.is_config_flag(flags.FLAGS[n])]:
-            argv = _with_saved_config(argv, name)
+            argv = _with_files(argv, name)
             given = _value(argv, name)
             if given is not None:
                 _check_overrides(argv, name, _load_config(name, given))
@@ -135,15 +154,35 @@ def _value(argv: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _with_saved_config(argv: Sequence[str], name: str) -> list[str]:
-    """The command line with each `--name=FILE.json` changed to a form that ml_collections reads."""
+def _with_files(argv: Sequence[str], name: str) -> list[str]:
+    """The command line with each value of `--name` changed to a file that ml_collections reads."""
     argv = list(argv)
     for index, value in _flags_of(argv, name):
-        if value is not None and value.endswith(".json"):
-            argv[index] = f"--{name}={_SAVED}:{value}"
-        elif value is None and index + 1 < len(argv) and argv[index + 1].endswith(".json"):
-            argv[index + 1] = f"{_SAVED}:{argv[index + 1]}"
+        if value is not None:
+            argv[index] = f"--{name}={_file(value)}"
+        elif index + 1 < len(argv):
+            argv[index + 1] = _file(argv[index + 1])
     return argv
+
+
+def _file(given: str) -> str:
+    """FILE.py:ARGUMENT for a config that a user names.
+
+    `runs/x/config.json` becomes an argument of `configs/saved.py`. `digits` becomes
+    `configs/digits.py` of the package, unless there is a file `digits`. All else stays as it is.
+    """
+    if given.endswith(".json"):
+        return f"{_SAVED}:{given}"
+    name, colon, argument = given.partition(":")
+    if name in _own_configs() and not Path(name).is_file():
+        return f"{_CONFIGS / name}.py{colon}{argument}"
+    return given
+
+
+def _own_configs() -> list[str]:
+    """Names of the files in the package's `configs` that a user may name."""
+    names = {path.stem for path in _CONFIGS.glob("*.py")}
+    return sorted(names - {"__init__", "recipes", "saved"})
 
 
 def _load_config(name: str, given: str) -> Any:
@@ -158,6 +197,10 @@ def _load_config(name: str, given: str) -> Any:
         hint = ""
         if (path / "config.json").is_file():
             hint = f"; the config of that run is {path / 'config.json'}"
+        elif path.stem in _own_configs():
+            hint = f"; the package has one: --{name}={path.stem}"
+        elif not path.suffix:
+            hint = f"; those of the package are {', '.join(_own_configs())}"
         raise flags.Error(f"--{name} must name a config file, but there is none at {file!r}{hint}")
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:

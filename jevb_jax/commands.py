@@ -329,11 +329,13 @@ def _write_results(
     files.write_text_atomically(workdir / f"results{suffix}.csv", tables.results_csv(results))
     records = MetricsLog.read(workdir / "metrics.jsonl")
     embedding_dim = experiment.settings.model.embedding_dim
+    evaluated = experiment.settings.evaluation
     is_watched = any(alarms.logged_health(record) for record in records)
     page.write_page(
         workdir / f"report{suffix}.html",
         title=f"{experiment.settings.method} on {experiment.dataset.train.name}",
         results=results,
+        num_images=len(accuracy.evaluated_split(evaluated, experiment.dataset)[1]),
         evidence=evidence.gather_evidence(experiment, evaluation),
         records=records,
         alarms=alarms.alarm_history(records, embedding_dim=embedding_dim) if is_watched else None,

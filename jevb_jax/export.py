@@ -217,7 +217,7 @@ def read_serving(directory: str | Path, name: str = SERVED) -> jax.export.Export
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jevb_jax.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="jevb-export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
     parser.add_argument("--out", required=True, help="directory of the export")

@@ -2,7 +2,9 @@
 
 The user can mend an error if this package raises it by its own `raise` statement, or if the machine
 refuses something (a missing file, a full disk, no memory). All other errors are faults of the
-program and keep their traceback for its developers.
+program and keep their traceback for its developers. A `TypeError` of the package is such a fault,
+too: settings are checked before, so another part of the program gave the wrong argument. Only where
+images and labels are read is it about what the user has.
 """
 
 import builtins
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 _OWN_PACKAGES = ("jevb_jax", "configs")
+_DATA = "jevb_jax.images."
 
 # Messages of XLA's devices and of the CPU's allocator.
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "OUT_OF_MEMORY")
@@ -51,21 +54,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def _is_raised_by(error: BaseException, packages: Sequence[str]) -> bool:
-    """Whether a `raise` statement in one of the packages raised the error, not code they call."""
+def _raised_in(error: BaseException) -> str:
+    """The module whose `raise` statement raised the error; "" if no such statement did."""
     frames = error.__traceback__
     if frames is None:
-        return False
+        return ""
     while frames.tb_next is not None:
         frames = frames.tb_next
-    package = str(frames.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
     code = frames.tb_frame.f_code.co_code
     # len(5) or min(()) in our own code ends in the same frame, but at another kind of instruction.
     is_statement = 0 <= frames.tb_lasti < len(code) and dis.opname[code[frames.tb_lasti]] in (
         "RAISE_VARARGS",
         "RERAISE",
     )
-    return package in packages and is_statement
+    return str(frames.tb_frame.f_globals.get("__name__", "")) if is_statement else ""
 
 
 def for_person(error: BaseException, *, packages: Sequence[str] = _OWN_PACKAGES) -> str | None:
@@ -89,4 +91,8 @@ def for_person(error: BaseException, *, packages: Sequence[str] = _OWN_PACKAGES)
     is_builtin = type(error) is getattr(builtins, type(error).__name__, None)
     if not speaks or (is_builtin and isinstance(error, (RecursionError, NotImplementedError))):
         return None
-    return text if _is_raised_by(error, packages) else None
+    module = _raised_in(error)
+    is_argument = type(error) is TypeError and module.startswith("jevb_jax.")
+    if module.partition(".")[0] not in packages or (is_argument and not module.startswith(_DATA)):
+        return None
+    return text

@@ -3,6 +3,9 @@
 It trains with the config that the study wrote into the directory. It watches its standard input, which
 the study keeps open. When that input ends, the study has stopped or died. The run then finishes its
 step, saves its state and stops.
+
+An error that the user can mend is one message in the run's log; a bug keeps its traceback there. The
+study counts neither as a result of the method.
 """
 
 import os
@@ -16,6 +19,7 @@ from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.settings import run_config
 from jevb_jax.training.loop import NonFiniteError
+from studies import mistakes_as_messages
 
 ASKED_CONFIG = "asked_config.json"
 
@@ -47,4 +51,5 @@ def train_one(directory: Path) -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_stop_with_study, daemon=True).start()
-    train_one(files.to_path(sys.argv[1]))
+    with mistakes_as_messages():
+        train_one(files.to_path(sys.argv[1]))

@@ -23,8 +23,10 @@ def test_the_page_is_what_it_takes(tmp_path):
     loss, row, settings = blocks()
     for name in ("jevb_jax", "configs", "train.py"):
         source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, tmp_path / name)
+        if source.is_dir():  # jevb_jax/configs stays a link
+            shutil.copytree(source, tmp_path / name, symlinks=True)
+        else:
+            shutil.copy(source, tmp_path / name)
     section, field, values = re.split(r"\n\n(?=distance:|config\.)", settings)
 
     methods = tmp_path / "jevb_jax" / "methods.py"

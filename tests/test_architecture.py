@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
-CONFIG_DOORS = ("command_line", "commands", "settings.run_config", "training.experiment")
+CONFIG_DOORS = ("command_line", "commands", "scripts", "settings.run_config", "training.experiment")
 # From the ground up: a module imports from its own floor and from those below.
 FLOORS = (
-    ("arguments", "messages", "parallel", "paper"),
+    ("arguments", "extras", "messages", "parallel", "paper"),
     ("xla_options",),
     ("runs",),
     ("images", "networks"),
@@ -23,6 +23,8 @@ FLOORS = (
     ("model", "report"),
     ("loading",),
     ("__init__", "commands", "command_line", "convert", "estimators", "export", "finetuning"),
+    ("scripts",),
+    ("entry_points",),
 )
 
 

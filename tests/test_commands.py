@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 from safetensors import numpy as safetensors
 
+import jevb_jax
 from configs import finetune_digits, smoke, transfer
 from jevb_jax import commands, parallel
 from jevb_jax.images import batches
@@ -899,18 +900,32 @@ def test_the_commit_of_a_run_is_that_of_the_package_and_of_no_project_around_it(
             cwd=tmp_path, capture_output=True, text=True, check=True,
         ).stdout.strip()  # fmt: skip
 
-    own = tmp_path / "jevb_jax" / "provenance.py"
-    installed = tmp_path / ".venv" / "jevb_jax" / "provenance.py"
+    named = '[project]\nname = "jevb-jax"\n'
+    own = tmp_path / "jevb_jax" / "__init__.py"
+    installed = tmp_path / ".venv" / "jevb_jax" / "__init__.py"
     for file in (own, installed):
         file.parent.mkdir(parents=True)
         file.write_text("x = 1\n")
-    assert provenance._own_commit(own) == (None, False)  # no repository
+        file.parent.with_name("pyproject.toml").write_text(named)
+    inside = installed.parent.parent
+    assert provenance._own_commit(tmp_path) == (None, False)  # no repository
     git("init", "--quiet")
-    git("add", str(own))
+    assert provenance._own_commit(tmp_path) == (None, False)  # no commit
+    git("add", "pyproject.toml")
     git("commit", "--quiet", "-m", "x")
+    assert provenance._own_commit(tmp_path) == (None, False)  # not in it
+    git("add", str(own), str(installed))  # even a copy that the project tracks is not its own
+    git("commit", "--quiet", "-m", "y")
     commit = git("rev-parse", "HEAD")
-    assert provenance._own_commit(own) == (commit, False)
+    assert provenance._own_commit(tmp_path) == (commit, False)
+    assert provenance._own_commit(inside) == (None, False)
     own.write_text("x = 2\n")
-    assert provenance._own_commit(own) == (commit, True)
-    assert provenance._own_commit(installed) == (None, False)
-    assert set(provenance.environment()) >= {"commit", "uncommitted_changes", "versions"}
+    assert provenance._own_commit(tmp_path) == (commit, True)
+    for text in ('[project]\nname = "theirs"\n', "[tool]\n", None):  # a copy at a project's top
+        (tmp_path / "pyproject.toml").unlink()
+        if text is not None:
+            (tmp_path / "pyproject.toml").write_text(text)
+        assert provenance._own_commit(tmp_path) == (None, False)
+    found = provenance.environment()
+    assert set(found) >= {"commit", "uncommitted_changes", "versions"}
+    assert found["versions"]["jevb-jax"] == jevb_jax.__version__

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jevb_jax import command_line
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
@@ -68,9 +70,9 @@ def test_docstrings_name_equations_that_exist_and_that_lead_back():
             assert 1 <= number <= NUM_EQUATIONS, f"{path.name}: docs eq. {number}"
 
 
-def test_readme_names_functions_of_the_package():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("## Equation -> function")[1].split("\n## ")[0]
+def test_the_table_of_equations_names_functions_of_the_package():
+    text = MATHEMATICS.read_text(encoding="utf-8")
+    table = text.split("## Equation -> function")[1].split("\n## ")[0]
     names = {
         name
         for line in table.splitlines()
@@ -92,6 +94,52 @@ def test_links_lead_to_files(page: Path):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http", "#")):
             assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_commands_of_the_readme_are_those_that_are_tested():
+    train = (
+        "pip install -r requirements.txt && "
+        "python train.py --config=configs/digits.py --workdir=runs/digits"
+    )
+    tests = "pip install -q -r requirements.txt -e '.[test]' && pytest"
+    site = "pip install -q -e '.[docs]' && mkdocs build --strict --site-dir build/site"
+    readme, index, checks = (
+        (ROOT / name).read_text(encoding="utf-8").splitlines()
+        for name in ("README.md", "docs/index.md", ".ci/run")
+    )
+    assert {f"    {command}" for command in (train, tests, site)} <= set(readme)
+    assert {f"    {command}" for command in (train, tests)} <= set(index)
+    assert {tests, site} <= set(checks)
+
+
+def test_programs_configs_and_settings_of_the_pages_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    programs, configs = set(), set()
+    for page in PAGES:
+        if page.is_relative_to(ROOT / "docs" / "results") or page.name == "CHANGELOG.md":
+            continue  # generated; history
+        text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+        programs |= set(re.findall(r"python (\w+\.py|-m \w+\.[\w.]+\w)", text))
+        assert set(re.findall(r"\bjevb-\w+(?= --|`)", text)) <= {*scripts, "jevb-jax"}, page
+        for line in text.splitlines():
+            files = re.findall(r"--(config|data|ood)=([a-z][\w/.]*\w(?::[a-z]\w*)?)", line)
+            configs |= set(files)
+            for flag, given in files:
+                if given.startswith("runs/"):
+                    continue
+                config = command_line._load_config(flag, command_line._file(given))
+                argv = ["x", *re.findall(rf"--(?:no)?{flag}\.[\w.]+", line)]
+                command_line._check_overrides(argv, flag, config)
+    assert len(configs) > 8
+    assert len(programs) > 6
+    for program in programs - {"-m jevb_jax.study"}:  # a page says that it is a former command
+        path = program.removeprefix("-m ").removesuffix(".py").replace(".", "/") + ".py"
+        assert (ROOT / path).is_file(), program
 
 
 def test_every_page_is_in_the_navigation():

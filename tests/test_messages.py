@@ -1,5 +1,6 @@
 """What people are told: their own mistakes in one message, ours with frames, lines without markup."""
 
+import contextlib
 import io
 import json
 import os
@@ -19,7 +20,8 @@ from absl import flags
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import command_line, messages
+from jevb_jax import arguments, command_line, messages
+from jevb_jax.evaluation import detection_metrics
 from jevb_jax.images import batch_order, random_bits
 from jevb_jax.images.source import ArraySource
 from jevb_jax.runs import files
@@ -66,7 +68,7 @@ def test_memory_that_runs_out_says_what_takes_less(work):
     "work",
     [
         lambda: files.to_path(""),
-        lambda: ArraySource(np.zeros((1, 2, 2, 3))),  # TypeError by name
+        lambda: ArraySource(np.zeros((1, 2, 2, 3))),  # TypeError by name, about the user's images
         lambda: files.read_json(Path("/no/such/file")),
         lambda: __import__("no_such_extra"),
         lambda: run_config.load_config("/no/such/run"),
@@ -83,6 +85,10 @@ def test_mistakes_of_people_are_messages(work):
         lambda: files.json_sha256(object()),  # TypeError, of json
         lambda: files.is_remote(5),  # type: ignore[arg-type]  # TypeError, by no statement of ours
         lambda: batch_order.steps_per_epoch("a", 1),  # type: ignore[arg-type]
+        lambda: arguments.whole_number(
+            "seed", 5.0
+        ),  # TypeError by name, of an argument in the code
+        lambda: detection_metrics.ood_metrics(np.array(["a"]), np.ones(1)),  # the same
         lambda: random_bits.permutation(-1, 0),  # ValueError, of NumPy
         lambda: jnp.zeros(3) @ jnp.zeros(4),  # TypeError, of JAX
         lambda: {}["a"],
@@ -92,6 +98,23 @@ def test_mistakes_of_people_are_messages(work):
 )
 def test_faults_of_the_program_keep_their_frames(work):
     assert messages.for_person(caught(work)) is None
+
+
+def test_a_fault_inside_a_block_that_cleans_up_keeps_its_frames():
+    """`finally`, `with` and a bare `raise` pass an error on in the frame of our own code."""
+    bodies = {
+        "try: len(5)\n  finally: x = 1": None,
+        "with contextlib.nullcontext(): len(5)": None,
+        "try: len(5)\n  except TypeError: raise": None,
+        "with contextlib.suppress(KeyError): int('x')": None,
+        "try: raise ValueError('mine')\n  finally: x = 1": "ValueError: mine",
+        "with contextlib.nullcontext(): raise ValueError('mine')": "ValueError: mine",
+        "raise TypeError('mine')": None,
+    }
+    for body, told in bodies.items():
+        own: dict[str, Any] = {"__name__": "jevb_jax.module", "contextlib": contextlib}
+        exec(f"def work():\n  {body}\n", own)
+        assert messages.for_person(caught(own["work"])) == told, body
 
 
 def test_nothing_in_a_path_is_markup_and_checkpoints_are_found_under_any_name(tmp_path):
@@ -135,7 +158,7 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
     path = tmp_path / "config.json"
     files.write_json_atomically(path, experiment.to_json_values(config))
     for argv in (["x", f"--config={path}", "--a"], ["x", "--config", str(path), "--a"]):
-        made = command_line._with_saved_config(argv, "config")
+        made = command_line._with_files(argv, "config")
         assert made[-1] == "--a"
         given = command_line._value(made, "config") or ""
         assert given == f"{ROOT}/configs/saved.py:{path}"
@@ -153,6 +176,10 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
     [
         ("no_such.py", "there is none at 'no_such.py'"),
         ("", "there is none at ''"),
+        ("no_such", "those of the package are cifar10, default, digits,"),
+        ("{tmp}/digits.py", "the package has one: --config=digits"),
+        ("smoke:byol", "takes no argument 'byol'"),
+        ("cifar10:moco", "must be one of"),
         ("{tmp}", "the config of that run is {tmp}/config.json"),
         ("{tmp}/config.json", "is not JSON, or damaged"),
         ("{tmp}/other.json", "holds no config of a run"),
@@ -167,11 +194,28 @@ def test_configs_that_cannot_be_read_are_one_message(tmp_path, given, message):
     (tmp_path / "other.json").write_text("[1]")
     (tmp_path / "empty.py").write_text("def get_config(): pass")
     places = {"tmp": tmp_path, "root": ROOT}
-    argv = command_line._with_saved_config(["x", f"--config={given.format(**places)}"], "config")
+    argv = command_line._with_files(["x", f"--config={given.format(**places)}"], "config")
     with pytest.raises(flags.Error) as error:
         command_line._load_config("config", command_line._value(argv, "config") or "")
     assert message.format(**places) in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+def test_names_of_configs_of_the_package_and_files_that_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, method in (("digits", "jevb"), ("cifar10:byol", "byol")):
+        file, _, argument = given.partition(":")
+        expected = f"{ROOT}/configs/{file}.py" + (f":{argument}" if argument else "")
+        assert command_line._with_files(["x", f"--config={given}"], "config")[1:] == [
+            f"--config={expected}"
+        ]
+        assert command_line._with_files(["x", "--config", given], "config")[-1] == expected
+        assert command_line._load_config("config", expected).method == method
+    (tmp_path / "digits").mkdir()  # a run of that name is no file
+    assert command_line._file("digits") == f"{ROOT}/configs/digits.py"
+    (tmp_path / "smoke").write_text("")
+    for given in ("smoke", "configs/smoke.py", "x.py:digits", "recipes", "digits.py", "../digits"):
+        assert command_line._file(given) == given
 
 
 def test_a_fault_in_a_config_file_is_not_hidden(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jevb_jax import extras
 from jevb_jax.images import pictures
 from jevb_jax.images.source import checked_labels
 from jevb_jax.runs.files import to_path
@@ -68,7 +69,8 @@ class TfdsSource:
         )
         directory = _tfds_directory(name, root)
         # Not an import statement, because the lazy modules of TFDS mislead type checkers.
-        tfds: Any = importlib.import_module("tensorflow_datasets")
+        with extras.explained():
+            tfds: Any = importlib.import_module("tensorflow_datasets")
         builder = tfds.builder_from_directory(directory)
         features: dict[str, Any] = dict(builder.info.features.items())
         image: Any = features.get(image_key)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from jevb_jax.evaluation.evidence import Evidence, Neighbors, ScoredImages
 from jevb_jax.report import figures, tables, training_curves
+from jevb_jax.report.findings import findings
 from jevb_jax.runs import files
 from jevb_jax.training.alarms import AlarmPeriod
 
@@ -385,6 +386,7 @@ def write_page(
     *,
     title: str,
     results: Mapping[str, Any],
+    num_images: int,
     evidence: Evidence,
     records: Sequence[Mapping[str, Any]],
     alarms: Sequence[AlarmPeriod] | None,
@@ -397,6 +399,7 @@ def write_page(
       path: HTML file; its directory exists.
       title: heading, such as method and data set.
       results: the content of `results.json`.
+      num_images: number of images of the reported split.
       evidence: arrays of the evaluation that the figures need.
       records: lines of `metrics.jsonl`; every number in them is drawn.
       alarms: alarms that were raised in training; None if there were no health checks.
@@ -421,7 +424,7 @@ def write_page(
         title=title,
         subtitle=_subtitle(results),
         headline=_headline(results),
-        is_calm=alarms is not None and not alarms,
+        findings=findings(results, num_images=num_images, alarms=alarms),
         sections=_present(sections),
     )
     files.write_text_atomically(path, page)

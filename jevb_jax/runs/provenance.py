@@ -4,18 +4,19 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import jax
 
+import jevb_jax
 from jevb_jax.runs import files
 
 
 def environment() -> dict[str, Any]:
     """What a published number needs besides its config: command, commit, versions, devices."""
     packages = (
-        "jevb-jax",
         "jax",
         "jaxlib",
         "flax",
@@ -24,13 +25,14 @@ def environment() -> dict[str, Any]:
         "orbax-checkpoint",
         "numpy",
     )
-    versions: dict[str, str | None] = {}
+    # Not from the metadata: another version may be installed beside a checkout that runs.
+    versions: dict[str, str | None] = {"jevb-jax": jevb_jax.__version__}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None  # a checkout that is not installed
-    commit, is_dirty = _own_commit(Path(__file__).resolve())
+            versions[package] = None  # distrax, which training does not need
+    commit, is_dirty = _own_commit(Path(__file__).resolve().parents[2])
     return {
         "command": sys.argv,
         "commit": commit,
@@ -43,25 +45,44 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _own_commit(file: Path) -> tuple[str | None, bool]:
-    """Commit of a source file, and whether tracked files differ from it. None if it is installed.
+def _own_commit(root: Path) -> tuple[str | None, bool]:
+    """Commit of a checkout, and whether its tracked files differ from it.
 
-    An installed package may lie in another project's repository, for example under `.venv`. That
-    repository does not track the package, so its commit says nothing about it.
+    Args:
+      root: the directory that holds the package.
+
+    Returns:
+      (None, False) if it is no checkout of this project. An installed package, or a copy of it, may
+      lie in another project's repository, whose commit says nothing about it.
     """
 
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=False
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
         )
+        return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        if git("ls-files", "--error-unmatch", file.name).returncode != 0:
+        top = git("rev-parse", "--show-toplevel")
+        if top is None or Path(top).resolve() != root or not _is_own_project(root):
             return None, False
-        is_dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout)
-        return git("rev-parse", "HEAD").stdout.strip() or None, is_dirty
+        if git("ls-files", "--error-unmatch", "jevb_jax/__init__.py") is None:
+            return None, False
+        commit = git("rev-parse", "HEAD")
+        return commit, commit is not None and bool(
+            git("status", "--porcelain", "--untracked-files=no")
+        )
     except FileNotFoundError:  # git is not installed
         return None, False
+
+
+def _is_own_project(root: Path) -> bool:
+    """Whether this directory's `pyproject.toml` is that of the package."""
+    path = root / "pyproject.toml"
+    if not path.is_file():
+        return False
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
+    return project.get("name") == "jevb-jax"
 
 
 def read_environment(workdir: Path) -> dict[str, Any]:

@@ -69,6 +69,14 @@ class AlarmPeriod(NamedTuple):
     name: str
     message: str
 
+    @property
+    def is_standing(self) -> bool:
+        """Whether the last health check of the run still raised it."""
+        return self.message.endswith(_STANDING)
+
+
+_STANDING = "Not cleared by the last health check."
+
 
 def _is_outside(value: float, lower: float = -math.inf, upper: float = math.inf) -> bool:
     """Whether a value lies outside a band. NaN and infinities do."""
@@ -254,6 +262,6 @@ def alarm_history(records: Sequence[Mapping[str, Any]], *, embedding_dim: int) -
                 cleared = f"{periods[index].message} Cleared at step {step}."
                 periods[index] = periods[index]._replace(message=cleared)
     for index in raised.values():
-        standing = f"{periods[index].message} Not cleared by the last health check."
+        standing = f"{periods[index].message} {_STANDING}"
         periods[index] = periods[index]._replace(message=standing)
     return periods

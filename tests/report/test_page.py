@@ -79,6 +79,7 @@ class Page(html.parser.HTMLParser):
 NOTHING: dict[str, Any] = {
     "title": "t",
     "results": {"step": 7, "split": "test", "trained": []},
+    "num_images": 200,
     "evidence": Evidence(),
     "records": (),
     "alarms": None,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.runs.files import DirectoryInUseError
 from jevb_jax.training.experiment import to_json_values
 from jevb_jax.training.loop import NonFiniteError
+from studies import mistakes_as_messages
 from studies.train_one import ASKED_CONFIG, train_one
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +77,28 @@ def test_only_numbers_that_are_not_finite_are_a_result(
             "step": 12,
             "config_hash": config_hash(asked),
         }
+
+
+def test_its_log_has_one_line_of_a_mistake(tmp_path):
+    (tmp_path / ASKED_CONFIG).write_text("[1]")  # as a hand may leave it
+    stdin, held_open = os.pipe()  # by the study
+    with os.fdopen(stdin), os.fdopen(held_open, "w"):
+        ended = subprocess.run(
+            [sys.executable, "-m", "studies.train_one", tmp_path],
+            cwd=ROOT, capture_output=True, text=True, check=False, stdin=stdin,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert not (tmp_path / "failure.json").exists()
+    (line,) = ended.stderr.splitlines()
+    assert "holds no config of a run" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "is_shown"), [(KeyError("bug"), True), (OSError("no disk"), False)]
+)
+def test_a_bug_is_raised_and_a_mistake_is_told(error, is_shown):
+    with pytest.raises(KeyError if is_shown else SystemExit), mistakes_as_messages():
+        raise error
 
 
 @pytest.mark.slow

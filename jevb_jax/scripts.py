@@ -1,0 +1,81 @@
+"""The programs that train, evaluate and fine-tune, with their flags.
+
+A flag is defined when its program starts. So importing this module defines none of them.
+"""
+
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from jevb_jax import command_line, commands, finetuning
+from jevb_jax.settings import run_config
+from jevb_jax.training import experiment
+
+
+def train() -> None:
+    """Trains or resumes a run: `--config=digits --workdir=runs/digits`.
+
+    --config takes a Python file, the config.json of a run, or the name of a config of the package.
+    """
+    config = config_flags.DEFINE_config_file("config", None, "Config of the run.", lock_config=True)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory of the run; a run in it is resumed.", required=True
+    )
+    flags.mark_flag_as_required("config")
+    command_line.start(train, lambda: commands.train(config.value, workdir.value))
+
+
+def evaluate() -> None:
+    """Evaluates a run's checkpoint: `--workdir=runs/digits`.
+
+    `--data=transfer:digits` evaluates the run's encoder on other labeled data.
+    """
+    workdir = flags.DEFINE_string("workdir", None, "Directory of a trained run.", required=True)
+    step = flags.DEFINE_integer(
+        "step", None, "Step of the checkpoint; the latest by default.", lower_bound=0
+    )
+    ood = config_flags.DEFINE_config_file(
+        "ood",
+        None,
+        "Protocol of out-of-distribution detection; replaces that of the run.",
+        lock_config=True,
+    )
+    data = config_flags.DEFINE_config_file(
+        "data",
+        None,
+        "Other labeled data, for k-NN and linear probes only (configs/transfer.py).",
+        lock_config=True,
+    )
+    accept = flags.DEFINE_bool(
+        "accept_changed_data",
+        False,
+        "Evaluate even if the data have changed since the run started; the results say so.",
+    )
+
+    def work() -> None:
+        config: Any = run_config.load_config(workdir.value)
+        if data.value is not None:
+            if ood.value is not None:
+                raise ValueError("give --data or --ood, not both: --data evaluates no detection")
+            commands.evaluate_on(config, data.value, workdir.value, step=step.value)
+            return
+        if ood.value is not None:
+            config.ood = ood.value
+        config.input.accept_changed_data = accept.value
+        commands.evaluate(config, workdir.value, step=step.value)
+
+    command_line.start(evaluate, work)
+
+
+def finetune() -> None:
+    """Fine-tunes a trained encoder: `--config=finetune_digits:full --workdir=runs/digits_full`."""
+    config = config_flags.DEFINE_config_file(
+        "config", None, "Config of the fine-tune.", lock_config=True
+    )
+    workdir = flags.DEFINE_string("workdir", None, "Directory to write to.", required=True)
+    flags.mark_flag_as_required("config")
+    command_line.start(
+        finetune,
+        lambda: finetuning.finetune(experiment.to_json_values(config.value), workdir.value),
+    )
