@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
-NUM_EQUATIONS = 36
+NUM_EQUATIONS = 38
 
 FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>(?:jevb_jax|tests)/[\w/]+\.py)\)")
 
