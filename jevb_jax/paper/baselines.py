@@ -374,7 +374,7 @@ def _off_diagonal_squares(matrix: Array) -> Array:
 def fastsiam_loss(
     predictions: Real[ArrayLike, "views batch D"], targets: Real[ArrayLike, "full batch D"]
 ) -> FastSiamTerms:
-    """FastSiam's negative cosine to a mean target (docs eq. 37; Pototzky et al. 2022).
+    """FastSiam's negative cosine to a mean target (docs eq. 40; Pototzky et al. 2022).
 
     The target of a view is the mean of the other views' embeddings, which are not normalized
     before it. With two views, this is SimSiam.
@@ -405,7 +405,7 @@ def emp_ssl_loss(
     invariance_weight: float = 200.0,
     squared_epsilon: float = 0.2,
 ) -> EmpSslTerms:
-    """EMP-SSL (docs eq. 38; Tong et al. 2023, arXiv 2304.03977), as in the official code.
+    """EMP-SSL (docs eq. 41; Tong et al. 2023, arXiv 2304.03977), as in the official code.
 
     Args:
       embeddings: of all crops; they are normalized here. No gradient is stopped.
