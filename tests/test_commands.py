@@ -859,12 +859,13 @@ def test_a_run_that_was_copied_without_its_environment_has_a_report_all_the_same
         num_train_steps=4,
         config=config,
         settings=read.run_settings(config),
-        dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits")),
+        dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits"), test=range(359)),
     )
     results = {"step": 4, "settings_sha256": "a" * 64}
     evaluation: Any = types.SimpleNamespace(ood=None, fitted=None)
     commands._write_results(experiment, tmp_path, results, evaluation, text_console())
     assert found[0]["environment"] == {"command": []}
+    assert found[0]["num_images"] == 359
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
