@@ -373,7 +373,7 @@ def evaluate(
       variables: parameters and running statistics of the trained model.
       mesh: devices that share a batch; by default the first device of this process.
       check_stop: called before every batch; raises an error to end the evaluation.
-      keeps_fitted: whether the label-free scores are fitted, if they are not yet, and returned.
+      keeps_fitted: whether the label-free scores are fitted for `Model`, and returned.
 
     Returns:
       results: JSON values. "split" is the evaluated split; "left_out" is from `left_out`;
@@ -401,14 +401,15 @@ def evaluate(
     if found.ood is not None:
         results["ood"] = _ood_json(experiment, found.ood)
     if keeps_fitted:
-        extract = extractors.with_terms
+        with_terms = extractors.with_terms
         terms = detection.terms_settings(experiment)
         if found.ood is None and terms is not None:
-            extract = _extractor(experiment, terms=terms, mesh=mesh, check_stop=check_stop)
+            with_terms = _extractor(experiment, terms=terms, mesh=mesh, check_stop=check_stop)
         fitted = fitted_scores.fit(
             experiment,
             variables,
-            extract=extract,
+            plain=extractors.plain,
+            with_terms=with_terms,
             train=found.train,
             fitted=None if found.ood is None else found.ood.scorers,
         )

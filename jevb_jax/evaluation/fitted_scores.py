@@ -156,35 +156,56 @@ def fit(
     experiment: "Experiment",
     variables: Any,
     *,
-    extract: FeatureExtractor,
+    plain: FeatureExtractor,
+    with_terms: FeatureExtractor,
     train: Features,
     fitted: Scorers | None,
 ) -> FittedScores:
-    """Describes every label-free score of an evaluated encoder.
+    """Fits and describes every label-free score of an evaluated encoder.
+
+    Scores that need no terms are fitted to features of the plain forward pass, because `Model`
+    computes the features of users' images by it. (The detection of JEVB fits them to features of
+    the pass with terms. Where features hardly vary, the rounding of a pass is not small.)
 
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
-      extract: forward pass that computes the terms of the run's method.
-      train: features of the training split.
-      fitted: the scores that the detection has fitted; None fits them here.
+      plain: forward pass of the un-augmented image.
+      with_terms: forward pass that also computes the terms of the run's method.
+      train: features of the training split by `plain`.
+      fitted: the scores that the detection has fitted; None if there are none.
     """
     settings = experiment.settings
     table = scores_of_run(settings, has_labels=False)
-    if fitted is None:
-        features = detection.features_to_fit(experiment, variables, extract, train)
-        fitted = _fit_all(table, TrainingData(features))
-    calibration = score_images(extract, variables, experiment.dataset.validation, fitted)
-    default = default_score(settings)
+    needs_terms = {name: entry for name, entry in table.items() if entry.needs_terms}
+    without = {name: entry for name, entry in table.items() if name not in needs_terms}
+    rows = detection.fit_rows(len(train.representation), settings.ood.max_fit_images)
+    images: Any = jax.tree.map(lambda values: values[rows], train)
+    scorers = _fit_all(without, TrainingData(images))
+    validation = experiment.dataset.validation
+    calibration = score_images(plain, variables, validation, scorers)
+    scores, left_out = dict(scorers.scores), dict(scorers.left_out)
+    if needs_terms:
+        if fitted is None:
+            features = detection.features_to_fit(experiment, variables, with_terms, train)
+            fitted = _fit_all(needs_terms, TrainingData(features))
+        of_terms = Scorers(
+            {name: score for name, score in fitted.scores.items() if name in needs_terms},
+            frozenset(),
+            {name: why for name, why in fitted.left_out.items() if name in needs_terms},
+        )
+        calibration |= score_images(with_terms, variables, validation, of_terms)
+        scores |= of_terms.scores
+        left_out |= of_terms.left_out
     return describe(
-        {name: fitted.scores[name] for name in table if name in fitted.scores},
+        scores,
         calibration,
         is_fitted={name for name, entry in table.items() if entry.is_fitted},
-        first=default,
+        first=default_score(settings),
         max_bytes=settings.checkpoint.fitted_megabytes * 1_000_000,
         weights=weights_sha256(variables),
         settings=settings_of_fit(settings.ood),
-        left_out={name: why for name, why in fitted.left_out.items() if name in table},
+        left_out=left_out,
     )
 
 

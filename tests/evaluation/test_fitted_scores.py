@@ -299,7 +299,8 @@ def test_an_export_carries_the_default_score(saved, tmp_path, monkeypatch):
         loaded._forward = saved.model._forward  # with the compiled programs
         np.testing.assert_array_equal(loaded.ood_score(saved.images), saved.expected[DEFAULT])
         assert loaded.detector(0.1).threshold == model.detector(0.1).threshold
-        assert set(loaded.fitted_scores.scorers) == {DEFAULT}
+        carried: Any = loaded.fitted_scores
+        assert set(carried.scorers) == {DEFAULT}
         assert loaded.detector(0.1, "embedding/norm").threshold
     path = tmp_path / "out" / fitted_scores.IN_EXPORT
     path.write_bytes(path.read_bytes()[:-1])
