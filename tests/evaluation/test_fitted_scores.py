@@ -208,6 +208,7 @@ def test_the_default_comes_first_then_the_smallest_and_nothing_is_stored_twice(s
     assert set(some.scorers) == {"a/default", "a/small", "a/twin"}
     assert set(some.calibration) == {"a/default", "a/small", "a/twin", "a/plain"}
     assert "exceed checkpoint.fitted_megabytes" in some.left_out["a/large"]
+    assert set(describe(4 * (500 + 1)).scorers) == {"a/default", "a/twin"}
     assert set(describe(4 * (10 + 1)).scorers) == {"a/small"}
     assert not describe(4 * (10 + 1) - 1).scorers
 
