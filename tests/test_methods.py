@@ -209,7 +209,8 @@ def loss_of_pair(name: str, source: Any, target: Any, number: int) -> Any:
     if name == "byol":
         return baselines.byol_loss(p, p, t, t).loss
     if name == "vi_simsiam":
-        return baselines.vi_simsiam_loss(*p, *p, t, t).loss
+        m, k = p
+        return baselines.vi_simsiam_loss(m, k, m, k, t, t).loss
     if name == "vicreg":
         terms = baselines.vicreg_loss(
             source.embedding, t, invariance_weight=2, variance_weight=3, covariance_weight=5

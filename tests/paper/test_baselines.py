@@ -94,7 +94,7 @@ def fastsiam_oracle(predictions, targets):
     total = 0.0
     for v, p in enumerate(predictions):
         others = [np.asarray(t, np.float64) for w, t in enumerate(targets) if w != v]
-        total = total - (unit(p) * unit(sum(others) / len(others))).sum(-1)
+        total = total - (unit(p) * unit(np.mean(others, axis=0))).sum(-1)
     return total / len(predictions)
 
 

@@ -252,7 +252,12 @@ def test_views_of_one_size_in_one_batch_are_the_oracle(bn_over_views):
 
     spied: Any = SimpleNamespace(apply=apply)
     found: Any = apply_views(
-        spied, params, stats, jnp.asarray(views), train=True, bn_over_views=bn_over_views
+        spied,
+        params,
+        stats,
+        [jnp.asarray(view) for view in views],
+        train=True,
+        bn_over_views=bn_over_views,
     )
     assert calls == [(24, 4)]
     for output, wanted in zip(found[0], expected, strict=True):
