@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import cifar10, digits
+from jevb_jax.configs import cifar10, digits
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10}
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
+from jevb_jax import published
 from jevb_jax.detector import DETECTOR, Detector
 from jevb_jax.evaluation import fitted_scores, saved_scores
 from jevb_jax.images import data_record
@@ -38,7 +39,7 @@ def load(
     *,
     batch_size: int | None = None,
 ) -> Model:
-    """Loads a model from a run directory, or from a directory of `jevb_jax.export`.
+    """Loads a model from a run directory, from a directory of `jevb_jax.export`, or by its name.
 
     Loading is strict: of the parameters and statistics, no array may be missing or left over, shapes
     and types must fit the config, and the bits must be those that were saved. The other parts of a
@@ -49,7 +50,8 @@ def load(
     (`xla_options.keep_compiled_programs`).
 
     Args:
-      path: a local directory or one in an object store.
+      path: a local directory or one in an object store; or the name of a published encoder
+        (`published.names()`).
       step: only for a run: the step of a checkpoint; "best", by validation k-NN, for a run with
         `checkpoint.keep_best`; or None for the latest undamaged checkpoint.
       batch_size: number of images at once, by default `evaluation.batch_size` of the config.
@@ -62,7 +64,7 @@ def load(
       ValueError: `step` is given for an export, or the config is of another version.
     """
     keep_compiled_programs()
-    directory = files.to_path(path)
+    directory = published.find(path) or files.to_path(path)
     if archive.is_archive(directory):
         if step is not None:
             raise ValueError(f"{directory} is an export, which holds one step; leave out step")
@@ -78,7 +80,7 @@ def load(
     if not (directory / "config.json").exists():
         raise FileNotFoundError(
             f"{directory} holds neither config.json (a run of train.py) nor {archive.MANIFEST} (an "
-            "export of jevb_jax.export)"
+            f"export of jevb_jax.export), and is none of the encoders {published.names()}"
         )
     return _load_run(directory, step, batch_size)
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("any_encoder", "forward", "detector"),
-    ("model", "report"),
+    ("model", "published", "report"),
     ("loading",),
     ("__init__", "commands", "command_line", "convert", "estimators", "export", "finetuning"),
     ("scripts",),

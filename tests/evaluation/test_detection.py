@@ -186,7 +186,7 @@ def test_no_score_is_fitted_to_an_image_that_it_scores():
         asked.append(batches.load_resident(source))
         return evaluation()[1].train
 
-    detection._fit_features(tiny(), None, extract, evaluation()[1].train)  # pyright: ignore[reportArgumentType, reportPrivateUsage]
+    detection.features_to_fit(tiny(), None, extract, evaluation()[1].train)  # pyright: ignore[reportArgumentType]
     (fitted,) = asked
     assert {image.tobytes() for image in fitted} <= parts[0]
 
@@ -459,7 +459,7 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
         [scored | {"a/inside": numbers}, scored | {"a/inside": numbers, "a/outside": row}]
     )
     for name, value in (
-        ("_fit_features", None),
+        ("features_to_fit", None),
         ("make_scorers", scorers),
         ("score_features", scored),
         ("_sets", sets),

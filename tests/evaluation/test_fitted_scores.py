@@ -258,7 +258,7 @@ def test_results_are_there_only_with_the_scores(saved, tmp_path, monkeypatch, is
         num_train_steps=7,
         config=saved.model.config,
         settings=saved.model.settings,
-        dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits")),
+        dataset=types.SimpleNamespace(train=types.SimpleNamespace(name="digits"), test=range(3)),
     )
     evaluation: Any = types.SimpleNamespace(ood=None, fitted=saved.fitted)
     results = {"step": 7, "settings_sha256": "a" * 64}

@@ -1,0 +1,63 @@
+"""Encoders by name: which are found where, and what the shipped one does on real photographs."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_sample_images
+
+import jevb_jax
+from jevb_jax import published
+from jevb_jax.runs import archive
+
+SHIPPED = "jevb-cifar10-resnet8"
+
+
+def write(directory, **manifest):
+    arrays = {"x": np.zeros(1, np.float32)}
+    archive.write_archive(directory, arrays=arrays, manifest=manifest, extra_files={})
+
+
+def test_names_and_places(tmp_path, monkeypatch):
+    monkeypatch.delenv(published.VARIABLE, raising=False)
+    assert SHIPPED in published.names()
+    monkeypatch.setenv(published.VARIABLE, str(tmp_path / "release"))
+    assert SHIPPED in published.names()  # the directory need not exist
+    write(tmp_path / "release" / "mine")
+    write(tmp_path / "release" / SHIPPED)
+    (tmp_path / "release" / "notes").mkdir()
+    assert {"mine", SHIPPED} <= set(published.names())
+    assert "notes" not in published.names()
+    assert published.find("mine") == tmp_path / "release" / "mine"
+    assert published.find(SHIPPED) == tmp_path / "release" / SHIPPED
+    for name in ("notes", "release/mine", "", "..", tmp_path / "release" / "mine"):
+        assert published.find(name) is None
+    # A directory of the same name goes before.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert published.find("mine") is None
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"none of the encoders \[.*'{SHIPPED}'"):
+        jevb_jax.load("jevb-cifar10-resnet18")
+
+
+def tiles(image: np.ndarray, size: int) -> np.ndarray:
+    rows, columns = (length // size for length in image.shape[:2])
+    cut = image[: rows * size, : columns * size].reshape(rows, size, columns, size, 3)
+    return cut.swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+@pytest.mark.slow
+def test_the_shipped_encoder_embeds_and_detects_without_any_data():
+    model = jevb_jax.load(SHIPPED)
+    photographs = np.concatenate([tiles(image, 32)[::9] for image in load_sample_images().images])
+    flat = np.full((40, 32, 32, 3), np.arange(40)[:, None, None, None] * 6, np.uint8)
+    embeddings = model.embed(photographs)
+    assert embeddings.shape == (len(photographs), 128)
+    posterior = model.posterior(photographs[:3])
+    assert np.all(posterior.posterior_scale > 0)
+    scores = model.ood_score(np.concatenate([photographs, flat]))
+    assert np.median(scores[: len(photographs)]) < np.median(scores[len(photographs) :])
+    detector = model.detector(false_alarm_rate=0.05)
+    assert detector.is_outside(flat).mean() > 0.9
