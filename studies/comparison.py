@@ -23,7 +23,7 @@ _ONE_CLASS = "python -m studies.run studies/one_class_digits.py --out=runs/one_c
 _UNCERTAINTY = "python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty"
 _URL_COMMAND = "python -m studies.detection_table runs/cifar10_uncertainty/runs/direction/seed_* --out=runs/url"
 _TEST = "python -m studies.run studies/cifar10_small_test.py --out=runs/test"
-_FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # and what full_size.md adds"
+_FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # see full_size.md"
 _SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
 
 
