@@ -55,9 +55,11 @@ def run(directory: Path) -> dict[str, Any]:
     if int(state.step) < plan.num_steps:
         raise SystemExit(f"stopped at step {int(state.step)} of {plan.num_steps}")
     extract = evaluate.make_extractors(experiment, mesh=mesh).plain
+    name, images = accuracy.evaluated_split(settings, experiment.dataset)
+    if name != "test":
+        raise ValueError(f"the race is decided on test images, but evaluation.split is {name}")
     train, test = (
-        extract(state.evaluation_variables, source)
-        for source in (experiment.dataset.train, experiment.dataset.test)
+        extract(state.evaluation_variables, source) for source in (experiment.dataset.train, images)
     )
     found = accuracy.knn_accuracies_by_name(
         "representation", settings, train, test, left_out(settings, experiment.dataset)
@@ -82,6 +84,7 @@ def race_config(study: str, name: str, *, num_epochs: int | None, seed: int) -> 
     config.train.knn_every_epochs = 0
     config.train.health_every_steps = 0
     config.checkpoint.every_steps = 0
+    config.evaluation.split = "test"
     config.evaluation.knn_k = (K,)
     config.evaluation.knn_uniform_k = (K,)
     config.ood.corruptions = ()

@@ -78,7 +78,7 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
           DegenerateFeaturesError: the rows do not vary.
         """
         del y
-        rows = validate_data(self, X, ensure_min_samples=3, dtype=np.float64)
+        rows: Any = validate_data(self, X, ensure_min_samples=3, dtype=np.float64)
         rate = detector_input.checked_share("false_alarm_rate", self.false_alarm_rate)
         share = detector_input.checked_share("held_out_share", self.held_out_share)
         order = check_random_state(self.random_state).permutation(len(rows))
@@ -120,7 +120,8 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
           ValueError: rows are not finite, or have another width than in `fit`.
         """
         check_is_fitted(self)
-        return -self._scores(validate_data(self, X, reset=False, dtype=np.float64))
+        rows: Any = validate_data(self, X, reset=False, dtype=np.float64)
+        return -self._scores(rows)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """`score_samples` minus the threshold, `[N]`: negative for outliers.

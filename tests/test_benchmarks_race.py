@@ -36,7 +36,7 @@ def test_the_race_reports_the_accuracy_of_the_last_step_and_counts_the_process(t
     assert row["seconds"] > 1  # a process cannot import JAX in less
     # The same accuracy from the saved weights, by hand.
     config: Any = race.race_config(str(study), "jevb", num_epochs=1, seed=3)
-    dataset = build_experiment(config).dataset
+    dataset: Any = build_experiment(config).dataset
     model = load(out / "seed_3")
     extract = make_extractors(build_experiment(config)).plain
     train, test = (extract(model.variables, source) for source in (dataset.train, dataset.test))

@@ -56,7 +56,7 @@ def test_the_shipped_encoder_embeds_and_detects_without_any_data():
     embeddings = model.embed(photographs)
     assert embeddings.shape == (len(photographs), 128)
     posterior = model.posterior(photographs[:3])
-    assert np.all(posterior.posterior_scale > 0)
+    assert np.all(posterior.scale > 0)
     scores = model.ood_score(np.concatenate([photographs, flat]))
     assert np.median(scores[: len(photographs)]) < np.median(scores[len(photographs) :])
     detector = model.detector(false_alarm_rate=0.05)
