@@ -7,7 +7,6 @@ are only the scores of validation images, which come with the encoder.
 """
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
