@@ -7,6 +7,7 @@ are only the scores of validation images, which come with the encoder.
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -40,9 +41,9 @@ def windows(image: np.ndarray, step: int) -> tuple[np.ndarray, tuple[int, int]]:
 def outside_sets() -> dict[str, np.ndarray]:
     """Images that are no photographs, uint8 `[N, h, w, 3]`, by name."""
     rng = np.random.default_rng(0)
-    digits = np.repeat(
-        (load_digits().images[:400] * 255 / 16).astype(np.uint8)[..., None], 3, axis=-1
-    )
+    bunch: Any = load_digits()
+    levels = (bunch.images[:400] * 255 / 16).astype(np.uint8)
+    digits = np.repeat(levels[..., None], 3, axis=-1)
     colors = rng.integers(0, 256, size=(400, 1, 1, 3), dtype=np.uint8)
     return {
         "digits": np.kron(digits, np.ones((1, 4, 4, 1), np.uint8)),
