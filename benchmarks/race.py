@@ -44,6 +44,9 @@ def run(directory: Path) -> dict[str, Any]:
     """Trains the config in a directory; returns the accuracy on the test split, and the steps."""
     experiment = build_experiment(run_config.read_config(directory / "asked_config.json"))
     settings, mesh = experiment.settings.evaluation, parallel.make_mesh()
+    split, images = accuracy.evaluated_split(settings, experiment.dataset)
+    if split != "test":
+        raise ValueError("the race is decided on test images: give data with labeled test images")
     plan = pretraining.make_plan(experiment, validate=lambda _: {}, best_measure=MEASURE)
     with parallel.StopRequest() as stop:
         loop = RunLoop(plan, directory, standard_output(), mesh, stop, lambda: None)
@@ -55,9 +58,6 @@ def run(directory: Path) -> dict[str, Any]:
     if int(state.step) < plan.num_steps:
         raise SystemExit(f"stopped at step {int(state.step)} of {plan.num_steps}")
     extract = evaluate.make_extractors(experiment, mesh=mesh).plain
-    name, images = accuracy.evaluated_split(settings, experiment.dataset)
-    if name != "test":
-        raise ValueError(f"the race is decided on test images, but evaluation.split is {name}")
     train, test = (
         extract(state.evaluation_variables, source) for source in (experiment.dataset.train, images)
     )
@@ -100,7 +100,8 @@ def timed(directory: Path, config: Any) -> dict[str, Any]:
     """
     directory.mkdir(parents=True)
     files.write_json_atomically(directory / "asked_config.json", to_json_values(config))
-    environment = {**os.environ, CACHE_VARIABLE: ""}
+    environment = {**os.environ, CACHE_VARIABLE: "off"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-m", "benchmarks.race", f"--child={directory}"]
     with (directory / "log.txt").open("wb") as log:
         start = time.perf_counter()
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("--child="):
+    if sys.argv[1:] and sys.argv[1].startswith("--child="):
         where = Path(sys.argv[1].removeprefix("--child="))
         files.write_json_atomically(where / "race.json", run(where))
     else:

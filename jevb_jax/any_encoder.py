@@ -207,7 +207,8 @@ class FittedEncoder:
         At most `false_alarm_rate` of new images like the calibration images are called strange.
 
         Args:
-          calibration_images: in-distribution images that are not among those of `fit`.
+          calibration_images: in-distribution images. They must not be among those of `fit`, which is
+            not checked.
           false_alarm_rate: in (0, 1).
           score: as for `ood_score`.
 
@@ -223,7 +224,7 @@ class FittedEncoder:
         return WrappedDetector(self.encoder, self._scorer(score), score, width, rate, threshold)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class WrappedDetector:
     """Says which images are out of distribution; made by `FittedEncoder.detector`.
 
@@ -284,9 +285,8 @@ def _checked_features(output: Any, num_images: int) -> np.ndarray:
     """What `features_fn` returned for a batch, as float32 `[n, F]`."""
     try:
         array = np.asarray(output)
-    except (
-        Exception
-    ) as error:  # torch raises TypeError and RuntimeError here, others what they like
+    # Libraries raise what they like here: torch TypeError and RuntimeError.
+    except Exception as error:
         raise ValueError(
             f"NumPy cannot read what features_fn returned ({type(output).__name__}: {error}). For "
             "PyTorch, return features.detach().cpu()"

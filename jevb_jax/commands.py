@@ -256,8 +256,10 @@ def _evaluate_and_report(
     stop: parallel.StopRequest,
     data_changes: list[str],
 ) -> dict[str, Any]:
-    """Evaluates a state; writes `results.json`, `results.csv` and `report.html`, prints the tables."""
+    """Evaluates a state; writes results, page and fitted scores, and prints the tables."""
     reason = _why_not_fitted(experiment, workdir, data_changes)
+    # Only process 0 knows whether the data changed, and all must run the same forward passes.
+    keeps_fitted = parallel.as_main_says(not reason)
 
     def check_stop() -> None:
         if stop.is_requested():
@@ -270,7 +272,7 @@ def _evaluate_and_report(
                 state.evaluation_variables,
                 mesh=mesh,
                 check_stop=check_stop,
-                keeps_fitted=not reason,
+                keeps_fitted=keeps_fitted,
             )
     except StoppedError as error:
         raise StoppedError(
@@ -358,7 +360,7 @@ def _write_results(
 def evaluate(
     config: ConfigDict, workdir: str | Path, *, step: int | None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run; writes `results.json`, `results.csv` and `report.html`.
+    """Evaluates a checkpoint of a run; writes its results, page and fitted scores.
 
     Results of other settings that lie there are renamed, not replaced (`keep_other_results`).
 

@@ -37,7 +37,8 @@ def torch_weights(model: Model) -> bytes:
     Raises:
       ValueError: the backbone is another network.
     """
-    backbone = {part: model.variables[part]["backbone"] for part in ("params", "batch_stats")}
+    parts = ("params", "batch_stats")  # a network without BatchNorm has no statistics
+    backbone = {part: model.variables.get(part, {}).get("backbone", {}) for part in parts}
     settings = model.settings
     metadata = {
         "backbone": settings.model.backbone,
@@ -52,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jevb_jax.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--workdir", required=True, help="directory of a run or an export")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="directory of a run (its latest checkpoint is taken) or of an export",
+    )
     parser.add_argument("--out", required=True, help="file to write, .safetensors")
     arguments = parser.parse_args(argv)
     if not arguments.out.endswith(".safetensors"):

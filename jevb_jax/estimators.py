@@ -9,11 +9,12 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from jevb_jax.any_encoder import DEFAULT_SCORE, WrappedEncoder
-from jevb_jax.evaluation import detector_input
+from jevb_jax import arguments
+from jevb_jax.any_encoder import DEFAULT_SCORE, wrap
+from jevb_jax.evaluation import conformal, detector_input
 from jevb_jax.evaluation.score_table import ScoreSettings
 
-_BATCH_SIZE = 256
+_SCORES = ("knn", "mahalanobis", "norm", "residual", "ssd")
 
 
 class LabelFreeDetector(OutlierMixin, BaseEstimator):
@@ -30,7 +31,7 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
       false_alarm_rate: in (0, 1).
       held_out_share: share of the rows that set the threshold, in (0, 1).
       num_neighbors: k of "knn"; at most the number of fitted rows is used.
-      num_clusters: clusters of "ssd"; at most the number of fitted rows is used.
+      num_clusters: clusters of "ssd"; at most half the number of fitted rows is used.
       residual_share: share of the features, in (0, 1), that the principal subspace of "residual"
         spans.
       random_state: which rows are held out: a number, a NumPy `RandomState`, or None.
@@ -78,6 +79,11 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
           DegenerateFeaturesError: the rows do not vary.
         """
         del y
+        num_neighbors = arguments.whole_number("num_neighbors", self.num_neighbors, at_least=1)
+        num_clusters = arguments.whole_number("num_clusters", self.num_clusters, at_least=1)
+        detector_input.checked_share("residual_share", self.residual_share)
+        if self.score not in _SCORES:
+            raise ValueError(f"score must be one of {_SCORES}, got {self.score!r}")
         rows: Any = validate_data(self, X, ensure_min_samples=3, dtype=np.float64)
         rate = detector_input.checked_share("false_alarm_rate", self.false_alarm_rate)
         share = detector_input.checked_share("held_out_share", self.held_out_share)
@@ -86,23 +92,18 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
         num_held_out = min(max(1, round(share * len(rows))), len(rows) - 2)
         held_out, kept = rows[order[:num_held_out]], rows[order[num_held_out:]]
         settings = ScoreSettings(
-            knn_k=(min(self.num_neighbors, len(kept)),),
-            ssd_clusters=(min(self.num_clusters, len(kept)),),
+            knn_k=(min(num_neighbors, len(kept)),),
+            ssd_clusters=(max(1, min(num_clusters, len(kept) // 2)),),
             residual_share=self.residual_share,
             mixture_df=5.0,
         )
-        self.fitted_ = WrappedEncoder(np.asarray, _BATCH_SIZE).fit(kept, settings=settings)
-        names = {
-            "knn": f"knn_{settings.knn_k[0]}",
-            "ssd": f"ssd_{settings.ssd_clusters[0]}",
-            **{name: name for name in ("mahalanobis", "residual", "norm")},
-        }
-        if self.score not in names:
-            raise ValueError(f"score must be one of {sorted(names)}, got {self.score!r}")
-        self.score_name_ = names[self.score]
+        self.fitted_ = wrap(np.asarray).fit(kept, settings=settings)
+        numbered = {"knn": settings.knn_k[0], "ssd": settings.ssd_clusters[0]}
+        number = f"_{numbered[self.score]}" if self.score in numbered else ""
+        self.score_name_ = f"{self.score}{number}"
         scores = np.sort(self._scores(held_out))
-        rank = int(np.ceil(round((num_held_out + 1) * (1 - rate), 9)))
-        self.offset_ = -float(scores[min(rank, num_held_out) - 1])
+        rank = min(conformal.threshold_rank(num_held_out, rate), num_held_out)
+        self.offset_ = -float(scores[rank - 1])
         return self
 
     def _scores(self, rows: np.ndarray) -> np.ndarray:

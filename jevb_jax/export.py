@@ -14,12 +14,11 @@ there is one more function of this form, `detector.stablehlo`. Beside the output
 saved its fitted scores, the archive form holds the default score and its calibration: a loaded
 export needs no training images for `ood_score` and `detector`.
 
-Height and width are fixed by
-the export (`--height`, `--width`). By default they are those of the images that the network was
-trained on, as they were read from files. The function itself prepares images of another size, as
-everywhere (`images.preparation`): the shorter side is resized to the trained size, and the center
-is cut out, without a change of the aspect ratio. For photos of many sizes, resize each to the
-default size first, or export once for each size.
+Height and width are fixed by the export (`--height`, `--width`). By default they are those of the
+images that the network was trained on, as they were read from files. The function itself prepares
+images of another size, as everywhere (`images.preparation`): the shorter side is resized to the
+trained size, and the center is cut out, without a change of the aspect ratio. For photos of many
+sizes, resize each to the default size first, or export once for each size.
 
 This module does not write ONNX. The only maintained converter for JAX, jax2onnx, would add ONNX's
 libraries, and a second translation of every operation that needs tests. It accepts
@@ -198,6 +197,8 @@ def export_model(
         manifest[fitted_scores.ENTRY], content = fitted_scores.to_files(saved.only(default))
         written[fitted_scores.IN_EXPORT] = content
     write_model(model, target, manifest=manifest, extra_files=written)
+    for name in {SERVED_DETECTOR, fitted_scores.IN_EXPORT} - written.keys():
+        (target / name).unlink(missing_ok=True)  # of an older export with other weights
 
 
 def read_serving(directory: str | Path, name: str = SERVED) -> jax.export.Exported:

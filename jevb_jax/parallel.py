@@ -257,6 +257,13 @@ def on_main(action: Callable[[], None]) -> None:
         raise error
 
 
+def as_main_says(is_true: bool) -> bool:
+    """What process 0 holds true, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return is_true
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_true)))
+
+
 class StopRequest:
     """Turns a signal into a flag that long work polls.
 

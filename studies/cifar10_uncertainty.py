@@ -4,7 +4,7 @@ python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertai
 
 The recipe is that of `cifar10_ood` with 20,000 images (1,248 steps); residual blocks start active.
 Detection is measured on the 10,000 test images against 1,000 images of each outside set. These sets are
-the `.npz` files that `configs/ood.py` names.
+the `.npz` files that `configs/ood.py` names. Human votes are read from `data/cifar10h.npz`.
 """
 
 import math
@@ -40,7 +40,6 @@ def run_config(method: str, **changes: Any) -> Any:
     config.ood.num_views = 2
     config.ood.num_samples = 4
     config.ood.num_bootstrap = 20
-    config.ood.human_counts_path = ""
     return config
 
 

@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 _ONE_CLASS = "python -m studies.run studies/one_class_digits.py --out=runs/one_class_digits"
 _UNCERTAINTY = "python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty"
 _RUNS = "runs/cifar10_uncertainty/runs/direction/seed_*"
-_URL_COMMAND = f"python -m studies.detection_table {_RUNS} --out=runs/url"
+_URL_COMMAND = f"{_UNCERTAINTY}\npython -m studies.detection_table {_RUNS} --out=runs/url"
 _TEST = "python -m studies.run studies/cifar10_small_test.py --out=runs/test"
 _FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # see full_size.md"
 _SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
@@ -123,13 +123,22 @@ def _detection(group: str) -> list[Ours]:
     names = {
         "JEVB, mixture and residual (default score)": ("direction", "own"),
         "JEVB, embedding, Mahalanobis": ("direction", "embedding"),
-        "JEVB, likelihood of one image": ("direction", "likelihood"),
         "SimSiam, embedding, Mahalanobis": ("simsiam", "embedding"),
         "VI-SimSiam, embedding, Mahalanobis": ("vi_simsiam", "embedding"),
     }
+    likelihood = "jevb/negative_log_likelihood"
     return [
         Ours(what, "uncertainty/table.csv", run, f"{score}, {group}", protocol, _UNCERTAINTY)
         for what, (run, score) in names.items()
+    ] + [
+        Ours(
+            "JEVB, likelihood of one image",
+            "url/table.csv",
+            "direction",
+            f"{likelihood}, {group} mean",
+            protocol,
+            _URL_COMMAND,
+        )
     ]
 
 
@@ -212,12 +221,6 @@ QUESTIONS = (
             Published(
                 "CSI", "0.893", "AUROC, CIFAR-100; ResNet-18, four rotations, ten views", _CSI
             ),
-            Published(
-                "people",
-                "0.95",
-                "AUROC, CIFAR-100",
-                "a NeurIPS 2021 supplement, read as an abstract",
-            ),
         ),
         _detection("near"),
     ),
@@ -249,8 +252,9 @@ QUESTIONS = (
     Question(
         "Does uncertainty predict errors, crops and people?",
         "The likelihood of one image says a little about errors, the default score nothing, and neither "
-        "agrees with people. Uncertainty that was trained with labels is far ahead. R-AUROC and the crop "
-        "check follow the benchmark's code; the correlation is over CIFAR-10H alone.",
+        "agrees with people. Both notice crops about as a plain encoder's norm does. Uncertainty that "
+        "was trained with labels is far ahead. R-AUROC and the crop check follow the benchmark's code; the "
+        "correlation is over CIFAR-10H alone.",
         (
             Published(
                 "loss prediction, R-AUROC",
@@ -307,7 +311,8 @@ def _table(question: Question) -> list[str]:
         f"| **ours:** {one.what} | {one.value} | {one.protocol} | [table]({one.page}) |"
         for one in question.ours
     ]
-    commands = dict.fromkeys(one.command for one in question.ours)  # each once, in their order
+    # Each command once, in their order; some are two lines.
+    commands = dict.fromkeys(line for one in question.ours for line in one.command.splitlines())
     return ["\n".join(lines), *(f"    {command}" for command in commands)]
 
 

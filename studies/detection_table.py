@@ -19,8 +19,14 @@ from studies import mistakes_as_messages
 from studies.evidence import read_run
 
 # Prefixes of measures that check a score in other ways than detection. They belong to no outside set.
-_USES = ("error_auroc_", "r_auroc", "area_under_risk_coverage_", "severity_correlation_")
-_USES += ("cropped_", "human_")
+_USES = (
+    "error_auroc_",
+    "r_auroc",
+    "area_under_risk_coverage_",
+    "severity_correlation_",
+    "cropped_",
+    "human_",
+)
 
 # `{(run, score): {column: one value per seed}}`
 Cells = Mapping[tuple[str, str], Mapping[str, Sequence[float]]]

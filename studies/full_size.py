@@ -3,8 +3,8 @@
 python -m studies.run studies/full_size.py --out=runs/full_size --num_processes=2
 
 For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_test.npz` and the sets of
-`configs/ood.py:cifar10_arrays`. The recipe was chosen with `full_size_screening` on validation data;
-this study reads the test split once. SimSiam has its published recipe but for the number of epochs.
+`configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
+epochs; `full_size_screening` chooses JEVB's, on validation data. This study reads the test split once.
 """
 
 from typing import Any

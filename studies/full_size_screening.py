@@ -39,6 +39,7 @@ def run_config(method: str, **changes: Any) -> Any:
     config.ood.num_samples = 1
     config.ood.num_bootstrap = 2
     config.ood.max_fit_images = 2000
+    config.checkpoint.fitted_megabytes = 0
     for key, value in changes.items():
         section, name = key.split("__")
         config[section][name] = value

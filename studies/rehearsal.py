@@ -3,8 +3,8 @@
 python -m studies.run studies/rehearsal.py --out=runs/rehearsal
 
 The optimizer, batch size, schedule and likelihood are those of full size. The network is ResNet-18 with
-a quarter of its width and heads a quarter as wide. A run takes about 20 minutes on one core. At 32
-pixels it would take 80.
+a quarter of its width and heads a quarter as wide. A run takes 75 minutes on one core of a busy
+machine. At 32 pixels it would take about four times as long.
 """
 
 from typing import Any

@@ -4,8 +4,8 @@ It trains with the config that the study wrote into the directory. It watches it
 the study keeps open. When that input ends, the study has stopped or died. The run then finishes its
 step, saves its state and stops.
 
-An error that the user can mend is one message in the run's log; a bug keeps its traceback there. The
-study counts neither as a result of the method.
+An error that the user can mend is one message in the run's log; a bug keeps its traceback there.
+Except for a step that is not finite, neither is a result of the method.
 """
 
 import os

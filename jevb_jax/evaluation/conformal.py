@@ -38,8 +38,7 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
             "NaN or -inf. Did the network diverge, or do the features overflow?"
         )
     false_alarm_rate = checked_share("false_alarm_rate", false_alarm_rate)
-    # Round, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
-    rank = math.ceil(round((len(scores) + 1) * (1 - false_alarm_rate), 9))
+    rank = threshold_rank(len(scores), false_alarm_rate)
     if rank > len(scores):
         needed = math.ceil(round(1 / false_alarm_rate, 9)) - 1
         raise ValueError(
@@ -54,6 +53,20 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
             "could exceed it. Look for features that overflow"
         )
     return threshold
+
+
+def threshold_rank(num_scores: int, false_alarm_rate: float) -> int:
+    """Which of `n` calibration scores, counted from 1 upwards, is the threshold.
+
+    Args:
+      num_scores: `n`.
+      false_alarm_rate: in (0, 1).
+
+    Returns:
+      `ceil((n + 1)(1 - rate))`, which is above `n` if there are too few scores for the rate.
+    """
+    # Round, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
+    return math.ceil(round((num_scores + 1) * (1 - false_alarm_rate), 9))
 
 
 def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:

@@ -258,12 +258,16 @@ def _score_crops(
 
 
 def _no_numbers(
-    name: str, inside: dict[str, np.ndarray], outside: Sequence[dict[str, np.ndarray]]
+    name: str,
+    inside: dict[str, np.ndarray],
+    outside: Sequence[dict[str, np.ndarray]],
+    *,
+    kind: str = "outside",
 ) -> str:
     """Why a score cannot be ranked: it is NaN for some images. Empty if it can."""
     for where, scores in (
         ("inside", inside[name]),
-        *(("outside", values[name]) for values in outside),
+        *((kind, values[name]) for values in outside),
     ):
         count = int(np.isnan(scores).sum())
         if count:
@@ -367,7 +371,7 @@ def evaluate_ood(
         extract, variables, inside_source, scorers, num_images=settings.num_corrupted_images
     )
     for name in cropped:
-        reason = _no_numbers(name, inside_scores, [cropped])
+        reason = _no_numbers(name, inside_scores, [cropped], kind="cropped")
         if reason:
             not_numbers.setdefault(name, reason)
     # A score that is NaN on one set is left out of all sets: its means would be over other sets.

@@ -1,6 +1,6 @@
 """Scores of many images: fits every entry of a table, then applies the scores in batches."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,12 +13,8 @@ from jevb_jax.evaluation.features import (
     Features,
     useful_batch_size,
 )
-from jevb_jax.images.source import ImageSource
-
-if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
-    pass
-
 from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingData
+from jevb_jax.images.source import ImageSource
 
 
 class Scorers(NamedTuple):

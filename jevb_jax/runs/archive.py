@@ -36,7 +36,8 @@ def check_free(directory: Path, *, kind: str) -> None:
 
     Args:
       directory: where the archive will be; it need not exist.
-      kind: "export", "detector" or "wrapped detector". An older archive of the same kind may be replaced.
+      kind: "export", "detector" or "wrapped detector". An older archive of the same kind may be
+        replaced.
 
     Raises:
       ValueError: the directory holds a run, or a model of another kind.
