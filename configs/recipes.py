@@ -5,8 +5,8 @@ Sources for CIFAR:
 * SimSiam: Chen and He 2021, appendix D.
 * BYOL, VICReg and Barlow Twins: solo-learn's `scripts/pretrain/cifar`, because their papers do not
   use CIFAR.
-
-* EMP-SSL: Tong et al. 2023 (arXiv 2304.03977) and its official code, with 20 of its 20 to 200 crops.
+* EMP-SSL: Tong et al. 2023 (arXiv 2304.03977) and its official code, with 20 crops (the paper uses 20
+  to 200).
 
 Source for ImageNet: each paper and its official code. EMP-SSL's settings are those of its code for
 CIFAR, which it uses for ImageNet-100 too.

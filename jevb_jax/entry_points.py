@@ -26,22 +26,22 @@ def _exit(error: ModuleNotFoundError) -> NoReturn:
 
 
 def train() -> None:
-    """Runs `jevb-train`."""
+    """Trains or resumes a run, as `python train.py` does; ends the process."""
     _scripts().train()
 
 
 def evaluate() -> None:
-    """Runs `jevb-evaluate`."""
+    """Evaluates a run, as `python evaluate.py` does; ends the process."""
     _scripts().evaluate()
 
 
 def finetune() -> None:
-    """Runs `jevb-finetune`."""
+    """Fine-tunes an encoder, as `python finetune.py` does; ends the process."""
     _scripts().finetune()
 
 
 def export() -> int:
-    """Runs `jevb-export` and returns the exit status."""
+    """Exports a run, as `python -m jevb_jax.export` does; returns the exit status."""
     try:
         from jevb_jax import export as program
     except ModuleNotFoundError as error:

@@ -36,7 +36,10 @@ def advice(error: ModuleNotFoundError) -> str | None:
     missing = str(error.name or "").partition(".")[0]
     if missing not in EXTRAS:
         return None
-    return f"{missing} is not installed: pip install 'jevb-jax[{EXTRAS[missing]}]'"
+    extra = EXTRAS[missing]
+    return (
+        f"{missing} is not installed: pip install 'jevb-jax[{extra}]' (in a checkout: '.[{extra}]')"
+    )
 
 
 @contextlib.contextmanager

@@ -31,8 +31,8 @@ def find(name: str | os.PathLike[str]) -> Path | None:
     """The directory of a published encoder.
 
     Args:
-      name: a name without slashes. A path is not looked up, and neither is a name that is also a
-        directory of the working directory.
+      name: a name without slashes. A path gives None, and so does a name that is also a file or
+        folder of the working directory.
 
     Returns:
       The directory, or None if no encoder has this name.

@@ -253,8 +253,8 @@ QUESTIONS = (
         "Does uncertainty predict errors, crops and people?",
         "The likelihood of one image says a little about errors, the default score nothing, and neither "
         "agrees with people. Both notice crops about as a plain encoder's norm does. Uncertainty that "
-        "was trained with labels is far ahead. R-AUROC and the crop check follow the benchmark's code; the "
-        "correlation is over CIFAR-10H alone.",
+        "was trained with labels is far ahead. R-AUROC and the crop check follow the benchmark's code; "
+        "the correlation is over CIFAR-10H alone.",
         (
             Published(
                 "loss prediction, R-AUROC",

@@ -25,6 +25,8 @@ _MEANINGS = {
 _STANDARD_ERRORS = 2.0
 # An AUROC of 0.5 is chance. Up to this value a score is called useless.
 _USELESS_AUROC = 0.55
+# Smaller differences of an AUROC are not mentioned.
+_SMALL_AUROC = 0.02
 
 
 class _Comparison(NamedTuple):
@@ -54,9 +56,9 @@ def findings(
       Sentences; none if nothing was measured.
     """
     told = [*_learning(results, num_images), *_detection(results)]
-    health = _health(alarms)
     if alarms is None:
         return [*told, *([_NOT_CHECKED] if told else [])]
+    health = _health(alarms)
     is_collapsed = any(one.name == "collapse" and one.is_standing for one in alarms)
     return [*health, *told] if is_collapsed else [*told, *health]
 
@@ -143,7 +145,9 @@ def _detection(results: Mapping[str, Any]) -> list[str]:
     elif useless:
         told += f" It is of no use against: {', '.join(useless)}."
     lower = [
-        f"{group} {before[group]:.3f}" for group in after if before.get(group, 0) > after[group]
+        f"{group} {before[group]:.3f}"
+        for group in after
+        if before.get(group, 0) > after[group] + _SMALL_AUROC
     ]
     if lower:
         told += f" With the encoder before training it had more: {', '.join(lower)}."
@@ -159,9 +163,7 @@ def _aurocs(results: Mapping[str, Any], encoder: str, score: str) -> dict[str, f
     }
 
 
-def _health(alarms: Sequence[AlarmPeriod] | None) -> list[str]:
-    if alarms is None:
-        return []
+def _health(alarms: Sequence[AlarmPeriod]) -> list[str]:
     if not alarms:
         return ["No health alarm was raised."]
     standing = list(dict.fromkeys(one.name for one in alarms if one.is_standing))
@@ -171,5 +173,6 @@ def _health(alarms: Sequence[AlarmPeriod] | None) -> list[str]:
         meanings = "; ".join(_MEANINGS[name] for name in standing)
         told.append(f"Not healthy at the end: {meanings}.")
     if cleared:
-        told.append(f"Health alarms that were raised and cleared: {', '.join(cleared)}.")
+        meanings = "; ".join(_MEANINGS[name] for name in cleared)
+        told.append(f"Not healthy for a time, and cleared later: {meanings}.")
     return told

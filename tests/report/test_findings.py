@@ -146,7 +146,10 @@ def test_a_collapse_comes_first_and_one_that_was_cleared_last():
     assert second.startswith("It learned")
     first, second = told(*learned, alarms=tuple(collapsed(1.1, 50)))
     assert first.startswith("It learned")
-    assert second == "Health alarms that were raised and cleared: collapse."
+    assert second == (
+        "Not healthy for a time, and cleared later: the embeddings have collapsed: they use few "
+        "directions, or one point."
+    )
     # Cleared and raised again.
     first, *_ = told(*learned, alarms=tuple(collapsed(1.1, 50, 1.1)))
     assert first.startswith("Not healthy at the end: the embeddings have collapsed")
