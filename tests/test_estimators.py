@@ -49,6 +49,14 @@ def test_false_alarms_and_outliers(score):
     assert roc_auc_score(np.arange(100) < 50, values) > 0.9
 
 
+def test_more_neighbors_and_clusters_than_rows_are_as_many_as_there_can_be():
+    few = rows(1, 60)  # 45 are fitted
+    assert LabelFreeDetector("knn", num_neighbors=500).fit(few).score_name_ == "knn_45"
+    pairs = np.repeat(rows(1, 3), 20, axis=0) + 0.01 * rows(2, 60)
+    two = LabelFreeDetector("ssd", num_clusters=9, held_out_share=0.93).fit(pairs)
+    assert two.score_name_ == "ssd_2"  # of four fitted rows
+
+
 def test_in_a_pipeline_and_a_grid_search():
     pipeline = make_pipeline(PCA(4), LabelFreeDetector())
     mixed = np.concatenate([rows(5, 100), rows(6, 100, 20.0)])
@@ -70,6 +78,9 @@ def test_mistakes_are_named():
         LabelFreeDetector("mahalonobis").fit(rows(1, 30))
     with pytest.raises(ValueError, match="false_alarm_rate must be in"):
         LabelFreeDetector(false_alarm_rate=5.0).fit(rows(1, 30))
+    for name in ("num_neighbors", "num_clusters"):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
+            LabelFreeDetector(**{name: 0}).fit(rows(1, 30))
     with pytest.raises(ValueError, match="minimum of 3 is required"):
         LabelFreeDetector().fit(rows(1, 2))
     few = LabelFreeDetector().fit(rows(1, 30))  # eight are held out, and 19 are needed

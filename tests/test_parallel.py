@@ -230,6 +230,16 @@ def test_start_up_that_does_not_fit_is_refused(given, message, monkeypatch):
     parallel.start_processes({}, **nothing, heartbeat_timeout_seconds=9)
 
 
+@pytest.mark.parametrize("of_main", [True, False])
+def test_every_process_does_what_process_0_holds_true(of_main, monkeypatch):
+    assert parallel.as_main_says(of_main) is of_main  # a single process asks nobody
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        parallel.multihost_utils, "broadcast_one_to_all", lambda _: np.asarray(of_main)
+    )
+    assert parallel.as_main_says(not of_main) is of_main
+
+
 def test_batch_that_does_not_divide_names_both_numbers():
     mesh = parallel.make_mesh()
     parallel.check_divisible(64, 2, mesh)

@@ -334,6 +334,12 @@ def test_the_served_detector_is_that_of_the_model(saved, tmp_path):
     manifest = json.loads((tmp_path / "out" / archive.MANIFEST).read_text())
     assert manifest["serving_detector"]["false_alarm_rate"] == 0.1
     assert manifest["serving_detector"]["score"] == DEFAULT
+    # A new export without a detector leaves none of the old one beside the new weights.
+    export.export_model(model, tmp_path / "out")
+    assert not (tmp_path / "out" / export.SERVED_DETECTOR).exists()
+    assert (tmp_path / "out" / fitted_scores.IN_EXPORT).exists()
+    export.export_model(saved.model, tmp_path / "out")
+    assert not (tmp_path / "out" / fitted_scores.IN_EXPORT).exists()
 
 
 def test_a_score_of_random_views_is_not_served(saved):

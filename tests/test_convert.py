@@ -1,0 +1,54 @@
+"""A trained ResNet as a file for PyTorch."""
+
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+from safetensors import safe_open
+
+from configs import smoke
+from jevb_jax import convert
+from jevb_jax.detector import write_model
+from jevb_jax.model import Model
+from jevb_jax.networks.torch_names import from_torch
+from jevb_jax.training.experiment import build_experiment, to_json_values
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    config: Any = smoke.get_config()
+    config.model.backbone = "resnet8"
+    variables = jax.jit(build_experiment(config).initial_state)().evaluation_variables
+    return Model(to_json_values(config), variables, step=0)
+
+
+def test_the_command_writes_the_backbone_and_what_its_images_need(model, tmp_path):
+    write_model(model, tmp_path / "export", manifest={}, extra_files={})
+    file = tmp_path / "resnet8.safetensors"
+    assert convert.main([f"--workdir={tmp_path / 'export'}", f"--out={file}"]) == 0
+    wanted = {part: model.variables[part]["backbone"] for part in ("params", "batch_stats")}
+    found = from_torch(safetensors.load(file.read_bytes()), wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    with safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+    assert (metadata["backbone"], metadata["stem"]) == ("resnet8", "cifar")
+    assert metadata["mean"] == "[0.4914, 0.4822, 0.4465]"
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert.main(["--workdir=x", "--out=resnet8.pt"])
+    assert "--out must end in .safetensors" in capsys.readouterr().err
+    assert convert.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.safetensors'}"]) == 1
+    assert "neither config.json" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_network_without_batchnorm_is_refused(model):
+    variables = {"params": {"backbone": {"patch_embedding": {}}}}
+    other: Any = types.SimpleNamespace(variables=variables, settings=model.settings)
+    with pytest.raises(ValueError, match="only ResNets have torchvision's names"):
+        convert.torch_weights(other)
