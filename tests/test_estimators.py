@@ -75,9 +75,10 @@ def test_mistakes_are_named():
         LabelFreeDetector("mahalonobis").fit(rows(1, 30))
     with pytest.raises(ValueError, match="false_alarm_rate must be in"):
         LabelFreeDetector(false_alarm_rate=5.0).fit(rows(1, 30))
-    for name in ("num_neighbors", "num_clusters"):
-        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
-            LabelFreeDetector(**{name: 0}).fit(rows(1, 30))
+    with pytest.raises(ValueError, match="^num_neighbors must be at least 1, got 0"):
+        LabelFreeDetector(num_neighbors=0).fit(rows(1, 30))
+    with pytest.raises(ValueError, match="^num_clusters must be at least 1, got 0"):
+        LabelFreeDetector(num_clusters=0).fit(rows(1, 30))
     with pytest.raises(ValueError, match="minimum of 3 is required"):
         LabelFreeDetector().fit(rows(1, 2))
     few = LabelFreeDetector().fit(rows(1, 30))  # eight are held out, and 19 are needed
