@@ -75,9 +75,9 @@ def test_mistakes_are_named():
         LabelFreeDetector("mahalonobis").fit(rows(1, 30))
     with pytest.raises(ValueError, match="false_alarm_rate must be in"):
         LabelFreeDetector(false_alarm_rate=5.0).fit(rows(1, 30))
-    with pytest.raises(ValueError, match="^num_neighbors must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^num_neighbors must be at least 1, got 0"):
         LabelFreeDetector(num_neighbors=0).fit(rows(1, 30))
-    with pytest.raises(ValueError, match="^num_clusters must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^num_clusters must be at least 1, got 0"):
         LabelFreeDetector(num_clusters=0).fit(rows(1, 30))
     with pytest.raises(ValueError, match="minimum of 3 is required"):
         LabelFreeDetector().fit(rows(1, 2))
