@@ -331,6 +331,20 @@ class Model:
             calibration = np.atleast_1d(self._score_checked(checked, name, scorer))
         return Detector(self, scorer, name, rate, conformal.conformal_threshold(calibration, rate))
 
+    def as_nnx(self) -> Any:
+        """The network with its weights as a `flax.nnx.Module`, through Flax's bridge.
+
+        `model.as_nnx()(views, train=False)` maps normalized images of the trained size, `[N, h, w, c]`
+        float32, to `networks.joint.ViewOutputs`. Unlike the model, it prepares no images.
+        """
+        from flax import nnx  # only this needs it, and it takes a second to import
+        from flax.nnx.bridge.variables import linen_vars_to_nnx_attrs
+
+        module = nnx.bridge.ToNNX(self.network)
+        for name, value in linen_vars_to_nnx_attrs(self.variables).items():
+            setattr(module, name, value)
+        return module
+
     # --- Scores ---
 
     @functools.cached_property

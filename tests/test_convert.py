@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import numpy as safetensors
 from safetensors import safe_open
 
@@ -36,6 +37,17 @@ def test_the_command_writes_the_backbone_and_what_its_images_need(model, tmp_pat
         metadata = opened.metadata()
     assert (metadata["backbone"], metadata["stem"]) == ("resnet8", "cifar")
     assert metadata["mean"] == "[0.4914, 0.4822, 0.4465]"
+
+
+@pytest.mark.slow
+def test_a_model_as_nnx_computes_the_same(model):
+    views = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+    module = model.as_nnx()
+    assert isinstance(module, nnx.Module)
+    expected = model.network.apply(model.variables, views, train=False)
+    jax.tree.map(np.testing.assert_array_equal, module(views, train=False), expected)
+    num_weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    assert num_weights == sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"]))
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
