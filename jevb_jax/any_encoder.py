@@ -171,7 +171,16 @@ class FittedEncoder:
         """Names of the scores; `docs/evaluation.md` says what each is."""
         return list(self._entries)
 
-    def _scorer(self, score: str) -> ScoreFunction:
+    def scorer(self, score: str) -> ScoreFunction:
+        """A score, fitted to the training images at the first call.
+
+        Args:
+          score: one of `score_names()`.
+
+        Raises:
+          ValueError: the score is unknown.
+          DegenerateFeaturesError: it cannot be fitted to the training features.
+        """
         if score not in self._entries:
             raise ValueError(f"score must be one of {self.score_names()}, got {score!r}")
         if score not in self._scorers:
@@ -192,7 +201,7 @@ class FittedEncoder:
             width than those of the training images.
           DegenerateFeaturesError: the score cannot be fitted to the training features.
         """
-        scorer = self._scorer(score)
+        scorer = self.scorer(score)
         return _scores(self.encoder, scorer, images, self.train_features.shape[1])
 
     @in_single_precision
@@ -221,7 +230,7 @@ class FittedEncoder:
         conformal.conformal_threshold(np.zeros(len(calibration_images)), rate)
         threshold = conformal.conformal_threshold(self.ood_score(calibration_images, score), rate)
         width = self.train_features.shape[1]
-        return WrappedDetector(self.encoder, self._scorer(score), score, width, rate, threshold)
+        return WrappedDetector(self.encoder, self.scorer(score), score, width, rate, threshold)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from jevb_jax import arguments
-from jevb_jax.any_encoder import DEFAULT_SCORE, wrap
+from jevb_jax.any_encoder import DEFAULT_SCORE, WrappedDetector, wrap
 from jevb_jax.evaluation import conformal, detector_input
 from jevb_jax.evaluation.score_table import ScoreSettings
 
@@ -27,7 +27,7 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
     score.
 
     Args:
-      score: "mahalanobis", "knn", "ssd", "residual" or "norm" (docs/evaluation.md).
+      score_name: "mahalanobis", "knn", "ssd", "residual" or "norm" (docs/evaluation.md).
       false_alarm_rate: in (0, 1).
       held_out_share: share of the rows that set the threshold, in (0, 1).
       num_neighbors: k of "knn"; at most the number of fitted rows is used.
@@ -39,13 +39,12 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
     Attributes:
       offset_: `decision_function` is `score_samples - offset_`.
       n_features_in_: width of the rows.
-      fitted_: the `any_encoder.FittedEncoder`.
-      score_name_: name of the score in it.
+      detector_: the `any_encoder.WrappedDetector`.
     """
 
     def __init__(
         self,
-        score: str = DEFAULT_SCORE,
+        score_name: str = DEFAULT_SCORE,
         *,
         false_alarm_rate: float = 0.05,
         held_out_share: float = 0.25,
@@ -55,7 +54,7 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
         random_state: Any = 0,
     ):
         """See the class. Arguments are checked in `fit`, as in scikit-learn."""
-        self.score = score
+        self.score_name = score_name
         self.false_alarm_rate = false_alarm_rate
         self.held_out_share = held_out_share
         self.num_neighbors = num_neighbors
@@ -82,8 +81,8 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
         num_neighbors = arguments.whole_number("num_neighbors", self.num_neighbors, at_least=1)
         num_clusters = arguments.whole_number("num_clusters", self.num_clusters, at_least=1)
         detector_input.checked_share("residual_share", self.residual_share)
-        if self.score not in _SCORES:
-            raise ValueError(f"score must be one of {_SCORES}, got {self.score!r}")
+        if self.score_name not in _SCORES:
+            raise ValueError(f"score_name must be one of {_SCORES}, got {self.score_name!r}")
         rows: Any = validate_data(self, X, ensure_min_samples=3, dtype=np.float64)
         rate = detector_input.checked_share("false_alarm_rate", self.false_alarm_rate)
         share = detector_input.checked_share("held_out_share", self.held_out_share)
@@ -97,18 +96,18 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
             residual_share=self.residual_share,
             mixture_df=5.0,
         )
-        self.fitted_ = wrap(np.asarray).fit(kept, settings=settings)
         numbered = {"knn": settings.knn_k[0], "ssd": settings.ssd_clusters[0]}
-        number = f"_{numbered[self.score]}" if self.score in numbered else ""
-        self.score_name_ = f"{self.score}{number}"
-        scores = np.sort(self._scores(held_out))
+        number = f"_{numbered[self.score_name]}" if self.score_name in numbered else ""
+        name = f"{self.score_name}{number}"
+        fitted = wrap(np.asarray).fit(kept, settings=settings)
+        scores = np.sort(fitted.ood_score(held_out, name))
         rank = min(conformal.threshold_rank(num_held_out, rate), num_held_out)
-        self.offset_ = -float(scores[rank - 1])
+        threshold = float(scores[rank - 1])
+        self.detector_ = WrappedDetector(
+            fitted.encoder, fitted.scorer(name), name, rows.shape[1], rate, threshold
+        )
+        self.offset_ = -threshold
         return self
-
-    def _scores(self, rows: np.ndarray) -> np.ndarray:
-        """How strange rows are; larger is stranger."""
-        return self.fitted_.ood_score(rows, self.score_name_).astype(np.float64)
 
     def score_samples(self, X: Any) -> np.ndarray:
         """How ordinary rows are, `[N]` float64; minus the score, so smaller is stranger.
@@ -122,7 +121,7 @@ class LabelFreeDetector(OutlierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         rows: Any = validate_data(self, X, reset=False, dtype=np.float64)
-        return -self._scores(rows)
+        return -self.detector_.score(rows).astype(np.float64)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """`score_samples` minus the threshold, `[N]`: negative for outliers.

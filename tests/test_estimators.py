@@ -51,7 +51,7 @@ def test_false_alarms_and_outliers(score):
 
 def test_more_neighbors_than_rows_are_as_many_as_there_can_be():
     few = rows(1, 60)  # 45 are fitted
-    assert LabelFreeDetector("knn", num_neighbors=500).fit(few).score_name_ == "knn_45"
+    assert LabelFreeDetector("knn", num_neighbors=500).fit(few).detector_.score_name == "knn_45"
 
 
 def test_in_a_pipeline_and_a_grid_search():
@@ -62,16 +62,16 @@ def test_in_a_pipeline_and_a_grid_search():
     def auroc(estimator, *_):
         return roc_auc_score(labels, estimator.decision_function(mixed))
 
-    grid = {"labelfreedetector__score": ["norm", "mahalanobis"]}
+    grid = {"labelfreedetector__score_name": ["norm", "mahalanobis"]}
     search = GridSearchCV(pipeline, grid, scoring=auroc, cv=2).fit(rows(1, 200))
-    assert search.best_params_ == {"labelfreedetector__score": "mahalanobis"}
+    assert search.best_params_ == {"labelfreedetector__score_name": "mahalanobis"}
     assert set(search.predict(mixed)) <= {1, -1}
 
 
 def test_mistakes_are_named():
     with pytest.raises(NotFittedError):
         LabelFreeDetector().predict(rows(1, 3))
-    with pytest.raises(ValueError, match="score must be one of"):
+    with pytest.raises(ValueError, match="score_name must be one of"):
         LabelFreeDetector("mahalonobis").fit(rows(1, 30))
     with pytest.raises(ValueError, match="false_alarm_rate must be in"):
         LabelFreeDetector(false_alarm_rate=5.0).fit(rows(1, 30))
