@@ -30,6 +30,7 @@ from jevb_jax.evaluation.accuracy import left_out
 from jevb_jax.runs import files
 from jevb_jax.runs.metrics_log import standard_output
 from jevb_jax.settings import run_config
+from jevb_jax.settings.saved_config import versioned
 from jevb_jax.training import pretraining
 from jevb_jax.training.experiment import build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop
@@ -42,7 +43,7 @@ MEASURE = f"knn_{K}_uniform_accuracy"
 
 def run(directory: Path) -> dict[str, Any]:
     """Trains the config in a directory; returns the accuracy on the test split, and the steps."""
-    experiment = build_experiment(run_config.read_config(directory / "asked_config.json"))
+    experiment = build_experiment(run_config.read_config(directory / "config.json"))
     settings, mesh = experiment.settings.evaluation, parallel.make_mesh()
     split, images = accuracy.evaluated_split(settings, experiment.dataset)
     if split != "test":
@@ -99,7 +100,8 @@ def timed(directory: Path, config: Any) -> dict[str, Any]:
       RuntimeError: the process failed; its output is in `log.txt`.
     """
     directory.mkdir(parents=True)
-    files.write_json_atomically(directory / "asked_config.json", to_json_values(config))
+    # Under this name, `jevb_jax.load` finds the encoder of the race.
+    files.write_json_atomically(directory / "config.json", versioned(to_json_values(config)))
     environment = {**os.environ, CACHE_VARIABLE: "off"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-m", "benchmarks.race", f"--child={directory}"]
