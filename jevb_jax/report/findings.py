@@ -170,9 +170,14 @@ def _health(alarms: Sequence[AlarmPeriod]) -> list[str]:
     cleared = list(dict.fromkeys(one.name for one in alarms if one.name not in standing))
     told = []
     if standing:
-        meanings = "; ".join(_MEANINGS[name] for name in standing)
+        meanings = "; ".join(_meaning(name) for name in standing)
         told.append(f"Not healthy at the end: {meanings}.")
     if cleared:
-        meanings = "; ".join(_MEANINGS[name] for name in cleared)
+        meanings = "; ".join(_meaning(name) for name in cleared)
         told.append(f"Not healthy for a time, and cleared later: {meanings}.")
     return told
+
+
+def _meaning(name: str) -> str:
+    """What an alarm means; its name for one of another version, which has no meaning here."""
+    return _MEANINGS.get(name, f'the alarm "{name}"')
