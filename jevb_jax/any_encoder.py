@@ -147,7 +147,7 @@ class FittedEncoder:
     Attributes:
       encoder: computes the features.
       train_features: `[N, F]`, of in-distribution images.
-      settings: of the scores.
+      settings: numbers of neighbors, clusters and so on.
     """
 
     encoder: WrappedEncoder

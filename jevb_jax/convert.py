@@ -17,12 +17,11 @@ from collections.abc import Sequence
 
 from safetensors import numpy as safetensors
 
-from jevb_jax import messages
+from jevb_jax import programs
 from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.networks.torch_names import to_torch
 from jevb_jax.runs import files
-from jevb_jax.runs.metrics_log import standard_output, unbroken
 
 
 def torch_weights(model: Model) -> bytes:
@@ -62,19 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.out.endswith(".safetensors"):
         parser.error(f"--out must end in .safetensors, got {arguments.out!r}")
-    try:
+
+    def work() -> str:
         content = torch_weights(load(arguments.workdir))
         files.write_bytes_atomically(files.to_path(arguments.out), content)
-    except Exception as error:
-        message = messages.for_person(error)
-        if message is None:
-            raise
-        print(message, file=sys.stderr)
-        return 1
-    console = standard_output()
-    with unbroken(console):
-        console.print(f"Written to {arguments.out}", markup=False, soft_wrap=True)
-    return 0
+        return f"Written to {arguments.out}"
+
+    return programs.run(work)
 
 
 if __name__ == "__main__":

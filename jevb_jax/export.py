@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jevb_jax import messages
+from jevb_jax import programs
 from jevb_jax.detector import Detector, write_model
 from jevb_jax.evaluation import fitted_scores, score_table
 from jevb_jax.evaluation.features import Features
@@ -50,7 +50,6 @@ from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.runs import archive, files
-from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.training import from_settings
 from jevb_jax.xla_options import in_single_precision
 
@@ -236,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not step.isdecimal():
             parser.error(f'--step must be a number or "best", got {step!r}')
         step = int(step)
-    try:
+
+    def work() -> str:
         model = load(arguments.workdir, step)
         export_model(
             model,
@@ -245,16 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             width=arguments.width,
             false_alarm_rate=arguments.false_alarm_rate,
         )
-    except Exception as error:
-        message = messages.for_person(error)
-        if message is None:
-            raise
-        print(message, file=sys.stderr)
-        return 1
-    console = standard_output()
-    with unbroken(console):
-        console.print(f"{model} written to {arguments.out}", markup=False, soft_wrap=True)
-    return 0
+        return f"{model} written to {arguments.out}"
+
+    return programs.run(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ epochs; `full_size_screening` chooses JEVB's, on validation data. This study rea
 
 from typing import Any
 
-from configs import cifar10, ood
+from configs import ood
+from studies import full_size_screening
 from studies.spec import Comparison, Curves, Logged, Result, Study
 
 _ACCURACIES = {
@@ -24,16 +25,10 @@ _SCORES = ("jevb/mixture_and_residual", "embedding/mahalanobis", "representation
 
 def run_config(method: str) -> Any:
     """`configs/cifar10.py` for a method in 100 epochs, evaluated against all sets at hand."""
-    config: Any = cifar10.get_config(method)
-    config.data.source = "arrays"
-    config.data.train_paths = ("data/cifar10_train.npz",)
-    config.data.test_paths = ("data/cifar10_test.npz",)
-    config.model.dtype = "bfloat16"
+    config = full_size_screening.full_size_config(method)
     config.train.num_epochs = 100
     config.train.knn_every_epochs = 5
     config.train.health_every_steps = 1000
-    config.checkpoint.every_steps = 0
-    config.evaluation.compare_untrained = False
     section: Any = ood.get_config("cifar10_arrays")
     section.severities = (1, 3, 5)
     config.ood = section

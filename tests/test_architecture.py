@@ -21,7 +21,7 @@ FLOORS = (
     ("evaluation",),
     ("any_encoder", "forward", "detector"),
     ("model", "published", "report"),
-    ("loading",),
+    ("loading", "programs"),
     ("__init__", "commands", "command_line", "convert", "estimators", "export", "finetuning"),
     ("scripts",),
     ("entry_points",),
