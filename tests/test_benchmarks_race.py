@@ -31,6 +31,7 @@ def test_the_race_reports_the_accuracy_of_the_last_step_and_counts_the_process(t
     saved = json.loads((out / "race.json").read_text())
     (row,) = saved["tables"][""]
     assert row["seed"] == 3
+    assert json.loads((out / "seed_3" / "config.json").read_text())["seed"] == 3
     assert row["steps"] == 10  # of 64 of the 640 images; hardly any is kept for validation
     assert row["reached"] is True
     assert row["seconds"] > 1  # a process cannot import JAX in less
