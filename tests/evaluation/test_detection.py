@@ -482,7 +482,7 @@ def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     assert all(set(scores) == {"a/good"} for scores in found.outside.values())
     assert found.left_out["a/inside"].startswith("1 of 4 scores of inside images are NaN")
     assert set(found.cropped) == {"a/good"}
-    assert found.left_out["a/crops"].startswith("1 of 4 scores of outside images are NaN")
+    assert found.left_out["a/crops"].startswith("1 of 4 scores of cropped images are NaN")
     assert found.left_out["a/outside"].startswith("1 of 4 scores of outside images are NaN")
 
 
