@@ -56,6 +56,7 @@ def method_config(method: str, **changes: Any) -> Any:
         config.model.projector_hidden_dims = (256, 256)
         config.model.embedding_dim = 256
         config.barlow_twins.loss_weight = 1.0  # has no effect with AdamW
+    config.train.target_decay = 0.0
     if method == "byol":
         config.model.head_hidden_dim = 256
         config.train.target_decay = 0.95  # published: 0.99 or more for 100 times as many steps

@@ -32,6 +32,15 @@ class RunData(NamedTuple):
         """The last logged step."""
         return max((record["step"] for record in self.records), default=0)
 
+    @property
+    def views_per_step(self) -> int:
+        """Views in a batch. A small crop counts as one view; 0 if the run has not started."""
+        if self.config is None:
+            return 0
+        views = self.config["augmentation"]
+        count = views["num_views"] + views["num_small_crops"]
+        return self.config["train"]["batch_size"] * count
+
     def changes(self, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Settings that differ: `{dotted key: (value in this run, value in the config)}`."""
         return {} if self.config is None else changed_keys(self.config, config)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from studies.evidence import Evidence
+from studies.evidence import Evidence, RunData
 from studies.spec import Comparison, Curves, Figure, Sweep
 
 _COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito
@@ -115,7 +115,7 @@ def _curves(figure: Curves, evidence: Evidence) -> Drawing:
             seeds = evidence.runs[run].values()
             _draw_curve(
                 axis,
-                [(data.series(key), data.failure is not None) for data in seeds],
+                [(_series(data, key, figure), data.failure is not None) for data in seeds],
                 color=_COLORS[number % len(_COLORS)],
                 dashes=_DASHES[number // len(_COLORS)],
                 label=_with_failures(run, evidence),
@@ -124,25 +124,31 @@ def _curves(figure: Curves, evidence: Evidence) -> Drawing:
             axis.text(0.5, 0.5, "logged by none", transform=axis.transAxes, ha="center")
         if figure.log_y:
             axis.set_yscale("log")
-        axis.set_xlabel("step")
+        axis.set_xlabel("millions of views seen" if figure.over_views else "step")
         axis.set_ylabel(key)
         _add_legend(axis)
     return drawn
 
 
+def _series(data: RunData, key: str, figure: Curves) -> dict[float, float]:
+    """Logged values by position on the x axis."""
+    scale = data.views_per_step / 1e6 if figure.over_views else 1
+    return {step * scale: value for step, value in data.series(key).items()}
+
+
 def _draw_curve(
     axis: Axes,
-    seeds: Sequence[tuple[Mapping[int, float], bool]],
+    seeds: Sequence[tuple[Mapping[float, float], bool]],
     *,
     color: str,
     dashes: str,
     label: str,
 ) -> None:
-    """Draws `(values by step, whether it failed)` of the seeds of a run."""
+    """Draws `(values by position, whether it failed)` of the seeds of a run."""
     seeds = [(series, is_failed) for series, is_failed in seeds if series]
     if not seeds:
         return
-    # Only steps that every seed reached, so that mean and range do not jump where a seed ends.
+    # Only positions that every seed reached, so that mean and range do not jump where a seed ends.
     common = sorted(set.intersection(*(set(series) for series, _ in seeds)))
     values = np.array([[series[step] for step in common] for series, _ in seeds])
     if common:

@@ -1,10 +1,11 @@
 """Full size: CIFAR-10, ResNet-18, bfloat16, 100 epochs, JEVB and SimSiam, with detection.
 
-python -m studies.run studies/full_size.py --out=runs/full_size --num_processes=2
+python -m studies.run studies/full_size.py --out=runs/full_size --num_processes=4
 
 For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_test.npz` and the sets of
 `configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
-epochs; `full_size_screening` chooses JEVB's, on validation data. This study reads the test split once.
+epochs. Two more runs train JEVB with Muon, with and without its target network. Which recipe becomes
+JEVB's is chosen by k-NN on validation images; the test split is read once.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ _KNN = "validation/knn_10_uniform_accuracy"
 _SCORES = ("jevb/mixture_and_residual", "embedding/mahalanobis", "representation/ssd_1")
 
 
-def run_config(method: str) -> Any:
+def run_config(method: str, **changes: Any) -> Any:
     """`configs/cifar10.py` for a method in 100 epochs, evaluated against all sets at hand."""
     config = full_size_screening.full_size_config(method)
     config.train.num_epochs = 100
@@ -32,12 +33,17 @@ def run_config(method: str) -> Any:
     section: Any = ood.get_config("cifar10_arrays")
     section.severities = (1, 3, 5)
     config.ood = section
-    return config
+    return full_size_screening.changed(config, changes)
 
 
 def get_study() -> Study:
-    """JEVB and SimSiam."""
-    runs = {method: run_config(method) for method in ("jevb", "simsiam")}
+    """JEVB with three recipes, and SimSiam."""
+    runs = {
+        "jevb": run_config("jevb"),
+        "simsiam": run_config("simsiam"),
+        "jevb_muon_target": run_config("jevb", optimizer__name="muon"),
+        "jevb_muon": run_config("jevb", optimizer__name="muon", train__target_decay=0.0),
+    }
     detection = [
         Result(f"{score}, {group}", f"auroc_{group}", score)
         for score in _SCORES
@@ -55,6 +61,6 @@ def get_study() -> Study:
         ),
         figures=(
             Comparison("accuracy", "Accuracy on test images", tuple(runs), tuple(_ACCURACIES)),
-            Curves("curves", "k-NN accuracy on validation", tuple(runs), (_KNN,)),
+            Curves("curves", "k-NN accuracy on validation", tuple(runs), (_KNN,), over_views=True),
         ),
     )

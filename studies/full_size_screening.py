@@ -28,6 +28,14 @@ def full_size_config(method: str) -> Any:
     return config
 
 
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """The config with changes such as `train__batch_size=256`, made in place."""
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
 def run_config(method: str, **changes: Any) -> Any:
     """The config of a method in 12 epochs, with changes such as `train__batch_size=256`."""
     config = full_size_config(method)
@@ -45,14 +53,11 @@ def run_config(method: str, **changes: Any) -> Any:
     config.ood.num_bootstrap = 2
     config.ood.max_fit_images = 2000
     config.checkpoint.fitted_megabytes = 0
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
-    return config
+    return changed(config, changes)
 
 
 def get_runs(run_config: Callable[..., Any]) -> dict[str, Any]:
-    """JEVB's optimizer, batch and likelihood, one change at a time; SimSiam beside it.
+    """JEVB's optimizer, target and likelihood, one or two changes at a time; SimSiam beside it.
 
     Args:
       run_config: from a method and its changes to a config; `rehearsal` has a smaller one.
@@ -60,31 +65,36 @@ def get_runs(run_config: Callable[..., Any]) -> dict[str, Any]:
     Returns:
       Configs by name.
     """
-    small: dict[str, Any] = {"train__batch_size": 256}
-    adam: dict[str, Any] = {**small, "optimizer__name": "adamw", "optimizer__weight_decay": 1e-4}
+    online: dict[str, Any] = {"train__target_decay": 0.0}
+    muon: dict[str, Any] = {"optimizer__name": "muon"}
+    crops = {"augmentation__num_small_crops": 4}
     narrow = {"jevb__kl_weight": 0.1, "jevb__prior_scale": 1.0, "jevb__df": math.inf}
     return {
-        "jevb": run_config("jevb", **small),
-        "simsiam_512": run_config("simsiam"),
-        "jevb_muon": run_config("jevb", **small, optimizer__name="muon"),
+        "jevb": run_config("jevb", **online),
+        "jevb_target": run_config("jevb"),
+        "jevb_muon": run_config("jevb", **online, **muon),
+        "jevb_muon_target": run_config("jevb", **muon),
         "jevb_sgd_0.5": run_config(
             "jevb",
-            **small,
+            **online,
             optimizer__name="sgd",
             optimizer__learning_rate=0.5,
             optimizer__weight_decay=5e-4,
         ),
-        "simsiam_adamw": run_config("simsiam", **adam, optimizer__learning_rate=1e-3),
-        "jevb_512": run_config("jevb"),
-        "jevb_rate_0.004": run_config("jevb", **small, optimizer__learning_rate=4e-3),
-        "jevb_rate_0.001": run_config("jevb", **small, optimizer__learning_rate=1e-3),
-        "jevb_target": run_config("jevb", **small, train__target_decay=0.99),
-        "jevb_crops": run_config("jevb", **small, augmentation__num_small_crops=4),
-        "jevb_narrow": run_config("jevb", **small, **narrow),
-        "jevb_muon_0.0005": run_config(
-            "jevb", **small, optimizer__name="muon", optimizer__learning_rate=5e-4
+        "jevb_narrow": run_config("jevb", **online, **narrow),
+        "jevb_crops": run_config("jevb", **online, **crops),
+        "jevb_muon_0.005": run_config("jevb", **online, **muon, optimizer__learning_rate=5e-3),
+        "jevb_muon_0.0005": run_config("jevb", **online, **muon, optimizer__learning_rate=5e-4),
+        "jevb_muon_narrow": run_config("jevb", **online, **muon, **narrow),
+        "jevb_muon_crops": run_config("jevb", **online, **muon, **crops),
+        "simsiam_512": run_config("simsiam"),
+        "simsiam_muon": run_config(
+            "simsiam",
+            **muon,
+            train__batch_size=256,
+            optimizer__learning_rate=2e-3,
+            optimizer__weight_decay=1e-4,
         ),
-        "jevb_decay_0.05": run_config("jevb", **small, optimizer__weight_decay=0.05),
     }
 
 
@@ -106,7 +116,7 @@ def make_study(title: str, runs: dict[str, Any]) -> Study:
             Comparison(
                 "accuracy", "Accuracy at the end", tuple(runs), ("linear accuracy", _ACCURACY)
             ),
-            Curves("curves", "k-NN accuracy on validation", tuple(runs), (_KNN,)),
+            Curves("curves", "k-NN accuracy on validation", tuple(runs), (_KNN,), over_views=True),
         ),
     )
 

@@ -63,13 +63,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """A figure of logged values by step, with a cross where a seed failed."""
+    """A figure of logged values by step or by views seen, with a cross where a seed failed."""
 
     name: str  # of the file, without .png
     title: str  # the claim
     runs: Sequence[str]  # a line each, at most 24
     keys: Sequence[str]  # of `metrics.jsonl`; a panel each
     log_y: bool = False
+    over_views: bool = False  # the x axis is views seen, which compares unequal batches fairly
 
 
 Measure = Result | Logged

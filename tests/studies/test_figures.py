@@ -1,6 +1,8 @@
 """What the figures of a study draw, read from their lines."""
 
+import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,23 @@ def test_curves_show_the_range_and_where_seeds_end(fabricated):
     assert crosses == [[10, 2], [20, 1.5]]  # the last finite values
     assert [[20, 3], [30, 4]] in [line[-2:] for line in lines]  # the seed that went on
     assert [text.get_text() for text in nothing.texts] == ["logged by none"]
+
+
+def test_curves_over_views_count_every_view_of_every_image(fabricated):
+    made, out = fabricated
+    for seed in range(3):
+        where = directory(out, "t", seed) / "config.json"
+        config = json.loads(where.read_text())
+        config["train"]["batch_size"] = 32
+        config["augmentation"].update(num_views=3, num_small_crops=2)
+        where.write_text(json.dumps(config))
+    figure = dataclasses.replace(made.figures[-1], runs=("t",), over_views=True)
+    rank, _ = figures.draw(figure, read_evidence(made, out)).axes
+    views = 32 * (3 + 2) / 1e6
+    np.testing.assert_allclose(
+        points(rank)[0], [[10 * views, 3], [20 * views, 10], [30 * views, 5]]
+    )
+    assert rank.get_xlabel() == "millions of views seen"
 
 
 def test_curves_without_a_common_step_draw_every_seed(fabricated):
