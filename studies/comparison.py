@@ -148,9 +148,9 @@ _URL = "results and plot scripts of mkirchhof/url, commit eacd47f"
 QUESTIONS = (
     Question(
         "How good is the representation? (CIFAR-10)",
-        "Not there yet, but near: our longest run of JEVB was stopped at epoch 73 of 100 (one seed, validation "
-        "images). Nothing longer has run. The small study shows only that "
-        "JEVB is not behind SimSiam with the same budget.",
+        "Not there yet, but near: our longest run of JEVB was stopped at epoch 73 of 100 (one seed, "
+        "validation images). Nothing longer has run. The small study shows only that JEVB is not behind "
+        "SimSiam with the same budget.",
         (
             Published(
                 "SimCLR, 100 epochs",
