@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "source": "arrays",  # digits | shapes | arrays | folder | tfds
-            "train_paths": (),  # arrays: .npz files; folder: one directory of pictures
+            "train_paths": (),  # arrays: .npz or .npy files; folder: one directory of pictures
             "test_paths": (),
             "tfds_name": "",  # tfds: name or name:version, prepared as array_record
             "data_dir": "",  # tfds: directory of the prepared data sets ("" = tfds' default)

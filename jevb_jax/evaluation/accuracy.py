@@ -305,6 +305,32 @@ def wrong_predictions(
     return {f"{k}_nn": nearest != test_labels} | wrong
 
 
+def shifted_accuracies(
+    settings: EvaluationSection,
+    train: Features,
+    shifted: Features,
+    probe: LinearProbe | None,
+    without: dict[str, str],
+) -> dict[str, float]:
+    """Accuracies of the representation on images from elsewhere; nothing is fitted to them.
+
+    Args:
+      settings: which k-NN accuracies.
+      train: features of the training split, the neighbors.
+      shifted: features of labeled images. A label that no training image has counts as an error.
+      probe: fitted on the representation of the training split, or None.
+      without: measures to leave out, from `left_out`.
+
+    Returns:
+      Every k-NN accuracy, and with a probe "linear_accuracy".
+    """
+    found = knn_accuracies_by_name("representation", settings, train, shifted, without)
+    if probe is not None:
+        is_right = _predicted(probe, shifted.representation) == _numbered(train, shifted)
+        found["linear_accuracy"] = float(np.mean(is_right))
+    return found
+
+
 def right_at_1(name: str, evaluated: Features) -> np.ndarray | None:
     """Which images have the label of their nearest other image, `[N]` bool, for URL's measures.
 

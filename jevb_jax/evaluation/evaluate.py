@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jevb_jax.evaluation import detection, fitted_scores, outside_sets, reliability
+from jevb_jax.evaluation import detection, fitted_scores, outside_sets, reliability, shifted
 from jevb_jax.evaluation.accuracy import (
     FEATURE_NAMES,
     Result,
@@ -131,6 +131,9 @@ def evaluate_variables(
         results += linear
     probe = probes["representation"]
     found, curves = None, {}
+    results += shifted.shifted_results(
+        experiment.settings, extract, variables, train=train, probe=probe, without=without
+    )
     if outside_sets.is_asked(experiment.settings):
         found = detection.evaluate_ood(
             experiment,

@@ -11,6 +11,8 @@ from jevb_jax.settings.sections import RunSettings
 
 # The group of corrupted copies of in-distribution images.
 CORRUPTED = "corrupted"
+# The group of other images of the same classes, on which accuracies are measured, too.
+SHIFTED = "shifted"
 
 
 class OutsideSet(NamedTuple):
@@ -18,7 +20,8 @@ class OutsideSet(NamedTuple):
 
     Attributes:
       name: the name of the set; `NAME_SEVERITY` for a corruption.
-      group: "near", "far", and so on; AUROC is averaged over a group. `CORRUPTED` for corruptions.
+      group: "near", "far", and so on; AUROC is averaged over a group. `CORRUPTED` for corruptions;
+        `SHIFTED` for other images of the same classes.
       source: the images.
       protocol: what the images are, in words.
     """

@@ -73,6 +73,11 @@ def _check_outside_set(where: str, description: Mapping[str, Any], experiment: E
         channels = image_shape(source)[-1]
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}, {description['name']!r}: {error}") from error
+    if description["group"] == outside_sets.SHIFTED and source.labels is None:
+        raise ValueError(
+            f"{where}, {description['name']!r}, is of the group {outside_sets.SHIFTED!r}, on which "
+            f"accuracy is measured, but its images have no labels. Give labels or another group"
+        )
     wanted = experiment.view_shape[-1]
     if channels not in (1, wanted):
         raise ValueError(

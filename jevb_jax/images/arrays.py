@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -31,27 +32,29 @@ def digits() -> ArraySource:
 
 
 def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> ArraySource:
-    """Reads one or several `.npz` files as one source, in the given order.
+    """Reads one or several `.npz` or `.npy` files as one source, in the given order.
 
-    Each file holds `images`, uint8 `[N, H, W, C]`, and may hold `labels` (integers `[N]`) and
-    `class_names` (strings). Other entries are ignored. Nothing is unpickled.
+    An `.npz` file holds `images`, uint8 `[N, H, W, C]`, and may hold `labels` (integers `[N]`) and
+    `class_names` (strings). Other entries are ignored. An `.npy` file holds images, or the labels of
+    the `.npy` images before it. Nothing is unpickled.
 
     Raises:
       FileNotFoundError: a file does not exist.
       TypeError: images are not uint8, or labels are not integers. The message names the file.
-      ValueError: a file is damaged or no `.npz` file, has no `images` or images of a wrong shape,
-        or has labels out of range or of another length; or the files disagree in image size, class
-        names, or whether they have labels. The message names the file.
+      ValueError: a file is damaged or of neither kind, has no `images` or images of a wrong shape,
+        or has labels out of range or of another length; labels do not follow `.npy` images; or the
+        files disagree in image size, class names, or whether they have labels. The message names
+        the file.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not paths:
-        raise ValueError("expected at least one .npz file, got none")
+        raise ValueError("expected at least one .npz or .npy file, got none")
     real = [to_path(path).resolve() for path in paths]
     repeated = sorted({str(path) for path in real if real.count(path) > 1})
     if repeated:
         raise ValueError(f"each file may be given once, but these are repeated: {repeated}")
-    parts = [_read_npz(to_path(path)) for path in paths]
+    parts = _read_all([to_path(path) for path in paths])
     first = parts[0]
     for part in parts[1:]:
         if part.images.shape[1:] != first.images.shape[1:]:
@@ -78,18 +81,59 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
     )
 
 
-def _read_npz(path: Path) -> ArraySource:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    with _damage_named(path), path.open("rb") as stream:
-        magic = np.lib.format.MAGIC_PREFIX
-        if stream.read(len(magic)) == magic:
-            raise ValueError("it holds a single array; save it by `np.savez(path, images=array)`")
+def _read_all(paths: Sequence[Path]) -> list[ArraySource]:
+    parts: list[ArraySource] = []
+    waiting = False  # whether the last part is `.npy` images, which labels may follow
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {path}")
+        array = _read_npy(path)
+        if array is None:
+            parts.append(_read_npz(path))
+        elif array.ndim != 1:
+            parts.append(ArraySource(array, name=str(path)))
+        elif waiting:
+            images = parts[-1]
+            parts[-1] = ArraySource(images.images, array, name=f"{images.name} with {path}")
+        else:
+            raise ValueError(
+                f"{path} holds labels, but no .npy file of images stands right before it. Give "
+                "IMAGES.npy, LABELS.npy"
+            )
+        waiting = array is not None and array.ndim != 1
+    return parts
+
+
+def _read_npy(path: Path) -> np.ndarray | None:
+    """The array of an `.npy` file; None for a file of another kind."""
+    magic = np.lib.format.MAGIC_PREFIX
+    with _damage_named(path, "npy"), path.open("rb") as stream:
+        if stream.read(len(magic)) != magic:
+            return None
         stream.seek(0)
-        with np.load(stream, allow_pickle=False) as file:
-            keys = file.files
-            wanted = [key for key in ("images", "labels", "class_names") if key in keys]
-            headers = {key: _entry_header(file.zip, key) for key in wanted}
+        shape, dtype = _array_header(stream)
+        claimed, held = math.prod(shape) * dtype.itemsize, path.stat().st_size - stream.tell()
+        if not dtype.hasobject and claimed > held:
+            raise ValueError(
+                f"it claims an array of shape {shape}, {claimed:,} bytes, but holds {held:,}. The file "
+                "is damaged"
+            )
+        _check_memory("it", claimed)
+    if len(shape) != 1 and not dtype.hasobject:
+        check_images(shape, dtype, where=str(path))  # before memory is taken
+    with _damage_named(path, "npy"), path.open("rb") as stream:
+        return np.load(stream, allow_pickle=False)
+
+
+def _read_npz(path: Path) -> ArraySource:
+    with (
+        _damage_named(path),
+        path.open("rb") as stream,
+        np.load(stream, allow_pickle=False) as file,
+    ):
+        keys = file.files
+        wanted = [key for key in ("images", "labels", "class_names") if key in keys]
+        headers = {key: _entry_header(file.zip, key) for key in wanted}
     # Check the header before memory is taken. Pickled arrays are refused later, by NumPy.
     if "images" in headers and not headers["images"][1].hasobject:
         check_images(*headers["images"], where=str(path))
@@ -112,11 +156,11 @@ def _read_npz(path: Path) -> ArraySource:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _damage_named(path: Path, kind: str = "npz") -> Iterator[None]:
     try:
         yield
     except _DAMAGED_ZIP as error:
-        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
+        raise ValueError(f"{path} cannot be read as an .{kind} file: {error}") from error
     except MemoryError as error:
         raise ValueError(
             f"there is no memory for the arrays of {path} ({error}). Give fewer images, or a "
@@ -129,13 +173,7 @@ def _entry_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], 
     name = key if key in archive.namelist() else f"{key}.npy"
     entry = archive.getinfo(name)
     with archive.open(entry) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format
-        shape, _, dtype = (
-            read.read_array_header_1_0(stream)
-            if version == (1, 0)
-            else read.read_array_header_2_0(stream)
-        )
+        shape, dtype = _array_header(stream)
         held = entry.file_size - stream.tell()
     claimed = math.prod(shape) * dtype.itemsize
     # Deflate turns one byte into at most 1032. Entries without compression have their own size.
@@ -145,7 +183,20 @@ def _entry_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], 
             f"its entry `{key}` claims an array of shape {shape}, {claimed:,} bytes, but holds at most "
             f"{min(held, possible):,}. The file is damaged"
         )
+    _check_memory(key, claimed)
+    return shape, dtype
+
+
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array that starts here; the stream is then at its data."""
+    read = np.lib.format
+    version = read.read_magic(stream)
+    of_version = read.read_array_header_1_0 if version == (1, 0) else read.read_array_header_2_0
+    shape, _, dtype = of_version(stream)
+    return shape, dtype
+
+
+def _check_memory(name: str, claimed: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if claimed > memory:
-        raise MemoryError(f"{key} needs {claimed:,} bytes of {memory:,}")
-    return shape, dtype
+        raise MemoryError(f"{name} needs {claimed:,} bytes of {memory:,}")

@@ -70,7 +70,7 @@ def load_dataset(
     Args:
       source: `digits`, `shapes`, `arrays`, `folder` or `tfds`. For `digits` the test images are a
         stratified 20%.
-      train_paths: `.npz` files for `arrays`, one directory for `folder`.
+      train_paths: `.npz` or `.npy` files for `arrays`, one directory for `folder`.
       test_paths: the same for the test images.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
@@ -217,6 +217,7 @@ def load_images(
     split: str = "test",
     image_size: int = 0,
     max_image_pixels: int = pictures.MAX_PIXELS,
+    rows: Sequence[int] = (),
     exclude_labels: Sequence[int] = (),
     num_examples: int = 0,
     split_seed: int = 0,
@@ -225,20 +226,22 @@ def load_images(
 
     Args:
       source: `arrays`, `folder`, `tfds` or `image_list`.
-      paths: `.npz` files for `arrays`; one directory for `folder`; for `image_list` the list, and
-        the directory that its paths are relative to.
+      paths: `.npz` or `.npy` files for `arrays`; one directory for `folder`; for `image_list` the
+        list, and the directory that its paths are relative to.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
       split: TFDS split.
       image_size: images from files are resized to this height and width in pixels; 0 keeps them.
       max_image_pixels: a picture in a file with more pixels is an error, before it is decoded.
+      rows: the first row to keep and the first after it; all rows by default.
       exclude_labels: classes to leave out, for example those of the training set.
       num_examples: number of images, a stratified choice by `split_seed`; 0 for all.
       split_seed: non-negative integer.
 
     Raises:
-      ValueError: the source is unknown, the number of paths is wrong, classes are excluded from
-        unlabeled images, or nothing is left. Also for the reasons of the source itself.
+      ValueError: the source is unknown, the number of paths is wrong, there are no such rows, classes
+        are excluded from unlabeled images, or nothing is left. Also for the reasons of the source
+        itself.
     """
     images: ImageSource
     sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
@@ -261,6 +264,13 @@ def load_images(
             raise ValueError(
                 f"unknown source {source!r}; expected arrays, folder, image_list or tfds"
             )
+    if len(rows):
+        if len(rows) != 2 or not 0 <= rows[0] < rows[1] <= len(images):
+            raise ValueError(
+                f"rows must be a first row and the first after the last, of the {len(images):,} images "
+                f"of {images.name}, got {list(rows)}"
+            )
+        images = Subset(images, np.arange(*rows))
     if len(exclude_labels):
         if images.labels is None:
             raise ValueError(f"{images.name} has no labels, so no class can be excluded")

@@ -396,6 +396,6 @@ def _source_misfits(section: DataSection) -> list[str]:
     if source == "tfds" and section.train_split == section.test_split:
         return [f"data.train_split and data.test_split are both {section.train_split!r}"]
     if source in ("arrays", "folder") and not section.train_paths:
-        what = ".npz files" if source == "arrays" else "one directory"
+        what = ".npz or .npy files" if source == "arrays" else "one directory"
         return [f"data.train_paths must name {what} where data.source is {source}, got ()"]
     return []

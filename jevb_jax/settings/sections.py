@@ -378,6 +378,7 @@ class OutsideSetSection:
     data_dir: Text
     split: Text
     image_size: Annotated[int, integer(0, note="0 = as stored")]
+    rows: Annotated[tuple[int, ...], many(integer(0))]
     exclude_labels: Annotated[tuple[int, ...], many(integer(0))]
     num_examples: Annotated[int, integer(0, note="0 = all")]
     split_seed: Annotated[int, integer(0)]

@@ -13,7 +13,8 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from jevb_jax.evaluation import accuracy, evaluate
+from configs import ood
+from jevb_jax.evaluation import accuracy, evaluate, shifted
 from jevb_jax.evaluation.evaluate import Features
 from jevb_jax.images import pixels
 from jevb_jax.images.dataset import Dataset
@@ -117,6 +118,75 @@ def test_linear_probe():
     expected = classifier.score(scaler.transform(test.representation), test.labels)
     # One example of 70 may lie on a boundary.
     assert value("linear_accuracy", "representation") == pytest.approx(expected, abs=1.5 / 70)
+
+
+def random_features(seed: int, classes: np.ndarray) -> Features:
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(len(classes), 6)) + np.eye(6)[classes // 10] * 1.5
+    return Features(x.astype(np.float32), x.astype(np.float32), None, None, classes)
+
+
+def test_shifted_sets_are_classified_by_what_was_fitted_elsewhere(tmp_path):
+    """Two files as CIFAR-10-C has them, in two rows of severities; the oracle is NumPy's 1-NN."""
+    generator = np.random.default_rng(0)
+    labels = 10 * generator.integers(0, 5, 40)
+    labels[7] = 50  # a class without training images: always an error
+    np.save(tmp_path / "labels.npy", labels)
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(40)
+    np.save(tmp_path / "noise.npy", images)
+    files = (str(tmp_path / "noise.npy"), str(tmp_path / "labels.npy"))
+    sets = [
+        ood.outside_set(f"noise_{s}", "shifted", "arrays", paths=files, rows=(20 * s - 20, 20 * s))
+        for s in (1, 2)
+    ]
+    sets += [ood.outside_set("far", "far", "arrays", paths=("nowhere.npz",))]
+    settings = tiny().settings
+    settings = dataclasses.replace(
+        settings,
+        evaluation=dataclasses.replace(settings.evaluation, knn_k=(1,), knn_uniform_k=()),
+        ood=dataclasses.replace(settings.ood, outside=tuple(sets)),
+    )
+    train = random_features(1, 10 * generator.integers(0, 5, 300))
+    whole = random_features(2, labels)
+    probe, _ = accuracy.linear_results(
+        "representation", settings.evaluation, train, train, train, {}
+    )
+    assert probe is not None
+
+    def extract(_: Any, source: Any) -> Features:
+        rows = [int(source[i][0, 0, 0]) for i in range(len(source))]
+        np.testing.assert_array_equal(source.labels, labels[rows])
+        x = whole.representation[rows]
+        return Features(x, x, None, None, source.labels)
+
+    fake: Any = extract
+    found = shifted.shifted_results(settings, fake, None, train=train, probe=probe, without={})
+    numbers = {one["name"]: one["value"] for one in found}
+    weights, bias, mean, std = (
+        np.asarray(part, np.float64)
+        for part in (probe.weights, probe.bias, probe.feature_mean, probe.feature_std)
+    )
+    logits = (whole.representation - mean) / std @ weights + bias
+    linear = 10 * np.argmax(logits, axis=1) == labels
+    bank, queries = (
+        x / np.linalg.norm(x, axis=1, keepdims=True)
+        for x in (train.representation.astype(np.float64), whole.representation.astype(np.float64))
+    )
+    nearest = train.labels[np.argmax(queries @ bank.T, axis=1)] == labels
+    assert not linear[7]
+    assert not nearest[7]
+    assert set(numbers) == {
+        f"{measure}_{where}"
+        for measure in ("knn_1_accuracy", "linear_accuracy")
+        for where in ("on_noise_1", "on_noise_2", "shifted")
+    }
+    for measure, is_right in (("knn_1_accuracy", nearest), ("linear_accuracy", linear)):
+        parts = [is_right[:20].mean(), is_right[20:].mean()]
+        assert numbers[f"{measure}_on_noise_1"] == pytest.approx(parts[0])
+        assert numbers[f"{measure}_on_noise_2"] == pytest.approx(parts[1])
+        assert numbers[f"{measure}_shifted"] == pytest.approx(np.mean(parts))
+    assert all("noise" in one["protocol"] for one in found)
 
 
 @pytest.mark.slow

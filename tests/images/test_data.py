@@ -175,6 +175,70 @@ def test_arrays_reads_and_concatenates(tmp_path, photos):
     assert arrays.arrays(save(tmp_path / "c.npz", images=photos)).labels is None
 
 
+def test_npy_images_take_the_labels_that_follow_them(tmp_path, photos):
+    labels = np.arange(60) % 3
+    for name, array in (("a", photos[:40]), ("a_labels", labels[:40]), ("b", photos[40:])):
+        np.save(tmp_path / f"{name}.npy", array)
+    np.save(tmp_path / "b_labels.npy", labels[40:].astype(np.uint8))
+    paths = [tmp_path / f"{name}.npy" for name in ("a", "a_labels", "b", "b_labels")]
+    source = arrays.arrays(paths)
+    np.testing.assert_array_equal(source.images, photos)
+    np.testing.assert_array_equal(source.labels, labels)
+    assert all(path.name in source.name for path in paths)
+    assert arrays.arrays(paths[0]).labels is None
+    mixed = arrays.arrays([save(tmp_path / "c.npz", images=photos, labels=labels), *paths[2:]])
+    np.testing.assert_array_equal(mixed.labels, np.concatenate([labels, labels[40:]]))
+    with pytest.raises(ValueError, match=r"a\.npy has none; give labels to both"):
+        arrays.arrays([*paths[2:], paths[0]])
+
+
+@pytest.mark.parametrize("order", [["labels"], ["npz", "labels"], ["images", "labels", "other"]])
+def test_npy_labels_without_their_images_are_refused(tmp_path, photos, order):
+    for name in ("labels", "other"):
+        np.save(tmp_path / f"{name}.npy", np.zeros(60, np.int64))
+    np.save(tmp_path / "images.npy", photos)
+    save(tmp_path / "npz.npz", images=photos)
+    paths = [tmp_path / f"{name}.{'npz' if name == 'npz' else 'npy'}" for name in order]
+    with pytest.raises(ValueError, match=rf"{order[-1]}\.npy holds labels, but no \.npy file"):
+        arrays.arrays(paths)
+
+
+def test_npy_files_that_are_wrong_are_named(tmp_path, photos):
+    whole = tmp_path / "whole.npy"
+    np.save(whole, photos)
+    content = whole.read_bytes()
+    objects = tmp_path / "objects.npy"
+    np.save(objects, np.array([{}, {}], object), allow_pickle=True)
+    floats = tmp_path / "floats.npy"
+    np.save(floats, photos / 255)
+    (tmp_path / "cut.npy").write_bytes(content[:-7])
+    (tmp_path / "header.npy").write_bytes(content[:20])
+    for name, error, message in (
+        (
+            "cut",
+            ValueError,
+            r"cut\.npy cannot be read as an \.npy file: it claims .* bytes, but holds",
+        ),
+        ("header", ValueError, r"header\.npy cannot be read as an \.npy file"),
+        ("objects", ValueError, r"objects\.npy cannot be read as an \.npy file"),
+        ("floats", TypeError, r"floats\.npy.*got float64"),
+    ):
+        with pytest.raises(error, match=message):
+            arrays.arrays(tmp_path / f"{name}.npy")
+
+
+def test_rows_are_those_from_the_first_to_before_the_last(tmp_path, photos):
+    np.save(tmp_path / "x.npy", photos)
+    np.save(tmp_path / "y.npy", np.arange(60))
+    paths = (str(tmp_path / "x.npy"), str(tmp_path / "y.npy"))
+    found = dataset.load_images(source="arrays", paths=paths, rows=(20, 40))
+    np.testing.assert_array_equal(found.labels, np.arange(20, 40))
+    np.testing.assert_array_equal(np.stack([found[i] for i in range(len(found))]), photos[20:40])
+    for rows in ((0, 61), (5, 5), (9, 3), (3,), (1, 2, 3)):
+        with pytest.raises(ValueError, match="rows must be a first row"):
+            dataset.load_images(source="arrays", paths=paths, rows=rows)
+
+
 def test_arrays_names_the_file_that_is_wrong(tmp_path):
     images = np.random.default_rng(0).integers(1, 256, (4, 8, 8, 3), np.uint8)
     labels = np.zeros(4, np.int64)
@@ -221,10 +285,6 @@ def test_arrays_names_the_file_that_is_wrong(tmp_path):
         assert str(path) in str(caught.value)
     with pytest.raises(ValueError, match=r"are repeated: .*good\.npz"):
         arrays.arrays([good, tmp_path / "." / "good.npz"])
-    single = tmp_path / "single.npy"
-    np.save(single, images)
-    with pytest.raises(ValueError, match=r"single\.npy cannot be read.*single array"):
-        arrays.arrays([single])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
         arrays.arrays(tmp_path / "nowhere.npz")
     with pytest.raises(ValueError, match="at least one"):

@@ -171,7 +171,7 @@ def test_all_mistakes_are_in_one_message():
         ({"optimizer__warmup_epochs": 200}, "must be shorter than the run"),
         ({"ood__corruptions": ["crop"], "ood__severities": []}, "ood.severities is empty"),
         ({"ood__corruptions": ["crop", "crop"]}, "names one twice"),
-        ({"data__source": "arrays"}, "data.train_paths must name .npz files"),
+        ({"data__source": "arrays"}, "data.train_paths must name .npz or .npy"),
         ({"data__source": "tfds"}, "data.tfds_name must name"),
         ({"augmentation__blur_kernel_size": 65, "augmentation__blur_probability": [0, 1]}, "wide"),
     ],
@@ -247,6 +247,8 @@ def with_settings(built: Experiment, section: str, **keys: Any) -> Experiment:
         ("ood", {"ssd_clusters": [99], "max_fit_images": 60}, ValueError, "ssd_clusters .* at most 60"),
         ("ood", {"outside": [outside()]}, FileNotFoundError, r"ood.outside\[0\], 'a': no file at"),
         ("ood", {"choice": [outside()]}, FileNotFoundError, r"ood.choice\[0\], 'a': no file at"),
+        ("ood", {"outside": [outside(group="shifted", paths=("unlabeled.npy",))]}, ValueError,
+         "'a', is of the group 'shifted', .* no labels"),
         ("ood", {"human_counts_path": "no.npz"}, FileNotFoundError, r"no\.npz"),
     ],
 )  # fmt: skip
@@ -254,6 +256,7 @@ def test_an_evaluation_that_would_fail_is_refused_before_training(
     built, tmp_path, monkeypatch, section, keys, error, message
 ):
     monkeypatch.chdir(tmp_path)
+    np.save("unlabeled.npy", np.zeros((3, 8, 8, 3), np.uint8))
     with pytest.raises(error, match=message):
         readiness.check(with_settings(built, section, **keys))
 
