@@ -122,6 +122,18 @@ def test_measures_stand_beside_those_of_the_untrained_encoder():
     assert "Not evaluated: linear_5_labels_per_class_accuracy: there is one class." in text
 
 
+def test_several_shifted_sets_are_shown_by_their_mean():
+    names = ("linear_accuracy", "linear_accuracy_on_a", "linear_accuracy_on_b")
+    rows = [
+        {"name": name, "features": "representation", "value": 0.5, "protocol": ""}
+        for name in (*names, "linear_accuracy_shifted")
+    ]
+    found = tables.measure_rows({"trained": rows})
+    assert [row.name for row in found] == ["linear_accuracy", "linear_accuracy_shifted"]
+    assert [row.name for row in tables.measure_rows({"trained": rows[:2]})] == list(names[:2])
+    assert tables.results_csv({"trained": rows}).count("linear_accuracy_on_") == 2
+
+
 def test_scores_fitted_with_labels_stand_below_the_others():
     table = tables.detection_table(RESULTS)
     assert [column.header for column in table.columns] == [
