@@ -153,6 +153,7 @@ def test_shifted_sets_are_classified_by_what_was_fitted_elsewhere(tmp_path):
         "representation", settings.evaluation, train, train, train, {}
     )
     assert probe is not None
+    assert train.labels is not None
 
     def extract(_: Any, source: Any) -> Features:
         rows = [int(source[i][0, 0, 0]) for i in range(len(source))]
