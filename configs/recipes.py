@@ -137,7 +137,7 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
 
     Args:
       config: has data and backbone set; changed in place.
-      method: one of `METHODS`; "jevb" uses SimSiam's recipe with its own heads.
+      method: one of `METHODS`; "jevb" uses SimSiam's recipe with its own heads and a target network.
 
     Returns:
       The config.
@@ -150,7 +150,9 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
     if method in ("jevb", "simsiam", "vi_simsiam"):
         _set_optimizer(config, name="sgd", rate=0.1, decay=1e-4, warmup=0.0, batch=512, epochs=100)
         config.augmentation.blur_probability = (0.5, 0.5)
-        if method != "jevb":
+        if method == "jevb":
+            config.train.target_decay = 0.99  # as in cifar10.py
+        else:
             _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
             config.optimizer.constant_head_rate = True
         return config
