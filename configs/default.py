@@ -211,6 +211,8 @@ def get_config() -> ConfigDict:
             "ssd_clusters": (1, 10),
             "mixture_df": 5.0,  # df of the kernels of jevb/mixture; inf is the Gaussian
             "residual_share": 0.5,  # dimension of the principal subspace / number of features
+            # Crops of each of four rotations of an image for embedding/csi (10 as published); 0 = off.
+            "csi_crops": 0,
             "num_bootstrap": 100,  # resamples for an interval
             "human_counts_path": "",  # .npz with `cifar10h_counts`: votes by test image and class
         }

@@ -78,7 +78,7 @@ def serving_function(
     """
     if detector is not None:
         name = detector.score_name
-        if score_table.scores_of_run(model.settings, has_labels=False)[name].needs_terms:
+        if score_table.scores_of_run(model.settings, has_labels=False)[name].needs_views:
             raise ValueError(
                 f"{name} needs augmented views and random samples of an image, and only scores of the "
                 "plain image are served. Set ood.default_score to another score, or leave out the "

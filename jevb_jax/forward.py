@@ -9,10 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from jevb_jax.evaluation import detection
+from jevb_jax.evaluation import csi, detection
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
 from jevb_jax.images.preparation import cut_square
+from jevb_jax.methods import METHODS
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings.sections import RunSettings
 from jevb_jax.training import from_settings
@@ -64,9 +65,11 @@ class ForwardPass:
         """The forward pass for a batch size, compiled on first use."""
         key = batch_size, has_terms
         if key not in self._extractors:
-            terms = None
+            views: dict[str, Any] = {}
             if has_terms:
-                terms = detection.jevb_terms_settings(
+                views["rotated"] = csi.rotated_views(self._settings.ood, self.view)
+            if has_terms and METHODS[self._settings.method].head == "posterior":
+                views["terms"] = detection.jevb_terms_settings(
                     self.network,
                     from_settings.jevb_settings(self._settings, steps_per_epoch=0),
                     self._settings.ood,
@@ -78,7 +81,7 @@ class ForwardPass:
                 mean=self.view.mean,
                 std=self.view.std,
                 batch_size=batch_size,
-                terms=terms,
+                **views,
             )
         return self._extractors[key]
 
@@ -96,7 +99,8 @@ class ForwardPass:
           variables: parameters and running statistics.
           images: from `checked`.
           output: maps the features of a batch to a tree of arrays `[n, ...]`.
-          has_terms: whether the features include JEVB's terms, which need several views.
+          has_terms: whether the features include JEVB's terms and CSI's rotations, which need
+            several views.
         """
         if len(images.stacks) > 1 and not has_terms:
             return self._of_views(variables, images, output)

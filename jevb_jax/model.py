@@ -197,7 +197,7 @@ class Model:
     @property
     @in_single_precision
     def extractor(self) -> FeatureExtractor:
-        """Computes the features of a whole source, without JEVB's terms, in batches."""
+        """Computes the features of a whole source, without augmented views, in batches."""
         return self._forward.extractor(self._forward.batch_size, has_terms=False)
 
     @in_single_precision
@@ -320,7 +320,7 @@ class Model:
         scorer = self._scorer(name, fit_images)
         if checked is None:
             extract = self._forward.extractor(
-                self._forward.batch_size, has_terms=self._score_entries[name].needs_terms
+                self._forward.batch_size, has_terms=self._score_entries[name].needs_views
             )
             parts = [
                 np.asarray(_apply(scorer, features))[mask]
@@ -381,7 +381,7 @@ class Model:
             if fit_images is not None:
                 raise ValueError(f"{name} is not fitted to images: leave out fit_images")
             return entry.make(None)
-        has_terms = entry.needs_terms
+        has_terms = entry.needs_views
         if fit_images is not None:
             images = self._forward.checked(fit_images)
             if images.is_single:
@@ -441,7 +441,7 @@ class Model:
         def scores(features: Features) -> Array:
             return _apply(scorer, features)
 
-        return self._map_checked(images, scores, has_terms=self._score_entries[name].needs_terms)
+        return self._map_checked(images, scores, has_terms=self._score_entries[name].needs_views)
 
     def _map_checked(
         self, images: GivenImages, output: Callable[[Features], Any], *, has_terms: bool

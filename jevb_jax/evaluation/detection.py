@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from jevb_jax import arguments, methods
+from jevb_jax.evaluation import csi
 from jevb_jax.evaluation.detection_metrics import (
     OODMetrics,
     bootstrap_intervals_of_scores,
@@ -166,6 +167,16 @@ def terms_settings(experiment: "Experiment") -> TermsSettings | None:
     )
 
 
+def view_settings(experiment: "Experiment") -> dict[str, Any]:
+    """What a pass over augmented views computes, keywords of `FeatureExtractor`; often empty."""
+    section, augmentation = experiment.settings.ood, experiment.view_augmentations[0]
+    asked = {
+        "terms": terms_settings(experiment),
+        "rotated": csi.rotated_views(section, augmentation),
+    }
+    return {name: one for name, one in asked.items() if one is not None}
+
+
 def jevb_terms_settings(
     model: JointEmbeddingModel,
     settings: methods.JevbSettings,
@@ -220,9 +231,9 @@ def fit_rows(num_images: int, most: int) -> np.ndarray:
 def features_to_fit(
     experiment: "Experiment", variables: Any, extract: FeatureExtractor, train: Features
 ) -> Features:
-    """Features of the training images that scores are fitted to; for JEVB with its terms."""
+    """Features of the images that scores are fitted to, with what augmented views give."""
     rows = fit_rows(len(train.representation), experiment.settings.ood.max_fit_images)
-    if METHODS[experiment.settings.method].head == "posterior":
+    if view_settings(experiment):
         return extract(variables, Subset(experiment.dataset.train, rows))
     return jax.tree.map(lambda values: values[rows], train)
 
@@ -322,9 +333,9 @@ def evaluate_ood(
     Args:
       experiment: data, networks and settings.
       variables: parameters and running statistics.
-      extract: forward pass that computes the terms of `terms_settings`.
+      extract: forward pass that computes what `view_settings` says.
       train: features of the training split.
-      inside: features of the evaluated in-distribution images; for JEVB with its terms.
+      inside: features of the evaluated in-distribution images by `extract`.
       inside_source: the images of `inside`.
       probe: linear probe fitted on the representation, or None.
       split: name of the evaluated split.

@@ -23,7 +23,7 @@ from jevb_jax.evaluation.accuracy import (
     wrong_predictions,
 )
 from jevb_jax.evaluation.detection import OODEvaluation
-from jevb_jax.evaluation.features import FeatureExtractor, Features, TermsSettings
+from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.fitted_scores import FittedScores
 from jevb_jax.evaluation.linear_probe import LinearProbe
 from jevb_jax.evaluation.reliability import RiskCoverage
@@ -40,8 +40,8 @@ class Extractors(NamedTuple):
 
     Attributes:
       plain: reads the un-augmented image only.
-      with_terms: also reads JEVB's augmented views. It is `plain` for other methods, and if nothing
-        is to be detected.
+      with_terms: also reads augmented views, of `detection.view_settings`. It is `plain` if there
+        are none, and if nothing is to be detected.
     """
 
     plain: FeatureExtractor
@@ -58,13 +58,11 @@ def make_extractors(
     make = functools.partial(_extractor, experiment, mesh=mesh, check_stop=check_stop)
     plain = make()
     is_detecting = outside_sets.is_asked(experiment.settings)
-    terms = detection.terms_settings(experiment) if is_detecting else None
-    return Extractors(plain, plain if terms is None else make(terms=terms))
+    views = detection.view_settings(experiment) if is_detecting else {}
+    return Extractors(plain, make(**views) if views else plain)
 
 
-def _extractor(
-    experiment: Experiment, *, terms: TermsSettings | None = None, **placement: Any
-) -> FeatureExtractor:
+def _extractor(experiment: Experiment, **keywords: Any) -> FeatureExtractor:
     view = experiment.view_augmentations[0]
     return FeatureExtractor(
         experiment.model,
@@ -72,8 +70,7 @@ def _extractor(
         mean=view.mean,
         std=view.std,
         batch_size=experiment.settings.evaluation.batch_size,
-        terms=terms,
-        **placement,
+        **keywords,
     )
 
 
@@ -405,9 +402,9 @@ def evaluate(
         results["ood"] = _ood_json(experiment, found.ood)
     if keeps_fitted:
         with_terms = extractors.with_terms
-        terms = detection.terms_settings(experiment)
-        if found.ood is None and terms is not None:
-            with_terms = _extractor(experiment, terms=terms, mesh=mesh, check_stop=check_stop)
+        views = detection.view_settings(experiment)
+        if found.ood is None and views:
+            with_terms = _extractor(experiment, **views, mesh=mesh, check_stop=check_stop)
         fitted = fitted_scores.fit(
             experiment,
             variables,

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jevb_jax import arguments, parallel
+from jevb_jax.evaluation.csi import RotatedViews
 from jevb_jax.images import augmentations, pixels
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.batches import evaluation_batches
@@ -36,6 +37,7 @@ class Features(NamedTuple):
       prediction: output of the head; see `ViewOutputs`.
       terms: JEVB's terms, or None if they were not asked for.
       labels: `[N]` int64, or None.
+      rotations: `[N, 4, D]`, embeddings of `RotatedViews`, or None if they were not asked for.
     """
 
     representation: Any
@@ -43,6 +45,7 @@ class Features(NamedTuple):
     prediction: Any
     terms: UncertaintyTerms | None
     labels: np.ndarray | None
+    rotations: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class FeatureExtractor:
         std: tuple[float, ...],
         batch_size: int,
         terms: TermsSettings | None = None,
+        rotated: RotatedViews | None = None,
         mesh: Mesh | None = None,
         check_stop: Callable[[], None] = lambda: None,
     ):
@@ -93,6 +97,7 @@ class FeatureExtractor:
           std: the pixels are divided by it, one value for each channel.
           batch_size: number of images at once, rounded up to a multiple of the devices.
           terms: how JEVB's terms are computed; None leaves them out.
+          rotated: the views of CSI's score; None leaves them out.
           mesh: devices that share a batch, from `parallel.make_mesh`; by default the first device
             of this process.
           check_stop: called before every batch; an error that it raises ends the work.
@@ -134,8 +139,16 @@ class FeatureExtractor:
             first = jax.tree.map(lambda x: x[0], outputs)
             return Features(*first, terms=values, labels=None)
 
+        def forward_and_rotate(variables: Any, images: Array) -> Features:
+            def embed(views: Array) -> Array:
+                apply: Any = model.apply
+                return apply(variables, views, train=False).embedding
+
+            rotations: Any = None if rotated is None else rotated.mean_embeddings(embed, images)
+            return forward(variables, images)._replace(rotations=rotations)
+
         self._forward = jax.jit(
-            forward,
+            forward if rotated is None else forward_and_rotate,
             out_shardings=parallel.replicated(self._mesh),
             compiler_options=network_options(),
         )

@@ -163,7 +163,7 @@ def fit(
 ) -> FittedScores:
     """Fits and describes every label-free score of an evaluated encoder.
 
-    Scores that need no terms are fitted to features of the plain forward pass, because `Model`
+    Scores that need no augmented views are fitted to features of the plain forward pass, because `Model`
     computes the features of users' images by it. (The detection of JEVB fits them to features of
     the pass with terms. Where features hardly vary, the rounding of a pass is not small.)
 
@@ -171,32 +171,32 @@ def fit(
       experiment: data, networks and settings.
       variables: parameters and running statistics.
       plain: forward pass of the un-augmented image.
-      with_terms: forward pass that also computes the terms of the run's method.
+      with_terms: forward pass that also reads the augmented views of the run's scores.
       train: features of the training split by `plain`.
       fitted: the scores that the detection has fitted; None if there are none.
     """
     settings = experiment.settings
     table = scores_of_run(settings, has_labels=False)
-    needs_terms = {name: entry for name, entry in table.items() if entry.needs_terms}
-    without = {name: entry for name, entry in table.items() if name not in needs_terms}
+    needs_views = {name: entry for name, entry in table.items() if entry.needs_views}
+    without = {name: entry for name, entry in table.items() if name not in needs_views}
     rows = detection.fit_rows(len(train.representation), settings.ood.max_fit_images)
     images: Any = jax.tree.map(lambda values: values[rows], train)
     scorers = _fit_all(without, TrainingData(images))
     validation = experiment.dataset.validation
     calibration = score_images(plain, variables, validation, scorers)
     scores, left_out = dict(scorers.scores), dict(scorers.left_out)
-    if needs_terms:
+    if needs_views:
         if fitted is None:
             features = detection.features_to_fit(experiment, variables, with_terms, train)
-            fitted = _fit_all(needs_terms, TrainingData(features))
-        of_terms = Scorers(
-            {name: score for name, score in fitted.scores.items() if name in needs_terms},
+            fitted = _fit_all(needs_views, TrainingData(features))
+        of_views = Scorers(
+            {name: score for name, score in fitted.scores.items() if name in needs_views},
             frozenset(),
-            {name: why for name, why in fitted.left_out.items() if name in needs_terms},
+            {name: why for name, why in fitted.left_out.items() if name in needs_views},
         )
-        calibration |= score_images(with_terms, variables, validation, of_terms)
-        scores |= of_terms.scores
-        left_out |= of_terms.left_out
+        calibration |= score_images(with_terms, variables, validation, of_views)
+        scores |= of_views.scores
+        left_out |= of_views.left_out
     return describe(
         scores,
         calibration,

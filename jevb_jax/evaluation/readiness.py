@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax.evaluation import accuracy, detection, outside_sets, score_table
+from jevb_jax.evaluation import accuracy, csi, detection, outside_sets, score_table
 from jevb_jax.images import corruptions
 from jevb_jax.images.source import ImageSource, image_shape
 from jevb_jax.runs import files
@@ -36,6 +36,8 @@ def check(experiment: Experiment) -> None:
                 f"{section}.{name} = {given} needs k-NN on the validation split: {reason}. Set it to 0"
             )
     _, evaluated = accuracy.evaluated_split(settings.evaluation, dataset)
+    if settings.ood.csi_crops:
+        csi.check_square("the training images", *image_shape(dataset.train)[:2])
     if outside_sets.is_asked(settings):
         _check_detection(experiment, evaluated)
 
@@ -70,7 +72,9 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
 def _check_outside_set(where: str, description: Mapping[str, Any], experiment: Experiment) -> None:
     try:
         source = outside_sets.load_outside_set(**description).source
-        channels = image_shape(source)[-1]
+        height, width, channels = image_shape(source)
+        if experiment.settings.ood.csi_crops:
+            csi.check_square("its images", height, width)
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}, {description['name']!r}: {error}") from error
     if description["group"] == outside_sets.SHIFTED and source.labels is None:

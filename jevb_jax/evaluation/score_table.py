@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from jevb_jax import arguments
 from jevb_jax.evaluation import (
+    csi,
     detector_input,
     gaussian_detectors,
     labeled_detectors,
@@ -193,10 +194,11 @@ def feature(features: Features, name: str) -> Array:
       features: from `FeatureExtractor`.
       name: one of these. All methods: "representation", "embedding". JEVB: "log_scale" (of the
         posterior), "posterior_residual" (embedding minus posterior mean, in standard deviations),
-        "terms" (`scores.typicality_features`). VI-SimSiam: "concentration".
+        "terms" (`scores.typicality_features`). VI-SimSiam: "concentration". With `ood.csi_crops`:
+        "rotations".
 
     Returns:
-      `[N, F]`; `[N]` for a concentration.
+      `[N, F]`; `[N]` for a concentration; `[N, 4, D]` for rotations.
     """
     if name == "concentration":
         return jnp.asarray(features.prediction.concentration)
@@ -245,8 +247,8 @@ class ScoreEntry:
 
     Attributes:
       made_of: what the score reads: "representation", "embedding", "posterior" (JEVB), "terms"
-        (JEVB's terms over views and samples), "cross_view" (JEVB's term between views) or
-        "concentration" (VI-SimSiam).
+        (JEVB's terms over views and samples), "cross_view" (JEVB's term between views),
+        "concentration" (VI-SimSiam) or "rotations" (CSI's views).
       is_fitted: whether the score is fitted to in-distribution images.
       needs_labels: whether the training images must have labels.
       make: makes the score from `TrainingData`, or from None if nothing is fitted.
@@ -258,18 +260,21 @@ class ScoreEntry:
     make: Callable[[Any], ScoreFunction]
 
     @property
-    def needs_terms(self) -> bool:
-        """Whether JEVB's terms must be extracted, which needs several views and samples."""
-        return self.made_of in ("terms", "cross_view")
+    def needs_views(self) -> bool:
+        """Whether augmented views must be extracted, for JEVB's terms or CSI's rotations."""
+        return self.made_of in ("terms", "cross_view", "rotations")
 
 
-def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict[str, ScoreEntry]:
+def score_table(
+    method: str, settings: ScoreSettings, *, num_views: int, csi_crops: int = 0
+) -> dict[str, ScoreEntry]:
     """Every score of a method, by its name `family/score`.
 
     Args:
       method: name in the config, for example "jevb".
       settings: numbers of neighbors, clusters and so on.
       num_views: number of views of an image that JEVB's terms are averaged over.
+      csi_crops: number of crops of each rotation for CSI's score; 0 leaves it out.
     """
     plain = functools.partial(ScoreEntry, is_fitted=False, needs_labels=False)
     fitted = functools.partial(ScoreEntry, is_fitted=True, needs_labels=False)
@@ -364,6 +369,7 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
         "representation/mahalanobis_plus_plus": fitted(
             made_of, make=fit(made_of, gaussian_detectors.fit_ssd)
         ),
+        "embedding/csi": fitted("rotations", make=fit("rotations", csi.fit_csi)),
     }
     table |= {
         "probe/max_softmax": with_labels(
@@ -382,7 +388,7 @@ def score_table(method: str, settings: ScoreSettings, *, num_views: int) -> dict
         ),
         "probe/vim": with_labels(made_of, make=functools.partial(_fit_vim, settings)),
     }
-    features = {"representation", "embedding"}
+    features = {"representation", "embedding"} | ({"rotations"} if csi_crops else set())
     head = METHODS[method].head
     if head == "posterior":
         features |= {"posterior", "terms"} | ({"cross_view"} if num_views > 1 else set())
@@ -422,7 +428,10 @@ def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, Score
     It includes scores that degenerate features may leave out later.
     """
     table = score_table(
-        settings.method, score_settings(settings.ood), num_views=settings.ood.num_views
+        settings.method,
+        score_settings(settings.ood),
+        num_views=settings.ood.num_views,
+        csi_crops=settings.ood.csi_crops,
     )
     return {name: entry for name, entry in table.items() if has_labels or not entry.needs_labels}
 

@@ -278,6 +278,7 @@ class OodSection:
     ssd_clusters: Annotated[tuple[int, ...], many(integer(1))]
     mixture_df: Df
     residual_share: Annotated[float, number(0, 1, low_open=True, high_open=True)]
+    csi_crops: Annotated[int, integer(0, note="0 = off")]
     num_bootstrap: Annotated[int, integer(1)]
     human_counts_path: Annotated[str, text(note='"" = none')]
 

@@ -420,7 +420,7 @@ def test_an_entry_says_what_its_score_needs(method, num_views):
         if entry.is_fitted:
             with pytest.raises(AttributeError):
                 entry.make(None)
-        assert entry.needs_terms == (features.terms is not None and is_jevb), name
+        assert entry.needs_views == (features.terms is not None and is_jevb), name
 
 
 def test_what_two_scores_share_is_fitted_once():

@@ -111,6 +111,7 @@ BORDERS = {
     "ood.severities": ([[1, 3, 5], [5]], [[5, 1], [2, 2], [0], [6]]),
     "ood.residual_share": ([0.01], [0, 1]),
     "ood.mixture_df": ([INF, 1], [0]),
+    "ood.csi_crops": ([0, 10], [-1, 0.5]),
     "ood.corruptions": ([[], ["contrast"]], [["fog"], "contrast"]),
     "checkpoint.keep_latest": ([1, 5], [0]),
     "checkpoint.every_steps": ([0], [-1]),
