@@ -45,6 +45,7 @@ def measure(num_views: int, *, batch: int, num_steps: int) -> dict[str, float]:
     config.model.update({"width": 16, "dtype": "float32", "embedding_dim": 128})
     config.model.update({"projector_hidden_dims": (512,), "head_hidden_dim": 128})
     config.augmentation.num_small_crops = num_views - 2
+    config.train.target_decay = 0.0
     experiment = build_experiment(config)
     state = experiment.initial_state()
     images = np.random.default_rng(0).integers(0, 256, (batch, 32, 32, 3), np.uint8)

@@ -106,8 +106,9 @@ def _collapse(values: Mapping[str, float], embedding_dim: int) -> str | None:
     if not seen:
         return None
     return (
-        f"{'; '.join(seen)}. Try a lower optimizer.learning_rate or weight_decay, for jevb "
-        "jevb.location = 'sample', for others the weights of their published loss."
+        f"{'; '.join(seen)}. For jevb, try train.target_decay = 0.99 or optimizer.name = 'muon', and "
+        "jevb.location = 'sample'; for others the weights of their published loss; for all a lower "
+        "optimizer.learning_rate or weight_decay."
     )
 
 
