@@ -71,6 +71,7 @@ def run(name: str, views: Any, targets: Any, radial_scale: Any = 0.5) -> methods
     return function(KEYS, views, targets, step=jnp.asarray(0), radial_scale=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_losses_are_per_example_or_one_and_metrics_are_finite(name):
     views = [view(seed, ALL[name][1]) for seed in (1, 2)]
@@ -82,6 +83,7 @@ def test_losses_are_per_example_or_one_and_metrics_are_finite(name):
         assert np.all(np.isfinite(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_reach_the_views_and_never_the_targets(name):
     head = ALL[name][1]

@@ -123,6 +123,7 @@ def test_every_import_comes_with_the_core_or_the_extra_that_its_error_names():
         assert extra != "report" or distributions & train, name  # training draws its report
 
 
+@pytest.mark.slow
 def test_the_core_computes_and_what_is_missing_names_its_extra():
     code = f"""
 import sys

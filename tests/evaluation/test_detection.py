@@ -153,6 +153,7 @@ def test_scores_are_those_of_features_extracted_apart():
     np.testing.assert_allclose(streamed["embedding/mahalanobis"], expected, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_held_out_images_are_no_stranger_than_others():
     """No score may tell the test images from more images of the same kind."""
     more = shapes(300, seed=7, image_size=16)

@@ -170,6 +170,7 @@ def test_unfactorised_bound_reaches_the_exact_evidence():
     np.testing.assert_allclose(bound, evidence, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_have_their_sign():
     t = terms()
     a, b, kl = t.directional_log_likelihood, t.radial_log_likelihood, t.kl

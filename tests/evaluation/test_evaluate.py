@@ -126,6 +126,7 @@ def random_features(seed: int, classes: np.ndarray) -> Features:
     return Features(x.astype(np.float32), x.astype(np.float32), None, None, classes)
 
 
+@pytest.mark.slow
 def test_shifted_sets_are_classified_by_what_was_fitted_elsewhere(tmp_path):
     """Two files as CIFAR-10-C has them, in two rows of severities; the oracle is NumPy's 1-NN."""
     generator = np.random.default_rng(0)

@@ -96,6 +96,7 @@ def without_own(log_probs: np.ndarray) -> np.ndarray:
 # --- The density ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radial", [None, RADIAL])
 @pytest.mark.parametrize("scale", [0.03, 0.3, 3.0])
 @pytest.mark.parametrize("df", DFS)

@@ -322,6 +322,7 @@ def test_isotropic_and_untied_scales():
     assert posterior.likelihood_scale is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "module", "output"),
     [

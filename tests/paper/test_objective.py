@@ -145,6 +145,7 @@ def test_a_sharp_posterior_gives_the_densities_at_its_mean(float64):
     np.testing.assert_allclose(terms.directional_log_likelihood, directional, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_terms_add_up(float64):
     view_1, view_2 = views(0)
     for terms in (

@@ -42,6 +42,7 @@ def whole_image() -> ViewAugmentation:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_steps_are_those_of_softmax_regression(is_frozen):
     """Plain gradient descent in NumPy, of the classifier and, where it is tuned, of the factor."""
