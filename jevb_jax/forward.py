@@ -11,9 +11,9 @@ from rich.progress import Progress
 
 from jevb_jax.evaluation import csi, detection
 from jevb_jax.evaluation.features import FeatureExtractor, Features
+from jevb_jax.evaluation.score_table import AugmentedViews
 from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
 from jevb_jax.images.preparation import cut_square
-from jevb_jax.methods import METHODS
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings.sections import RunSettings
 from jevb_jax.training import from_settings
@@ -53,7 +53,7 @@ class ForwardPass:
         self.square_size = square_size
         self.batch_size = batch_size
         self._settings = settings
-        self._extractors: dict[tuple[int, bool], FeatureExtractor] = {}
+        self._extractors: dict[tuple[int, AugmentedViews], FeatureExtractor] = {}
         if compiled is not None:
             self._extractors = compiled._extractors
 
@@ -61,15 +61,15 @@ class ForwardPass:
         """Checks images and groups them by size and type."""
         return check_images(images, num_channels=len(self.view.mean), square_size=self.square_size)
 
-    def extractor(self, batch_size: int, *, has_terms: bool) -> FeatureExtractor:
-        """The forward pass for a batch size, compiled on first use."""
-        key = batch_size, has_terms
+    def extractor(self, batch_size: int, *, views: AugmentedViews) -> FeatureExtractor:
+        """The forward pass for a batch size and the views of a score, compiled on first use."""
+        key = batch_size, views
         if key not in self._extractors:
-            views: dict[str, Any] = {}
-            if has_terms:
-                views["rotated"] = csi.rotated_views(self._settings.ood, self.view)
-            if has_terms and METHODS[self._settings.method].head == "posterior":
-                views["terms"] = detection.jevb_terms_settings(
+            reads: dict[str, Any] = {}
+            if views == "rotations":
+                reads["rotated"] = csi.rotated_views(self._settings.ood, self.view)
+            elif views == "terms":
+                reads["terms"] = detection.jevb_terms_settings(
                     self.network,
                     from_settings.jevb_settings(self._settings, steps_per_epoch=0),
                     self._settings.ood,
@@ -81,7 +81,7 @@ class ForwardPass:
                 mean=self.view.mean,
                 std=self.view.std,
                 batch_size=batch_size,
-                **views,
+                **reads,
             )
         return self._extractors[key]
 
@@ -91,7 +91,7 @@ class ForwardPass:
         images: GivenImages,
         output: Callable[[Features], _T],
         *,
-        has_terms: bool = False,
+        views: AugmentedViews = "",
     ) -> _T:
         """`output` of the features of every image, a tree of `[N, ...]` on the host.
 
@@ -99,10 +99,9 @@ class ForwardPass:
           variables: parameters and running statistics.
           images: from `checked`.
           output: maps the features of a batch to a tree of arrays `[n, ...]`.
-          has_terms: whether the features include JEVB's terms and CSI's rotations, which need
-            several views.
+          views: `ScoreEntry.views` of the score; by default only the un-augmented view is read.
         """
-        if len(images.stacks) > 1 and not has_terms:
+        if len(images.stacks) > 1 and not views:
             return self._of_views(variables, images, output)
         # Augmented views are cut out of the whole image, so each image size needs its own program.
         parts = [
@@ -111,7 +110,7 @@ class ForwardPass:
                 lambda start, stop, stack=stack: prepared(stack[start:stop], self.square_size),
                 len(stack),
                 output,
-                has_terms,
+                views,
             )
             for stack in images.stacks
         ]
@@ -135,7 +134,7 @@ class ForwardPass:
                 views.append(cut_square(image, self.view.size))
             return np.stack(views)
 
-        return self._of_batches(variables, batch, len(flat), output, False)
+        return self._of_batches(variables, batch, len(flat), output, "")
 
     def _of_batches(
         self,
@@ -143,10 +142,10 @@ class ForwardPass:
         batch_of: Callable[[int, int], np.ndarray],
         count: int,
         output: Callable[[Features], _T],
-        has_terms: bool,
+        views: AugmentedViews,
     ) -> _T:
         size = min(self.batch_size, 1 << (count - 1).bit_length())
-        extract = self.extractor(size, has_terms=has_terms)
+        extract = self.extractor(size, views=views)
 
         def outputs() -> Iterator[tuple[_T, int]]:
             for first in range(0, count, size):

@@ -19,7 +19,12 @@ from jevb_jax.detector import Detector
 from jevb_jax.evaluation import conformal, detection, detector_input, score_table
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.fitted_scores import FittedScores
-from jevb_jax.evaluation.score_table import ScoreEntry, ScoreFunction, TrainingData
+from jevb_jax.evaluation.score_table import (
+    AugmentedViews,
+    ScoreEntry,
+    ScoreFunction,
+    TrainingData,
+)
 from jevb_jax.forward import ForwardPass
 from jevb_jax.images import data_record
 from jevb_jax.images.dataset import Dataset, load_dataset
@@ -138,7 +143,7 @@ class Model:
         self.image_size = self._forward.view.size
         self.num_channels = len(self._forward.view.mean)
         self.variables = jax.device_put(variables, jax.local_devices()[0])
-        self._training_data: dict[bool, TrainingData] = {}
+        self._training_data: dict[AugmentedViews, TrainingData] = {}
         self._scorers: dict[str, ScoreFunction] = {}
         self._dataset: Dataset | None = None
         self.recorded_data = recorded_data
@@ -198,7 +203,7 @@ class Model:
     @in_single_precision
     def extractor(self) -> FeatureExtractor:
         """Computes the features of a whole source, without augmented views, in batches."""
-        return self._forward.extractor(self._forward.batch_size, has_terms=False)
+        return self._forward.extractor(self._forward.batch_size, views="")
 
     @in_single_precision
     def embed(self, images: Images) -> np.ndarray:
@@ -320,7 +325,7 @@ class Model:
         scorer = self._scorer(name, fit_images)
         if checked is None:
             extract = self._forward.extractor(
-                self._forward.batch_size, has_terms=self._score_entries[name].needs_views
+                self._forward.batch_size, views=self._score_entries[name].views
             )
             parts = [
                 np.asarray(_apply(scorer, features))[mask]
@@ -381,13 +386,13 @@ class Model:
             if fit_images is not None:
                 raise ValueError(f"{name} is not fitted to images: leave out fit_images")
             return entry.make(None)
-        has_terms = entry.needs_views
+        views = entry.views
         if fit_images is not None:
             images = self._forward.checked(fit_images)
             if images.is_single:
                 raise ValueError("fit_images must be [N, h, w, c], got one image")
             features = self._forward.of(
-                self.variables, images, lambda features: features, has_terms=has_terms
+                self.variables, images, lambda features: features, views=views
             )
             return entry.make(TrainingData(features))
         if name not in self._scorers:
@@ -396,14 +401,14 @@ class Model:
             if found is not None:
                 self._scorers[name] = found
                 return found
-            if has_terms not in self._training_data:
+            if views not in self._training_data:
                 train = self._data("fit_images").train
                 rows = detection.fit_rows(len(train), self.settings.ood.max_fit_images)
-                extract = self._forward.extractor(self._forward.batch_size, has_terms=has_terms)
-                self._training_data[has_terms] = TrainingData(
+                extract = self._forward.extractor(self._forward.batch_size, views=views)
+                self._training_data[views] = TrainingData(
                     extract(self.variables, Subset(train, rows))
                 )
-            self._scorers[name] = entry.make(self._training_data[has_terms])
+            self._scorers[name] = entry.make(self._training_data[views])
         return self._scorers[name]
 
     def _data(self, argument: str) -> Dataset:
@@ -426,7 +431,7 @@ class Model:
 
     def _map(self, images: Images, output: Callable[[Features], Any]) -> Any:
         """`output` of the features of every image, without JEVB's terms."""
-        return self._map_checked(self._forward.checked(images), output, has_terms=False)
+        return self._map_checked(self._forward.checked(images), output, views="")
 
     def scores_of(self, images: Images, name: str, scorer: ScoreFunction) -> np.ndarray:
         """The values of a fitted score, `[N]` float32; `[]` for one image. `Detector` calls this.
@@ -441,12 +446,12 @@ class Model:
         def scores(features: Features) -> Array:
             return _apply(scorer, features)
 
-        return self._map_checked(images, scores, has_terms=self._score_entries[name].needs_views)
+        return self._map_checked(images, scores, views=self._score_entries[name].views)
 
     def _map_checked(
-        self, images: GivenImages, output: Callable[[Features], Any], *, has_terms: bool
+        self, images: GivenImages, output: Callable[[Features], Any], *, views: AugmentedViews
     ) -> Any:
-        whole = self._forward.of(self.variables, images, output, has_terms=has_terms)
+        whole = self._forward.of(self.variables, images, output, views=views)
         return jax.tree.map(lambda x: x[0], whole) if images.is_single else whole
 
 

@@ -129,7 +129,13 @@ def evaluate_variables(
     probe = probes["representation"]
     found, curves = None, {}
     results += shifted.shifted_results(
-        experiment.settings, extract, variables, train=train, probe=probe, without=without
+        experiment.settings,
+        extract,
+        variables,
+        train=train,
+        class_names=experiment.dataset.train.class_names,
+        probe=probe,
+        without=without,
     )
     if outside_sets.is_asked(experiment.settings):
         found = detection.evaluate_ood(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax.evaluation import accuracy, csi, detection, outside_sets, score_table
+from jevb_jax.evaluation import accuracy, csi, detection, outside_sets, score_table, shifted
 from jevb_jax.images import corruptions
 from jevb_jax.images.source import ImageSource, image_shape
 from jevb_jax.runs import files
@@ -62,6 +62,8 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
         for number, description in enumerate(sets):
             _check_outside_set(f"ood.{part}[{number}]", description, experiment)
     shape = image_shape(evaluated)
+    without = accuracy.left_out(experiment.settings.evaluation, dataset)
+    shifted.check(experiment.settings, dataset.train, without)
     for name in settings.corruptions:
         # The largest severity needs the largest image.
         _check_corruption(name, settings.severities[-1], shape)
@@ -77,11 +79,6 @@ def _check_outside_set(where: str, description: Mapping[str, Any], experiment: E
             csi.check_square("its images", height, width)
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}, {description['name']!r}: {error}") from error
-    if description["group"] == outside_sets.SHIFTED and source.labels is None:
-        raise ValueError(
-            f"{where}, {description['name']!r}, is of the group {outside_sets.SHIFTED!r}, on which "
-            f"accuracy is measured, but its images have no labels. Give labels or another group"
-        )
     wanted = experiment.view_shape[-1]
     if channels not in (1, wanted):
         raise ValueError(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,9 @@ from jevb_jax.paper.scores import (
     typicality_features,
 )
 from jevb_jax.settings.sections import OodSection, RunSettings
+
+# Which augmented views a score reads: none, those of JEVB's terms, or CSI's.
+AugmentedViews = Literal["", "terms", "rotations"]
 
 if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model does not need
     from jevb_jax.evaluation.linear_probe import LinearProbe
@@ -260,9 +263,16 @@ class ScoreEntry:
     make: Callable[[Any], ScoreFunction]
 
     @property
+    def views(self) -> AugmentedViews:
+        """Which augmented views must be extracted: for JEVB's terms, for CSI's rotations, or none."""
+        if self.made_of == "rotations":
+            return "rotations"
+        return "terms" if self.made_of in ("terms", "cross_view") else ""
+
+    @property
     def needs_views(self) -> bool:
-        """Whether augmented views must be extracted, for JEVB's terms or CSI's rotations."""
-        return self.made_of in ("terms", "cross_view", "rotations")
+        """Whether augmented views must be extracted."""
+        return bool(self.views)
 
 
 def score_table(

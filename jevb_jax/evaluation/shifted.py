@@ -1,6 +1,6 @@
 """Accuracy on other images of the same classes, such as those of CIFAR-10-C and CIFAR-10.1."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,63 @@ from jevb_jax.evaluation.accuracy import Result
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.linear_probe import LinearProbe
 from jevb_jax.evaluation.outside_sets import SHIFTED, load_outside_set
+from jevb_jax.images.source import ImageSource
 from jevb_jax.settings.sections import RunSettings
+
+
+def _sets(settings: RunSettings, without: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """Descriptions of the sets on which accuracy is measured."""
+    if {"knn_accuracy", "linear_accuracy"} <= without.keys():
+        return []
+    return [one for one in settings.ood.outside if one["group"] == SHIFTED]
+
+
+def training_labels(source: ImageSource, class_names: Sequence[str] | None) -> np.ndarray:
+    """Labels as the training images number their classes, `[N]`.
+
+    Args:
+      source: labeled images.
+      class_names: names of the training classes. If both sides have names, classes are matched by
+        name; otherwise by number.
+
+    Raises:
+      ValueError: there are no labels, or a class is none of the training classes.
+    """
+    labels, names = source.labels, source.class_names
+    if labels is None:
+        raise ValueError(
+            f"accuracy is measured on the group {SHIFTED!r}, but {source.name} has no labels. Give "
+            "labels or another group"
+        )
+    if names is None or class_names is None or tuple(names) == tuple(class_names):
+        return labels
+    number = {name: place for place, name in enumerate(class_names)}
+    unknown = sorted({names[label] for label in np.unique(labels)} - number.keys())
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} classes of {source.name} are no training classes, for example "
+            f"{unknown[:3]}; the training images have {list(class_names)[:3]} and so on. Name the "
+            "classes alike, leave some out by exclude_labels, or give the set another group"
+        )
+    return np.array([number.get(name, -1) for name in names])[labels]
+
+
+def check(settings: RunSettings, train: ImageSource, without: Mapping[str, str]) -> None:
+    """Raises the errors that `shifted_results` would raise. Loads each set once.
+
+    Args:
+      settings: names the sets.
+      train: the training images.
+      without: measures that the data do not allow, from `accuracy.left_out`.
+
+    Raises:
+      ValueError: for the reasons of `training_labels`; the message names the set.
+    """
+    for description in _sets(settings, without):
+        try:
+            training_labels(load_outside_set(**description).source, train.class_names)
+        except ValueError as error:
+            raise ValueError(f"ood.outside, {description['name']!r}: {error}") from error
 
 
 def shifted_results(
@@ -19,6 +75,7 @@ def shifted_results(
     variables: Any,
     *,
     train: Features,
+    class_names: Sequence[str] | None,
     probe: LinearProbe | None,
     without: dict[str, str],
 ) -> list[Result]:
@@ -31,18 +88,23 @@ def shifted_results(
       extract: forward pass without the terms of a method.
       variables: parameters and running statistics.
       train: features of the training split.
+      class_names: names of the training classes, or None.
       probe: linear probe fitted on the representation of the training split, or None.
       without: measures that the data do not allow, from `accuracy.left_out`.
 
     Returns:
       `MEASURE_on_SET` for each set, and if there are several, `MEASURE_shifted`, their mean.
+
+    Raises:
+      ValueError: for the reasons of `training_labels`.
     """
-    sets = [one for one in settings.ood.outside if one["group"] == SHIFTED]
+    sets = _sets(settings, without)
     by_measure: dict[str, list[float]] = {}
     results: list[Result] = []
     for description in sets:
         outside = load_outside_set(**description)
-        features = extract(variables, outside.source)
+        labels = training_labels(outside.source, class_names)
+        features = extract(variables, outside.source)._replace(labels=labels)
         found = accuracy.shifted_accuracies(settings.evaluation, train, features, probe, without)
         for measure, value in found.items():
             by_measure.setdefault(measure, []).append(value)

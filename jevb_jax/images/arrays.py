@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ import numpy as np
 from jevb_jax.images.source import ArraySource, check_images
 from jevb_jax.runs.files import to_path
 
+# Labels have one axis. With two, they are labels of a wrong shape: images have more.
+_LABEL_AXES = 2
 # Errors that NumPy and zipfile raise for damaged files.
 _DAMAGED_ZIP = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
@@ -50,10 +53,6 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
         paths = [paths]
     if not paths:
         raise ValueError("expected at least one .npz or .npy file, got none")
-    real = [to_path(path).resolve() for path in paths]
-    repeated = sorted({str(path) for path in real if real.count(path) > 1})
-    if repeated:
-        raise ValueError(f"each file may be given once, but these are repeated: {repeated}")
     parts = _read_all([to_path(path) for path in paths])
     first = parts[0]
     for part in parts[1:]:
@@ -83,14 +82,19 @@ def arrays(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> 
 
 def _read_all(paths: Sequence[Path]) -> list[ArraySource]:
     parts: list[ArraySource] = []
+    read: set[Path] = set()  # one file of labels may serve several files of images
     waiting = False  # whether the last part is `.npy` images, which labels may follow
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
         array = _read_npy(path)
+        is_labels = array is not None and array.ndim <= _LABEL_AXES
+        if not is_labels and path.resolve() in read:
+            raise ValueError(f"each file may be given once, but these are repeated: {path}")
+        read.add(path.resolve())
         if array is None:
             parts.append(_read_npz(path))
-        elif array.ndim != 1:
+        elif not is_labels:
             parts.append(ArraySource(array, name=str(path)))
         elif waiting:
             images = parts[-1]
@@ -100,7 +104,7 @@ def _read_all(paths: Sequence[Path]) -> list[ArraySource]:
                 f"{path} holds labels, but no .npy file of images stands right before it. Give "
                 "IMAGES.npy, LABELS.npy"
             )
-        waiting = array is not None and array.ndim != 1
+        waiting = array is not None and not is_labels
     return parts
 
 
@@ -112,14 +116,16 @@ def _read_npy(path: Path) -> np.ndarray | None:
             return None
         stream.seek(0)
         shape, dtype = _array_header(stream)
-        claimed, held = math.prod(shape) * dtype.itemsize, path.stat().st_size - stream.tell()
+        start = stream.tell()
+        # Not `stat`: paths of object stores have another one.
+        claimed, held = math.prod(shape) * dtype.itemsize, stream.seek(0, os.SEEK_END) - start
         if not dtype.hasobject and claimed > held:
             raise ValueError(
                 f"it claims an array of shape {shape}, {claimed:,} bytes, but holds {held:,}. The file "
                 "is damaged"
             )
         _check_memory("it", claimed)
-    if len(shape) != 1 and not dtype.hasobject:
+    if len(shape) > _LABEL_AXES and not dtype.hasobject:
         check_images(shape, dtype, where=str(path))  # before memory is taken
     with _damage_named(path, "npy"), path.open("rb") as stream:
         return np.load(stream, allow_pickle=False)
@@ -192,7 +198,12 @@ def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     read = np.lib.format
     version = read.read_magic(stream)
     of_version = read.read_array_header_1_0 if version == (1, 0) else read.read_array_header_2_0
-    shape, _, dtype = of_version(stream)
+    try:
+        shape, _, dtype = of_version(stream)
+    except (TypeError, SyntaxError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"the header of its array is damaged: {error}") from error
+    if any(type(size) is not int for size in shape):
+        raise ValueError(f"the header of its array is damaged: shape {shape}")
     return shape, dtype
 
 

@@ -163,7 +163,9 @@ def test_shifted_sets_are_classified_by_what_was_fitted_elsewhere(tmp_path):
         return Features(x, x, None, None, source.labels)
 
     fake: Any = extract
-    found = shifted.shifted_results(settings, fake, None, train=train, probe=probe, without={})
+    found = shifted.shifted_results(
+        settings, fake, None, train=train, class_names=None, probe=probe, without={}
+    )
     numbers = {one["name"]: one["value"] for one in found}
     weights, bias, mean, std = (
         np.asarray(part, np.float64)
@@ -189,6 +191,22 @@ def test_shifted_sets_are_classified_by_what_was_fitted_elsewhere(tmp_path):
         assert numbers[f"{measure}_on_noise_2"] == pytest.approx(parts[1])
         assert numbers[f"{measure}_shifted"] == pytest.approx(np.mean(parts))
     assert all("noise" in one["protocol"] for one in found)
+
+
+def test_classes_of_shifted_sets_are_matched_by_name():
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    source = ArraySource(images, np.array([0, 1, 1, 0]), ("cat", "dog"), name="sketches")
+    np.testing.assert_array_equal(
+        shifted.training_labels(source, ("dog", "bird", "cat")), [2, 0, 0, 2]
+    )
+    for names in (None, ("cat", "dog")):
+        np.testing.assert_array_equal(shifted.training_labels(source, names), source.labels)
+    unnamed = ArraySource(images, np.array([0, 1, 1, 0]))
+    np.testing.assert_array_equal(shifted.training_labels(unnamed, ("a", "b")), [0, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"1 classes of sketches are no training .*\['dog'\]"):
+        shifted.training_labels(source, ("cat", "bird"))
+    with pytest.raises(ValueError, match="has no labels"):
+        shifted.training_labels(ArraySource(images), ("cat", "bird"))
 
 
 @pytest.mark.slow

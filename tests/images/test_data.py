@@ -203,6 +203,50 @@ def test_npy_labels_without_their_images_are_refused(tmp_path, photos, order):
         arrays.arrays(paths)
 
 
+def test_one_file_of_labels_serves_several_files_of_images(tmp_path, photos):
+    for name, array in (("fog", photos[:30]), ("snow", photos[30:]), ("y", np.arange(30))):
+        np.save(tmp_path / f"{name}.npy", array)
+    fog, snow, y = (tmp_path / f"{name}.npy" for name in ("fog", "snow", "y"))
+    found = arrays.arrays([fog, y, snow, y])
+    np.testing.assert_array_equal(found.labels, [*range(30), *range(30)])
+    with pytest.raises(ValueError, match=r"are repeated: .*fog\.npy"):
+        arrays.arrays([fog, y, fog, y])
+
+
+@pytest.mark.parametrize("shape", [(60, 1), (60, 10)])
+def test_npy_labels_of_two_axes_are_wrong_labels_and_no_images(tmp_path, photos, shape):
+    np.save(tmp_path / "x.npy", photos)
+    np.save(tmp_path / "y.npy", np.zeros(shape, np.int64))
+    with pytest.raises(ValueError, match="label"):
+        arrays.arrays([tmp_path / "x.npy", tmp_path / "y.npy"])
+
+
+def test_a_damaged_header_is_named_whatever_is_wrong_with_it(tmp_path):
+    """Two random bytes of the header of an array, alone and in an archive."""
+    good = io.BytesIO()
+    np.save(good, np.zeros((3, 8, 8, 3), np.uint8))
+    whole, generator = good.getvalue(), np.random.default_rng(0)
+    path = tmp_path / "x.npy"
+    messages = []
+    for _ in range(600):
+        content = bytearray(whole)
+        for place in generator.integers(10, 128, 2):
+            content[place] = generator.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            arrays.arrays(path)
+        except (ValueError, TypeError) as error:
+            messages.append(str(error))
+    assert len(messages) > 300
+    assert all("x.npy" in message for message in messages)
+    for shape in ("(True, 8, 8, 3)", "(3., 8, 8, 3)", "(3, 8, 8, 3"):
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+        header += b" " * (117 - len(header)) + b"\n"
+        path.write_bytes(b"\x93NUMPY\x01\x00\x76\x00" + header + bytes(600))
+        with pytest.raises(ValueError, match=r"x\.npy cannot be read as an \.npy file"):
+            arrays.arrays(path)
+
+
 def test_npy_files_that_are_wrong_are_named(tmp_path, photos):
     whole = tmp_path / "whole.npy"
     np.save(whole, photos)
