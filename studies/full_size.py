@@ -5,7 +5,8 @@ python -m studies.run studies/full_size.py --out=runs/full_size --num_processes=
 For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_test.npz` and the sets of
 `configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
 epochs. Two more runs train JEVB with Muon, with and without its target network. Which recipe becomes
-JEVB's is chosen by k-NN on validation images; the test split is read once.
+JEVB's is chosen by k-NN on validation images. Each run is also evaluated on the test split, once; the
+choice does not use that.
 """
 
 from typing import Any
