@@ -213,6 +213,8 @@ def get_config() -> ConfigDict:
             "residual_share": 0.5,  # dimension of the principal subspace / number of features
             # Crops of each of four rotations of an image for embedding/csi (10 as published); 0 = off.
             "csi_crops": 0,
+            # probe/loss_prediction, which needs labels, and jevb/loss_prediction (num_views above 1).
+            "loss_prediction": False,
             "num_bootstrap": 100,  # resamples for an interval
             "human_counts_path": "",  # .npz with `cifar10h_counts`: votes by test image and class
         }

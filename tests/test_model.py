@@ -822,6 +822,7 @@ def test_a_run_from_before_a_setting_keeps_the_value_it_was_trained_by(run, tmp_
         ("jevb", "normalized"),
         ("ood", "mixture_df"),
         ("ood", "csi_crops"),
+        ("ood", "loss_prediction"),
     ):
         del config[section][name]
     (other / "config.json").write_text(json.dumps(config))

@@ -16,6 +16,7 @@ from jevb_jax.evaluation import (
     detector_input,
     gaussian_detectors,
     labeled_detectors,
+    loss_prediction,
     mixture_fit,
     neighbor_detectors,
 )
@@ -250,7 +251,8 @@ class ScoreEntry:
 
     Attributes:
       made_of: what the score reads: "representation", "embedding", "posterior" (JEVB), "terms"
-        (JEVB's terms over views and samples), "cross_view" (JEVB's term between views),
+        (JEVB's terms over views and samples), "cross_view" (JEVB's term between views, as a score
+        or to fit one to the representation),
         "concentration" (VI-SimSiam) or "rotations" (CSI's views).
       is_fitted: whether the score is fitted to in-distribution images.
       needs_labels: whether the training images must have labels.
@@ -276,7 +278,12 @@ class ScoreEntry:
 
 
 def score_table(
-    method: str, settings: ScoreSettings, *, num_views: int, csi_crops: int = 0
+    method: str,
+    settings: ScoreSettings,
+    *,
+    num_views: int,
+    csi_crops: int = 0,
+    predicts_loss: bool = False,
 ) -> dict[str, ScoreEntry]:
     """Every score of a method, by its name `family/score`.
 
@@ -285,6 +292,7 @@ def score_table(
       settings: numbers of neighbors, clusters and so on.
       num_views: number of views of an image that JEVB's terms are averaged over.
       csi_crops: number of crops of each rotation for CSI's score; 0 leaves it out.
+      predicts_loss: whether there are scores by loss prediction.
     """
     plain = functools.partial(ScoreEntry, is_fitted=False, needs_labels=False)
     fitted = functools.partial(ScoreEntry, is_fitted=True, needs_labels=False)
@@ -398,6 +406,11 @@ def score_table(
         ),
         "probe/vim": with_labels(made_of, make=functools.partial(_fit_vim, settings)),
     }
+    if predicts_loss:
+        table |= {
+            "probe/loss_prediction": with_labels(made_of, make=_fit_probe_loss),
+            "jevb/loss_prediction": fitted("cross_view", make=_fit_cross_view_loss),
+        }
     features = {"representation", "embedding"} | ({"rotations"} if csi_crops else set())
     head = METHODS[method].head
     if head == "posterior":
@@ -432,6 +445,30 @@ def _fit_vim(settings: ScoreSettings, train: TrainingData) -> OfProbe:
     return OfProbe(probe, vim=vim)
 
 
+def _fit_probe_loss(train: TrainingData) -> OfFeature:
+    """Predicts the probe's loss. Its training images are among those that the probe was fitted to."""
+    probe: Any = train.probe
+    labels: Any = train.features.labels
+    _, logits = _probe_values(OfProbe(probe), train.features._replace(labels=None))
+    if labels.max() >= logits.shape[-1]:
+        raise detector_input.DegenerateFeaturesError(
+            "the classes are not numbered from 0, so the probe's loss of an image is unknown"
+        )
+    losses = loss_prediction.cross_entropies(logits, labels)
+    return train.fit(
+        "representation", functools.partial(loss_prediction.fit_loss_prediction, losses=losses)
+    )
+
+
+def _fit_cross_view_loss(train: TrainingData) -> OfFeature:
+    """Predicts from the representation how badly the views of an image explain each other."""
+    terms: Any = train.features.terms
+    return train.fit(
+        "representation",
+        functools.partial(loss_prediction.fit_loss_prediction, losses=cross_view_score(terms)),
+    )
+
+
 def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, ScoreEntry]:
     """Every score of a run, as entries of `score_table`, by name.
 
@@ -442,6 +479,7 @@ def scores_of_run(settings: RunSettings, *, has_labels: bool) -> dict[str, Score
         score_settings(settings.ood),
         num_views=settings.ood.num_views,
         csi_crops=settings.ood.csi_crops,
+        predicts_loss=settings.ood.loss_prediction,
     )
     return {name: entry for name, entry in table.items() if has_labels or not entry.needs_labels}
 

@@ -279,6 +279,7 @@ class OodSection:
     mixture_df: Df
     residual_share: Annotated[float, number(0, 1, low_open=True, high_open=True)]
     csi_crops: Annotated[int, integer(0, note="0 = off")]
+    loss_prediction: Flag
     num_bootstrap: Annotated[int, integer(1)]
     human_counts_path: Annotated[str, text(note='"" = none')]
 
