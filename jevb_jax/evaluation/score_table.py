@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
@@ -450,11 +451,14 @@ def _fit_probe_loss(train: TrainingData) -> OfFeature:
     probe: Any = train.probe
     labels: Any = train.features.labels
     _, logits = _probe_values(OfProbe(probe), train.features._replace(labels=None))
-    if labels.max() >= logits.shape[-1]:
+    # The probe numbers the classes that occur, and these images may be a part of its images.
+    classes = np.unique(labels)
+    if len(classes) != logits.shape[-1]:
         raise detector_input.DegenerateFeaturesError(
-            "the classes are not numbered from 0, so the probe's loss of an image is unknown"
+            f"the fitted images are of {len(classes)} of {logits.shape[-1]} classes: raise "
+            "ood.max_fit_images"
         )
-    losses = loss_prediction.cross_entropies(logits, labels)
+    losses = loss_prediction.cross_entropies(logits, np.searchsorted(classes, labels))
     return train.fit(
         "representation", functools.partial(loss_prediction.fit_loss_prediction, losses=losses)
     )

@@ -255,6 +255,14 @@ def test_targets_are_the_probes_losses_and_the_views_disagreement(monkeypatch):
     for (read, losses), wanted in zip(given, (expected, -np.asarray(rows[5])), strict=True):
         np.testing.assert_array_equal(read, representation)
         np.testing.assert_allclose(losses, wanted, rtol=1e-4, atol=1e-5)
+    # Labels may be any numbers; a class without fitted images has no number.
+    table["probe/loss_prediction"].make(
+        TrainingData(features._replace(labels=labels * 7 + 2), probe)
+    )
+    np.testing.assert_array_equal(given[2][1], given[0][1])
+    lacking = np.where(labels == 1, 0, labels)
+    with pytest.raises(DegenerateFeaturesError, match="of 2 of 3 classes"):
+        table["probe/loss_prediction"].make(TrainingData(features._replace(labels=lacking), probe))
     # A fitted score reads the representation alone.
     only = Features(representation, None, None, None, None)
     assert np.isfinite(of_probe(only)).all()
