@@ -106,9 +106,9 @@ def _collapse(values: Mapping[str, float], embedding_dim: int) -> str | None:
     if not seen:
         return None
     return (
-        f"{'; '.join(seen)}. For jevb, try train.target_decay = 0.99 or optimizer.name = 'muon', and "
-        "jevb.location = 'sample'; for others the weights of their published loss; for all a lower "
-        "optimizer.learning_rate or weight_decay."
+        f"{'; '.join(seen)}. Try train.target_decay = 0.99 or optimizer.name = 'muon' for jevb, with "
+        "jevb.location = 'sample'; the weights of their published loss for others; a lower "
+        "optimizer.learning_rate or weight_decay for all."
     )
 
 
