@@ -58,12 +58,14 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
         raise ValueError(
             f"ood.default_score must be one of {sorted(names)}, got {settings.default_score!r}"
         )
+    without = accuracy.left_out(experiment.settings.evaluation, dataset)
+    measured = shifted.measured_sets(experiment.settings, without)
     for part, sets in (("outside", settings.outside), ("choice", settings.choice)):
         for number, description in enumerate(sets):
-            _check_outside_set(f"ood.{part}[{number}]", description, experiment)
+            is_measured = part == "outside" and description in measured
+            where = f"ood.{part}[{number}]"
+            _check_outside_set(where, description, experiment, is_measured=is_measured)
     shape = image_shape(evaluated)
-    without = accuracy.left_out(experiment.settings.evaluation, dataset)
-    shifted.check(experiment.settings, dataset.train, without)
     for name in settings.corruptions:
         # The largest severity needs the largest image.
         _check_corruption(name, settings.severities[-1], shape)
@@ -71,9 +73,14 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
         _check_human_counts(settings.human_counts_path, len(evaluated))
 
 
-def _check_outside_set(where: str, description: Mapping[str, Any], experiment: Experiment) -> None:
+def _check_outside_set(
+    where: str, description: Mapping[str, Any], experiment: Experiment, *, is_measured: bool
+) -> None:
+    """Loads a set. `is_measured` says whether accuracy is measured on it, too."""
     try:
         source = outside_sets.load_outside_set(**description).source
+        if is_measured:
+            shifted.training_labels(source, experiment.dataset.train.class_names)
         height, width, channels = image_shape(source)
         if experiment.settings.ood.csi_crops:
             csi.check_square("its images", height, width)

@@ -14,8 +14,13 @@ from jevb_jax.images.source import ImageSource
 from jevb_jax.settings.sections import RunSettings
 
 
-def _sets(settings: RunSettings, without: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """Descriptions of the sets on which accuracy is measured."""
+def measured_sets(settings: RunSettings, without: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """Descriptions of the sets on which accuracy is measured.
+
+    Args:
+      settings: names the sets.
+      without: measures that the data do not allow, from `accuracy.left_out`.
+    """
     if {"knn_accuracy", "linear_accuracy"} <= without.keys():
         return []
     return [one for one in settings.ood.outside if one["group"] == SHIFTED]
@@ -51,24 +56,6 @@ def training_labels(source: ImageSource, class_names: Sequence[str] | None) -> n
     return np.array([number.get(name, -1) for name in names])[labels]
 
 
-def check(settings: RunSettings, train: ImageSource, without: Mapping[str, str]) -> None:
-    """Raises the errors that `shifted_results` would raise. Loads each set once.
-
-    Args:
-      settings: names the sets.
-      train: the training images.
-      without: measures that the data do not allow, from `accuracy.left_out`.
-
-    Raises:
-      ValueError: for the reasons of `training_labels`; the message names the set.
-    """
-    for description in _sets(settings, without):
-        try:
-            training_labels(load_outside_set(**description).source, train.class_names)
-        except ValueError as error:
-            raise ValueError(f"ood.outside, {description['name']!r}: {error}") from error
-
-
 def shifted_results(
     settings: RunSettings,
     extract: FeatureExtractor,
@@ -98,7 +85,7 @@ def shifted_results(
     Raises:
       ValueError: for the reasons of `training_labels`.
     """
-    sets = _sets(settings, without)
+    sets = measured_sets(settings, without)
     by_measure: dict[str, list[float]] = {}
     results: list[Result] = []
     for description in sets:

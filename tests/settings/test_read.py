@@ -249,7 +249,7 @@ def with_settings(built: Experiment, section: str, **keys: Any) -> Experiment:
         ("ood", {"outside": [outside()]}, FileNotFoundError, r"ood.outside\[0\], 'a': no file at"),
         ("ood", {"choice": [outside()]}, FileNotFoundError, r"ood.choice\[0\], 'a': no file at"),
         ("ood", {"outside": [outside(group="shifted", paths=("unlabeled.npy",))]}, ValueError,
-         r"ood.outside, 'a': accuracy is measured .* has no labels"),
+         r"ood.outside\[0\], 'a': accuracy is measured .* has no labels"),
         ("ood", {"human_counts_path": "no.npz"}, FileNotFoundError, r"no\.npz"),
     ],
 )  # fmt: skip
