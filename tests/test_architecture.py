@@ -22,7 +22,16 @@ FLOORS = (
     ("any_encoder", "forward", "detector"),
     ("model", "published", "report"),
     ("loading", "programs"),
-    ("__init__", "commands", "command_line", "convert", "estimators", "export", "finetuning"),
+    (
+        "__init__",
+        "commands",
+        "command_line",
+        "convert",
+        "estimators",
+        "export",
+        "finetuning",
+        "rounding",
+    ),
     ("scripts",),
     ("entry_points",),
 )

@@ -1,8 +1,8 @@
 """The archive form of a model: weights as safetensors, and a JSON file that describes them.
 
-`model.json` holds the config, the shape and type of every array, and the SHA-256 of every other
-file and of itself. It is written last, so a directory that holds it is complete. Nothing is
-pickled.
+`model.json` holds the config, the shape and type of every array, the names of arrays that are stored
+in 8 bits (`eight_bits`), and the SHA-256 of every other file and of itself. It is written last, so a
+directory that holds it is complete. Nothing is pickled.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jevb_jax.runs import files
+from jevb_jax.runs import eight_bits, files
 
 FORMAT = 1
 MANIFEST = "model.json"
@@ -81,7 +81,7 @@ def write_archive(
     Args:
       directory: created if it does not exist. An older model in it is replaced; if there is no
         space for the new one, the older model stays whole.
-      arrays: weights by name.
+      arrays: weights by name. Those of 8 bits (`eight_bits`) are stored in a quarter of the bytes.
       manifest: JSON values. The entries about files and arrays are added here.
       extra_files: contents of other files by name.
     """
@@ -92,7 +92,10 @@ def write_archive(
             for name, array in arrays.items()
         },
     }
-    contents = {WEIGHTS: safetensors.save(dict(arrays)), **extra_files}
+    stored, packed = eight_bits.pack(arrays)
+    if packed:
+        whole["packed"] = packed
+    contents = {WEIGHTS: safetensors.save(stored), **extra_files}
     write_described(directory, contents, whole, manifest_name=MANIFEST)
 
 
@@ -202,4 +205,5 @@ def read_arrays(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.nd
     Raises:
       ArchiveError: the file is missing, or not what was written.
     """
-    return safetensors.load(read_file(directory, manifest, WEIGHTS))
+    stored = safetensors.load(read_file(directory, manifest, WEIGHTS))
+    return eight_bits.unpack(stored, manifest.get("packed", []))

@@ -1,0 +1,103 @@
+"""A run with kernels of 8 bits: what changes, what an export of it holds, and what is refused."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jevb_jax
+from configs import smoke
+from jevb_jax import commands, rounding
+from jevb_jax.evaluation import fitted_scores
+from jevb_jax.export import export_model
+from jevb_jax.images.arrays import digits
+from jevb_jax.runs import archive, files
+from jevb_jax.runs.array_names import flatten_names
+from jevb_jax.runs.checkpoints import Checkpointer
+from tests.test_export import small_model
+
+
+def write_run(directory, *, ema_decay: float = 0.0, keep_best: int = 0):
+    """A run that nobody trained, with one checkpoint."""
+    model = small_model()
+    config = json.loads(json.dumps(model.config))
+    config["train"]["ema_decay"] = ema_decay
+    config["checkpoint"]["keep_best"] = keep_best
+    evaluated = "ema_params" if ema_decay else "params"
+    state = {"step": np.int32(7), **model.variables}
+    state[evaluated] = state.pop("params")
+    directory.mkdir()
+    checkpointer = Checkpointer(directory / "checkpoints", keep_best=keep_best)
+    on_device = jax.tree.map(jax.numpy.asarray, state)
+    checkpointer.save(7, on_device, config=config, score=0.5)
+    checkpointer.close()
+    (directory / "environment.json").write_text('{"backend": "cpu"}')
+    files.write_json_atomically(directory / "config.json", config)
+    return directory
+
+
+@pytest.mark.parametrize("kept", [{}, {"ema_decay": 0.9, "keep_best": 1}], ids=["", "ema"])
+def test_kernels_move_a_little_and_the_rest_stays(tmp_path, kept, capsys):
+    source, target = write_run(tmp_path / "run", **kept), tmp_path / "rounded"
+    assert rounding.main([f"--workdir={source}", f"--out={target}"]) == 0
+    assert "step 7 rounded to 8 bits" in " ".join(capsys.readouterr().out.split())
+    before = jevb_jax.load(source)
+    after = jevb_jax.load(target, "best" if kept else None)
+    assert after.step == 7
+    assert (target / "environment.json").read_text() == '{"backend": "cpu"}'
+    after_arrays = flatten_names(after.variables)
+    for name, old in flatten_names(before.variables).items():
+        new = np.asarray(after_arrays[name])
+        if new.ndim < 2:
+            np.testing.assert_array_equal(new, old, err_msg=name)
+        else:
+            largest = np.abs(np.asarray(old)).max(axis=tuple(range(new.ndim - 1)))
+            moved = np.abs(new - old)
+            assert moved.max() > 0, name
+            assert np.all(moved <= largest / 252), name
+    images = digits().images[:20]
+    np.testing.assert_allclose(after.embed(images), before.embed(images), atol=0.1)
+
+
+def test_an_export_is_smaller_and_has_every_bit(tmp_path):
+    rounding.main([f"--workdir={write_run(tmp_path / 'run')}", f"--out={tmp_path / 'rounded'}"])
+    sizes = {}
+    for name in ("run", "rounded"):
+        model = jevb_jax.load(tmp_path / name)
+        export_model(model, tmp_path / "export" / name)
+        loaded = jevb_jax.load(tmp_path / "export" / name)
+        jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
+        sizes[name] = (tmp_path / "export" / name / archive.WEIGHTS).stat().st_size
+    assert sizes["rounded"] < 0.6 * sizes["run"]  # in so small a network, names and biases count
+    packed = json.loads((tmp_path / "export/rounded" / archive.MANIFEST).read_text())["packed"]
+    assert len(packed) > 5
+    assert all("kernel" in name for name in packed)
+
+
+def test_what_cannot_be_rounded_is_refused(tmp_path, capsys):
+    source = write_run(tmp_path / "run")
+    assert rounding.main([f"--workdir={source}", f"--out={source}"]) == 1
+    assert "give another directory" in capsys.readouterr().err
+    export_model(jevb_jax.load(source), tmp_path / "export")
+    assert rounding.main([f"--workdir={tmp_path / 'export'}", f"--out={tmp_path / 'new'}"]) == 1
+    assert "is an export" in capsys.readouterr().err
+    assert rounding.main([f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'new'}"]) == 1
+    assert "holds neither" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_scores_of_the_rounded_run_belong_to_its_export(tmp_path):
+    config: Any = smoke.get_config()
+    commands.train(config, tmp_path / "run")
+    rounding.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'rounded'}"])
+    commands.evaluate(config, tmp_path / "rounded", step=None)
+    model = jevb_jax.load(tmp_path / "rounded")
+    export_model(model, tmp_path / "export")
+    loaded = jevb_jax.load(tmp_path / "export")
+    assert loaded.fitted_scores is not None
+    assert loaded.fitted_scores.weights_sha256 == fitted_scores.weights_sha256(loaded.variables)
+    images = digits().images[:20]
+    np.testing.assert_array_equal(loaded.ood_score(images), model.ood_score(images))
