@@ -4,9 +4,9 @@ python -m studies.run studies/full_size.py --out=runs/full_size --num_processes=
 
 For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_test.npz` and the sets of
 `configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
-epochs. Two more runs train JEVB with Muon, with and without its target network. Which recipe becomes
-JEVB's is chosen by k-NN on validation images. Each run is also evaluated on the test split, once; the
-choice does not use that.
+epochs. Two more runs train JEVB with AdamW, and without a target network. Which recipe becomes JEVB's
+is chosen by k-NN on validation images. Each run is also evaluated on the test split, once; the choice
+does not use that.
 """
 
 from typing import Any
@@ -42,8 +42,8 @@ def get_study() -> Study:
     runs = {
         "jevb": run_config("jevb"),
         "simsiam": run_config("simsiam"),
-        "jevb_muon_target": run_config("jevb", optimizer__name="muon"),
-        "jevb_muon": run_config("jevb", optimizer__name="muon", train__target_decay=0.0),
+        "jevb_adamw": run_config("jevb", optimizer__name="adamw"),
+        "jevb_online": run_config("jevb", train__target_decay=0.0),
     }
     detection = [
         Result(f"{score}, {group}", f"auroc_{group}", score)

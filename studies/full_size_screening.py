@@ -65,32 +65,33 @@ def get_runs(run_config: Callable[..., Any]) -> dict[str, Any]:
     Returns:
       Configs by name.
     """
-    online: dict[str, Any] = {"train__target_decay": 0.0}
-    muon: dict[str, Any] = {"optimizer__name": "muon"}
+    target: dict[str, Any] = {"optimizer__name": "adamw"}
+    online: dict[str, Any] = {**target, "train__target_decay": 0.0}
+    muon: dict[str, Any] = {"optimizer__name": "muon", "train__target_decay": 0.0}
     crops = {"augmentation__num_small_crops": 4}
     narrow = {"jevb__kl_weight": 0.1, "jevb__prior_scale": 1.0, "jevb__df": math.inf}
     return {
         "jevb": run_config("jevb", **online),
-        "jevb_target": run_config("jevb"),
-        "jevb_muon": run_config("jevb", **online, **muon),
-        "jevb_muon_target": run_config("jevb", **muon),
+        "jevb_target": run_config("jevb", **target),
+        "jevb_muon": run_config("jevb", **muon),
+        "jevb_muon_target": run_config("jevb"),
         "jevb_sgd_0.5": run_config(
             "jevb",
-            **online,
+            train__target_decay=0.0,
             optimizer__name="sgd",
             optimizer__learning_rate=0.5,
             optimizer__weight_decay=5e-4,
         ),
         "jevb_narrow": run_config("jevb", **online, **narrow),
         "jevb_crops": run_config("jevb", **online, **crops),
-        "jevb_muon_0.005": run_config("jevb", **online, **muon, optimizer__learning_rate=5e-3),
-        "jevb_muon_0.0005": run_config("jevb", **online, **muon, optimizer__learning_rate=5e-4),
-        "jevb_muon_narrow": run_config("jevb", **online, **muon, **narrow),
-        "jevb_muon_crops": run_config("jevb", **online, **muon, **crops),
+        "jevb_muon_0.005": run_config("jevb", **muon, optimizer__learning_rate=5e-3),
+        "jevb_muon_0.0005": run_config("jevb", **muon, optimizer__learning_rate=5e-4),
+        "jevb_muon_narrow": run_config("jevb", **muon, **narrow),
+        "jevb_muon_crops": run_config("jevb", **muon, **crops),
         "simsiam_512": run_config("simsiam"),
         "simsiam_muon": run_config(
             "simsiam",
-            **muon,
+            optimizer__name="muon",
             train__batch_size=256,
             optimizer__learning_rate=2e-3,
             optimizer__weight_decay=1e-4,
