@@ -209,6 +209,7 @@ def get_config() -> ConfigDict:
             "max_fit_images": 10_000,  # training images to which scores are fitted; 0 = all
             "knn_k": (50,),
             "ssd_clusters": (1, 10),
+            "norm_exponents": (),  # beta of representation/mahalanobis_beta_*, each in [0, 4]
             "mixture_df": 5.0,  # df of the kernels of jevb/mixture; inf is the Gaussian
             "residual_share": 0.5,  # dimension of the principal subspace / number of features
             # Crops of each of four rotations of an image for embedding/csi (10 as published); 0 = off.

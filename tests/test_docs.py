@@ -13,7 +13,7 @@ from jevb_jax import command_line
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
-NUM_EQUATIONS = 43
+NUM_EQUATIONS = 44
 
 FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>(?:jevb_jax|tests)/[\w/]+\.py)\)")
 

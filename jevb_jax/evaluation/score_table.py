@@ -20,6 +20,7 @@ from jevb_jax.evaluation import (
     loss_prediction,
     mixture_fit,
     neighbor_detectors,
+    scaled_mahalanobis,
 )
 from jevb_jax.evaluation.features import (
     Features,
@@ -66,17 +67,19 @@ class ScoreSettings:
       ssd_clusters: numbers of clusters; one score for each.
       residual_share: share of the features, in (0, 1), that the principal subspace spans.
       mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
+      norm_exponents: exponents of `scaled_mahalanobis.fit_scaled_mahalanobis`; one score for each.
 
     Raises:
-      ValueError: a count is below one, the share is outside (0, 1), or the degrees of freedom are
-        not positive.
-      TypeError: a count is not an integer, or the degrees of freedom are not a number.
+      ValueError: a count is below one, the share is outside (0, 1), an exponent is outside [0, 4], or
+        the degrees of freedom are not positive.
+      TypeError: a count is not an integer, or another value is not a number.
     """
 
     knn_k: tuple[int, ...]
     ssd_clusters: tuple[int, ...]
     residual_share: float
     mixture_df: float
+    norm_exponents: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("knn_k", "ssd_clusters"):
@@ -91,6 +94,8 @@ class ScoreSettings:
         if not df > 0:
             raise ValueError(f"ood.mixture_df must be positive, got {df}")
         object.__setattr__(self, "mixture_df", df)
+        exponents = scaled_mahalanobis.checked_exponents("ood.norm_exponents", self.norm_exponents)
+        object.__setattr__(self, "norm_exponents", exponents)
 
     def num_components(self, features: Any) -> int:
         """Dimension of the principal subspace of features `[N, F]`."""
@@ -106,6 +111,7 @@ def score_settings(section: OodSection) -> ScoreSettings:
         ssd_clusters=section.ssd_clusters,
         residual_share=section.residual_share,
         mixture_df=section.mixture_df,
+        norm_exponents=section.norm_exponents,
     )
 
 
@@ -369,17 +375,18 @@ def score_table(
     for name in ("representation", "embedding"):
         for k in settings.knn_k:
             table[f"{name}/knn_{k}"] = fitted(name, make=fit(name, neighbor_detectors.fit_knn, k=k))
-        table[f"{name}/mahalanobis"] = fitted(
-            name, make=fit(name, gaussian_detectors.fit_mahalanobis)
-        )
+        plain_distance = fit(name, gaussian_detectors.fit_mahalanobis)
+        table[f"{name}/mahalanobis"] = fitted(name, make=plain_distance)
         for count in settings.ssd_clusters:
             ssd = fit(name, gaussian_detectors.fit_ssd, num_clusters=count)
             table[f"{name}/ssd_{count}"] = fitted(name, make=ssd)
         table[f"{name}/residual"] = fitted(name, make=fit(name, fit_residual))
-        table[f"{name}/norm"] = plain(
-            name, make=of_feature(name, neighbor_detectors.feature_norm_score)
-        )
+        norm = of_feature(name, neighbor_detectors.feature_norm_score)
+        table[f"{name}/norm"] = plain(name, make=norm)
     made_of = "representation"
+    for beta in settings.norm_exponents:
+        scaled = fit(made_of, scaled_mahalanobis.fit_scaled_mahalanobis, exponent=beta)
+        table[f"representation/mahalanobis_beta_{beta:g}"] = fitted(made_of, make=scaled)
     table |= {
         "representation/ssd_published": fitted(
             made_of, make=fit(made_of, gaussian_detectors.fit_published_ssd)
