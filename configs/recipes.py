@@ -151,7 +151,8 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
         _set_optimizer(config, name="sgd", rate=0.1, decay=1e-4, warmup=0.0, batch=512, epochs=100)
         config.augmentation.blur_probability = (0.5, 0.5)
         if method == "jevb":
-            config.train.target_decay = 0.99  # as in cifar10.py
+            config.train.target_decay = 0.99  # as in cifar10.py, like the next line
+            config.ood.default_score = "representation/ssd_1"
         else:
             _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
             config.optimizer.constant_head_rate = True

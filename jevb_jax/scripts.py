@@ -38,7 +38,8 @@ def evaluate() -> None:
     ood = config_flags.DEFINE_config_file(
         "ood",
         None,
-        "Protocol of out-of-distribution detection; replaces that of the run.",
+        "Protocol of out-of-distribution detection, instead of the run's own. The run's default score "
+        "stays, unless the protocol names another.",
         lock_config=True,
     )
     data = config_flags.DEFINE_config_file(
@@ -61,7 +62,10 @@ def evaluate() -> None:
             commands.evaluate_on(config, data.value, workdir.value, step=step.value)
             return
         if ood.value is not None:
+            own_score = config.ood.default_score
             config.ood = ood.value
+            # A protocol that names no default score leaves that of the run.
+            config.ood.default_score = ood.value.default_score or own_score
         config.input.accept_changed_data = accept.value
         commands.evaluate(config, workdir.value, step=step.value)
 

@@ -22,7 +22,7 @@ _ACCURACIES = {
     "200-NN accuracy": "knn_200_accuracy",
 }
 _KNN = "validation/knn_10_uniform_accuracy"
-_SCORES = ("jevb/mixture_and_residual", "embedding/mahalanobis", "representation/ssd_1")
+_SCORES = ("jevb/negative_log_likelihood", "representation/norm", "representation/ssd_1")
 
 
 def run_config(method: str, **changes: Any) -> Any:
@@ -33,6 +33,7 @@ def run_config(method: str, **changes: Any) -> Any:
     config.train.health_every_steps = 1000
     section: Any = ood.get_config("cifar10_arrays")
     section.severities = (1, 3, 5)
+    section.default_score = config.ood.default_score
     config.ood = section
     return full_size_screening.changed(config, changes)
 

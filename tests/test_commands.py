@@ -930,3 +930,37 @@ def test_the_commit_of_a_run_is_that_of_the_package_and_of_no_project_around_it(
     found = provenance.environment()
     assert set(found) >= {"commit", "uncommitted_changes", "versions"}
     assert found["versions"]["jevb-jax"] == jevb_jax.__version__
+
+
+ASKED = """
+from jevb_jax import commands, scripts
+commands.evaluate = lambda config, *_, **__: print(config.ood.name, config.ood.default_score)
+scripts.evaluate()
+"""
+
+
+@pytest.mark.slow
+def test_a_protocol_without_a_default_score_leaves_that_of_the_run(tmp_path):
+    config: Any = smoke.get_config()
+    config.ood.default_score = "representation/ssd_1"
+    (tmp_path / "config.json").write_text(json.dumps(to_json_values(config)))
+    for changes, expected in (
+        ([], "representation/ssd_1"),
+        (["--ood.default_score=embedding/norm"], "embedding/norm"),
+    ):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                ASKED,
+                f"--workdir={tmp_path}",
+                "--ood=ood:cifar10_arrays",
+                *changes,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == expected
