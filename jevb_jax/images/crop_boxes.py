@@ -153,7 +153,7 @@ class HostCrops:
     A box is the one that `train_step` would draw on the device for an image of that size. It is a
     function of the key of the run, the step, the row of the example in the batch and the view. Only
     where the device rounds the last bit of a float otherwise is it another one, as it is between
-    two kinds of devices: on a CPU in about one of 40,000 boxes in images of 1000 x 1500 pixels.
+    two kinds of devices (docs/settings.md has the counts).
 
     Attributes:
       key: the two words of the run's threefry key, from `key_words`.

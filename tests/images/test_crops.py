@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from sklearn.datasets import load_sample_image
 
-from jevb_jax.images import arrays, augmentations, batches, crop_boxes, pictures
+from jevb_jax.images import arrays, augmentations, batch_order, batches, crop_boxes, pictures
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.crop_boxes import HostCrops, key_words
 from jevb_jax.images.image_files import FolderSource
@@ -298,6 +298,10 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 def test_stream_resumes_and_is_shared_bit_for_bit(folder):
     source = Subset(folder, np.arange(12)[::-1])
     whole = streamed(source)
+    examples = host_crops(32, 32, 16).of_examples(0, np.arange(4))
+    order = batch_order.batch_indices(0, num_examples=12, batch_size=4, seed=3)
+    alone = [folder.crops(11 - i, one) for i, one in zip(order, examples, strict=True)]
+    assert_same(whole[:1], [tuple(map(np.stack, zip(*alone, strict=True)))])
     assert_same(streamed(source, start_step=3, num_steps=2, prefetch_batches=1), whole[3:])
     shares = [streamed(source, rows=rows) for rows in (slice(2), slice(2, 4))]
     joined = [
