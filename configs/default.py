@@ -55,6 +55,9 @@ def get_config() -> ConfigDict:
     config.augmentation = ConfigDict(
         {
             "image_size": 32,  # height = width of the full views, in pixels
+            # What training crops: square, the square of data.image_size pixels that the device holds,
+            # or image, the whole picture in its file, on the host (docs/settings.md).
+            "crop_from": "square",  # square | image (folder or tfds, streamed)
             "crop_scale": (0.2, 1.0),  # share of the image's area
             "crop_ratio": (3 / 4, 4 / 3),  # width / height
             "interpolation": "bilinear",  # bilinear | bicubic, antialiased

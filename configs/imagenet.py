@@ -3,10 +3,10 @@
 python train.py --config=configs/imagenet.py --workdir=runs/imagenet
 python train.py --config=configs/imagenet.py:byol --workdir=runs/imagenet_byol
 
-The data come from TFDS (`tfds build imagenet2012 --file_format=array_record`). Images are resized to
-256 pixels on load. Batches of 4096 need many devices or `--config.train.num_micro_batches`. With the
-latter, BatchNorm and losses that couple examples see one micro-batch at a time. No config of this file
-has been run yet.
+The data come from TFDS (`tfds build imagenet2012 --file_format=array_record`). Training crops the whole
+pictures; evaluation sees squares, resized to 256 pixels on load. Batches of 4096 need many devices or
+`--config.train.num_micro_batches`. With the latter, BatchNorm and losses that couple examples see one
+micro-batch at a time. No config of this file has been run yet.
 """
 
 from typing import Any
@@ -26,6 +26,7 @@ def get_config(method: str = "jevb") -> ConfigDict:
     config.data.validation_fraction = 0.01
     config.input.num_workers = 16
     config.augmentation.image_size = 224
+    config.augmentation.crop_from = "image"
     config.augmentation.mean = (0.485, 0.456, 0.406)
     config.augmentation.std = (0.229, 0.224, 0.225)
     config.model.backbone = "resnet50"

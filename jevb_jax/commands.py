@@ -22,7 +22,7 @@ from jevb_jax.evaluation import accuracy, evidence, fitted_scores, readiness
 from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
 from jevb_jax.images import augmentations, data_record, workers
-from jevb_jax.images.batches import gather
+from jevb_jax.images.batches import gather, gather_crops
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.networks import torch_names
 from jevb_jax.parallel import StoppedError
@@ -219,8 +219,12 @@ def _train_and_evaluate(
             run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
         if int(state.step) == 0 and parallel.is_main():
             train = experiment.dataset.train
-            images = gather(train, np.arange(min(_NUM_SHOWN_IMAGES, len(train))))
-            views = augmentations.visible_views(images, experiment.view_augmentations)
+            rows = np.arange(min(_NUM_SHOWN_IMAGES, len(train)))
+            images, crops = gather(train, rows), experiment.host_crops
+            shown = (
+                images if crops is None else gather_crops(train, rows, crops.of_examples(0, rows))
+            )
+            views = augmentations.visible_views(shown, experiment.view_augmentations)
             figures.save_views_figure(workdir / "views.png", images, views)
         if int(state.step) < experiment.num_train_steps:
             state = run.train(state)

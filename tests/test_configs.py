@@ -157,6 +157,7 @@ def test_recipe_builds_its_own_method(name, method):
     config: Any = importlib.import_module(f"configs.{name}").get_config(method)
     config.data.update({"source": "shapes", "tfds_name": "", "image_size": 16})
     config.data.update({"num_train_examples": 5000, "num_test_examples": 20})
+    config.augmentation.crop_from = "square"  # shapes have no files
     config.evaluation.knn_k = (5,)
     built = experiment.build_experiment(config)
     assert built.config["method"] == method

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jevb_jax.images.crop_boxes import sample_crop
 from jevb_jax.images.pixels import (
     Adjustment,
     Interpolation,
@@ -29,70 +30,6 @@ from jevb_jax.images.pixels import (
 )
 from jevb_jax.paper import domain
 from jevb_jax.xla_options import jit_once
-
-_CROP_ATTEMPTS = 10
-
-
-def sample_crop(
-    key: Array,
-    *,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[Array, Array, Array, Array]:
-    """Draws the box of `torchvision.transforms.RandomResizedCrop.get_params`.
-
-    It tries ten times: the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. The
-    first box that fits into the image gets a uniform place. If none fits, the box is the largest
-    central one with a ratio in range.
-
-    Args:
-      key: consumed.
-      height: height of the image in pixels.
-      width: width of the image in pixels.
-      scale: range of the box's share of the image area.
-      ratio: range of width / height.
-
-    Returns:
-      `top, left, height, width`, int32 scalars.
-    """
-    key_area, key_ratio, key_top, key_left = jax.random.split(key, 4)
-    area = (
-        height
-        * width
-        * jax.random.uniform(
-            key_area, (_CROP_ATTEMPTS,), jnp.float32, minval=scale[0], maxval=scale[1]
-        )
-    )
-    aspect = jnp.exp(
-        jax.random.uniform(
-            key_ratio,
-            (_CROP_ATTEMPTS,),
-            jnp.float32,
-            minval=float(np.log(ratio[0])),
-            maxval=float(np.log(ratio[1])),
-        )
-    )
-    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
-    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = jnp.argmax(fits)
-    image_ratio = width / height
-    if image_ratio < ratio[0]:
-        fallback = min(round(width / ratio[0]), height), width
-    elif image_ratio > ratio[1]:
-        fallback = height, min(round(height * ratio[1]), width)
-    else:
-        fallback = height, width
-    has_fit = jnp.any(fits)
-    crop_height = jnp.where(has_fit, heights[first], fallback[0])
-    crop_width = jnp.where(has_fit, widths[first], fallback[1])
-    top = jax.random.randint(key_top, (), 0, height - crop_height + 1, jnp.int32)
-    left = jax.random.randint(key_left, (), 0, width - crop_width + 1, jnp.int32)
-    top = jnp.where(has_fit, top, (height - crop_height) // 2)
-    left = jnp.where(has_fit, left, (width - crop_width) // 2)
-    return top, left, crop_height, crop_width
 
 
 def random_resized_crop(
@@ -384,9 +321,9 @@ class ViewAugmentation:
         Returns:
           `[size, size, c]` float32, normalized.
         """
-        key_crop, key_jitter, key_gray, key_blur, key_solarize = jax.random.split(key, 5)
+        keys = jax.random.split(key, 5)
         view = random_resized_crop(
-            key_crop,
+            keys[0],
             image,
             size=self.size,
             scale=self.crop_scale,
@@ -394,6 +331,26 @@ class ViewAugmentation:
             interpolation=self.interpolation,
             flip_probability=self.flip_probability,
         )
+        return self._colored(keys, view)
+
+    def of_crop(self, key: Array, crop: ArrayLike) -> Array:
+        """Makes the view of which the host has cut out the crop (`crop_boxes.HostCrops`).
+
+        Args:
+          key: consumed; everything but the crop is as in a call with this key.
+          crop: `[size, size, c]` uint8, or float in [0, 1].
+
+        Returns:
+          `[size, size, c]` float32, normalized.
+        """
+        keys = jax.random.split(key, 5)
+        key_flip = jax.random.split(keys[0])[1]
+        view = random_horizontal_flip(key_flip, crop, probability=self.flip_probability)
+        return self._colored(keys, view)
+
+    def _colored(self, keys: Array, view: Array) -> Array:
+        """All that follows the crop and the flip."""
+        _, key_jitter, key_gray, key_blur, key_solarize = keys
         view = color_jitter(
             key_jitter,
             view,
@@ -421,7 +378,7 @@ class ViewAugmentation:
         return normalize(view, mean=self.mean, std=self.std)
 
 
-def augment(keys: Array, images: ArrayLike, augmentation: ViewAugmentation) -> Array:
+def augment(keys: Array, images: ArrayLike, augmentation: Callable[[Array, Array], Array]) -> Array:
     """Makes one view of every image of a batch.
 
     Args:
@@ -436,13 +393,16 @@ def augment(keys: Array, images: ArrayLike, augmentation: ViewAugmentation) -> A
 
 
 def multi_view(
-    keys: Array, images: ArrayLike, augmentations: Sequence[ViewAugmentation]
+    keys: Array,
+    images: ArrayLike | tuple[ArrayLike, ...],
+    augmentations: Sequence[ViewAugmentation],
 ) -> tuple[Array, ...]:
     """Makes several views of every image of a batch, for example two views and smaller crops.
 
     Args:
       keys: `[batch]` keys; view `v` of an image uses `fold_in(key, v)`.
-      images: `[batch, h, w, c]`.
+      images: `[batch, h, w, c]`; or a tuple with the crops of each view that the host has cut out,
+        `[batch, size, size, c]`.
       augmentations: one for each view; their sizes may differ.
 
     Returns:
@@ -450,15 +410,21 @@ def multi_view(
     """
     views: dict[int, Array] = {}
     for augmentation, alike in _alike(augmentations).items():
+        make = augmentation.of_crop if isinstance(images, tuple) else augmentation
         if len(alike) <= 2:
             for index in alike:
                 own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-                views[index] = augment(own_keys, images, augmentation)
+                own = images[index] if isinstance(images, tuple) else images
+                views[index] = augment(own_keys, own, make)
             continue
         # One program for all of them: it compiles as fast as one view.
         fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        of_image = jax.vmap(jax.vmap(augmentation, (0, None)))
-        joint = of_image(fold_in(keys, jnp.asarray(alike)), jnp.asarray(images))
+        own_keys = fold_in(keys, jnp.asarray(alike))
+        if isinstance(images, tuple):
+            crops = jnp.stack([jnp.asarray(images[index]) for index in alike], axis=1)
+            joint = jax.vmap(jax.vmap(make))(own_keys, crops)
+        else:
+            joint = jax.vmap(jax.vmap(make, (0, None)))(own_keys, jnp.asarray(images))
         views |= {index: joint[:, number] for number, index in enumerate(alike)}
     return tuple(views[index] for index in range(len(augmentations)))
 
@@ -472,19 +438,22 @@ def _alike(augmentations: Sequence[ViewAugmentation]) -> dict[ViewAugmentation, 
 
 
 def visible_views(
-    images: ArrayLike, augmentations: Sequence[ViewAugmentation], *, seed: int = 0
+    images: ArrayLike | tuple[ArrayLike, ...],
+    augmentations: Sequence[ViewAugmentation],
+    *,
+    seed: int = 0,
 ) -> list[np.ndarray]:
     """Views of a few images for people to look at, without normalization.
 
     Args:
-      images: `[N, h, w, c]`.
+      images: `[N, h, w, c]`, or the crops of each view, as for `multi_view`.
       augmentations: one for each view.
       seed: sets the random views.
 
     Returns:
       `[N, size, size, c]` in [0, 1] for each view.
     """
-    keys = jax.random.split(jax.random.key(seed), np.shape(images)[0])
+    keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(images)[0]))
     # Compile the whole: single operations take two to four times as long.
     views = jit_once(functools.partial(multi_view, augmentations=augmentations))(keys, images)
     return [

@@ -2,14 +2,22 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jevb_jax.images import workers
 from jevb_jax.images.batch_order import batch_indices, steps_per_epoch
-from jevb_jax.images.source import ArraySource, ImageSource, Subset, checked_indices, image_shape
+from jevb_jax.images.crop_boxes import ExampleCrops, HostCrops
+from jevb_jax.images.source import (
+    ArraySource,
+    ImageSource,
+    Subset,
+    check_has_pictures,
+    checked_indices,
+    image_shape,
+)
 from jevb_jax.images.workers import Carried, ReadAhead
 
 _T = TypeVar("_T")
@@ -36,6 +44,31 @@ def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
                 "them when they are read"
             )
     return np.stack(images)
+
+
+def gather_crops(
+    source: ImageSource, indices: np.ndarray, crops: Sequence[ExampleCrops]
+) -> tuple[np.ndarray, ...]:
+    """The crops of the whole pictures at integer `indices` `[B]`, one array for each view.
+
+    Args:
+      source: pictures in files.
+      indices: which pictures.
+      crops: the crops of each of them.
+
+    Returns:
+      For each view uint8 `[B, size, size, C]`.
+
+    Raises:
+      TypeError: indices are not integers, or the source has no picture files.
+      ValueError: indices are empty, not one axis or out of range, or a picture cannot be read.
+    """
+    indices = checked_indices(indices, len(source))
+    while isinstance(source, Subset):
+        source, indices = source.source, source.indices[indices]
+    pictures = check_has_pictures(source)
+    examples = [pictures.crops(int(i), one) for i, one in zip(indices, crops, strict=True)]
+    return tuple(np.stack(view) for view in zip(*examples, strict=True))
 
 
 def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
@@ -71,7 +104,8 @@ def stream_batches(
     num_workers: int = 0,
     prefetch_batches: int = 4,
     rows: slice = slice(None),
-) -> ReadAhead[np.ndarray]:
+    crops: HostCrops | None = None,
+) -> ReadAhead[Any]:
     """Reads the batches of `num_steps` steps ahead of their use, with Grain.
 
     The images are those of `gather(source, batch_indices(step, ...))` for each step, whatever the
@@ -89,10 +123,12 @@ def stream_batches(
         import the main module of the program, so a script needs `if __name__ == "__main__":`.
       prefetch_batches: batches that each worker, or this process, reads ahead; at least 1.
       rows: the rows of every batch to read, which are the share of this process.
+      crops: what to cut out of whole pictures, instead of reading images of one size.
 
     Returns:
-      An iterator of uint8 `[batch_size, H, W, C]`, or of only the rows in `rows`. At its end, or
-      when it is closed, threads and workers stop.
+      An iterator of uint8 `[batch_size, H, W, C]`, or of only the rows in `rows`. With `crops`, of
+      tuples of such arrays, one for each view. At its end, or when it is closed, threads and workers
+      stop.
 
     Raises:
       ValueError: arguments are out of range; during iteration also if an image cannot be read.
@@ -103,15 +139,26 @@ def stream_batches(
         raise ValueError(
             f"expected start_step >= 0 and num_steps >= 1, got {start_step} and {num_steps}"
         )
-    read = functools.partial(_read_step, source=source, batch_size=batch_size, seed=seed, rows=rows)
+    read = functools.partial(
+        _read_step, source=source, batch_size=batch_size, seed=seed, rows=rows, crops=crops
+    )
     return _read_ahead(read, start_step, start_step + num_steps, num_workers, prefetch_batches)
 
 
 def _read_step(
-    step: int, *, source: ImageSource, batch_size: int, seed: int, rows: slice
-) -> np.ndarray:
+    step: int,
+    *,
+    source: ImageSource,
+    batch_size: int,
+    seed: int,
+    rows: slice,
+    crops: HostCrops | None,
+) -> np.ndarray | tuple[np.ndarray, ...]:
     indices = batch_indices(step, num_examples=len(source), batch_size=batch_size, seed=seed)
-    return gather(source, indices[rows])
+    if crops is None:
+        return gather(source, indices[rows])
+    of_examples = crops.of_examples(step, np.arange(batch_size)[rows])
+    return gather_crops(source, indices[rows], of_examples)
 
 
 def evaluation_batches(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jevb_jax.images import pictures
+from jevb_jax.images.crop_boxes import ExampleCrops
 from jevb_jax.images.source import check_local
 
 _logger = logging.getLogger(__name__)
@@ -63,6 +64,17 @@ class _FileSource:
             path,
             mode="RGB",
             image_size=self.image_size,
+            max_pixels=self._max_pixels,
+            where=f"image {index}, {path}",
+        )
+
+    def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
+        """Crops of the whole picture `index`, uint8 `[size, size, 3]` for each view."""
+        path = self.paths[index]
+        return pictures.read_crops(
+            path,
+            crops,
+            mode="RGB",
             max_pixels=self._max_pixels,
             where=f"image {index}, {path}",
         )

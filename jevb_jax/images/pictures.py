@@ -3,20 +3,23 @@
 All sources read pictures here. Pillow is imported by the functions that need it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import io
+import math
 import os
 import struct
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jevb_jax.images.crop_boxes import Box, ExampleCrops
 from jevb_jax.images.preparation import MAX_PIXELS, cut_picture
 
 # Endings for each format of Pillow. The list is fixed: with Pillow's own list, the images of a
@@ -108,17 +111,109 @@ def picture_pixels(
     Raises:
       ValueError: the picture is damaged, too large for the memory, or gray with more than 8 bits.
     """
+    with _decoding(image, where):
+        image.load()
+        upright = _upright(_opaque(image, mode), _orientation(image))
+        if image_size:
+            upright = cut_picture(upright, image_size, max_pixels=max_pixels)
+        return _as_array(upright)
+
+
+def read_crops(
+    file: str | io.BytesIO,
+    crops: ExampleCrops,
+    *,
+    mode: str,
+    max_pixels: int = MAX_PIXELS,
+    where: str,
+) -> list[np.ndarray]:
+    """Reads one picture, and cuts the crops of all views out of it, at its own size and ratio.
+
+    Colors, transparency and orientation are those of `read`. The picture is decoded once. A JPEG is
+    decoded at a half, a quarter or an eighth of its size where every crop of it still has at least
+    the pixels of its view. Each crop is then resized, antialiased, and sees no pixel beside it.
+
+    Args:
+      file: path or content of the picture.
+      crops: the crops of this example.
+      mode: `RGB`, or `L` for gray.
+      max_pixels: as for `read`.
+      where: name of the picture in messages.
+
+    Returns:
+      For each view uint8 `[size, size, C]`.
+
+    Raises:
+      ValueError: for the reasons of `read`.
+    """
+    from PIL.Image import Resampling
+
+    kernel = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[crops.interpolation]
+    with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, where):
+        is_jpeg = image.format in ("JPEG", "MPO")
+        if not is_jpeg:
+            image.load()  # the orientation may stand behind the pixels, and TIFF is turned by it
+        orientation = _orientation(image)
+        turned = image.size if orientation < 5 else image.size[::-1]
+        boxes = crops.boxes(width=turned[0], height=turned[1])
+        scale = _decode_scale(image, boxes, crops.sizes) if is_jpeg else 1
+        image.load()
+        picture = _opaque(image, mode)
+        found = []
+        for box, size in zip(boxes, crops.sizes, strict=True):
+            # The box is turned, and not the picture: a reduced picture may end in a part of a
+            # pixel, and after a turn this would be its beginning.
+            own = _in_file(box, orientation, width=turned[0], height=turned[1])
+            crop = _resized_part(picture, own, scale, size, kernel)
+            found.append(_as_array(_upright(crop, orientation)))
+        return found
+
+
+def _decode_scale(image: Any, boxes: Sequence[Box], sizes: Sequence[int]) -> int:
+    """Has a JPEG decoded at the smallest scale that enlarges no crop; returns its divisor."""
+    whole = min(min(box.height, box.width) // size for box, size in zip(boxes, sizes, strict=True))
+    scale = next((divisor for divisor in (8, 4, 2) if divisor <= whole), 1)
+    if scale > 1:
+        image.draft(None, tuple(side // scale for side in image.size))
+    return scale
+
+
+def _in_file(box: Box, orientation: int, *, width: int, height: int) -> Box:
+    """A box of the upright picture, `height` x `width`, as a box of the picture in the file."""
+    top, left, tall, wide = box
+    if orientation in (2, 3, 6, 7):
+        left = width - left - wide
+    if orientation in (3, 4, 7, 8):
+        top = height - top - tall
+    return Box(left, top, wide, tall) if orientation >= 5 else Box(top, left, tall, wide)
+
+
+def _resized_part(picture: Any, box: Box, scale: int, size: int, kernel: Any) -> Any:
+    """A box of the picture, given in pixels before it was reduced by `scale`, as a square."""
+    left, top = box.left / scale, box.top / scale
+    right, bottom = (box.left + box.width) / scale, (box.top + box.height) / scale
+    first, start = math.floor(left), math.floor(top)
+    # With the box alone, Pillow's filter would also read pixels beside it.
+    part = picture.crop((first, start, math.ceil(right), math.ceil(bottom)))
+    inside = (left - first, top - start, right - first, bottom - start)
+    return part.resize((size, size), kernel, box=inside)
+
+
+def _as_array(picture: Any) -> np.ndarray:
+    pixels = np.asarray(picture, np.uint8)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+@contextlib.contextmanager
+def _decoding(image: Any, where: str) -> Iterator[None]:
+    """Names the picture in every error of decoding it; refuses levels of more than 8 bits."""
     if image.mode.startswith(("I", "F")):  # Pillow would silently clip 16-bit levels to 255
         raise ValueError(
             f"cannot read {where}: expected 8 bits per channel, got mode {image.mode}; scale its "
             "levels to 0..255 and save it with 8 bits"
         )
     try:
-        image.load()
-        upright = _upright(_opaque(image, mode), _orientation(image))
-        if image_size:
-            upright = cut_picture(upright, image_size, max_pixels=max_pixels)
-        pixels = np.asarray(upright, np.uint8)
+        yield
     except _DAMAGED as error:
         raise ValueError(f"cannot read {where}: {error}") from error
     except MemoryError as error:
@@ -126,7 +221,6 @@ def picture_pixels(
             f"cannot read {where}: there is no memory for its {image.size[0]} x {image.size[1]} "
             "pixels; lower max_image_pixels, prefetch_batches or num_workers, or remove the picture"
         ) from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def size(path: str, *, max_pixels: int = MAX_PIXELS, where: str) -> tuple[int, int]:

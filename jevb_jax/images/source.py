@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jevb_jax.images.crop_boxes import ExampleCrops
 from jevb_jax.runs.files import is_remote, to_path
 
 
@@ -31,6 +32,15 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Image `index`, uint8 `[H, W, C]`."""
+        ...
+
+
+@runtime_checkable
+class PictureSource(ImageSource, Protocol):
+    """A set of whole pictures in files, of any sizes, out of which crops can be cut."""
+
+    def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
+        """Crops of the whole picture `index`, uint8 `[size, size, C]` for each view."""
         ...
 
 
@@ -134,6 +144,22 @@ def image_shape(source: ImageSource) -> tuple[int, int, int]:
     """`(height, width, channels)` of the first image; all images have this shape."""
     height, width, channels = source[0].shape
     return height, width, channels
+
+
+def check_has_pictures(source: ImageSource) -> PictureSource:
+    """The set of whole pictures that a source, which may be a subset, is taken from.
+
+    Raises:
+      TypeError: the source has no picture files.
+    """
+    while isinstance(source, Subset):
+        source = source.source
+    if not isinstance(source, PictureSource):
+        raise TypeError(
+            "crops of whole pictures need picture files, as data.source folder and tfds have them; "
+            f'{source.name} has none. Set augmentation.crop_from to "square"'
+        )
+    return source
 
 
 def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jevb_jax import extras
 from jevb_jax.images import pictures
+from jevb_jax.images.crop_boxes import ExampleCrops
 from jevb_jax.images.source import checked_labels
 from jevb_jax.runs.files import to_path
 
@@ -138,15 +139,28 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
         return pictures.read(
-            io.BytesIO(self.encoded(index)),
+            self._file(index),
             mode=self._mode,
             image_size=self.image_size,
             max_pixels=self._arguments["max_image_pixels"],
             where=self._where(index),
         )
+
+    def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
+        """Crops of the whole picture `index`, uint8 `[size, size, C]` for each view."""
+        return pictures.read_crops(
+            self._file(index),
+            crops,
+            mode=self._mode,
+            max_pixels=self._arguments["max_image_pixels"],
+            where=self._where(index),
+        )
+
+    def _file(self, index: int) -> io.BytesIO:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
+        return io.BytesIO(self.encoded(index))
 
     def encoded(self, index: int) -> bytes:
         """The bytes of image `index`, as they are stored."""

@@ -276,6 +276,7 @@ def _misfits(settings: RunSettings) -> list[str]:
         *_method_misfits(settings),
         *_batch_misfits(settings.train),
         *_view_misfits(settings),
+        *_crop_misfits(settings),
         *_posterior_misfits(settings),
         *_detection_misfits(settings),
         *_source_misfits(settings.data),
@@ -350,6 +351,25 @@ def _view_misfits(settings: RunSettings) -> list[str]:
                 f"augmentation.blur_kernel_size = {taps} is too wide for views of {size} pixels "
                 f"(augmentation.{name}): at most {2 * size - 1}, or 0"
             )
+    return problems
+
+
+def _crop_misfits(settings: RunSettings) -> list[str]:
+    """Crops of whole pictures, where there are no pictures or where they are not read anew."""
+    if settings.augmentation.crop_from == "square":
+        return []
+    asked = 'augmentation.crop_from = "image"'
+    problems = []
+    if settings.data.source not in ("folder", "tfds"):
+        problems.append(
+            f'{asked} needs picture files, data.source "folder" or "tfds", got '
+            f'"{settings.data.source}": set it to "square"'
+        )
+    if settings.input.placement == "resident":
+        problems.append(
+            f'{asked} reads every picture again at each step: set input.placement = "resident" to '
+            '"stream" or "auto", or augmentation.crop_from to "square"'
+        )
     return problems
 
 

@@ -96,6 +96,7 @@ class AugmentationSection:
     """How views are made of an image."""
 
     image_size: Annotated[int, integer(1)]
+    crop_from: Annotated[Literal["square", "image"], choice("square", "image")]
     crop_scale: Annotated[tuple[float, float], interval(0, 1)]
     crop_ratio: Annotated[tuple[float, float], interval(0)]
     interpolation: Annotated[Interpolation, choice(*pixels.INTERPOLATIONS)]

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 from jevb_jax import methods
 from jevb_jax.images import batch_order
 from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.crop_boxes import HostCrops
 from jevb_jax.images.dataset import Dataset, load_dataset
+from jevb_jax.images.source import check_has_pictures
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import OptimizerSection, RunSettings
@@ -65,6 +67,11 @@ class Experiment:
         size = self.view_augmentations[0].size
         return size, size, len(self.view_augmentations[0].mean)
 
+    @property
+    def host_crops(self) -> HostCrops | None:
+        """What the host cuts out of whole pictures; None where the device crops."""
+        return from_settings.host_crops(self.settings.augmentation, self.key)
+
     @functools.cached_property
     def _init(self) -> Callable[[Array], TrainState]:
         return step.compiled_init(
@@ -80,7 +87,7 @@ class Experiment:
         return self._init(jax.random.fold_in(self.key, 2**31 - 1))  # no step is ever this one
 
     def train_step(
-        self, state: TrainState, images: Array, key: Array
+        self, state: TrainState, images: Array | tuple[Array, ...], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         """`step.train_step` with this experiment's networks and settings."""
         return step.train_step(
@@ -191,6 +198,8 @@ def build_experiment(config: ConfigDict) -> Experiment:
     train = settings.train
     views = from_settings.view_augmentations(settings.augmentation)
     dataset = load_dataset(**vars(settings.data))
+    if from_settings.host_crops(settings.augmentation, jax.random.key(settings.seed)):
+        check_has_pictures(dataset.train)
     channels = dataset.train[0].shape[-1]
     if channels != len(views[0].mean):
         raise ValueError(

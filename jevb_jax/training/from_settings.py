@@ -5,8 +5,11 @@ Nothing here needs the libraries of training, so a model can be loaded and serve
 
 import dataclasses
 
+from jax import Array
+
 from jevb_jax import methods
 from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.crop_boxes import HostCrops, key_words
 from jevb_jax.networks.joint import JointEmbeddingModel, make_model
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.settings.sections import AugmentationSection, RunSettings
@@ -59,6 +62,31 @@ def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, 
         full[0], size=section.small_crop_size, crop_scale=section.small_crop_scale
     )
     return full + (small,) * section.num_small_crops
+
+
+def host_crops(section: AugmentationSection, key: Array) -> HostCrops | None:
+    """What the host cuts out of whole pictures, for the views of `view_augmentations`.
+
+    Args:
+      section: what the views are.
+      key: the key of the run.
+
+    Returns:
+      The crops of all views; None where the device cuts them out of squares.
+
+    Raises:
+      ValueError: JAX is set to draw other random bits than it does by default.
+    """
+    if section.crop_from == "square":
+        return None
+    views = view_augmentations(section)
+    return HostCrops(
+        key=key_words(key),
+        sizes=tuple(view.size for view in views),
+        scales=tuple(view.crop_scale for view in views),
+        ratio=section.crop_ratio,
+        interpolation=section.interpolation,
+    )
 
 
 def jevb_settings(settings: RunSettings, *, steps_per_epoch: int) -> methods.JevbSettings:

@@ -54,7 +54,7 @@ class _Batches:
         self._chunk_steps = _steps_per_dispatch(plan)
         self._labels = None if plan.labels is None else plan.labels.astype(np.int32)
         self._local_rows = parallel.local_rows(plan.batch_size)
-        self._is_resident = is_resident(plan.source, plan.input)
+        self._is_resident = plan.crops is None and is_resident(plan.source, plan.input)
         self._open = functools.partial(
             stream_batches,
             plan.source,
@@ -65,9 +65,10 @@ class _Batches:
             num_workers=plan.input.num_workers,
             prefetch_batches=plan.input.prefetch_batches,
             rows=self._local_rows,
+            crops=plan.crops,
         )
         self._resident: Any = None
-        self._stream: ReadAhead[np.ndarray] | None = None
+        self._stream: ReadAhead[Any] | None = None
 
     def take(self, step: int, num_steps: int) -> tuple[Any, Array | None]:
         """What `step.make_train_chunk` takes for the next steps.
@@ -94,9 +95,11 @@ class _Batches:
             self._stream = self._open()
         missing = self._chunk_steps - num_steps
         images = [next(self._stream) for _ in range(num_steps)]
-        stacked = parallel.put_local_rows(
-            np.stack(images + [images[-1]] * missing), self._over_data
-        )
+
+        def put(*steps: np.ndarray) -> Array:
+            return parallel.put_local_rows(np.stack(steps), self._over_data)
+
+        stacked = jax.tree.map(put, *images, *[images[-1]] * missing)
         if self._labels is None:
             return stacked
         labels = [

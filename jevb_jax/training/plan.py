@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from jevb_jax.images.batches import fits_resident
+from jevb_jax.images.crop_boxes import HostCrops
 from jevb_jax.images.source import ImageSource
 from jevb_jax.settings.sections import InputSection
 from jevb_jax.training.step import StepFunction, TrainState
@@ -92,6 +93,8 @@ class Plan:
       measurements: what is measured while training, in this order.
       score: larger is better; needed where `keep_best` is above 0. -inf: never one of the best.
       score_name: what the log calls a score.
+      crops: what the host cuts out of whole pictures; a batch is then a tuple of the crops of each
+        view, and images are streamed. None: a batch is images of one size.
     """
 
     config: Mapping[str, Any]
@@ -115,11 +118,16 @@ class Plan:
     measurements: Sequence[Measurement] = ()
     score: Callable[[TrainState], float] | None = None
     score_name: str = "score"
+    crops: HostCrops | None = None
 
     def __post_init__(self) -> None:
         """Refuses a plan that cannot be followed."""
         if self.keep_best and self.score is None:
             raise ValueError(f"keep_best = {self.keep_best} needs a score")
+        if self.crops is not None and self.input.placement == "resident":
+            raise ValueError(
+                "crops of whole pictures are streamed, but input.placement is resident"
+            )
 
     @property
     def key(self) -> Array:

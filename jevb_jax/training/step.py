@@ -222,7 +222,7 @@ def check_bn_group_size(bn_group_size: int, num_examples: int) -> None:
 
 def train_step(
     state: TrainState,
-    images: Array,
+    images: Array | tuple[Array, ...],
     key: Array,
     *,
     model: JointEmbeddingModel,
@@ -241,7 +241,7 @@ def train_step(
 
     Args:
       state: before the step.
-      images: `[batch, h, w, c]` uint8.
+      images: `[batch, h, w, c]` uint8, or a tuple with the crops of each view.
       key: the run's key; the step folds in its own number.
       model: networks.
       optimizer: as in `init_state`.
@@ -259,7 +259,7 @@ def train_step(
     Returns:
       The state after the step, and metrics of the batch: scalars, in the method's units.
     """
-    batch_size = images.shape[0]
+    batch_size = jax.tree.leaves(images)[0].shape[0]
     apply = functools.partial(
         apply_views,
         model,
@@ -277,7 +277,7 @@ def train_step(
         target_params = {**state.params, **state.target_params}
         return apply(target_params, batch_stats, views)[0]
 
-    def loss_fn(params: Any, batch_stats: Any, images: Array, keys: Array) -> tuple[Array, Any]:
+    def loss_fn(params: Any, batch_stats: Any, images: Any, keys: Array) -> tuple[Array, Any]:
         views = augmentations.multi_view(keys[:, 0], images, view_augmentations)
         targets = target_outputs(batch_stats, views[:num_full_views])
         outputs, batch_stats = apply(params, batch_stats, views)
@@ -294,7 +294,7 @@ def train_step(
         loss = metrics["loss"]
         return loss, (batch_stats, metrics)
 
-    def accumulate(carry: tuple[Any, Any, Any], part: tuple[Array, Array]) -> tuple[Any, None]:
+    def accumulate(carry: tuple[Any, Any, Any], part: tuple[Any, Array]) -> tuple[Any, None]:
         batch_stats, gradients, metrics = carry
         (_, (batch_stats, part_metrics)), part_gradients = jax.value_and_grad(
             loss_fn, has_aux=True
@@ -312,7 +312,8 @@ def train_step(
             lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1),
             (images, purpose_keys),
         )
-        shapes = jax.eval_shape(loss_fn, state.params, state.batch_stats, parts[0][0], parts[1][0])
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(loss_fn, state.params, state.batch_stats, *first)
         zero_metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1][1])
         zero_gradients = jax.tree.map(jnp.zeros_like, state.params)
         # XLA's CPU convolutions are ten times slower inside a loop: there the parts are written out.

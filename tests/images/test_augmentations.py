@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from jevb_jax.images import augmentations
+from jevb_jax.images import augmentations, crop_boxes
 from jevb_jax.images import augmentations as aug
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.pixels import (
@@ -156,7 +156,7 @@ def torchvision_boxes(rng, count, height, width, scale, ratio):
 
 
 def sampled_boxes(count: int, **keywords: Any) -> np.ndarray:
-    sample = jax.jit(jax.vmap(functools.partial(augmentations.sample_crop, **keywords)))
+    sample = jax.jit(jax.vmap(functools.partial(crop_boxes.sample_crop, **keywords)))
     return np.stack([np.asarray(v) for v in sample(keys(count))], axis=-1)
 
 
@@ -643,8 +643,8 @@ def test_float32_stays_float32_where_x64_is_enabled():
         image = jnp.zeros((9, 8, 3), jnp.uint8)
         blurred = jax.eval_shape(lambda x: gaussian_blur(x, 1.0, kernel_size=3), image)
         assert blurred.dtype == jnp.float32
-        wide = [augmentations.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
-    narrow = [augmentations.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
+        wide = [crop_boxes.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
+    narrow = [crop_boxes.sample_crop(jax.random.key(i), height=90, width=80) for i in range(3)]
     np.testing.assert_array_equal(wide, narrow)
 
 

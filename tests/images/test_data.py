@@ -29,6 +29,7 @@ from jevb_jax.images.batches import (
     load_resident,
     stream_batches,
 )
+from jevb_jax.images.crop_boxes import HostCrops
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 from jevb_jax.images.shapes import ShapesSource, _draw_shapes, _shape_masks
 from jevb_jax.images.source import ArraySource, ImageSource, Subset, image_shape, num_classes
@@ -1048,6 +1049,16 @@ def test_stream_can_be_closed_early_and_reports_errors(folder_source, tmp_path, 
     (tmp_path / "005.png").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"cannot read image 5, .*005\.png"):
         list(stream_batches(source, start_step=0, num_steps=1, batch_size=8, seed=0))
+
+
+def test_crops_of_tfds_are_those_of_the_same_files(folder_source, tfds_root):
+    source = TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
+    crops = HostCrops((0, 7), (16, 8), ((0.2, 1.0),) * 2, (3 / 4, 4 / 3), "bilinear")
+    for index, one in zip((0, 17, 59), crops.of_examples(0, np.arange(3)), strict=True):
+        for ours, theirs in zip(
+            source.crops(index, one), folder_source.crops(index, one), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow

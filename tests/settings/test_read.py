@@ -174,6 +174,11 @@ def test_all_mistakes_are_in_one_message():
         ({"ood__corruptions": ["crop", "crop"]}, "names one twice"),
         ({"data__source": "arrays"}, "data.train_paths must name .npz or .npy"),
         ({"data__source": "tfds"}, "data.tfds_name must name"),
+        ({"augmentation__crop_from": "image"}, 'needs picture files.*got "shapes"'),
+        (
+            {"augmentation__crop_from": "image", "input__placement": "resident"},
+            'set input.placement = "resident" to "stream" or "auto"',
+        ),
         ({"augmentation__blur_kernel_size": 65, "augmentation__blur_probability": [0, 1]}, "wide"),
     ],
 )  # fmt: skip
