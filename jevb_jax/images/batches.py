@@ -1,7 +1,6 @@
-"""Batches of images, from memory or streamed."""
+"""Batches of images or features, from memory or streamed."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -9,14 +8,21 @@ import numpy as np
 
 from jevb_jax.images import workers
 from jevb_jax.images.batch_order import batch_indices, steps_per_epoch
-from jevb_jax.images.source import ArraySource, ImageSource, Subset, checked_indices, image_shape
+from jevb_jax.images.source import (
+    ImageSource,
+    InMemory,
+    Subset,
+    checked_indices,
+    example_bytes,
+    image_shape,
+)
 from jevb_jax.images.workers import Carried, ReadAhead
 
 _T = TypeVar("_T")
 
 
 def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
-    """The images at integer `indices` `[B]`, uint8 `[B, H, W, C]`.
+    """The images at integer `indices` `[B]`, uint8 `[B, H, W, C]`, or their features.
 
     Raises:
       TypeError: indices are not integers.
@@ -25,8 +31,8 @@ def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
     indices = checked_indices(indices, len(source))
     while isinstance(source, Subset):
         source, indices = source.source, source.indices[indices]
-    if isinstance(source, ArraySource):
-        return source.images[indices]
+    if isinstance(source, InMemory):
+        return source.values[indices]
     images = [source[int(index)] for index in indices]
     for index, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
@@ -39,17 +45,17 @@ def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
 
 
 def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
-    """Whether the images of `source` take at most `limit_bytes` as uint8."""
-    return len(source) * math.prod(image_shape(source)) <= limit_bytes
+    """Whether the examples of `source` take at most `limit_bytes`."""
+    return len(source) * example_bytes(source) <= limit_bytes
 
 
 def load_resident(source: ImageSource) -> np.ndarray:
-    """All images as uint8 `[N, H, W, C]`, to be put on the device once.
+    """All images as uint8 `[N, H, W, C]`, or all features, to be put on the device once.
 
-    The array of an `ArraySource` is not copied. Files are decoded by 16 threads.
+    An array in memory is not copied. Files are decoded by 16 threads.
     """
-    if isinstance(source, ArraySource):
-        return source.images
+    if isinstance(source, InMemory):
+        return source.values
     if _in_memory(source):
         return gather(source, np.arange(len(source)))
     images = np.empty((len(source), *image_shape(source)), np.uint8)
@@ -155,11 +161,9 @@ def _read_padded(
     asked = whole[rows]
     indices = asked[asked < len(source)]
     # The share of this process in the last batch may be all padding.
-    images = np.empty((0, *image_shape(source)), np.uint8)
-    if len(indices):
-        images = gather(source, indices)
+    images = gather(source, indices) if len(indices) else source[0][None][:0]
     if len(indices) < len(asked):
-        padding = np.zeros((len(asked) - len(indices), *images.shape[1:]), np.uint8)
+        padding = np.zeros((len(asked) - len(indices), *images.shape[1:]), images.dtype)
         images = np.concatenate([images, padding])
     return images, mask
 
@@ -167,7 +171,7 @@ def _read_padded(
 def _in_memory(source: ImageSource) -> bool:
     while isinstance(source, Subset):
         source = source.source
-    return isinstance(source, ArraySource)
+    return isinstance(source, InMemory)
 
 
 def _read_ahead(
