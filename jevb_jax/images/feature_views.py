@@ -126,10 +126,10 @@ class FeatureView:
             views = values[order[:count]]
         if self.noise_scale > 0:
             noise = jax.random.normal(key_noise, views.shape, jnp.float32)
-            views = views + self.noise_scale * jnp.asarray(self.statistics.std) * noise
+            views = views + self.noise_scale * jnp.asarray(self.statistics.std)[None] * noise
         if self.mask_probability > 0:
             uniform = jax.random.uniform(key_mask, views.shape, jnp.float32)
-            mean = jnp.asarray(self.statistics.mean)
+            mean = jnp.asarray(self.statistics.mean)[None]
             views = jnp.where(uniform < self.mask_probability, mean, views)
         return views
 

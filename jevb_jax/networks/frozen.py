@@ -44,4 +44,5 @@ class FrozenFeatures(nn.Module):
         if not self.standardize:
             return features
         is_constant = std == 0
-        return jnp.where(is_constant, 0, (features - mean) / jnp.where(is_constant, 1, std))
+        scaled = (features - mean[None]) / jnp.where(is_constant, 1, std)[None]
+        return jnp.where(is_constant[None], 0, scaled)
