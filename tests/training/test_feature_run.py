@@ -10,7 +10,10 @@ import pytest
 
 import jevb_jax
 from configs import features as config_of_features
+from configs import finetune_digits
 from jevb_jax import commands, export
+from jevb_jax.evaluation import readiness
+from jevb_jax.model import Model
 from jevb_jax.networks.frozen import FrozenFeatures
 from jevb_jax.settings import read, saved_config
 from jevb_jax.training import experiment
@@ -40,7 +43,7 @@ def config_of(directory: Any, *, views: int = 0) -> Any:
     config.model.projector_hidden_dims = (16,)
     config.model.embedding_dim = 4
     config.model.head_hidden_dim = 8
-    config.train.batch_size = 60
+    config.train.batch_size = 64
     config.train.num_epochs = 3
     config.train.steps_per_dispatch = 1
     return config
@@ -85,7 +88,7 @@ def test_a_step_changes_weights_and_no_statistics(tmp_path):
         train.reshape(-1, WIDTH).mean(axis=0, dtype=np.float64),
         rtol=1e-5,
     )
-    new, metrics = jax.jit(made.train_step)(state, train[:60], made.key)
+    new, metrics = jax.jit(made.train_step)(state, train[:64], made.key)
     assert np.isfinite(metrics["loss"])
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -98,6 +101,9 @@ def test_a_step_changes_weights_and_no_statistics(tmp_path):
         for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params), strict=True)
     ]
     assert all(moved)
+    model = Model(made.config, state.evaluation_variables, step=0)
+    with pytest.raises(ValueError, match=r"the run has 3 stored ones: give features \[N, 3, 6\]"):
+        model.ood_score(train[:5, 0], "jevb/kl")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,15 @@ def test_other_settings_that_do_not_fit_features(tmp_path):
         ValueError, match=r"ood.outside\[0\].source = 'arrays', but the data are fea"
     ):
         experiment.build_experiment(config)
+    config.ood.outside = (outside(tmp_path),)
+    np.savez(tmp_path / "outside.npz", features=examples(9, seed=1)["features"])
+    with pytest.raises(ValueError, match=r"'far': its features are \(6,\), .* are \(2, 6\)"):
+        readiness.check(experiment.build_experiment(config))
+    finetune: Any = finetune_digits.get_config("full")
+    finetune.init.workdir = "encoder"
+    finetune.data.source, finetune.data.train_paths = "features", ("a.npz",)
+    with pytest.raises(ValueError, match=r"'features' is for train.py: a fine-tune needs images"):
+        read.finetune_settings(experiment.to_json_values(finetune))
     config = experiment.to_json_values(config_of(tmp_path))
     old = {name: section for name, section in config.items() if name != "feature_views"}
     completed = saved_config.saved_config(old, "config.json")
