@@ -166,7 +166,10 @@ def test_other_settings_that_do_not_fit_features(tmp_path):
 def test_a_run_from_files_to_verdicts(tmp_path):
     config = config_of(tmp_path)
     config.ood.outside = (outside(tmp_path),)
-    config.evaluation.compare_untrained = False
+    config.evaluation.update({"compare_untrained": False, "l2_grid": (1e-3,)})
+    config.evaluation.update({"labels_per_class": 0, "knn_k": (5,), "knn_uniform_k": ()})
+    config.train.health_every_steps = 0
+    config.ood.update({"num_views": 2, "num_samples": 2, "ssd_clusters": (1,), "num_bootstrap": 2})
     run = tmp_path / "run"
     assert commands.train(config, run)
     assert (run / "report.html").exists()
