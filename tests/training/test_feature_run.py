@@ -181,7 +181,7 @@ def test_a_run_from_files_to_verdicts(tmp_path):
     assert model.embed(inside).shape == (90, 4)
     np.testing.assert_allclose(model.embed(inside[3]), model.embed(inside)[3], atol=1e-5)
     assert (model.posterior(inside).scale > 0).all()
-    for score in (None, "jevb/cross_view", "representation/mahalanobis"):
+    for score in (None, "representation/mahalanobis"):
         assert model.ood_score(inside, score).shape == (90,)
     detector = model.detector(0.1, "representation/mahalanobis")
     assert detector.is_outside(strange).mean() > 0.9
