@@ -42,6 +42,7 @@ from jevb_jax.evaluation import (
     linear_probe,
     neighbors,
 )
+from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.joint import make_model
 
@@ -397,9 +398,7 @@ def _features(
     variables: Any = init(jax.random.key(0), jnp.zeros((2, view.image_size, view.image_size, 3)))
     extract = features.FeatureExtractor(
         model,
-        image_size=view.image_size,
-        mean=view.mean,
-        std=view.std,
+        view=ViewAugmentation(view.image_size, view.mean, view.std),
         batch_size=arguments.batch_size,
     )
     num_batches = -(-arguments.num_images // arguments.batch_size)

@@ -67,13 +67,8 @@ def main() -> None:
 
     made = _experiment(arguments)
     variables = made.initial_state().evaluation_variables
-    view = made.view_augmentations[0]
-    keywords: Any = {
-        "image_size": view.size,
-        "mean": view.mean,
-        "std": view.std,
-        "batch_size": arguments.batch_size,
-    }
+    view: Any = made.view_augmentations[0]
+    keywords: Any = {"view": view, "batch_size": arguments.batch_size}
     plain = features.FeatureExtractor(made.model, **keywords)
     terms = detection.terms_settings(made)
     with_terms = features.FeatureExtractor(made.model, **keywords, terms=terms)

@@ -40,7 +40,8 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.peer_process import PeerProcess
 from configs import cifar10, recipes
-from jevb_jax.images import augmentations, batch_order, batches
+from jevb_jax.images import batch_order, batches
+from jevb_jax.images import views as view_module
 from jevb_jax.training import experiment, step
 from jevb_jax.training.experiment import Experiment
 from jevb_jax.xla_options import network_options
@@ -209,7 +210,7 @@ def part_timers(
         ),
         "encoder, forward": (jax.jit(loss), (variables["params"], views)),
         "views": (
-            jax.jit(lambda k, i: augmentations.multi_view(k, i, made.view_augmentations)),
+            jax.jit(lambda k, i: view_module.multi_view(k, i, made.view_augmentations)),
             (keys, images),
         ),
         "matmul": (jax.jit(jnp.matmul), (side, side)),

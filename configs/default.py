@@ -23,8 +23,9 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "source": "arrays",  # digits | shapes | arrays | folder | tfds
-            "train_paths": (),  # arrays: .npz or .npy files; folder: one directory of pictures
+            "source": "arrays",  # digits | shapes | arrays | features | folder | tfds
+            # arrays, features: .npz or .npy files; folder: one directory of pictures
+            "train_paths": (),
             "test_paths": (),
             "tfds_name": "",  # tfds: name or name:version, prepared as array_record
             "data_dir": "",  # tfds: directory of the prepared data sets ("" = tfds' default)
@@ -81,9 +82,21 @@ def get_config() -> ConfigDict:
             "std": (0.2470, 0.2435, 0.2616),
         }
     )
+    # Only for data.source = "features". Number of views: augmentation.num_views.
+    config.feature_views = ConfigDict(
+        {
+            "num_features": 0,  # F; 0 = as in the data (the run saves the number)
+            "num_stored_views": 0,  # V of [N, V, F], 1 for [N, F]; 0 = as in the data
+            "standardize": True,  # each column, by its mean and deviation in the training split
+            # Also for stored views; set both to 0 to train on stored views as they are.
+            "noise_scale": 0.5,  # standard deviation of the noise / that of the column
+            "mask_probability": 0.2,  # of each column, to be replaced by its mean
+        }
+    )
     config.model = ConfigDict(
         {
-            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small
+            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small; identity
+            # for features, which are then the representation
             "backbone": "resnet18",
             "width": 0,  # channels of the first stage (0 = the network's own)
             "stem": "cifar",  # resnet: cifar (3x3, no pool) | imagenet (7x7, pool)

@@ -21,9 +21,10 @@ from jevb_jax import loading, messages, parallel
 from jevb_jax.evaluation import accuracy, evidence, fitted_scores, readiness
 from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
-from jevb_jax.images import augmentations, data_record, workers
+from jevb_jax.images import data_record, workers
 from jevb_jax.images.batches import gather, gather_crops
 from jevb_jax.images.dataset import load_dataset
+from jevb_jax.images.views import visible_views
 from jevb_jax.networks import torch_names
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
@@ -220,12 +221,15 @@ def _train_and_evaluate(
         if int(state.step) == 0 and parallel.is_main():
             train = experiment.dataset.train
             rows = np.arange(min(_NUM_SHOWN_IMAGES, len(train)))
-            images, crops = gather(train, rows), experiment.host_crops
+            examples, crops = gather(train, rows), experiment.host_crops
             shown = (
-                images if crops is None else gather_crops(train, rows, crops.of_examples(0, rows))
+                examples if crops is None else gather_crops(train, rows, crops.of_examples(0, rows))
             )
-            views = augmentations.visible_views(shown, experiment.view_augmentations)
-            figures.save_views_figure(workdir / "views.png", images, views)
+            drawn = visible_views(shown, experiment.view_augmentations)
+            if drawn:
+                figures.save_views_figure(workdir / "views.png", examples, drawn)
+            else:
+                run.say("Features have no pictures: no views.png, no galleries, no check of crops.")
         if int(state.step) < experiment.num_train_steps:
             state = run.train(state)
     finally:

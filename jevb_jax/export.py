@@ -20,6 +20,8 @@ images of another size, as everywhere (`images.preparation`): the shorter side i
 trained size, and the center is cut out, without a change of the aspect ratio. For photos of many
 sizes, resize each to the default size first, or export once for each size.
 
+A run on features of a frozen encoder serves them: float32 `[b, F]`, with the other parts alike.
+
 This module does not write ONNX. The only maintained converter for JAX, jax2onnx, would add ONNX's
 libraries, and a second translation of every operation that needs tests. It accepts
 `serving_function` as it is, with `inputs=[jax.ShapeDtypeStruct(("B", 8, 8, 1), numpy.uint8)]`.
@@ -28,6 +30,7 @@ runtime warned about shapes in the file.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import operator
 import sys
@@ -46,6 +49,7 @@ from jevb_jax.detector import Detector, write_model
 from jevb_jax.evaluation import fitted_scores, score_table
 from jevb_jax.evaluation.features import Features
 from jevb_jax.images import pixels
+from jevb_jax.images.views import plain_views
 from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.networks.heads import Posterior
@@ -61,7 +65,7 @@ SERVED_DETECTOR = "detector.stablehlo"
 def serving_function(
     model: Model, detector: Detector | None = None
 ) -> Callable[[Array], dict[str, Array]]:
-    """The function that is served; it takes only images.
+    """The function that is served; it takes only images, or features.
 
     Args:
       model: from `load`. Its weights become constants of the function.
@@ -71,7 +75,8 @@ def serving_function(
       `images [b, h, w, c] uint8 -> {"embedding": [b, D], "representation": [b, F]}`, and for JEVB
       also "posterior_mean" and "posterior_scale", `[b, D]`; all float32. Images of any size are
       prepared as by `Model`. If they must be resized, a level may differ by one of 255
-      (`cut_levels`). With a detector also "score" `[b]` float32 and "is_outside" `[b]` bool.
+      (`cut_levels`). With a detector also "score" `[b]` float32 and "is_outside" `[b]` bool. A model
+      of features takes float32 `[b, F]`.
 
     Raises:
       ValueError: the detector's score needs augmented views, which are not served.
@@ -84,15 +89,14 @@ def serving_function(
                 "plain image are served. Set ood.default_score to another score, or leave out the "
                 "false-alarm rate"
             )
-    view = from_settings.view_augmentations(model.settings.augmentation)[0]
-
-    def center_view(image: Array) -> Array:
-        if model.square_size:
-            image = pixels.cut_levels(image, size=model.square_size)
-        return pixels.center_view(image, size=view.size, mean=view.mean, std=view.std)
+    statistics = from_settings.saved_statistics(model.settings, model.variables)
+    view = from_settings.views(model.settings, statistics)[0]
 
     def serve(images: Array) -> dict[str, Array]:
-        views = jax.vmap(center_view)(images)
+        if model.square_size:
+            cut = functools.partial(pixels.cut_levels, size=model.square_size)
+            images = jax.vmap(cut)(images)
+        views = plain_views(images, view)
         outputs: Any = model.network.apply(model.variables, views, train=False)
         served = {"embedding": outputs.embedding, "representation": outputs.representation}
         if isinstance(outputs.prediction, Posterior):
@@ -116,14 +120,14 @@ def serving_function(
 
 @in_single_precision
 def export_serving(
-    model: Model, *, height: int, width: int, detector: Detector | None = None
+    model: Model, *, height: int = 0, width: int = 0, detector: Detector | None = None
 ) -> bytes:
     """The serving form: StableHLO for all platforms and any batch size.
 
     Args:
       model: from `load`.
-      height: height of the images to serve, in pixels.
-      width: width of the images to serve, in pixels.
+      height: height of the images to serve, in pixels; not read for features.
+      width: width of the images to serve, in pixels; not read for features.
       detector: as for `serving_function`.
 
     Returns:
@@ -132,6 +136,8 @@ def export_serving(
     (batch,) = jax.export.symbolic_shape("b")
     height, width = operator.index(height), operator.index(width)
     images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
+    if model.num_features:
+        images = jax.ShapeDtypeStruct((batch, model.num_features), jnp.float32)
     exported = jax.export.export(jax.jit(serving_function(model, detector)), platforms=PLATFORMS)(
         images
     )
@@ -157,23 +163,30 @@ def export_model(
       false_alarm_rate: in (0, 1). If given, a function that detects strange images is served, too.
 
     Raises:
-      ValueError: a size is below one pixel; the directory holds a run, a classifier or a detector;
-        or there can be no detector, for the reasons of `Model.detector`.
+      ValueError: a size is below one pixel, or is given for features; the directory holds a run, a
+        classifier or a detector; or there can be no detector, for the reasons of `Model.detector`.
       ArchiveError: the directory holds a damaged export, or the fitted scores of the model are
         damaged or of another encoder.
     """
+    if model.num_features and (height is not None or width is not None):
+        raise ValueError(
+            "this model serves features, which have no height and width: leave them out"
+        )
     trained = model.square_size or model.image_size
     height = trained if height is None else operator.index(height)
     width = trained if width is None else operator.index(width)
-    if min(height, width) < 1:
+    if min(height, width) < 1 and not model.num_features:
         raise ValueError(f"images of {height} x {width} pixels cannot be served")
+    takes: dict[str, Any] = {"images": ["b", height, width, model.num_channels]}
+    if model.num_features:
+        takes = {"features": ["b", model.num_features]}
     target = files.to_path(directory)
     archive.check_free(target, kind="export")
     detector = None if false_alarm_rate is None else model.detector(false_alarm_rate)
     manifest: dict[str, Any] = {
         "serving": {
             "file": SERVED,
-            "images": ["b", height, width, model.num_channels],
+            **takes,
             "platforms": list(PLATFORMS),
         },
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},

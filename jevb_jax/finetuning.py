@@ -222,6 +222,11 @@ def _load_encoder(settings: FinetuneSettings, directory: Path) -> Model:
     if step is None and is_begun and not archive.is_archive(files.to_path(init.workdir)):
         step = files.read_json(directory / _ENCODER)["step"]
     encoder = loading.load(init.workdir, step, batch_size=settings.evaluation.batch_size)
+    if encoder.num_features:
+        raise ValueError(
+            f"init.workdir = {init.workdir} holds a network of features of a frozen encoder, so there "
+            "is no encoder to tune here; the evaluation of the run has linear probes on the features"
+        )
     return encoder.with_square_size(settings.data.image_size)
 
 

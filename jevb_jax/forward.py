@@ -1,4 +1,4 @@
-"""The forward pass for users' images: prepares them, makes batches, compiles once for each size."""
+"""The forward pass for users' images or features: makes batches, compiles once for each size."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,15 @@ from rich.progress import Progress
 from jevb_jax.evaluation import csi, detection
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.score_table import AugmentedViews
-from jevb_jax.images.given import GivenImages, check_images, in_order, prepared
+from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.feature_views import ColumnStatistics
+from jevb_jax.images.given import (
+    GivenImages,
+    check_features,
+    check_images,
+    in_order,
+    prepared,
+)
 from jevb_jax.images.preparation import cut_square
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings.sections import RunSettings
@@ -23,11 +31,11 @@ _PROGRESS_AFTER_SECONDS = 3.0
 
 
 class ForwardPass:
-    """The compiled networks, without weights, for images of any size and number.
+    """The compiled networks, without weights, for images of any size and number, or for features.
 
     Attributes:
       network: the Flax module.
-      view: the view of evaluation: its size, mean and standard deviation.
+      view: the view of evaluation.
       square_size: height and width of the square that is cut out first, in pixels; 0 for none.
       batch_size: largest number of images at once.
     """
@@ -39,27 +47,36 @@ class ForwardPass:
         *,
         square_size: int,
         batch_size: int,
-        compiled: "ForwardPass | None" = None,
+        statistics: ColumnStatistics | None = None,
     ):
         """Stores the arguments. Programs are compiled on first use.
 
         Args:
           network: the Flax module.
           settings: settings of the run.
-          compiled: a `ForwardPass` of the same networks, whose programs are shared.
+          statistics: of the columns, for features; from `from_settings.saved_statistics`.
         """
         self.network = network
-        self.view = from_settings.view_augmentations(settings.augmentation)[0]
+        self.view = from_settings.views(settings, statistics)[0]
         self.square_size = square_size
         self.batch_size = batch_size
         self._settings = settings
         self._extractors: dict[tuple[int, AugmentedViews], FeatureExtractor] = {}
-        if compiled is not None:
-            self._extractors = compiled._extractors
+
+    def share_programs_of(self, other: "ForwardPass") -> None:
+        """Uses, and adds to, the compiled programs of another `ForwardPass` of the same networks."""
+        self._extractors = other._extractors
 
     def checked(self, images: Any) -> GivenImages:
-        """Checks images and groups them by size and type."""
-        return check_images(images, num_channels=len(self.view.mean), square_size=self.square_size)
+        """Checks images, or features, and groups them by size and type."""
+        if isinstance(self.view, ViewAugmentation):
+            num_channels = len(self.view.mean)
+            return check_images(images, num_channels=num_channels, square_size=self.square_size)
+        return check_features(
+            images,
+            num_features=self.view.num_features,
+            num_stored_views=self._settings.feature_views.num_stored_views,
+        )
 
     def extractor(self, batch_size: int, *, views: AugmentedViews) -> FeatureExtractor:
         """The forward pass for a batch size and the views of a score, compiled on first use."""
@@ -77,9 +94,7 @@ class ForwardPass:
                 )
             self._extractors[key] = FeatureExtractor(
                 self.network,
-                image_size=self.view.size,
-                mean=self.view.mean,
-                std=self.view.std,
+                view=self.view,
                 batch_size=batch_size,
                 **reads,
             )
@@ -100,9 +115,14 @@ class ForwardPass:
           images: from `checked`.
           output: maps the features of a batch to a tree of arrays `[n, ...]`.
           views: `ScoreEntry.views` of the score; by default only the un-augmented view is read.
+
+        Raises:
+          ValueError: augmented views are read, and stored views are missing.
         """
+        if not isinstance(self.view, ViewAugmentation):
+            return self._of_features(variables, images.stacks[0], output, views)
         if len(images.stacks) > 1 and not views:
-            return self._of_views(variables, images, output)
+            return self._of_views(variables, images, self.view, output)
         # Augmented views are cut out of the whole image, so each image size needs its own program.
         parts = [
             self._of_batches(
@@ -116,13 +136,34 @@ class ForwardPass:
         ]
         return in_order(parts, images.rows, jax.tree.map)
 
+    def _of_features(
+        self,
+        variables: Any,
+        features: np.ndarray,
+        output: Callable[[Features], _T],
+        views: AugmentedViews,
+    ) -> _T:
+        stored = self._settings.feature_views.num_stored_views
+        if views and stored > 1 and features.ndim == 2:
+            raise ValueError(
+                f"this score reads several views of an example, and the run has {stored} stored ones: "
+                f"give features [N, {stored}, {features.shape[-1]}], or choose a score of one view"
+            )
+        return self._of_batches(
+            variables, lambda start, stop: features[start:stop], len(features), output, views
+        )
+
     def _of_views(
-        self, variables: Any, images: GivenImages, output: Callable[[Features], _T]
+        self,
+        variables: Any,
+        images: GivenImages,
+        view: ViewAugmentation,
+        output: Callable[[Features], _T],
     ) -> _T:
         """Resizes images of many sizes to the view on the host, so that one program serves all."""
         places = np.argsort(np.concatenate(images.rows))
         flat = [image for stack in images.stacks for image in stack]
-        num_channels = len(self.view.mean)
+        num_channels = len(view.mean)
 
         def batch(start: int, stop: int) -> np.ndarray:
             views = []
@@ -131,7 +172,7 @@ class ForwardPass:
                 if image.dtype == np.uint8:
                     image = image.astype(np.float32) / 255
                 image = np.broadcast_to(image, (*image.shape[:2], num_channels))
-                views.append(cut_square(image, self.view.size))
+                views.append(cut_square(image, view.size))
             return np.stack(views)
 
         return self._of_batches(variables, batch, len(flat), output, "")

@@ -90,7 +90,7 @@ def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
     try:
         settings = read.saved_settings(config)
         from_settings.make_network(settings)
-        from_settings.view_augmentations(settings.augmentation)
+        from_settings.shape_of_view(settings)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the config of {where} is of another version of jevb_jax: {error}"
@@ -102,8 +102,7 @@ def _saved_settings(config: Mapping[str, Any], where: Path) -> RunSettings:
 def variable_shapes(settings: RunSettings) -> Any:
     """Shapes and types of the parameters and running statistics of a run's networks."""
     network = from_settings.make_network(settings)
-    view = from_settings.view_augmentations(settings.augmentation)[0]
-    image = jax.ShapeDtypeStruct((2, view.size, view.size, len(view.mean)), np.float32)
+    image = jax.ShapeDtypeStruct((2, *from_settings.shape_of_view(settings)), np.float32)
     return jax.eval_shape(
         lambda key, images: network.init(key, images, train=True), jax.random.key(0), image
     )

@@ -30,6 +30,7 @@ from jevb_jax.images import data_record
 from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.given import GivenImages, refuse_shared
 from jevb_jax.images.source import Subset
+from jevb_jax.images.views import describe
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings import read
 from jevb_jax.training import from_settings
@@ -84,15 +85,19 @@ class Model:
     levels is unclear (16 bits; integers that are all 0 or 1). They raise ValueError for a wrong
     number of axes or channels, no images, NaN, or values out of range.
 
+    A model of features (`data.source = "features"`) takes features in the place of images: `[N, F]`,
+    `[F]` of one example, or `[N, V, F]` with stored views as in training (docs/any_encoder.md).
+
     Attributes:
       config: config of the run, plain values.
       settings: the typed settings of the config.
       step: training step of the checkpoint, from 0.
       variables: parameters and running statistics, for `network.apply`.
       network: the Flax module.
-      image_size: height and width that the network reads, in pixels.
+      image_size: height and width that the network reads, in pixels; 0 for features.
       square_size: height and width of the square that is cut out first, in pixels; 0 for none.
-      num_channels: 1 for gray images, 3 for color.
+      num_channels: 1 for gray images, 3 for color, 0 for features.
+      num_features: width of features; 0 for images.
       recorded_data: the record of the run's data, from `data_record.read`, or None.
     """
 
@@ -138,10 +143,15 @@ class Model:
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {size}")
         self._forward = ForwardPass(
-            self.network, self.settings, square_size=self.square_size, batch_size=size
+            self.network,
+            self.settings,
+            square_size=self.square_size,
+            batch_size=size,
+            statistics=from_settings.saved_statistics(self.settings, variables),
         )
-        self.image_size = self._forward.view.size
-        self.num_channels = len(self._forward.view.mean)
+        shape = from_settings.shape_of_view(self.settings)
+        self.image_size, self.num_channels = (0, 0) if len(shape) == 1 else shape[1:]
+        self.num_features = shape[0] if len(shape) == 1 else 0
         self.variables = jax.device_put(variables, jax.local_devices()[0])
         self._training_data: dict[AugmentedViews, TrainingData] = {}
         self._scorers: dict[str, ScoreFunction] = {}
@@ -157,7 +167,7 @@ class Model:
     def __repr__(self) -> str:
         return (
             f"Model({self.settings.method}, {self.settings.model.backbone}, step {self.step}, "
-            f"images {self.image_size}x{self.image_size}x{self.num_channels})"
+            f"{describe(self._forward.view)})"
         )
 
     def with_variables(self, variables: Any) -> "Model":
@@ -190,13 +200,7 @@ class Model:
             square_size=square_size,
             recorded_data=self.recorded_data,
         )
-        other._forward = ForwardPass(
-            other.network,
-            other.settings,
-            square_size=other.square_size,
-            batch_size=self._forward.batch_size,
-            compiled=self._forward,
-        )
+        other._forward.share_programs_of(self._forward)
         return other
 
     @property
@@ -216,7 +220,7 @@ class Model:
 
     @in_single_precision
     def represent(self, images: Images) -> np.ndarray:
-        """The backbone's pooled output, for k-NN, linear probes and transfer.
+        """The backbone's pooled output, for k-NN, linear probes and transfer; or the features.
 
         Returns:
           `[N, F]` float32; `[F]` for one image.
@@ -390,7 +394,7 @@ class Model:
         if fit_images is not None:
             images = self._forward.checked(fit_images)
             if images.is_single:
-                raise ValueError("fit_images must be [N, h, w, c], got one image")
+                raise ValueError("fit_images must have several examples, got one")
             features = self._forward.of(
                 self.variables, images, lambda features: features, views=views
             )

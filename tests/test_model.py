@@ -31,6 +31,7 @@ from jevb_jax.evaluation.gaussian_detectors import Gaussians
 from jevb_jax.evaluation.score_table import OfFeature, ScoreSettings, TrainingData
 from jevb_jax.forward import _with_progress
 from jevb_jax.images import corruptions, pixels
+from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.batches import load_resident
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.images.given import GivenImages, check_images, refuse_shared
@@ -303,9 +304,11 @@ def test_photos_are_seen_as_the_evaluation_sees_their_files(untrained, folder):
     source = FolderSource(folder, image_size=16)
     seen = features.FeatureExtractor(
         model.network,
-        image_size=16,
-        mean=tuple(model.config["augmentation"]["mean"]),
-        std=tuple(model.config["augmentation"]["std"]),
+        view=ViewAugmentation(
+            16,
+            tuple(model.config["augmentation"]["mean"]),
+            tuple(model.config["augmentation"]["std"]),
+        ),
         batch_size=8,
     )(model.variables, source)
     photos = [photo(*size, seed=number) for number, size in enumerate(SIZES)]
@@ -414,9 +417,7 @@ def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
     )
     extract = features.FeatureExtractor(
         model.network,
-        image_size=16,
-        mean=model._forward.view.mean,
-        std=model._forward.view.std,
+        view=model._forward.view,
         batch_size=8,
         terms=settings,
     )
@@ -943,7 +944,7 @@ def test_a_batch_far_larger_than_the_set_is_not_filled_up(monkeypatch):
     for batch_size in (4, 512, 3_000_000):
         network: Any = None
         extract = features.FeatureExtractor(
-            network, image_size=1, mean=(0.0,) * 3, std=(1.0,) * 3, batch_size=batch_size
+            network, view=ViewAugmentation(1, (0.0,) * 3, (1.0,) * 3), batch_size=batch_size
         )
         masks = [mask for _, mask in extract.stream({}, source)]
         assert sum(mask.sum() for mask in masks) == 9

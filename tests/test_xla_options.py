@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from configs import smoke
 from jevb_jax import xla_options
 from jevb_jax.evaluation import features
+from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.source import ArraySource
 from jevb_jax.networks.joint import make_model
 
@@ -129,7 +130,9 @@ def test_features_are_extracted_with_the_options(monkeypatch):
     monkeypatch.setattr(features, "network_options", lambda: {"no_such_option": ""})
     config: Any = smoke.get_config()
     model = make_model(head="none", has_likelihood_scale=False, **config.model.to_dict())
-    extract = features.FeatureExtractor(model, image_size=8, mean=(0.5,), std=(0.5,), batch_size=2)
+    extract = features.FeatureExtractor(
+        model, view=ViewAugmentation(8, (0.5,), (0.5,)), batch_size=2
+    )
     variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         extract(variables, ArraySource(np.zeros((2, 8, 8, 1), np.uint8)))

@@ -25,6 +25,7 @@ from jevb_jax.evaluation.detector_input import (
 )
 from jevb_jax.images import augmentations
 from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.views import View
 from jevb_jax.paper import sphere
 from jevb_jax.paper.scores import never_certain, real_numbers
 from jevb_jax.settings.sections import OodSection
@@ -123,7 +124,7 @@ class RotatedViews:
         return jnp.swapaxes(jnp.mean(crops, axis=0), 0, 1)
 
 
-def rotated_views(section: OodSection, augmentation: ViewAugmentation) -> RotatedViews | None:
+def rotated_views(section: OodSection, augmentation: View) -> RotatedViews | None:
     """The views that a run's settings ask for; None if the score is off.
 
     Args:
@@ -132,6 +133,10 @@ def rotated_views(section: OodSection, augmentation: ViewAugmentation) -> Rotate
     """
     if not section.csi_crops:
         return None
+    if not isinstance(augmentation, ViewAugmentation):
+        raise ValueError(
+            "ood.csi_crops rotates images, and features have no rotations: set it to 0"
+        )
     fixed = dataclasses.replace(augmentation, crop_scale=(CROP_SHARE, CROP_SHARE))
     return RotatedViews(fixed, section.csi_crops)
 

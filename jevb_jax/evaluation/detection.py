@@ -19,9 +19,8 @@ from jevb_jax.evaluation.features import (
     Features,
     TermsSettings,
 )
-from jevb_jax.images import batches, corruptions
-from jevb_jax.images.augmentations import ViewAugmentation
-from jevb_jax.images.source import ArraySource, ImageSource, Subset
+from jevb_jax.images import batches, corruptions, views
+from jevb_jax.images.source import ArraySource, ImageSource, Subset, is_of_features
 from jevb_jax.methods import METHODS
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.paper.objective import View
@@ -182,7 +181,7 @@ def jevb_terms_settings(
     settings: methods.JevbSettings,
     section: OodSection,
     *,
-    augmentation: ViewAugmentation,
+    augmentation: views.View,
 ) -> TermsSettings:
     """How JEVB's terms are computed.
 
@@ -262,6 +261,8 @@ def _score_crops(
     num_images: int,
 ) -> dict[str, np.ndarray]:
     """Scores of the center crops of the first inside images, at most `num_images`."""
+    if is_of_features(inside):
+        return {}
     rows = np.arange(min(len(inside), num_images))
     images = batches.load_resident(Subset(inside, rows))
     crops = ArraySource(corruptions.center_crops(images, seed=0), name="center crops")

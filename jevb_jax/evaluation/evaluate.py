@@ -63,12 +63,9 @@ def make_extractors(
 
 
 def _extractor(experiment: Experiment, **keywords: Any) -> FeatureExtractor:
-    view = experiment.view_augmentations[0]
     return FeatureExtractor(
         experiment.model,
-        image_size=view.size,
-        mean=view.mean,
-        std=view.std,
+        view=experiment.view_augmentations[0],
         batch_size=experiment.settings.evaluation.batch_size,
         **keywords,
     )
@@ -267,8 +264,7 @@ def _uncertainty_results(
 def _url_results(found: OODEvaluation, is_right: np.ndarray | None, split: str) -> list[Result]:
     """R-AUROC and the crop check of the URL benchmark (docs/evaluation.md), for each score."""
     results = []
-    for name, cropped in found.cropped.items():
-        scores = found.inside[name]
+    for name, scores in found.inside.items():
         if is_right is not None and 0 < is_right.sum() < len(is_right):
             results.append(
                 result_of(
@@ -280,6 +276,9 @@ def _url_results(found: OODEvaluation, is_right: np.ndarray | None, split: str) 
                     "certain",
                 )
             )
+        if name not in found.cropped:  # features have no crops
+            continue
+        cropped = found.cropped[name]
         low, high = corruptions.CENTER_CROP_SHARES
         results.append(
             result_of(

@@ -16,7 +16,7 @@ from jevb_jax.evaluation.neighbors import nearest_neighbours
 from jevb_jax.evaluation.outside_sets import CORRUPTED
 from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images import batches
-from jevb_jax.images.source import ImageSource, num_classes
+from jevb_jax.images.source import ImageSource, is_of_features, num_classes
 from jevb_jax.methods import METHODS
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.settings.sections import OodSection
@@ -299,7 +299,8 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
     found, prediction = evaluation.ood, evaluation.test.prediction
     labels = evaluation.test.labels
     names = _class_names(bank)
-    evidence = Evidence(neighbors=_neighbors(evaluation, source, bank))
+    has_pictures = not is_of_features(bank)
+    evidence = Evidence(neighbors=_neighbors(evaluation, source, bank) if has_pictures else ())
     uncertainty = None
     if isinstance(prediction, Posterior):
         evidence = evidence._replace(
@@ -316,6 +317,8 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
                 ScoredImages(
                     batches.gather(source, rows), _labels_of(source, rows, names), uncertainty[rows]
                 )
+                if has_pictures
+                else None
                 for rows in (order[:_NUM_GALLERY], order[::-1][:_NUM_GALLERY])
             )
             evidence = evidence._replace(

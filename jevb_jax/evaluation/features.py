@@ -12,10 +12,15 @@ from jax.sharding import Mesh
 
 from jevb_jax import arguments, parallel
 from jevb_jax.evaluation.csi import RotatedViews
-from jevb_jax.images import augmentations, pixels
-from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.batches import evaluation_batches
-from jevb_jax.images.source import ImageSource, image_shape
+from jevb_jax.images.source import ImageSource
+from jevb_jax.images.views import (
+    View,
+    check_source,
+    plain_views,
+    random_views,
+    with_all_channels,
+)
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.paper.scores import UncertaintyTerms
 from jevb_jax.xla_options import network_options
@@ -62,7 +67,7 @@ class TermsSettings:
     """
 
     terms_of: Callable[[Any, Array, ViewOutputs], UncertaintyTerms]
-    augmentation: ViewAugmentation
+    augmentation: View
     num_views: int
     seed: int = 0
 
@@ -79,9 +84,7 @@ class FeatureExtractor:
         self,
         model: JointEmbeddingModel,
         *,
-        image_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        view: View,
         batch_size: int,
         terms: TermsSettings | None = None,
         rotated: RotatedViews | None = None,
@@ -92,9 +95,7 @@ class FeatureExtractor:
 
         Args:
           model: networks.
-          image_size: height and width of the view; `pixels.center_view` resizes images to it.
-          mean: subtracted from the pixels, one value for each channel.
-          std: the pixels are divided by it, one value for each channel.
+          view: its un-augmented form is read, by `views.plain_views`.
           batch_size: number of images at once, rounded up to a multiple of the devices.
           terms: how JEVB's terms are computed; None leaves them out.
           rotated: the views of CSI's score; None leaves them out.
@@ -106,17 +107,14 @@ class FeatureExtractor:
           ValueError: a size is below one.
           TypeError: a size is not a whole number.
         """
-        image_size = arguments.whole_number("image_size", image_size, at_least=1)
         batch_size = arguments.whole_number("batch_size", batch_size, at_least=1)
         self._mesh = parallel.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         self._check_stop = check_stop
-        self._num_channels = len(mean)
+        self._view = view
 
         def forward(variables: Any, images: Array) -> Features:
-            views = jax.vmap(
-                lambda image: pixels.center_view(image, size=image_size, mean=mean, std=std)
-            )(images)
+            views = plain_views(images, view)
             apply: Any = model.apply
             if terms is None:
                 return Features(*apply(variables, views, train=False), terms=None, labels=None)
@@ -126,9 +124,7 @@ class FeatureExtractor:
                 jnp.arange(1, terms.num_views)
             )
             augmentation = terms.augmentation
-            augmented = jax.vmap(lambda k: augmentations.augment(k, images, augmentation))(
-                view_keys
-            )
+            augmented = jax.vmap(lambda k: random_views(k, images, augmentation))(view_keys)
             # All views form one batch, so that the network is compiled once and not for each view.
             stacked = jnp.concatenate([views[None], augmented])
             flat = apply(variables, stacked.reshape(-1, *views.shape[1:]), train=False)
@@ -159,17 +155,16 @@ class FeatureExtractor:
         Args:
           variables: parameters and running statistics.
           images: `[rows, h, w, c]`, uint8, or float32 in [0, 1]: the rows of this process in a
-            batch of `batch_size` images. `c` is 1 or the network's number of channels.
+            batch of `batch_size` images. `c` is 1 or the network's number of channels. Or features
+            `[rows, F]` or `[rows, V, F]`.
 
         Returns:
           Features of the whole batch, on the first device of every process.
         """
         variables = parallel.put(variables, parallel.replicated(self._mesh))
         over_data = parallel.over_data(self._mesh)
-        images = np.broadcast_to(images, (*images.shape[:-1], self._num_channels))
-        features = self._forward(
-            variables, parallel.put_local_rows(np.ascontiguousarray(images), over_data)
-        )
+        images = with_all_channels(images, self._view)
+        features = self._forward(variables, parallel.put_local_rows(images, over_data))
         return parallel.on_local_device(features)
 
     def stream(self, variables: Any, source: ImageSource) -> Iterator[tuple[Features, np.ndarray]]:
@@ -177,7 +172,7 @@ class FeatureExtractor:
 
         Args:
           variables: parameters and running statistics.
-          source: images. Gray ones are repeated to the network's number of channels.
+          source: images or features. Gray images are repeated to the network's number of channels.
 
         Yields:
           features: of `batch_size` images, or fewer if the source is much smaller; the whole batch,
@@ -185,14 +180,9 @@ class FeatureExtractor:
           mask: bool, one for each image; False for padding of the last batch.
 
         Raises:
-          ValueError: the number of channels is neither 1 nor the network's.
+          ValueError: for the reasons of `views.check_source`.
         """
-        channels = image_shape(source)[-1]
-        if channels not in (1, self._num_channels):
-            raise ValueError(
-                f"{source.name} has {channels} channels, but the network was trained on "
-                f"{self._num_channels}"
-            )
+        check_source(source, self._view)
         variables = parallel.put(variables, parallel.replicated(self._mesh))
         is_shared = self._mesh.is_multi_process
         size = useful_batch_size(self._batch_size, len(source))
@@ -207,7 +197,7 @@ class FeatureExtractor:
         """Features of every image of `source`, in its order, on the host.
 
         Raises:
-          ValueError: the number of channels is neither 1 nor the network's.
+          ValueError: for the reasons of `views.check_source`.
         """
         parts = [
             jax.tree.map(lambda values, mask=mask: np.asarray(values)[mask], jax.device_get(part))

@@ -13,7 +13,8 @@ import numpy as np
 
 from jevb_jax.evaluation import accuracy, csi, detection, outside_sets, score_table, shifted
 from jevb_jax.images import corruptions
-from jevb_jax.images.source import ImageSource, image_shape
+from jevb_jax.images.source import ImageSource, image_shape, is_of_features
+from jevb_jax.images.views import check_source
 from jevb_jax.runs import files
 from jevb_jax.training.experiment import Experiment
 
@@ -65,10 +66,9 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
             is_measured = part == "outside" and description in measured
             where = f"ood.{part}[{number}]"
             _check_outside_set(where, description, experiment, is_measured=is_measured)
-    shape = image_shape(evaluated)
     for name in settings.corruptions:
         # The largest severity needs the largest image.
-        _check_corruption(name, settings.severities[-1], shape)
+        _check_corruption(name, settings.severities[-1], image_shape(evaluated))
     if settings.human_counts_path:
         _check_human_counts(settings.human_counts_path, len(evaluated))
 
@@ -81,17 +81,16 @@ def _check_outside_set(
         source = outside_sets.load_outside_set(**description).source
         if is_measured:
             shifted.training_labels(source, experiment.dataset.train.class_names)
-        height, width, channels = image_shape(source)
+        check_source(source, experiment.view_augmentations[0])
+        if is_of_features(source) and source[0].shape != experiment.dataset.train[0].shape:
+            raise ValueError(
+                f"its features are {source[0].shape}, and those of the training split are "
+                f"{experiment.dataset.train[0].shape}"
+            )
         if experiment.settings.ood.csi_crops:
-            csi.check_square("its images", height, width)
+            csi.check_square("its images", *image_shape(source)[:2])
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}, {description['name']!r}: {error}") from error
-    wanted = experiment.view_shape[-1]
-    if channels not in (1, wanted):
-        raise ValueError(
-            f"{where}, {description['name']!r}, has images of {channels} channels, but the network "
-            f"takes {wanted}"
-        )
 
 
 def _check_corruption(name: str, severity: int, shape: tuple[int, int, int]) -> None:

@@ -1,7 +1,6 @@
-"""Batches of images, from memory or streamed."""
+"""Batches of images or features, from memory or streamed."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,11 +10,12 @@ from jevb_jax.images import workers
 from jevb_jax.images.batch_order import batch_indices, steps_per_epoch
 from jevb_jax.images.crop_boxes import ExampleCrops, HostCrops
 from jevb_jax.images.source import (
-    ArraySource,
     ImageSource,
+    InMemory,
     Subset,
     check_has_pictures,
     checked_indices,
+    example_bytes,
     image_shape,
 )
 from jevb_jax.images.workers import Carried, ReadAhead
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
-    """The images at integer `indices` `[B]`, uint8 `[B, H, W, C]`.
+    """The images at integer `indices` `[B]`, uint8 `[B, H, W, C]`, or their features.
 
     Raises:
       TypeError: indices are not integers.
@@ -33,8 +33,8 @@ def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
     indices = checked_indices(indices, len(source))
     while isinstance(source, Subset):
         source, indices = source.source, source.indices[indices]
-    if isinstance(source, ArraySource):
-        return source.images[indices]
+    if isinstance(source, InMemory):
+        return source.values[indices]
     images = [source[int(index)] for index in indices]
     for index, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
@@ -72,17 +72,17 @@ def gather_crops(
 
 
 def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
-    """Whether the images of `source` take at most `limit_bytes` as uint8."""
-    return len(source) * math.prod(image_shape(source)) <= limit_bytes
+    """Whether the examples of `source` take at most `limit_bytes`."""
+    return len(source) * example_bytes(source) <= limit_bytes
 
 
 def load_resident(source: ImageSource) -> np.ndarray:
-    """All images as uint8 `[N, H, W, C]`, to be put on the device once.
+    """All images as uint8 `[N, H, W, C]`, or all features, to be put on the device once.
 
-    The array of an `ArraySource` is not copied. Files are decoded by 16 threads.
+    An array in memory is not copied. Files are decoded by 16 threads.
     """
-    if isinstance(source, ArraySource):
-        return source.images
+    if isinstance(source, InMemory):
+        return source.values
     if _in_memory(source):
         return gather(source, np.arange(len(source)))
     images = np.empty((len(source), *image_shape(source)), np.uint8)
@@ -202,11 +202,9 @@ def _read_padded(
     asked = whole[rows]
     indices = asked[asked < len(source)]
     # The share of this process in the last batch may be all padding.
-    images = np.empty((0, *image_shape(source)), np.uint8)
-    if len(indices):
-        images = gather(source, indices)
+    images = gather(source, indices) if len(indices) else source[0][None][:0]
     if len(indices) < len(asked):
-        padding = np.zeros((len(asked) - len(indices), *images.shape[1:]), np.uint8)
+        padding = np.zeros((len(asked) - len(indices), *images.shape[1:]), images.dtype)
         images = np.concatenate([images, padding])
     return images, mask
 
@@ -214,7 +212,7 @@ def _read_padded(
 def _in_memory(source: ImageSource) -> bool:
     while isinstance(source, Subset):
         source = source.source
-    return isinstance(source, ArraySource)
+    return isinstance(source, InMemory)
 
 
 def _read_ahead(

@@ -25,7 +25,7 @@ import numpy as np
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 from jevb_jax.images.shapes import ShapesSource
-from jevb_jax.images.source import ArraySource, ImageSource, Subset
+from jevb_jax.images.source import ImageSource, InMemory, Subset
 from jevb_jax.images.tfds import TfdsSource
 from jevb_jax.runs import files
 
@@ -116,9 +116,9 @@ def _of_source(source: ImageSource) -> Fingerprint:
     found: Fingerprint = {"name": source.name, "images": len(source)}
     if isinstance(source, ShapesSource):
         pass  # drawn from the config; the last bits of the pixels depend on the machine
-    elif isinstance(source, ArraySource):
-        found["bytes"] = source.images.nbytes
-        found["contents"] = _digest(np.ascontiguousarray(part) for part in _blocks(source.images))
+    elif isinstance(source, InMemory):
+        found["bytes"] = source.values.nbytes
+        found["contents"] = _digest(np.ascontiguousarray(part) for part in _blocks(source.values))
     elif isinstance(source, FolderSource | ImageListSource):
         found |= _of_files(source.names, source.paths)
     elif isinstance(source, TfdsSource):

@@ -1,4 +1,4 @@
-"""Loads the training, validation and test images that a config describes."""
+"""Loads the training, validation and test examples that a config describes."""
 
 import functools
 import itertools
@@ -10,6 +10,7 @@ import numpy as np
 
 from jevb_jax.images import pictures
 from jevb_jax.images.arrays import arrays, digits
+from jevb_jax.images.feature_files import features
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 from jevb_jax.images.random_bits import (
     DIGITS_TEST,
@@ -19,11 +20,17 @@ from jevb_jax.images.random_bits import (
     permutation,
 )
 from jevb_jax.images.shapes import shapes
-from jevb_jax.images.source import ImageSource, Subset, image_shape, num_classes
+from jevb_jax.images.source import (
+    ImageSource,
+    Subset,
+    image_shape,
+    is_of_features,
+    num_classes,
+)
 from jevb_jax.images.tfds import TfdsSource
 from jevb_jax.runs.files import to_path
 
-SOURCES = ("digits", "shapes", "arrays", "folder", "tfds")
+SOURCES = ("digits", "shapes", "arrays", "features", "folder", "tfds")
 
 
 class Dataset(NamedTuple):
@@ -68,9 +75,9 @@ def load_dataset(
     with `num_train_examples` (except for `shapes`, which draws as many images as it needs).
 
     Args:
-      source: `digits`, `shapes`, `arrays`, `folder` or `tfds`. For `digits` the test images are a
-        stratified 20%.
-      train_paths: `.npz` or `.npy` files for `arrays`, one directory for `folder`.
+      source: `digits`, `shapes`, `arrays`, `features`, `folder` or `tfds`. For `digits` the test
+        images are a stratified 20%.
+      train_paths: `.npz` or `.npy` files for `arrays` and `features`, one directory for `folder`.
       test_paths: the same for the test images.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
@@ -131,6 +138,10 @@ def load_dataset(
             _check_paths_apart(train_paths, test_paths)
             train = arrays(train_paths)
             test = arrays(test_paths) if test_paths else None
+        case "features":
+            _check_paths_apart(train_paths, test_paths)
+            train = features(train_paths)
+            test = features(test_paths) if test_paths else None
         case "folder":
             if len(train_paths) != 1 or len(test_paths) > 1:
                 raise ValueError(
@@ -225,9 +236,9 @@ def load_images(
     """Loads one set of images, for example one that is out of distribution.
 
     Args:
-      source: `arrays`, `folder`, `tfds` or `image_list`.
-      paths: `.npz` or `.npy` files for `arrays`; one directory for `folder`; for `image_list` the
-        list, and the directory that its paths are relative to.
+      source: `arrays`, `features`, `folder`, `tfds` or `image_list`.
+      paths: `.npz` or `.npy` files for `arrays` and `features`; one directory for `folder`; for
+        `image_list` the list, and the directory that its paths are relative to.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
       split: TFDS split.
@@ -248,6 +259,8 @@ def load_images(
     match source:
         case "arrays":
             images = arrays(paths)
+        case "features":
+            images = features(paths)
         case "folder":
             if len(paths) != 1:
                 raise ValueError(f"source 'folder' takes one directory in paths, got {list(paths)}")
@@ -262,7 +275,7 @@ def load_images(
             images = TfdsSource(tfds_name, split, data_dir=data_dir, **sizes)
         case _:
             raise ValueError(
-                f"unknown source {source!r}; expected arrays, folder, image_list or tfds"
+                f"unknown source {source!r}; expected arrays, features, folder, image_list or tfds"
             )
     if len(rows):
         if len(rows) != 2 or not 0 <= rows[0] < rows[1] <= len(images):
@@ -292,7 +305,7 @@ def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) ->
 
 
 def _check_train_and_test(train: ImageSource, test: ImageSource | None, image_size: int) -> None:
-    shape = image_shape(train)
+    shape = train[0].shape if is_of_features(train) else image_shape(train)
     if image_size and shape[:2] != (image_size, image_size):
         raise ValueError(
             f"{train.name} has {shape[0]}x{shape[1]} images, but image_size is {image_size}; images "
@@ -305,10 +318,11 @@ def _check_train_and_test(train: ImageSource, test: ImageSource | None, image_si
                 "(a test set is never cut from the training images)"
             )
         return
-    if image_shape(test) != shape:
+    if test[0].shape != shape:
+        what = "examples" if is_of_features(train) else "images"
         raise ValueError(
-            f"training images are {shape} in {train.name}, "
-            f"test images are {image_shape(test)} in {test.name}"
+            f"training {what} are {shape} in {train.name}, test {what} are {test[0].shape} in "
+            f"{test.name}"
         )
     if (train.labels is None) != (test.labels is None):
         labeled, unlabeled = (train, test) if test.labels is None else (test, train)

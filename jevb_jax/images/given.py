@@ -1,4 +1,4 @@
-"""Checks the images that users give, and converts them to what the network's programs take."""
+"""Checks images and features that users give, and converts them for the network's programs."""
 
 import hashlib
 import sys
@@ -10,6 +10,7 @@ import numpy as np
 
 from jevb_jax.images import pictures
 from jevb_jax.images.preparation import cut_square
+from jevb_jax.images.source import checked_features
 
 # Images may leave [0, 1] by so much: less than a quarter of the step between two 8-bit levels.
 # Cubic filters, float16, and normalizing forth and back stay below; larger deviations are another
@@ -18,11 +19,11 @@ _TOLERANCE = 1e-3
 
 
 class GivenImages(NamedTuple):
-    """Images of one call, grouped by shape and type.
+    """Images of one call, grouped by shape and type; or the features of one call, one group.
 
     Attributes:
       stacks: each `[n, h, w, c]`, uint8, or floating point in [0, 1]. `c` is 1 or the network's
-        number of channels.
+        number of channels. Features are one stack, `[n, F]` or `[n, V, F]` float32.
       rows: for each stack `[n]`, the positions of its images in the call.
       is_single: whether the call gave one image without a batch axis.
     """
@@ -95,6 +96,42 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
     is_single = values.ndim == 3
     stack = values[None] if is_single else values
     return GivenImages([stack], [np.arange(len(stack))], is_single)
+
+
+def check_features(features: Any, *, num_features: int, num_stored_views: int) -> GivenImages:
+    """Checks features that a user gives to a model of features.
+
+    Args:
+      features: floating point `[N, F]`, or `[F]` of one example; or `[N, V, F]` if the model was
+        trained on stored views. Anything that NumPy can read.
+      num_features: F of the model.
+      num_stored_views: V of the model, 1 if it was not trained on stored views.
+
+    Raises:
+      TypeError: they are not floating point.
+      ValueError: a shape is wrong, a value is not finite, or there are no rows.
+    """
+    values = np.asarray(features)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"features must be floating point, got {values.dtype}")
+    wanted = f"[N, {num_features}], or [{num_features}] of one example"
+    if num_stored_views > 1:
+        wanted += f", or [N, {num_stored_views}, {num_features}]"
+    is_shaped = values.ndim in (1, 2) or (
+        values.ndim == 3 and num_stored_views > 1 and values.shape[1] == num_stored_views
+    )
+    if not is_shaped or values.shape[-1] != num_features:
+        raise ValueError(
+            f"the model was trained on {num_features} features in a row: expected {wanted}, got shape "
+            f"{values.shape}"
+        )
+    is_single = values.ndim == 1
+    stack = values[None] if is_single else values
+    if not len(stack):
+        raise ValueError(f"there are no rows in features of shape {values.shape}")
+    return GivenImages(
+        [checked_features(stack, where="features")], [np.arange(len(stack))], is_single
+    )
 
 
 def prepared(images: np.ndarray, square_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The interface of a source of images, and checks that every source needs."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from jevb_jax.runs.files import is_remote, to_path
 
 
 class ImageSource(Protocol):
-    """A set of N labeled or unlabeled images of one shape, read by index."""
+    """A set of N labeled or unlabeled images or features of one shape, read by index."""
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -31,7 +32,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Image `index`, uint8 `[H, W, C]`."""
+        """Image `index`, uint8 `[H, W, C]`; of a `FeatureSource` float32 `[F]` or `[V, F]`."""
         ...
 
 
@@ -74,11 +75,61 @@ class ArraySource:
             )
             object.__setattr__(self, "labels", labels)
 
+    @property
+    def values(self) -> np.ndarray:
+        """The images."""
+        return self.images
+
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.images[index]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSource:
+    """Features of a frozen encoder, in memory.
+
+    Attributes:
+      features: `[N, F]`, or `[N, V, F]` with V >= 2 views of each example; N >= 1, F >= 1, finite.
+        float16 and float64 become float32.
+      labels: as for `ArraySource`.
+      class_names: one name for each class, or None.
+      name: the name of the source in messages.
+
+    Raises:
+      TypeError: features are not floating point, or labels are not integers.
+      ValueError: a shape is wrong, a value is not finite in float32, or labels have another length
+        or are out of range.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
+    name: str = "features"
+
+    def __post_init__(self) -> None:
+        features = checked_features(self.features, where=self.name)
+        object.__setattr__(self, "features", features)
+        if self.labels is not None:
+            labels = checked_labels(self.labels, len(features), self.class_names, where=self.name)
+            object.__setattr__(self, "labels", labels)
+
+    @property
+    def values(self) -> np.ndarray:
+        """The features."""
+        return self.features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.features[index]
+
+
+# Sources whose array `values` holds all examples.
+InMemory = ArraySource | FeatureSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +213,48 @@ def check_has_pictures(source: ImageSource) -> PictureSource:
     return source
 
 
+def is_of_features(source: ImageSource) -> bool:
+    """Whether a source holds features, not images."""
+    while isinstance(source, Subset):
+        source = source.source
+    return isinstance(source, FeatureSource)
+
+
+def example_bytes(source: ImageSource) -> int:
+    """Bytes of one image or of the features of one example."""
+    first = source[0]
+    return math.prod(first.shape) * first.dtype.itemsize
+
+
+def checked_features(features: np.ndarray, *, where: str) -> np.ndarray:
+    """Features as float32 `[N, F]` or `[N, V, F]`. A wrong shape, type or value is an error."""
+    if features.dtype not in (np.float16, np.float32, np.float64):
+        raise TypeError(
+            f"{where}: expected features of type float32 (float16 and float64 are converted), got "
+            f"{features.dtype}; convert them with `.astype(np.float32)`"
+        )
+    if features.ndim not in (2, 3) or 0 in features.shape:
+        raise ValueError(
+            f"{where}: expected features of shape [N, F], or [N, V, F] with V views of each example, "
+            f"got {features.shape}"
+        )
+    if features.ndim == 3 and features.shape[1] < 2:
+        raise ValueError(
+            f"{where}: features of shape {features.shape} hold one view of each example; give "
+            "`features[:, 0]`, of which views are made by noise and mask"
+        )
+    with np.errstate(over="ignore"):  # what is too large for float32 is found below
+        features = features.astype(np.float32, copy=False)
+    is_finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
+    if not is_finite.all():
+        row = int(np.argmin(is_finite))
+        raise ValueError(
+            f"{where}: {np.sum(~is_finite):,} of {len(features):,} rows hold NaN or infinity (in "
+            f"float32), the first is row {row}; leave them out"
+        )
+    return features
+
+
 def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
     """Raises an error, with advice, unless the array holds uint8 images `[N, H, W, C]`."""
     if dtype != np.uint8:
@@ -206,7 +299,7 @@ def checked_labels(
             if labels.shape[1] != 1:
                 advice = "; give `labels.argmax(1)` if they are one-hot"
         raise ValueError(
-            f"{where}: expected one label for each of the {num_examples} images, "
+            f"{where}: expected one label for each of the {num_examples} examples, "
             f"got labels of shape {labels.shape}{advice}"
         )
     limit = np.iinfo(np.int64).max if class_names is None else len(class_names)

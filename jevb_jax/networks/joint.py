@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jevb_jax.networks.frozen import FrozenFeatures
 from jevb_jax.networks.heads import (
     DirectionalPredictor,
     HeadInput,
@@ -58,8 +59,8 @@ def parameter_count(params: Any) -> int:
 class JointEmbeddingModel(nn.Module):
     """Backbone, projector and head, and the learned scale of the radial likelihood.
 
-    `params` has the entries `backbone`, `projector`, and for JEVB `head` and the scalar
-    `raw_radial_scale`.
+    `params` has the entries `backbone` (not for frozen features), `projector`, and for JEVB `head`
+    and the scalar `raw_radial_scale`.
 
         variables = model.init(key, images, train=False)
         outputs, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -95,7 +96,7 @@ class JointEmbeddingModel(nn.Module):
             self.raw_radial_scale = self.param("raw_radial_scale", initializer, (), jnp.float32)
 
     def __call__(self, images: jax.Array, *, train: bool) -> ViewOutputs:
-        """Maps images `[batch, height, width, channels]` to `ViewOutputs`.
+        """Maps images `[batch, height, width, channels]`, or features `[batch, F]`, to `ViewOutputs`.
 
         Args:
           images: floating point and normalized.
@@ -144,11 +145,14 @@ def make_model(
     dtype: str,
     zero_init_residual: bool,
     batch_norm: str,
+    num_features: int = 0,
+    standardize: bool = True,
 ) -> JointEmbeddingModel:
     """Builds the model from plain values. Only this function turns names into modules.
 
     Args:
-      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny" or "vit_small".
+      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small", or
+        "identity" for features of a frozen encoder.
       width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
         (ViT: 192 or 384). 0 takes these defaults.
       stem: "cifar" or "imagenet"; used by ResNets only.
@@ -169,6 +173,8 @@ def make_model(
       zero_init_residual: as for `ResidualBlock`; used by ResNets only.
       batch_norm: "fused" or "plain", as for `ResidualBlock.fused_batch_norm`; used by ResNets and
         the ConvNet only.
+      num_features: number of columns of the features; used by "identity" only.
+      standardize: whether columns are standardized; used by "identity" only.
 
     Raises:
       ValueError: a name is unknown, or a module does not accept a value.
@@ -207,8 +213,10 @@ def make_model(
         backbone_module = ConvNet(
             fused_batch_norm=batch_norm == "fused", dtype=compute_dtype, **options
         )
+    elif backbone == "identity":
+        backbone_module = FrozenFeatures(num_features=num_features, standardize=standardize)
     else:
-        known = [*resnets, "convnet", *vits]
+        known = [*resnets, "convnet", *vits, "identity"]
         raise ValueError(f"backbone must be one of {known}, got {backbone!r}")
 
     projector = Projector(

@@ -259,6 +259,8 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
     settings = _built(FinetuneSettings, config)
     optimizer, train = settings.optimizer, settings.train
     problems = _source_misfits(settings.data)
+    if settings.data.source == "features":
+        problems.append("data.source = 'features' is for train.py: a fine-tune needs images")
     if optimizer.constant_head_rate:
         problems.append("optimizer.constant_head_rate is of pre-training: set it to False")
     if optimizer.warmup_epochs >= train.num_epochs:
@@ -280,6 +282,7 @@ def _misfits(settings: RunSettings) -> list[str]:
         *_posterior_misfits(settings),
         *_detection_misfits(settings),
         *_source_misfits(settings.data),
+        *_feature_misfits(settings),
     ]
 
 
@@ -415,7 +418,42 @@ def _source_misfits(section: DataSection) -> list[str]:
         return ["data.tfds_name must name the data set where data.source is tfds"]
     if source == "tfds" and section.train_split == section.test_split:
         return [f"data.train_split and data.test_split are both {section.train_split!r}"]
-    if source in ("arrays", "folder") and not section.train_paths:
-        what = ".npz or .npy files" if source == "arrays" else "one directory"
+    if source in ("arrays", "features", "folder") and not section.train_paths:
+        what = "one directory" if source == "folder" else ".npz or .npy files"
         return [f"data.train_paths must name {what} where data.source is {source}, got ()"]
     return []
+
+
+def _feature_misfits(settings: RunSettings) -> list[str]:
+    """What features of a frozen encoder do not allow, and images do not have."""
+    is_of_features, ood = settings.data.source == "features", settings.ood
+    if is_of_features != (settings.model.backbone == "identity"):
+        return [
+            'data.source = "features" and model.backbone = "identity" need each other, got '
+            f"{settings.data.source!r} and {settings.model.backbone!r}"
+        ]
+    problems = [
+        f"ood.{part}[{number}].source = {one['source']!r}, but the data are "
+        f"{'features' if is_of_features else 'images'}: give outside sets of the same kind"
+        for part, sets in (("outside", ood.outside), ("choice", ood.choice))
+        for number, one in enumerate(sets)
+        if (one["source"] == "features") != is_of_features
+    ]
+    if not is_of_features:
+        return problems
+    if settings.init.workdir.endswith(".safetensors"):
+        problems.append(
+            "init.workdir names a file of a backbone, and features have none: give a run"
+        )
+    of_images: dict[str, Any] = {
+        "augmentation.num_small_crops": settings.augmentation.num_small_crops,
+        "data.image_size": settings.data.image_size,
+        "ood.corruptions": ood.corruptions,
+        "ood.csi_crops": ood.csi_crops,
+    }
+    return problems + [
+        f"{name} = {_shown(value)} is for images, and data.source is features: set it to "
+        f"{'()' if isinstance(value, tuple) else 0}"
+        for name, value in of_images.items()
+        if value
+    ]

@@ -28,6 +28,14 @@ _BEFORE: dict[str, dict[str, Any]] = {
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {
     "init": {"workdir": "", "step": -1},
     "emp_ssl": {"invariance_weight": 200.0, "squared_epsilon": 0.2},
+    # Runs on images; they do not read it.
+    "feature_views": {
+        "num_features": 0,
+        "num_stored_views": 0,
+        "standardize": True,
+        "noise_scale": 0.5,
+        "mask_probability": 0.2,
+    },
 }
 
 # The same for fine-tunes, which held all images in memory and saved nothing before their end.

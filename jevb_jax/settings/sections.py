@@ -127,12 +127,32 @@ class AugmentationSection:
 
 
 @dataclass(frozen=True)
+class FeatureViewsSection:
+    """The features of a frozen encoder, and how views are made of them."""
+
+    num_features: Annotated[int, integer(0, note="0 = as in the data")]
+    num_stored_views: Annotated[int, integer(0, note="0 = as in the data")]
+    standardize: Flag
+    noise_scale: Weight
+    mask_probability: Annotated[float, number(0, 1, high_open=True)]
+
+
+@dataclass(frozen=True)
 class ModelSection:
     """The networks."""
 
     backbone: Annotated[
         str,
-        choice("resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small"),
+        choice(
+            "resnet8",
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "convnet",
+            "vit_tiny",
+            "vit_small",
+            "identity",
+        ),
     ]
     width: Annotated[int, integer(0, note="0 = the network's own")]
     stem: Annotated[str, choice("cifar", "imagenet")]
@@ -296,6 +316,7 @@ class RunSettings:
     data: DataSection
     input: InputSection
     augmentation: AugmentationSection
+    feature_views: FeatureViewsSection
     model: ModelSection
     jevb: JevbSection
     vicreg: VicregSection
@@ -373,8 +394,8 @@ class OutsideSetSection:
     name: Annotated[str, text(is_empty_allowed=False)]
     group: Annotated[str, text(is_empty_allowed=False)]
     source: Annotated[
-        Literal["arrays", "folder", "image_list", "tfds"],
-        choice("arrays", "folder", "image_list", "tfds"),
+        Literal["arrays", "features", "folder", "image_list", "tfds"],
+        choice("arrays", "features", "folder", "image_list", "tfds"),
     ]
     protocol: Text
     paths: Paths

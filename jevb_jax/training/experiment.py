@@ -6,20 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 from ml_collections import ConfigDict
 
 from jevb_jax import methods
 from jevb_jax.images import batch_order
-from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.crop_boxes import HostCrops
 from jevb_jax.images.dataset import Dataset, load_dataset
-from jevb_jax.images.source import check_has_pictures
+from jevb_jax.images.feature_views import ColumnStatistics, column_statistics
+from jevb_jax.images.source import check_has_pictures, is_of_features
+from jevb_jax.images.views import View, view_shape
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import OptimizerSection, RunSettings
-from jevb_jax.training import from_settings, optimizers, step
+from jevb_jax.training import feature_run, from_settings, optimizers, step
 from jevb_jax.training.optimizers import EarlierLength
 from jevb_jax.training.step import TrainState
 
@@ -41,6 +43,7 @@ class Experiment:
       steps_per_epoch: whole batches in the training split.
       num_train_steps: steps of the run.
       earlier: the planned lengths before the run was extended.
+      statistics: of the columns of features in the training split; None for images.
     """
 
     config: dict[str, Any]
@@ -49,12 +52,13 @@ class Experiment:
     model: JointEmbeddingModel
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    view_augmentations: tuple[ViewAugmentation, ...]
+    view_augmentations: tuple[View, ...]
     method: methods.Loss
     jevb_settings: methods.JevbSettings
     steps_per_epoch: int
     num_train_steps: int
     earlier: tuple[EarlierLength, ...] = ()
+    statistics: ColumnStatistics | None = None
 
     @property
     def key(self) -> Array:
@@ -62,10 +66,9 @@ class Experiment:
         return jax.random.key(self.settings.seed)
 
     @property
-    def view_shape(self) -> tuple[int, int, int]:
-        """`(height, width, channels)` of a full view."""
-        size = self.view_augmentations[0].size
-        return size, size, len(self.view_augmentations[0].mean)
+    def view_shape(self) -> tuple[int, ...]:
+        """`(height, width, channels)` of a full view, or `(F,)` of features."""
+        return view_shape(self.view_augmentations[0])
 
     @property
     def host_crops(self) -> HostCrops | None:
@@ -84,7 +87,11 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return self._init(jax.random.fold_in(self.key, 2**31 - 1))  # no step is ever this one
+        state = self._init(jax.random.fold_in(self.key, 2**31 - 1))  # no step is ever this one
+        if self.statistics is None:
+            return state
+        columns = jax.tree.map(jnp.asarray, self.statistics._asdict())
+        return state._replace(batch_stats={**state.batch_stats, "backbone": columns})
 
     def train_step(
         self, state: TrainState, images: Array | tuple[Array, ...], key: Array
@@ -196,16 +203,23 @@ def build_experiment(config: ConfigDict) -> Experiment:
     values = to_json_values(config)
     settings = read.run_settings(values)
     train = settings.train
-    views = from_settings.view_augmentations(settings.augmentation)
+    from_settings.view_augmentations(settings.augmentation)  # refuses wrong ones before a long load
     dataset = load_dataset(**vars(settings.data))
     if from_settings.host_crops(settings.augmentation, jax.random.key(settings.seed)):
         check_has_pictures(dataset.train)
-    channels = dataset.train[0].shape[-1]
-    if channels != len(views[0].mean):
-        raise ValueError(
-            f"the images have {channels} channels, but augmentation.mean has "
-            f"{len(views[0].mean)} values: give mean and std one for each channel"
-        )
+    statistics = None
+    if is_of_features(dataset.train):
+        section = feature_run.section_of_data(settings, dataset)
+        settings = dataclasses.replace(settings, feature_views=section)
+        values = {**values, "feature_views": vars(section)}
+        statistics = column_statistics(dataset.train)
+    else:
+        channels, num_means = dataset.train[0].shape[-1], len(settings.augmentation.mean)
+        if channels != num_means:
+            raise ValueError(
+                f"the images have {channels} channels, but augmentation.mean has {num_means} values: "
+                "give mean and std one for each channel"
+            )
     steps_per_epoch = batch_order.steps_per_epoch(len(dataset.train), train.batch_size)
     num_train_steps = round(train.num_epochs * steps_per_epoch)
     if num_train_steps < 1:
@@ -221,9 +235,10 @@ def build_experiment(config: ConfigDict) -> Experiment:
         model=from_settings.make_network(settings),
         optimizer=make_optimizer(settings.optimizer, schedule),
         schedule=schedule,
-        view_augmentations=views,
+        view_augmentations=from_settings.views(settings, statistics),
         method=_loss(settings, jevb_settings),
         jevb_settings=jevb_settings,
         steps_per_epoch=steps_per_epoch,
         num_train_steps=num_train_steps,
+        statistics=statistics,
     )

@@ -4,12 +4,16 @@ Nothing here needs the libraries of training, so a model can be loaded and serve
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from jax import Array
 
 from jevb_jax import methods
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.crop_boxes import HostCrops, key_words
+from jevb_jax.images.feature_views import ColumnStatistics, FeatureView
+from jevb_jax.images.views import View, view_shape
 from jevb_jax.networks.joint import JointEmbeddingModel, make_model
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.settings.sections import AugmentationSection, RunSettings
@@ -27,8 +31,52 @@ def make_network(settings: RunSettings) -> JointEmbeddingModel:
     return make_model(
         head=methods.METHODS[settings.method].head,
         has_likelihood_scale=settings.jevb.likelihood_scale == "untied",
+        num_features=settings.feature_views.num_features,
+        standardize=settings.feature_views.standardize,
         **vars(settings.model),
     )
+
+
+def views(settings: RunSettings, statistics: ColumnStatistics | None) -> tuple[View, ...]:
+    """The views of a step: of images, or of features.
+
+    Args:
+      settings: what the run asks for.
+      statistics: of the columns of features; None for images.
+
+    Returns:
+      One for each view.
+
+    Raises:
+      ValueError: a value out of its range, or features without statistics.
+    """
+    if settings.model.backbone != "identity":
+        return view_augmentations(settings.augmentation)
+    if statistics is None:
+        raise ValueError("views of features need the statistics of the columns")
+    section = settings.feature_views
+    view = FeatureView(statistics, section.noise_scale, section.mask_probability)
+    return (view,) * settings.augmentation.num_views
+
+
+def saved_statistics(settings: RunSettings, variables: Any) -> ColumnStatistics | None:
+    """The statistics of the columns that a network of features was trained with, else None.
+
+    Args:
+      settings: of the run.
+      variables: parameters and running statistics.
+    """
+    if settings.model.backbone != "identity":
+        return None
+    found: Mapping[str, Any] = variables["batch_stats"]["backbone"]
+    return ColumnStatistics(mean=found["mean"], std=found["std"])
+
+
+def shape_of_view(settings: RunSettings) -> tuple[int, ...]:
+    """Shape of what the networks read: `(height, width, channels)` or `(F,)`."""
+    if settings.model.backbone == "identity":
+        return (settings.feature_views.num_features,)
+    return view_shape(view_augmentations(settings.augmentation)[0])
 
 
 def view_augmentations(section: AugmentationSection) -> tuple[ViewAugmentation, ...]:

@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from jevb_jax import methods, parallel
-from jevb_jax.images import augmentations, pixels
 from jevb_jax.images.batches import gather
+from jevb_jax.images.views import multi_view, plain_views
 from jevb_jax.networks.heads import DirectionalPrediction, Posterior
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper.likelihood import likelihood_scale
@@ -50,9 +50,7 @@ def health_check(experiment: Experiment) -> Any:
 
     @jax.jit
     def check(state: TrainState, images: Array) -> dict[str, Array]:
-        views = jax.vmap(
-            lambda image: pixels.center_view(image, size=view.size, mean=view.mean, std=view.std)
-        )(images)
+        views = plain_views(images, view)
         output: Any = experiment.model.apply(state.evaluation_variables, views, train=False)
         values = health.representation_health(output.embedding)
         if isinstance(output.prediction, Posterior):
@@ -94,7 +92,7 @@ def _two_views(
     experiment: Experiment, state: TrainState, images: Array
 ) -> tuple[ViewOutputs, ViewOutputs]:
     """Outputs of two augmented views of the images, always the same two."""
-    views = augmentations.multi_view(
+    views = multi_view(
         jax.random.split(jax.random.key(0), len(images)), images, experiment.view_augmentations[:2]
     )
     apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)

@@ -13,8 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jevb_jax import parallel
-from jevb_jax.images import augmentations
-from jevb_jax.images.augmentations import ViewAugmentation
+from jevb_jax.images.views import View, multi_view
 from jevb_jax.methods import Loss
 from jevb_jax.networks.batch_norm import each_view_alone
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
@@ -53,7 +52,7 @@ def init_state(
     key: Array,
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
-    view_shape: tuple[int, int, int],
+    view_shape: tuple[int, ...],
     *,
     ema_decay: float = 0.0,
     target_decay: float = 0.0,
@@ -64,7 +63,7 @@ def init_state(
       key: consumed.
       model: networks.
       optimizer: as given to `train_step`.
-      view_shape: `(height, width, channels)` of a view.
+      view_shape: `(height, width, channels)` of a view, or `(F,)` of features.
       ema_decay: what the parameters' average keeps at a step; 0 is off.
       target_decay: what the target network keeps at a step; 0 is no such network.
 
@@ -80,7 +79,7 @@ def init_state(
 def compiled_init(
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
-    view_shape: tuple[int, int, int],
+    view_shape: tuple[int, ...],
     *,
     ema_decay: float = 0.0,
     target_decay: float = 0.0,
@@ -119,7 +118,8 @@ def compiled_init(
 
 def _target_part(params: Any) -> Any:
     """The parameters that an embedding depends on."""
-    return {name: params[name] for name in ("backbone", "projector")}
+    # Features of a frozen encoder pass a backbone without parameters.
+    return {name: params[name] for name in ("backbone", "projector") if name in params}
 
 
 def apply_views(
@@ -138,7 +138,7 @@ def apply_views(
       model: networks.
       params: parameters.
       batch_stats: running statistics.
-      views: each `[batch, h, w, c]`, normalized.
+      views: each `[batch, h, w, c]`, normalized, or `[batch, F]`.
       train: batch statistics (and their running update) or running ones.
       bn_over_views: whether BatchNorm normalizes all views of one size together, or each by itself.
       bn_group_size: how many consecutive examples BatchNorm normalizes together in training; 0 is all.
@@ -227,7 +227,7 @@ def train_step(
     *,
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
-    view_augmentations: Sequence[ViewAugmentation],
+    view_augmentations: Sequence[View],
     method: Loss,
     num_full_views: int = 2,
     num_micro_batches: int = 1,
@@ -241,7 +241,8 @@ def train_step(
 
     Args:
       state: before the step.
-      images: `[batch, h, w, c]` uint8, or a tuple with the crops of each view.
+      images: `[batch, h, w, c]` uint8, or a tuple with the crops of each view; or features
+        `[batch, F]` or `[batch, V, F]`.
       key: the run's key; the step folds in its own number.
       model: networks.
       optimizer: as in `init_state`.
@@ -278,7 +279,7 @@ def train_step(
         return apply(target_params, batch_stats, views)[0]
 
     def loss_fn(params: Any, batch_stats: Any, images: Any, keys: Array) -> tuple[Array, Any]:
-        views = augmentations.multi_view(keys[:, 0], images, view_augmentations)
+        views = multi_view(keys[:, 0], images, view_augmentations)
         targets = target_outputs(batch_stats, views[:num_full_views])
         outputs, batch_stats = apply(params, batch_stats, views)
         output = method(

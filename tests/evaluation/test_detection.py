@@ -209,7 +209,7 @@ def test_terms_are_of_the_image_and_its_augmented_views():
     test = experiment.dataset.test
     assert test is not None
     images = batches.load_resident(test)[:3]
-    view = experiment.view_augmentations[0]
+    view: Any = experiment.view_augmentations[0]
     # One draw for all images.
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0), 0)] * 3)
     views = [

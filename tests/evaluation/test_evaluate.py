@@ -73,7 +73,7 @@ def test_features_are_of_every_image_once_in_order():
     variables = experiment.initial_state().evaluation_variables
     source = experiment.dataset.test
     assert source is not None
-    view = experiment.view_augmentations[0]
+    view: Any = experiment.view_augmentations[0]
     images = np.stack([source[i] for i in range(len(source))])
     views = jax.vmap(lambda x: pixels.center_view(x, size=view.size, mean=view.mean, std=view.std))(
         images

@@ -107,8 +107,8 @@ def test_array_source_reads_by_index():
         (np.zeros((2, 4, 4, 3), np.uint8), np.eye(3)[:2], None, TypeError, "argmax"),
         (np.zeros((2, 4, 4, 3), np.uint8), [[0], [1]], None, ValueError, "labels.ravel()"),
         (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], None, TypeError, "integer labels"),
-        (np.zeros((2, 4, 4, 3), np.uint8), [0], None, ValueError, "each of the 2 images"),
-        (np.zeros((2, 4, 4, 3), np.uint8), [[0, 1]], None, ValueError, "each of the 2 images"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], None, ValueError, "each of the 2 examples"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [[0, 1]], None, ValueError, "each of the 2 examples"),
         (np.zeros((2, 4, 4, 3), np.uint8), [0, -1], None, ValueError, "-1 at index 1 is out of"),
         (
             np.zeros((2, 4, 4, 3), np.uint8),
@@ -832,7 +832,7 @@ def test_load_dataset_refuses(tmp_path, photos):
     cases = [
         (
             {"source": "cifar"},
-            "unknown data source 'cifar'; .*digits, shapes, arrays, folder, tfds",
+            "unknown data source 'cifar'; .*digits, shapes, arrays, features, folder, tfds",
         ),
         ({"source": "digits", "validation_fraction": 0.0}, r"in \(0, 1\), got 0"),
         ({"source": "digits", "validation_fraction": 1.0}, r"in \(0, 1\), got 1"),
