@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 import jevb_jax
 
-ENCODER = "jevb-cifar10-resnet8"
+ENCODER = "jevb-cifar10-resnet18"
 TILE = 32
 FALSE_ALARM_RATE = 0.05
 COLORS = {
@@ -95,7 +95,7 @@ def main() -> None:
     axes[2].set_title("which images raise an alarm?")
     axes[2].set_xlabel("score; higher ones are drawn at the right edge")
     axes[2].set_yticks([])
-    axes[2].legend(frameon=False, fontsize=8)
+    axes[2].legend(frameon=False, fontsize=8, loc="upper center")
     figure.tight_layout()
     figure.savefig(Path(__file__).with_name("picture.png"), dpi=100)
 

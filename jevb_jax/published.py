@@ -1,4 +1,4 @@
-"""Encoders that come with the package, by name: `jevb_jax.load("jevb-cifar10-resnet8")`."""
+"""Encoders that come with the package, by name: `jevb_jax.load("jevb-cifar10-resnet18")`."""
 
 import os
 import re

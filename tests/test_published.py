@@ -9,6 +9,7 @@ from jevb_jax import published
 from jevb_jax.runs import archive
 
 SHIPPED = "jevb-cifar10-resnet8"
+DIMENSIONS = {SHIPPED: 128, "jevb-cifar10-resnet18": 512}
 
 
 def write(directory, **manifest):
@@ -18,7 +19,7 @@ def write(directory, **manifest):
 
 def test_names_and_places(tmp_path, monkeypatch):
     monkeypatch.delenv(published.VARIABLE, raising=False)
-    assert SHIPPED in published.names()
+    assert DIMENSIONS.keys() <= set(published.names())
     monkeypatch.setenv(published.VARIABLE, str(tmp_path / "release"))
     assert SHIPPED in published.names()  # the directory need not exist
     write(tmp_path / "release" / "mine")
@@ -39,7 +40,7 @@ def test_names_and_places(tmp_path, monkeypatch):
 def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"none of the encoders \[.*'{SHIPPED}'"):
-        jevb_jax.load("jevb-cifar10-resnet18")
+        jevb_jax.load("jevb-cifar10-resnet50")
 
 
 def tiles(image: np.ndarray, size: int) -> np.ndarray:
@@ -48,13 +49,19 @@ def tiles(image: np.ndarray, size: int) -> np.ndarray:
     return cut.swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
+def test_the_weights_stay_small_enough_for_a_repository():
+    shipped = (path for path in published._SHIPPED.rglob("*") if path.is_file())
+    assert sum(path.stat().st_size for path in shipped) <= 25_000_000
+
+
 @pytest.mark.slow
-def test_the_shipped_encoder_embeds_and_detects_without_any_data():
-    model = jevb_jax.load(SHIPPED)
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_a_shipped_encoder_embeds_and_detects_without_any_data(name):
+    model = jevb_jax.load(name)
     photographs = np.concatenate([tiles(image, 32)[::9] for image in load_sample_images().images])
     flat = np.full((40, 32, 32, 3), np.arange(40)[:, None, None, None] * 6, np.uint8)
     embeddings = model.embed(photographs)
-    assert embeddings.shape == (len(photographs), 128)
+    assert embeddings.shape == (len(photographs), DIMENSIONS[name])
     posterior = model.posterior(photographs[:3])
     assert np.all(posterior.scale > 0)
     scores = model.ood_score(np.concatenate([photographs, flat]))
