@@ -3,7 +3,7 @@
 python train.py --config=configs/features.py --workdir=runs/features \
     --config.data.train_paths="('train.npz',)" --config.data.test_paths="('test.npz',)"
 
-The files hold `features`, float32 `[N, F]` or `[N, V, F]`, and may hold `labels` (docs/any_encoder.md).
+The files hold `features`, float32 `[N, F]` or `[N, V, F]`, and may hold `labels` (docs/features.md).
 """
 
 from typing import Any
