@@ -25,7 +25,7 @@ PACKAGE = "jevb_jax"
 ROOT_PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 PAGES_WITH_EQUATIONS = ("mathematics.md",)
 
-_LINK_OUT = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>(?:\.\./)+[^)#\s]+)\)")
+_LINK_OUT = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>(?:\.\./)+[^)#\s]+)(?P<anchor>#[^)\s]+)?\)")
 _BLOCK_EQUATION = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE_EQUATION = re.compile(r"\$([^$\n]+)\$")
 _FUNCTION_WITHOUT_BRACKETS = re.compile(
@@ -62,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files.documentation_pages()):
         for match in _LINK_OUT.finditer(file.content_string):
             path = _linked_path(file.src_uri, match["path"])
-            if path and not path.startswith(f"{PACKAGE}/"):
+            if path and not _is_module(path):
                 pages.setdefault(f"source/{path}.md", _source_page(path))
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
@@ -107,6 +107,11 @@ def _linked_path(page_uri: str, link: str) -> str | None:
     return path
 
 
+def _is_module(path: str) -> bool:
+    """Whether a file of the repository has a page in the API reference."""
+    return path.startswith(f"{PACKAGE}/") and path.endswith(".py")
+
+
 def _source_page(path: str) -> str:
     language = {".py": "python", ".yaml": "yaml"}.get(Path(path).suffix, "bash")
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -125,8 +130,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = _linked_path(uri, match["path"])
         if path is None:
             return match[0]
-        if not path.startswith(f"{PACKAGE}/"):
-            return f"[{match['text']}]({up}source/{path}.md)"
+        if not _is_module(path):
+            return f"[{match['text']}]({up}source/{path}.md{match['anchor'] or ''})"
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         name = match["text"].strip("`").rpartition(".")[2] if "`" in match["text"] else ""
         if not name or name == "py":

@@ -53,13 +53,16 @@ def write_rounded_run(model: Model, source: Path, directory: Path) -> None:
     Args:
       model: from `load` of the old run.
       source: directory of the old run.
-      directory: of the new run; it must hold neither a run nor an export.
+      directory: of the new run; it must be empty or not exist.
 
     Raises:
       ValueError: the directory is not free, or a kernel cannot be rounded.
     """
-    if (directory / "config.json").exists() or archive.is_archive(directory):
-        raise ValueError(f"{directory} holds a run or an export: give another directory")
+    # Also what a killed call left: a checkpoint of the same step there would stay.
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"{directory} is not empty: remove what is in it, or give another directory"
+        )
     variables = rounded_variables(model.variables)
     evaluated = "ema_params" if model.settings.train.ema_decay > 0 else "params"
     state = {

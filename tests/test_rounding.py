@@ -80,6 +80,12 @@ def test_what_cannot_be_rounded_is_refused(tmp_path, capsys):
     source = write_run(tmp_path / "run")
     assert rounding.main([f"--workdir={source}", f"--out={source}"]) == 1
     assert "give another directory" in capsys.readouterr().err
+    # What a killed call leaves: a checkpoint of another run, and no config yet.
+    left = write_run(tmp_path / "left")
+    (left / "config.json").unlink()
+    assert rounding.main([f"--workdir={source}", f"--out={left}"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert not (left / "config.json").exists()
     export_model(jevb_jax.load(source), tmp_path / "export")
     assert rounding.main([f"--workdir={tmp_path / 'export'}", f"--out={tmp_path / 'new'}"]) == 1
     assert "is an export" in capsys.readouterr().err

@@ -23,7 +23,7 @@ class ScaledGaussians(NamedTuple):
     """`Gaussians` of features whose lengths are raised to a power, fitted by `fit_scaled_mahalanobis`.
 
     Attributes:
-      gaussians: of the scaled features.
+      gaussians: fitted to the scaled features.
       exponent: `beta`, scalar.
       unit: the median length of the fitted features, scalar. A common factor changes no distance; this
         one keeps the scaled features near one.

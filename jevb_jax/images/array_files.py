@@ -60,7 +60,7 @@ def read_npz(
 
     Args:
       path: the file.
-      names: of the entries; the first must be there.
+      names: the entries to read; the first must be there.
       says: what the first entry is, for the message.
       check: raises for a wrong shape or type of the first entry, before memory is taken.
 

@@ -74,7 +74,7 @@ class FeatureView:
     nothing about the example. Noise or mask of size zero are not in the compiled program.
 
     Attributes:
-      statistics: of the training columns.
+      statistics: mean and deviation of each column in the training split.
       noise_scale: standard deviation of the noise, in standard deviations of the column; at least 0.
       mask_probability: probability of each column to be masked, in [0, 1).
     """
