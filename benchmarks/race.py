@@ -35,7 +35,7 @@ from jevb_jax.training import pretraining
 from jevb_jax.training.experiment import build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop
 from jevb_jax.xla_options import CACHE_VARIABLE
-from studies.spec import load_study
+from jevb_study.spec import load_study
 
 K = 10
 MEASURE = f"knn_{K}_uniform_accuracy"

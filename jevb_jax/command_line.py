@@ -4,23 +4,20 @@ Only scripts may import this, because the import defines flags. A script defines
 calls `start`; a mistake in the command line gives one message and exit status 2.
 """
 
-import difflib
-import importlib.util
 import inspect
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from jevb_jax import messages, parallel
+from jevb_jax import config_files, messages, parallel
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, needed without a launcher."
@@ -37,10 +34,6 @@ _HEARTBEAT = flags.DEFINE_integer(
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
 USAGE_STATUS = 2
-# In a checkout this is a link to the folder `configs` beside the package.
-_CONFIGS = (Path(__file__).parent / "configs").resolve()
-_SAVED = _CONFIGS / "saved.py"  # reads a saved `config.json` as a config file
-_MODULE = "_config_of_the_command_line"
 
 
 def start(script: Callable[[], None], work: Callable[[], object]) -> NoReturn:
@@ -125,13 +118,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             argv = _with_files(argv, name)
             given = _value(argv, name)
             if given is not None:
-                _check_overrides(argv, name, _load_config(name, given))
+                _check_overrides(argv, name, config_files.load(name, given))
         try:
             return flags.FLAGS(argv)
         # ml_collections raises these for a wrong value of an override.
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise flags.Error(str(error)) from error
-    except flags.Error as error:
+    except (flags.Error, config_files.ConfigFileError) as error:
         print(f"{error}\n--help shows the flags.", file=sys.stderr)
     sys.exit(USAGE_STATUS)
 
@@ -159,103 +152,23 @@ def _with_files(argv: Sequence[str], name: str) -> list[str]:
     argv = list(argv)
     for index, value in _flags_of(argv, name):
         if value is not None:
-            argv[index] = f"--{name}={_file(value)}"
+            argv[index] = f"--{name}={config_files.file_of(value)}"
         elif index + 1 < len(argv):
-            argv[index + 1] = _file(argv[index + 1])
+            argv[index + 1] = config_files.file_of(argv[index + 1])
     return argv
-
-
-def _file(given: str) -> str:
-    """FILE.py:ARGUMENT for a config that a user names.
-
-    `runs/x/config.json` becomes an argument of `configs/saved.py`. `digits` becomes
-    `configs/digits.py` of the package, unless there is a file `digits`. All else stays as it is.
-    """
-    if given.endswith(".json"):
-        return f"{_SAVED}:{given}"
-    name, colon, argument = given.partition(":")
-    if name in _own_configs() and not Path(name).is_file():
-        return f"{_CONFIGS / name}.py{colon}{argument}"
-    return given
-
-
-def _own_configs() -> list[str]:
-    """Names of the files in the package's `configs` that a user may name."""
-    names = {path.stem for path in _CONFIGS.glob("*.py")}
-    return sorted(names - {"__init__", "recipes", "saved"})
-
-
-def _load_config(name: str, given: str) -> Any:
-    """The config of `--name=FILE.py:ARGUMENT`.
-
-    Raises:
-      Error: an absl flags error: there is no such config. Errors inside the file stay as they are.
-    """
-    file, *argument = given.split(":", 1)
-    path = Path(file)
-    if not path.is_file():
-        hint = ""
-        if (path / "config.json").is_file():
-            hint = f"; the config of that run is {path / 'config.json'}"
-        elif path.stem in _own_configs():
-            hint = f"; the package has one: --{name}={path.stem}"
-        elif not path.suffix:
-            hint = f"; those of the package are {', '.join(_own_configs())}"
-        raise flags.Error(f"--{name} must name a config file, but there is none at {file!r}{hint}")
-    spec = importlib.util.spec_from_file_location(_MODULE, path)
-    if spec is None or spec.loader is None:
-        raise flags.Error(f"--{name} must name a Python file or a config.json, got {file!r}")
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[_MODULE] = module
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise flags.Error(f"{file} is no config: it defines no get_config()")
-        try:
-            inspect.signature(module.get_config).bind(*argument)
-        except TypeError as error:
-            what = f"no argument {argument[0]!r}" if argument else "one: FILE.py:ARGUMENT"
-            raise flags.Error(f"the config {file} takes {what}") from error
-        config = module.get_config(*argument)
-    except Exception as error:
-        message = messages.for_person(error, packages=("jevb_jax", "configs", _MODULE))
-        if message is None or isinstance(error, flags.Error):
-            raise
-        raise flags.Error(f"--{name}={given}: {message}") from error
-    finally:
-        del sys.modules[_MODULE]
-    if config is None:
-        raise flags.Error(f"get_config() of {file} returns nothing")
-    return config
-
-
-def _dotted(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all sections and settings."""
-    names = []
-    for key, value in config.items():
-        names.append(f"{prefix}{key}")
-        if isinstance(value, Mapping) or hasattr(value, "items"):
-            names += _dotted(value, f"{prefix}{key}.")
-    return names
 
 
 def _check_overrides(argv: Sequence[str], name: str, config: Any) -> None:
     """Raises an absl flags error for settings that the config lacks, and suggests similar names."""
-    known = _dotted(config)
+    known = config_files.settings_of(config)
     for argument in argv[1:]:
         if argument == "--":
             return
         match = re.match(rf"--?(no)?{re.escape(name)}\.([^=\[]+)(\[|=|$)", argument)
         if match is None or match[2] in known:
             continue
-        leaf = match[2].rpartition(".")[2]
-        leaves = {one.rpartition(".")[2]: one for one in known}
-        near = [
-            *difflib.get_close_matches(match[2], known, n=3),
-            *(leaves[one] for one in difflib.get_close_matches(leaf, leaves, n=3)),
-        ]
-        where = ", ".join(f"--{name}.{one}" for one in dict.fromkeys(near))
+        near = ", ".join(f"--{name}.{one}" for one in config_files.near(match[2], known))
         raise flags.Error(
             f"--{name}.{match[2]}: the config has no such setting"
-            + (f"; did you mean {where}?" if where else "")
+            + (f"; did you mean {near}?" if near else "")
         )

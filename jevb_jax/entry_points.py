@@ -1,4 +1,4 @@
-"""The commands `jevb-train`, `jevb-evaluate`, `jevb-finetune` and `jevb-export`.
+"""The commands `jevb-train`, `jevb-evaluate`, `jevb-finetune`, `jevb-export` and `jevb-study`.
 
 Each imports its program when it is called, so that a missing extra becomes one message.
 """
@@ -47,3 +47,13 @@ def export() -> int:
     except ModuleNotFoundError as error:
         _exit(error)
     return program.main()
+
+
+def study() -> int:
+    """Runs a study, as `python -m jevb_study` does; returns the exit status."""
+    sys.path.insert(0, "")  # as `python -m` does: a study file may import what lies beside it
+    try:
+        from jevb_study import run as program
+    except ModuleNotFoundError as error:
+        _exit(error)
+    return program.start()

@@ -1,6 +1,6 @@
 """Adjacent detection on digits: five draws of the classes that stay outside, and their mean AUROC.
 
-python -m studies.run studies/adjacent_digits.py --out=runs/adjacent_digits --num_processes=2
+jevb-study studies/adjacent_digits.py --out=runs/adjacent_digits --num_processes=2
 
 Inside and outside images differ by their class alone (`configs/adjacent.py`). All scores are fitted
 without labels, except the one marked so. No choice uses outside images.
@@ -9,7 +9,7 @@ without labels, except the one marked so. No choice uses outside images.
 from typing import Any
 
 from configs import adjacent
-from studies.spec import Comparison, Result, Study
+from jevb_study.spec import Comparison, Result, Study
 
 SCORES = {
     "default score": "jevb/mixture_and_residual",

@@ -1,6 +1,6 @@
 """Densities of mass one: tails, coordinates, degrees of freedom, prior and weight of the KL.
 
-python -m studies.run studies/cifar10_densities.py --out=runs/cifar10_densities
+jevb-study studies/cifar10_densities.py --out=runs/cifar10_densities
 
 The older sweeps compare sub-densities, whose masses differ by tens of nats (docs eq. 31). Here every
 density has mass one, because it is divided by its mass or uses stereographic coordinates. The recipe is
@@ -10,8 +10,8 @@ that of `cifar10_uncertainty` with three of its eight epochs (468 steps). Accura
 import math
 from typing import Any
 
+from jevb_study.spec import Comparison, Logged, Result, Study
 from studies import cifar10_uncertainty
-from studies.spec import Comparison, Logged, Result, Study
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "df 5": {},

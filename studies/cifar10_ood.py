@@ -1,6 +1,6 @@
 """Detection on CIFAR-10 with the same scores for JEVB, isotropic JEVB, VI-SimSiam and SimSiam.
 
-python -m studies.run studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
+jevb-study studies/cifar10_ood.py --out=runs/cifar10_ood --num_processes=2
 python -m studies.detection_table runs/cifar10_ood/runs/*/seed_* --out=runs/cifar10_ood/detection
 
 The recipe is that of `cifar10_small` with all 45,000 training images. Evaluation compares the test split
@@ -10,8 +10,8 @@ with the `.npz` files that `configs/ood.py` names. Human votes are read from `da
 from typing import Any
 
 from configs import ood
+from jevb_study.spec import Comparison, Result, Study
 from studies import cifar10_small
-from studies.spec import Comparison, Result, Study
 
 METHODS = ("jevb", "vi_simsiam", "simsiam")
 

@@ -1,6 +1,6 @@
 """The CPU version of the study: 10,000 CIFAR-10 images at 16 pixels, ResNet-8, 8 epochs, AdamW.
 
-python -m studies.run studies/cifar10_small.py --out=runs/cifar10_small --num_processes=2
+jevb-study studies/cifar10_small.py --out=runs/cifar10_small --num_processes=2
 
 Reads `data/cifar10_train.npz` and `data/cifar10_test.npz` (`images`, `labels`). Encoder, optimizer,
 schedule, augmentation and epochs are the same for every method. Each method has its own heads, scaled
@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from configs import cifar10
-from studies.spec import Comparison, Curves, Logged, Result, Study, Sweep
+from jevb_study.spec import Comparison, Curves, Logged, Result, Study, Sweep
 
 DFS = (1.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, math.inf)
 METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")

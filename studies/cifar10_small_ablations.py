@@ -1,13 +1,13 @@
 """Ablations of JEVB with the unit prior: one change at a time in the recipe of `cifar10_small`.
 
-python -m studies.run studies/cifar10_small_ablations.py --out=runs/ablations --num_processes=2
+jevb-study studies/cifar10_small_ablations.py --out=runs/ablations --num_processes=2
 """
 
 import math
 from typing import Any
 
+from jevb_study.spec import Comparison, Curves, Study, Sweep
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
-from studies.spec import Comparison, Curves, Study, Sweep
 
 DFS = (1.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, math.inf)
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Width of the likelihood relative to the prior: KL weight, prior scale, degrees of freedom.
 
-python -m studies.run studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
+jevb-study studies/cifar10_small_scale.py --out=runs/cifar10_scale --num_processes=2
 
 Uses the recipe of `cifar10_small` to choose defaults. One seed can only show where to look further.
 """
@@ -8,8 +8,8 @@ Uses the recipe of `cifar10_small` to choose defaults. One seed can only show wh
 import math
 from typing import Any
 
+from jevb_study.spec import Comparison, Curves, Study, Sweep
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
-from studies.spec import Comparison, Curves, Study, Sweep
 
 # (weight of the KL, scale of the prior, degrees of freedom)
 CELLS = (

@@ -1,6 +1,6 @@
 """The effect of the start of residual blocks and of the optimizer (`docs/full_size.md`).
 
-python -m studies.run studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
+jevb-study studies/cifar10_small_start.py --out=runs/cifar10_start --num_processes=2
 
 Uses the recipe of `cifar10_small` with its AdamW and with the SGD that `configs/cifar10.py` used
 before. One seed.
@@ -8,8 +8,8 @@ before. One seed.
 
 from typing import Any
 
+from jevb_study.spec import Comparison, Study
 from studies.cifar10_small import ACCURACIES, MEASURES, method_config
-from studies.spec import Comparison, Study
 
 # (method, optimizer, its rate, weight decay)
 RECIPES = (

@@ -1,6 +1,6 @@
 """Evaluates the methods of `cifar10_small` on the test split, after all choices are made.
 
-python -m studies.run studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
+jevb-study studies/cifar10_small_test.py --out=runs/cifar10_test --num_processes=2
 
 If `--out` holds copies of finished run directories of `cifar10_small`, they are evaluated again and not
 trained again.
@@ -8,8 +8,8 @@ trained again.
 
 from typing import Any
 
+from jevb_study.spec import Comparison, Study
 from studies.cifar10_small import ACCURACIES, MEASURES, METHODS, method_config
-from studies.spec import Comparison, Study
 
 
 def get_study() -> Study:

@@ -1,6 +1,6 @@
 """The quality of JEVB's uncertainty for several head inputs, tails, masses and KL weights.
 
-python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty
+jevb-study studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty
 
 The recipe is that of `cifar10_ood` with 20,000 images (1,248 steps); residual blocks start active.
 Detection is measured on the 10,000 test images against 1,000 images of each outside set. These sets are
@@ -10,8 +10,8 @@ the `.npz` files that `configs/ood.py` names. Human votes are read from `data/ci
 import math
 from typing import Any
 
+from jevb_study.spec import Comparison, Logged, Result, Study
 from studies import cifar10_ood
-from studies.spec import Comparison, Logged, Result, Study
 
 # Scores of the table, by the name of the column.
 SCORES = {

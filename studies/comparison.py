@@ -19,15 +19,15 @@ from pathlib import Path
 from jevb_jax.runs import files
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-_ONE_CLASS = "python -m studies.run studies/one_class_digits.py --out=runs/one_class_digits"
-_ADJACENT = "python -m studies.run studies/adjacent_digits.py --out=runs/adjacent_digits"
-_UNCERTAINTY = "python -m studies.run studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty"
+_ONE_CLASS = "jevb-study studies/one_class_digits.py --out=runs/one_class_digits"
+_ADJACENT = "jevb-study studies/adjacent_digits.py --out=runs/adjacent_digits"
+_UNCERTAINTY = "jevb-study studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty"
 _RUNS = "runs/cifar10_uncertainty/runs/direction/seed_*"
 _URL_COMMAND = f"{_UNCERTAINTY}\npython -m studies.detection_table {_RUNS} --out=runs/url"
-_TEST = "python -m studies.run studies/cifar10_small_test.py --out=runs/test"
+_TEST = "jevb-study studies/cifar10_small_test.py --out=runs/test"
 _FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # see full_size.md"
-_FULL_RUN = "python -m studies.run studies/full_size.py --out=runs/full_size  # its run jevb"
-_FULL_SIMSIAM = "python -m studies.run studies/full_size.py --out=runs/full_size  # its run simsiam"
+_FULL_RUN = "jevb-study studies/full_size.py --out=runs/full_size  # its run jevb"
+_FULL_SIMSIAM = "jevb-study studies/full_size.py --out=runs/full_size  # its run simsiam"
 _SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
 
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from jevb_jax.evaluation.outside_sets import CORRUPTED
 from jevb_jax.report.tables import csv_table, markdown_table
 from jevb_jax.runs import files
-from studies import mistakes_as_messages
-from studies.evidence import read_run
+from jevb_study import mistakes
+from jevb_study.evidence import read_run
 
 # Prefixes of measures that check a score in other ways than detection. They belong to no outside set.
 _USES = (
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, type=files.to_path)
     flags = parser.parse_args(arguments)
     command = f"python -m studies.detection_table {' '.join(arguments)}"
-    with mistakes_as_messages():
+    with mistakes.as_messages():
         runs = [read_detection_run(directory) for directory in flags.runs]
         write_detection_table(runs, flags.out, command=command)
 

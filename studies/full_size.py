@@ -1,6 +1,6 @@
 """Full size: CIFAR-10, ResNet-18, bfloat16, 100 epochs, JEVB and SimSiam, with detection.
 
-python -m studies.run studies/full_size.py --out=runs/full_size --num_processes=4
+jevb-study studies/full_size.py --out=runs/full_size --num_processes=4
 
 For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_test.npz` and the sets of
 `configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
@@ -12,8 +12,8 @@ does not use that.
 from typing import Any
 
 from configs import ood
+from jevb_study.spec import Comparison, Curves, Logged, Result, Study
 from studies import full_size_screening
-from studies.spec import Comparison, Curves, Logged, Result, Study
 
 _ACCURACIES = {
     "linear accuracy": "linear_accuracy",

@@ -1,6 +1,6 @@
 """Short runs at full size that choose a recipe: CIFAR-10, ResNet-18, bfloat16, 12 epochs each.
 
-python -m studies.run studies/full_size_screening.py --out=runs/full_size_screening --num_processes=6
+jevb-study studies/full_size_screening.py --out=runs/full_size_screening --num_processes=6
 
 For one GPU with 80 GB; the runs share it. Reads `data/cifar10_train.npz` and `data/cifar10_test.npz`
 (`images`, `labels`). Every choice is made by k-NN on the validation split.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from configs import cifar10
-from studies.spec import Comparison, Curves, Logged, Result, Study
+from jevb_study.spec import Comparison, Curves, Logged, Result, Study
 
 _ACCURACY = "10-NN accuracy"
 _KNN = "validation/knn_10_uniform_accuracy"

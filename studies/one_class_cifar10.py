@@ -1,12 +1,12 @@
 """One-class detection on CIFAR-10: ten runs, each trained on one class, and their mean AUROC.
 
-python -m studies.run studies/one_class_cifar10.py --out=runs/one_class_cifar10
+jevb-study studies/one_class_cifar10.py --out=runs/one_class_cifar10
 
 Reads CIFAR-10 through TFDS and needs an accelerator. The version for a CPU is `one_class_digits.py`.
 """
 
+from jevb_study.spec import Study
 from studies import one_class_digits
-from studies.spec import Study
 
 
 def get_study() -> Study:

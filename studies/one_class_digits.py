@@ -1,6 +1,6 @@
 """One-class detection on digits: ten runs, each trained on one digit, and their mean AUROC.
 
-python -m studies.run studies/one_class_digits.py --out=runs/one_class_digits --num_processes=2
+jevb-study studies/one_class_digits.py --out=runs/one_class_digits --num_processes=2
 
 The scores are those of `configs/ood.py`, fitted without labels. No choice uses outside images.
 """
@@ -8,7 +8,7 @@ The scores are those of `configs/ood.py`, fitted without labels. No choice uses 
 from typing import Any
 
 from configs import one_class
-from studies.spec import Comparison, Result, Study
+from jevb_study.spec import Comparison, Result, Study
 
 SCORES = {
     "scale": "jevb/scale_mahalanobis",

@@ -1,6 +1,6 @@
 """The runs of `full_size_screening` on a CPU: narrower networks at 16 pixels, all training images.
 
-python -m studies.run studies/rehearsal.py --out=runs/rehearsal
+jevb-study studies/rehearsal.py --out=runs/rehearsal
 
 The optimizer, batch size, schedule and likelihood are those of full size. The network is ResNet-18 with
 a quarter of its width and heads a quarter as wide. A run takes 75 minutes on one core of a busy
@@ -9,8 +9,8 @@ machine. At 32 pixels it would take about four times as long.
 
 from typing import Any
 
+from jevb_study.spec import Study
 from studies import full_size_screening
-from studies.spec import Study
 
 
 def run_config(method: str, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ from jevb_jax.training.experiment import build_experiment
 
 STUDY = """
 from configs import smoke
-from studies.spec import Result, Study
+from jevb_study.spec import Result, Study
 
 def get_study():
     config = smoke.get_config()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jevb_jax import command_line
+from jevb_jax import command_line, config_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
@@ -132,7 +132,7 @@ def test_programs_configs_and_settings_of_the_pages_exist(monkeypatch):
             for flag, given in files:
                 if given.startswith("runs/"):
                     continue
-                config = command_line._load_config(flag, command_line._file(given))
+                config = config_files.load(flag, config_files.file_of(given))
                 argv = ["x", *re.findall(rf"--(?:no)?{flag}\.[\w.]+", line)]
                 command_line._check_overrides(argv, flag, config)
     assert len(configs) > 8

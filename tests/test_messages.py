@@ -20,7 +20,7 @@ from absl import flags
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import arguments, command_line, messages
+from jevb_jax import arguments, command_line, config_files, messages
 from jevb_jax.evaluation import detection_metrics
 from jevb_jax.images import batch_order, random_bits
 from jevb_jax.images.source import ArraySource
@@ -60,7 +60,7 @@ def test_memory_that_runs_out_says_what_takes_less(work):
         assert name in message
     names = [word for word in message.replace(",", " ").replace("=", " ").split() if "." in word]
     told = [name for name in names if name.split(".")[0] in smoke.get_config()]
-    assert set(told) <= set(command_line._dotted(smoke.get_config()))
+    assert set(told) <= set(config_files.settings_of(smoke.get_config()))
     assert len(told) >= 10
 
 
@@ -162,7 +162,7 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
         assert made[-1] == "--a"
         given = command_line._value(made, "config") or ""
         assert given == f"{ROOT}/configs/saved.py:{path}"
-        loaded = command_line._load_config("config", given)
+        loaded = config_files.load("config", given)
         assert loaded.to_dict() == config.to_dict()
         assert loaded.jevb.df == float("inf")
         loaded.seed = 5  # not locked: overrides change it
@@ -195,8 +195,8 @@ def test_configs_that_cannot_be_read_are_one_message(tmp_path, given, message):
     (tmp_path / "empty.py").write_text("def get_config(): pass")
     places = {"tmp": tmp_path, "root": ROOT}
     argv = command_line._with_files(["x", f"--config={given.format(**places)}"], "config")
-    with pytest.raises(flags.Error) as error:
-        command_line._load_config("config", command_line._value(argv, "config") or "")
+    with pytest.raises(config_files.ConfigFileError) as error:
+        config_files.load("config", command_line._value(argv, "config") or "")
     assert message.format(**places) in str(error.value)
     assert "Traceback" not in str(error.value)
 
@@ -210,18 +210,18 @@ def test_names_of_configs_of_the_package_and_files_that_come_first(tmp_path, mon
             f"--config={expected}"
         ]
         assert command_line._with_files(["x", "--config", given], "config")[-1] == expected
-        assert command_line._load_config("config", expected).method == method
+        assert config_files.load("config", expected).method == method
     (tmp_path / "digits").mkdir()  # a run of that name is no file
-    assert command_line._file("digits") == f"{ROOT}/configs/digits.py"
+    assert config_files.file_of("digits") == f"{ROOT}/configs/digits.py"
     (tmp_path / "smoke").write_text("")
     for given in ("smoke", "configs/smoke.py", "x.py:digits", "recipes", "digits.py", "../digits"):
-        assert command_line._file(given) == given
+        assert config_files.file_of(given) == given
 
 
 def test_a_fault_in_a_config_file_is_not_hidden(tmp_path):
     (tmp_path / "bad.py").write_text("def get_config():\n    return {}['method']\n")
     with pytest.raises(KeyError):
-        command_line._load_config("config", str(tmp_path / "bad.py"))
+        config_files.load("config", str(tmp_path / "bad.py"))
 
 
 @pytest.mark.parametrize(

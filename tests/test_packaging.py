@@ -27,7 +27,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 def test_every_file_of_the_package_is_installed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     # Every folder with an __init__.py, and no other.
-    assert settings["packages"]["find"] == {"include": ["jevb_jax*"], "namespaces": False}
+    found = {"include": ["jevb_jax*", "jevb_study"], "namespaces": False}
+    assert settings["packages"]["find"] == found
     patterns = settings["package-data"]
     files = [
         path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
@@ -103,13 +104,16 @@ def test_requirements_are_the_core_every_extra_and_pytest():
 
 def test_every_import_comes_with_the_core_or_the_extra_that_its_error_names():
     imported: set[str] = set()
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
+    files = [
+        one for name in ("jevb_jax", "jevb_study", "configs") for one in (ROOT / name).rglob("*.py")
+    ]
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).partition(".")[0])
-    imported -= {*sys.stdlib_module_names, "jevb_jax"}
+    imported -= {*sys.stdlib_module_names, "jevb_jax", "jevb_study"}
     of_module = importlib.metadata.packages_distributions()
     core, train = brought(""), brought("train")
     for name in imported:
@@ -143,7 +147,7 @@ for name in ("load", "Detector", "SphericalStudentT"):
     except ModuleNotFoundError as error:
         print(name, error)
 from jevb_jax import entry_points
-for name in ("train", "evaluate", "finetune", "export"):
+for name in ("train", "evaluate", "finetune", "export", "study"):
     try:
         getattr(entry_points, name)()
     except SystemExit as error:
@@ -157,7 +161,7 @@ for name in ("train", "evaluate", "finetune", "export"):
     told = dict(line.split(" ", 1) for line in lines)
     assert list(told) == [
         *("load", "Detector", "SphericalStudentT"),
-        *("train", "evaluate", "finetune", "export"),
+        *("train", "evaluate", "finetune", "export", "study"),
     ]
     for name, message in told.items():
         extra = "distrax" if name == "SphericalStudentT" else "train"
@@ -187,7 +191,7 @@ def test_the_installed_wheel_trains_without_a_checkout(tmp_path):
     """
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("jevb_jax", "configs"):
+    for name in ("jevb_jax", "jevb_study", "configs"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -232,6 +236,9 @@ def test_the_installed_wheel_trains_without_a_checkout(tmp_path):
         programs / "jevb-train", "--config=smoke", "--workdir=run", *(f"--config.{x}" for x in small)
     )  # fmt: skip
     assert (tmp_path / "run" / "report.html").is_file()
+    study = (programs / "jevb-study", "--config=smoke", "--vary=jevb.df=1,inf")
+    call(*study, "--report_only", "--out=run")
+    assert "jevb.df=inf | 0 of 1" in (tmp_path / "run" / "table.md").read_text()
     environment = (tmp_path / "run" / "environment.json").read_text()
     assert f'"jevb-jax": "{PROJECT["version"]}"' in environment
     assert '"commit": null' in environment

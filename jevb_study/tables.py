@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jevb_jax.report import tables
-from studies.evidence import Evidence
-from studies.spec import Logged
+from jevb_study.evidence import Evidence
+from jevb_study.spec import Logged
 
 
 def in_digits_of(value: float, near: float) -> str:

@@ -1,6 +1,7 @@
 """Runs a study: many configs with a few seeds each, one table, one figure for each claim.
 
-`python -m studies.run studies/NAME.py --out=DIR [--num_processes=1] [--report_only]`
+`jevb-study FILE.py --out=DIR [--num_processes=1] [--report_only]` takes a study file;
+`jevb-study --config=NAME --vary=SETTING=VALUE,VALUE --seeds=0,1,2 --out=DIR` needs none.
 
 Each run of each seed has its own process and its own directory, `DIR/runs/NAME/seed_0`. After a kill,
 the same command continues the study. It never repeats a finished run. The report is made from the run
@@ -10,6 +11,7 @@ directories alone.
 import argparse
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,10 +33,10 @@ from jevb_jax.training import resume
 from jevb_jax.training.loop import NonFiniteError
 from jevb_jax.training.resume import ChangedConfigError
 from jevb_jax.xla_options import CACHE_VARIABLE
-from studies import figures, mistakes_as_messages, tables
-from studies.evidence import RunData, read_evidence, read_run
-from studies.spec import PlannedRun, Study, load_study
-from studies.train_one import ASKED_CONFIG
+from jevb_study import figures, mistakes, sweeps, tables
+from jevb_study.evidence import RunData, read_evidence, read_run
+from jevb_study.spec import PlannedRun, Study, load_study
+from jevb_study.train_one import ASKED_CONFIG
 
 _STOPPED_STATUS = 128 + signal.SIGINT
 _SHOWN_LINES = 30  # last lines of the log of a run that broke, enough for its traceback
@@ -96,7 +98,7 @@ def _prepare(run: PlannedRun) -> None:
 
 
 def _command(directory: Path) -> list[str]:
-    return [sys.executable, "-u", "-m", "studies.train_one", str(directory)]
+    return [sys.executable, "-u", "-m", "jevb_study.train_one", str(directory)]
 
 
 def _environment(out: Path, num_processes: int) -> dict[str, str]:
@@ -273,24 +275,34 @@ def run_study(
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns its exit status."""
-    parser = argparse.ArgumentParser("python -m studies.run", description=__doc__)
-    parser.add_argument("study", help="Python file with get_study()")
+    parser = argparse.ArgumentParser(
+        "jevb-study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", nargs="?", help="Python file with get_study()")
     parser.add_argument("--out", required=True, help="directory of the study")
     parser.add_argument("--num_processes", type=int, default=1, help="runs at once")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
-    flags = parser.parse_args(arguments)
-    if flags.num_processes < 1:
-        parser.error(f"--num_processes must be at least 1, got {flags.num_processes}")
-    command = f"python -m studies.run {flags.study} --out={flags.out}"
-    with mistakes_as_messages():
-        study = load_study(flags.study)
-        if flags.report_only:
-            write_report(study, flags.out, command=f"{command} --report_only")
+    sweeps.add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.num_processes < 1:
+        parser.error(f"--num_processes must be at least 1, got {options.num_processes}")
+    if sweeps.is_asked(options) == (options.study is not None):
+        parser.error("give a study file or --config, and not both")
+    if not sweeps.is_asked(options) and (options.vary or options.set or options.seeds):
+        parser.error("--vary, --set and --seeds belong to --config; a study file has its own")
+    command = f"jevb-study {shlex.join(arguments)}"
+    with mistakes.as_messages():
+        study = (
+            sweeps.from_options(options) if sweeps.is_asked(options) else load_study(options.study)
+        )
+        if options.report_only:
+            write_report(study, options.out, command=command)
             return 0
         study.check_settings()
-        return run_study(study, flags.out, command=command, num_processes=flags.num_processes)
+        return run_study(study, options.out, command=command, num_processes=options.num_processes)
 
 
-if __name__ == "__main__":
+def start() -> int:
+    """The command itself; returns its exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main(sys.argv[1:]))
+    return main(sys.argv[1:])

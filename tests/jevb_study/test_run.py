@@ -20,10 +20,10 @@ from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.runs.files import DirectoryInUseError
 from jevb_jax.training.resume import ChangedConfigError
-from studies import run
-from studies.evidence import read_run
-from studies.spec import Study
-from tests.studies.fabricated import ENVIRONMENT, MEASURES, config, directory, fabricate, rows
+from jevb_study import run
+from jevb_study.evidence import read_run
+from jevb_study.spec import Study
+from tests.jevb_study.fabricated import ENVIRONMENT, MEASURES, config, directory, fabricate, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -288,7 +288,7 @@ def test_training_in_a_directory_in_use_is_refused_and_changes_nothing(tmp_path)
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "mine.py"
     text = (
-        "from configs import smoke\nfrom studies.spec import Logged, Study\n"
+        "from configs import smoke\nfrom jevb_study.spec import Logged, Study\n"
         "def get_study():\n"
         "    return Study('Mine', {'a': smoke.get_config()}, (0,), (Logged('m', 'k'),))\n"
     )
@@ -296,7 +296,7 @@ def test_command_line(tmp_path, capsys):
     flags = [str(path), f"--out={tmp_path}", "--report_only"]
     assert run.main(flags) == 0
     assert rows(tmp_path)["a"] == ["0 of 1; seed 0 not started", "-"]
-    command = f"python -m studies.run {path} --out={tmp_path} --report_only"
+    command = f"jevb-study {path} --out={tmp_path} --report_only"
     assert command in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit, match="no does not exist"):
         run.main([str(path), f"--out={tmp_path}/no", "--report_only"])
@@ -316,7 +316,7 @@ def test_command_line(tmp_path, capsys):
 def test_settings_that_a_run_refuses_are_refused_before_any_runs(tmp_path, stubbed):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from configs import smoke\nfrom studies.spec import Logged, Study\n"
+        "from configs import smoke\nfrom jevb_study.spec import Logged, Study\n"
         "def get_study():\n"
         "    bad = smoke.get_config()\n"
         "    bad.train.num_epochs = -1\n"
@@ -342,7 +342,7 @@ def wait_until(condition: Any, *, seconds: float = 300) -> None:
 
 STUDY = """
 from configs import smoke
-from studies.spec import Comparison, Curves, Logged, Result, Study
+from jevb_study.spec import Comparison, Curves, Logged, Result, Study
 
 def config(split_seed=0):
     made = smoke.get_config()
@@ -376,7 +376,7 @@ def test_killed_and_stopped_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(STUDY)
     settings: Any = {"env": {**os.environ, "JAX_PLATFORMS": "cpu"}, "cwd": ROOT}
-    command = [sys.executable, "-m", "studies.run", str(file), f"--out={out}"]
+    command = [sys.executable, "-m", "jevb_study", str(file), f"--out={out}"]
     killed, stopped = directory(out, "a", 0), directory(out, "b", 0)
     for number, where in ((signal.SIGKILL, killed), (signal.SIGTERM, stopped)):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings) as process:
@@ -411,7 +411,7 @@ def test_killed_and_stopped_study_goes_on_and_agrees_with_single_runs(tmp_path):
     assert diverged.failure["config_hash"] == config_hash(diverged.config or {})
 
     code = (
-        "import sys; from jevb_jax import commands; from studies.spec import load_study; "
+        "import sys; from jevb_jax import commands; from jevb_study.spec import load_study; "
         "commands.train(load_study(sys.argv[1]).runs['b'], sys.argv[2])"
     )
     alone = tmp_path / "alone"

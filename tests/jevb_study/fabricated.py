@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from configs import smoke
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.training.experiment import to_json_values
-from studies.spec import Logged, Result, Study
+from jevb_study.spec import Logged, Result, Study
 
 ENVIRONMENT = {
     "commit": "abc123",

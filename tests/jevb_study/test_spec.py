@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from jevb_jax.training import experiment
-from studies.spec import Comparison, Curves, Logged, Study, Sweep, load_study
-from tests.studies.fabricated import config
+from jevb_study.spec import Comparison, Curves, Logged, Study, Sweep, load_study
+from tests.jevb_study.fabricated import config
 
 STUDIES = [
     path

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from studies.evidence import Evidence, RunData
-from studies.spec import Comparison, Curves, Figure, Sweep
+from jevb_study.evidence import Evidence, RunData
+from jevb_study.spec import Comparison, Curves, Figure, Sweep
 
 _COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito
 _DASHES = ("-", "--", ":", "-.")

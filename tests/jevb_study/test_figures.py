@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from studies import figures
-from studies.evidence import read_evidence
-from studies.spec import Study, Sweep
-from tests.studies.fabricated import directory
+from jevb_study import figures
+from jevb_study.evidence import read_evidence
+from jevb_study.spec import Study, Sweep
+from tests.jevb_study.fabricated import directory
 
 
 def panels(number: int, made: Study, out: Path) -> list[Any]:

@@ -19,8 +19,8 @@ from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.runs.files import DirectoryInUseError
 from jevb_jax.training.experiment import to_json_values
 from jevb_jax.training.loop import NonFiniteError
-from studies import mistakes_as_messages
-from studies.train_one import ASKED_CONFIG, train_one
+from jevb_study import mistakes
+from jevb_study.train_one import ASKED_CONFIG, train_one
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,7 +84,7 @@ def test_its_log_has_one_line_of_a_mistake(tmp_path):
     stdin, held_open = os.pipe()  # by the study
     with os.fdopen(stdin), os.fdopen(held_open, "w"):
         ended = subprocess.run(
-            [sys.executable, "-m", "studies.train_one", tmp_path],
+            [sys.executable, "-m", "jevb_study.train_one", tmp_path],
             cwd=ROOT, capture_output=True, text=True, check=False, stdin=stdin,
         )  # fmt: skip
     assert ended.returncode == 1
@@ -97,7 +97,7 @@ def test_its_log_has_one_line_of_a_mistake(tmp_path):
     ("error", "is_shown"), [(KeyError("bug"), True), (OSError("no disk"), False)]
 )
 def test_a_bug_is_raised_and_a_mistake_is_told(error, is_shown):
-    with pytest.raises(KeyError if is_shown else SystemExit), mistakes_as_messages():
+    with pytest.raises(KeyError if is_shown else SystemExit), mistakes.as_messages():
         raise error
 
 
@@ -106,7 +106,7 @@ def test_it_stops_when_its_standard_input_ends(tmp_path, asked):
     code = (
         "import runpy, sys, time; from jevb_jax import commands\n"
         "commands.train = lambda *_: (print('training', flush=True), time.sleep(300))\n"
-        "runpy.run_module('studies.train_one', run_name='__main__')"
+        "runpy.run_module('jevb_study.train_one', run_name='__main__')"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from studies.spec import Comparison, Curves, Study, Sweep
-from tests.studies.fabricated import MEASURES, config, fabricate
+from jevb_study.spec import Comparison, Curves, Study, Sweep
+from tests.jevb_study.fabricated import MEASURES, config, fabricate
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from studies import tables
-from studies.run import write_report
-from studies.spec import Result, Study
-from tests.studies.fabricated import MEASURES, config, directory, fabricate, rows
+from jevb_study import tables
+from jevb_study.run import write_report
+from jevb_study.spec import Result, Study
+from tests.jevb_study.fabricated import MEASURES, config, directory, fabricate, rows
 
 
 def test_average_of_runs_is_taken_seed_by_seed(tmp_path):
@@ -39,7 +39,7 @@ def test_average_of_runs_is_taken_seed_by_seed(tmp_path):
 
 def test_table_agrees_with_numpy(fabricated):
     made, out = fabricated
-    write_report(made, out, command="python -m studies.run --this")
+    write_report(made, out, command="python -m jevb_study --this")
     table = rows(out)
     assert table["run"] == ["finished", *(measure.label for measure in MEASURES)]
     mean, spread = np.mean([0.5, 0.52, 0.57]), np.std([0.5, 0.52, 0.57], ddof=1)
@@ -57,7 +57,7 @@ def test_table_agrees_with_numpy(fabricated):
     text = (out / "table.md").read_text()
     for fact in (
         "# Tails",
-        "command: `python -m studies.run --this`",
+        "command: `python -m jevb_study --this`",
         "seeds: 0, 1, 2",
         "commit: abc123",
         "jax: 0.10.2",

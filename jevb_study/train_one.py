@@ -1,4 +1,4 @@
-"""The process that trains one run of a study: `python -m studies.train_one RUN_DIRECTORY`.
+"""The process that trains one run of a study: `python -m jevb_study.train_one RUN_DIRECTORY`.
 
 It trains with the config that the study wrote into the directory. It watches its standard input, which
 the study keeps open. When that input ends, the study has stopped or died. The run then finishes its
@@ -19,7 +19,7 @@ from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import config_hash
 from jevb_jax.settings import run_config
 from jevb_jax.training.loop import NonFiniteError
-from studies import mistakes_as_messages
+from jevb_study import mistakes
 
 ASKED_CONFIG = "asked_config.json"
 
@@ -51,5 +51,5 @@ def train_one(directory: Path) -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_stop_with_study, daemon=True).start()
-    with mistakes_as_messages():
+    with mistakes.as_messages():
         train_one(files.to_path(sys.argv[1]))

@@ -10,7 +10,7 @@ from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import changed_keys
 from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings.saved_config import saved_config
-from studies.spec import Measure, PlannedRun, Result, Study
+from jevb_study.spec import Measure, PlannedRun, Result, Study
 
 
 class RunData(NamedTuple):
