@@ -226,6 +226,8 @@ def get_config() -> ConfigDict:
             "knn_k": (50,),
             "ssd_clusters": (1, 10),
             "norm_exponents": (),  # beta of representation/mahalanobis_beta_*, each in [0, 4]
+            # representation/mahalanobis_beta_by_dimension chooses among these; () = no such score.
+            "norm_exponent_choices": (),
             "mixture_df": 5.0,  # df of the kernels of jevb/mixture; inf is the Gaussian
             "residual_share": 0.5,  # dimension of the principal subspace / number of features
             # Crops of each of four rotations of an image for embedding/csi (10 as published); 0 = off.

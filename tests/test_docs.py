@@ -13,7 +13,7 @@ from jevb_jax import command_line, config_files
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
 MATHEMATICS = ROOT / "docs" / "mathematics.md"
-NUM_EQUATIONS = 44
+NUM_EQUATIONS = 45
 
 FUNCTION_LINK = re.compile(r"\[`(?P<name>\w+)`\]\(\.\./(?P<path>(?:jevb_jax|tests)/[\w/]+\.py)\)")
 

@@ -1,5 +1,6 @@
 """Mahalanobis distances of features whose lengths are raised to a power."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,12 +57,28 @@ def _scaled_to_fit(values: Array, exponent: Array) -> tuple[Array, Array]:
     return _scaled(values, exponent, unit), unit
 
 
+def scaled_features(features: ArrayLike, *, exponent: float) -> Array:
+    """`x / |x|^beta` up to a common factor, `[M, F]` (docs eq. 44).
+
+    Args:
+      features: `[M, F]`, in distribution.
+      exponent: `beta`, in [0, 4].
+
+    Raises:
+      ValueError: the exponent is outside its range, or the features are no finite matrix.
+      TypeError: the exponent is not a number.
+    """
+    (beta,) = checked_exponents("exponent", (exponent,))
+    values = np.asarray(checked_fit_features("features", features), np.float32)
+    scaled, _ = _scaled_to_fit(jnp.asarray(values), jnp.asarray(beta, jnp.float32))
+    return scaled
+
+
 def fit_scaled_mahalanobis(features: ArrayLike, *, exponent: float) -> ScaledGaussians:
     """Mahalanobis distance of `x / |x|^beta` (docs eq. 44; arXiv 2510.15202).
 
     With `beta` 0 this is `fit_mahalanobis`, and with 1 `fit_ssd` with one cluster. Above 1, short
-    features are far from the others. The source chooses `beta` from in-distribution data by a rule that
-    we do not have: choose it on validation sets (`ood.choice`).
+    features are far from the others. `fit_by_local_dimension` chooses `beta`.
 
     Args:
       features: `[M, F]`, in distribution.
@@ -88,6 +105,65 @@ def fit_scaled_mahalanobis(features: ArrayLike, *, exponent: float) -> ScaledGau
         )
     mean, whitening = mean_and_whitening(np.asarray(scaled, np.float64))
     return ScaledGaussians(gaussians_of(mean[None], whitening[None]), power, unit)
+
+
+# More rows change the estimate little, and the search is quadratic in them.
+_MOST_ROWS = 2000
+
+
+def local_dimension(features: ArrayLike, *, num_neighbors: int = 20) -> float:
+    """Local intrinsic dimension of a set of features (docs eq. 45).
+
+    The estimator of maximum likelihood by Levina and Bickel (2004), with the mean over points that
+    MacKay and Ghahramani (2005) correct: over the inverse dimensions. It reads the ratios of the
+    distances from a point to its nearest neighbors. Equal rows count as one.
+
+    Args:
+      features: `[M, F]`, float; at least `num_neighbors + 1` different rows. At most 2,000 rows, evenly
+        spaced, are read.
+      num_neighbors: neighbors of each point, at least 3.
+
+    Raises:
+      ValueError: there are too few rows or neighbors.
+    """
+    from sklearn.neighbors import NearestNeighbors  # a training starts without it
+
+    k = arguments.whole_number("num_neighbors", num_neighbors, at_least=3)
+    values = np.asarray(features, np.float64)
+    step = max(1, -(-len(values) // _MOST_ROWS))
+    rows = np.unique(values[::step], axis=0)
+    if len(rows) <= k:
+        raise ValueError(
+            f"the local dimension needs more than num_neighbors={k} different rows, got {len(rows)}"
+        )
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows)
+    distances, _ = search.kneighbors()  # of each row to the others
+    with np.errstate(divide="ignore"):  # rows that differ in the last bits may have distance zero
+        inverse = np.mean(np.log(distances[:, -1:] / distances[:, :-1]), axis=1)
+    return float(1 / np.mean(inverse[np.isfinite(inverse)]))
+
+
+def fit_by_local_dimension(features: ArrayLike, *, exponents: Sequence[float]) -> ScaledGaussians:
+    """`fit_scaled_mahalanobis` with the exponent whose features have the lowest local dimension.
+
+    The source (arXiv 2510.15202) chooses `beta` by a measure of in-distribution features that is made of
+    their spectrum and their local intrinsic dimension. Its formula is not in the abstract, which is all
+    that we have. This rule (docs eq. 45) is ours. It reads neither labels nor outside images.
+
+    Args:
+      features: `[M, F]`, in distribution.
+      exponents: the values of `beta` to choose from, each in [0, 4].
+
+    Raises:
+      ValueError: there is no exponent, or for the reasons of `local_dimension` and
+        `fit_scaled_mahalanobis`.
+      TypeError: an exponent is not a number.
+    """
+    betas = checked_exponents("exponents", tuple(exponents))
+    if not betas:
+        raise ValueError("exponents must name at least one number in [0, 4], got none")
+    dimensions = {beta: local_dimension(scaled_features(features, exponent=beta)) for beta in betas}
+    return fit_scaled_mahalanobis(features, exponent=min(dimensions, key=dimensions.__getitem__))
 
 
 def checked_exponents(name: str, exponents: tuple[float, ...]) -> tuple[float, ...]:

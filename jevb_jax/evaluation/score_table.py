@@ -68,10 +68,10 @@ class ScoreSettings:
       residual_share: share of the features, in (0, 1), that the principal subspace spans.
       mixture_df: degrees of freedom of the kernels of JEVB's mixture over training images.
       norm_exponents: exponents of `scaled_mahalanobis.fit_scaled_mahalanobis`; one score for each.
+      norm_exponent_choices: exponents of `fit_by_local_dimension`; none = no such score.
 
     Raises:
-      ValueError: a count is below one, the share is outside (0, 1), an exponent is outside [0, 4], or
-        the degrees of freedom are not positive.
+      ValueError: a value is out of range; the message names its range.
       TypeError: a count is not an integer, or another value is not a number.
     """
 
@@ -80,6 +80,7 @@ class ScoreSettings:
     residual_share: float
     mixture_df: float
     norm_exponents: tuple[float, ...] = ()
+    norm_exponent_choices: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("knn_k", "ssd_clusters"):
@@ -94,8 +95,9 @@ class ScoreSettings:
         if not df > 0:
             raise ValueError(f"ood.mixture_df must be positive, got {df}")
         object.__setattr__(self, "mixture_df", df)
-        exponents = scaled_mahalanobis.checked_exponents("ood.norm_exponents", self.norm_exponents)
-        object.__setattr__(self, "norm_exponents", exponents)
+        for name in ("norm_exponents", "norm_exponent_choices"):
+            betas = scaled_mahalanobis.checked_exponents(f"ood.{name}", getattr(self, name))
+            object.__setattr__(self, name, betas)
 
     def num_components(self, features: Any) -> int:
         """Dimension of the principal subspace of features `[N, F]`."""
@@ -106,13 +108,8 @@ class ScoreSettings:
 
 def score_settings(section: OodSection) -> ScoreSettings:
     """The settings in the section `ood` of a config."""
-    return ScoreSettings(
-        knn_k=section.knn_k,
-        ssd_clusters=section.ssd_clusters,
-        residual_share=section.residual_share,
-        mixture_df=section.mixture_df,
-        norm_exponents=section.norm_exponents,
-    )
+    fields = dataclasses.fields(ScoreSettings)
+    return ScoreSettings(**{field.name: getattr(section, field.name) for field in fields})
 
 
 @jax.tree_util.register_dataclass
@@ -387,6 +384,9 @@ def score_table(
     for beta in settings.norm_exponents:
         scaled = fit(made_of, scaled_mahalanobis.fit_scaled_mahalanobis, exponent=beta)
         table[f"representation/mahalanobis_beta_{beta:g}"] = fitted(made_of, make=scaled)
+    if betas := settings.norm_exponent_choices:
+        chosen = fit(made_of, scaled_mahalanobis.fit_by_local_dimension, exponents=betas)
+        table["representation/mahalanobis_beta_by_dimension"] = fitted(made_of, make=chosen)
     table |= {
         "representation/ssd_published": fitted(
             made_of, make=fit(made_of, gaussian_detectors.fit_published_ssd)

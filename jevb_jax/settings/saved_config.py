@@ -18,7 +18,13 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
     "jevb": {"tails": "joint", "normalized": False},
-    "ood": {"mixture_df": 5.0, "csi_crops": 0, "loss_prediction": False, "norm_exponents": []},
+    "ood": {
+        "mixture_df": 5.0,
+        "csi_crops": 0,
+        "loss_prediction": False,
+        "norm_exponents": [],
+        "norm_exponent_choices": [],
+    },
     "train": {"extend": False, "knn_every_epochs": 0, "bn_over_views": False},
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
     # The old runs saved none. If one is evaluated again, it gets them.

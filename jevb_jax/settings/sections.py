@@ -298,6 +298,7 @@ class OodSection:
     knn_k: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
     ssd_clusters: Annotated[tuple[int, ...], many(integer(1))]
     norm_exponents: Annotated[tuple[float, ...], many(number(0, 4))]
+    norm_exponent_choices: Annotated[tuple[float, ...], many(number(0, 4))]
     mixture_df: Df
     residual_share: Annotated[float, number(0, 1, low_open=True, high_open=True)]
     csi_crops: Annotated[int, integer(0, note="0 = off")]

@@ -63,9 +63,62 @@ def test_above_one_short_features_are_strange_and_extremes_stay_finite():
         assert np.all(np.isfinite(score(extremes))), beta
 
 
-def test_a_saved_score_is_the_same():
+@pytest.mark.parametrize("dim", [2, 5, 8])
+def test_the_local_dimension_is_that_of_a_gaussian_in_a_wider_space(dim):
+    random = np.random.default_rng(dim)
+    embedded = random.normal(size=(1500, dim)) @ random.normal(size=(dim, 30))
+    found = scaled_mahalanobis.local_dimension(embedded.astype(np.float32))
+    # Published bias: a few per cent too low from eight dimensions on, at this number of points.
+    assert found == pytest.approx(dim, rel=0.12)
+
+
+def test_the_local_dimension_is_the_plain_double_loop():
+    values, k = features(90), 5
+    logs = []
+    for n, one in enumerate(values.astype(np.float64)):
+        others = np.delete(values, n, axis=0)
+        near = sorted(np.linalg.norm(others - one, axis=1))[:k]
+        logs += [np.log(near[-1] / one) for one in near[:-1]]
+    found = scaled_mahalanobis.local_dimension(values, num_neighbors=k)
+    assert found == pytest.approx(1 / np.mean(logs), rel=1e-6)
+    twice = np.concatenate([values, values])  # equal rows count once
+    assert scaled_mahalanobis.local_dimension(twice, num_neighbors=k) == pytest.approx(found)
+    many = np.repeat(features(2500, seed=2), 2, axis=0)
+    expected = scaled_mahalanobis.local_dimension(many[::3])
+    assert scaled_mahalanobis.local_dimension(many) == pytest.approx(expected)
+
+
+def test_the_exponent_whose_features_have_the_lowest_dimension_is_chosen():
+    # A curve of directions with random lengths: only exponent 1, which removes them, leaves a curve.
+    random = np.random.default_rng(0)
+    angle = random.uniform(0, 2 * np.pi, (600, 1))
+    curve = np.concatenate([np.cos(angle), np.sin(angle), np.cos(2 * angle)], axis=1)
+    lengths = np.exp(random.normal(0, 0.5, (600, 1)))
+    fit = curve / np.linalg.norm(curve, axis=1, keepdims=True) * lengths
+    score = scaled_mahalanobis.fit_by_local_dimension(fit, exponents=(0.0, 0.5, 1.0, 2.0))
+    assert score.exponent == 1
+    fixed = scaled_mahalanobis.fit_scaled_mahalanobis(fit, exponent=1.0)
+    np.testing.assert_array_equal(score(fit), fixed(fit))
+
+
+def test_a_dimension_that_cannot_be_estimated_is_refused():
+    with pytest.raises(ValueError, match="more than num_neighbors=20 different rows, got 3"):
+        scaled_mahalanobis.local_dimension(np.repeat(features(3), 30, axis=0))
+    with pytest.raises(ValueError, match="num_neighbors"):
+        scaled_mahalanobis.local_dimension(features(30), num_neighbors=2)
+    with pytest.raises(ValueError, match="at least one number"):
+        scaled_mahalanobis.fit_by_local_dimension(features(300), exponents=())
+    with pytest.raises(ValueError, match=r"exponents must be in \[0, 4\]"):
+        scaled_mahalanobis.fit_by_local_dimension(features(300), exponents=(1.0, 5.0))
+
+
+@pytest.mark.parametrize("fitted", ["exponent", "choices"])
+def test_a_saved_score_is_the_same(fitted):
     fit, new = features(300), features(40, seed=1)
-    score = scaled_mahalanobis.fit_scaled_mahalanobis(fit, exponent=1.5)
+    if fitted == "exponent":
+        score = scaled_mahalanobis.fit_scaled_mahalanobis(fit, exponent=1.5)
+    else:
+        score = scaled_mahalanobis.fit_by_local_dimension(fit, exponents=(0.5, 1.0, 1.5))
     description, arrays = saved_scores.describe(score)
     np.testing.assert_array_equal(saved_scores.rebuild(description, arrays)(new), score(new))
 
@@ -83,10 +136,11 @@ def test_what_cannot_be_fitted_is_refused():
 def test_the_setting_names_the_scores():
     config: Any = smoke.get_config()
     config.ood.norm_exponents = (1.5, 2.0)
+    config.ood.norm_exponent_choices = (0.5, 1.0)
     settings = read.saved_settings(to_json_values(config))
-    added = {"representation/mahalanobis_beta_1.5", "representation/mahalanobis_beta_2"}
+    added = {f"representation/mahalanobis_beta_{one}" for one in ("1.5", "2", "by_dimension")}
     assert added <= score_table.scores_of_run(settings, has_labels=False).keys()
-    without = dataclasses.replace(settings.ood, norm_exponents=())
+    without = dataclasses.replace(settings.ood, norm_exponents=(), norm_exponent_choices=())
     table = score_table.scores_of_run(dataclasses.replace(settings, ood=without), has_labels=False)
     assert not added & table.keys()
     with pytest.raises(ValueError, match="norm_exponents"):
