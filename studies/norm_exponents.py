@@ -39,7 +39,8 @@ SCORES = ("jevb/mixture_and_residual", "jevb/negative_log_likelihood", "represen
 
 def enlarged_digits(count: int) -> np.ndarray:
     """The first digits of scikit-learn as uint8 `[count, 32, 32, 3]`."""
-    images = (load_digits().images[:count] / 16 * 255).astype(np.uint8)
+    digits: Any = load_digits()
+    images = (digits.images[:count] / 16 * 255).astype(np.uint8)
     return np.repeat(np.repeat(images, 4, axis=1), 4, axis=2)[..., None].repeat(3, axis=-1)
 
 
