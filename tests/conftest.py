@@ -1,5 +1,6 @@
 """Strict settings, where pytest sees them: eight simulated devices, no implicit rank promotion."""
 
+import importlib.metadata
 import os
 import tempfile
 
@@ -12,9 +13,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # what depends on rounding in the programs that users run.
 if os.environ.get("JEVB_JAX_TESTS") != "optimized":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-    )
+    # Newer versions of XLA have lost this option, and an unknown option ends the process.
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        )
 
 # What one test compiled, others read: on every worker and in the processes that tests start. Workers
 # inherit the directory from pytest's own process, which deletes it at its end.
