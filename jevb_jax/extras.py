@@ -17,6 +17,7 @@ EXTRAS = {
     "flatbuffers": "train",
     "flax": "train",
     "grain": "train",
+    "huggingface_hub": "hub",
     "jinja2": "report",
     "markupsafe": "report",
     "matplotlib": "report",

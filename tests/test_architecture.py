@@ -20,8 +20,8 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("any_encoder", "forward", "detector"),
-    ("model", "published", "report"),
-    ("loading", "programs"),
+    ("hub", "model", "published", "report"),
+    ("loading", "programs", "publishing"),
     (
         "__init__",
         "commands",
