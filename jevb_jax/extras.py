@@ -22,13 +22,17 @@ EXTRAS = {
     "markupsafe": "report",
     "matplotlib": "report",
     "ml_collections": "train",
+    "mlflow": "mlflow",
     "optax": "train",
     "orbax": "train",
     "rich": "train",
     "safetensors": "train",
     "sklearn": "train",
+    "tensorboardX": "tensorboard",
     "tensorflow_datasets": "tfds",
     "tensorflow_probability": "distrax",
+    "trackio": "trackio",
+    "wandb": "wandb",
 }
 
 

@@ -27,7 +27,7 @@ from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.model import Images, Model
 from jevb_jax.parallel import StoppedError
-from jevb_jax.runs import archive, files
+from jevb_jax.runs import archive, files, metrics_writers
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, fingerprint, saved_steps
 from jevb_jax.runs.metrics_log import standard_output, unbroken
@@ -162,6 +162,7 @@ def finetune(
             "input.accept_changed_data is for train.py: a fine-tune chooses its epoch among accuracies "
             "on the same images. Leave it out, and give another --workdir for other data"
         )
+    metrics_writers.check(settings.train.writers, path)
     mesh = parallel.make_mesh()
     parallel.check_divisible(settings.train.batch_size, 1, mesh)
     encoder = _load_encoder(settings, path / TRAINING)
@@ -400,6 +401,7 @@ def _train(
         measurements=[validation],
         score=validation.score,
         score_name="validation/best_accuracy",
+        writers=settings.train.writers,
     )
     loop = RunLoop(plan, directory, console, mesh, stop, check_held)
     try:
@@ -420,10 +422,7 @@ def _train(
                 f"the best epoch of the fine-tune is lost: {error}. Remove {directory} to start anew"
             ) from error
     finally:
-        try:
-            loop.checkpointer.close()
-        finally:
-            loop.log.close()
+        loop.close()
     accuracies = [validation.accuracies[step] for step in sorted(validation.accuracies)]
     return _Trained(_classifier(encoder, best), accuracies)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jevb_jax.images import pictures
+from jevb_jax.runs import metrics_writers
 
 # Version of `config.json`. Raise it when a key is renamed, is removed or changes its meaning. A new
 # key needs no new version, only a value in `_BEFORE`. Files without a version are older than
@@ -19,7 +20,12 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {"mixture_df": 5.0, "csi_crops": 0, "loss_prediction": False, "norm_exponents": []},
-    "train": {"extend": False, "knn_every_epochs": 0, "bn_over_views": False},
+    "train": {
+        "extend": False,
+        "knn_every_epochs": 0,
+        "bn_over_views": False,
+        "writers": [metrics_writers.AUTO],
+    },
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
     # The old runs saved none. If one is evaluated again, it gets them.
     "checkpoint": {"fitted_megabytes": 100},
@@ -48,7 +54,7 @@ _FINETUNE_BEFORE: dict[str, dict[str, Any]] = {
         "prefetch_batches": 4,
         "accept_changed_data": False,
     },
-    "train": {"steps_per_dispatch": 0, "log_every_steps": 10},
+    "train": {"steps_per_dispatch": 0, "log_every_steps": 10, "writers": [metrics_writers.AUTO]},
     "checkpoint": {"every_epochs": 1, "keep_latest": 2},
 }
 
