@@ -84,6 +84,17 @@ def test_tensorboard_has_every_number_and_hides_those_of_before_on_resume(tmp_pa
     assert places[1] < start < places[2]
 
 
+def test_tensorboard_hides_what_an_earlier_process_wrote_after_the_checkpoint(tmp_path):
+    for value in (0.5, 0.25):
+        log = MetricsLog(tmp_path)
+        log.truncate_after(2)
+        log.write(3, {"train/loss": value})
+        log.close()
+    events = tensorboard_events(tmp_path / "tensorboard")
+    starts = [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [3, 3]
+
+
 def test_no_tensorboard_where_it_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     log = MetricsLog(tmp_path)
