@@ -266,9 +266,12 @@ def _explanation(error: Any, repository: Repository, wish: str) -> str | None:
         return f"{answer}. {nothing}; try again later."
     if isinstance(error, kinds.HFValidationError):
         return f"this is no name of a repository: {error}. Give hf://organization/name."
-    # With huggingface_hub's own word for a length that is wrong: no number of a system's error.
+    # What huggingface_hub raises for a wrong length has no number of the system, unlike a full disk.
     is_cut = type(error) is OSError and error.errno is None
-    if isinstance(error, kinds.HTTPError) or is_cut:
+    # Of hf_xet, which moves large files.
+    is_of_xet = type(error) is RuntimeError or type(error).__module__ == "hf_xet"
+    is_of_network = isinstance(error, kinds.HTTPError | ConnectionError | TimeoutError)
+    if is_of_network or is_cut or is_of_xet:
         what = _without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
         offline = " HF_HUB_OFFLINE=1 uses the copy in the cache." if wish == "read" else ""
         return (

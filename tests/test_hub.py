@@ -254,6 +254,14 @@ def test_a_failed_upload_commits_nothing(pushed, exported):
     assert pushed.branches[NAME] == before
 
 
+def test_a_failure_of_xet_is_one_too(server, exported, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    # The stand-in has no storage of this kind.
+    refused(lambda: hub.upload(exported, Repository(NAME), card=""), "connection to", "Nothing was")
+    assert server.files(NAME).keys() == {".gitattributes"}
+
+
 def test_offline_the_cache_is_used_or_the_error_says_what_lacks(
     pushed, exported, monkeypatch, tmp_path
 ):
