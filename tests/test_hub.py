@@ -450,7 +450,7 @@ def test_the_command_pushes_and_another_process_loads(tmp_path, model, exported)
         def call(*command, status=0, **more):
             done = subprocess.run(
                 [sys.executable, *command], cwd=ROOT, env=env | more, capture_output=True, text=True,
-                check=False, timeout=60,
+                check=False, timeout=240,
             )  # fmt: skip
             assert done.returncode == status, done.stdout + done.stderr
             assert OWNER_TOKEN not in done.stdout + done.stderr
