@@ -344,6 +344,18 @@ def test_two_who_push_at_once_do_not_mix(server, exported, monkeypatch):
     assert server.files(NAME)["README.md"] == b"another"
 
 
+def test_a_branch_that_moves_while_it_is_read_is_read_again(pushed, monkeypatch):
+    info = huggingface_hub.HfApi.model_info
+
+    def and_then_another_pushes(*args, **kwargs):
+        found = info(*args, **kwargs)
+        pushed.commit(NAME, "main", pushed.files(NAME))
+        return found
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", and_then_another_pushes)
+    refused(lambda: jevb_jax.load(f"hf://{NAME}"), "got a new commit while it was read")
+
+
 # --- The card -------------------------------------------------------------------------------------
 
 RESULTS = {
