@@ -183,6 +183,9 @@ def get_config() -> ConfigDict:
             # k-NN accuracy on the validation split, every so many epochs and at the end (0 = off).
             # Each time costs a forward pass of the training and validation images.
             "knn_every_epochs": 0,
+            # Who gets a copy of metrics.jsonl: auto (TensorBoard if it is installed) | tensorboard |
+            # wandb | mlflow | trackio; () = nobody
+            "writers": ("auto",),
         }
     )
     config.checkpoint = ConfigDict(

@@ -49,6 +49,7 @@ def get_config(mode: str = "full") -> ConfigDict:
             "num_epochs": 100 if is_frozen else 20,
             "steps_per_dispatch": 0,  # steps in one compiled call (0 = 1 on the CPU, else 10)
             "log_every_steps": 10,  # 0 = the last step alone
+            "writers": ("auto",),  # as in default.py
         }
     )
     config.checkpoint = ConfigDict(

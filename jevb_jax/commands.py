@@ -28,7 +28,7 @@ from jevb_jax.images.views import visible_views
 from jevb_jax.networks import torch_names
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
-from jevb_jax.runs import archive, files
+from jevb_jax.runs import archive, files, metrics_writers
 from jevb_jax.runs.array_names import differences, flatten_names
 from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, saved_steps
 from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
@@ -124,6 +124,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
             f"{workdir} holds an export or a fine-tuned encoder: give another --workdir to the run"
         )
     experiment = build_experiment(config)
+    metrics_writers.check(experiment.settings.train.writers, workdir)
     readiness.check(experiment)
     mesh = parallel.make_mesh()
     parallel.check_divisible(
@@ -233,10 +234,7 @@ def _train_and_evaluate(
         if int(state.step) < experiment.num_train_steps:
             state = run.train(state)
     finally:
-        try:
-            run.checkpointer.close()
-        finally:
-            run.log.close()
+        run.close()
     step, last = int(state.step), experiment.num_train_steps
     again = "the same command goes on from there."
     if step < last:

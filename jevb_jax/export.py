@@ -22,6 +22,9 @@ sizes, resize each to the default size first, or export once for each size.
 
 A run on features of a frozen encoder serves them: float32 `[b, F]`, with the other parts alike.
 
+`--push=org/name` uploads the export with a model card to the Hugging Face Hub, in one commit
+(`publishing`). `jevb_jax.load("hf://org/name")` then loads it.
+
 This module does not write ONNX. The only maintained converter for JAX, jax2onnx, would add ONNX's
 libraries, and a second translation of every operation that needs tests. It accepts
 `serving_function` as it is, with `inputs=[jax.ShapeDtypeStruct(("B", 8, 8, 1), numpy.uint8)]`.
@@ -34,6 +37,7 @@ import functools
 import importlib.metadata
 import operator
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jevb_jax import programs
+from jevb_jax import programs, publishing
 from jevb_jax.detector import Detector, write_model
 from jevb_jax.evaluation import fitted_scores, score_table
 from jevb_jax.evaluation.features import Features
@@ -233,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jevb-export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
-    parser.add_argument("--out", required=True, help="directory of the export")
+    parser.add_argument("--out", help="directory of the export; with --push it may be left out")
     parser.add_argument("--step", help='step of a checkpoint, or "best"; the latest by default')
     parser.add_argument("--height", type=int, help="of served images, in pixels; as trained")
     parser.add_argument("--width", type=int, help="of served images, in pixels; as trained")
@@ -242,7 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         help="in (0, 1): also serve score and verdict of each image, at this rate",
     )
+    publishing.add_flags(parser)
     arguments = parser.parse_args(argv)
+    if arguments.out is None and arguments.push is None:
+        parser.error("give --out, a directory for the export, or --push, a repository of the Hub")
     step: Any = arguments.step
     if step is not None and step != "best":
         if not step.isdecimal():
@@ -250,15 +257,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         step = int(step)
 
     def work() -> str:
+        pushed = publishing.target(arguments)
         model = load(arguments.workdir, step)
+        if pushed is None:
+            write(model, arguments.out)
+            return f"{model} written to {arguments.out}"
+        with tempfile.TemporaryDirectory() as temporary:
+            directory = arguments.out or temporary
+            write(model, directory)
+            return publishing.push(directory, pushed, model, arguments)
+
+    def write(model: Model, directory: str) -> None:
         export_model(
             model,
-            arguments.out,
+            directory,
             height=arguments.height,
             width=arguments.width,
             false_alarm_rate=arguments.false_alarm_rate,
         )
-        return f"{model} written to {arguments.out}"
 
     return programs.run(work)
 

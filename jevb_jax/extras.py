@@ -17,17 +17,22 @@ EXTRAS = {
     "flatbuffers": "train",
     "flax": "train",
     "grain": "train",
+    "huggingface_hub": "hub",
     "jinja2": "report",
     "markupsafe": "report",
     "matplotlib": "report",
     "ml_collections": "train",
+    "mlflow": "mlflow",
     "optax": "train",
     "orbax": "train",
     "rich": "train",
     "safetensors": "train",
     "sklearn": "train",
+    "tensorboardX": "tensorboard",
     "tensorflow_datasets": "tfds",
     "tensorflow_probability": "distrax",
+    "trackio": "trackio",
+    "wandb": "wandb",
 }
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import loading, messages, parallel
+from jevb_jax import loading, messages, parallel, published
 from jevb_jax.detector import write_model
 from jevb_jax.images import batch_order, data_record, workers
 from jevb_jax.images import source as source_module
@@ -27,7 +27,7 @@ from jevb_jax.images.dataset import Dataset, load_dataset
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.model import Images, Model
 from jevb_jax.parallel import StoppedError
-from jevb_jax.runs import archive, files
+from jevb_jax.runs import archive, files, metrics_writers
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, fingerprint, saved_steps
 from jevb_jax.runs.metrics_log import standard_output, unbroken
@@ -100,7 +100,7 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
     """Loads what `finetune` wrote.
 
     Args:
-      directory: its `workdir`.
+      directory: its `workdir`, or a repository of the Hub as for `load`.
 
     Returns:
       The classifier.
@@ -109,7 +109,7 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
       ArchiveError: a file is missing or not what was written.
       FileNotFoundError: nothing was written there.
     """
-    path = files.to_path(directory)
+    path = published.directory_of(directory)
     if not archive.is_archive(path):
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: finetune.py writes it")
     encoder = loading.load_archive(path)
@@ -162,6 +162,7 @@ def finetune(
             "input.accept_changed_data is for train.py: a fine-tune chooses its epoch among accuracies "
             "on the same images. Leave it out, and give another --workdir for other data"
         )
+    metrics_writers.check(settings.train.writers, path)
     mesh = parallel.make_mesh()
     parallel.check_divisible(settings.train.batch_size, 1, mesh)
     encoder = _load_encoder(settings, path / TRAINING)
@@ -219,7 +220,7 @@ def _load_encoder(settings: FinetuneSettings, directory: Path) -> Model:
     init = settings.init
     step = None if init.step < 0 else init.step
     is_begun = bool(saved_steps(directory / "checkpoints"))
-    if step is None and is_begun and not archive.is_archive(files.to_path(init.workdir)):
+    if step is None and is_begun and not archive.is_archive(published.directory_of(init.workdir)):
         step = files.read_json(directory / _ENCODER)["step"]
     encoder = loading.load(init.workdir, step, batch_size=settings.evaluation.batch_size)
     if encoder.num_features:
@@ -400,6 +401,7 @@ def _train(
         measurements=[validation],
         score=validation.score,
         score_name="validation/best_accuracy",
+        writers=settings.train.writers,
     )
     loop = RunLoop(plan, directory, console, mesh, stop, check_held)
     try:
@@ -420,10 +422,7 @@ def _train(
                 f"the best epoch of the fine-tune is lost: {error}. Remove {directory} to start anew"
             ) from error
     finally:
-        try:
-            loop.checkpointer.close()
-        finally:
-            loop.log.close()
+        loop.close()
     accuracies = [validation.accuracies[step] for step in sorted(validation.accuracies)]
     return _Trained(_classifier(encoder, best), accuracies)
 

@@ -39,7 +39,7 @@ def load(
     *,
     batch_size: int | None = None,
 ) -> Model:
-    """Loads a model from a run directory, from a directory of `jevb_jax.export`, or by its name.
+    """Loads a model from a run directory, a directory of `jevb_jax.export`, by name or from the Hub.
 
     Loading is strict: of the parameters and statistics, no array may be missing or left over, shapes
     and types must fit the config, and the bits must be those that were saved. The other parts of a
@@ -50,8 +50,9 @@ def load(
     (`xla_options.keep_compiled_programs`).
 
     Args:
-      path: a local directory or one in an object store; or the name of a published encoder
-        (`published.names()`).
+      path: a local directory or one in an object store; the name of a published encoder
+        (`published.names()`); or a repository of the Hugging Face Hub, `hf://org/name` or
+        `hf://org/name@revision`, which is downloaded into the cache of huggingface_hub.
       step: only for a run: the step of a checkpoint; "best", by validation k-NN, for a run with
         `checkpoint.keep_best`; or None for the latest undamaged checkpoint.
       batch_size: number of images at once, by default `evaluation.batch_size` of the config.
@@ -61,10 +62,11 @@ def load(
       CheckpointError: the checkpoint does not exist, is damaged, or does not fit (all arrays that
         differ are named).
       ArchiveError: the export is damaged or does not fit.
+      HubError: the Hub did not give the repository.
       ValueError: `step` is given for an export, or the config is of another version.
     """
     keep_compiled_programs()
-    directory = published.find(path) or files.to_path(path)
+    directory = published.directory_of(path)
     if archive.is_archive(directory):
         if step is not None:
             raise ValueError(f"{directory} is an export, which holds one step; leave out step")
@@ -158,7 +160,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
     Scores and verdicts are the same, except for rounding.
 
     Args:
-      directory: a local directory or one in an object store.
+      directory: a local directory, one in an object store, or a repository as for `load`.
       batch_size: number of images at once, by default `evaluation.batch_size` of the config.
 
     Raises:
@@ -166,7 +168,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
       ArchiveError: there is no detector, or it is damaged or of another version.
     """
     keep_compiled_programs()
-    path = files.to_path(directory)
+    path = published.directory_of(directory)
     if not archive.is_archive(path):
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}; Detector.save writes it")
     manifest = archive.read_manifest(path)

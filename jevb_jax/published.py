@@ -1,9 +1,13 @@
-"""Encoders that come with the package, by name: `jevb_jax.load("jevb-cifar10-resnet18")`."""
+"""What names a model: a path, a name of an encoder of the package, or a repository of the Hub.
+
+`jevb_jax.load("jevb-cifar10-resnet18")` loads an encoder that comes with the package.
+"""
 
 import os
 import re
 from pathlib import Path
 
+from jevb_jax import hub
 from jevb_jax.runs import archive, files
 
 VARIABLE = "JEVB_JAX_WEIGHTS"  # a directory of further encoders, which is searched first
@@ -43,3 +47,23 @@ def find(name: str | os.PathLike[str]) -> Path | None:
         if archive.is_archive(directory / name):
             return directory / name
     return None
+
+
+def directory_of(name: str | os.PathLike[str]) -> Path:
+    """The directory of a model, wherever it is named. All that reads a model uses this.
+
+    Args:
+      name: a path, the URL of an object store, the name of a published encoder, or a repository of
+        the Hugging Face Hub, `hf://org/name` or `hf://org/name@revision`, which is downloaded.
+
+    Returns:
+      The directory. Only that of a repository is known to hold a model.
+
+    Raises:
+      HubError, ArchiveError: as for `hub.download`.
+      ValueError: as for `files.to_path`.
+    """
+    repository = hub.parse(name)
+    if repository is not None:
+        return hub.download(repository)
+    return find(name) or files.to_path(name)

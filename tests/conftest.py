@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ.get("JEVB_JAX_TESTS") != "optimized":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     # Newer versions of XLA have lost this option, and an unknown option ends the process.
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
         )

@@ -20,8 +20,8 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("any_encoder", "forward", "detector"),
-    ("config_files", "model", "published", "report"),
-    ("loading", "programs"),
+    ("config_files", "hub", "model", "published", "report"),
+    ("loading", "programs", "publishing"),
     (
         "__init__",
         "commands",

@@ -29,6 +29,7 @@ from jevb_jax.images.source import ArraySource, image_shape
 from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.parallel import StoppedError
+from jevb_jax.runs import metrics_writers
 from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.runs.metrics_log import MetricsLog
@@ -150,6 +151,36 @@ def kill_at(monkeypatch, step: int) -> None:
 
 
 SHORT: dict[str, Any] = {"num_epochs": 3, "train__batch_size": 64}  # of 4 steps
+
+
+def test_writers_are_asked_before_anything_is_written_and_get_every_line(
+    encoder, tmp_path, monkeypatch
+):
+    told: list[Any] = []
+
+    class Recorder:
+        def log(self, step: int, values: Any) -> None:
+            told.append({"step": step, **values})
+
+        def forget_after(self, step: int) -> None:
+            assert step == -1
+
+        def finish(self, ending: str) -> None:
+            told.append(ending)
+
+    def open_writers(names: Any, run: Any) -> list[Recorder]:
+        told.append((names, run.config["init"]["frozen"]))
+        return [Recorder()]
+
+    monkeypatch.setattr(metrics_writers, "open_writers", open_writers)
+    monkeypatch.setattr(metrics_writers, "_is_installed", lambda name: name == "wandb")
+    changes = {**SHORT, "num_epochs": 2}
+    with pytest.raises(ValueError, match="names mlflow, but mlflow is not installed"):
+        tuned(encoder, tmp_path / "x", "frozen", **changes, train__writers=("mlflow",))
+    assert not (tmp_path / "x").exists()
+    tuned(encoder, tmp_path / "x", "frozen", **changes, train__writers=("wandb",))
+    records = MetricsLog.read(tmp_path / "x" / "training" / "metrics.jsonl")
+    assert told == [(("wandb",), True), *records, "finished"]
 
 
 @pytest.mark.parametrize("mode", ["frozen", pytest.param("full", marks=pytest.mark.slow)])

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from jevb_jax import extras
+from jevb_jax.runs import metrics_writers
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
@@ -119,9 +120,13 @@ def test_every_import_comes_with_the_core_or_the_extra_that_its_error_names():
     for name in imported:
         distributions = {canonicalize_name(one) for one in of_module[name]}
         assert distributions & core or name in extras.EXTRAS, name
-    # What is reached by name: tfds, and what serving needs inside of JAX.
-    assert set(extras.EXTRAS) - imported == {"flatbuffers", "tensorflow_datasets"}
+    # What is reached by name: tfds, what serving needs inside of JAX, and writers of metrics.
+    writers = set(metrics_writers._PACKAGES.values())
+    assert set(extras.EXTRAS) - imported == {"flatbuffers", "tensorflow_datasets", *writers}
     for name, extra in extras.EXTRAS.items():
+        if name == "trackio" and name not in of_module:  # it needs much, and tests have a fake
+            assert [one.name for one in required(extra)] == [name]
+            continue
         distributions = {canonicalize_name(one) for one in of_module[name]}
         assert distributions & brought(extra), name
         assert extra != "report" or distributions & train, name  # training draws its report

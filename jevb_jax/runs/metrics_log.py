@@ -1,16 +1,14 @@
-"""Logs of metrics: JSON lines always, TensorBoard events if it is installed, and lines for people.
+"""Logs of metrics: JSON lines always, copies for other programs, and lines for people.
 
 The reader of standard output may go away during a run: `| head` has enough, or Ctrl-C ends `| tee`.
 `unbroken` lets the run continue.
 """
 
 import contextlib
-import importlib
-import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,7 +16,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jevb_jax.runs import files
+from jevb_jax.runs import files, metrics_writers
+from jevb_jax.runs.metrics_writers import Ending, WrittenRun
 
 _PLAIN_LINE_SECONDS = 15.0
 
@@ -26,28 +25,37 @@ _PLAIN_LINE_SECONDS = 15.0
 class MetricsLog:
     """The file `metrics.jsonl` of a run: on each line a JSON object that includes `step`.
 
-    If tensorboardX is installed, TensorBoard events are written under `tensorboard/` too. An object
-    store cannot append: there lines wait for `flush`, and there are no TensorBoard events.
+    Writers get a copy of every line (`metrics_writers`). An object store cannot append: there lines
+    wait for `flush`, and there are no TensorBoard events.
     """
 
-    def __init__(self, workdir: Path, *, is_writer: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        is_writer: bool = True,
+        writers: Sequence[str] = (metrics_writers.AUTO,),
+        config: Mapping[str, Any] | None = None,
+    ):
         """Opens the log.
 
         Args:
           workdir: directory of the run, from `files.to_path`.
           is_writer: with False nothing is written. Only one process of a run writes.
+          writers: who else gets the metrics, each of `metrics_writers.NAMES`.
+          config: plain values, which writers show beside the metrics.
         """
         self._path = workdir / "metrics.jsonl"
         self._is_writer = is_writer
         self._is_remote = files.is_remote(workdir)
         self._file: TextIO | None = None
         self._lines: list[str] = []
-        self._events: _TensorBoardEvents | None = None
+        run = WrittenRun(workdir, config or {})
+        self._writers = metrics_writers.open_writers(writers, run) if is_writer else []
         if is_writer and self._is_remote:
             self._lines = _lines_of(self.read(self._path))
         elif is_writer:
             self._file = self._path.open("a", encoding="utf-8")
-            self._events = _TensorBoardEvents.of(workdir / "tensorboard")
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -79,8 +87,8 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = self._path.open("a", encoding="utf-8")
-        if self._events is not None:
-            self._events.forget_from(step + 1)
+        for writer in self._writers:
+            writer.forget_after(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line at once; in an object store it is written at the next `flush`.
@@ -94,69 +102,28 @@ class MetricsLog:
         line = files.to_json({"step": step, **values}) + "\n"
         if self._file is None:
             self._lines.append(line)
-            return
-        self._file.write(line)
-        self._file.flush()
-        if self._events is not None:
-            self._events.write(step, values)
+        else:
+            self._file.write(line)
+            self._file.flush()
+        for writer in self._writers:
+            writer.log(step, values)
 
     def flush(self) -> None:
         """Writes all lines that wait."""
         if self._is_writer and self._is_remote:
             files.write_text_atomically(self._path, "".join(self._lines))
 
-    def close(self) -> None:
-        """Flushes and closes the files."""
+    def close(self, ending: Ending = "finished") -> None:
+        """Flushes and closes the files, and tells the writers how the work ended."""
         self.flush()
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for writer in self._writers:
+            writer.finish(ending)
 
 
 def _lines_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return [files.to_json(record) + "\n" for record in records]
-
-
-class _TensorBoardEvents:
-    """Scalars for TensorBoard, which a thread of tensorboardX writes soon after `write`."""
-
-    def __init__(self, directory: Path, writer: Callable[..., Any]):
-        self._directory = directory
-        self._make_writer = writer
-        self._purge_step: int | None = None
-        self._writer: Any = None
-
-    @classmethod
-    def of(cls, directory: Path) -> "_TensorBoardEvents | None":
-        """The writer, or None if tensorboardX is not installed."""
-        if importlib.util.find_spec("tensorboardX") is None:
-            return None
-        return cls(directory, importlib.import_module("tensorboardX").SummaryWriter)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._make_writer(
-                str(self._directory),
-                purge_step=self._purge_step,
-                # No limit: if the thread died, a full queue would wait forever.
-                max_queue=0,
-                # tensorboardX names files by the second; a second file would replace the first.
-                filename_suffix=f".{time.time_ns()}",
-            )
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # raises the error of the thread, for example for a full disk
-
-    def forget_from(self, step: int) -> None:
-        """Hides what was written for this step and all later ones."""
-        self.close()
-        self._purge_step = step
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def standard_output(*, quiet: bool = False) -> Console:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jevb_jax.images import pictures
+from jevb_jax.runs import metrics_writers
 
 # Version of `config.json`. Raise it when a key is renamed, is removed or changes its meaning. A new
 # key needs no new version, only a value in `_BEFORE`. Files without a version are older than
@@ -25,7 +26,12 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "norm_exponents": [],
         "norm_exponent_choices": [],
     },
-    "train": {"extend": False, "knn_every_epochs": 0, "bn_over_views": False},
+    "train": {
+        "extend": False,
+        "knn_every_epochs": 0,
+        "bn_over_views": False,
+        "writers": [metrics_writers.AUTO],
+    },
     "evaluation": {"knn_uniform_k": []},  # a list, as in JSON
     # The old runs saved none. If one is evaluated again, it gets them.
     "checkpoint": {"fitted_megabytes": 100},
@@ -54,7 +60,7 @@ _FINETUNE_BEFORE: dict[str, dict[str, Any]] = {
         "prefetch_batches": 4,
         "accept_changed_data": False,
     },
-    "train": {"steps_per_dispatch": 0, "log_every_steps": 10},
+    "train": {"steps_per_dispatch": 0, "log_every_steps": 10, "writers": [metrics_writers.AUTO]},
     "checkpoint": {"every_epochs": 1, "keep_latest": 2},
 }
 

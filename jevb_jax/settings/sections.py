@@ -16,6 +16,7 @@ from jevb_jax.images.pixels import Interpolation
 from jevb_jax.networks import heads
 from jevb_jax.networks.heads import HeadInput
 from jevb_jax.paper import densities, likelihood, mass, objective, sphere
+from jevb_jax.runs import metrics_writers
 from jevb_jax.settings.domains import (
     BOOLEAN,
     choice,
@@ -46,6 +47,7 @@ Df = Annotated[float, _DF]
 Pair = Annotated[tuple[float, float], _PAIR]
 Flag = Annotated[bool, BOOLEAN]
 Text = Annotated[str, text()]
+Writers = Annotated[tuple[str, ...], many(choice(*metrics_writers.NAMES))]
 OutsideSets = Annotated[tuple[Mapping[str, Any], ...], outside_sets()]
 
 
@@ -254,6 +256,7 @@ class TrainSection:
     health_pairs: Flag
     health_num_images: Annotated[int, integer(1)]
     knn_every_epochs: Annotated[int, integer(0, note="0 = off")]
+    writers: Writers
 
 
 @dataclass(frozen=True)
@@ -356,6 +359,7 @@ class FinetuneTrainSection:
     num_epochs: Annotated[int, integer(1)]
     steps_per_dispatch: Annotated[int, integer(0, note="0 = 1 on the CPU, else 10")]
     log_every_steps: Annotated[int, integer(0, note="0 = the last step alone")]
+    writers: Writers
 
 
 @dataclass(frozen=True)

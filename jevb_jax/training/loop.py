@@ -24,6 +24,7 @@ from jevb_jax.runs import files
 from jevb_jax.runs.array_names import flatten_names
 from jevb_jax.runs.checkpoints import Checkpointer
 from jevb_jax.runs.metrics_log import MetricsLog, ProgressLine
+from jevb_jax.runs.metrics_writers import Ending
 from jevb_jax.training.plan import Measurement, Plan, is_resident
 from jevb_jax.training.step import TrainState, make_train_chunk, state_shardings
 
@@ -197,7 +198,10 @@ class RunLoop:
         self.stop = stop
         self.workdir = workdir
         self.console = console
-        self.log = MetricsLog(workdir, is_writer=parallel.is_main())
+        self.log = MetricsLog(
+            workdir, is_writer=parallel.is_main(), writers=plan.writers, config=plan.config
+        )
+        self._ending: Ending = "failed"
         self.checkpointer = Checkpointer(
             workdir / "checkpoints",
             keep_latest=plan.keep_latest,
@@ -354,8 +358,16 @@ class RunLoop:
             # Before the workers are ended, which may take them a while.
             self.save(state)
             self.checkpointer.wait()
+        self._ending = "finished" if step == plan.num_steps else "stopped"
         if step == plan.num_steps:
             for measurement in plan.measurements:
                 for line in measurement.closing_lines(step):
                     self.say(line)
         return state
+
+    def close(self) -> None:
+        """Closes the checkpoints and the log. Call it after an error, too."""
+        try:
+            self.checkpointer.close()
+        finally:
+            self.log.close(self._ending)

@@ -12,6 +12,7 @@ from jax import Array
 from jevb_jax.images.batches import fits_resident
 from jevb_jax.images.crop_boxes import HostCrops
 from jevb_jax.images.source import ImageSource
+from jevb_jax.runs import metrics_writers
 from jevb_jax.settings.sections import InputSection
 from jevb_jax.training.step import StepFunction, TrainState
 
@@ -93,6 +94,7 @@ class Plan:
       measurements: what is measured while training, in this order.
       score: larger is better; needed where `keep_best` is above 0. -inf: never one of the best.
       score_name: what the log calls a score.
+      writers: who else gets the metrics, each of `metrics_writers.NAMES`.
       crops: what the host cuts out of whole pictures; a batch is then a tuple of the crops of each
         view, and images are streamed. None: a batch is images of one size.
     """
@@ -118,6 +120,7 @@ class Plan:
     measurements: Sequence[Measurement] = ()
     score: Callable[[TrainState], float] | None = None
     score_name: str = "score"
+    writers: Sequence[str] = (metrics_writers.AUTO,)
     crops: HostCrops | None = None
 
     def __post_init__(self) -> None:

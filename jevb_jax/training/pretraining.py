@@ -202,6 +202,7 @@ def make_plan(
         measurements=measurements,
         score=knn.score,
         score_name="validation/knn_accuracy",
+        writers=train.writers,
         crops=experiment.host_crops,
     )
 

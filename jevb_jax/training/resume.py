@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jevb_jax.runs import files
+from jevb_jax.runs import files, metrics_writers
 from jevb_jax.runs.checkpoints import changed_keys, saved_steps
 from jevb_jax.runs.result_files import rename_results
 from jevb_jax.settings import read
@@ -26,6 +26,7 @@ CHANGEABLE_ON_RESUME = (
     "train.health_num_images",
     "train.knn_every_epochs",
     "train.log_every_steps",
+    "train.writers",
 )
 FINETUNE_CHANGEABLE_ON_RESUME = (
     "checkpoint.",
@@ -35,6 +36,7 @@ FINETUNE_CHANGEABLE_ON_RESUME = (
     "input.num_workers",
     "input.prefetch_batches",
     "train.log_every_steps",
+    "train.writers",
 )
 
 
@@ -82,6 +84,7 @@ _WRITTEN_LATER = (
     "report.html",
     "fitted",
     "training",  # an unfinished fine-tune
+    metrics_writers.IDENTITIES,
 )
 
 

@@ -1,5 +1,6 @@
 import errno
 import importlib
+import importlib.util
 import io
 import os
 import struct
@@ -83,8 +84,19 @@ def test_tensorboard_has_every_number_and_hides_those_of_before_on_resume(tmp_pa
     assert places[1] < start < places[2]
 
 
+def test_tensorboard_hides_what_an_earlier_process_wrote_after_the_checkpoint(tmp_path):
+    for value in (0.5, 0.25):
+        log = MetricsLog(tmp_path)
+        log.truncate_after(2)
+        log.write(3, {"train/loss": value})
+        log.close()
+    events = tensorboard_events(tmp_path / "tensorboard")
+    starts = [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [3, 3]
+
+
 def test_no_tensorboard_where_it_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     log = MetricsLog(tmp_path)
     log.write(1, {"x": 1.0})
     log.truncate_after(0)
@@ -93,13 +105,14 @@ def test_no_tensorboard_where_it_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path):
-    # Files may grow to 4 KiB. The events' file, the longer one, is full long before the lines' is.
+    # Files may grow to 4 KiB. The events' file, the longer one, is full long before the lines' is:
+    # that is a warning. Then the lines' file is full, and there is no run without it.
     code = """
 import pathlib, resource, sys
 from jevb_jax.runs.metrics_log import MetricsLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 log = MetricsLog(pathlib.Path(sys.argv[1]))
-for step in range(200):
+for step in range(300):
     log.write(step, {"x": 1.0})
 """
     ended = subprocess.run(
@@ -112,7 +125,8 @@ for step in range(200):
     )
     assert ended.returncode == 1
     assert "OSError: [Errno 27] File too large" in ended.stderr
-    assert 50 < len(MetricsLog.read(tmp_path / "metrics.jsonl")) < 150
+    assert ended.stderr.count("tensorboard takes no more metrics") == 1
+    assert 150 < len(MetricsLog.read(tmp_path / "metrics.jsonl")) < 300
 
 
 def test_plain_lines_when_there_is_no_terminal(monkeypatch):

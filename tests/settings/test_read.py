@@ -108,6 +108,7 @@ BORDERS = {
     "evaluation.knn_temperature": ([0.07], [0, INF]),
     "evaluation.knn_uniform_k": ([[], [10]], [[0], [10.0], 10]),
     "train.knn_every_epochs": ([0, 10], [-1, 0.5]),
+    "train.writers": ([[], ["auto"], ["wandb", "mlflow"]], [["comet"], "wandb", [1]]),
     "ood.severities": ([[1, 3, 5], [5]], [[5, 1], [2, 2], [0], [6]]),
     "ood.residual_share": ([0.01], [0, 1]),
     "ood.mixture_df": ([INF, 1], [0]),

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from configs import default
-from jevb_jax.settings.saved_config import VERSION, saved_config, versioned
+from configs import default, finetune_digits
+from jevb_jax.settings.saved_config import VERSION, saved_config, saved_finetune, versioned
 from jevb_jax.training.experiment import to_json_values
+from jevb_jax.training.resume import refused_changes
 
 
 def test_a_config_is_written_with_its_version_and_read_without_it():
@@ -22,3 +23,17 @@ def test_another_version_is_refused_by_name(version):
     config = to_json_values(default.get_config()) | {"version": version}
     with pytest.raises(ValueError, match=r"runs/x/config\.json is of version .*update this one"):
         saved_config(config, "runs/x/config.json")
+
+
+def test_runs_from_before_there_were_writers_had_events_where_they_could():
+    for config, complete in (
+        (default.get_config(), saved_config),
+        (finetune_digits.get_config("full"), saved_finetune),
+    ):
+        now = to_json_values(config)
+        older = {**now, "train": {k: v for k, v in now["train"].items() if k != "writers"}}
+        assert complete(older, "config.json") == now
+        assert now["train"]["writers"] == ["auto"]
+    asked = to_json_values(default.get_config())
+    asked["train"]["writers"] = ["wandb"]
+    assert refused_changes(to_json_values(default.get_config()), asked) == {}

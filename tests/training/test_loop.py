@@ -1,5 +1,6 @@
 """The loop on plans of toy steps: which examples a step sees, what is saved and logged."""
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -17,6 +18,7 @@ from rich.console import Console
 from jevb_jax import parallel
 from jevb_jax.images.batch_order import batch_indices
 from jevb_jax.images.source import ArraySource
+from jevb_jax.runs import metrics_writers
 from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings.sections import InputSection
 from jevb_jax.training.loop import RunLoop
@@ -87,8 +89,7 @@ def trained(made: Plan, directory: Path) -> tuple[TrainState, list[int], list[di
         state = loop.train(loop.restore())
         steps = loop.checkpointer.steps()
     finally:
-        loop.checkpointer.close()
-        loop.log.close()
+        loop.close()
     return state, steps, MetricsLog.read(directory / "metrics.jsonl")
 
 
@@ -190,3 +191,36 @@ def test_a_run_killed_before_its_first_save_logs_its_start_once(tmp_path, monkey
     loop.log.close()
     _, _, records = trained(made, tmp_path)
     assert [r["watch"] for r in records if r["step"] == 0] == [0]
+
+
+@pytest.mark.parametrize("ending", ["finished", "stopped", "failed"])
+def test_writers_get_the_config_every_line_and_how_it_ended(tmp_path, monkeypatch, ending):
+    told: list[Any] = []
+
+    class Recorder:
+        def log(self, step: int, values: Any) -> None:
+            told.append({"step": step, **values})
+
+        def forget_after(self, step: int) -> None:
+            told.append(f"forget after {step}")
+
+        def finish(self, ending: str) -> None:
+            told.append(ending)
+
+    def open_writers(names: Any, run: Any) -> list[Recorder]:
+        assert (names, run.workdir, run.config) == (("wandb",), tmp_path, {"a": 1})
+        return [Recorder()]
+
+    monkeypatch.setattr(metrics_writers, "open_writers", open_writers)
+    loop = run_loop(plan(writers=("wandb",)), tmp_path)
+    if ending == "stopped":
+        monkeypatch.setattr(loop.stop, "is_requested", lambda: True)
+    if ending == "failed":
+        monkeypatch.setattr(loop, "save", lambda state: (_ for _ in ()).throw(InterruptedError))
+    try:
+        with contextlib.suppress(InterruptedError):
+            loop.train(loop.restore())
+    finally:
+        loop.close()
+    assert told == ["forget after -1", *MetricsLog.read(tmp_path / "metrics.jsonl"), ending]
+    assert len(told) == {"finished": 14, "stopped": 3, "failed": 7}[ending]
