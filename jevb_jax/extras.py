@@ -21,6 +21,8 @@ EXTRAS = {
     "markupsafe": "report",
     "matplotlib": "report",
     "ml_collections": "train",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
     "optax": "train",
     "orbax": "train",
     "rich": "train",
