@@ -92,10 +92,11 @@ CASES = {
     "max pool": (
         (7, 8, 3),
         lambda x: lax.reduce_window(
-            x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+            x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (2, 1), (0, 1), (0, 0))
         ),
     ),
     "matrix": ((4, 6), lambda x: jnp.einsum("bij,kj->bik", x, jnp.asarray(_TABLE))),
+    "matrix, other axis": ((6, 4), lambda x: jnp.einsum("bij,ki->bjk", x, jnp.asarray(_TABLE))),
     "attention": ((4, 2, 6), lambda x: jnp.einsum("bqhd,bkhd->bhqk", x, x)),
     "two axes": ((4, 6), lambda x: jnp.einsum("bij,ij->b", x, jnp.asarray(_TABLE[:4]))),
     "outer": ((6,), lambda x: x[:, :, None] * x[:, None, :]),

@@ -60,7 +60,9 @@ def largest_difference(
       ConversionError: a difference is larger, or an output has another name, shape or type.
       ModuleNotFoundError: onnxruntime is not installed.
     """
-    wanted = jax.device_get(jax.jit(function)(examples))
+    # An accelerator would round products to fewer digits than onnxruntime.
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.device_get(jax.jit(function)(examples))
     largest = 0.0
     for count in (len(examples), 1):
         found = run(content, examples[:count])
