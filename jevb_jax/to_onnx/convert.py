@@ -135,7 +135,12 @@ def _computed(eqn: Any, inputs: Sequence[Value]) -> list[Value]:
 def _scan(graph: Graph, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
     """Writes every step of a loop after each other."""
     params = eqn.params
-    length, num_consts, num_carry = (params[key] for key in ("length", "num_consts", "num_carry"))
+    length, body = params["length"], getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+    # The names of further parameters change with JAX's version. Rows have one more axis than the
+    # step sees.
+    num_rows = _num_longer(eqn.invars, body.invars)
+    num_carry = len(body.outvars) - _num_longer(eqn.outvars, body.outvars)
+    num_consts = len(body.invars) - num_rows - num_carry
     if not isinstance(length, int) or not 1 <= length <= _MOST_STEPS:
         raise ConversionError(f"it has a loop of {length} steps; at most {_MOST_STEPS} are written")
     fixed, carry = inputs[:num_consts], list(inputs[num_consts : num_consts + num_carry])
@@ -154,6 +159,12 @@ def _scan(graph: Graph, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         parts = [graph.full(graph.reshape(one, (1, *one.dims)), (1, *dims[1:])) for one in steps]
         stacked.append(graph.node("Concat", *parts, dims=dims, dtype=dtype, axis=0))
     return [*carry, *stacked]
+
+
+def _num_longer(whole: Sequence[Any], of_step: Sequence[Any]) -> int:
+    """How many arrays of a loop have one more axis than those of a step."""
+    pairs = zip(whole, of_step, strict=True)
+    return sum(len(one.aval.shape) > len(other.aval.shape) for one, other in pairs)
 
 
 def _row(graph: Graph, value: Value, index: int) -> Value:
