@@ -98,6 +98,17 @@ def _integer_pow(graph: Graph, inputs: Sequence[Value], eqn: Any) -> list[Value]
     return [result if power > 0 else graph.elementwise("Reciprocal", result)]
 
 
+@RULES.of("polynomial")
+def _polynomial(graph: Graph, inputs: Sequence[Value], eqn: Any) -> list[Value]:
+    """The coefficients follow `x`, the constant one first."""
+    x, *coefficients = inputs
+    *rest, result = coefficients
+    for coefficient in reversed(rest):
+        product = graph.elementwise("Mul", x, result)
+        result = graph.elementwise("Add", product, coefficient)
+    return [result]
+
+
 @RULES.of("log1p")
 def _log1p(graph: Graph, inputs: Sequence[Value], eqn: Any) -> list[Value]:
     """ONNX has none. `x log(u) / (u - 1)` with `u = 1 + x` has all digits (W. Kahan)."""
