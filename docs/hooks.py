@@ -5,11 +5,12 @@ are in LaTeX. The hooks change three things for the site:
 
 * A link to a module of the package leads to the API reference. If the text of the link names a function,
   it leads to this function.
-* A link to any other file leads to a page that shows the file.
+* A link to any other file leads to a page that shows the file; notebooks with their pictures.
 * An equation becomes MathML, which browsers draw without a script.
 """
 
 import ast
+import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -118,7 +119,31 @@ def _source_page(path: str) -> str:
     if path.endswith(".md"):  # its links into docs/ lead to the site's own pages
         up = "../" * len(PurePosixPath(path).parts)
         return re.sub(r"\]\((?:\.\./)*docs/", f"]({up}", text)
+    if path.endswith(".ipynb"):
+        return _notebook_page(path, text)
     return f"# `{path}`\n\n````{language}\n{text}````\n"
+
+
+def _notebook_page(path: str, text: str) -> str:
+    """A notebook with its text, code, printed lines and pictures; the pictures are in the page."""
+    up = "../" * len(PurePosixPath(path).parts)
+    parts: list[str] = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((?:\.\./)*docs/", f"]({up}", source))
+            continue
+        parts.append(f"````python\n{source}\n````")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(
+                    f"![picture](data:image/png;base64,{''.join(data['image/png']).strip()})"
+                )
+            else:
+                printed = "".join(output.get("text", data.get("text/plain", "")))
+                parts.append(f"````text\n{printed.rstrip()}\n````")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -1,9 +1,9 @@
 """Exports a run: `python -m jevb_jax.export --workdir=runs/digits --out=exports/digits`.
 
-One directory holds two forms. The archive form, `model.safetensors` and `model.json`, is read by
-`jevb_jax.load` without the libraries for training. It can outlive this library: names, shapes,
-config and hashes are plain text. The serving form, `model.stablehlo`, is one function for CPU, CUDA
-and TPU, with any batch size, which needs only JAX:
+One directory holds two forms, and a third if asked. The archive form, `model.safetensors` and
+`model.json`, is read by `jevb_jax.load` without the libraries for training. It can outlive this
+library: names, shapes, config and hashes are plain text. The serving form, `model.stablehlo`, is
+one function for CPU, CUDA and TPU, with any batch size, which needs only JAX:
 
     exported = jax.export.deserialize(pathlib.Path("exports/digits/model.stablehlo").read_bytes())
     outputs = exported.call(images)     # uint8 [b, h, w, c] -> {"embedding": [b, D], ...}
@@ -22,19 +22,18 @@ sizes, resize each to the default size first, or export once for each size.
 
 A run on features of a frozen encoder serves them: float32 `[b, F]`, with the other parts alike.
 
+With `--onnx` the same functions are also written as `model.onnx` and `detector.onnx`, for every
+runtime that reads ONNX (opset 18), with any batch size. They have the same inputs and outputs. If
+onnxruntime is installed, each is run beside JAX before anything is written.
+
 `--push=org/name` uploads the export with a model card to the Hugging Face Hub, in one commit
 (`publishing`). `jevb_jax.load("hf://org/name")` then loads it.
-
-This module does not write ONNX. The only maintained converter for JAX, jax2onnx, would add ONNX's
-libraries, and a second translation of every operation that needs tests. It accepts
-`serving_function` as it is, with `inputs=[jax.ShapeDtypeStruct(("B", 8, 8, 1), numpy.uint8)]`.
-Version 0.17.1 with onnxruntime 1.32 agreed with JAX within 2e-6 for the digits network, but the
-runtime warned about shapes in the file.
 """
 
 import argparse
 import functools
 import importlib.metadata
+import json
 import operator
 import sys
 import tempfile
@@ -48,12 +47,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import jevb_jax
 from jevb_jax import programs, publishing
 from jevb_jax.detector import Detector, write_model
 from jevb_jax.evaluation import fitted_scores, score_table
 from jevb_jax.evaluation.features import Features
 from jevb_jax.images import pixels
-from jevb_jax.images.views import plain_views
+from jevb_jax.images.views import View, plain_views
 from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.networks.heads import Posterior
@@ -64,6 +64,11 @@ from jevb_jax.xla_options import in_single_precision
 PLATFORMS = ("cpu", "cuda", "tpu")
 SERVED = "model.stablehlo"
 SERVED_DETECTOR = "detector.stablehlo"
+ONNX = "model.onnx"
+ONNX_DETECTOR = "detector.onnx"
+# Rounding moves some scores of an unlucky network by half a percent, also in JAX from one size of
+# batch to another. A wrong translation moves more.
+_MOST_APART = 0.01
 
 
 def serving_function(
@@ -93,8 +98,7 @@ def serving_function(
                 "plain image are served. Set ood.default_score to another score, or leave out the "
                 "false-alarm rate"
             )
-    statistics = from_settings.saved_statistics(model.settings, model.variables)
-    view = from_settings.views(model.settings, statistics)[0]
+    view = _view(model)
 
     def serve(images: Array) -> dict[str, Array]:
         if model.square_size:
@@ -122,6 +126,12 @@ def serving_function(
     return serve
 
 
+def _view(model: Model) -> View:
+    """What the network sees of an example."""
+    statistics = from_settings.saved_statistics(model.settings, model.variables)
+    return from_settings.views(model.settings, statistics)[0]
+
+
 @in_single_precision
 def export_serving(
     model: Model, *, height: int = 0, width: int = 0, detector: Detector | None = None
@@ -138,14 +148,88 @@ def export_serving(
       Bytes for `jax.export.deserialize`.
     """
     (batch,) = jax.export.symbolic_shape("b")
-    height, width = operator.index(height), operator.index(width)
-    images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
-    if model.num_features:
-        images = jax.ShapeDtypeStruct((batch, model.num_features), jnp.float32)
+    _, shape, dtype = _input_of(model, height, width)
+    images = jax.ShapeDtypeStruct((batch, *shape), dtype)
     exported = jax.export.export(jax.jit(serving_function(model, detector)), platforms=PLATFORMS)(
         images
     )
     return bytes(exported.serialize())
+
+
+def _input_of(model: Model, height: int, width: int) -> tuple[str, tuple[int, ...], Any]:
+    """Name of what is served, and shape and type of one example."""
+    if model.num_features:
+        return "features", (model.num_features,), np.float32
+    shape = operator.index(height), operator.index(width), model.num_channels
+    return "images", shape, np.uint8
+
+
+@in_single_precision
+def export_onnx(
+    model: Model, *, height: int = 0, width: int = 0, detector: Detector | None = None
+) -> tuple[bytes, float | None]:
+    """The ONNX form: the function that is served, for any batch size. It is checked.
+
+    Args:
+      model: from `load`.
+      height: as for `export_serving`.
+      width: as for `export_serving`.
+      detector: as for `serving_function`.
+
+    Returns:
+      The bytes of the file. How far onnxruntime's outputs are from JAX's on a few random examples,
+      as a share of the largest value of each output; None if onnxruntime is not installed.
+
+    Raises:
+      ValueError: the network or the score cannot be written as ONNX, or onnxruntime gives other
+        numbers than JAX.
+      ModuleNotFoundError: the package onnx is not installed.
+    """
+    from jevb_jax.to_onnx import check, convert, graph  # an extra
+
+    function = serving_function(model, detector)
+    name, shape, dtype = _input_of(model, height, width)
+    random = np.random.default_rng(0)
+    examples = random.normal(size=(3, *shape)).astype(np.float32)
+    if not model.num_features:
+        examples = random.integers(0, 256, examples.shape, np.uint8)
+    try:
+        content = convert.to_onnx(
+            function,
+            input_name=name,
+            shape=shape,
+            dtype=dtype,
+            metadata=_onnx_metadata(model, detector),
+            producer=("jevb_jax", jevb_jax.__version__),
+        )
+        if not check.can_run():
+            return content, None
+        return content, check.largest_difference(content, function, examples, at_most=_MOST_APART)
+    except graph.ConversionError as error:
+        what = "this network" if detector is None else f"a detector with {detector.score_name}"
+        raise ValueError(
+            f"{what} cannot be written as ONNX: {error}. Without ONNX, it can be exported as archive "
+            "and as StableHLO"
+        ) from error
+
+
+def _onnx_metadata(model: Model, detector: Detector | None) -> dict[str, str]:
+    """What the reader of an ONNX file must know, as texts."""
+    values = {"method": model.settings.method, "step": str(model.step)}
+    if model.num_features:
+        values["input"] = "features of the frozen encoder, float32 [b, F], as they were trained on"
+    else:
+        view: Any = _view(model)
+        values["input"] = (
+            "images, uint8 levels from 0 to 255, [b, height, width, channels], not normalized: the "
+            "file itself cuts them to the trained size and applies (level / 255 - mean) / std"
+        )
+        values["mean"], values["std"] = json.dumps(view.mean), json.dumps(view.std)
+    if detector is not None:
+        values["score"] = f"{detector.score_name}, larger is stranger"
+        values["threshold"] = repr(float(np.float32(detector.threshold)))
+        values["false_alarm_rate"] = repr(detector.false_alarm_rate)
+    return values
 
 
 def export_model(
@@ -155,8 +239,9 @@ def export_model(
     height: int | None = None,
     width: int | None = None,
     false_alarm_rate: float | None = None,
+    onnx: bool = False,
 ) -> None:
-    """Writes both forms of a model.
+    """Writes the archive form and the serving form of a model, and the ONNX form if asked.
 
     Args:
       model: from `load`.
@@ -165,10 +250,13 @@ def export_model(
         `image_size` if that is 0.
       width: width of the images to serve, in pixels; by default as for `height`.
       false_alarm_rate: in (0, 1). If given, a function that detects strange images is served, too.
+      onnx: whether what is served is also written as ONNX (`export_onnx`). The manifest says how far
+        it is from JAX, "largest_difference"; null if onnxruntime is not installed.
 
     Raises:
       ValueError: a size is below one pixel, or is given for features; the directory holds a run, a
-        classifier or a detector; or there can be no detector, for the reasons of `Model.detector`.
+        classifier or a detector; there can be no detector, for the reasons of `Model.detector`; or
+        there can be no ONNX, for the reasons of `export_onnx`. Then nothing is written.
       ArchiveError: the directory holds a damaged export, or the fitted scores of the model are
         damaged or of another encoder.
     """
@@ -207,13 +295,20 @@ def export_model(
         written[SERVED_DETECTOR] = export_serving(
             model, height=height, width=width, detector=detector
         )
+    for file, entry, of in ((ONNX, "", None), (ONNX_DETECTOR, "_detector", detector)):
+        if onnx and (of is not None or not entry):
+            content, apart = export_onnx(model, height=height, width=width, detector=of)
+            described = {**manifest[f"serving{entry}"], "file": file, "largest_difference": apart}
+            del described["platforms"]
+            manifest[f"onnx{entry}"], written[file] = described, content
     saved = model.fitted_scores
     if saved is not None:
         default = score_table.default_score(model.settings)
         manifest[fitted_scores.ENTRY], content = fitted_scores.to_files(saved.only(default))
         written[fitted_scores.IN_EXPORT] = content
     write_model(model, target, manifest=manifest, extra_files=written)
-    for name in {SERVED_DETECTOR, fitted_scores.IN_EXPORT} - written.keys():
+    optional = {SERVED_DETECTOR, ONNX, ONNX_DETECTOR, fitted_scores.IN_EXPORT}
+    for name in optional - written.keys():
         (target / name).unlink(missing_ok=True)  # of an older export with other weights
 
 
@@ -232,6 +327,34 @@ def read_serving(directory: str | Path, name: str = SERVED) -> jax.export.Export
     return jax.export.deserialize(bytearray(content))
 
 
+def read_onnx(directory: str | Path, name: str = ONNX) -> bytes:
+    """Reads the ONNX form and checks its hash, for `onnxruntime.InferenceSession`.
+
+    Args:
+      directory: directory of an export.
+      name: `ONNX`, or `ONNX_DETECTOR` for the function that also detects.
+
+    Raises:
+      ArchiveError: a file is missing or not what was written.
+    """
+    source = files.to_path(directory)
+    return archive.read_file(source, archive.read_manifest(source), name)
+
+
+def _onnx_said(directory: str) -> str:
+    """How the ONNX files of an export were checked, in words."""
+    manifest = archive.read_manifest(files.to_path(directory))
+    entries = [manifest[name] for name in ("onnx", "onnx_detector") if name in manifest]
+    lines = [
+        f"\n{entry['file']} was not checked: onnxruntime is not installed"
+        if entry["largest_difference"] is None
+        else f"\n{entry['file']} in onnxruntime differs from JAX by at most "
+        f"{entry['largest_difference']:.1e} of an output's largest value"
+        for entry in entries
+    ]
+    return "".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(prog="jevb-export", description=__doc__)
@@ -247,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="in (0, 1): also serve score and verdict of each image, at this rate",
     )
     publishing.add_flags(parser)
+    parser.add_argument("--onnx", action="store_true", help="also write what is served as ONNX")
     arguments = parser.parse_args(argv)
     if arguments.out is None and arguments.push is None:
         parser.error("give --out, a directory for the export, or --push, a repository of the Hub")
@@ -261,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load(arguments.workdir, step)
         if pushed is None:
             write(model, arguments.out)
-            return f"{model} written to {arguments.out}"
+            return f"{model} written to {arguments.out}{_onnx_said(arguments.out)}"
         with tempfile.TemporaryDirectory() as temporary:
             directory = arguments.out or temporary
             write(model, directory)
@@ -274,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             height=arguments.height,
             width=arguments.width,
             false_alarm_rate=arguments.false_alarm_rate,
+            onnx=arguments.onnx,
         )
 
     return programs.run(work)

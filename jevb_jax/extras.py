@@ -23,6 +23,8 @@ EXTRAS = {
     "matplotlib": "report",
     "ml_collections": "train",
     "mlflow": "mlflow",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
     "optax": "train",
     "orbax": "train",
     "rich": "train",

@@ -12,7 +12,7 @@ CONFIG_DOORS = ("command_line", "commands", "scripts", "settings.run_config", "t
 # From the ground up: a module imports from its own floor and from those below.
 FLOORS = (
     ("arguments", "extras", "messages", "parallel", "paper"),
-    ("xla_options",),
+    ("to_onnx", "xla_options"),
     ("runs",),
     ("images", "networks"),
     ("methods",),
