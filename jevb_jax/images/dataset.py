@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jevb_jax.images import pictures
-from jevb_jax.images.arrays import arrays, digits
-from jevb_jax.images.feature_files import features
+from jevb_jax.images.arrays import arrays, digits, features
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 from jevb_jax.images.random_bits import (
     DIGITS_TEST,

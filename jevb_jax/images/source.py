@@ -226,23 +226,29 @@ def example_bytes(source: ImageSource) -> int:
     return math.prod(first.shape) * first.dtype.itemsize
 
 
-def checked_features(features: np.ndarray, *, where: str) -> np.ndarray:
-    """Features as float32 `[N, F]` or `[N, V, F]`. A wrong shape, type or value is an error."""
-    if features.dtype not in (np.float16, np.float32, np.float64):
+def check_features(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
+    """Raises an error, with advice, unless the array holds features `[N, F]` or `[N, V, F]`."""
+    if dtype not in (np.float16, np.float32, np.float64):
         raise TypeError(
             f"{where}: expected features of type float32 (float16 and float64 are converted), got "
-            f"{features.dtype}; convert them with `.astype(np.float32)`"
+            f"{dtype}; convert them with `.astype(np.float32)`"
         )
-    if features.ndim not in (2, 3) or 0 in features.shape:
+    if len(shape) not in (2, 3) or 0 in shape:
+        one = "; or, if this is one row, a first axis: `features[None]`" * (len(shape) == 1)
         raise ValueError(
             f"{where}: expected features of shape [N, F], or [N, V, F] with V views of each example, "
-            f"got {features.shape}"
+            f"got {shape}{one}"
         )
-    if features.ndim == 3 and features.shape[1] < 2:
+    if len(shape) == 3 and shape[1] < 2:
         raise ValueError(
-            f"{where}: features of shape {features.shape} hold one view of each example; give "
+            f"{where}: features of shape {shape} hold one view of each example; give "
             "`features[:, 0]`, of which views are made by noise and mask"
         )
+
+
+def checked_features(features: np.ndarray, *, where: str) -> np.ndarray:
+    """Features as float32 `[N, F]` or `[N, V, F]`. A wrong shape, type or value is an error."""
+    check_features(features.shape, features.dtype, where=where)
     with np.errstate(over="ignore"):  # what is too large for float32 is found below
         features = features.astype(np.float32, copy=False)
     is_finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
