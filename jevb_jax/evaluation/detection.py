@@ -245,7 +245,7 @@ def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator
         name = f"the {split} images of the other classes"
         yield OutsideSet("other_classes", "other_classes", left_out, name)
     for description in settings.outside:
-        yield load_outside_set(**description)
+        yield load_outside_set(exif=experiment.settings.data.exif, **description)
     if settings.corruptions:
         count = min(len(inside), settings.num_corrupted_images)
         images = batches.load_resident(Subset(inside, np.arange(count)))
@@ -299,7 +299,8 @@ def _choose(
         return None, ""
     validation = experiment.dataset.validation
     inside = score_images(extract, variables, validation, scorers)
-    sets = [load_outside_set(**description) for description in descriptions]
+    exif = experiment.settings.data.exif
+    sets = [load_outside_set(exif=exif, **description) for description in descriptions]
     outside = [score_images(extract, variables, one.source, scorers) for one in sets]
     candidates = [name for name in scorers.scores if name not in scorers.with_labels]
     # A score that is NaN for some image cannot be chosen.

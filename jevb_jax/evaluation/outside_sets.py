@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jevb_jax.images import corruptions, dataset
+from jevb_jax.images.pictures import Exif
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.settings.sections import RunSettings
 
@@ -32,16 +33,19 @@ class OutsideSet(NamedTuple):
     protocol: str
 
 
-def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> OutsideSet:
+def load_outside_set(
+    *, name: str, group: str, protocol: str, exif: Exif = "apply", **source: Any
+) -> OutsideSet:
     """Loads a set that a config describes.
 
     Args:
       name: the name of the set.
       group: AUROC is averaged over the sets of a group.
       protocol: what the set is, in words: which release, which list of images.
+      exif: `data.exif` of the run, so that all pictures are read alike.
       **source: keyword arguments of `dataset.load_images`, whose errors it may raise.
     """
-    images = dataset.load_images(**source)
+    images = dataset.load_images(exif=exif, **source)
     return OutsideSet(name, group, images, protocol or f"{name}, {images.name}")
 
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jevb_jax.images.dataset import Dataset
-from jevb_jax.images.image_files import FolderSource, ImageListSource
+from jevb_jax.images.image_files import FileSource, FolderSource
 from jevb_jax.images.shapes import ShapesSource
 from jevb_jax.images.source import ImageSource, InMemory, Subset
 from jevb_jax.images.tfds import TfdsSource
@@ -119,7 +119,7 @@ def _of_source(source: ImageSource) -> Fingerprint:
     elif isinstance(source, InMemory):
         found["bytes"] = source.values.nbytes
         found["contents"] = _digest(np.ascontiguousarray(part) for part in _blocks(source.values))
-    elif isinstance(source, FolderSource | ImageListSource):
+    elif isinstance(source, FileSource):
         found |= _of_files(source.names, source.paths)
     elif isinstance(source, TfdsSource):
         found["version"] = source.name

@@ -61,7 +61,9 @@ def refuse_shared(fitted: GivenImages, calibration: GivenImages) -> None:
         )
 
 
-def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenImages:
+def check_images(
+    images: Any, *, num_channels: int, square_size: int, exif: pictures.Exif = "apply"
+) -> GivenImages:
     """Checks images; lists, tuples, iterators and Pillow pictures become arrays.
 
     Args:
@@ -69,6 +71,7 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
       num_channels: the network's number of channels.
       square_size: height and width of the square to cut out of each image, 0 for none. Squares of
         arrays are cut later, by `prepared`.
+      exif: whether the orientation in EXIF of a picture is applied or ignored.
 
     Raises:
       TypeError: images are neither numbers nor pictures, or their range of levels is unclear.
@@ -81,11 +84,18 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
         images = list(images)
     if isinstance(images, np.ndarray) and images.dtype == object and images.ndim == 1:
         images = list(images)
+
+    def read(where: str, picture: Any) -> np.ndarray:
+        mode = "L" if num_channels == 1 else "RGB"
+        return pictures.picture_pixels(
+            picture, mode=mode, image_size=square_size, exif=exif, where=where
+        )
+
     if _is_picture(images):
-        pixels = _picture_pixels(images, num_channels, square_size, "the picture")
+        pixels = read("the picture", images)
         return GivenImages([pixels[None]], [np.zeros(1, np.int64)], True)
     if isinstance(images, list | tuple) and any(map(_is_image, images)):
-        return _check_list(images, num_channels, square_size)
+        return _check_list(images, num_channels, square_size, read)
     try:
         values = np.asarray(images)
     except ValueError as error:
@@ -165,18 +175,15 @@ def _is_image(value: Any) -> bool:
     return _is_picture(value) or len(getattr(value, "shape", ())) == 3
 
 
-def _picture_pixels(picture: Any, num_channels: int, square_size: int, where: str) -> np.ndarray:
-    mode = "L" if num_channels == 1 else "RGB"
-    return pictures.picture_pixels(picture, mode=mode, image_size=square_size, where=where)
-
-
-def _check_list(images: Any, num_channels: int, square_size: int) -> GivenImages:
+def _check_list(
+    images: Any, num_channels: int, square_size: int, read: Callable[[str, Any], np.ndarray]
+) -> GivenImages:
     """Checks one image after the other, so that the pictures need not fit into memory together."""
     checked: list[np.ndarray] = []
     for number, image in enumerate(images):
         where = f"image {number}"
         if _is_picture(image):
-            pixels = _picture_pixels(image, num_channels, square_size, where)
+            pixels = read(where, image)
         else:
             pixels = _checked(np.asarray(image), num_channels, where)
             if pixels.ndim != 3:

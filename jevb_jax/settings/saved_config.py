@@ -13,7 +13,13 @@ _VERSION_KEY = "version"
 
 # Settings added after the first runs, with the values that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
-    "data": {"max_image_pixels": pictures.MAX_PIXELS, "inlier_classes": []},  # as in JSON
+    "data": {
+        "max_image_pixels": pictures.MAX_PIXELS,
+        "inlier_classes": [],  # as in JSON
+        "exif": "apply",
+        "skip_broken": "refuse",
+        "labels": "given",
+    },
     "augmentation": {"num_views": 2, "crop_from": "square"},
     "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},

@@ -70,6 +70,9 @@ class DataSection:
     test_split: Text
     image_size: Annotated[int, integer(0, note="0 = as stored")]
     max_image_pixels: Annotated[int, integer(1)]
+    exif: Annotated[Literal["apply", "ignore"], choice("apply", "ignore")]
+    skip_broken: Annotated[Literal["refuse", "skip"], choice("refuse", "skip")]
+    labels: Annotated[Literal["given", "none"], choice("given", "none")]
     num_train_examples: Annotated[int, integer(0, note="0 = all")]
     num_test_examples: Annotated[int, integer(0, note="0 = all")]
     validation_fraction: Annotated[float, number(0, 1, low_open=True, high_open=True)]
@@ -393,10 +396,7 @@ class OutsideSetSection:
 
     name: Annotated[str, text(is_empty_allowed=False)]
     group: Annotated[str, text(is_empty_allowed=False)]
-    source: Annotated[
-        Literal["arrays", "features", "folder", "image_list", "tfds"],
-        choice("arrays", "features", "folder", "image_list", "tfds"),
-    ]
+    source: Annotated[str, choice(*dataset.OUTSIDE_SOURCES)]
     protocol: Text
     paths: Paths
     tfds_name: Text

@@ -95,6 +95,7 @@ BORDERS = {
     "augmentation.std": ([[0.2, 0.3, 0.4]], [[0.2, 0, 0.4], [0.2, 0.3], []]),
     "augmentation.mean": ([[0, -1, 0.4]], [[0.1, 0.2], [0.1, 0.2, INF]]),
     "data.validation_fraction": ([0.01, 0.99], [0, 1, 0.0, 1.0]),
+    "data.exif": (["apply", "ignore"], ["", True]),
     "data.inlier_class": ([-1, 0, 9], [-2]),
     "data.inlier_classes": ([[], [0], [3, 1]], [[-1], [1.5], 3]),
     "model.projector_hidden_dims": ([[1]], [[], [0], [2.0]]),
@@ -174,6 +175,8 @@ def test_all_mistakes_are_in_one_message():
         ({"ood__corruptions": ["crop", "crop"]}, "names one twice"),
         ({"data__source": "arrays"}, "data.train_paths must name .npz or .npy"),
         ({"data__source": "tfds"}, "data.tfds_name must name"),
+        ({"data__source": "paths"}, "data.train_paths must name one text or CSV file"),
+        ({"data__skip_broken": "skip"}, "data.skip_broken = .*got data.source = 'shapes'"),
         ({"augmentation__crop_from": "image"}, 'needs picture files.*got "shapes"'),
         (
             {"augmentation__crop_from": "image", "input__placement": "resident"},
