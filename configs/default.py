@@ -40,6 +40,10 @@ def get_config() -> ConfigDict:
             # A picture that cannot be read: refuse, or skip, which decodes all at the start of a run.
             "skip_broken": "refuse",  # refuse | skip
             "labels": "given",  # given | none (ignored; the folders of a folder are no classes)
+            # 0 = as stored; pictures: color. 1 | 3 | 4 (with transparency) for pictures.
+            "num_channels": 0,
+            "dtype": "uint8",  # of arrays and pictures: uint8 | uint16 | float32 (docs/data.md)
+            "value_range": (),  # (black, white) of uint16, float32; () = (0, 65535), (0.0, 1.0)
             "num_train_examples": 0,  # 0 = all; otherwise a seeded, stratified subset
             "num_test_examples": 0,
             "validation_fraction": 0.1,  # share of the training images; used for every choice

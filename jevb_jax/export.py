@@ -76,7 +76,7 @@ def serving_function(
       also "posterior_mean" and "posterior_scale", `[b, D]`; all float32. Images of any size are
       prepared as by `Model`. If they must be resized, a level may differ by one of 255
       (`cut_levels`). With a detector also "score" `[b]` float32 and "is_outside" `[b]` bool. A model
-      of features takes float32 `[b, F]`.
+      of features takes float32 `[b, F]`; one of images of another type takes float32 in [0, 1].
 
     Raises:
       ValueError: the detector's score needs augmented views, which are not served.
@@ -94,8 +94,8 @@ def serving_function(
 
     def serve(images: Array) -> dict[str, Array]:
         if model.square_size:
-            cut = functools.partial(pixels.cut_levels, size=model.square_size)
-            images = jax.vmap(cut)(images)
+            cut = pixels.cut_levels if images.dtype == jnp.uint8 else pixels.cut_floats
+            images = jax.vmap(functools.partial(cut, size=model.square_size))(images)
         views = plain_views(images, view)
         outputs: Any = model.network.apply(model.variables, views, train=False)
         served = {"embedding": outputs.embedding, "representation": outputs.representation}
@@ -118,6 +118,11 @@ def serving_function(
     return serve
 
 
+def _served(model: Model) -> Any:
+    """Type of the images that are served."""
+    return jnp.uint8 if model.settings.data.dtype == "uint8" else jnp.float32
+
+
 @in_single_precision
 def export_serving(
     model: Model, *, height: int = 0, width: int = 0, detector: Detector | None = None
@@ -135,7 +140,7 @@ def export_serving(
     """
     (batch,) = jax.export.symbolic_shape("b")
     height, width = operator.index(height), operator.index(width)
-    images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, height, width, model.num_channels), _served(model))
     if model.num_features:
         images = jax.ShapeDtypeStruct((batch, model.num_features), jnp.float32)
     exported = jax.export.export(jax.jit(serving_function(model, detector)), platforms=PLATFORMS)(
@@ -178,6 +183,8 @@ def export_model(
     if min(height, width) < 1 and not model.num_features:
         raise ValueError(f"images of {height} x {width} pixels cannot be served")
     takes: dict[str, Any] = {"images": ["b", height, width, model.num_channels]}
+    if _served(model) != jnp.uint8:
+        takes["dtype"] = "float32"  # in [0, 1]
     if model.num_features:
         takes = {"features": ["b", model.num_features]}
     target = files.to_path(directory)

@@ -75,6 +75,7 @@ class ForwardPass:
                 num_channels=len(self.view.mean),
                 square_size=self.square_size,
                 exif=self._settings.data.exif,
+                levels=self._settings.data.levels,
             )
         return check_features(
             images,

@@ -1,12 +1,11 @@
 """Sets of images that are out of distribution."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jevb_jax.images import corruptions, dataset
-from jevb_jax.images.pictures import Exif
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.settings.sections import RunSettings
 
@@ -34,7 +33,7 @@ class OutsideSet(NamedTuple):
 
 
 def load_outside_set(
-    *, name: str, group: str, protocol: str, exif: Exif = "apply", **source: Any
+    *, name: str, group: str, protocol: str, alike: Mapping[str, Any] | None = None, **source: Any
 ) -> OutsideSet:
     """Loads a set that a config describes.
 
@@ -42,10 +41,10 @@ def load_outside_set(
       name: the name of the set.
       group: AUROC is averaged over the sets of a group.
       protocol: what the set is, in words: which release, which list of images.
-      exif: `data.exif` of the run, so that all pictures are read alike.
+      alike: how the run reads its own images (`DataSection.alike`).
       **source: keyword arguments of `dataset.load_images`, whose errors it may raise.
     """
-    images = dataset.load_images(exif=exif, **source)
+    images = dataset.load_images(**(alike or {}), **source)
     return OutsideSet(name, group, images, protocol or f"{name}, {images.name}")
 
 

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jevb_jax.images import array_files
+from jevb_jax.images.levels import Levels
 from jevb_jax.images.source import (
     ArraySource,
     FeatureSource,
@@ -31,20 +32,38 @@ class _Kind(Generic[_Source]):
       name: the entry of an `.npz` file that holds it.
       says: its type and shape, for messages.
       label_axes: an `.npy` array of at most so many axes holds labels.
-      make: the source, from the array, labels, class names and the name of the source.
+      stored: the values of a file as the source holds them, given the name of the file.
+      make: the source, from such values, labels, class names and the name of the source.
       check: raises for a wrong shape or type, before memory is taken.
     """
 
     name: str
     says: str
     label_axes: int
+    stored: Callable[[np.ndarray, str], np.ndarray]
     make: Callable[[np.ndarray, np.ndarray | None, tuple[str, ...] | None, str], _Source]
     check: Callable[..., None]
 
 
-# Labels of two axes are labels of a wrong shape, because images have more. Features may have two.
-_IMAGES = _Kind("images", "uint8 [N, H, W, C]", 2, ArraySource, check_images)
-_FEATURES = _Kind("features", "float32 [N, F] or [N, V, F]", 1, FeatureSource, check_features)
+def _images(levels: Levels) -> _Kind[ArraySource]:
+    return _Kind(
+        "images",
+        f"{levels.dtype} [N, H, W, C]",
+        2,  # labels of two axes are labels of a wrong shape; images have more
+        lambda values, name: levels.as_stored(values, where=name),
+        functools.partial(ArraySource, dtype=levels.dtype),
+        functools.partial(check_images, wanted=levels.dtype),
+    )
+
+
+_FEATURES = _Kind(
+    "features",
+    "float32 [N, F] or [N, V, F]",
+    1,
+    lambda values, name: values,
+    FeatureSource,
+    check_features,
+)
 
 
 def digits() -> ArraySource:
@@ -60,23 +79,27 @@ def digits() -> ArraySource:
     return ArraySource(images, labels, tuple("0123456789"), name="digits")
 
 
-def arrays(paths: _Paths) -> ArraySource:
+def arrays(paths: _Paths, levels: Levels = Levels()) -> ArraySource:  # noqa: B008 - it is frozen
     """Reads one or several `.npz` or `.npy` files of images as one source, in the given order.
 
-    An `.npz` file holds `images`, uint8 `[N, H, W, C]`, and may hold `labels` (integers `[N]`) and
+    An `.npz` file holds `images`, `[N, H, W, C]`, and may hold `labels` (integers `[N]`) and
     `class_names` (strings). Other entries are ignored. An `.npy` file holds images, or the labels of
     the `.npy` images before it; one file of labels may follow several files of images. Nothing is
     unpickled.
 
+    Args:
+      paths: the files.
+      levels: type of the images, and which values are black and white.
+
     Raises:
       FileNotFoundError: a file does not exist.
-      TypeError: images are not uint8, or labels are not integers. The message names the file.
+      TypeError: images are not of this type, or labels are not integers. The message names the file.
       ValueError: a file is damaged, of neither kind or given twice; images are missing or have a
         wrong shape; labels are out of range, have another length or do not follow `.npy` images; or
-        the files disagree in image size, class names, or whether they have labels. The message
-        names the file.
+        the files disagree in image size, class names, or whether they have labels; or a value is
+        outside of the range. The message names the file.
     """
-    return _joined(paths, _IMAGES)
+    return _joined(paths, _images(levels))
 
 
 def features(paths: _Paths) -> FeatureSource:
@@ -150,9 +173,10 @@ def _read_all(paths: Sequence[Path], kind: _Kind[_Source]) -> list[_Source]:
                 path, (kind.name, "labels", "class_names"), says=kind.says, check=check
             )
             names = array_files.texts(entries.get("class_names"))
-            parts.append(kind.make(entries[kind.name], entries.get("labels"), names, str(path)))
+            values = kind.stored(entries[kind.name], str(path))
+            parts.append(kind.make(values, entries.get("labels"), names, str(path)))
         elif not is_labels:
-            parts.append(kind.make(array, None, None, str(path)))
+            parts.append(kind.make(kind.stored(array, str(path)), None, None, str(path)))
         elif waiting:
             last = parts[-1]
             parts[-1] = kind.make(last.values, array, None, f"{last.name} with {path}")

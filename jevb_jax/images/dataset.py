@@ -13,6 +13,7 @@ from jevb_jax.images import pictures
 from jevb_jax.images.arrays import arrays, digits, features
 from jevb_jax.images.encoded import EncodedPictures, Reading, without_broken
 from jevb_jax.images.image_files import FileSource, FolderSource, ImageListSource, PathListSource
+from jevb_jax.images.levels import Dtype, Levels
 from jevb_jax.images.random_bits import (
     DIGITS_TEST,
     TEST_SUBSET,
@@ -69,6 +70,9 @@ def load_dataset(
     exif: pictures.Exif = "apply",
     skip_broken: Literal["refuse", "skip"] = "refuse",
     labels: Literal["given", "none"] = "given",
+    num_channels: int = 0,
+    dtype: Dtype = "uint8",
+    value_range: tuple[float, ...] = (),
     num_train_examples: int = 0,
     num_test_examples: int = 0,
     validation_fraction: float = 0.1,
@@ -100,6 +104,9 @@ def load_dataset(
       skip_broken: what becomes of encoded pictures that cannot be read: an error when they are read,
         or they are found at once (all are decoded) and left out with a warning.
       labels: `none` ignores all labels; folders are then no classes.
+      num_channels: of encoded pictures, see `Reading`; arrays must have this number. 0 for any.
+      dtype: type of the pixels of arrays and pictures.
+      value_range: values of black and white, as for `Levels`.
       num_train_examples: number of images that remain for training, a stratified choice by
         `split_seed`; 0 for all (`shapes`: 9,000).
       num_test_examples: the same for the test images (`shapes`: 2,000).
@@ -137,6 +144,8 @@ def load_dataset(
         "image_size": image_size,
         "max_image_pixels": max_image_pixels,
         "exif": exif,
+        "num_channels": num_channels,
+        "levels": Levels(dtype, value_range),
         "skip_broken": is_skipping,
     }
     match source:
@@ -170,6 +179,9 @@ def load_dataset(
     train = _usable(train, has_labels=has_labels, skip_broken=is_skipping)
     if test is not None:
         test = _usable(test, has_labels=has_labels, skip_broken=is_skipping)
+    channels = train[0].shape[-1]
+    if num_channels not in (0, channels):
+        raise ValueError(f"num_channels = {num_channels}, but {train.name} has {channels} channels")
     _check_train_and_test(train, test, image_size)
 
     held_out = round(validation_fraction * len(train))
@@ -229,6 +241,8 @@ def load_images(
     image_size: int = 0,
     max_image_pixels: int = pictures.MAX_PIXELS,
     exif: pictures.Exif = "apply",
+    num_channels: int = 0,
+    levels: Levels = Levels(),  # noqa: B008 - it is frozen
     rows: Sequence[int] = (),
     exclude_labels: Sequence[int] = (),
     num_examples: int = 0,
@@ -246,6 +260,8 @@ def load_images(
       image_size: images from files are resized to this height and width in pixels; 0 keeps them.
       max_image_pixels: a picture in a file with more pixels is an error, before it is decoded.
       exif: whether the orientation in EXIF is applied or ignored.
+      num_channels: of encoded pictures, see `Reading`. Arrays keep theirs.
+      levels: type of the pixels.
       rows: the first row to keep and the first after it; all rows by default.
       exclude_labels: classes to leave out, for example those of the training set.
       num_examples: number of images, a stratified choice by `split_seed`; 0 for all.
@@ -261,6 +277,8 @@ def load_images(
         "image_size": image_size,
         "max_image_pixels": max_image_pixels,
         "exif": exif,
+        "num_channels": num_channels,
+        "levels": levels,
     }
     match source:
         case "image_list":
@@ -311,7 +329,7 @@ def _of_paths(
       **reading: how pictures are read.
     """
     if source == "arrays":
-        return arrays(paths)
+        return arrays(paths, reading.get("levels", Levels()))
     if source == "features":
         return features(paths)
     if len(paths) != 1:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jevb_jax.images import pictures
 from jevb_jax.images.crop_boxes import ExampleCrops
+from jevb_jax.images.levels import Levels
 from jevb_jax.images.source import Subset
 
 _logger = logging.getLogger(__name__)
@@ -28,13 +29,31 @@ class Reading(TypedDict, total=False):
         images as they are; their headers are then read at once, to check that all have one size.
       max_image_pixels: a picture with more pixels is an error, before it is decoded.
       exif: whether the orientation in EXIF is applied (the default) or ignored.
+      num_channels: 1 for gray, 3 for color, 4 for color with transparency; 0 (the default) for color,
+        or gray where `levels` has more than 8 bits.
+      levels: type of the pixels; bytes by default.
       skip_broken: sizes are not checked at once, because `without_broken` will do that.
     """
 
     image_size: int
     max_image_pixels: int
     exif: pictures.Exif
+    num_channels: int
+    levels: Levels
     skip_broken: bool
+
+
+def _mode(num_channels: int, levels: Levels) -> str:
+    """The mode of Pillow for a number of channels."""
+    modes = {0: "RGB", 1: "L", 3: "RGB", 4: "RGBA"}
+    if levels.dtype != "uint8":
+        modes = {0: "L", 1: "L"}
+    if num_channels not in modes:
+        raise ValueError(
+            f"pictures of {levels.dtype} have {' or '.join(str(n) for n in modes if n)} channels, got "
+            f"num_channels = {num_channels}; for others give arrays"
+        )
+    return modes[num_channels]
 
 
 class EncodedPictures(abc.ABC):
@@ -48,13 +67,14 @@ class EncodedPictures(abc.ABC):
 
     class_names: tuple[str, ...] | None = None
     _labels: np.ndarray | None = None
-    _mode = "RGB"
 
     def __init__(self, name: str, **reading: Unpack[Reading]):
         self.name = name
         self.image_size = reading.get("image_size", 0)
         self._max_pixels = reading.get("max_image_pixels", pictures.MAX_PIXELS)
         self._exif: pictures.Exif = reading.get("exif", "apply")
+        self._levels = reading.get("levels", Levels())
+        self._mode = _mode(reading.get("num_channels", 0), self._levels)
         self._skip_broken = reading.get("skip_broken", False)
         pictures.check_limits(self.image_size, self._max_pixels)
 
@@ -87,17 +107,19 @@ class EncodedPictures(abc.ABC):
             image_size=self.image_size,
             max_pixels=self._max_pixels,
             exif=self._exif,
+            levels=self._levels,
             where=self.where(index),
         )
 
     def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
-        """Crops of the whole picture `index`, uint8 `[size, size, C]` for each view."""
+        """Crops of the whole picture `index`, `[size, size, C]` for each view."""
         return pictures.read_crops(
             self.file(index),
             crops,
             mode=self._mode,
             max_pixels=self._max_pixels,
             exif=self._exif,
+            levels=self._levels,
             where=self.where(index),
         )
 

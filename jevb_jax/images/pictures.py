@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jevb_jax.images.crop_boxes import Box, ExampleCrops
+from jevb_jax.images.levels import Levels
 from jevb_jax.images.preparation import MAX_PIXELS, cut_picture
 
 # Endings for each format of Pillow. The list is fixed: with Pillow's own list, the images of a
@@ -47,6 +48,8 @@ SUFFIXES = tuple(ending for endings in _ENDINGS.values() for ending in endings)
 _DAMAGED = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error)
 
 _ORIENTATION = 0x0112  # EXIF tag
+_BYTES = Levels()
+_DEEP = {"uint16": "I", "float32": "F"}  # how Pillow's modes begin
 Exif = Literal["apply", "ignore"]
 
 
@@ -57,6 +60,7 @@ def read(
     image_size: int = 0,
     max_pixels: int = MAX_PIXELS,
     exif: Exif = "apply",
+    levels: Levels = _BYTES,
     where: str,
 ) -> np.ndarray:
     """Reads one picture.
@@ -64,27 +68,34 @@ def read(
     Palettes, CMYK and one-bit pixels are converted to the colors they stand for. Transparent pixels
     are blended with white; opaque ones keep their bits. Of several frames or pages, the first is
     read. Of 16 bits for each color, the upper 8 are kept. Gray pictures of more than 8 bits are an
-    error, because the range of their levels is unknown.
+    error unless `levels` says what their values mean. Such pictures are resized as floats.
 
     Args:
       file: path or content of the picture.
-      mode: `RGB`, or `L` for gray.
+      mode: `RGB`, `L` for gray, or `RGBA` for colors with their transparency.
       image_size: height and width of the square to cut out, by `images.preparation`; 0 for none.
       max_pixels: a picture with more pixels is an error, before it is decoded. If it exceeds
         Pillow's own limit, that limit is raised for the whole process.
       exif: "apply" turns the picture upright, as EXIF says; "ignore" takes the rows as they are
         stored. (Pillow itself turns TIFF files, in both cases.)
+      levels: type of the pixels. Those of more than 8 bits have one channel, and `mode` is not read.
       where: name of the picture in messages.
 
     Returns:
-      uint8 `[H, W, C]`.
+      `[H, W, C]` of the type of `levels`; floats are in [0, 1].
 
     Raises:
-      ValueError: the picture is damaged, too large, or gray with more than 8 bits.
+      ValueError: the picture is damaged, too large, or not of the type of `levels`.
     """
     with _open(file, max_pixels=max_pixels, where=where) as image:
         return picture_pixels(
-            image, mode=mode, image_size=image_size, max_pixels=max_pixels, exif=exif, where=where
+            image,
+            mode=mode,
+            image_size=image_size,
+            max_pixels=max_pixels,
+            exif=exif,
+            levels=levels,
+            where=where,
         )
 
 
@@ -95,30 +106,33 @@ def picture_pixels(
     image_size: int = 0,
     max_pixels: int = MAX_PIXELS,
     exif: Exif = "apply",
+    levels: Levels = _BYTES,
     where: str,
 ) -> np.ndarray:
     """The pixels of an opened Pillow picture, as `read` returns them.
 
     Args:
       image: the Pillow picture.
-      mode: `RGB`, or `L` for gray.
+      mode: `RGB`, `L` for gray, or `RGBA` for colors with their transparency.
       image_size: height and width of the square to cut out; 0 for none.
       max_pixels: if the resized picture would have more pixels, only its square is computed.
       exif: as for `read`.
+      levels: as for `read`.
       where: name of the picture in messages.
 
     Returns:
-      uint8 `[H, W, C]`.
+      `[H, W, C]` of the type of `levels`; floats are in [0, 1].
 
     Raises:
-      ValueError: the picture is damaged, too large for the memory, or gray with more than 8 bits.
+      ValueError: the picture is damaged, too large for the memory, or not of the type of `levels`.
     """
-    with _decoding(image, where):
+    with _decoding(image, levels, where):
         image.load()
-        upright = _upright(_opaque(image, mode), _orientation(image, exif))
+        plain = _plain(image, mode, levels, where)
+        upright = _upright(plain, _orientation(image, exif))
         if image_size:
             upright = cut_picture(upright, image_size, max_pixels=max_pixels)
-        return _as_array(upright)
+        return _as_array(upright, levels)
 
 
 def read_crops(
@@ -128,6 +142,7 @@ def read_crops(
     mode: str,
     max_pixels: int = MAX_PIXELS,
     exif: Exif = "apply",
+    levels: Levels = _BYTES,
     where: str,
 ) -> list[np.ndarray]:
     """Reads one picture, and cuts the crops of all views out of it, at its own size and ratio.
@@ -139,13 +154,14 @@ def read_crops(
     Args:
       file: path or content of the picture.
       crops: the crops of this example.
-      mode: `RGB`, or `L` for gray.
+      mode: `RGB`, `L` for gray, or `RGBA` for colors with their transparency.
       max_pixels: as for `read`.
       exif: as for `read`.
+      levels: as for `read`.
       where: name of the picture in messages.
 
     Returns:
-      For each view uint8 `[size, size, C]`.
+      For each view `[size, size, C]`, as for `read`.
 
     Raises:
       ValueError: for the reasons of `read`.
@@ -153,7 +169,7 @@ def read_crops(
     from PIL.Image import Resampling
 
     kernel = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[crops.interpolation]
-    with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, where):
+    with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, levels, where):
         is_jpeg = image.format in ("JPEG", "MPO")
         if not is_jpeg:
             image.load()  # the orientation may stand behind the pixels, and TIFF is turned by it
@@ -162,14 +178,14 @@ def read_crops(
         boxes = crops.boxes(width=turned[0], height=turned[1])
         scale = _decode_scale(image, boxes, crops.sizes) if is_jpeg else 1
         image.load()
-        picture = _opaque(image, mode)
+        picture = _plain(image, mode, levels, where)
         found = []
         for box, size in zip(boxes, crops.sizes, strict=True):
             # The box is turned, and not the picture: a reduced picture may end in a part of a
             # pixel, and after a turn this would be its beginning.
             own = _in_file(box, orientation, width=turned[0], height=turned[1])
             crop = _resized_part(picture, own, scale, size, kernel)
-            found.append(_as_array(_upright(crop, orientation)))
+            found.append(_as_array(_upright(crop, orientation), levels))
         return found
 
 
@@ -203,18 +219,31 @@ def _resized_part(picture: Any, box: Box, scale: int, size: int, kernel: Any) ->
     return part.resize((size, size), kernel, box=inside)
 
 
-def _as_array(picture: Any) -> np.ndarray:
+def _as_array(picture: Any, levels: Levels) -> np.ndarray:
+    if levels.dtype != "uint8":
+        return levels.from_unit(np.asarray(picture, np.float32))[..., None]
     pixels = np.asarray(picture, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 @contextlib.contextmanager
-def _decoding(image: Any, where: str) -> Iterator[None]:
-    """Names the picture in every error of decoding it; refuses levels of more than 8 bits."""
-    if image.mode.startswith(("I", "F")):  # Pillow would silently clip 16-bit levels to 255
+def _decoding(image: Any, levels: Levels, where: str) -> Iterator[None]:
+    """Names the picture in every error of decoding it; refuses levels of another type."""
+    is_deep = image.mode.startswith(("I", "F"))
+    if levels.dtype == "uint8" and is_deep:  # Pillow would silently clip 16-bit levels to 255
+        kept = ""
+        if image.mode.startswith(("I;16", "F")):
+            kept = (
+                f', or keep them by data.dtype = "{"float32" if image.mode == "F" else "uint16"}"'
+            )
         raise ValueError(
             f"cannot read {where}: expected 8 bits per channel, got mode {image.mode}; scale its "
-            "levels to 0..255 and save it with 8 bits"
+            f"levels to 0..255 and save it with 8 bits{kept}"
+        )
+    if levels.dtype != "uint8" and not image.mode.startswith(_DEEP[levels.dtype]):
+        raise ValueError(
+            f"cannot read {where}: expected one channel of {levels.dtype} (data.dtype), got mode "
+            f"{image.mode}"
         )
     try:
         yield
@@ -236,6 +265,7 @@ def size(
       file: path or content of the picture.
       max_pixels: a picture with more pixels is an error.
       exif: as for `read`.
+      levels: as for `read`.
       where: name of the picture in messages.
 
     Raises:
@@ -318,10 +348,13 @@ def _upright(image: Any, orientation: int) -> Any:
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _opaque(image: Any, mode: str) -> Any:
+def _plain(image: Any, mode: str, levels: Levels, where: str) -> Any:
+    """A picture of the mode; one of floats in [0, 1] where `levels` has more than 8 bits."""
     from PIL import Image
 
-    if image.has_transparency_data:
+    if levels.dtype != "uint8":
+        return Image.fromarray(levels.to_unit(np.asarray(image), where=where))
+    if image.has_transparency_data and mode != "RGBA":
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert(mode)

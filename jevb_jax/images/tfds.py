@@ -99,7 +99,8 @@ class TfdsSource(EncodedPictures):
             ) from error
         self.name = f"{builder.name}:{builder.version}/{split}"
         self.class_names = None if label is None else tuple(label.names)
-        self._mode = "L" if channels == 1 else "RGB"
+        if channels == 1 and not reading.get("num_channels"):
+            self._mode = "L"
         if len(self._records) == 0:
             raise ValueError(f"{self.name} has no examples")
 

@@ -407,6 +407,10 @@ def _detection_misfits(settings: RunSettings) -> list[str]:
     ood = settings.ood
     if ood.corruptions and not ood.severities:
         problems.append("ood.severities is empty and ood.corruptions is not: give some of 1 to 5")
+    if ood.corruptions and settings.data.dtype != "uint8":
+        problems.append(
+            f'ood.corruptions need data.dtype = "uint8", got "{settings.data.dtype}": set them to ()'
+        )
     if len(set(ood.corruptions)) < len(ood.corruptions):
         problems.append(f"ood.corruptions names one twice: {_shown(ood.corruptions)}")
     return problems
@@ -415,6 +419,14 @@ def _detection_misfits(settings: RunSettings) -> list[str]:
 def _source_misfits(section: DataSection) -> list[str]:
     """Settings that the source of the data lacks."""
     source = section.source
+    try:
+        levels = section.levels
+    except ValueError as error:
+        return [f"data.value_range: {error}"]
+    if source not in ("arrays", "folder", "paths") and levels.dtype != "uint8":
+        return [
+            f'data.dtype = "{levels.dtype}" is for arrays, folder and paths, got data.source = {source!r}'
+        ]
     if source == "tfds" and not section.tfds_name:
         return ["data.tfds_name must name the data set where data.source is tfds"]
     if source == "tfds" and section.train_split == section.test_split:
