@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            # digits | shapes | arrays | features | folder | paths | tfds (docs/data.md)
+            # digits | shapes | arrays | features | folder | paths | tfds | webdataset (docs/data.md)
             "source": "arrays",
             # arrays, features: .npz or .npy files; folder: one directory of pictures; paths: one text
-            # or CSV file with paths of pictures
+            # or CSV file with paths of pictures; webdataset: tar files or patterns of them
             "train_paths": (),
             "test_paths": (),
             "tfds_name": "",  # tfds: name or name:version, prepared as array_record
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             "train_split": "train",  # tfds
             "test_split": "test",  # tfds
             "image_size": 0,  # pictures, shapes: height = width in pixels (0 = as stored; shapes: 32)
-            # The next three are for encoded pictures: folder, paths, tfds.
+            # The next three are for encoded pictures: folder, paths, tfds, webdataset.
             "max_image_pixels": 89_478_485,  # Pillow's limit; a larger picture is an error
             "exif": "apply",  # orientation of a photograph: apply | ignore (as torchvision does)
             # A picture that cannot be read: refuse, or skip, which decodes all at the start of a run.

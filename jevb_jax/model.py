@@ -82,8 +82,9 @@ class Model:
     where its fitted scores are saved, but not compiled programs and the scores themselves.
 
     Wrong images raise TypeError if they are neither numbers nor pictures, or if their range of
-    levels is unclear (16 bits, unless the run is of such images; integers that are all 0 or 1). They raise ValueError for a wrong
-    number of axes or channels, no images, NaN, or values out of range.
+    levels is unclear (16 bits, unless the run is of such images; integers that are all 0 or 1).
+    They raise ValueError for a wrong number of axes or channels, no images, NaN, or values out of
+    range.
 
     A model of features (`data.source = "features"`) takes features in the place of images: `[N, F]`,
     `[F]` of one example, or `[N, V, F]` with stored views as in training (docs/any_encoder.md).

@@ -12,7 +12,7 @@ import numpy as np
 from jevb_jax.images import pictures
 from jevb_jax.images.arrays import arrays, digits, features
 from jevb_jax.images.encoded import EncodedPictures, Reading, without_broken
-from jevb_jax.images.image_files import FileSource, FolderSource, ImageListSource, PathListSource
+from jevb_jax.images.image_files import FolderSource, ImageListSource, PathListSource
 from jevb_jax.images.levels import Dtype, Levels
 from jevb_jax.images.random_bits import (
     DIGITS_TEST,
@@ -22,6 +22,7 @@ from jevb_jax.images.random_bits import (
     permutation,
 )
 from jevb_jax.images.shapes import shapes
+from jevb_jax.images.shards import ShardSource
 from jevb_jax.images.source import (
     ImageSource,
     Subset,
@@ -33,7 +34,7 @@ from jevb_jax.images.tfds import TfdsSource
 from jevb_jax.runs.files import to_path
 
 # Sources of encoded pictures, of any sizes, out of which crops can be cut.
-PICTURE_SOURCES = ("folder", "paths", "tfds")
+PICTURE_SOURCES = ("folder", "paths", "tfds", "webdataset")
 SOURCES = ("digits", "shapes", "arrays", "features", *PICTURE_SOURCES)
 # Sources of one set alone, such as an outside set.
 OUTSIDE_SOURCES = ("arrays", "features", "image_list", *PICTURE_SOURCES)
@@ -87,10 +88,10 @@ def load_dataset(
     with `num_train_examples` (except for `shapes`, which draws as many images as it needs).
 
     Args:
-      source: `digits`, `shapes`, `arrays`, `features`, `folder`, `paths` or `tfds`. For `digits` the
-        test images are a stratified 20%.
+      source: `digits`, `shapes`, `arrays`, `features`, `folder`, `paths`, `tfds` or `webdataset`. For
+        `digits` the test images are a stratified 20%.
       train_paths: `.npz` or `.npy` files for `arrays` and `features`, one directory for `folder`,
-        one text or CSV file for `paths`.
+        one text or CSV file for `paths`, tar files or patterns for `webdataset`.
       test_paths: the same for the test images.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
@@ -332,14 +333,15 @@ def _of_paths(
         return arrays(paths, reading.get("levels", Levels()))
     if source == "features":
         return features(paths)
+    if source == "webdataset":
+        return ShardSource(paths, like=like, **reading)
     if len(paths) != 1:
         what = "directory" if source == "folder" else "text or CSV file"
         raise ValueError(f"source {source!r} takes one {what} in {where}, got {list(paths)}")
     if source == "folder":
         names = None if like is None else like.class_names
         return FolderSource(paths[0], class_names=names, has_classes=has_labels, **reading)
-    known = like if isinstance(like, PathListSource) else None
-    return PathListSource(paths[0], like=known, **reading)
+    return PathListSource(paths[0], like=like, **reading)
 
 
 def _usable(source: ImageSource, *, has_labels: bool, skip_broken: bool) -> ImageSource:
@@ -350,13 +352,13 @@ def _usable(source: ImageSource, *, has_labels: bool, skip_broken: bool) -> Imag
 
 
 def _check_files_apart(train: ImageSource, test: ImageSource | None) -> None:
-    """Raises ValueError if a picture file is in both sets."""
-    if not isinstance(train, FileSource) or not isinstance(test, FileSource):
+    """Raises ValueError if both sets read the same file of pictures."""
+    if not isinstance(train, EncodedPictures) or not isinstance(test, EncodedPictures):
         return
-    shared = set(map(os.path.abspath, train.paths)) & set(map(os.path.abspath, test.paths))
+    shared = set(map(os.path.abspath, train.files)) & set(map(os.path.abspath, test.files))
     if shared:
         raise ValueError(
-            f"{len(shared):,} pictures are both in {train.name} and in {test.name}, for example "
+            f"{len(shared):,} files are both in {train.name} and in {test.name}, for example "
             f"{min(shared)}; test images must not be trained on"
         )
 

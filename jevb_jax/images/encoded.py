@@ -83,6 +83,11 @@ class EncodedPictures(abc.ABC):
         """Labels, int64 `[N]`, or None."""
         return self._labels
 
+    @property
+    def files(self) -> Sequence[str]:
+        """The files that hold the pictures; empty if that is not known."""
+        return ()
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 

@@ -13,12 +13,10 @@ import numpy as np
 from jevb_jax.images import pictures
 from jevb_jax.images.encoded import EncodedPictures, Reading
 from jevb_jax.images.folder_listing import list_folder
-from jevb_jax.images.source import check_local
+from jevb_jax.images.label_texts import labels_of_texts
+from jevb_jax.images.source import ImageSource, check_local
 
 _logger = logging.getLogger(__name__)
-
-_INTEGER = re.compile(r"-?[0-9]+")
-_NUMBER = re.compile(r"[0-9]{1,9}")  # of a class
 
 
 class _Row(NamedTuple):
@@ -44,6 +42,11 @@ class FileSource(EncodedPictures):
         self.paths = tuple(paths)
         self.names = tuple(names)
         self._check_opened()
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The pictures themselves."""
+        return self.paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -244,14 +247,19 @@ class PathListSource(_ListedFiles):
         self,
         list_path: str | os.PathLike[str],
         *,
-        like: "PathListSource | None" = None,
+        like: ImageSource | None = None,
         **reading: Unpack[Reading],
     ):
         check_local(list_path, "lists of images")
         is_csv = os.fspath(list_path).lower().endswith(".csv")
         rows = _csv_rows(list_path) if is_csv else _text_rows(list_path)
         super().__init__(list_path, os.path.dirname(os.path.abspath(list_path)), rows, **reading)
-        self._labels, self.class_names = _labels_of(rows, str(list_path), like)
+        self._labels, self.class_names = labels_of_texts(
+            [row.label for row in rows],
+            place=lambda index: f"line {rows[index].line} of {list_path}",
+            where=str(list_path),
+            like=like,
+        )
 
 
 def _lines(list_path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
@@ -297,37 +305,3 @@ def _csv_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
         given = row[label].strip() if 0 <= label < len(row) else ""
         rows.append(_Row(number, row[path].strip() if path < len(row) else "", given))
     return rows
-
-
-def _labels_of(
-    rows: Sequence[_Row], where: str, like: PathListSource | None
-) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels, int64 `[N]`, and class names of the rows of a list."""
-    known = None if like is None else like.class_names
-    without = [row for row in rows if not row.label]
-    if len(without) == len(rows):
-        return None, known
-    if without:
-        raise ValueError(
-            f"{where}: {len(without):,} of {len(rows):,} lines have no label, the first is line "
-            f"{without[0].line}; give labels to all or to none"
-        )
-    texts = [row.label for row in rows]
-    are_known_numbers = like is not None and like.labels is not None and known is None
-    if are_known_numbers or (known is None and all(map(_INTEGER.fullmatch, texts))):
-        wrong = next((row for row in rows if not _NUMBER.fullmatch(row.label)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"line {wrong.line} of {where}: expected the number of a class, from 0, got "
-                f"{wrong.label!r}"
-            )
-        return np.asarray(list(map(int, texts)), np.int64), None
-    names = tuple(sorted(set(texts))) if known is None else known
-    numbers = {name: number for number, name in enumerate(names)}
-    unknown = next((row for row in rows if row.label not in numbers), None)
-    if unknown is not None:
-        raise ValueError(
-            f"line {unknown.line} of {where}: class {unknown.label!r} is not among the known classes "
-            f"{list(names)}"
-        )
-    return np.asarray([numbers[text] for text in texts], np.int64), names

@@ -423,9 +423,10 @@ def _source_misfits(section: DataSection) -> list[str]:
         levels = section.levels
     except ValueError as error:
         return [f"data.value_range: {error}"]
-    if source not in ("arrays", "folder", "paths") and levels.dtype != "uint8":
+    has_only_bytes = source not in ("arrays", *PICTURE_SOURCES) or source == "tfds"
+    if has_only_bytes and levels.dtype != "uint8":
         return [
-            f'data.dtype = "{levels.dtype}" is for arrays, folder and paths, got data.source = {source!r}'
+            f'data.dtype = "{levels.dtype}" is for arrays and picture files, got data.source = {source!r}'
         ]
     if source == "tfds" and not section.tfds_name:
         return ["data.tfds_name must name the data set where data.source is tfds"]
@@ -436,6 +437,7 @@ def _source_misfits(section: DataSection) -> list[str]:
         "features": ".npz or .npy files",
         "folder": "one directory",
         "paths": "one text or CSV file",
+        "webdataset": "tar files",
     }
     if source in named and not section.train_paths:
         return [f"data.train_paths must name {named[source]} where data.source is {source}, got ()"]

@@ -832,7 +832,7 @@ def test_load_dataset_refuses(tmp_path, photos):
     cases = [
         (
             {"source": "cifar"},
-            "unknown data source 'cifar'; .*digits, shapes, arrays, features, folder, paths, tfds",
+            "unknown data source 'cifar'; .*digits, shapes, arrays, features, folder, paths, tfds, web",
         ),
         ({"source": "digits", "validation_fraction": 0.0}, r"in \(0, 1\), got 0"),
         ({"source": "digits", "validation_fraction": 1.0}, r"in \(0, 1\), got 1"),

@@ -291,7 +291,7 @@ def test_what_a_run_skips_is_said_once_at_its_start(tmp_path, caplog):
     values = experiment.to_json_values(config)
     for section, key, value, message in (
         ("data", "value_range", [4095, 0], r"data.value_range: .* two rising numbers"),
-        ("data", "source", "shapes", r'data.dtype = "uint16" is for arrays, folder'),
+        ("data", "source", "shapes", r'data.dtype = "uint16" is for arrays and picture files'),
         ("ood", "corruptions", ["contrast"], r'ood.corruptions need data.dtype = "uint8"'),
     ):
         wrong = values | {section: values[section] | {key: value}}

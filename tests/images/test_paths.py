@@ -60,12 +60,12 @@ def test_a_list_names_pictures_and_labels(tmp_path, name, text, shown, labels, n
     ("name", "text", "message"),
     [
         ("a.txt", "\n \n", "names no images"),
-        ("a.txt", "1.png 0\n1.png\n1.png\n", "2 of 3 lines have no label, the first is line 2"),
+        ("a.txt", "1.png 0\n1.png\n1.png\n", "2 of 3 pictures have no label, the first is line 2"),
         ("a.txt", "\n1.png 0\n1.png -1\n", "line 3 of .* number of a class, from 0, got '-1'"),
         ("a.txt", "1.png 0\n1.png 12345678901\n", "line 2 of"),
         ("a.csv", "path,x\n1.png,0\n", None),
         ("a.csv", "1.png,0,5\n1.png,1,4\n", "line 1 of .* has 3 columns, expected 1 or 2"),
-        ("a.csv", "path,label\n1.png,a\n1.png,\n", "1 of 2 lines have no label.* line 3"),
+        ("a.csv", "path,label\n1.png,a\n1.png,\n", "1 of 2 pictures have no label.* line 3"),
     ],
 )
 def test_a_wrong_list_is_refused_with_its_line(tmp_path, name, text, message):
@@ -97,7 +97,7 @@ def test_lists_of_training_and_test_mean_the_same_classes(tmp_path):
     for test, message in (
         ("10.png d\n", r"line 1 of .*test\.txt: class 'd' is not among the known classes"),
         ("10.png\n", "has labels and .*test.txt has none"),
-        ("10.png a\n./3.png b\n", r"1 pictures are both in .*, for example .*3\.png"),
+        ("10.png a\n./3.png b\n", r"1 files are both in .*, for example .*3\.png"),
     ):
         with pytest.raises(ValueError, match=message):
             load(named, test)
