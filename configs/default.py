@@ -23,18 +23,22 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            # digits | shapes | arrays | features | folder | paths | tfds | webdataset (docs/data.md)
+            # digits | shapes | arrays | features | folder | paths | tfds | webdataset | hf
+            # (docs/data.md)
             "source": "arrays",
             # arrays, features: .npz or .npy files; folder: one directory of pictures; paths: one text
-            # or CSV file with paths of pictures; webdataset: tar files or patterns of them
+            # or CSV file with paths of pictures; webdataset: tar files or patterns of them;
+            # hf: one directory of save_to_disk, or parquet or Arrow files
             "train_paths": (),
             "test_paths": (),
             "tfds_name": "",  # tfds: name or name:version, prepared as array_record
             "data_dir": "",  # tfds: directory of the prepared data sets ("" = tfds' default)
             "train_split": "train",  # tfds
             "test_split": "test",  # tfds
+            "image_column": "image",  # hf
+            "label_column": "label",  # hf; "" = no labels
             "image_size": 0,  # pictures, shapes: height = width in pixels (0 = as stored; shapes: 32)
-            # The next three are for encoded pictures: folder, paths, tfds, webdataset.
+            # The next three are for encoded pictures: folder, paths, tfds, webdataset, hf.
             "max_image_pixels": 89_478_485,  # Pillow's limit; a larger picture is an error
             "exif": "apply",  # orientation of a photograph: apply | ignore (as torchvision does)
             # A picture that cannot be read: refuse, or skip, which decodes all at the start of a run.

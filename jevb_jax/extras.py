@@ -23,6 +23,7 @@ EXTRAS = {
     "ml_collections": "train",
     "optax": "train",
     "orbax": "train",
+    "pyarrow": "hf",
     "rich": "train",
     "safetensors": "train",
     "sklearn": "train",

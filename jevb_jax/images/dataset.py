@@ -30,11 +30,12 @@ from jevb_jax.images.source import (
     is_of_features,
     num_classes,
 )
+from jevb_jax.images.tables import TableSource
 from jevb_jax.images.tfds import TfdsSource
 from jevb_jax.runs.files import to_path
 
 # Sources of encoded pictures, of any sizes, out of which crops can be cut.
-PICTURE_SOURCES = ("folder", "paths", "tfds", "webdataset")
+PICTURE_SOURCES = ("folder", "paths", "tfds", "webdataset", "hf")
 SOURCES = ("digits", "shapes", "arrays", "features", *PICTURE_SOURCES)
 # Sources of one set alone, such as an outside set.
 OUTSIDE_SOURCES = ("arrays", "features", "image_list", *PICTURE_SOURCES)
@@ -66,6 +67,8 @@ def load_dataset(
     data_dir: str = "",
     train_split: str = "train",
     test_split: str = "test",
+    image_column: str = "image",
+    label_column: str = "label",
     image_size: int = 0,
     max_image_pixels: int = pictures.MAX_PIXELS,
     exif: pictures.Exif = "apply",
@@ -88,15 +91,18 @@ def load_dataset(
     with `num_train_examples` (except for `shapes`, which draws as many images as it needs).
 
     Args:
-      source: `digits`, `shapes`, `arrays`, `features`, `folder`, `paths`, `tfds` or `webdataset`. For
-        `digits` the test images are a stratified 20%.
+      source: `digits`, `shapes`, `arrays`, `features`, `folder`, `paths`, `tfds`, `webdataset` or
+        `hf`. For `digits` the test images are a stratified 20%.
       train_paths: `.npz` or `.npy` files for `arrays` and `features`, one directory for `folder`,
-        one text or CSV file for `paths`, tar files or patterns for `webdataset`.
+        one text or CSV file for `paths`, tar files or patterns for `webdataset`; one directory
+        of `save_to_disk`, or parquet or Arrow files, for `hf`.
       test_paths: the same for the test images.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
       train_split: TFDS split of the training images.
       test_split: TFDS split of the test images; empty for none.
+      image_column: `hf`: name of the column of pictures.
+      label_column: `hf`: name of the column of labels; empty for none.
       image_size: height and width in pixels. Encoded pictures (`PICTURE_SOURCES`) are resized to it
         when they are read; `shapes` are drawn at it (0: 32). 0 keeps the images as they are. Images
         in memory are not resized and must have this size.
@@ -173,7 +179,10 @@ def load_dataset(
             test = read(test_split) if test_split else None
         case _:
             _check_paths_apart(train_paths, test_paths)
-            read = functools.partial(_of_paths, source, has_labels=has_labels, **reading)
+            columns = image_column, label_column if has_labels else ""
+            read = functools.partial(
+                _of_paths, source, has_labels=has_labels, columns=columns, **reading
+            )
             train = read(train_paths, where="train_paths")
             test = read(test_paths, where="test_paths", like=train) if test_paths else None
             _check_files_apart(train, test)
@@ -239,6 +248,8 @@ def load_images(
     tfds_name: str = "",
     data_dir: str = "",
     split: str = "test",
+    image_column: str = "image",
+    label_column: str = "label",
     image_size: int = 0,
     max_image_pixels: int = pictures.MAX_PIXELS,
     exif: pictures.Exif = "apply",
@@ -258,6 +269,8 @@ def load_images(
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
       split: TFDS split.
+      image_column: `hf`: name of the column of pictures.
+      label_column: `hf`: name of the column of labels; empty for none.
       image_size: images from files are resized to this height and width in pixels; 0 keeps them.
       max_image_pixels: a picture in a file with more pixels is an error, before it is decoded.
       exif: whether the orientation in EXIF is applied or ignored.
@@ -295,7 +308,8 @@ def load_images(
                 raise ValueError(
                     f"unknown source {source!r}; expected one of {', '.join(OUTSIDE_SOURCES)}"
                 )
-            images = _of_paths(source, paths, where="paths", **reading)
+            columns = image_column, label_column
+            images = _of_paths(source, paths, where="paths", columns=columns, **reading)
     if len(rows):
         if len(rows) != 2 or not 0 <= rows[0] < rows[1] <= len(images):
             raise ValueError(
@@ -316,6 +330,7 @@ def _of_paths(
     *,
     where: str,
     has_labels: bool = True,
+    columns: tuple[str, str] = ("image", "label"),
     like: ImageSource | None = None,
     **reading: Unpack[Reading],
 ) -> ImageSource:
@@ -326,6 +341,7 @@ def _of_paths(
       paths: the paths.
       where: the setting that holds the paths, for messages.
       has_labels: whether folders are classes.
+      columns: of pictures and of labels, for tables.
       like: the training set, so that labels mean the same; None for a set of its own.
       **reading: how pictures are read.
     """
@@ -335,6 +351,10 @@ def _of_paths(
         return features(paths)
     if source == "webdataset":
         return ShardSource(paths, like=like, **reading)
+    if source == "hf":
+        return TableSource(
+            paths, image_column=columns[0], label_column=columns[1], like=like, **reading
+        )
     if len(paths) != 1:
         what = "directory" if source == "folder" else "text or CSV file"
         raise ValueError(f"source {source!r} takes one {what} in {where}, got {list(paths)}")

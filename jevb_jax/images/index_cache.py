@@ -35,6 +35,11 @@ def directory() -> Path:
     return files.to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jevb_jax"
 
 
+def entry_name(kind: str, of: str) -> str:
+    """The name of an entry, without ending."""
+    return f"{kind}_{hashlib.sha256(os.fsencode(of)).hexdigest()[:32]}"
+
+
 def cached(
     kind: str,
     of: str,
@@ -56,8 +61,7 @@ def cached(
       What `build` returns, now or earlier.
     """
     wanted = json.dumps(stamp, sort_keys=True)
-    name = hashlib.sha256(os.fsencode(os.path.abspath(of))).hexdigest()[:32]
-    path = directory() / f"{kind}_{name}.npz"
+    path = directory() / f"{entry_name(kind, os.path.abspath(of))}.npz"
     found = _read(path, wanted)
     if found is not None:
         return found

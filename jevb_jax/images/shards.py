@@ -4,11 +4,9 @@ A sample is a run of members whose names agree up to the first dot: `key.jpg`, `
 every tar file is made once and cached (`index_cache`).
 """
 
-import glob
 import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Unpack
@@ -17,13 +15,12 @@ import numpy as np
 
 from jevb_jax.images import index_cache, pictures
 from jevb_jax.images.encoded import EncodedPictures, Reading
+from jevb_jax.images.file_patterns import files_of_all
 from jevb_jax.images.label_texts import labels_of_texts
-from jevb_jax.images.source import ImageSource, check_local
-from jevb_jax.runs.files import to_path
+from jevb_jax.images.source import ImageSource
 
 _VERSION = 1  # of the index; raise it if the index changes
 _BLOCK = 512  # bytes of a tar file
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class ShardSource(EncodedPictures):
@@ -57,13 +54,8 @@ class ShardSource(EncodedPictures):
         like: ImageSource | None = None,
         **reading: Unpack[Reading],
     ):
-        if not paths:
-            raise ValueError("source 'webdataset' takes tar files or patterns of them, got none")
-        shards = [file for path in paths for file in _files_of(os.fspath(path))]
+        shards = files_of_all(paths, "webdataset", "tar files")
         self.shards = tuple(shards)
-        repeated = sorted({file for file in self.shards if self.shards.count(file) > 1})
-        if repeated:
-            raise ValueError(f"each file may be given once, but these are repeated: {repeated[:5]}")
         more = f" and {len(shards) - 1:,} more" if len(shards) > 1 else ""
         super().__init__(f"{shards[0]}{more}", **reading)
         found = [_index(file) for file in self.shards]
@@ -111,26 +103,6 @@ class ShardSource(EncodedPictures):
     def where(self, index: int) -> str:
         """The name of picture `index` in messages."""
         return f"image {index}, {self.names[index]} in {self.shards[self._shard[index]]}"
-
-
-def _files_of(path: str) -> list[str]:
-    """The files of a name, of a pattern, or of a range."""
-    check_local(path, "tar files")
-    path = os.fspath(to_path(path))
-    span = _RANGE.search(path)
-    if span:
-        first, last = span[1], span[2]
-        numbers = range(int(first), int(last) + 1)
-        if not numbers:
-            raise ValueError(f"{path} is an empty range")
-        names = [f"{path[: span.start()]}{n:0{len(first)}d}{path[span.end() :]}" for n in numbers]
-        return [file for name in names for file in _files_of(name)]
-    if os.path.isfile(path):
-        return [path]
-    found = sorted(glob.glob(path)) if glob.has_magic(path) else []
-    if not found:
-        raise FileNotFoundError(f"no file at {path}")
-    return found
 
 
 class _Index(NamedTuple):

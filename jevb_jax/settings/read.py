@@ -438,6 +438,7 @@ def _source_misfits(section: DataSection) -> list[str]:
         "folder": "one directory",
         "paths": "one text or CSV file",
         "webdataset": "tar files",
+        "hf": "a directory of save_to_disk, or parquet or Arrow files",
     }
     if source in named and not section.train_paths:
         return [f"data.train_paths must name {named[source]} where data.source is {source}, got ()"]

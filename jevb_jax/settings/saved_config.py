@@ -16,6 +16,8 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "data": {
         "max_image_pixels": pictures.MAX_PIXELS,
         "inlier_classes": [],  # as in JSON
+        "image_column": "image",
+        "label_column": "label",
         "exif": "apply",
         "skip_broken": "refuse",
         "labels": "given",

@@ -69,6 +69,8 @@ class DataSection:
     data_dir: Annotated[str, text(note='"" = the default of TFDS')]
     train_split: Text
     test_split: Text
+    image_column: Annotated[str, text(is_empty_allowed=False)]
+    label_column: Annotated[str, text(note='"" = no labels')]
     image_size: Annotated[int, integer(0, note="0 = as stored")]
     max_image_pixels: Annotated[int, integer(1)]
     exif: Annotated[Literal["apply", "ignore"], choice("apply", "ignore")]
@@ -418,6 +420,8 @@ class OutsideSetSection:
     tfds_name: Text
     data_dir: Text
     split: Text
+    image_column: Annotated[str, text(is_empty_allowed=False)]
+    label_column: Text
     image_size: Annotated[int, integer(0, note="0 = as stored")]
     rows: Annotated[tuple[int, ...], many(integer(0))]
     exclude_labels: Annotated[tuple[int, ...], many(integer(0))]

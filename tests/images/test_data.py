@@ -1259,6 +1259,6 @@ def test_reading_tfds_imports_no_tensorflow(tfds_root, photos):
 
 
 def test_names_of_the_sources_are_documented():
-    documented = re.search(r"source: (.*?)\. For", dataset.load_dataset.__doc__ or "")
+    documented = re.search(r"(?s)source: (.*?)\. For", dataset.load_dataset.__doc__ or "")
     assert documented is not None
     assert re.findall(r"`(\w+)`", documented[1]) == list(dataset.SOURCES)

@@ -1,11 +1,14 @@
 """What every source of encoded pictures must do, whatever its files are: one test for all of them."""
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jevb_jax.images import data_record, dataset
@@ -56,10 +59,43 @@ def webdataset(root: Path, images: list[bytes], labels: np.ndarray | None) -> tu
     return (str(root / "part-{000..002}.tar"),)
 
 
+def table(images: list[bytes], labels: np.ndarray | None, rows: np.ndarray) -> pa.Table:
+    """As `datasets` has it: a struct of bytes and path."""
+    columns: dict[str, Any] = {"image": [{"bytes": images[i], "path": f"{i}.png"} for i in rows]}
+    columns["label"] = [None if labels is None else int(labels[i]) for i in rows]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", kind), ("label", pa.int64())])
+    return pa.table(columns, schema=schema)
+
+
+def hf(root: Path, images: list[bytes], labels: np.ndarray | None) -> tuple[str, ...]:
+    """A directory like that of `save_to_disk`, with several batches of rows in each of its files."""
+    root.mkdir()
+    names = []
+    for number, rows in enumerate(np.split(np.arange(len(images)), [7, 31])):
+        names.append({"filename": f"data-{number:05d}-of-00003.arrow"})
+        made = table(images, labels, rows)
+        with pa.ipc.new_stream(str(root / names[-1]["filename"]), made.schema) as writer:
+            writer.write_table(made, max_chunksize=5)
+    (root / "state.json").write_text(json.dumps({"_data_files": names}))
+    return (str(root),)
+
+
+def parquet(root: Path, images: list[bytes], labels: np.ndarray | None) -> tuple[str, ...]:
+    """Files whose rows stand in groups of nine."""
+    root.mkdir()
+    for number, rows in enumerate(np.split(np.arange(len(images)), [7, 31])):
+        made = table(images, labels, rows)
+        pq.write_table(made, root / f"train-{number:05d}-of-00003.parquet", row_group_size=9)
+    return (str(root / "train-*.parquet"),)
+
+
 WRITERS: dict[str, Callable[[Path, list[bytes], np.ndarray | None], tuple[str, ...]]] = {
     "folder": folder,
     "paths": listed,
     "webdataset": webdataset,
+    "hf": hf,
+    "parquet": parquet,
 }
 
 
@@ -73,9 +109,14 @@ def kind(request) -> str:
     return request.param
 
 
+def named(kind: str) -> str:
+    """The name of the source in the settings."""
+    return "hf" if kind == "parquet" else kind
+
+
 def written(kind: str, root: Path, images: np.ndarray, labels: np.ndarray | None) -> Any:
     paths = WRITERS[kind](root, [encoded(image) for image in images], labels)
-    return dataset.load_images(source=kind, paths=paths)
+    return dataset.load_images(source=named(kind), paths=paths)
 
 
 def test_every_picture_is_read_bit_for_bit_and_labels_may_be_missing(kind, tmp_path, photos):
@@ -139,14 +180,14 @@ def test_splits_records_and_broken_pictures_are_those_of_a_folder(kind, tmp_path
         tmp_path / "broken", [images[0], b"", *images[1:30], images[30][:90]], None
     )
     files = folder(tmp_path / "files", images, None)
-    made = dataset.load_dataset(source=kind, train_paths=train)
+    made = dataset.load_dataset(source=named(kind), train_paths=train)
     alike = dataset.load_dataset(source="folder", train_paths=files)
     np.testing.assert_array_equal(load_resident(made.train), load_resident(alike.train))
     np.testing.assert_array_equal(load_resident(made.validation), load_resident(alike.validation))
     before = data_record.fingerprint(made)
-    again = dataset.load_dataset(source=kind, train_paths=train)
+    again = dataset.load_dataset(source=named(kind), train_paths=train)
     assert data_record.changes(before, data_record.fingerprint(again)) == []
-    left = dataset.load_dataset(source=kind, train_paths=broken, skip_broken="skip")
+    left = dataset.load_dataset(source=named(kind), train_paths=broken, skip_broken="skip")
     assert "2 of 32 pictures of" in caplog.text
     assert "cannot read image 1, " in caplog.text
     assert "cannot read image 31, " in caplog.text
@@ -156,7 +197,7 @@ def test_splits_records_and_broken_pictures_are_those_of_a_folder(kind, tmp_path
     assert len(whole) == 30
     assert data_record.changes(before, data_record.fingerprint(left))
     with pytest.raises(ValueError, match="cannot read image 1, "):
-        dataset.load_dataset(source=kind, train_paths=broken, image_size=32).train.source[1]  # pyright: ignore[reportAttributeAccessIssue]
+        dataset.load_images(source=named(kind), paths=broken, image_size=32)[1]
 
 
 def test_the_same_files_cannot_be_trained_and_tested_on(kind, tmp_path, photos):
@@ -164,8 +205,10 @@ def test_the_same_files_cannot_be_trained_and_tested_on(kind, tmp_path, photos):
     again = (str(tmp_path / "x" / ".." / "x" / Path(paths[0]).name),)
     if kind == "folder":
         again = (str(tmp_path / "x" / "c0"),)
+    if kind == "hf":
+        again = (str(tmp_path / "x" / "data-00001-of-00003.arrow"),)
     with pytest.raises(ValueError, match="both"):
-        dataset.load_dataset(source=kind, train_paths=paths, test_paths=again)
+        dataset.load_dataset(source=named(kind), train_paths=paths, test_paths=again)
 
 
 @pytest.mark.slow
