@@ -141,10 +141,11 @@ class FolderSource(FileSource):
             )
         for remark in remarks:
             _logger.warning("%s: %s", root, remark)
+        start = len(os.path.join(root, ""))
         super().__init__(
             str(root),
             files,
-            [path[len(os.path.join(root, "")) :] for path in files],
+            [path[start:] for path in files],
             **reading,
         )
         self._labels, self.class_names = labels, names
