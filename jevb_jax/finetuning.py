@@ -228,12 +228,13 @@ def _load_encoder(settings: FinetuneSettings, directory: Path) -> Model:
             f"init.workdir = {init.workdir} holds a network of features of a frozen encoder, so there "
             "is no encoder to tune here; the evaluation of the run has linear probes on the features"
         )
-    if settings.data.exif != encoder.settings.data.exif:
-        raise ValueError(
-            f"data.exif = {settings.data.exif!r}, but the encoder was trained with "
-            f"{encoder.settings.data.exif!r}, and a classifier reads pictures as its encoder does: set "
-            "it to the same"
-        )
+    for name in ("exif", "dtype", "value_range"):
+        asked, trained = getattr(settings.data, name), getattr(encoder.settings.data, name)
+        if asked != trained:
+            raise ValueError(
+                f"data.{name} = {asked!r}, but the encoder was trained with {trained!r}, and a "
+                "classifier reads images as its encoder does: set it to the same"
+            )
     return encoder.with_square_size(settings.data.image_size)
 
 
