@@ -23,16 +23,31 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "source": "arrays",  # digits | shapes | arrays | features | folder | tfds
-            # arrays, features: .npz or .npy files; folder: one directory of pictures
+            # digits | shapes | arrays | features | folder | paths | tfds | webdataset | hf
+            # (docs/data.md)
+            "source": "arrays",
+            # arrays, features: .npz or .npy files; folder: one directory of pictures; paths: one text
+            # or CSV file with paths of pictures; webdataset: tar files or patterns of them;
+            # hf: one directory of save_to_disk, or parquet or Arrow files
             "train_paths": (),
             "test_paths": (),
             "tfds_name": "",  # tfds: name or name:version, prepared as array_record
             "data_dir": "",  # tfds: directory of the prepared data sets ("" = tfds' default)
             "train_split": "train",  # tfds
             "test_split": "test",  # tfds
-            "image_size": 0,  # folder, shapes: height = width in pixels (0 = as stored; shapes: 32)
-            "max_image_pixels": 89_478_485,  # folder, tfds: Pillow's limit; larger is an error
+            "image_column": "image",  # hf
+            "label_column": "label",  # hf; "" = no labels
+            "image_size": 0,  # pictures, shapes: height = width in pixels (0 = as stored; shapes: 32)
+            # The next three are for encoded pictures: folder, paths, tfds, webdataset, hf.
+            "max_image_pixels": 89_478_485,  # Pillow's limit; a larger picture is an error
+            "exif": "apply",  # orientation of a photograph: apply | ignore (as torchvision does)
+            # A picture that cannot be read: refuse, or skip, which decodes all at the start of a run.
+            "skip_broken": "refuse",  # refuse | skip
+            "labels": "given",  # given | none (ignored; the folders of a folder are no classes)
+            # 0 = as stored; pictures: color. 1 | 3 | 4 (with transparency) for pictures.
+            "num_channels": 0,
+            "dtype": "uint8",  # of arrays and pictures: uint8 | uint16 | float32 (docs/data.md)
+            "value_range": (),  # (black, white) of uint16, float32; () = (0, 65535), (0.0, 1.0)
             "num_train_examples": 0,  # 0 = all; otherwise a seeded, stratified subset
             "num_test_examples": 0,
             "validation_fraction": 0.1,  # share of the training images; used for every choice
@@ -58,7 +73,7 @@ def get_config() -> ConfigDict:
             "image_size": 32,  # height = width of the full views, in pixels
             # What training crops: square, the square of data.image_size pixels that the device holds,
             # or image, the whole picture in its file, on the host (docs/settings.md).
-            "crop_from": "square",  # square | image (folder or tfds, streamed)
+            "crop_from": "square",  # square | image (encoded pictures, streamed)
             "crop_scale": (0.2, 1.0),  # share of the image's area
             "crop_ratio": (3 / 4, 4 / 3),  # width / height
             "interpolation": "bilinear",  # bilinear | bicubic, antialiased

@@ -41,7 +41,7 @@ def outside_set(name: str, group: str, source: str, **keywords: Any) -> dict[str
       name: name of the set in the results.
       group: "near", "far", ...; AUROC is averaged over the sets of a group. "shifted" is for images
         of the training classes, on which accuracy is measured, too.
-      source: arrays | folder | image_list | tfds.
+      source: arrays | features | folder | image_list | paths | tfds | webdataset | hf.
       **keywords: arguments of `dataset.load_images` (`paths`, `tfds_name`, `split`, `data_dir`,
         `image_size`, `rows`, `exclude_labels`, `num_examples`), and `protocol`, a description in words.
 

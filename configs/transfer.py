@@ -4,7 +4,7 @@ r"""The section `data` of a config, to evaluate a trained encoder on other label
     python evaluate.py --workdir=runs/cifar10 --data=configs/transfer.py \
       --data.train_paths="('a.npz',)" --data.test_paths="('b.npz',)"
 
-Images of folders and TFDS are cropped like the encoder's own images, unless `--data.image_size` says
+Encoded pictures are cropped like the encoder's own images, unless `--data.image_size` says
 otherwise. They are then resized to the size of its view. Gray images are repeated to its channels.
 """
 

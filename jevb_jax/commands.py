@@ -23,7 +23,7 @@ from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
 from jevb_jax.images import data_record, workers
 from jevb_jax.images.batches import gather, gather_crops
-from jevb_jax.images.dataset import load_dataset
+from jevb_jax.images.dataset import PICTURE_SOURCES, load_dataset
 from jevb_jax.images.views import visible_views
 from jevb_jax.networks import torch_names
 from jevb_jax.parallel import StoppedError
@@ -469,7 +469,7 @@ def evaluate_on(
     described = read.data_section(to_json_values(section))
     evaluation = read.evaluation_section(to_json_values(config)["evaluation"])
     loaded = loading.load(workdir, step)
-    if described.source in ("folder", "tfds") and not described.image_size:
+    if described.source in PICTURE_SOURCES and not described.image_size:
         # Photos are cut to the size that the encoder was trained on.
         described = dataclasses.replace(described, image_size=loaded.square_size)
     dataset = load_dataset(**vars(described))

@@ -85,7 +85,7 @@ def serving_function(
       also "posterior_mean" and "posterior_scale", `[b, D]`; all float32. Images of any size are
       prepared as by `Model`. If they must be resized, a level may differ by one of 255
       (`cut_levels`). With a detector also "score" `[b]` float32 and "is_outside" `[b]` bool. A model
-      of features takes float32 `[b, F]`.
+      of features takes float32 `[b, F]`; one of images of another type takes float32 in [0, 1].
 
     Raises:
       ValueError: the detector's score needs augmented views, which are not served.
@@ -102,8 +102,8 @@ def serving_function(
 
     def serve(images: Array) -> dict[str, Array]:
         if model.square_size:
-            cut = functools.partial(pixels.cut_levels, size=model.square_size)
-            images = jax.vmap(cut)(images)
+            cut = pixels.cut_levels if images.dtype == jnp.uint8 else pixels.cut_floats
+            images = jax.vmap(functools.partial(cut, size=model.square_size))(images)
         views = plain_views(images, view)
         outputs: Any = model.network.apply(model.variables, views, train=False)
         served = {"embedding": outputs.embedding, "representation": outputs.representation}
@@ -161,7 +161,8 @@ def _input_of(model: Model, height: int, width: int) -> tuple[str, tuple[int, ..
     if model.num_features:
         return "features", (model.num_features,), np.float32
     shape = operator.index(height), operator.index(width), model.num_channels
-    return "images", shape, np.uint8
+    # Images of other types are served as floats in [0, 1].
+    return "images", shape, np.uint8 if model.settings.data.dtype == "uint8" else np.float32
 
 
 @in_single_precision
@@ -190,9 +191,12 @@ def export_onnx(
     function = serving_function(model, detector)
     name, shape, dtype = _input_of(model, height, width)
     random = np.random.default_rng(0)
-    examples = random.normal(size=(3, *shape)).astype(np.float32)
-    if not model.num_features:
-        examples = random.integers(0, 256, examples.shape, np.uint8)
+    if model.num_features:
+        examples = random.normal(size=(3, *shape)).astype(np.float32)
+    elif dtype == np.float32:
+        examples = random.random((3, *shape), np.float32)
+    else:
+        examples = random.integers(0, 256, (3, *shape), np.uint8)
     try:
         content = convert.to_onnx(
             function,
@@ -220,9 +224,12 @@ def _onnx_metadata(model: Model, detector: Detector | None) -> dict[str, str]:
         values["input"] = "features of the frozen encoder, float32 [b, F], as they were trained on"
     else:
         view: Any = _view(model)
+        kind, applied = "uint8 levels from 0 to 255", "(level / 255 - mean) / std"
+        if model.settings.data.dtype != "uint8":
+            kind, applied = "float32 values from 0 to 1", "(value - mean) / std"
         values["input"] = (
-            "images, uint8 levels from 0 to 255, [b, height, width, channels], not normalized: the "
-            "file itself cuts them to the trained size and applies (level / 255 - mean) / std"
+            f"images, {kind}, [b, height, width, channels], not normalized: the file itself cuts them "
+            f"to the trained size and applies {applied}"
         )
         values["mean"], values["std"] = json.dumps(view.mean), json.dumps(view.std)
     if detector is not None:
@@ -270,6 +277,8 @@ def export_model(
     if min(height, width) < 1 and not model.num_features:
         raise ValueError(f"images of {height} x {width} pixels cannot be served")
     takes: dict[str, Any] = {"images": ["b", height, width, model.num_channels]}
+    if model.settings.data.dtype != "uint8":
+        takes["dtype"] = "float32"  # in [0, 1]
     if model.num_features:
         takes = {"features": ["b", model.num_features]}
     target = files.to_path(directory)

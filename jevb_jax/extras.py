@@ -27,6 +27,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "optax": "train",
     "orbax": "train",
+    "pyarrow": "hf",
     "rich": "train",
     "safetensors": "train",
     "sklearn": "train",

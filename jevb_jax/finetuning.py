@@ -24,6 +24,7 @@ from jevb_jax.images import source as source_module
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.batches import evaluation_batches, load_resident
 from jevb_jax.images.dataset import Dataset, load_dataset
+from jevb_jax.images.levels import dtype_of
 from jevb_jax.images.source import ArraySource, ImageSource
 from jevb_jax.model import Images, Model
 from jevb_jax.parallel import StoppedError
@@ -228,6 +229,13 @@ def _load_encoder(settings: FinetuneSettings, directory: Path) -> Model:
             f"init.workdir = {init.workdir} holds a network of features of a frozen encoder, so there "
             "is no encoder to tune here; the evaluation of the run has linear probes on the features"
         )
+    for name in ("exif", "dtype", "value_range"):
+        asked, trained = getattr(settings.data, name), getattr(encoder.settings.data, name)
+        if asked != trained:
+            raise ValueError(
+                f"data.{name} = {asked!r}, but the encoder was trained with {trained!r}, and a "
+                "classifier reads images as its encoder does: set it to the same"
+            )
     return encoder.with_square_size(settings.data.image_size)
 
 
@@ -281,7 +289,8 @@ def _held(source: ImageSource, section: InputSection) -> ImageSource:
     """The source with its images in memory, unless they are to be streamed."""
     if not is_resident(source, section):
         return source
-    return ArraySource(load_resident(source), source.labels, source.class_names, source.name)
+    images = load_resident(source)
+    return ArraySource(images, source.labels, source.class_names, source.name, dtype_of(images))
 
 
 def _of_images(

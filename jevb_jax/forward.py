@@ -70,8 +70,13 @@ class ForwardPass:
     def checked(self, images: Any) -> GivenImages:
         """Checks images, or features, and groups them by size and type."""
         if isinstance(self.view, ViewAugmentation):
-            num_channels = len(self.view.mean)
-            return check_images(images, num_channels=num_channels, square_size=self.square_size)
+            return check_images(
+                images,
+                num_channels=len(self.view.mean),
+                square_size=self.square_size,
+                exif=self._settings.data.exif,
+                levels=self._settings.data.levels,
+            )
         return check_features(
             images,
             num_features=self.view.num_features,

@@ -82,8 +82,9 @@ class Model:
     where its fitted scores are saved, but not compiled programs and the scores themselves.
 
     Wrong images raise TypeError if they are neither numbers nor pictures, or if their range of
-    levels is unclear (16 bits; integers that are all 0 or 1). They raise ValueError for a wrong
-    number of axes or channels, no images, NaN, or values out of range.
+    levels is unclear (16 bits, unless the run is of such images; integers that are all 0 or 1).
+    They raise ValueError for a wrong number of axes or channels, no images, NaN, or values out of
+    range.
 
     A model of features (`data.source = "features"`) takes features in the place of images: `[N, F]`,
     `[F]` of one example, or `[N, V, F]` with stored views as in training (docs/any_encoder.md).
@@ -96,7 +97,7 @@ class Model:
       network: the Flax module.
       image_size: height and width that the network reads, in pixels; 0 for features.
       square_size: height and width of the square that is cut out first, in pixels; 0 for none.
-      num_channels: 1 for gray images, 3 for color, 0 for features.
+      num_channels: of images, 1 for gray and 3 for color; 0 for features.
       num_features: width of features; 0 for images.
       recorded_data: the record of the run's data, from `data_record.read`, or None.
     """

@@ -81,6 +81,21 @@ def tuned(
     return finetuning.finetune(to_json_values(config), directory, console=console or quiet())
 
 
+def test_images_are_read_as_those_of_the_encoder(encoder, tmp_path):
+    cases: tuple[tuple[str, Any, str], ...] = (
+        ("exif", "ignore", "data.exif = 'ignore', but the encoder was trained with 'apply'"),
+        ("dtype", "uint16", "data.dtype = 'uint16', but the encoder was trained with 'uint8'"),
+    )
+    for name, value, message in cases:
+        config: Any = finetune_digits.get_config("frozen")
+        config.init.workdir = str(encoder)
+        config.data.source, config.data.train_paths = "arrays", ("a.npz",)
+        config.data[name] = value
+        settings = read.finetune_settings(to_json_values(config))
+        with pytest.raises(ValueError, match=message):
+            finetuning._load_encoder(settings, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frozen", "full"])
 def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mode, caplog):

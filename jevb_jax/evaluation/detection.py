@@ -20,6 +20,7 @@ from jevb_jax.evaluation.features import (
     TermsSettings,
 )
 from jevb_jax.images import batches, corruptions, views
+from jevb_jax.images.levels import dtype_of
 from jevb_jax.images.source import ArraySource, ImageSource, Subset, is_of_features
 from jevb_jax.methods import METHODS
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
@@ -245,7 +246,7 @@ def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator
         name = f"the {split} images of the other classes"
         yield OutsideSet("other_classes", "other_classes", left_out, name)
     for description in settings.outside:
-        yield load_outside_set(**description)
+        yield load_outside_set(alike=experiment.settings.data.alike, **description)
     if settings.corruptions:
         count = min(len(inside), settings.num_corrupted_images)
         images = batches.load_resident(Subset(inside, np.arange(count)))
@@ -265,7 +266,8 @@ def _score_crops(
         return {}
     rows = np.arange(min(len(inside), num_images))
     images = batches.load_resident(Subset(inside, rows))
-    crops = ArraySource(corruptions.center_crops(images, seed=0), name="center crops")
+    crops = corruptions.center_crops(images, seed=0)
+    crops = ArraySource(crops, name="center crops", dtype=dtype_of(images))
     return score_images(extract, variables, crops, scorers)
 
 
@@ -299,7 +301,8 @@ def _choose(
         return None, ""
     validation = experiment.dataset.validation
     inside = score_images(extract, variables, validation, scorers)
-    sets = [load_outside_set(**description) for description in descriptions]
+    alike = experiment.settings.data.alike
+    sets = [load_outside_set(alike=alike, **description) for description in descriptions]
     outside = [score_images(extract, variables, one.source, scorers) for one in sets]
     candidates = [name for name in scorers.scores if name not in scorers.with_labels]
     # A score that is NaN for some image cannot be chosen.

@@ -16,6 +16,7 @@ from jevb_jax.evaluation.neighbors import nearest_neighbours
 from jevb_jax.evaluation.outside_sets import CORRUPTED
 from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images import batches
+from jevb_jax.images.levels import for_people
 from jevb_jax.images.source import ImageSource, is_of_features, num_classes
 from jevb_jax.methods import METHODS
 from jevb_jax.networks.heads import Posterior
@@ -274,9 +275,9 @@ def _neighbors(
     labels = _labels_of(source, np.arange(len(index)), names)
     return tuple(
         Neighbors(
-            source[query],
+            for_people(source[query]),
             None if labels is None else labels[query],
-            batches.gather(bank, rows),
+            for_people(batches.gather(bank, rows)),
             _labels_of(bank, rows, names),
             np.asarray(cosine[query]),
         )
@@ -315,7 +316,9 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
             order = np.argsort(-uncertainty, kind="stable")
             most, least = (
                 ScoredImages(
-                    batches.gather(source, rows), _labels_of(source, rows, names), uncertainty[rows]
+                    for_people(batches.gather(source, rows)),
+                    _labels_of(source, rows, names),
+                    uncertainty[rows],
                 )
                 if has_pictures
                 else None

@@ -1,6 +1,6 @@
 """Sets of images that are out of distribution."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,16 +32,19 @@ class OutsideSet(NamedTuple):
     protocol: str
 
 
-def load_outside_set(*, name: str, group: str, protocol: str, **source: Any) -> OutsideSet:
+def load_outside_set(
+    *, name: str, group: str, protocol: str, alike: Mapping[str, Any] | None = None, **source: Any
+) -> OutsideSet:
     """Loads a set that a config describes.
 
     Args:
       name: the name of the set.
       group: AUROC is averaged over the sets of a group.
       protocol: what the set is, in words: which release, which list of images.
+      alike: how the run reads its own images (`DataSection.alike`).
       **source: keyword arguments of `dataset.load_images`, whose errors it may raise.
     """
-    images = dataset.load_images(**source)
+    images = dataset.load_images(**(alike or {}), **source)
     return OutsideSet(name, group, images, protocol or f"{name}, {images.name}")
 
 

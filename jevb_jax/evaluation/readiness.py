@@ -78,7 +78,8 @@ def _check_outside_set(
 ) -> None:
     """Loads a set. `is_measured` says whether accuracy is measured on it, too."""
     try:
-        source = outside_sets.load_outside_set(**description).source
+        alike = experiment.settings.data.alike
+        source = outside_sets.load_outside_set(alike=alike, **description).source
         if is_measured:
             shifted.training_labels(source, experiment.dataset.train.class_names)
         check_source(source, experiment.view_augmentations[0])

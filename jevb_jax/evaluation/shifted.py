@@ -89,7 +89,7 @@ def shifted_results(
     by_measure: dict[str, list[float]] = {}
     results: list[Result] = []
     for description in sets:
-        outside = load_outside_set(**description)
+        outside = load_outside_set(alike=settings.data.alike, **description)
         labels = training_labels(outside.source, class_names)
         features = extract(variables, outside.source)._replace(labels=labels)
         found = accuracy.shifted_accuracies(settings.evaluation, train, features, probe, without)

@@ -102,7 +102,7 @@ def color_jitter(
 
     Args:
       key: consumed.
-      image: `[h, w, c]`. With one channel only brightness and contrast change.
+      image: `[h, w, c]`. Only brightness and contrast change unless it has three channels.
       brightness: at least 0; the factor is uniform in `[max(0, 1 - brightness), 1 + brightness]`.
       contrast: at least 0, used like `brightness`.
       saturation: at least 0, used like `brightness`.
@@ -120,7 +120,7 @@ def color_jitter(
         ("saturation", max(0.0, 1 - saturation), 1 + saturation),
         ("hue", -hue, hue),
     ]
-    if image.shape[-1] == 1:
+    if image.shape[-1] != 3:
         ranges = ranges[:2]
     active = [one for one in ranges if one[1] < one[2]]
     if not active or probability <= 0:
@@ -188,8 +188,11 @@ def _adjust_in_order(
 
 
 def random_grayscale(key: Array, image: ArrayLike, *, probability: float = 0.2) -> Array:
-    """Removes color with a probability. `[h, w, c]`."""
-    return _apply_with_probability(key, to_float(image), to_grayscale, probability)
+    """Removes color with a probability, where there are three channels. `[h, w, c]`."""
+    image = to_float(image)
+    if image.shape[-1] != 3:
+        return image
+    return _apply_with_probability(key, image, to_grayscale, probability)
 
 
 def random_gaussian_blur(
@@ -277,10 +280,9 @@ class ViewAugmentation:
         for name, minimum in (("size", 1), ("blur_kernel_size", 0)):
             count = domain.whole_number(name, getattr(self, name), minimum)
             object.__setattr__(self, name, count)
-        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+        if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean and std need one value for each of 1 or 3 channels, got {self.mean} and "
-                f"{self.std}"
+                f"mean and std need one value for each channel, got {self.mean} and {self.std}"
             )
         if not all(0 < std < math.inf for std in self.std):
             raise ValueError(f"std must be positive and finite, got {self.std}")
@@ -308,6 +310,16 @@ class ViewAugmentation:
             raise ValueError(f"blur_kernel_size must be 0 or odd, got {self.blur_kernel_size}")
 
     @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of color operations that are asked for, but need red, green and blue."""
+        asked = {
+            "saturation": self.saturation and self.jitter_probability,
+            "hue": self.hue and self.jitter_probability,
+            "grayscale_probability": self.grayscale_probability,
+        }
+        return tuple(name for name, value in asked.items() if value and len(self.mean) != 3)
+
+    @property
     def _kernel_size(self) -> int:
         return self.blur_kernel_size or max(3, 2 * round((self.size / 10 - 1) / 2) + 1)
 
@@ -316,7 +328,7 @@ class ViewAugmentation:
 
         Args:
           key: consumed.
-          image: `[h, w, c]` uint8, or float in [0, 1].
+          image: `[h, w, c]` uint8, uint16, or float in [0, 1].
 
         Returns:
           `[size, size, c]` float32, normalized.
@@ -338,7 +350,7 @@ class ViewAugmentation:
 
         Args:
           key: consumed; everything but the crop is as in a call with this key.
-          crop: `[size, size, c]` uint8, or float in [0, 1].
+          crop: `[size, size, c]` uint8, uint16, or float in [0, 1].
 
         Returns:
           `[size, size, c]` float32, normalized.

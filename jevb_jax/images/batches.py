@@ -16,7 +16,6 @@ from jevb_jax.images.source import (
     check_has_pictures,
     checked_indices,
     example_bytes,
-    image_shape,
 )
 from jevb_jax.images.workers import Carried, ReadAhead
 
@@ -24,7 +23,7 @@ _T = TypeVar("_T")
 
 
 def gather(source: ImageSource, indices: np.ndarray) -> np.ndarray:
-    """The images at integer `indices` `[B]`, uint8 `[B, H, W, C]`, or their features.
+    """The images at integer `indices` `[B]`, `[B, H, W, C]`, or their features.
 
     Raises:
       TypeError: indices are not integers.
@@ -77,7 +76,7 @@ def fits_resident(source: ImageSource, *, limit_bytes: int) -> bool:
 
 
 def load_resident(source: ImageSource) -> np.ndarray:
-    """All images as uint8 `[N, H, W, C]`, or all features, to be put on the device once.
+    """All images, `[N, H, W, C]`, or all features, to be put on the device once.
 
     An array in memory is not copied. Files are decoded by 16 threads.
     """
@@ -85,7 +84,8 @@ def load_resident(source: ImageSource) -> np.ndarray:
         return source.values
     if _in_memory(source):
         return gather(source, np.arange(len(source)))
-    images = np.empty((len(source), *image_shape(source)), np.uint8)
+    first = source[0]
+    images = np.empty((len(source), *first.shape), first.dtype)
     start = 0
     for batch, mask in evaluation_batches(source, 64, prefetch_batches=16):
         stop = start + int(mask.sum())

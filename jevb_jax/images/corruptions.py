@@ -8,7 +8,7 @@ they mean the same for digits of 8 pixels and photographs of 32.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from jevb_jax import arguments
 from jevb_jax.images import pixels as pixels_module
+from jevb_jax.images.levels import DTYPES
 from jevb_jax.images.pixels import resized_crop
 from jevb_jax.paper.tracing import is_traced
 
@@ -208,7 +209,9 @@ def _crop_batch(images: Array, top: Array, left: Array, side: Array) -> Array:
     def one(image: Array, top: Array, left: Array, side: Array) -> Array:
         size = min(image.shape[:2])
         crop = resized_crop(image, top, left, side, side, size=size)
-        return jnp.round(crop * 255).astype(jnp.uint8)
+        if not jnp.issubdtype(images.dtype, jnp.integer):
+            return crop.astype(images.dtype)
+        return jnp.round(crop * int(jnp.iinfo(images.dtype).max)).astype(images.dtype)
 
     return jax.vmap(one)(images, top, left, side)
 
@@ -222,18 +225,18 @@ def center_crops(images: np.ndarray, *, seed: int) -> np.ndarray:
     crop is enlarged bilinearly to the square that the evaluation would cut out of the whole image.
 
     Args:
-      images: `[N, h, w, c]` uint8, at least one.
+      images: `[N, h, w, c]` uint8, uint16, or float32 in [0, 1]; at least one.
       seed: sets the shares, at least 0.
 
     Returns:
-      `[N, s, s, c]` uint8, where `s` is the shorter of `h` and `w`.
+      `[N, s, s, c]` of the same type, where `s` is the shorter of `h` and `w`.
 
     Raises:
       ValueError: images have a wrong shape or are none, or `seed` is out of range.
-      TypeError: images are not uint8, or `seed` is not a whole number.
+      TypeError: images are of another type, or `seed` is not a whole number.
     """
     seed = arguments.whole_number("seed", seed, at_least=0, at_most=arguments.LARGEST_SEED)
-    images = _checked_images(images)
+    images = _checked_images(images, DTYPES)
     height, width = images.shape[1:3]
     share = np.random.default_rng(seed).uniform(*CENTER_CROP_SHARES, size=len(images))
     side = np.maximum(1, np.rint(share * min(height, width))).astype(np.int32)
@@ -246,10 +249,10 @@ def center_crops(images: np.ndarray, *, seed: int) -> np.ndarray:
     return np.concatenate(parts)[: len(images)]
 
 
-def _checked_images(images: np.ndarray) -> np.ndarray:
+def _checked_images(images: np.ndarray, dtypes: Sequence[str] = ("uint8",)) -> np.ndarray:
     images = np.asarray(images)
-    if images.dtype != np.uint8:
-        raise TypeError(f"images must be uint8 with levels 0 to 255, got {images.dtype}")
+    if images.dtype.name not in dtypes:
+        raise TypeError(f"images must be {' or '.join(dtypes)}, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be a non-empty [N, h, w, c], got shape {images.shape}")
     return images

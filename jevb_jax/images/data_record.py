@@ -8,7 +8,8 @@ that the encoder was trained on might become validation images.
 What is read: arrays are hashed whole (about a second for a gigabyte). For folders, the names and
 sizes of all files are read (one `stat` each), and the contents of evenly spaced files, up to 256 MB
 and 16,384 files, so small sets are read whole. For TFDS sets: version, number of records, labels,
-and the contents of 1,000 records.
+and the contents of 1,000 records. For tar files: names and sizes of all pictures, and the contents
+of 1,000. For tables: the contents of 1,000 pictures.
 """
 
 import hashlib
@@ -23,9 +24,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jevb_jax.images.dataset import Dataset
-from jevb_jax.images.image_files import FolderSource, ImageListSource
+from jevb_jax.images.image_files import FileSource, FolderSource
 from jevb_jax.images.shapes import ShapesSource
+from jevb_jax.images.shards import ShardSource
 from jevb_jax.images.source import ImageSource, InMemory, Subset
+from jevb_jax.images.tables import TableSource
 from jevb_jax.images.tfds import TfdsSource
 from jevb_jax.runs import files
 
@@ -119,11 +122,20 @@ def _of_source(source: ImageSource) -> Fingerprint:
     elif isinstance(source, InMemory):
         found["bytes"] = source.values.nbytes
         found["contents"] = _digest(np.ascontiguousarray(part) for part in _blocks(source.values))
-    elif isinstance(source, FolderSource | ImageListSource):
+    elif isinstance(source, FileSource):
         found |= _of_files(source.names, source.paths)
     elif isinstance(source, TfdsSource):
         found["version"] = source.name
         found["contents"] = _digest(source.encoded(i) for i in _spaced(len(source), _MAX_RECORDS))
+    elif isinstance(source, TableSource):
+        rows = _spaced(len(source), _MAX_RECORDS)
+        found["contents"] = _digest(source.file(i).getvalue() for i in rows)
+    elif isinstance(source, ShardSource):
+        found["bytes"] = int(source.sizes.sum())
+        found["record names"] = _digest(os.fsencode(name) for name in source.names)
+        found["record sizes"] = _digest(_int64(source.sizes))
+        rows = _spaced(len(source), _MAX_RECORDS)
+        found["contents"] = _digest(source.file(i).getvalue() for i in rows)
     else:
         found["contents"] = _digest(
             np.ascontiguousarray(source[i]) for i in _spaced(len(source), _MAX_RECORDS)

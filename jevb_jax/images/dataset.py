@@ -3,15 +3,17 @@
 import functools
 import itertools
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 
 from jevb_jax.images import pictures
-from jevb_jax.images.arrays import arrays, digits
-from jevb_jax.images.feature_files import features
-from jevb_jax.images.image_files import FolderSource, ImageListSource
+from jevb_jax.images.arrays import arrays, digits, features
+from jevb_jax.images.encoded import EncodedPictures, Reading, without_broken
+from jevb_jax.images.image_files import FolderSource, ImageListSource, PathListSource
+from jevb_jax.images.levels import Dtype, Levels
 from jevb_jax.images.random_bits import (
     DIGITS_TEST,
     TEST_SUBSET,
@@ -20,6 +22,7 @@ from jevb_jax.images.random_bits import (
     permutation,
 )
 from jevb_jax.images.shapes import shapes
+from jevb_jax.images.shards import ShardSource
 from jevb_jax.images.source import (
     ImageSource,
     Subset,
@@ -27,10 +30,15 @@ from jevb_jax.images.source import (
     is_of_features,
     num_classes,
 )
+from jevb_jax.images.tables import TableSource
 from jevb_jax.images.tfds import TfdsSource
 from jevb_jax.runs.files import to_path
 
-SOURCES = ("digits", "shapes", "arrays", "features", "folder", "tfds")
+# Sources of encoded pictures, of any sizes, out of which crops can be cut.
+PICTURE_SOURCES = ("folder", "paths", "tfds", "webdataset", "hf")
+SOURCES = ("digits", "shapes", "arrays", "features", *PICTURE_SOURCES)
+# Sources of one set alone, such as an outside set.
+OUTSIDE_SOURCES = ("arrays", "features", "image_list", *PICTURE_SOURCES)
 
 
 class Dataset(NamedTuple):
@@ -59,8 +67,16 @@ def load_dataset(
     data_dir: str = "",
     train_split: str = "train",
     test_split: str = "test",
+    image_column: str = "image",
+    label_column: str = "label",
     image_size: int = 0,
     max_image_pixels: int = pictures.MAX_PIXELS,
+    exif: pictures.Exif = "apply",
+    skip_broken: Literal["refuse", "skip"] = "refuse",
+    labels: Literal["given", "none"] = "given",
+    num_channels: int = 0,
+    dtype: Dtype = "uint8",
+    value_range: tuple[float, ...] = (),
     num_train_examples: int = 0,
     num_test_examples: int = 0,
     validation_fraction: float = 0.1,
@@ -75,19 +91,29 @@ def load_dataset(
     with `num_train_examples` (except for `shapes`, which draws as many images as it needs).
 
     Args:
-      source: `digits`, `shapes`, `arrays`, `features`, `folder` or `tfds`. For `digits` the test
-        images are a stratified 20%.
-      train_paths: `.npz` or `.npy` files for `arrays` and `features`, one directory for `folder`.
+      source: `digits`, `shapes`, `arrays`, `features`, `folder`, `paths`, `tfds`, `webdataset` or
+        `hf`. For `digits` the test images are a stratified 20%.
+      train_paths: `.npz` or `.npy` files for `arrays` and `features`, one directory for `folder`,
+        one text or CSV file for `paths`, tar files or patterns for `webdataset`; one directory
+        of `save_to_disk`, or parquet or Arrow files, for `hf`.
       test_paths: the same for the test images.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
       train_split: TFDS split of the training images.
       test_split: TFDS split of the test images; empty for none.
-      image_size: height and width in pixels. Images of `folder` and `tfds` are resized to it when
-        they are read; `shapes` are drawn at it (0: 32). 0 keeps the images as they are. Images in
-        memory are not resized and must have this size.
-      max_image_pixels: a picture of `folder` or `tfds` with more pixels is an error, before it is
-        decoded.
+      image_column: `hf`: name of the column of pictures.
+      label_column: `hf`: name of the column of labels; empty for none.
+      image_size: height and width in pixels. Encoded pictures (`PICTURE_SOURCES`) are resized to it
+        when they are read; `shapes` are drawn at it (0: 32). 0 keeps the images as they are. Images
+        in memory are not resized and must have this size.
+      max_image_pixels: an encoded picture with more pixels is an error, before it is decoded.
+      exif: whether the orientation in EXIF is applied or ignored.
+      skip_broken: what becomes of encoded pictures that cannot be read: an error when they are read,
+        or they are found at once (all are decoded) and left out with a warning.
+      labels: `none` ignores all labels; folders are then no classes.
+      num_channels: of encoded pictures, see `Reading`; arrays must have this number. 0 for any.
+      dtype: type of the pixels of arrays and pictures.
+      value_range: values of black and white, as for `Levels`.
       num_train_examples: number of images that remain for training, a stratified choice by
         `split_seed`; 0 for all (`shapes`: 9,000).
       num_test_examples: the same for the test images (`shapes`: 2,000).
@@ -120,6 +146,15 @@ def load_dataset(
         )
     train: ImageSource
     test: ImageSource | None
+    has_labels, is_skipping = labels == "given", skip_broken == "skip"
+    reading: Reading = {
+        "image_size": image_size,
+        "max_image_pixels": max_image_pixels,
+        "exif": exif,
+        "num_channels": num_channels,
+        "levels": Levels(dtype, value_range),
+        "skip_broken": is_skipping,
+    }
     match source:
         case "digits":
             everything = digits()
@@ -134,42 +169,29 @@ def load_dataset(
             test = shapes(
                 num_test_examples or 2_000, seed=2 * split_seed + 1, image_size=image_size or 32
             )
-        case "arrays":
-            _check_paths_apart(train_paths, test_paths)
-            train = arrays(train_paths)
-            test = arrays(test_paths) if test_paths else None
-        case "features":
-            _check_paths_apart(train_paths, test_paths)
-            train = features(train_paths)
-            test = features(test_paths) if test_paths else None
-        case "folder":
-            if len(train_paths) != 1 or len(test_paths) > 1:
-                raise ValueError(
-                    "source 'folder' takes one directory in train_paths and at most one in "
-                    f"test_paths, got {list(train_paths)} and {list(test_paths)}"
-                )
-            _check_paths_apart(train_paths, test_paths)
-            sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
-            train = FolderSource(train_paths[0], **sizes)
-            test = (
-                FolderSource(test_paths[0], class_names=train.class_names, **sizes)
-                if test_paths
-                else None
-            )
-        case _:
+        case "tfds":
             if not tfds_name:
                 raise ValueError("source 'tfds' needs tfds_name, for example 'cifar10'")
             if train_split == test_split:
                 raise ValueError(f"train_split and test_split are both {train_split!r}")
-            read = functools.partial(
-                TfdsSource,
-                tfds_name,
-                data_dir=data_dir,
-                image_size=image_size,
-                max_image_pixels=max_image_pixels,
-            )
+            read = functools.partial(TfdsSource, tfds_name, data_dir=data_dir, **reading)
             train = read(train_split)
             test = read(test_split) if test_split else None
+        case _:
+            _check_paths_apart(train_paths, test_paths)
+            columns = image_column, label_column if has_labels else ""
+            read = functools.partial(
+                _of_paths, source, has_labels=has_labels, columns=columns, **reading
+            )
+            train = read(train_paths, where="train_paths")
+            test = read(test_paths, where="test_paths", like=train) if test_paths else None
+            _check_files_apart(train, test)
+    train = _usable(train, has_labels=has_labels, skip_broken=is_skipping)
+    if test is not None:
+        test = _usable(test, has_labels=has_labels, skip_broken=is_skipping)
+    channels = train[0].shape[-1]
+    if num_channels not in (0, channels):
+        raise ValueError(f"num_channels = {num_channels}, but {train.name} has {channels} channels")
     _check_train_and_test(train, test, image_size)
 
     held_out = round(validation_fraction * len(train))
@@ -226,8 +248,13 @@ def load_images(
     tfds_name: str = "",
     data_dir: str = "",
     split: str = "test",
+    image_column: str = "image",
+    label_column: str = "label",
     image_size: int = 0,
     max_image_pixels: int = pictures.MAX_PIXELS,
+    exif: pictures.Exif = "apply",
+    num_channels: int = 0,
+    levels: Levels = Levels(),  # noqa: B008 - it is frozen
     rows: Sequence[int] = (),
     exclude_labels: Sequence[int] = (),
     num_examples: int = 0,
@@ -236,14 +263,19 @@ def load_images(
     """Loads one set of images, for example one that is out of distribution.
 
     Args:
-      source: `arrays`, `features`, `folder`, `tfds` or `image_list`.
-      paths: `.npz` or `.npy` files for `arrays` and `features`; one directory for `folder`; for
-        `image_list` the list, and the directory that its paths are relative to.
+      source: one of `OUTSIDE_SOURCES`.
+      paths: as `train_paths` of `load_dataset`; for `image_list` the list, and the directory that its
+        paths are relative to.
       tfds_name: name of the data set, as for `TfdsSource`.
       data_dir: directory of TFDS data sets, as for `TfdsSource`.
       split: TFDS split.
+      image_column: `hf`: name of the column of pictures.
+      label_column: `hf`: name of the column of labels; empty for none.
       image_size: images from files are resized to this height and width in pixels; 0 keeps them.
       max_image_pixels: a picture in a file with more pixels is an error, before it is decoded.
+      exif: whether the orientation in EXIF is applied or ignored.
+      num_channels: of encoded pictures, see `Reading`. Arrays keep theirs.
+      levels: type of the pixels.
       rows: the first row to keep and the first after it; all rows by default.
       exclude_labels: classes to leave out, for example those of the training set.
       num_examples: number of images, a stratified choice by `split_seed`; 0 for all.
@@ -255,28 +287,29 @@ def load_images(
         itself.
     """
     images: ImageSource
-    sizes: dict[str, Any] = {"image_size": image_size, "max_image_pixels": max_image_pixels}
+    reading: Reading = {
+        "image_size": image_size,
+        "max_image_pixels": max_image_pixels,
+        "exif": exif,
+        "num_channels": num_channels,
+        "levels": levels,
+    }
     match source:
-        case "arrays":
-            images = arrays(paths)
-        case "features":
-            images = features(paths)
-        case "folder":
-            if len(paths) != 1:
-                raise ValueError(f"source 'folder' takes one directory in paths, got {list(paths)}")
-            images = FolderSource(paths[0], **sizes)
         case "image_list":
             if len(paths) != 2:
                 raise ValueError(
                     f"source 'image_list' takes a list and a directory in paths, got {list(paths)}"
                 )
-            images = ImageListSource(paths[0], paths[1], **sizes)
+            images = ImageListSource(paths[0], paths[1], **reading)
         case "tfds":
-            images = TfdsSource(tfds_name, split, data_dir=data_dir, **sizes)
+            images = TfdsSource(tfds_name, split, data_dir=data_dir, **reading)
         case _:
-            raise ValueError(
-                f"unknown source {source!r}; expected arrays, features, folder, image_list or tfds"
-            )
+            if source not in OUTSIDE_SOURCES:
+                raise ValueError(
+                    f"unknown source {source!r}; expected one of {', '.join(OUTSIDE_SOURCES)}"
+                )
+            columns = image_column, label_column
+            images = _of_paths(source, paths, where="paths", columns=columns, **reading)
     if len(rows):
         if len(rows) != 2 or not 0 <= rows[0] < rows[1] <= len(images):
             raise ValueError(
@@ -289,6 +322,65 @@ def load_images(
             raise ValueError(f"{images.name} has no labels, so no class can be excluded")
         images = Subset(images, np.flatnonzero(~np.isin(images.labels, list(exclude_labels))))
     return _limited(images, num_examples, split_seed, TEST_SUBSET)
+
+
+def _of_paths(
+    source: str,
+    paths: Sequence[str],
+    *,
+    where: str,
+    has_labels: bool = True,
+    columns: tuple[str, str] = ("image", "label"),
+    like: ImageSource | None = None,
+    **reading: Unpack[Reading],
+) -> ImageSource:
+    """Opens a set that paths name.
+
+    Args:
+      source: what the paths name.
+      paths: the paths.
+      where: the setting that holds the paths, for messages.
+      has_labels: whether folders are classes.
+      columns: of pictures and of labels, for tables.
+      like: the training set, so that labels mean the same; None for a set of its own.
+      **reading: how pictures are read.
+    """
+    if source == "arrays":
+        return arrays(paths, reading.get("levels", Levels()))
+    if source == "features":
+        return features(paths)
+    if source == "webdataset":
+        return ShardSource(paths, like=like, **reading)
+    if source == "hf":
+        return TableSource(
+            paths, image_column=columns[0], label_column=columns[1], like=like, **reading
+        )
+    if len(paths) != 1:
+        what = "directory" if source == "folder" else "text or CSV file"
+        raise ValueError(f"source {source!r} takes one {what} in {where}, got {list(paths)}")
+    if source == "folder":
+        names = None if like is None else like.class_names
+        return FolderSource(paths[0], class_names=names, has_classes=has_labels, **reading)
+    return PathListSource(paths[0], like=like, **reading)
+
+
+def _usable(source: ImageSource, *, has_labels: bool, skip_broken: bool) -> ImageSource:
+    """A source without its labels, or without pictures that cannot be read, if so asked."""
+    if skip_broken and isinstance(source, EncodedPictures):
+        source = without_broken(source)
+    return source if has_labels else Subset(source, np.arange(len(source)), has_labels=False)
+
+
+def _check_files_apart(train: ImageSource, test: ImageSource | None) -> None:
+    """Raises ValueError if both sets read the same file of pictures."""
+    if not isinstance(train, EncodedPictures) or not isinstance(test, EncodedPictures):
+        return
+    shared = set(map(os.path.abspath, train.files)) & set(map(os.path.abspath, test.files))
+    if shared:
+        raise ValueError(
+            f"{len(shared):,} files are both in {train.name} and in {test.name}, for example "
+            f"{min(shared)}; test images must not be trained on"
+        )
 
 
 def _check_paths_apart(train_paths: Sequence[str], test_paths: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jevb_jax.images import pictures
+from jevb_jax.images.levels import Levels, unit_of_stored
 from jevb_jax.images.preparation import cut_square
 from jevb_jax.images.source import checked_features
 
@@ -22,7 +23,7 @@ class GivenImages(NamedTuple):
     """Images of one call, grouped by shape and type; or the features of one call, one group.
 
     Attributes:
-      stacks: each `[n, h, w, c]`, uint8, or floating point in [0, 1]. `c` is 1 or the network's
+      stacks: each `[n, h, w, c]`, uint8, uint16, or floating point in [0, 1]. `c` is 1 or the network's
         number of channels. Features are one stack, `[n, F]` or `[n, V, F]` float32.
       rows: for each stack `[n]`, the positions of its images in the call.
       is_single: whether the call gave one image without a batch axis.
@@ -61,7 +62,14 @@ def refuse_shared(fitted: GivenImages, calibration: GivenImages) -> None:
         )
 
 
-def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenImages:
+def check_images(
+    images: Any,
+    *,
+    num_channels: int,
+    square_size: int,
+    exif: pictures.Exif = "apply",
+    levels: Levels | None = None,
+) -> GivenImages:
     """Checks images; lists, tuples, iterators and Pillow pictures become arrays.
 
     Args:
@@ -69,6 +77,8 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
       num_channels: the network's number of channels.
       square_size: height and width of the square to cut out of each image, 0 for none. Squares of
         arrays are cut later, by `prepared`.
+      exif: whether the orientation in EXIF of a picture is applied or ignored.
+      levels: type and range of the images of the run; bytes by default.
 
     Raises:
       TypeError: images are neither numbers nor pictures, or their range of levels is unclear.
@@ -81,18 +91,38 @@ def check_images(images: Any, *, num_channels: int, square_size: int) -> GivenIm
         images = list(images)
     if isinstance(images, np.ndarray) and images.dtype == object and images.ndim == 1:
         images = list(images)
+
+    levels = levels or Levels()
+
+    def read(where: str, picture: Any) -> np.ndarray:
+        modes = {1: "L", 3: "RGB", 4: "RGBA"}
+        if num_channels not in modes:
+            raise ValueError(
+                f"{where}: a picture has 1, 3 or 4 channels, but the network was trained on "
+                f"{num_channels}; give arrays [h, w, {num_channels}]"
+            )
+        is_deep = picture.mode.startswith(("I", "F"))
+        return pictures.picture_pixels(
+            picture,
+            mode=modes[num_channels],
+            image_size=square_size,
+            exif=exif,
+            levels=levels if is_deep else Levels(),
+            where=where,
+        )
+
     if _is_picture(images):
-        pixels = _picture_pixels(images, num_channels, square_size, "the picture")
+        pixels = read("the picture", images)
         return GivenImages([pixels[None]], [np.zeros(1, np.int64)], True)
     if isinstance(images, list | tuple) and any(map(_is_image, images)):
-        return _check_list(images, num_channels, square_size)
+        return _check_list(images, num_channels, square_size, levels, read)
     try:
         values = np.asarray(images)
     except ValueError as error:
         raise ValueError(
             f"nested lists of images must all have one size and type ({error}); give a list of arrays"
         ) from error
-    values = _checked(values, num_channels, "images")
+    values = _checked(values, num_channels, levels, "images")
     is_single = values.ndim == 3
     stack = values[None] if is_single else values
     return GivenImages([stack], [np.arange(len(stack))], is_single)
@@ -145,7 +175,7 @@ def prepared(images: np.ndarray, square_size: int) -> np.ndarray:
       `[n, h, w, c]`, or the squares cut out of the images; uint8, or float32 in [0, 1].
     """
     if images.dtype != np.uint8:
-        images = images.astype(np.float32).clip(0, 1)
+        images = unit_of_stored(images).astype(np.float32).clip(0, 1)
     if not square_size or images.shape[1:3] == (square_size, square_size):
         return images
     return np.stack([cut_square(image, square_size) for image in images])
@@ -165,20 +195,21 @@ def _is_image(value: Any) -> bool:
     return _is_picture(value) or len(getattr(value, "shape", ())) == 3
 
 
-def _picture_pixels(picture: Any, num_channels: int, square_size: int, where: str) -> np.ndarray:
-    mode = "L" if num_channels == 1 else "RGB"
-    return pictures.picture_pixels(picture, mode=mode, image_size=square_size, where=where)
-
-
-def _check_list(images: Any, num_channels: int, square_size: int) -> GivenImages:
+def _check_list(
+    images: Any,
+    num_channels: int,
+    square_size: int,
+    levels: Levels,
+    read: Callable[[str, Any], np.ndarray],
+) -> GivenImages:
     """Checks one image after the other, so that the pictures need not fit into memory together."""
     checked: list[np.ndarray] = []
     for number, image in enumerate(images):
         where = f"image {number}"
         if _is_picture(image):
-            pixels = _picture_pixels(image, num_channels, square_size, where)
+            pixels = read(where, image)
         else:
-            pixels = _checked(np.asarray(image), num_channels, where)
+            pixels = _checked(np.asarray(image), num_channels, levels, where)
             if pixels.ndim != 3:
                 raise ValueError(f"{where} of a list must be [h, w, c], got shape {pixels.shape}")
             pixels = prepared(pixels[None], square_size)[0]
@@ -193,8 +224,8 @@ def _check_list(images: Any, num_channels: int, square_size: int) -> GivenImages
     )
 
 
-def _checked(values: np.ndarray, num_channels: int, where: str) -> np.ndarray:
-    """`[..., h, w, c]` uint8, or floating point in [0, 1] up to the tolerance."""
+def _checked(values: np.ndarray, num_channels: int, levels: Levels, where: str) -> np.ndarray:
+    """`[..., h, w, c]` uint8 or uint16, or floating point in [0, 1] up to the tolerance."""
     is_float = jnp.issubdtype(values.dtype, jnp.floating)
     is_integer = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.integer)
     if not is_float and not is_integer:
@@ -212,6 +243,10 @@ def _checked(values: np.ndarray, num_channels: int, where: str) -> np.ndarray:
         raise ValueError(f"there are no pixels in {where} of shape {values.shape}")
     if values.shape[-1] not in (1, num_channels):
         raise ValueError(_wrong_channels(values.shape, num_channels, where))
+    if levels.dtype == "uint16" and values.dtype == np.uint16:
+        return levels.from_unit(levels.to_unit(values, where=where))
+    if levels.value_range and levels.dtype == "float32" and is_float:
+        return levels.to_unit(values.astype(np.float32), where=where)
     if is_float:
         _check_range(values, where)
         return values

@@ -1,102 +1,81 @@
 """Images in files: folders, and lists of paths."""
 
+import csv
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
 from jevb_jax.images import pictures
-from jevb_jax.images.crop_boxes import ExampleCrops
-from jevb_jax.images.source import check_local
+from jevb_jax.images.encoded import EncodedPictures, Reading
+from jevb_jax.images.folder_listing import list_folder
+from jevb_jax.images.label_texts import labels_of_texts
+from jevb_jax.images.source import ImageSource, check_local
 
 _logger = logging.getLogger(__name__)
 
 
-class _FileSource:
-    """Pictures in files, each read when it is asked for.
+class _Row(NamedTuple):
+    """A picture in a list: the number of its line, its path, and its label, which may be empty."""
+
+    line: int
+    name: str
+    label: str
+
+
+class FileSource(EncodedPictures):
+    """Pictures in files.
 
     Attributes:
       paths: one for each image.
       names: paths relative to the directory of the set, so they do not change if it is moved.
-      image_size: size of the square to cut out, in pixels; 0 keeps images as they are.
     """
 
     def __init__(
-        self,
-        name: str,
-        paths: Sequence[str],
-        names: Sequence[str],
-        *,
-        image_size: int,
-        max_image_pixels: int,
+        self, name: str, paths: Sequence[str], names: Sequence[str], **reading: Unpack[Reading]
     ):
-        self.name = name
+        super().__init__(name, **reading)
         self.paths = tuple(paths)
         self.names = tuple(names)
-        self.image_size = image_size
-        self._max_pixels = max_image_pixels
-        self.labels: np.ndarray | None = None
-        self.class_names: tuple[str, ...] | None = None
-        if image_size == 0:
-            self._check_equal_sizes()
+        self._check_opened()
 
-    def _check_equal_sizes(self) -> None:
-        first = None
-        for index, path in enumerate(self.paths):
-            where = f"image {index}, {path}"
-            size = pictures.size(path, max_pixels=self._max_pixels, where=where)
-            first = first or size
-            if size != first:
-                raise ValueError(
-                    f"all images must have one size, but {self.paths[0]} is {first[0]}x{first[1]} and "
-                    f"{where} is {size[0]}x{size[1]}; set image_size to resize them when they are read"
-                )
+    @property
+    def files(self) -> Sequence[str]:
+        """The pictures themselves."""
+        return self.paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        path = self.paths[index]
-        return pictures.read(
-            path,
-            mode="RGB",
-            image_size=self.image_size,
-            max_pixels=self._max_pixels,
-            where=f"image {index}, {path}",
-        )
+    def file(self, index: int) -> str:
+        """Path of picture `index`."""
+        return self.paths[index]
 
-    def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
-        """Crops of the whole picture `index`, uint8 `[size, size, 3]` for each view."""
-        path = self.paths[index]
-        return pictures.read_crops(
-            path,
-            crops,
-            mode="RGB",
-            max_pixels=self._max_pixels,
-            where=f"image {index}, {path}",
-        )
+    def where(self, index: int) -> str:
+        """The name of picture `index` in messages."""
+        return f"image {index}, {self.paths[index]}"
 
 
-class FolderSource(_FileSource):
+class FolderSource(FileSource):
     """Picture files in a directory, each read and resized when it is asked for.
 
     There are two layouts. Class folders: `root/<class>/**/<file>`, with labels in the sorted order
-    of the folder names. Flat: `root/<file>`, without labels. Only files with an ending in
-    `pictures.SUFFIXES`, in any case, are read; `pictures.read` says what becomes of colors,
-    transparency and orientation. Other files, hidden files, and links to folders that are read
-    anyway are left out, and a warning gives their numbers. Other links are followed.
+    of the folder names. Flat: `root/<file>`, without labels. With `has_classes=False` there are no
+    labels, and pictures lie at any depth. Only files with an ending in `pictures.SUFFIXES`, in any
+    case, are read; `pictures.read` says what becomes of colors, transparency and orientation. Other
+    files, hidden files, and links to folders that are read anyway are left out, and a warning gives
+    their numbers. Other links are followed.
 
     Args:
       root: the directory.
-      image_size: height and width of the square images, in pixels. The shorter side is resized to
-        it by Pillow's antialiased bilinear filter, then the center is cut out. 0 keeps images as
-        they are; their headers are then read at once, to check that all have the same size.
       class_names: classes of another folder (the training set), so that labels mean the same
         here. None takes the folder names.
-      max_image_pixels: a picture with more pixels is an error, before it is decoded.
+      has_classes: whether folders are classes.
+      **reading: see `Reading`.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -109,22 +88,24 @@ class FolderSource(_FileSource):
         self,
         root: str | os.PathLike[str],
         *,
-        image_size: int = 0,
         class_names: tuple[str, ...] | None = None,
-        max_image_pixels: int = pictures.MAX_PIXELS,
+        has_classes: bool = True,
+        **reading: Unpack[Reading],
     ):
-        pictures.check_limits(image_size, max_image_pixels)
         check_local(root, "folders of images")
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"no image directory at {root}")
-        listing = pictures.list_folder(root)
+        listing = list_folder(root)
         files, classes = listing.files, listing.classes
-        remarks = listing.remarks()
+        remarks = listing.remarks(has_classes=has_classes)
+        if not has_classes:
+            files = [*files, *(path for members in classes.values() for path in members)]
+            classes = {}
         if files and any(classes.values()):
             raise ValueError(
-                f"{root} holds images both directly ({len(files)}) and in class folders: "
-                "use one folder per class, or a flat folder without labels"
+                f"{root} holds images both directly ({len(files)}) and in class folders: use one folder "
+                'per class, or data.labels = "none", which takes all of them without labels'
             )
         labels, names = None, None
         for name in classes:
@@ -160,28 +141,55 @@ class FolderSource(_FileSource):
             )
         for remark in remarks:
             _logger.warning("%s: %s", root, remark)
+        start = len(os.path.join(root, ""))
         super().__init__(
             str(root),
             files,
-            [path[len(os.path.join(root, "")) :] for path in files],
-            image_size=image_size,
-            max_image_pixels=max_image_pixels,
+            [path[start:] for path in files],
+            **reading,
         )
-        self.labels, self.class_names = labels, names
+        self._labels, self.class_names = labels, names
 
 
-class ImageListSource(_FileSource):
-    """Picture files that a text file lists, each with a label.
+class _ListedFiles(FileSource):
+    """Picture files whose names stand in a text file. A warning tells of names that are repeated."""
 
-    The format is that of OpenOOD's benchmark lists, one line `relative/path.png LABEL` for each
-    picture. If any label is negative, as in lists of outliers, the whole set counts as unlabeled.
-    Pictures are read by `pictures.read`. A warning tells if pictures are listed more than once.
+    def __init__(
+        self,
+        list_path: str | os.PathLike[str],
+        root: str | os.PathLike[str],
+        rows: Sequence[_Row],
+        **reading: Unpack[Reading],
+    ):
+        if not rows:
+            raise ValueError(f"{list_path} names no images")
+        names = [row.name for row in rows]
+        paths = [os.path.join(root, name) for name in names]
+        missing = [number for number, path in enumerate(paths) if not os.path.isfile(path)]
+        if missing:
+            first = missing[0]
+            raise FileNotFoundError(
+                f"{len(missing):,} of the {len(paths):,} files in {list_path} do not exist, for example "
+                f"{paths[first]} (line {rows[first].line})"
+            )
+        repeated = len(names) - len(set(names))
+        if repeated:
+            _logger.warning(
+                "%s: %d lines name a picture that another line names too", list_path, repeated
+            )
+        super().__init__(str(list_path), paths, names, **reading)
+
+
+class ImageListSource(_ListedFiles):
+    """Picture files that a text file lists, each with a label, as in OpenOOD's benchmark.
+
+    A line is `relative/path.png LABEL`. If any label is negative, as in lists of outliers, the whole
+    set counts as unlabeled.
 
     Args:
       list_path: the text file.
       root: the directory that its paths are relative to.
-      image_size: as for `FolderSource`.
-      max_image_pixels: as for `FolderSource`.
+      **reading: see `Reading`.
 
     Raises:
       FileNotFoundError: the list does not exist, or files that it names (the message has the
@@ -194,41 +202,107 @@ class ImageListSource(_FileSource):
         self,
         list_path: str | os.PathLike[str],
         root: str | os.PathLike[str],
-        *,
-        image_size: int = 0,
-        max_image_pixels: int = pictures.MAX_PIXELS,
+        **reading: Unpack[Reading],
     ):
-        pictures.check_limits(image_size, max_image_pixels)
         check_local(root, "lists of images")
-        if not Path(list_path).is_file():
-            raise FileNotFoundError(f"no image list at {list_path}")
-        names, labels = [], []
-        lines = Path(list_path).read_text(encoding="utf-8-sig").splitlines()
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        rows = []
+        for number, line in _lines(list_path):
             name, _, label = line.strip().rpartition(" ")
             if not name or not re.fullmatch(r"-?[0-9]+", label):
                 raise ValueError(
                     f"line {number} of {list_path} must be a path and an integer, got {line!r}"
                 )
-            names.append(name)
-            labels.append(int(label))
-        if not names:
-            raise ValueError(f"{list_path} names no images")
-        paths = [os.path.join(root, name) for name in names]
-        missing = [path for path in paths if not os.path.isfile(path)]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of the {len(paths)} files in {list_path} do not exist, for example "
-                f"{missing[0]}"
-            )
-        repeated = len(names) - len(set(names))
-        if repeated:
-            _logger.warning(
-                "%s: %d lines name a picture that another line names too", list_path, repeated
-            )
-        super().__init__(
-            str(list_path), paths, names, image_size=image_size, max_image_pixels=max_image_pixels
+            rows.append(_Row(number, name, label))
+        super().__init__(list_path, root, rows, **reading)
+        labels = np.asarray([int(row.label) for row in rows], np.int64)
+        self._labels = None if labels.min() < 0 else labels
+
+
+class PathListSource(_ListedFiles):
+    """Picture files that a text or CSV file lists, with or without labels.
+
+    Paths are absolute, or relative to the directory of the list. Empty lines are left out.
+
+    * A CSV file (`.csv`) has the columns path and label, or path alone. If the first row holds the
+      word `path`, it names the columns; then `label` is optional and other columns are ignored.
+    * In a text file, a line is a path, or a path and a label with a tab or a blank between them. A
+      line that ends like a picture (`.png`) is a path alone. A label with blanks needs a tab.
+
+    All lines have labels, or none has. Labels are all integers, or they are names of classes, which
+    are sorted.
+
+    Args:
+      list_path: the file.
+      like: the training list, so that labels mean the same here; None for a list of its own.
+      **reading: see `Reading`.
+
+    Raises:
+      FileNotFoundError: the list does not exist, or files that it names (the message has the
+        first).
+      ValueError: the list is empty or not UTF-8; only some lines have labels; a line is empty but
+        for its label; a class is not among those of `like`, or a number is negative. Messages have
+        the number of the line. Also for the reasons of `FolderSource`.
+    """
+
+    def __init__(
+        self,
+        list_path: str | os.PathLike[str],
+        *,
+        like: ImageSource | None = None,
+        **reading: Unpack[Reading],
+    ):
+        check_local(list_path, "lists of images")
+        is_csv = os.fspath(list_path).lower().endswith(".csv")
+        rows = _csv_rows(list_path) if is_csv else _text_rows(list_path)
+        super().__init__(list_path, os.path.dirname(os.path.abspath(list_path)), rows, **reading)
+        self._labels, self.class_names = labels_of_texts(
+            [row.label for row in rows],
+            place=lambda index: f"line {rows[index].line} of {list_path}",
+            where=str(list_path),
+            like=like,
         )
-        self.labels = None if min(labels) < 0 else np.asarray(labels, np.int64)
+
+
+def _lines(list_path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """The lines of a list that are not empty, with their numbers from 1."""
+    if not Path(list_path).is_file():
+        raise FileNotFoundError(f"no image list at {list_path}")
+    try:
+        text = Path(list_path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{list_path} is not a list in UTF-8: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r")
+
+
+def _text_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
+    rows = []
+    for number, line in _lines(list_path):
+        name, label = line.strip(), ""
+        if "\t" in name:
+            name, _, label = name.partition("\t")
+        elif not name.lower().endswith(pictures.SUFFIXES) and " " in name:
+            name, _, label = name.rpartition(" ")
+        rows.append(_Row(number, name.strip(), label.strip()))
+    return rows
+
+
+def _csv_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
+    # A reader of its own for each line: a quoted line break would shift the numbers of all lines.
+    cells = [(number, next(csv.reader([line]))) for number, line in _lines(list_path)]
+    columns = [cell.strip().lower() for cell in cells[0][1]] if cells else []
+    path, label = 0, 1
+    has_header = "path" in columns
+    if has_header:
+        path, label = columns.index("path"), columns.index("label") if "label" in columns else -1
+        cells = cells[1:]
+    rows = []
+    for number, row in cells:
+        if len(row) > 2 and not has_header:
+            raise ValueError(
+                f"line {number} of {list_path} has {len(row)} columns, expected 1 or 2"
+            )
+        given = row[label].strip() if 0 <= label < len(row) else ""
+        rows.append(_Row(number, row[path].strip() if path < len(row) else "", given))
+    return rows

@@ -1,25 +1,20 @@
-"""Picture files: which files of a folder are pictures, and how their pixels are read.
+"""Picture files: how their pixels are read.
 
 All sources read pictures here. Pillow is imported by the functions that need it.
 """
 
 import contextlib
-import dataclasses
-import errno
 import io
 import math
-import os
 import struct
-import unicodedata
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from jevb_jax.images.crop_boxes import Box, ExampleCrops
+from jevb_jax.images.levels import Levels
 from jevb_jax.images.preparation import MAX_PIXELS, cut_picture
 
 # Endings for each format of Pillow. The list is fixed: with Pillow's own list, the images of a
@@ -53,9 +48,9 @@ SUFFIXES = tuple(ending for endings in _ENDINGS.values() for ending in endings)
 _DAMAGED = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error)
 
 _ORIENTATION = 0x0112  # EXIF tag
-
-
-# --- Pixels ---
+_BYTES = Levels()
+_DEEP = {"uint16": "I", "float32": "F"}  # how Pillow's modes begin
+Exif = Literal["apply", "ignore"]
 
 
 def read(
@@ -64,59 +59,80 @@ def read(
     mode: str,
     image_size: int = 0,
     max_pixels: int = MAX_PIXELS,
+    exif: Exif = "apply",
+    levels: Levels = _BYTES,
     where: str,
 ) -> np.ndarray:
     """Reads one picture.
 
-    Palettes, CMYK and one-bit pixels are converted to the colors they stand for. The orientation
-    in EXIF is applied. Transparent pixels are blended with white; opaque ones keep their bits. Of
-    several frames or pages, the first is read. Of 16 bits for each color, the upper 8 are kept.
-    Gray pictures of more than 8 bits are an error, because the range of their levels is unknown.
+    Palettes, CMYK and one-bit pixels are converted to the colors they stand for. Transparent pixels
+    are blended with white; opaque ones keep their bits. Of several frames or pages, the first is
+    read. Of 16 bits for each color, the upper 8 are kept. Gray pictures of more than 8 bits are an
+    error unless `levels` says what their values mean. Such pictures are resized as floats.
 
     Args:
       file: path or content of the picture.
-      mode: `RGB`, or `L` for gray.
+      mode: `RGB`, `L` for gray, or `RGBA` for colors with their transparency.
       image_size: height and width of the square to cut out, by `images.preparation`; 0 for none.
       max_pixels: a picture with more pixels is an error, before it is decoded. If it exceeds
         Pillow's own limit, that limit is raised for the whole process.
+      exif: "apply" turns the picture upright, as EXIF says; "ignore" takes the rows as they are
+        stored. (Pillow itself turns TIFF files, in both cases.)
+      levels: type of the pixels. Those of more than 8 bits have one channel, and `mode` is not read.
       where: name of the picture in messages.
 
     Returns:
-      uint8 `[H, W, C]`.
+      `[H, W, C]` of the type of `levels`; floats are in [0, 1].
 
     Raises:
-      ValueError: the picture is damaged, too large, or gray with more than 8 bits.
+      ValueError: the picture is damaged, too large, or not of the type of `levels`.
     """
     with _open(file, max_pixels=max_pixels, where=where) as image:
         return picture_pixels(
-            image, mode=mode, image_size=image_size, max_pixels=max_pixels, where=where
+            image,
+            mode=mode,
+            image_size=image_size,
+            max_pixels=max_pixels,
+            exif=exif,
+            levels=levels,
+            where=where,
         )
 
 
 def picture_pixels(
-    image: Any, *, mode: str, image_size: int = 0, max_pixels: int = MAX_PIXELS, where: str
+    image: Any,
+    *,
+    mode: str,
+    image_size: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    exif: Exif = "apply",
+    levels: Levels = _BYTES,
+    where: str,
 ) -> np.ndarray:
     """The pixels of an opened Pillow picture, as `read` returns them.
 
     Args:
       image: the Pillow picture.
-      mode: `RGB`, or `L` for gray.
+      mode: `RGB`, `L` for gray, or `RGBA` for colors with their transparency.
       image_size: height and width of the square to cut out; 0 for none.
       max_pixels: if the resized picture would have more pixels, only its square is computed.
+      exif: as for `read`.
+      levels: as for `read`.
       where: name of the picture in messages.
 
     Returns:
-      uint8 `[H, W, C]`.
+      `[H, W, C]` of the type of `levels`; floats are in [0, 1].
 
     Raises:
-      ValueError: the picture is damaged, too large for the memory, or gray with more than 8 bits.
+      ValueError: the picture is damaged, too large for the memory, or not of the type of `levels`.
     """
-    with _decoding(image, where):
+    with _decoding(image, levels, where):
         image.load()
-        upright = _upright(_opaque(image, mode), _orientation(image))
+        plain = _plain(image, mode, levels, where)
+        upright = _upright(plain, _orientation(image, exif))
         if image_size:
             upright = cut_picture(upright, image_size, max_pixels=max_pixels)
-        return _as_array(upright)
+        return _as_array(upright, levels)
 
 
 def read_crops(
@@ -125,6 +141,8 @@ def read_crops(
     *,
     mode: str,
     max_pixels: int = MAX_PIXELS,
+    exif: Exif = "apply",
+    levels: Levels = _BYTES,
     where: str,
 ) -> list[np.ndarray]:
     """Reads one picture, and cuts the crops of all views out of it, at its own size and ratio.
@@ -136,12 +154,14 @@ def read_crops(
     Args:
       file: path or content of the picture.
       crops: the crops of this example.
-      mode: `RGB`, or `L` for gray.
+      mode: `RGB`, `L` for gray, or `RGBA` for colors with their transparency.
       max_pixels: as for `read`.
+      exif: as for `read`.
+      levels: as for `read`.
       where: name of the picture in messages.
 
     Returns:
-      For each view uint8 `[size, size, C]`.
+      For each view `[size, size, C]`, as for `read`.
 
     Raises:
       ValueError: for the reasons of `read`.
@@ -149,23 +169,23 @@ def read_crops(
     from PIL.Image import Resampling
 
     kernel = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[crops.interpolation]
-    with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, where):
+    with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, levels, where):
         is_jpeg = image.format in ("JPEG", "MPO")
         if not is_jpeg:
             image.load()  # the orientation may stand behind the pixels, and TIFF is turned by it
-        orientation = _orientation(image)
+        orientation = _orientation(image, exif)
         turned = image.size if orientation < 5 else image.size[::-1]
         boxes = crops.boxes(width=turned[0], height=turned[1])
         scale = _decode_scale(image, boxes, crops.sizes) if is_jpeg else 1
         image.load()
-        picture = _opaque(image, mode)
+        picture = _plain(image, mode, levels, where)
         found = []
         for box, size in zip(boxes, crops.sizes, strict=True):
             # The box is turned, and not the picture: a reduced picture may end in a part of a
             # pixel, and after a turn this would be its beginning.
             own = _in_file(box, orientation, width=turned[0], height=turned[1])
             crop = _resized_part(picture, own, scale, size, kernel)
-            found.append(_as_array(_upright(crop, orientation)))
+            found.append(_as_array(_upright(crop, orientation), levels))
         return found
 
 
@@ -199,18 +219,31 @@ def _resized_part(picture: Any, box: Box, scale: int, size: int, kernel: Any) ->
     return part.resize((size, size), kernel, box=inside)
 
 
-def _as_array(picture: Any) -> np.ndarray:
+def _as_array(picture: Any, levels: Levels) -> np.ndarray:
+    if levels.dtype != "uint8":
+        return levels.from_unit(np.asarray(picture, np.float32))[..., None]
     pixels = np.asarray(picture, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 @contextlib.contextmanager
-def _decoding(image: Any, where: str) -> Iterator[None]:
-    """Names the picture in every error of decoding it; refuses levels of more than 8 bits."""
-    if image.mode.startswith(("I", "F")):  # Pillow would silently clip 16-bit levels to 255
+def _decoding(image: Any, levels: Levels, where: str) -> Iterator[None]:
+    """Names the picture in every error of decoding it; refuses levels of another type."""
+    is_deep = image.mode.startswith(("I", "F"))
+    if levels.dtype == "uint8" and is_deep:  # Pillow would silently clip 16-bit levels to 255
+        kept = ""
+        if image.mode.startswith(("I;16", "F")):
+            kept = (
+                f', or keep them by data.dtype = "{"float32" if image.mode == "F" else "uint16"}"'
+            )
         raise ValueError(
             f"cannot read {where}: expected 8 bits per channel, got mode {image.mode}; scale its "
-            "levels to 0..255 and save it with 8 bits"
+            f"levels to 0..255 and save it with 8 bits{kept}"
+        )
+    if levels.dtype != "uint8" and not image.mode.startswith(_DEEP[levels.dtype]):
+        raise ValueError(
+            f"cannot read {where}: expected one channel of {levels.dtype} (data.dtype), got mode "
+            f"{image.mode}"
         )
     try:
         yield
@@ -223,24 +256,28 @@ def _decoding(image: Any, where: str) -> Iterator[None]:
         ) from error
 
 
-def size(path: str, *, max_pixels: int = MAX_PIXELS, where: str) -> tuple[int, int]:
+def size(
+    file: str | io.BytesIO, *, max_pixels: int = MAX_PIXELS, exif: Exif = "apply", where: str
+) -> tuple[int, int]:
     """`(width, height)` in pixels of a picture as `read` returns it, from its header only.
 
     Args:
-      path: file of the picture.
+      file: path or content of the picture.
       max_pixels: a picture with more pixels is an error.
+      exif: as for `read`.
+      levels: as for `read`.
       where: name of the picture in messages.
 
     Raises:
       ValueError: the header cannot be read, or it says that there are too many pixels.
     """
-    with _open(path, max_pixels=max_pixels, where=where) as image:
+    with _open(file, max_pixels=max_pixels, where=where) as image:
         width, height = image.size
         # Reading the orientation may need the whole picture (PNG with EXIF at its end), or is not
         # needed (square pictures; TIFF, whose size is rotated already).
         knows = width != height and image.format != "TIFF"
-        if knows and (image.format != "PNG" or "exif" in image.info) and _orientation(image) >= 5:
-            return height, width
+        if knows and (image.format != "PNG" or "exif" in image.info):
+            return (height, width) if _orientation(image, exif) >= 5 else (width, height)
     return width, height
 
 
@@ -286,7 +323,9 @@ def _open(file: str | io.BytesIO, *, max_pixels: int, where: str) -> Any:
     return image
 
 
-def _orientation(image: Any) -> int:
+def _orientation(image: Any, exif: Exif) -> int:
+    if exif == "ignore":
+        return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except _DAMAGED:  # damaged EXIF: show the picture as it is, like image viewers do
@@ -309,159 +348,13 @@ def _upright(image: Any, orientation: int) -> Any:
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _opaque(image: Any, mode: str) -> Any:
+def _plain(image: Any, mode: str, levels: Levels, where: str) -> Any:
+    """A picture of the mode; one of floats in [0, 1] where `levels` has more than 8 bits."""
     from PIL import Image
 
-    if image.has_transparency_data:
+    if levels.dtype != "uint8":
+        return Image.fromarray(levels.to_unit(np.asarray(image), where=where))
+    if image.has_transparency_data and mode != "RGBA":
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert(mode)
-
-
-# --- Folders ---
-
-
-@dataclasses.dataclass
-class Listing:
-    """The pictures of a folder, and what is left out of them; made by `list_folder`.
-
-    Attributes:
-      files: paths of the pictures directly in the folder.
-      classes: for each visible subfolder, by name, the sorted paths of the pictures below it.
-      endings: number of other files for each ending.
-      num_hidden: number of hidden pictures and folders.
-      closed_links: links to folders that are not followed, because their target is read anyway.
-      repeated_links: links to pictures that are in the folder too, so these are read twice.
-    """
-
-    files: list[str]
-    classes: dict[str, list[str]]
-    endings: Counter[str] = dataclasses.field(default_factory=Counter)
-    num_hidden: int = 0
-    closed_links: list[str] = dataclasses.field(default_factory=list)
-    repeated_links: list[str] = dataclasses.field(default_factory=list)
-
-    def remarks(self) -> list[str]:
-        """What the user should know about the folder, one sentence for each fact."""
-        found = []
-        if self.endings:
-            kinds = ", ".join(f"{n:,} {ending}" for ending, n in self.endings.most_common(10))
-            found.append(
-                f"{self.endings.total():,} files are left out, because their ending is not read: {kinds}"
-            )
-        if self.num_hidden:
-            found.append(f"{self.num_hidden:,} hidden pictures or folders are left out")
-        if self.closed_links:
-            found.append(
-                f"{len(self.closed_links):,} links are not followed, because their folders are read "
-                f"anyway or contain the link, for example {self.closed_links[0]}"
-            )
-        if self.repeated_links:
-            found.append(
-                f"{len(self.repeated_links):,} links lead to pictures that are in the set too, so these "
-                f"are read twice, for example {self.repeated_links[0]}"
-            )
-        alike: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self.classes:
-            alike[unicodedata.normalize("NFC", name).casefold()].append(name)
-        same = [names for names in alike.values() if len(names) > 1]
-        if same:
-            found.append(
-                "these names differ only in case or in the encoding of accents, but are separate "
-                f"classes: {same[:10]}"
-            )
-        return found
-
-
-def list_folder(root: Path) -> Listing:
-    """Finds the pictures of a folder by their endings, in an order that is the same everywhere.
-
-    Hidden files and folders are left out. Links are followed, but no folder is read twice: a link
-    is not followed if it leads into the folder itself, to one that contains it, or to a folder that
-    another link has led to.
-
-    Args:
-      root: an existing folder.
-
-    Raises:
-      ValueError: a picture is a link to nothing, or no regular file (reading a pipe would wait).
-    """
-    real_root = os.path.realpath(root)
-    listing = Listing([], {})
-    entered: set[str] = set()  # real paths of outside folders that links have led to
-
-    def is_shown(real: str) -> bool:
-        path = Path(real)
-        if not path.is_relative_to(real_root):
-            return False
-        return not any(part.startswith(".") for part in path.relative_to(real_root).parts)
-
-    def may_enter(entry: os.DirEntry[str], real: str) -> bool:
-        if is_shown(real) and not entry.is_symlink():
-            return True
-        if is_shown(real) or real in entered or Path(real_root).is_relative_to(real):
-            listing.closed_links.append(entry.path)
-            return False
-        entered.add(real)
-        return True
-
-    def pictures(entries: list[os.DirEntry[str]]) -> Iterator[str]:
-        for entry in entries:
-            if _is(os.DirEntry.is_dir, entry):
-                continue
-            is_hidden, ending = entry.name.startswith("."), os.path.splitext(entry.name)[1].lower()
-            if ending not in SUFFIXES:
-                if not is_hidden:
-                    listing.endings[ending or "without an ending"] += 1
-            elif is_hidden:
-                listing.num_hidden += 1
-            elif not _is(os.DirEntry.is_file, entry):
-                kind = "a link to nothing" if entry.is_symlink() else "no file"
-                raise ValueError(f"{entry.path} is {kind}; remove it, or restore the picture")
-            else:
-                if entry.is_symlink() and is_shown(os.path.realpath(entry.path)):
-                    listing.repeated_links.append(entry.path)
-                yield entry.path
-
-    def folders(
-        entries: list[os.DirEntry[str]], real: str
-    ) -> Iterator[tuple[os.DirEntry[str], str]]:
-        for entry in entries:
-            if not _is(os.DirEntry.is_dir, entry):
-                continue
-            if entry.name.startswith("."):
-                listing.num_hidden += 1
-                continue
-            is_link = entry.is_symlink()
-            target = os.path.realpath(entry.path) if is_link else os.path.join(real, entry.name)
-            if may_enter(entry, target):
-                yield entry, target
-
-    def below(folder: str, real: str) -> Iterator[str]:
-        # No recursion: a tree may be deeper than Python's stack.
-        waiting = [(folder, real)]
-        while waiting:
-            path, real = waiting.pop()
-            entries = _entries(path)
-            yield from pictures(entries)
-            waiting += [(entry.path, target) for entry, target in folders(entries, real)][::-1]
-
-    entries = _entries(os.fspath(root))
-    listing.files = list(pictures(entries))
-    for entry, target in folders(entries, real_root):
-        listing.classes[entry.name] = list(below(entry.path, target))
-    return listing
-
-
-def _is(kind: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bool:
-    try:
-        return kind(entry)
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a circle of links leads to nothing
-            return False
-        raise
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: entry.name)

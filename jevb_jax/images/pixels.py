@@ -19,10 +19,9 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 
 def _check_image(image: Array) -> None:
-    if image.ndim != 3 or image.shape[-1] not in (1, 3):
+    if image.ndim != 3 or image.shape[-1] < 1:
         raise ValueError(
-            "an image must be [height, width, channels] with 1 or 3 channels, got shape "
-            f"{image.shape}; use vmap for a batch"
+            f"an image must be [height, width, channels], got shape {image.shape}; use vmap for a batch"
         )
 
 
@@ -30,18 +29,18 @@ def to_float(image: ArrayLike) -> Array:
     """Converts an image to float32 in [0, 1].
 
     Args:
-      image: `[h, w, c]`, uint8, or float in [0, 1].
+      image: `[h, w, c]`, uint8, uint16, or float in [0, 1].
 
     Raises:
       TypeError: the image has another integer type.
-      ValueError: the shape is not that of an image with one or three channels.
+      ValueError: the shape is not that of an image.
     """
     image = jnp.asarray(image)
     _check_image(image)
-    if image.dtype == jnp.uint8:
-        return image.astype(jnp.float32) / 255
+    if image.dtype in (jnp.uint8, jnp.uint16):
+        return image.astype(jnp.float32) / int(jnp.iinfo(image.dtype).max)
     if not jnp.issubdtype(image.dtype, jnp.floating):
-        raise TypeError(f"images must be uint8, or float in [0, 1], got {image.dtype}")
+        raise TypeError(f"images must be uint8, uint16, or float in [0, 1], got {image.dtype}")
     return image.astype(jnp.float32)
 
 
@@ -152,9 +151,11 @@ def from_planes(planes: Array) -> Array:
 
 
 def luma(planes: Array) -> Array:
-    """Luma `[h, w]` of `[c, h, w]`; one channel is its own luma."""
+    """Luma `[h, w]` of `[c, h, w]`; the mean of channels that are not red, green and blue."""
     if len(planes) == 1:
         return planes[0]
+    if len(planes) != 3:
+        return jnp.mean(planes, axis=0)
     return _LUMA[0] * planes[0] + _LUMA[1] * planes[1] + _LUMA[2] * planes[2]
 
 
@@ -336,6 +337,22 @@ def cut_levels(image: ArrayLike, *, size: int) -> Array:
     across = jnp.einsum("hwc,jw->hjc", image.astype(jnp.float32), columns, precision="highest")
     down = jnp.einsum("ih,hjc->ijc", rows, rounded(across), precision="highest")
     return rounded(down).astype(jnp.uint8)
+
+
+def cut_floats(image: ArrayLike, *, size: int) -> Array:
+    """The square of a float image in [0, 1]: `preparation.cut_square` on the device.
+
+    Args:
+      image: `[h, w, c]`.
+      size: height and width of the square in pixels.
+
+    Returns:
+      `[size, size, c]` float32.
+    """
+    image = to_float(image)
+    if image.shape[:2] == (size, size):
+        return image
+    return _resample(image, *_square_weights(image, size, "bilinear"), "bilinear")
 
 
 def _square_weights(image: Array, size: int, interpolation: Interpolation) -> tuple[Array, Array]:

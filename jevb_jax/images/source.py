@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from jevb_jax.images.crop_boxes import ExampleCrops
+from jevb_jax.images.levels import DTYPES, Dtype
 from jevb_jax.runs.files import is_remote, to_path
 
 
@@ -32,7 +33,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Image `index`, uint8 `[H, W, C]`; of a `FeatureSource` float32 `[F]` or `[V, F]`."""
+        """Image `index`, `[H, W, C]` of a type of `levels.DTYPES`; of a `FeatureSource` features."""
         ...
 
 
@@ -41,7 +42,7 @@ class PictureSource(ImageSource, Protocol):
     """A set of whole pictures in files, of any sizes, out of which crops can be cut."""
 
     def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
-        """Crops of the whole picture `index`, uint8 `[size, size, C]` for each view."""
+        """Crops of the whole picture `index`, `[size, size, C]` for each view."""
         ...
 
 
@@ -50,14 +51,15 @@ class ArraySource:
     """Images in memory.
 
     Attributes:
-      images: uint8 `[N, H, W, C]`, N >= 1.
+      images: `[N, H, W, C]` of `dtype`, N >= 1; float32 in [0, 1].
       labels: integers `[N]`, at least 0, and below `len(class_names)` if there are names; kept as
         int64. None for unlabeled images.
       class_names: one name for each class, or None.
       name: the name of the source in messages.
+      dtype: type of the images.
 
     Raises:
-      TypeError: images are not uint8, or labels are not integers.
+      TypeError: images are not of `dtype`, or labels are not integers.
       ValueError: a shape is wrong, there are no images, or labels have another length or are out
         of range.
     """
@@ -66,9 +68,10 @@ class ArraySource:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
     name: str = "arrays"
+    dtype: Dtype = "uint8"
 
     def __post_init__(self) -> None:
-        check_images(self.images.shape, self.images.dtype, where=self.name)
+        check_images(self.images.shape, self.images.dtype, where=self.name, wanted=self.dtype)
         if self.labels is not None:
             labels = checked_labels(
                 self.labels, len(self.images), self.class_names, where=self.name
@@ -226,23 +229,29 @@ def example_bytes(source: ImageSource) -> int:
     return math.prod(first.shape) * first.dtype.itemsize
 
 
-def checked_features(features: np.ndarray, *, where: str) -> np.ndarray:
-    """Features as float32 `[N, F]` or `[N, V, F]`. A wrong shape, type or value is an error."""
-    if features.dtype not in (np.float16, np.float32, np.float64):
+def check_features(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
+    """Raises an error, with advice, unless the array holds features `[N, F]` or `[N, V, F]`."""
+    if dtype not in (np.float16, np.float32, np.float64):
         raise TypeError(
             f"{where}: expected features of type float32 (float16 and float64 are converted), got "
-            f"{features.dtype}; convert them with `.astype(np.float32)`"
+            f"{dtype}; convert them with `.astype(np.float32)`"
         )
-    if features.ndim not in (2, 3) or 0 in features.shape:
+    if len(shape) not in (2, 3) or 0 in shape:
+        one = "; or, if this is one row, a first axis: `features[None]`" * (len(shape) == 1)
         raise ValueError(
             f"{where}: expected features of shape [N, F], or [N, V, F] with V views of each example, "
-            f"got {features.shape}"
+            f"got {shape}{one}"
         )
-    if features.ndim == 3 and features.shape[1] < 2:
+    if len(shape) == 3 and shape[1] < 2:
         raise ValueError(
-            f"{where}: features of shape {features.shape} hold one view of each example; give "
+            f"{where}: features of shape {shape} hold one view of each example; give "
             "`features[:, 0]`, of which views are made by noise and mask"
         )
+
+
+def checked_features(features: np.ndarray, *, where: str) -> np.ndarray:
+    """Features as float32 `[N, F]` or `[N, V, F]`. A wrong shape, type or value is an error."""
+    check_features(features.shape, features.dtype, where=where)
     with np.errstate(over="ignore"):  # what is too large for float32 is found below
         features = features.astype(np.float32, copy=False)
     is_finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
@@ -255,13 +264,17 @@ def checked_features(features: np.ndarray, *, where: str) -> np.ndarray:
     return features
 
 
-def check_images(shape: tuple[int, ...], dtype: np.dtype, *, where: str) -> None:
-    """Raises an error, with advice, unless the array holds uint8 images `[N, H, W, C]`."""
-    if dtype != np.uint8:
-        raise TypeError(
-            f"{where}: expected uint8 images, got {dtype}; "
-            "scale them to 0..255 and convert them with `.astype(np.uint8)`"
-        )
+def check_images(
+    shape: tuple[int, ...], dtype: np.dtype, *, where: str, wanted: Dtype = "uint8"
+) -> None:
+    """Raises an error, with advice, unless the array holds images `[N, H, W, C]` of a type."""
+    if dtype != np.dtype(wanted):
+        advice = "scale them to 0..255 and convert them with `.astype(np.uint8)`"
+        if dtype.name in DTYPES:
+            advice += f', or keep them as they are: data.dtype = "{dtype.name}"'
+        if wanted != "uint8":
+            advice = f"convert them with `.astype(np.{wanted})`, or change data.dtype"
+        raise TypeError(f"{where}: expected {wanted} images, got {dtype}; {advice}")
     if len(shape) == 3:
         one = "; or, if this is one image, a first axis: `images[None]`" * (shape[-1] in (3, 4))
         raise ValueError(

@@ -6,18 +6,17 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from jevb_jax import extras
-from jevb_jax.images import pictures
-from jevb_jax.images.crop_boxes import ExampleCrops
+from jevb_jax.images.encoded import EncodedPictures, Reading
 from jevb_jax.images.source import checked_labels
 from jevb_jax.runs.files import to_path
 
 
-class TfdsSource:
+class TfdsSource(EncodedPictures):
     """A split of a prepared TFDS data set, read without TensorFlow.
 
     Only the array_record format can be read by index, and only from local or mounted directories.
@@ -30,10 +29,9 @@ class TfdsSource:
       split: a TFDS split, which may be a slice: `train`, `test`, `train[:10%]`.
       data_dir: the directory that contains the data set; empty for that of TFDS
         (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
-      image_size: as for `FolderSource`; needed if images of the data set differ in size.
-      max_image_pixels: as for `FolderSource`.
       image_key: name of the feature with the image.
       label_key: name of the feature with the class label; a data set without it is unlabeled.
+      **reading: see `Reading`. `image_size` is needed if images of the data set differ in size.
 
     Raises:
       FileNotFoundError: the data set does not exist. The message has the command that prepares it.
@@ -48,20 +46,18 @@ class TfdsSource:
         split: str,
         *,
         data_dir: str | os.PathLike[str] = "",
-        image_size: int = 0,
-        max_image_pixels: int = pictures.MAX_PIXELS,
         image_key: str = "image",
         label_key: str = "label",
+        **reading: Unpack[Reading],
     ):
-        pictures.check_limits(image_size, max_image_pixels)
+        super().__init__(name, **reading)
         self._arguments: dict[str, Any] = {
             "name": name,
             "split": split,
             "data_dir": data_dir,
-            "image_size": image_size,
-            "max_image_pixels": max_image_pixels,
             "image_key": image_key,
             "label_key": label_key,
+            **reading,
         }
         root = to_path(
             os.path.expanduser(
@@ -82,7 +78,7 @@ class TfdsSource:
         height, width, channels = image.shape
         if channels not in (1, 3, None):
             raise ValueError(f"expected images of 1 or 3 channels in {directory}, got {channels}")
-        if image_size == 0 and (height is None or width is None):
+        if self.image_size == 0 and (height is None or width is None):
             raise ValueError(
                 f"the images of {directory} may differ in size: "
                 "set image_size to resize them on load"
@@ -102,9 +98,9 @@ class TfdsSource:
                 f"  {_tfds_build_command(name, root)}"
             ) from error
         self.name = f"{builder.name}:{builder.version}/{split}"
-        self.image_size = image_size
-        self.class_names: tuple[str, ...] | None = None if label is None else tuple(label.names)
-        self._mode = "L" if channels == 1 else "RGB"
+        self.class_names = None if label is None else tuple(label.names)
+        if channels == 1 and not reading.get("num_channels"):
+            self._mode = "L"
         if len(self._records) == 0:
             raise ValueError(f"{self.name} has no examples")
 
@@ -138,26 +134,8 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return pictures.read(
-            self._file(index),
-            mode=self._mode,
-            image_size=self.image_size,
-            max_pixels=self._arguments["max_image_pixels"],
-            where=self._where(index),
-        )
-
-    def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
-        """Crops of the whole picture `index`, uint8 `[size, size, C]` for each view."""
-        return pictures.read_crops(
-            self._file(index),
-            crops,
-            mode=self._mode,
-            max_pixels=self._arguments["max_image_pixels"],
-            where=self._where(index),
-        )
-
-    def _file(self, index: int) -> io.BytesIO:
+    def file(self, index: int) -> io.BytesIO:
+        """Bytes of picture `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
         return io.BytesIO(self.encoded(index))
@@ -167,9 +145,10 @@ class TfdsSource:
         try:
             return self._records[index][self._arguments["image_key"]]
         except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"cannot read {self._where(index)}: {error}") from error
+            raise ValueError(f"cannot read {self.where(index)}: {error}") from error
 
-    def _where(self, index: int) -> str:
+    def where(self, index: int) -> str:
+        """The name of picture `index` in messages."""
         return f"record {index} of {self.name}"
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from jevb_jax.evaluation.evidence import EmbeddingMap, Separation, SeverityCurve
 from jevb_jax.evaluation.reliability import RiskCoverage
+from jevb_jax.images.levels import shown_channels, unit_of_stored
 from jevb_jax.runs import files
 
 _DOTS_PER_INCH = 192  # twice the 96 of a CSS inch: sharp on dense screens
@@ -63,12 +64,13 @@ def save_views_figure(path: Path, images: np.ndarray, views: Sequence[np.ndarray
 
     Args:
       path: PNG to write.
-      images: uint8 `[N, H, W, C]`, C = 1 or 3.
+      images: `[N, H, W, C]`; the channels of `levels.shown_channels` are drawn.
       views: each `[N, h, w, C]` in [0, 1], from `augmentations.visible_views`.
     """
     count = len(images)
-    rows = [("image", images / 255.0)]
+    rows = [("image", unit_of_stored(images))]
     rows += [(f"view {number}", view) for number, view in enumerate(views, start=1)]
+    rows = [(name, shown_channels(batch)) for name, batch in rows]
     figure = Figure(figsize=(1.3 * count + 0.6, 1.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
     for row, (name, batch) in enumerate(rows):

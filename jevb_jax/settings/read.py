@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jevb_jax.images import corruptions
+from jevb_jax.images.dataset import PICTURE_SOURCES
 from jevb_jax.methods import METHODS
 from jevb_jax.settings.domains import Domain
 from jevb_jax.settings.sections import (
@@ -363,9 +364,9 @@ def _crop_misfits(settings: RunSettings) -> list[str]:
         return []
     asked = 'augmentation.crop_from = "image"'
     problems = []
-    if settings.data.source not in ("folder", "tfds"):
+    if settings.data.source not in PICTURE_SOURCES:
         problems.append(
-            f'{asked} needs picture files, data.source "folder" or "tfds", got '
+            f"{asked} needs picture files, data.source {' or '.join(PICTURE_SOURCES)}, got "
             f'"{settings.data.source}": set it to "square"'
         )
     if settings.input.placement == "resident":
@@ -406,6 +407,10 @@ def _detection_misfits(settings: RunSettings) -> list[str]:
     ood = settings.ood
     if ood.corruptions and not ood.severities:
         problems.append("ood.severities is empty and ood.corruptions is not: give some of 1 to 5")
+    if ood.corruptions and settings.data.dtype != "uint8":
+        problems.append(
+            f'ood.corruptions need data.dtype = "uint8", got "{settings.data.dtype}": set them to ()'
+        )
     if len(set(ood.corruptions)) < len(ood.corruptions):
         problems.append(f"ood.corruptions names one twice: {_shown(ood.corruptions)}")
     return problems
@@ -414,13 +419,34 @@ def _detection_misfits(settings: RunSettings) -> list[str]:
 def _source_misfits(section: DataSection) -> list[str]:
     """Settings that the source of the data lacks."""
     source = section.source
+    try:
+        levels = section.levels
+    except ValueError as error:
+        return [f"data.value_range: {error}"]
+    has_only_bytes = source not in ("arrays", *PICTURE_SOURCES) or source == "tfds"
+    if has_only_bytes and levels.dtype != "uint8":
+        return [
+            f'data.dtype = "{levels.dtype}" is for arrays and picture files, got data.source = {source!r}'
+        ]
     if source == "tfds" and not section.tfds_name:
         return ["data.tfds_name must name the data set where data.source is tfds"]
     if source == "tfds" and section.train_split == section.test_split:
         return [f"data.train_split and data.test_split are both {section.train_split!r}"]
-    if source in ("arrays", "features", "folder") and not section.train_paths:
-        what = "one directory" if source == "folder" else ".npz or .npy files"
-        return [f"data.train_paths must name {what} where data.source is {source}, got ()"]
+    named = {
+        "arrays": ".npz or .npy files",
+        "features": ".npz or .npy files",
+        "folder": "one directory",
+        "paths": "one text or CSV file",
+        "webdataset": "tar files",
+        "hf": "a directory of save_to_disk, or parquet or Arrow files",
+    }
+    if source in named and not section.train_paths:
+        return [f"data.train_paths must name {named[source]} where data.source is {source}, got ()"]
+    if section.skip_broken == "skip" and source not in PICTURE_SOURCES:
+        return [
+            f'data.skip_broken = "skip" needs pictures that are decoded one by one, got data.source = '
+            f'{source!r}: set it to "refuse"'
+        ]
     return []
 
 

@@ -14,7 +14,18 @@ _VERSION_KEY = "version"
 
 # Settings added after the first runs, with the values that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
-    "data": {"max_image_pixels": pictures.MAX_PIXELS, "inlier_classes": []},  # as in JSON
+    "data": {
+        "max_image_pixels": pictures.MAX_PIXELS,
+        "inlier_classes": [],  # as in JSON
+        "image_column": "image",
+        "label_column": "label",
+        "exif": "apply",
+        "skip_broken": "refuse",
+        "labels": "given",
+        "num_channels": 0,
+        "dtype": "uint8",
+        "value_range": [],
+    },
     "augmentation": {"num_views": 2, "crop_from": "square"},
     "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from jevb_jax import methods
 from jevb_jax.images import dataset, pixels
 from jevb_jax.images.corruptions import CORRUPTIONS, NUM_SEVERITIES
+from jevb_jax.images.levels import DTYPES, Dtype, Levels
 from jevb_jax.images.pixels import Interpolation
 from jevb_jax.networks import heads
 from jevb_jax.networks.heads import HeadInput
@@ -70,14 +71,34 @@ class DataSection:
     data_dir: Annotated[str, text(note='"" = the default of TFDS')]
     train_split: Text
     test_split: Text
+    image_column: Annotated[str, text(is_empty_allowed=False)]
+    label_column: Annotated[str, text(note='"" = no labels')]
     image_size: Annotated[int, integer(0, note="0 = as stored")]
     max_image_pixels: Annotated[int, integer(1)]
+    exif: Annotated[Literal["apply", "ignore"], choice("apply", "ignore")]
+    skip_broken: Annotated[Literal["refuse", "skip"], choice("refuse", "skip")]
+    labels: Annotated[Literal["given", "none"], choice("given", "none")]
+    num_channels: Annotated[int, integer(0, note="0 = as stored; pictures: color")]
+    dtype: Annotated[Dtype, choice(*DTYPES)]
+    value_range: Annotated[
+        tuple[float, ...], many(number(-math.inf), note="() or (black, white), rising")
+    ]
     num_train_examples: Annotated[int, integer(0, note="0 = all")]
     num_test_examples: Annotated[int, integer(0, note="0 = all")]
     validation_fraction: Annotated[float, number(0, 1, low_open=True, high_open=True)]
     split_seed: Annotated[int, integer(0)]
     inlier_class: Annotated[int, integer(-1, note="-1 = all classes")]
     inlier_classes: Annotated[tuple[int, ...], many(integer(0))]
+
+    @property
+    def levels(self) -> Levels:
+        """What the numbers of the images mean."""
+        return Levels(self.dtype, self.value_range)
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """How sets that are compared with these data are read, arguments of `load_images`."""
+        return {"exif": self.exif, "num_channels": self.num_channels, "levels": self.levels}
 
 
 @dataclass(frozen=True)
@@ -120,11 +141,11 @@ class AugmentationSection:
     small_crop_scale: Annotated[tuple[float, float], interval(0, 1)]
     mean: Annotated[
         tuple[float, ...],
-        many(number(-math.inf), length=(1, 3), note="one value for each channel"),
+        many(number(-math.inf), minimum=1, note="one value for each channel"),
     ]
     std: Annotated[
         tuple[float, ...],
-        many(number(0, low_open=True), length=(1, 3), note="one value for each channel"),
+        many(number(0, low_open=True), minimum=1, note="one value for each channel"),
     ]
 
 
@@ -398,15 +419,14 @@ class OutsideSetSection:
 
     name: Annotated[str, text(is_empty_allowed=False)]
     group: Annotated[str, text(is_empty_allowed=False)]
-    source: Annotated[
-        Literal["arrays", "features", "folder", "image_list", "tfds"],
-        choice("arrays", "features", "folder", "image_list", "tfds"),
-    ]
+    source: Annotated[str, choice(*dataset.OUTSIDE_SOURCES)]
     protocol: Text
     paths: Paths
     tfds_name: Text
     data_dir: Text
     split: Text
+    image_column: Annotated[str, text(is_empty_allowed=False)]
+    label_column: Text
     image_size: Annotated[int, integer(0, note="0 = as stored")]
     rows: Annotated[tuple[int, ...], many(integer(0))]
     exclude_labels: Annotated[tuple[int, ...], many(integer(0))]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from jevb_jax.settings.sections import OptimizerSection, RunSettings
 from jevb_jax.training import feature_run, from_settings, optimizers, step
 from jevb_jax.training.optimizers import EarlierLength
 from jevb_jax.training.step import TrainState
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +222,13 @@ def build_experiment(config: ConfigDict) -> Experiment:
             raise ValueError(
                 f"the images have {channels} channels, but augmentation.mean has {num_means} values: "
                 "give mean and std one for each channel"
+            )
+        skipped = from_settings.view_augmentations(settings.augmentation)[0].skipped
+        if skipped:
+            _logger.warning(
+                "The images have %d channels, so these color operations are skipped: %s.",
+                channels,
+                ", ".join(f"augmentation.{name}" for name in skipped),
             )
     steps_per_epoch = batch_order.steps_per_epoch(len(dataset.train), train.batch_size)
     num_train_steps = round(train.num_epochs * steps_per_epoch)

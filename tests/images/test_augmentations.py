@@ -618,7 +618,7 @@ def compiled_tiny_view() -> Any:
         ({"blur_sigma": (0.1, math.inf)}, "blur_sigma must be a positive, finite range"),
         ({"solarize_threshold": math.nan}, "solarize_threshold must be a number"),
         ({"mean": (0.5,)}, "one value for each"),
-        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "1 or 3 channels"),
+        ({"mean": (), "std": ()}, "one value for each channel"),
         ({"std": (0.2, 0.0, 0.2)}, "std must be positive"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
@@ -651,9 +651,7 @@ def test_float32_stays_float32_where_x64_is_enabled():
 def test_bad_images_and_arguments():
     with pytest.raises(ValueError, match="use vmap for a batch"):
         to_float(photographs())
-    with pytest.raises(ValueError, match="1 or 3 channels"):
-        to_float(np.zeros((4, 4, 2), np.uint8))
-    with pytest.raises(TypeError, match="uint8, or float"):
+    with pytest.raises(TypeError, match="uint8, uint16, or float"):
         to_float(np.zeros((4, 4, 3), np.int32))
     with pytest.raises(ValueError, match="mean and std need one value for each of 3"):
         normalize(photographs()[0], mean=(0.5,), std=(0.2,))

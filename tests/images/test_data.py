@@ -500,10 +500,10 @@ def test_folder_errors(tmp_path, photos):
         FolderSource(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no pictures in"):
         FolderSource(tmp_path)
-    with pytest.raises(ValueError, match="image_size >= 0"):
-        FolderSource(tmp_path, image_size=-1)
     write_folder(tmp_path / "both", photos[:2], np.array([0, 1]))
     write_folder(tmp_path / "both", photos[2:3], None)
+    with pytest.raises(ValueError, match="image_size >= 0"):
+        FolderSource(tmp_path / "both" / "c0", image_size=-1)
     with pytest.raises(ValueError, match="both directly"):
         FolderSource(tmp_path / "both")
     write_folder(tmp_path / "empty", photos[:2], np.array([0, 1]))
@@ -832,7 +832,7 @@ def test_load_dataset_refuses(tmp_path, photos):
     cases = [
         (
             {"source": "cifar"},
-            "unknown data source 'cifar'; .*digits, shapes, arrays, features, folder, tfds",
+            "unknown data source 'cifar'; .*digits, shapes, arrays, features, folder, paths, tfds, web",
         ),
         ({"source": "digits", "validation_fraction": 0.0}, r"in \(0, 1\), got 0"),
         ({"source": "digits", "validation_fraction": 1.0}, r"in \(0, 1\), got 1"),
@@ -1259,6 +1259,6 @@ def test_reading_tfds_imports_no_tensorflow(tfds_root, photos):
 
 
 def test_names_of_the_sources_are_documented():
-    documented = re.search(r"source: (.*?)\. For", dataset.load_dataset.__doc__ or "")
+    documented = re.search(r"(?s)source: (.*?)\. For", dataset.load_dataset.__doc__ or "")
     assert documented is not None
     assert re.findall(r"`(\w+)`", documented[1]) == list(dataset.SOURCES)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jevb_jax.images import batches, data_record, dataset, feature_views, given, views
+from jevb_jax.images.arrays import features
 from jevb_jax.images.augmentations import ViewAugmentation
-from jevb_jax.images.feature_files import features
 from jevb_jax.images.source import ArraySource, FeatureSource, Subset, is_of_features
 
 MEAN = np.array([1.0, -2.0, 0.0, 5.0], np.float32)
@@ -53,6 +53,22 @@ def test_files_are_read_in_order_and_converted(tmp_path):
     assert features([tmp_path / "views.npy"]).features.shape == (5, 3, 4)
 
 
+def test_one_file_of_labels_serves_several_files_of_features(tmp_path):
+    for name, array in (("a", rows(3, 4)), ("b", rows(3, 4, seed=1)), ("y", np.array([2, 0, 1]))):
+        np.save(tmp_path / f"{name}.npy", array)
+    found = features([tmp_path / f"{name}.npy" for name in "ayby"])
+    np.testing.assert_array_equal(found.features, np.vstack([rows(3, 4), rows(3, 4, seed=1)]))
+    np.testing.assert_array_equal(found.labels, [2, 0, 1, 2, 0, 1])
+    assert features(str(tmp_path / "a.npy")).labels is None
+
+
+def test_features_of_a_wrong_type_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    np.save(tmp_path / "f.npy", rows(6, 4).astype(int))
+    monkeypatch.setattr(np, "load", lambda *given, **keywords: pytest.fail("was read"))
+    with pytest.raises(TypeError, match=r"f\.npy: expected features of type float32.* got int64"):
+        features(tmp_path / "f.npy")
+
+
 BAD = rows(6, 4)
 BAD[4, 2] = np.nan
 HUGE = rows(6, 4).astype(np.float64)
@@ -93,6 +109,7 @@ def test_files_that_do_not_fit_each_other(tmp_path):
     for names, message in (
         (("a", "b"), r"got \(4,\) in .*a\.npy and \(5,\) in .*b\.npy"),
         (("a", "a"), "repeated: .*a.npy"),
+        (("a", "labels", "b", "labels"), r"got \(4,\) in .*labels\.npy and \(5,\)"),
         (("labels", "a"), "holds labels, but no .npy file of features"),
         ((), "at least one"),
     ):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jevb_jax.images import dataset, pictures
+from jevb_jax.images.folder_listing import list_folder
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 
 RNG = np.random.default_rng(0)
@@ -215,7 +216,7 @@ def test_all_endings_are_read_and_the_others_counted(tmp_path, caplog):
         (tmp_path / f"{number}big{ending.upper()}").touch()
     for name in ("a.heic", "b.HEIC", "c.svg", "noending", ".hidden.png", ".DS_Store"):
         (tmp_path / name).touch()
-    listing = pictures.list_folder(tmp_path)
+    listing = list_folder(tmp_path)
     assert len(listing.files) == 2 * len(pictures.SUFFIXES)
     assert {".webp", ".tiff", ".tif", ".bmp", ".jfif", ".jpe", ".gif", ".ppm"} < set(
         pictures.SUFFIXES
@@ -293,7 +294,7 @@ def test_every_picture_of_a_tree_is_found_once(tmp_path_factory, parents, links)
     for number, (start, end) in enumerate(links):
         origin, target = folders[start % len(folders)], folders[end % len(folders)]
         (origin / f"link{number}").symlink_to(target)
-    listing = pictures.list_folder(root)
+    listing = list_folder(root)
     expected = [str(path) for path in root.rglob("x.png") if not path.is_symlink()]
     assert sorted(listing.classes["class"]) == sorted(str(f / "x.png") for f in folders)
     assert set(listing.classes["class"]) <= set(expected)
