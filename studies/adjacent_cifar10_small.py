@@ -41,8 +41,6 @@ def get_study() -> Study:
     runs = {f"{method}_{draw}": run_config(method, draw) for method in METHODS for draw in DRAWS}
     measures = [Result("linear accuracy", "linear_accuracy")]
     measures += [Result(label, "auroc_other_classes", score) for label, score in SCORES.items()]
-    before = "representation SSD before training"
-    measures.append(Result(before, "auroc_other_classes", "representation/ssd_1", "untrained"))
     shown = ("representation Mahalanobis", "representation SSD", "max softmax, with labels")
     return Study(
         title="Adjacent classes of CIFAR-10 at 16 pixels, AUROC",
