@@ -271,7 +271,7 @@ class Model:
         """
         name = self._checked_score(score)
         checked = self._forward.checked(images)  # check before a fit that may take long
-        scorer = self._scorer(name, fit_images)
+        scorer = self.scorer(name, fit_images)
         return self._score_checked(checked, name, scorer)
 
     @in_single_precision
@@ -312,7 +312,7 @@ class Model:
             saved = self.fitted_scores
             if saved is not None and name in saved.calibration:
                 threshold = conformal.conformal_threshold(saved.calibration[name], rate)
-                return Detector(self, self._scorer(name, None), name, rate, threshold)
+                return Detector(self, self.scorer(name, None), name, rate, threshold)
         checked: GivenImages | None = None
         source: Any = None
         if calibration_images is None:
@@ -327,7 +327,7 @@ class Model:
         if fit_images is not None and checked is not None:
             fit_images = list(fit_images) if isinstance(fit_images, Iterator) else fit_images
             refuse_shared(self._forward.checked(fit_images), checked)
-        scorer = self._scorer(name, fit_images)
+        scorer = self.scorer(name, fit_images)
         if checked is None:
             extract = self._forward.extractor(
                 self._forward.batch_size, views=self._score_entries[name].views
@@ -384,8 +384,8 @@ class Model:
             )
         return score
 
-    def _scorer(self, name: str, fit_images: Images | None) -> ScoreFunction:
-        """The score function, fitted if it must be."""
+    def scorer(self, name: str, fit_images: Images | None) -> ScoreFunction:
+        """A fitted score, for `scores_of`; arguments and errors are those of `ood_score`."""
         entry = self._score_entries[name]
         if not entry.is_fitted:
             if fit_images is not None:

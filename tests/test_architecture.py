@@ -27,6 +27,7 @@ FLOORS = (
         "commands",
         "command_line",
         "convert",
+        "embedding_estimator",
         "estimators",
         "export",
         "finetuning",

@@ -460,7 +460,7 @@ def test_any_order_and_any_split_give_an_image_the_same_score(untrained, score):
     """
     model, images = untrained.model, untrained.test_images
     is_fitted = model._score_entries[score].is_fitted
-    scorer = model._scorer(score, images if is_fitted else None)
+    scorer = model.scorer(score, images if is_fitted else None)
     random = np.random.default_rng(4)
     expected = model.scores_of(images, score, scorer)
     assert np.std(expected) > 0

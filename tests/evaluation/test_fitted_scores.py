@@ -57,8 +57,8 @@ def described(model: Model, scores: Any, calibration: Any, **changes: Any) -> Fi
 def saved() -> Saved:
     model, images = small_model(), digits().images
     fit, calibration, new = images[:60], images[60:100], images[100:164]
-    scores = {name: model._scorer(name, fit) for name in (DEFAULT, OTHER)}
-    scores["embedding/norm"] = model._scorer("embedding/norm", None)
+    scores = {name: model.scorer(name, fit) for name in (DEFAULT, OTHER)}
+    scores["embedding/norm"] = model.scorer("embedding/norm", None)
     values = {name: model.scores_of(calibration, name, scores[name]) for name in scores}
     expected = {name: model.scores_of(new, name, scores[name]) for name in scores}
     return Saved(model, described(model, scores, values), new, expected)
