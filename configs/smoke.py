@@ -1,4 +1,4 @@
-"""A run of a few seconds on procedural images, to test that everything works on this machine.
+"""A run of 40 steps on drawn images, to test that everything works; compiling takes the longest.
 
 python train.py --config=configs/smoke.py --workdir=/tmp/smoke
 """

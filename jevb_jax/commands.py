@@ -279,6 +279,7 @@ def _evaluate_and_report(
                 mesh=mesh,
                 check_stop=check_stop,
                 keeps_fitted=keeps_fitted,
+                say=lambda text: messages.say(console, text),
             )
     except StoppedError as error:
         raise StoppedError(

@@ -49,6 +49,12 @@ class Detector:
     false_alarm_rate: float
     threshold: float
 
+    def __repr__(self) -> str:
+        return (
+            f"Detector({self.score_name}, threshold {self.threshold:.6g}, "
+            f"false_alarm_rate {self.false_alarm_rate:g}, {self.model})"
+        )
+
     @in_single_precision
     def score(self, images: Any) -> np.ndarray:
         """How strange images are, `[N]`; `[]` for one image. Larger is stranger.

@@ -323,8 +323,8 @@ def _severity_results(settings: OodSection, found: OODEvaluation, score: str) ->
                 f"severity_correlation_{corruption}",
                 score,
                 reliability.severity_correlation(scores).mean_per_image,
-                f"Spearman correlation of the score with severity (0 and {len(sets)} severities) "
-                f"within an image, mean over {scores.shape[1]:,} images",
+                "Spearman correlation of the score with severity (the clean image and "
+                f"{len(sets)} severities) within an image, mean over {scores.shape[1]:,} images",
             )
         )
         results.append(
@@ -370,6 +370,7 @@ def evaluate(
     mesh: Mesh | None = None,
     check_stop: Callable[[], None] = lambda: None,
     keeps_fitted: bool = False,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[dict[str, Any], Evaluation]:
     """Evaluates a model, and the untrained model for comparison.
 
@@ -379,6 +380,7 @@ def evaluate(
       mesh: devices that share a batch; by default the first device of this process.
       check_stop: called before every batch; raises an error to end the evaluation.
       keeps_fitted: whether the label-free scores are fitted for `Model`, and returned.
+      say: tells people what is being done; the parts take seconds to minutes.
 
     Returns:
       results: JSON values. "split" is the evaluated split; "left_out" is from `left_out`;
@@ -392,13 +394,16 @@ def evaluate(
     """
     settings = experiment.settings.evaluation
     extractors = make_extractors(experiment, mesh=mesh, check_stop=check_stop)
+    split, images = evaluated_split(settings, experiment.dataset)
+    say(f"Evaluating the trained encoder on {len(images):,} examples of the {split} split.")
     found = evaluate_variables(experiment, variables, extractors)
     results: dict[str, Any] = {
-        "split": evaluated_split(settings, experiment.dataset)[0],
+        "split": split,
         "left_out": left_out(settings, experiment.dataset),
         "trained": found.results,
     }
     if experiment.settings.evaluation.compare_untrained:
+        say("Evaluating the encoder before training.")
         untrained = experiment.initial_state()._replace(ema_params=None).evaluation_variables
         results["untrained"] = evaluate_variables(
             experiment, untrained, extractors, has_intervals=False
@@ -406,6 +411,7 @@ def evaluate(
     if found.ood is not None:
         results["ood"] = _ood_json(experiment, found.ood)
     if keeps_fitted:
+        say("Fitting the scores that are saved with the run.")
         with_terms = extractors.with_terms
         views = detection.view_settings(experiment)
         if found.ood is None and views:

@@ -26,6 +26,7 @@ _STANDARD_ERRORS = 2.0
 # An AUROC of 0.5 is chance. Up to this value a score is called useless.
 _USELESS_AUROC = 0.55
 # Smaller differences of an AUROC are not mentioned.
+_WEAK_AUROC = 0.6
 _SMALL_AUROC = 0.02
 
 
@@ -142,6 +143,11 @@ def _detection(results: Mapping[str, Any]) -> list[str]:
             f"No score is advised: {score}, {why}, does not find images unlike those of the "
             f"training. Its AUROC: {values} (0.5 is chance)."
         )
+    elif max(after.values()) <= _WEAK_AUROC:
+        told = (
+            f"No score is advised: {score}, {why}, hardly finds images unlike those of the training. "
+            f"Its AUROC: {values} (0.5 is chance)."
+        )
     elif useless:
         told += f" It is of no use against: {', '.join(useless)}."
     lower = [
@@ -151,7 +157,10 @@ def _detection(results: Mapping[str, Any]) -> list[str]:
     ]
     if lower:
         told += f" With the encoder before training it had more: {', '.join(lower)}."
-    told += " Another score may look better in the table, but choosing it there needs other images."
+    told += (
+        " Do not pick the best score of the table: it was measured on the same images. Outside images "
+        "of your own can choose one (ood.choice)."
+    )
     return [told]
 
 

@@ -201,6 +201,9 @@ def unbroken(
         changed.file = None if is_standard else file
 
 
+_COMPILING = "compiling the first steps"
+
+
 class ProgressLine:
     """A live bar on a terminal; elsewhere, a plain line every 15 seconds."""
 
@@ -215,7 +218,8 @@ class ProgressLine:
         self._console = console
         self._total = total_steps
         self._step = initial_step
-        self._start = (time.monotonic(), initial_step)
+        # The first update tells when the programs were compiled, which no later step has to do.
+        self._start: tuple[float, int] | None = None
         self._last_line = time.monotonic()
         self._progress = Progress(
             TextColumn("step"),
@@ -227,12 +231,14 @@ class ProgressLine:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
-            "", total=total_steps, completed=initial_step, status=""
+            "", total=total_steps, completed=initial_step, status=_COMPILING
         )
 
     def __enter__(self) -> "ProgressLine":
-        """Starts the bar."""
+        """Starts the bar, or says that the first steps are compiled."""
         self._progress.start()
+        if not self._console.is_terminal:
+            self._console.print(f"step {self._step}/{self._total}  {_COMPILING}", soft_wrap=True)
         return self
 
     def __exit__(
@@ -252,8 +258,11 @@ class ProgressLine:
         is_due = now - self._last_line >= _PLAIN_LINE_SECONDS or step == self._total
         if not self._console.is_terminal and is_due:
             self._last_line = now
-            started, first = self._start
-            remaining = (now - started) / max(step - first, 1) * (self._total - step)
-            self._console.print(
-                f"step {step}/{self._total}  ETA {remaining:.0f} s  {status}", soft_wrap=True
-            )
+            remaining = ""
+            if self._start is not None:
+                started, first = self._start
+                seconds = (now - started) / max(step - first, 1) * (self._total - step)
+                remaining = f"ETA {seconds:.0f} s  "
+            self._console.print(f"step {step}/{self._total}  {remaining}{status}", soft_wrap=True)
+        if self._start is None:
+            self._start = (now, step)

@@ -230,7 +230,8 @@ class RunLoop:
             return template
         step, state = restored
         self.checkpointer.discard_after(step)
-        self.say(f"Resuming {self.workdir} at step {step}.")
+        rest = "" if step < self.plan.num_steps else " Its training is finished."
+        self.say(f"Resuming {self.workdir} at step {step}.{rest}")
         self.log.truncate_after(step)
         records = MetricsLog.read(self.workdir / "metrics.jsonl")
         for measurement in self.plan.measurements:

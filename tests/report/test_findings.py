@@ -104,7 +104,7 @@ def test_which_score_to_use():
     (sentence, _) = told(trained, ood=detection())
     assert sentence.startswith(
         "To find images unlike those of the training, use jevb/mixture, the default score. "
-        "Its AUROC: near 0.600, far 0.875 (0.5 is chance). Another score"
+        "Its AUROC: near 0.600, far 0.875 (0.5 is chance). Do not pick"
     )
     assert "vim" not in sentence
     before = rows("jevb/mixture", auroc_near=0.7, auroc_far=0.8)
@@ -125,6 +125,8 @@ def test_scores_of_other_methods_and_scores_that_find_nothing(score):
     assert " It is of no use against: near. " in sentence
     (sentence, _) = told(rows(score, auroc_near=0.5, auroc_far=0.2), ood=ood)
     assert sentence.startswith(f"No score is advised: {score}, the default score, does not find")
+    (sentence, _) = told(rows(score, auroc_near=0.58, auroc_far=0.6), ood=ood)
+    assert sentence.startswith(f"No score is advised: {score}, the default score, hardly finds")
     assert told(rows("another", auroc_near=0.9), ood=ood) == ["No health alarm was raised."]
 
 
