@@ -265,7 +265,6 @@ def size(
       file: path or content of the picture.
       max_pixels: a picture with more pixels is an error.
       exif: as for `read`.
-      levels: as for `read`.
       where: name of the picture in messages.
 
     Raises:
