@@ -683,7 +683,7 @@ def test_a_run_is_loaded_at_steps_of_numpy_and_in_a_process_of_64_bits(run):
 
 
 def test_a_threshold_that_cannot_be_is_known_before_the_fit(untrained, monkeypatch):
-    monkeypatch.setattr(Model, "_scorer", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(Model, "scorer", lambda *_: pytest.fail("fitted"))
     for rate, message in ((0.001, "needs at least 999"), (1.5, r"in \(0, 1\)")):
         with pytest.raises(ValueError, match=message):
             untrained.model.detector(
