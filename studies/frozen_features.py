@@ -1,4 +1,4 @@
-"""JEVB on features of a frozen EfficientNet-Lite0: detection and accuracy, by three kinds of views.
+"""JEVB on features of a frozen EfficientNet-Lite0: detection and accuracy, by two kinds of views.
 
 python -m studies.wheel_features --weights=weights.npz --out=runs/wheel_features
 jevb-study studies/frozen_features.py --out=runs/frozen_features
@@ -7,7 +7,6 @@ The first command writes the features (see its file). The recipe is `configs/fea
 nothing was chosen on outside sets. Rows of the table:
 
 * `noise`: views are made by noise and mask, of standardized features.
-* `noise_raw`: the same without `standardize`, so `representation/...` reads features as they are.
 * `stored`: the two views are the image and a mirrored crop of it, with noise and mask as well.
 """
 
@@ -34,12 +33,11 @@ SCORES = {
 }
 
 
-def run_config(train: str = "train", *, standardize: bool = True) -> Any:
+def run_config(train: str) -> Any:
     """`configs/features.py` on the file `train`, evaluated on test images and the outside sets."""
     config: Any = features.get_config()
     config.data.train_paths = (f"{DIRECTORY}/{train}.npz",)
     config.data.test_paths = (f"{DIRECTORY}/test.npz",)
-    config.feature_views.standardize = standardize
     config.evaluation.split = "test"
     config.evaluation.compare_untrained = False
     config.evaluation.labels_per_class = 0
@@ -61,7 +59,7 @@ def run_config(train: str = "train", *, standardize: bool = True) -> Any:
 
 
 def get_study() -> Study:
-    """Three kinds of views, three seeds each."""
+    """Two kinds of views, three seeds each."""
     accuracies = [
         Result(f"{features} {label}", name, features)
         for features in ("representation", "embedding")
@@ -73,11 +71,7 @@ def get_study() -> Study:
         for group in ("near", "far")
     ]
     shown = [f"{label}, {group}" for group in ("near", "far") for label in list(SCORES)[:4]]
-    runs = {
-        "noise": run_config(),
-        "noise_raw": run_config(standardize=False),
-        "stored": run_config("train_views"),
-    }
+    runs = {"noise": run_config("train"), "stored": run_config("train_views")}
     return Study(
         title="Features of EfficientNet-Lite0: CIFAR-10, 6,000 images, AUROC and accuracy",
         runs=runs,
