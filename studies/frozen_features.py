@@ -33,24 +33,24 @@ SCORES = {
 }
 
 
-def run_config(train: str) -> Any:
-    """`configs/features.py` on the file `train`, evaluated on test images and the outside sets."""
+def run_config(suffix: str = "") -> Any:
+    """`configs/features.py` on the files with the suffix, evaluated against the outside sets."""
     config: Any = features.get_config()
-    config.data.train_paths = (f"{DIRECTORY}/{train}.npz",)
-    config.data.test_paths = (f"{DIRECTORY}/test.npz",)
+    config.data.train_paths = (f"{DIRECTORY}/train{suffix}.npz",)
+    config.data.test_paths = (f"{DIRECTORY}/test{suffix}.npz",)
     config.evaluation.split = "test"
     config.evaluation.compare_untrained = False
     config.evaluation.labels_per_class = 0
     config.evaluation.l2_grid = (1e-4, 1e-3, 1e-2)
     config.ood.ssd_clusters = (1,)  # ten have fewer images each than there are features
     config.ood.name = "CIFAR-10 against plain test sets, features of EfficientNet-Lite0"
-    config.ood.num_views = 1  # the image itself, which every set has
+    config.ood.num_views = 1  # the plain image
     config.ood.outside = tuple(
         {
             "name": name,
             "group": group,
             "source": "features",
-            "paths": (f"{DIRECTORY}/{name}.npz",),
+            "paths": (f"{DIRECTORY}/{name}{suffix}.npz",),
             "protocol": "1,000 images, drawn with seed 0 by studies/wheel_features.py",
         }
         for name, group in GROUPS.items()
@@ -71,7 +71,7 @@ def get_study() -> Study:
         for group in ("near", "far")
     ]
     shown = [f"{label}, {group}" for group in ("near", "far") for label in list(SCORES)[:4]]
-    runs = {"noise": run_config("train"), "stored": run_config("train_views")}
+    runs = {"noise": run_config(), "stored": run_config("_views")}
     return Study(
         title="Features of EfficientNet-Lite0: CIFAR-10, 6,000 images, AUROC and accuracy",
         runs=runs,

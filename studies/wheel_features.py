@@ -6,9 +6,10 @@ python -c "import numpy, torch, sys; numpy.savez('weights.npz', **{name: value.n
 python -m studies.wheel_features --weights=weights.npz --out=runs/wheel_features
 
 The second command needs PyTorch and NumPy, once, in an environment of their own. This script needs
-neither the wheel nor PyTorch. It writes one `.npz` file of features for each set of images
-(docs/features.md), and reads the images from `data/*.npz`. Files that exist already are kept, so a
-stopped call continues.
+neither the wheel nor PyTorch. It reads images from `data/*.npz`, and writes two `.npz` files of
+features for each set of images (docs/features.md): `NAME.npz` without views, and `NAME_views.npz`, of
+which that of the training images has a crop as second view. Features of a set that exist already are
+kept, so a stopped call continues.
 
 The network is the plain one of the paper: 16 blocks of expand, depthwise, project; ReLU6; no
 squeeze-and-excite; padding "SAME"; BatchNorm with epsilon 1e-3, here folded into the convolutions.
@@ -218,11 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.process_time()
         files.write_arrays_atomically(path, {"features": features(images), "labels": labels})
         print(f"{path}: {len(images)} images, {time.process_time() - start:.0f} CPU seconds")
-    both = [np.load(options.out / f"{name}.npz") for name in ("train", "train_crops")]
-    stored = np.stack([arrays["features"] for arrays in both], axis=1)
-    files.write_arrays_atomically(
-        options.out / "train_views.npz", {"features": stored, "labels": both[0]["labels"]}
-    )
+    for name in ("train", "test", *OUTSIDE):
+        # Evaluation reads the plain image alone, so the other sets repeat it in place of a crop.
+        second = "train_crops" if name == "train" else name
+        both = [np.load(options.out / f"{one}.npz") for one in (name, second)]
+        stored = np.stack([arrays["features"] for arrays in both], axis=1)
+        files.write_arrays_atomically(
+            options.out / f"{name}_views.npz", {"features": stored, "labels": both[0]["labels"]}
+        )
 
 
 if __name__ == "__main__":

@@ -80,6 +80,39 @@ def test_a_depthwise_layer_reads_each_channel_alone(size, stride, side):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_the_network_is_sixteen_blocks_that_add_only_within_a_stage():
+    random = np.random.default_rng(0)
+    repeats, strides, widths = (1, 2, 2, 3, 3, 4, 1), (1, 2, 2, 2, 1, 2, 1), (2, 3, 3, 4, 5, 4, 6)
+    weights: dict[str, np.ndarray] = {}
+
+    def layer(x: np.ndarray, name: str, norm: str, shape: tuple[int, ...], stride: int = 1):
+        weights.update(random_layer(random, name, norm, shape))
+        kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
+        if shape[1] == 1 and x.shape[-1] > 1:  # depthwise
+            kernel = kernel * np.eye(shape[0])
+        return normalized(same_convolution(x, kernel, stride), weights, norm)
+
+    images = random.normal(size=(2, 20, 20, 3)).astype(np.float32)
+    x = np.clip(layer(images, "_conv_stem", "_bn0", (4, 3, 3, 3), 2), 0, 6)
+    index = 0
+    for repeat, stride, width in zip(repeats, strides, widths, strict=True):
+        for position in range(repeat):
+            name, y = f"_blocks.{index}", x
+            if index > 0:
+                shape = (2 * x.shape[-1], x.shape[-1], 1, 1)
+                y = np.clip(layer(y, f"{name}._expand_conv", f"{name}._bn0", shape), 0, 6)
+            step, shape = (1 if position else stride), (y.shape[-1], 1, 3, 3)
+            y = np.clip(layer(y, f"{name}._depthwise_conv", f"{name}._bn1", shape, step), 0, 6)
+            shape = (width, y.shape[-1], 1, 1)
+            y = layer(y, f"{name}._project_conv", f"{name}._bn2", shape)
+            x = x + y if position else y
+            index += 1
+    expected = np.clip(layer(x, "_conv_head", "_bn1", (7, 6, 1, 1)), 0, 6).mean(axis=(1, 2))
+    found = wheel_features.make_network(weights)(jnp.asarray(images))
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_preprocessing_of_gray_and_colored_images():
     gray = np.array([[0, 255], [0, 255]], np.uint8)[None, :, :, None]
     found = np.asarray(wheel_features.preprocess(jnp.asarray(gray), 4))
