@@ -1,5 +1,6 @@
 """The network of the study of features from a wheel, against loops of NumPy and known values."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_the_network_is_sixteen_blocks_that_add_only_within_a_stage():
             x = x + y if position else y
             index += 1
     expected = np.clip(layer(x, "_conv_head", "_bn1", (7, 6, 1, 1)), 0, 6).mean(axis=(1, 2))
-    found = wheel_features.make_network(weights)(jnp.asarray(images))
+    found = jax.jit(wheel_features.make_network(weights))(jnp.asarray(images))
     assert np.std(expected) > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
