@@ -27,6 +27,7 @@ SCORES = {
     "default score": "jevb/mixture_and_residual",
     "likelihood": "jevb/negative_log_likelihood",
     "embedding Mahalanobis": "embedding/mahalanobis",
+    "embedding SSD": "embedding/ssd_1",
     "representation Mahalanobis": "representation/mahalanobis",
     "representation 50-NN": "representation/knn_50",
     "representation SSD": "representation/ssd_1",
@@ -70,7 +71,13 @@ def get_study() -> Study:
         for label, score in SCORES.items()
         for group in ("near", "far")
     ]
-    shown = [f"{label}, {group}" for group in ("near", "far") for label in list(SCORES)[:4]]
+    compared = (
+        "default score",
+        "embedding SSD",
+        "representation Mahalanobis",
+        "representation SSD",
+    )
+    shown = [f"{label}, {group}" for group in ("near", "far") for label in compared]
     runs = {"noise": run_config(), "stored": run_config("_views")}
     return Study(
         title="Features of EfficientNet-Lite0: CIFAR-10, 6,000 images, AUROC and accuracy",
