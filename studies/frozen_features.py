@@ -3,8 +3,8 @@
 python -m studies.wheel_features --weights=weights.npz --out=runs/wheel_features
 jevb-study studies/frozen_features.py --out=runs/frozen_features
 
-The first command writes the features (see its file). The recipe is `configs/features.py` as it is, so
-nothing was chosen on outside sets. Rows of the table:
+The first command writes the features (see its file). Training is that of `configs/features.py` as it
+is, so nothing was chosen on outside sets. The evaluation is shortened for a CPU. Rows of the table:
 
 * `noise`: views are made by noise and mask, of standardized features.
 * `stored`: the two views are the image and a mirrored crop of it, with noise and mask as well.

