@@ -71,12 +71,7 @@ def get_study() -> Study:
         for label, score in SCORES.items()
         for group in ("near", "far")
     ]
-    compared = (
-        "default score",
-        "embedding SSD",
-        "representation Mahalanobis",
-        "representation SSD",
-    )
+    compared = ("default score", "representation SSD")
     shown = [f"{label}, {group}" for group in ("near", "far") for label in compared]
     runs = {"noise": run_config(), "stored": run_config("_views")}
     return Study(
