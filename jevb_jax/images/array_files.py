@@ -1,4 +1,4 @@
-"""Reads `.npz` and `.npy` files that may be damaged. Nothing is unpickled."""
+"""Reads `.npz`, `.npy` and parquet files that may be damaged. Nothing is unpickled."""
 
 import contextlib
 import math
@@ -8,9 +8,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+
+from jevb_jax import extras
 
 # Errors that NumPy and zipfile raise for damaged files.
 _DAMAGED_ZIP = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -88,6 +90,70 @@ def read_npz(
     if first not in entries:
         raise ValueError(f"{path} has no entry `{first}` ({says}); its entries are {keys}")
     return entries
+
+
+def read_parquet(
+    path: Path,
+    names: Sequence[str],
+    *,
+    says: str,
+    check: Callable[[tuple[int, ...], np.dtype], None],
+) -> dict[str, np.ndarray] | None:
+    """Those columns of a parquet file that it has; None for a file of another kind.
+
+    Args:
+      path: the file.
+      names: the columns to read; the first must be there. A column of lists becomes an array of more
+        axes, if the lists of all rows have one length.
+      says: what the first column is, for the message.
+      check: raises for a wrong shape or type of the first column.
+
+    Raises:
+      ValueError: the file is damaged, the first column is missing, rows lack a value, or their lists
+        differ in length.
+      ModuleNotFoundError: pyarrow is not installed.
+    """
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PAR1":
+            return None
+    with extras.explained():
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    first = names[0]
+    with _damage_named(path, "parquet"), path.open("rb") as stream:
+        try:
+            columns = pq.read_schema(stream).names
+            stream.seek(0)
+            table = pq.read_table(stream, columns=[name for name in names if name in columns])
+        except pa.ArrowException as error:
+            raise ValueError(error) from error
+    if first not in columns:
+        raise ValueError(f"{path} has no column `{first}` ({says}); its columns are {columns}")
+    found = {name: _unnested(table[name], f"{path}, column {name}") for name in table.column_names}
+    check(found[first].shape, found[first].dtype)
+    return found
+
+
+def _unnested(column: Any, where: str) -> np.ndarray:
+    """A column of numbers, or of lists of numbers of one length, as an array."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    pc: Any = compute  # its functions are made when it is imported, unseen by type checkers
+    shape, values = [len(column)], column
+    while pa.types.is_nested(values.type):
+        if not hasattr(values.type, "value_type"):
+            raise ValueError(f"{where}: expected numbers or lists of numbers, got {values.type}")
+        if values.null_count:
+            raise ValueError(f"{where}: {values.null_count} rows have no value")
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if len(lengths) > 1:
+            raise ValueError(f"{where}: lists of all rows must have one length, got {lengths[:5]}")
+        shape.append(lengths[0] if lengths else 0)
+        values = pc.list_flatten(values)
+    if values.null_count:
+        raise ValueError(f"{where}: {values.null_count} numbers are missing")
+    return values.to_numpy().reshape(shape)
 
 
 def texts(names: np.ndarray | None) -> tuple[str, ...] | None:

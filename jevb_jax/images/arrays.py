@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -103,10 +103,11 @@ def arrays(paths: _Paths, levels: Levels = Levels()) -> ArraySource:  # noqa: B0
 
 
 def features(paths: _Paths) -> FeatureSource:
-    """Reads one or several `.npz` or `.npy` files of features as one source, in the given order.
+    """Reads one or several files of features as one source, in the given order.
 
-    The files are as for `arrays`, with `features`, `[N, F]` or `[N, V, F]`, in the place of images.
-    float16 and float64 become float32.
+    `.npz` and `.npy` files are as for `arrays`, with `features`, `[N, F]` or `[N, V, F]`, in the place
+    of images. A parquet file has a column `features` of lists of one length, or of lists of such
+    lists, and may have a column `labels`; it needs pyarrow. float16 and float64 become float32.
 
     Raises:
       FileNotFoundError: a file does not exist.
@@ -169,9 +170,12 @@ def _read_all(paths: Sequence[Path], kind: _Kind[_Source]) -> list[_Source]:
             raise ValueError(f"each file may be given once, but these are repeated: {path}")
         read.add(path.resolve())
         if array is None:
-            entries = array_files.read_npz(
-                path, (kind.name, "labels", "class_names"), says=kind.says, check=check
-            )
+            named: Any = {"says": kind.says, "check": check}
+            entries = None
+            if kind.label_axes == 1:  # features; parquet files of pictures are another source
+                entries = array_files.read_parquet(path, (kind.name, "labels"), **named)
+            if entries is None:
+                entries = array_files.read_npz(path, (kind.name, "labels", "class_names"), **named)
             names = array_files.texts(entries.get("class_names"))
             values = kind.stored(entries[kind.name], str(path))
             parts.append(kind.make(values, entries.get("labels"), names, str(path)))

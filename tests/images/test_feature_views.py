@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jevb_jax.images import batches, data_record, dataset, feature_views, given, views
@@ -51,6 +53,60 @@ def test_files_are_read_in_order_and_converted(tmp_path):
     assert found[1].shape == (4,)
     np.save(tmp_path / "views.npy", rows(5, 3, 4))
     assert features([tmp_path / "views.npy"]).features.shape == (5, 3, 4)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_parquet_files_are_read_as_arrays_are(tmp_path, shape, is_fixed):
+    values, labels = rows(7, *shape), np.arange(7) % 3
+    kind: Any = pa.float32()
+    for size in reversed(shape):
+        kind = pa.list_(kind, size if is_fixed else -1)
+    column = pa.array(values.tolist(), kind)
+    table = pa.table({"other": ["x"] * 7, "features": column, "labels": labels})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    np.savez(tmp_path / "b.npz", features=values, labels=labels)
+    found = features([tmp_path / "a.parquet", tmp_path / "b.npz"])
+    np.testing.assert_array_equal(found.features, np.concatenate([values, values]))
+    np.testing.assert_array_equal(found.labels, np.concatenate([labels, labels]))
+    pq.write_table(table.slice(2, 3).drop(["labels"]), tmp_path / "part.parquet")
+    alone = features(tmp_path / "part.parquet")
+    np.testing.assert_array_equal(alone.features, values[2:5])
+    assert alone.labels is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"x": [1.0]}, ValueError, r"no column `features`.*its columns are \['x'\]"),
+        ({"features": [[1.0], [1.0, 2.0]]}, ValueError, r"must have one length, got \[1, 2\]"),
+        ({"features": [[1.0], None]}, ValueError, "1 rows have no value"),
+        ({"features": [[1.0, None]]}, ValueError, "1 numbers are missing"),
+        (
+            {"features": [{"a": 1.0}]},
+            ValueError,
+            "expected numbers or lists of numbers, got struct",
+        ),
+        ({"features": [1.0, 2.0]}, ValueError, r"\[N, F\]"),
+        ({"features": [["a"]]}, TypeError, "float"),
+        ({"features": [[1]]}, TypeError, "float"),
+        ({"features": [[1.0, np.inf]]}, ValueError, "finite|infinit"),
+    ],
+)
+def test_parquet_files_that_are_refused(tmp_path, columns, error, message):
+    pq.write_table(pa.table(columns), tmp_path / "f.parquet")
+    with pytest.raises(error, match=message) as found:
+        features(tmp_path / "f.parquet")
+    assert "f.parquet" in str(found.value)
+
+
+def test_a_parquet_file_that_is_cut_short_is_damaged(tmp_path):
+    pq.write_table(pa.table({"features": rows(50, 4).tolist()}), tmp_path / "f.parquet")
+    content = (tmp_path / "f.parquet").read_bytes()
+    for end in (4, 40, len(content) - 1):
+        (tmp_path / "f.parquet").write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"f\.parquet cannot be read as an \.parquet file"):
+            features(tmp_path / "f.parquet")
 
 
 def test_one_file_of_labels_serves_several_files_of_features(tmp_path):
