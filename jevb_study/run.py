@@ -267,6 +267,8 @@ def run_study(
         is_through = _execute(todo, out, num_processes=num_processes, console=console)
         write_report(study, out, command=command)
         messages.say(console, f"Report: {out / 'table.md'}")
+        if absent := tables.absent_measures(read_evidence(study, out)):
+            messages.say(console, absent)
         if not is_through:
             messages.say(console, f"Stopped. The same command goes on from there:\n{command}")
             return _STOPPED_STATUS

@@ -71,6 +71,28 @@ def _footnotes(evidence: Evidence) -> list[str]:
     return lines
 
 
+def absent_measures(evidence: Evidence) -> str:
+    """A sentence about measures that no finished run has, with the names that there are; or ""."""
+    finished = [data for data in evidence.found if data.results is not None]
+    absent = [
+        measure.label
+        for measure in evidence.study.measures
+        if finished and all(data.value(measure) is None for data in finished)
+    ]
+    if not absent:
+        return ""
+    rows = [row for data in finished for row in (data.results or {}).get("trained", ())]
+    names = {
+        row["name"] + ("" if row["features"] == "representation" else f":{row['features']}")
+        for row in rows
+    }
+    logged = {key for data in finished for record in data.records for key in record if "/" in key}
+    return (
+        f"No finished run has {', '.join(absent)}. results.json has {', '.join(sorted(names))}; "
+        f"metrics.jsonl has {', '.join(sorted(logged))}."
+    )
+
+
 def markdown_table(evidence: Evidence, command: str) -> str:
     """`table.md`: how the numbers were made, means over seeds, protocols, figures."""
     study = evidence.study

@@ -1,5 +1,6 @@
 """Studies that the command line describes."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -8,8 +9,9 @@ import pytest
 
 from configs import smoke
 from jevb_jax.training.experiment import to_json_values
-from jevb_study import run
-from jevb_study.spec import Comparison, Study, Sweep
+from jevb_study import run, tables
+from jevb_study.evidence import read_evidence
+from jevb_study.spec import Comparison, Logged, Result, Study, Sweep
 from tests.jevb_study.fabricated import directory, fabricate, rows
 
 
@@ -79,6 +81,19 @@ def test_the_report_has_the_measures_that_are_asked_for(tmp_path):
     assert rows(tmp_path)["jevb.df=2"][0] == "0 of 1; seed 0 not started"
     assert (tmp_path / "sweep.png").is_file()
     assert directory(tmp_path, "jevb.df=1", 0).is_dir()
+
+
+def test_a_measure_that_no_run_has_is_told_with_those_that_there_are(tmp_path):
+    measures = (Result("acuracy", "linear_acuracy"), Logged("health/rank", "health/rank"))
+    made = Study("x", {"a": smoke.get_config()}, (0,), measures)
+    assert tables.absent_measures(read_evidence(made, tmp_path)) == ""  # nothing is known yet
+    fabricate(tmp_path, made, "a", 0, accuracy=0.5, ranks=(3.0,))
+    told = tables.absent_measures(read_evidence(made, tmp_path))
+    assert told.startswith("No finished run has acuracy, health/rank. results.json has ")
+    assert "linear_accuracy" in told
+    assert "health/effective_rank" in told
+    there = dataclasses.replace(made, measures=(Result("accuracy", "linear_accuracy"),))
+    assert tables.absent_measures(read_evidence(there, tmp_path)) == ""
 
 
 @pytest.mark.parametrize(
