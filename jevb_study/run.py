@@ -159,7 +159,9 @@ def _execute(
         except DirectoryInUseError as error:
             outcome = f"skipped: {error}"
         else:
-            with (run.directory / "log.txt").open("a+", encoding="utf-8", errors="replace") as log:
+            path = run.directory / "log.txt"
+            messages.say(console, f"{run.name}, seed {run.seed} runs; what it says: {path}")
+            with path.open("a+", encoding="utf-8", errors="replace") as log:
                 begin = log.tell()
                 process = subprocess.Popen(
                     _command(run.directory),
