@@ -78,6 +78,12 @@ class JEVBTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.config = config
         self.random_state = random_state
 
+    def __sklearn_tags__(self) -> Any:
+        """The embedding is float32, of rows of any type."""
+        tags: Any = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
     def fit(self, X: Any, y: Any = None) -> Self:
         """Trains on rows, and fits the score to them.
 
