@@ -206,7 +206,7 @@ def test_the_page_runs():
         "train_features": images[20:100].reshape(80, -1),
         "features_fn": lambda batch: batch.reshape(len(batch), -1),
     }
-    first, sklearn, existing, flax, eqx = list(code)[:5]
+    first, sklearn, transformer, existing, flax, eqx = list(code)[:6]
     assert (existing, flax, eqx) == ("Features that exist already", "Flax", "Equinox")
     exec(code[first], names)
     assert names["alarms"].shape == names["scores"].shape == (20,)
@@ -217,5 +217,14 @@ def test_the_page_runs():
     variables = linen.init(jax.random.key(0), images)
     exec(code[flax], {**names, "network": linen, "variables": variables})
     exec(code[eqx], {**names, "network": lambda image: layer(image.reshape(-1))})
-    for text in list(code.values())[5:]:
+    for text in (code[transformer], *list(code.values())[6:]):
         compile(text, str(PAGE), "exec")
+
+
+@pytest.mark.slow
+def test_the_transformer_of_the_page_runs():
+    rows = np.random.default_rng(0).normal(size=(60, 5))
+    names: dict[str, Any] = {"features": rows[:20], "train_features": rows[20:]}
+    exec(code_of_page()["JEVB as a scikit-learn transformer"], names)
+    assert names["embeddings"].shape == (20, 64)
+    assert names["ordinary"].shape == (20,)
