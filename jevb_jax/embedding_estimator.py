@@ -185,12 +185,15 @@ class JEVBTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
 @in_single_precision
 def _train(experiment: Experiment, folder: Path) -> Model:
-    """Trains in a folder that is deleted afterwards; the model lives in memory."""
+    """Trains in a folder that is deleted afterwards; the model lives in memory.
+
+    On the first device alone, as a `Model` computes, so that every number of rows fits.
+    """
     keep_compiled_programs()
     plan = pretraining.make_plan(experiment, validate=lambda state: {}, best_measure="")
-    console = standard_output(quiet=True)
+    console, mesh = standard_output(quiet=True), parallel.make_mesh(jax.local_devices()[:1])
     with parallel.StopRequest() as stop:
-        run = RunLoop(plan, folder, console, parallel.make_mesh(), stop, lambda: None)
+        run = RunLoop(plan, folder, console, mesh, stop, lambda: None)
         with contextlib.closing(run):
             state = run.train(run.restore())
         if int(state.step) < experiment.num_train_steps:
