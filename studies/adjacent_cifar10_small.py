@@ -12,17 +12,10 @@ from typing import Any
 from configs import adjacent
 from jevb_study.spec import Comparison, Result, Study
 from studies import cifar10_small
+from studies.adjacent_digits import SCORES
 
 METHODS = ("jevb", "simsiam")
 DRAWS = range(3)
-SCORES = {
-    "default score": "jevb/mixture_and_residual",
-    "likelihood": "jevb/negative_log_likelihood",
-    "embedding Mahalanobis": "embedding/mahalanobis",
-    "representation Mahalanobis": "representation/mahalanobis",
-    "representation SSD": "representation/ssd_1",
-    "max softmax, with labels": "probe/max_softmax",
-}
 
 
 def run_config(method: str, draw: int) -> Any:

@@ -25,8 +25,9 @@ _MEANINGS = {
 _STANDARD_ERRORS = 2.0
 # An AUROC of 0.5 is chance. Up to this value a score is called useless.
 _USELESS_AUROC = 0.55
-# Smaller differences of an AUROC are not mentioned.
+# If no set is found better than this, the score is not advised.
 _WEAK_AUROC = 0.6
+# Smaller differences of an AUROC are not mentioned.
 _SMALL_AUROC = 0.02
 
 
