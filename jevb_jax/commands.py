@@ -475,7 +475,7 @@ def evaluate_on(
         described = dataclasses.replace(described, image_size=loaded.square_size)
     dataset = load_dataset(**vars(described))
     with parallel.StopRequest() as stop, stop.interrupting():
-        results = evaluate_transfer(evaluation, loaded.extractor, loaded.variables, dataset)
+        results = evaluate_transfer(evaluation, loaded.extractor(), loaded.variables, dataset)
     results |= {
         "step": loaded.step,
         "data": read.plain(vars(described)),

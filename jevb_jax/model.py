@@ -204,11 +204,10 @@ class Model:
         other._forward.share_programs_of(self._forward)
         return other
 
-    @property
     @in_single_precision
-    def extractor(self) -> FeatureExtractor:
-        """Computes the features of a whole source, without augmented views, in batches."""
-        return self._forward.extractor(self._forward.batch_size, views="")
+    def extractor(self, views: AugmentedViews = "") -> FeatureExtractor:
+        """Computes the features of a whole source in batches; for `views` see `ScoreEntry`."""
+        return self._forward.extractor(self._forward.batch_size, views=views)
 
     @in_single_precision
     def embed(self, images: Images) -> np.ndarray:
@@ -329,9 +328,7 @@ class Model:
             refuse_shared(self._forward.checked(fit_images), checked)
         scorer = self.scorer(name, fit_images)
         if checked is None:
-            extract = self._forward.extractor(
-                self._forward.batch_size, views=self._score_entries[name].views
-            )
+            extract = self.extractor(self._score_entries[name].views)
             parts = [
                 np.asarray(_apply(scorer, features))[mask]
                 for features, mask in extract.stream(self.variables, source)
@@ -409,7 +406,7 @@ class Model:
             if views not in self._training_data:
                 train = self._data("fit_images").train
                 rows = detection.fit_rows(len(train), self.settings.ood.max_fit_images)
-                extract = self._forward.extractor(self._forward.batch_size, views=views)
+                extract = self.extractor(views)
                 self._training_data[views] = TrainingData(
                     extract(self.variables, Subset(train, rows))
                 )

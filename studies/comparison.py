@@ -8,17 +8,16 @@ each has its protocol, and a difference of protocols is no difference of methods
 """
 
 import argparse
-import csv
 import dataclasses
-import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from jevb_jax.runs import files
+from studies import anchors
+from studies.published_numbers import Ours, Published
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 _ONE_CLASS = "jevb-study studies/one_class_digits.py --out=runs/one_class_digits"
 _ADJACENT = "jevb-study studies/adjacent_digits.py --out=runs/adjacent_digits"
 _ADJACENT_COLOR = "jevb-study studies/adjacent_cifar10_small.py --out=runs/adjacent_cifar10_small"
@@ -30,78 +29,6 @@ _FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # s
 _FULL_RUN = "jevb-study studies/full_size.py --out=runs/full_size  # its run jevb"
 _FULL_SIMSIAM = "jevb-study studies/full_size.py --out=runs/full_size  # its run simsiam"
 _SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A number of somebody else.
-
-    Attributes:
-      what: the method.
-      value: as published.
-      protocol: how it was made.
-      source: where it was read.
-    """
-
-    what: str
-    value: str
-    protocol: str
-    source: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Ours:
-    """A number of ours, in a table of `docs/results`.
-
-    Attributes:
-      what: the method.
-      table: folder and file below `docs/results`.
-      run: row of the table.
-      measure: its column, without ": mean"; or its value in the column "measure"; or, in a table with
-        a row for each seed, "SCORE, COLUMN".
-      protocol: how it was made.
-      command: that made it.
-    """
-
-    what: str
-    table: str
-    run: str
-    measure: str
-    protocol: str
-    command: str
-
-    @property
-    def page(self) -> str:
-        """The page with the whole table, relative to `docs`."""
-        folder = self.table.split("/")[0]
-        return "full_size.md" if folder == "full_size" else f"results/{folder}/table.md"
-
-    @property
-    def value(self) -> str:
-        """Mean ± standard deviation over seeds, and their number; or a value of one run.
-
-        Raises:
-          ValueError: the table has no such number.
-        """
-        with (RESULTS / self.table).open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["run"] == self.run]
-        seeds = [
-            float(row["value"])
-            for row in rows
-            if "seed" in row and self.measure == f"{row['score']}, {row['column']}"
-        ]
-        if len(seeds) > 1:
-            spread = statistics.stdev(seeds)
-            return f"{statistics.mean(seeds):.3f} ± {spread:.3f}, n = {len(seeds)}"
-        column = f"{self.measure}: mean"
-        if rows and column in rows[0] and rows[0][column]:
-            mean, count = float(rows[0][column]), rows[0][f"{self.measure}: n"]
-            spread = rows[0][f"{self.measure}: std"]
-            return f"{mean:.3f}" + (f" ± {float(spread):.3f}, n = {count}" if spread else "")
-        found = [row["value"] for row in rows if row.get("measure") == self.measure]
-        if len(found) != 1:
-            raise ValueError(f"{self.table} has no {self.measure!r} of the run {self.run!r}")
-        return f"{float(found[0]):.3f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,6 +376,7 @@ def page(questions: Sequence[Question] = QUESTIONS) -> str:
     parts = ["# Beside published numbers", textwrap.fill(text, 100), f"    {command}"]
     for question in questions:
         parts += [f"## {question.title}", textwrap.fill(question.answer, 100), *_table(question)]
+    parts += anchors.anchor_lines() + anchors.difference_lines() + anchors.null_test_lines()
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,6 +36,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--differences",
+        metavar="FILE",
+        help="write how far published protocols are from their references; needs -n 0",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--differences") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--differences needs one process: add -n 0")
+
+
 @pytest.fixture
 def optimized():
     """Compiles with XLA's optimizations, whatever the rest of the suite does."""

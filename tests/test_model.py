@@ -400,7 +400,7 @@ def test_numbers_of_numpy_and_jax_are_numbers(untrained):
     pairs: Any = ((np.int64(3), np.uint8(8)), (jnp.asarray(3), np.asarray(8)), (3.0, 8.0))
     for step, size in pairs:
         other = Model(model.config, model.variables, step=step, batch_size=size)
-        assert (type(other.step), other.step, other.extractor._batch_size) == (int, 3, 8)
+        assert (type(other.step), other.step, other.extractor()._batch_size) == (int, 3, 8)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ CHUNKS = [(10_000, 10_000), (37, 101), (50, 70)]
 
 
 @pytest.mark.parametrize(("chunk_size", "bank_chunk_size"), CHUNKS)
-def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size):
+def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size, same):
     train, test, num_classes = random_problem()
     ks = (20, 1, 200, 700)  # unordered; 700 is the whole bank
     for temperature in (0.07, 1.0):
@@ -77,11 +77,11 @@ def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size):
         for k, scores_of_k in zip(ks, scores, strict=True):
             predictions, shares = sklearn_knn(train, test[0], k=k, temperature=temperature)
             # A cosine's float32 error, 3e-7, over the temperature, then summed.
-            np.testing.assert_allclose(scores_of_k, shares, atol=2e-5)
+            same("k-NN, weighted votes, shares", scores_of_k, shares, atol=2e-5)
             np.testing.assert_array_equal(np.argmax(scores_of_k, axis=-1), predictions)
 
 
-def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
+def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch, same):
     train, test, num_classes = random_problem()
     settings: Any = {"num_classes": num_classes}
     searched: list[int] = []
@@ -101,9 +101,10 @@ def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch):
         if vote.temperature is None:
             model = KNeighborsClassifier(vote.k, metric="cosine", algorithm="brute").fit(*train)
             (predicted,) = knn.knn_predict(*train, test[0], votes=[vote], **settings)
-            np.testing.assert_array_equal(predicted, model.predict(test[0]))
+            same("k-NN, equal votes, predicted classes", predicted, model.predict(test[0]))
             (shares,) = knn.knn_class_scores(*train, test[0], votes=[vote], **settings)
-            np.testing.assert_allclose(shares, model.predict_proba(test[0]), rtol=1e-6)
+            expected = model.predict_proba(test[0])
+            same("k-NN, equal votes, shares", shares, expected, rtol=1e-6)
 
 
 @pytest.mark.slow

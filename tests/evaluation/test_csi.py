@@ -48,11 +48,11 @@ def rotations(count: int, seed: int, width: int = 6) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [1, 128, 300])  # within one batch of queries, a whole one, more
-def test_the_score_is_the_published_one(count):
+def test_the_score_is_the_published_one(count, same):
     train, images = rotations(50, 0), rotations(count, 1)
     found = csi.fit_csi(train)(images)
     assert found.shape == (count,)
-    np.testing.assert_allclose(found, oracle(train, images), rtol=2e-6, atol=1e-6)
+    same("CSI", found, oracle(train, images), rtol=2e-6, atol=1e-6)
 
 
 def test_a_fitted_image_scores_its_own_size():

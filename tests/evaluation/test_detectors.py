@@ -202,11 +202,11 @@ def test_views_must_share_a_shape():
 # --- Features ---
 
 
-def test_mahalanobis_is_scikit_learns():
+def test_mahalanobis_is_scikit_learns(same):
     train, new = correlated(0, 400), correlated(1, 50)
     oracle = EmpiricalCovariance().fit(train.astype(np.float64))
     found = gaussian_detectors.fit_mahalanobis(train)(new)
-    np.testing.assert_allclose(found, oracle.mahalanobis(new.astype(np.float64)), rtol=1e-4)
+    same("Mahalanobis", found, oracle.mahalanobis(new.astype(np.float64)), rtol=1e-4)
 
 
 def test_mahalanobis_knows_no_units_and_no_dead_features():
@@ -223,16 +223,15 @@ def test_mahalanobis_knows_no_units_and_no_dead_features():
 
 
 @pytest.mark.parametrize("k", [1, 5, 60])
-def test_knn_is_scikit_learns(k):
+def test_knn_is_scikit_learns(k, same):
     train, new = normal(0, 60, 8), np.concatenate([normal(1, 150, 8), normal(0, 60, 8)[:3]])
     unit = [x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (train, new)]
     distances, _ = (
         NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit[0]).kneighbors(unit[1])
     )
     # Where a distance is zero scikit-learn's own is the square root of a rounding error.
-    np.testing.assert_allclose(
-        neighbor_detectors.fit_knn(train, k=k)(new), distances[:, -1], rtol=1e-5, atol=2e-7
-    )
+    found = neighbor_detectors.fit_knn(train, k=k)(new)
+    same("k-NN distance", found, distances[:, -1], rtol=1e-5, atol=2e-7)
 
 
 @pytest.mark.slow
@@ -248,7 +247,7 @@ def test_whitened_knn_is_scikit_learns_after_whitening():
     np.testing.assert_allclose(found, distances[:, -1], rtol=1e-3)
 
 
-def test_ssd_is_a_loop_over_clusters():
+def test_ssd_is_a_loop_over_clusters(same):
     centers = np.array([[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0]], np.float32)
     which = np.arange(300) % 3
     train = (centers[which] + 0.3 * normal(0, 300, 4)).astype(np.float64)
@@ -260,7 +259,8 @@ def test_ssd_is_a_loop_over_clusters():
     found = gaussian_detectors.fit_ssd(train, num_clusters=3)(new)
     np.testing.assert_allclose(found, np.min(distances, axis=0), rtol=2e-3)
     one = EmpiricalCovariance().fit(unit[0]).mahalanobis(unit[1])
-    np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(new), one, rtol=2e-3)
+    found = gaussian_detectors.fit_ssd(train)(new)
+    same("Mahalanobis++, without labels", found, one, rtol=2e-3)
     np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(7 * new), one, rtol=2e-3)
 
 
@@ -275,10 +275,10 @@ def authors_ssd(train: np.ndarray, new: np.ndarray, rcond: float = 1e-15) -> np.
     return np.einsum("nf,fg,ng->n", shifted, inverse, shifted)
 
 
-def test_published_ssd_is_the_authors_code_and_ours_where_images_are_many():
+def test_published_ssd_is_the_authors_code_and_ours_where_images_are_many(same):
     train, new = correlated(0, 400), correlated(1, 50)
     found = gaussian_detectors.fit_published_ssd(train)(new)
-    np.testing.assert_allclose(found, authors_ssd(train, new), rtol=2e-3)
+    same("SSD, as published", found, authors_ssd(train, new), rtol=2e-3)
     np.testing.assert_allclose(gaussian_detectors.fit_ssd(train)(new), found, rtol=1e-4)
     np.testing.assert_allclose(
         gaussian_detectors.fit_published_ssd(train)(7 * new), found, rtol=2e-3
@@ -343,7 +343,7 @@ def labeled() -> tuple[np.ndarray, np.ndarray]:
     return correlated(0, 400) + 2 * normal(7, 50, 7)[labels], labels
 
 
-def test_class_mahalanobis_and_rmd_are_the_papers():
+def test_class_mahalanobis_and_rmd_are_the_papers(same):
     (train, labels), new = labeled(), correlated(1, 50)
     x, q = train.astype(np.float64), new.astype(np.float64)
     means = {c: x[labels == c].mean(axis=0) for c in np.unique(labels)}
@@ -352,15 +352,14 @@ def test_class_mahalanobis_and_rmd_are_the_papers():
     to_classes = np.min(
         [np.einsum("nf,fg,ng->n", q - m, precision, q - m) for m in means.values()], 0
     )
-    np.testing.assert_allclose(
-        labeled_detectors.fit_class_mahalanobis(train, labels)(new), to_classes, rtol=1e-3
-    )
+    found = labeled_detectors.fit_class_mahalanobis(train, labels)(new)
+    same("Mahalanobis to the nearest class", found, to_classes, rtol=1e-3)
     relative = to_classes - EmpiricalCovariance().fit(x).mahalanobis(q)
     found = labeled_detectors.fit_relative_mahalanobis(train, labels)(new)
-    np.testing.assert_allclose(found, relative, rtol=1e-3, atol=1e-2)
+    same("relative Mahalanobis", found, relative, rtol=1e-3, atol=1e-2)
 
 
-def test_mahalanobis_plus_plus_is_the_distance_between_directions():
+def test_mahalanobis_plus_plus_is_the_distance_between_directions(same):
     (train, labels), new = labeled(), correlated(1, 50)
     x, q = (
         x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -371,7 +370,7 @@ def test_mahalanobis_plus_plus_is_the_distance_between_directions():
     oracle = EmpiricalCovariance(assume_centered=True).fit(centered)
     expected = np.min([oracle.mahalanobis(q - mean) for mean in means.values()], axis=0)
     score = labeled_detectors.fit_class_mahalanobis_plus_plus(train, labels)
-    np.testing.assert_allclose(score(new), expected, rtol=2e-3)
+    same("Mahalanobis++, with labels", score(new), expected, rtol=2e-3)
     np.testing.assert_allclose(score(3 * new), expected, rtol=2e-3)
     one = labeled_detectors.fit_class_mahalanobis_plus_plus(train, np.zeros(400, int))
     np.testing.assert_allclose(one(new), gaussian_detectors.fit_ssd(train)(new), rtol=1e-5)

@@ -41,7 +41,7 @@ def oracle_loss(score: Any, losses: Any, margin: float) -> list[float]:
 
 
 @pytest.mark.parametrize("margin", [1.0, 0.25])
-def test_the_ranking_loss_of_pairs(margin):
+def test_the_ranking_loss_of_pairs(margin, same):
     random = np.random.default_rng(0)
     score = random.normal(size=(200, 2))
     losses = random.integers(0, 4, (200, 2))  # with ties
@@ -49,7 +49,7 @@ def test_the_ranking_loss_of_pairs(margin):
     pairs = (jnp.asarray(x) for x in (score[:, 0], score[:, 1], sign))
     found = pairwise_ranking_loss(*pairs, margin=margin)
     expected = oracle_loss(score, losses, margin)
-    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-7)
+    same("loss prediction, ranking loss", found, expected, rtol=2e-6, atol=2e-7)
     assert 0 in expected
     np.testing.assert_allclose(np.asarray(found)[sign == 0], margin)
 

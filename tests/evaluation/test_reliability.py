@@ -34,6 +34,17 @@ def test_error_auroc_is_scikit_learns(pairs):
     assert reliability.error_auroc(with_infinity, errors) == pytest.approx(expected, abs=1e-14)
 
 
+def test_error_auroc_of_many_images_with_ties(same):
+    rng = np.random.default_rng(0)
+    values, errors = np.round(rng.normal(size=2000), 2), rng.random(2000) < 0.2
+    same(
+        "R-AUROC",
+        reliability.error_auroc(values, errors),
+        roc_auc_score(errors, values),
+        atol=1e-14,
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(levels)
 def test_risk_coverage_without_ties_is_a_loop(pairs):
@@ -89,12 +100,17 @@ def test_share_increased():
     assert reliability.share_increased([1, 2, 3, 4], [2, 2, 2, 5]) == pytest.approx(2.5 / 4)
 
 
-def test_only_a_larger_uncertainty_of_the_crop_counts():
+def test_only_a_larger_uncertainty_of_the_crop_counts(same):
     found = reliability.cropped_has_bigger_uncertainty([1, 2, 3, np.inf], [2, 2, 2, np.inf])
-    assert found == pytest.approx(1 / 4)
+    same("crops are less certain", found, 1 / 4)
+    rng = np.random.default_rng(0)
+    whole, crop = rng.integers(0, 9, (2, 200)).astype(float)
+    found = reliability.cropped_has_bigger_uncertainty(whole, crop)
+    expected = sum(c > w for w, c in zip(whole, crop, strict=True)) / 200
+    same("crops are less certain", found, expected)
 
 
-def test_right_at_1_is_a_loop_over_images():
+def test_right_at_1_is_a_loop_over_images(same):
     rng = np.random.default_rng(3)
     features, labels = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(0, 3, 40)
     features[7] = features[5]  # a copy is another image
@@ -106,7 +122,7 @@ def test_right_at_1_is_a_loop_over_images():
         nearest = max(others, key=lambda j: unit[i] @ unit[j])
         expected.append(labels[nearest] == labels[i])
     found = reliability.right_at_1(neighbors.nearest_others(features), labels)
-    np.testing.assert_array_equal(found, expected)
+    same("R@1, right or wrong", found, expected)
     assert 0 < found.mean() < 1
     # Three copies: none is its own neighbor.
     np.testing.assert_array_equal(
@@ -127,7 +143,7 @@ def test_right_at_1_refuses_an_image_as_its_own_neighbor():
             call()
 
 
-def test_disagreement_is_scipys():
+def test_disagreement_is_scipys(same):
     rng = np.random.default_rng(2)
     counts = rng.multinomial(50, rng.dirichlet(np.full(10, 0.2), 60).mean(axis=0), size=60)
     counts[0] = [50, *[0] * 9]
@@ -135,7 +151,8 @@ def test_disagreement_is_scipys():
     entropy = scipy.stats.entropy(counts, axis=1)
     np.testing.assert_allclose(reliability.label_entropy(counts), entropy, atol=1e-14)
     found = reliability.human_disagreement_correlation(values, counts)
-    assert found == pytest.approx(scipy.stats.spearmanr(values, entropy)[0], abs=1e-13)
+    expected = scipy.stats.spearmanr(values, entropy)[0]
+    same("people's entropy, rank correlation", found, expected, atol=1e-13)
     assert reliability.human_disagreement_correlation(np.ones(60), counts) == 0
 
 

@@ -28,7 +28,7 @@ def features(count: int, *, scale: float = 1.0, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.5, 3.0])
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_is_the_distance_of_scipy_in_float64(beta, scale):
+def test_is_the_distance_of_scipy_in_float64(beta, scale, same):
     fit, new = features(500, scale=scale), features(50, scale=scale, seed=1)
 
     def scaled(values: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_is_the_distance_of_scipy_in_float64(beta, scale):
     inverse = np.linalg.inv(np.cov(scaled(fit).T, bias=True))
     expected = [mahalanobis(one, mean, inverse) ** 2 for one in scaled(new)]
     score = scaled_mahalanobis.fit_scaled_mahalanobis(fit, exponent=beta)
-    np.testing.assert_allclose(score(new), expected, rtol=2e-4)
+    same("Mahalanobis of x / |x|^beta", score(new), expected, rtol=2e-4)
 
 
 def test_zero_and_one_are_the_plain_distance_and_ssd():
@@ -72,7 +72,7 @@ def test_the_local_dimension_is_that_of_a_gaussian_in_a_wider_space(dim):
     assert found == pytest.approx(dim, rel=0.12)
 
 
-def test_the_local_dimension_is_the_plain_double_loop():
+def test_the_local_dimension_is_the_plain_double_loop(same):
     values, k = features(90), 5
     logs = []
     for n, one in enumerate(values.astype(np.float64)):
@@ -80,7 +80,7 @@ def test_the_local_dimension_is_the_plain_double_loop():
         near = sorted(np.linalg.norm(others - one, axis=1))[:k]
         logs += [np.log(near[-1] / one) for one in near[:-1]]
     found = scaled_mahalanobis.local_dimension(values, num_neighbors=k)
-    assert found == pytest.approx(1 / np.mean(logs), rel=1e-6)
+    same("local dimension", found, 1 / np.mean(logs), rtol=1e-6)
     twice = np.concatenate([values, values])  # equal rows count once
     assert scaled_mahalanobis.local_dimension(twice, num_neighbors=k) == pytest.approx(found)
     many = np.repeat(features(2500, seed=2), 2, axis=0)

@@ -1,12 +1,13 @@
 """The page of comparisons is what its generator writes, and its numbers are those of the tables."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
-from studies import comparison
-from studies.comparison import Ours
+from studies import anchors, comparison
+from studies.published_numbers import Ours
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -47,3 +48,24 @@ def test_a_number_that_no_table_has_is_named():
         _ = missing.value
     with pytest.raises(ValueError, match="of the run 'nobody'"):
         _ = Ours("x", "uncertainty/table.csv", "nobody", "own, near", "", "").value
+
+
+def test_the_table_of_differences_has_every_protocol_that_a_test_compares():
+    tests = Path(__file__).parents[1] / "evaluation"
+    compared = {
+        name
+        for path in tests.glob("test_*.py")
+        for name in re.findall(r'\bsame\(\s*"([^"]+)"', path.read_text(encoding="utf-8"))
+    }
+    assert compared == set(anchors.REFERENCES)
+    row = {"protocol": "R-AUROC", "values": "1", "largest difference": "0.0e+00"}
+    with pytest.raises(ValueError, match="only one of the table of protocols and REFERENCES has"):
+        anchors.difference_lines([row])
+    lines = anchors.difference_lines([row], {"R-AUROC": "a loop"})
+    assert "| R-AUROC | a loop | 1 | 0.0e+00 |" in lines[2]
+
+
+def test_an_anchor_is_reached_by_a_number_that_is_as_large():
+    reached = [one.what for one in anchors.ANCHORS if one.is_reached]
+    assert reached == ["R-AUROC", "crops are less certain", "people's entropy"]
+    assert "\n3 of 8. " in "\n" + anchors.anchor_lines()[1]
