@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+# Of tables that are part of a longer page.
+_PAGES = {"full_size": "full_size.md", "speed": "../benchmarks/README.md"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Ours:
         a row for each seed, "SCORE, COLUMN".
       protocol: how it was made.
       command: that made it.
+      is_of_others: whether we measured the software of somebody else.
     """
 
     what: str
@@ -45,12 +48,13 @@ class Ours:
     measure: str
     protocol: str
     command: str
+    is_of_others: bool = False
 
     @property
     def page(self) -> str:
         """The page with the whole table, relative to `docs`."""
         folder = self.table.split("/")[0]
-        return "full_size.md" if folder == "full_size" else f"results/{folder}/table.md"
+        return _PAGES.get(folder, f"results/{folder}/table.md")
 
     @property
     def value(self) -> str:
@@ -77,4 +81,4 @@ class Ours:
         found = [row["value"] for row in rows if row.get("measure") == self.measure]
         if len(found) != 1:
             raise ValueError(f"{self.table} has no {self.measure!r} of the run {self.run!r}")
-        return f"{float(found[0]):.3f}"
+        return f"{float(found[0]):,.0f}" if float(found[0]) > 100 else f"{float(found[0]):.3f}"

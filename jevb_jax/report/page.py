@@ -369,12 +369,14 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html.j2")
 
 
-def _subtitle(results: Mapping[str, Any]) -> str:
+def _subtitle(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     text = f"step {results['step']:,}, {results['split']} split"
-    if "earlier_lengths" not in results:
-        return text
-    steps = ", ".join(f"{length['until_step']:,}" for length in results["earlier_lengths"])
-    return f"{text}, extended at step {steps}"
+    if "earlier_lengths" in results:
+        steps = ", ".join(f"{length['until_step']:,}" for length in results["earlier_lengths"])
+        text += f", extended at step {steps}"
+    if config.get("data", {}).get("source") == "features":
+        text += ". The run reads features: an image is one row of them"
+    return text
 
 
 def _present(sections: Iterable[_Section]) -> list[_Section]:
@@ -422,7 +424,7 @@ def write_page(
         ]
     page = _template().render(
         title=title,
-        subtitle=_subtitle(results),
+        subtitle=_subtitle(results, config),
         headline=_headline(results),
         findings=findings(results, num_images=num_images, alarms=alarms),
         sections=_present(sections),

@@ -398,6 +398,12 @@ def test_headline_is_of_the_representation_and_of_the_score_fixed_before(full):
     ]
 
 
+def test_a_run_on_features_says_what_an_image_is(tmp_path):
+    page = write(tmp_path, config={"data": {"source": "features"}})
+    (said,) = page.texts("p", class_="subtitle")
+    assert said == f"{SUBTITLE}. The run reads features: an image is one row of them"
+
+
 def test_sections_are_left_out_without_a_trace(tmp_path):
     page = write(tmp_path)
     tags = [tag for tag, _, _ in page.elements]
