@@ -396,10 +396,10 @@ def _table(question: Question) -> list[str]:
         f"| {one.what} | {one.value} | {one.protocol} | {one.source} |"
         for one in question.published
     ]
-    lines += [
-        f"| **{'measured by us' if one.is_of_others else 'ours'}:** {one.what} | {one.value} | {one.protocol} | [table]({one.page}) |"
-        for one in question.ours
-    ]
+    for one in question.ours:
+        whose = "measured by us" if one.is_of_others else "ours"
+        cells = (f"**{whose}:** {one.what}", one.value, one.protocol, f"[table]({one.page})")
+        lines.append(f"| {' | '.join(cells)} |")
     # Each command once, in their order; some are two lines.
     commands = dict.fromkeys(line for one in question.ours for line in one.command.splitlines())
     return ["\n".join(lines), *(f"    {command}" for command in commands)]
