@@ -59,6 +59,9 @@ def test_embedding_and_score_are_those_of_the_model(fitted, rows):
     )
     np.testing.assert_allclose(-fitted.score_samples(new), expected, rtol=1e-5)
     assert fitted.model_.posterior(new.astype(np.float32)).mean.shape == (200, 8)
+    with pytest.raises(ValueError, match="X has 5 features, but JEVBTransformer is expecting 64"):
+        fitted.transform(rows[:, :5])
+    assert fitted.n_features_in_ == 64
     assert list(fitted.get_feature_names_out()[:2]) == ["jevbtransformer0", "jevbtransformer1"]
 
 
