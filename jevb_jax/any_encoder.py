@@ -5,12 +5,12 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jevb_jax import arguments
+from jevb_jax import arguments, extras
 from jevb_jax.evaluation import conformal, detector_input, saved_scores
 from jevb_jax.evaluation.features import Features
 from jevb_jax.evaluation.score_table import (
@@ -23,6 +23,9 @@ from jevb_jax.evaluation.score_table import (
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.xla_options import in_single_precision
+
+if TYPE_CHECKING:
+    from jevb_jax.trained_encoder import TrainedEncoder
 
 DEFAULT_SCORE = "mahalanobis"
 _DEFAULT_SETTINGS = ScoreSettings(
@@ -105,6 +108,24 @@ class WrappedEncoder:
         found = self.features(images)
         detector_input.checked_fit_features("features", found)
         return FittedEncoder(self, found, settings or _DEFAULT_SETTINGS)
+
+    def train(self, images: Any, **settings: Any) -> "TrainedEncoder":
+        """Trains JEVB's projector and inference network on the features of images, without labels.
+
+        This gives the encoder a posterior and JEVB's own scores. The encoder itself stays as it is.
+
+        Args:
+          images: as for `features`; at least eight.
+          **settings: of `embedding_estimator.JEVBTransformer`, for example `num_epochs`.
+
+        Raises:
+          ModuleNotFoundError: the extra `train` is not installed.
+          TypeError: there is no such setting.
+          ValueError: for the reasons of `features`, or a setting is out of its range.
+        """
+        with extras.explained():
+            from jevb_jax.trained_encoder import train_on_features
+        return train_on_features(self, self.features(images), **settings)
 
     def load_detector(self, directory: str | os.PathLike[str]) -> "WrappedDetector":
         """Reads what `WrappedDetector.save` wrote. The encoder itself is not in it.

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 import jevb_jax
 from jevb_jax.any_encoder import FittedEncoder, WrappedEncoder
+from jevb_jax.embedding_estimator import JEVBTransformer
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.evaluation.score_table import ScoreSettings
 from jevb_jax.runs.archive import ArchiveError
@@ -102,7 +104,37 @@ def bfloat16_encoder() -> Any:
     return lambda images: jnp.asarray(images, jnp.bfloat16).reshape(len(images), -1)[:, ::10]
 
 
-@pytest.mark.parametrize("make", [linen_encoder, equinox_encoder, bfloat16_encoder])
+def nnx_encoder() -> Any:
+    layer = nnx.Linear(48, 5, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda images: layer(images.reshape(len(images), -1)))
+
+
+def onnx_encoder() -> Any:
+    """A session of a model of one matrix product, made here."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    weights = np.random.default_rng(0).normal(size=(48, 5)).astype(np.float32)
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["features"]),
+    ]
+    single = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info("images", single, ["n", 4, 4, 3])],
+        [helper.make_tensor_value_info("features", single, ["n", 5])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+ENCODERS = [linen_encoder, nnx_encoder, equinox_encoder, onnx_encoder, bfloat16_encoder]
+
+
+@pytest.mark.parametrize("make", ENCODERS)
 def test_jax_encoders(make):
     images = np.random.default_rng(0).uniform(size=(70, 4, 4, 3)).astype(np.float32)
     fitted = jevb_jax.wrap(make(), batch_size=32).fit(images[:50])
@@ -119,6 +151,42 @@ def test_torch_encoder():
         jevb_jax.wrap(network).features(images)
     fitted = jevb_jax.wrap(lambda batch: network(batch).detach()).fit(images[:50])
     assert np.isfinite(fitted.ood_score(images[50:])).all()
+
+
+@pytest.mark.slow
+def test_train_gives_an_encoder_a_posterior_and_jevb_s_scores():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(300, 4, 4, 3)).astype(np.float32)
+    encoder = jevb_jax.wrap(linen_encoder(), batch_size=64)
+    settings: Any = {"embedding_dim": 4, "hidden_dim": 16, "num_epochs": 2, "batch_size": 64}
+    trained = encoder.train(images[:200], **settings)
+    again = JEVBTransformer(**settings).fit(encoder.features(images[:200]))
+    new = images[200:]
+    posterior = trained.posterior(new)
+    np.testing.assert_array_equal(
+        posterior.mean, again.model_.posterior(encoder.features(new)).mean
+    )
+    assert posterior.scale.shape == (100, 4)
+    assert (posterior.scale > 0).all()
+    np.testing.assert_array_equal(trained.embed(new), again.transform(encoder.features(new)))
+    np.testing.assert_allclose(
+        trained.ood_score(new), -again.score_samples(encoder.features(new)), rtol=1e-6
+    )
+    norm = np.linalg.norm(trained.embed(new).astype(np.float64), axis=1)
+    np.testing.assert_allclose(trained.ood_score(new, "embedding/norm"), -norm, rtol=1e-5)
+    # JEVB's own terms are means over views, so they only follow those of the row as it is.
+    entropy = np.log(posterior.scale).sum(axis=1)
+    found = trained.ood_score(new, "jevb/posterior_entropy")
+    assert np.corrcoef(entropy, found)[0, 1] > 0.5
+    detector = trained.detector(new, 0.1, "embedding/mahalanobis")
+    assert detector.is_outside(new).sum() <= 10
+    assert detector.is_outside(50 * rng.normal(size=(20, 4, 4, 3))).mean() > 0.9
+    with pytest.raises(ValueError, match=r"score must be one of .*jevb/kl.*, got 'mahalanobis'"):
+        trained.ood_score(new, "mahalanobis")
+    with pytest.raises(ValueError, match="calibration"):
+        trained.detector(new[:5], 0.05)
+    with pytest.raises(TypeError, match="no_such"):
+        encoder.train(images, no_such=1)
 
 
 def test_lists_of_images_of_any_kind():
@@ -206,7 +274,7 @@ def test_the_page_runs():
         "train_features": images[20:100].reshape(80, -1),
         "features_fn": lambda batch: batch.reshape(len(batch), -1),
     }
-    first, sklearn, transformer, existing, flax, eqx = list(code)[:6]
+    first, _, sklearn, transformer, existing, flax, eqx = list(code)[:7]
     assert (existing, flax, eqx) == ("Features that exist already", "Flax", "Equinox")
     exec(code[first], names)
     assert names["alarms"].shape == names["scores"].shape == (20,)
@@ -217,8 +285,22 @@ def test_the_page_runs():
     variables = linen.init(jax.random.key(0), images)
     exec(code[flax], {**names, "network": linen, "variables": variables})
     exec(code[eqx], {**names, "network": lambda image: layer(image.reshape(-1))})
-    for text in (code[transformer], *list(code.values())[6:]):
+    for text in (code[transformer], *list(code.values())[7:]):
         compile(text, str(PAGE), "exec")
+
+
+@pytest.mark.slow
+def test_the_training_of_the_page_runs():
+    rows = np.random.default_rng(0).normal(size=(120, 5)).astype(np.float32)
+    names: dict[str, Any] = {
+        "encoder": jevb_jax.wrap(np.asarray),
+        "images": rows[:20],
+        "train_images": rows[20:80],
+        "other_ordinary_images": rows[80:],
+    }
+    exec(code_of_page()["JEVB's posterior for your encoder"], names)
+    assert names["posterior"].mean.shape == (20, 64)
+    assert names["scores"].shape == names["alarms"].shape == (20,)
 
 
 @pytest.mark.slow
