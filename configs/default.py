@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     # Weights to start from. Optimizer and schedules start anew; `train.extend` continues them.
     config.init = ConfigDict(
         {
-            # another run of train.py, an export, or a backbone.safetensors with torchvision's names
+            # another run of train.py, an export, or a backbone.safetensors with torchvision's or timm's
+            # names (docs/use.md)
             "workdir": "",  # "" = random weights
             "step": -1,  # step of that run's checkpoint; -1 = the latest
         }
@@ -110,8 +111,9 @@ def get_config() -> ConfigDict:
     )
     config.model = ConfigDict(
         {
-            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small; identity
-            # for features, which are then the representation
+            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small; for published
+            # weights timm_vit_tiny | timm_vit_small | dinov2_small | dinov2_small_registers
+            # (docs/use.md); identity for features, which are then the representation
             "backbone": "resnet18",
             "width": 0,  # channels of the first stage (0 = the network's own)
             "stem": "cifar",  # resnet: cifar (3x3, no pool) | imagenet (7x7, pool)
@@ -119,7 +121,9 @@ def get_config() -> ConfigDict:
             "zero_init_residual": False,
             # resnet, convnet: fused (a step is 4% faster) | plain (supports forward mode)
             "batch_norm": "fused",
-            "patch_size": 4,  # vit, pixels
+            "patch_size": 4,  # vit, pixels; published weights: timm_vit 16, dinov2 14
+            # timm_vit, dinov2: class (the class token) | mean (of the patches)
+            "pool": "class",
             "projector_hidden_dims": (2048, 2048),
             "projector_normalizes_output": True,  # the projector ends with BatchNorm
             "embedding_dim": 512,  # D

@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jevb_jax.networks.class_token_vit import (
+    ClassTokenViT,
+    Pool,
+    dinov2_small,
+    dinov2_small_registers,
+    timm_vit_small,
+    timm_vit_tiny,
+)
 from jevb_jax.networks.frozen import FrozenFeatures
 from jevb_jax.networks.heads import (
     DirectionalPredictor,
@@ -23,6 +31,13 @@ from jevb_jax.networks.resnet import ConvNet, ResNet, resnet8, resnet18, resnet3
 from jevb_jax.networks.vit import ViT, vit_small, vit_tiny
 
 _MIN_RADIAL_SCALE = 1e-3
+# In the form of published weights, by their names in `model.backbone`.
+CLASS_TOKEN_VITS: dict[str, Callable[..., ClassTokenViT]] = {
+    "timm_vit_tiny": timm_vit_tiny,
+    "timm_vit_small": timm_vit_small,
+    "dinov2_small": dinov2_small,
+    "dinov2_small_registers": dinov2_small_registers,
+}
 
 
 class ViewOutputs(NamedTuple):
@@ -145,14 +160,15 @@ def make_model(
     dtype: str,
     zero_init_residual: bool,
     batch_norm: str,
+    pool: Pool = "class",
     num_features: int = 0,
     standardize: bool = True,
 ) -> JointEmbeddingModel:
     """Builds the model from plain values. Only this function turns names into modules.
 
     Args:
-      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small", or
-        "identity" for features of a frozen encoder.
+      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small"; one
+        of `CLASS_TOKEN_VITS`; or "identity" for features of a frozen encoder.
       width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
         (ViT: 192 or 384). 0 takes these defaults.
       stem: "cifar" or "imagenet"; used by ResNets only.
@@ -173,6 +189,7 @@ def make_model(
       zero_init_residual: as for `ResidualBlock`; used by ResNets only.
       batch_norm: "fused" or "plain", as for `ResidualBlock.fused_batch_norm`; used by ResNets and
         the ConvNet only.
+      pool: as for `ClassTokenViT`; used by these only.
       num_features: number of columns of the features; used by "identity" only.
       standardize: whether columns are standardized; used by "identity" only.
 
@@ -208,6 +225,11 @@ def make_model(
     elif backbone in vits:
         options = {"hidden_size": width} if width else {}
         backbone_module = vits[backbone](patch_size=patch_size, dtype=compute_dtype, **options)
+    elif backbone in CLASS_TOKEN_VITS:
+        options = {"hidden_size": width} if width else {}
+        backbone_module = CLASS_TOKEN_VITS[backbone](
+            patch_size=patch_size, pool=pool, dtype=compute_dtype, **options
+        )
     elif backbone == "convnet":
         options = {"widths": (width, 2 * width, 4 * width)} if width else {}
         backbone_module = ConvNet(
@@ -216,7 +238,7 @@ def make_model(
     elif backbone == "identity":
         backbone_module = FrozenFeatures(num_features=num_features, standardize=standardize)
     else:
-        known = [*resnets, "convnet", *vits, "identity"]
+        known = [*resnets, "convnet", *vits, *CLASS_TOKEN_VITS, "identity"]
         raise ValueError(f"backbone must be one of {known}, got {backbone!r}")
 
     projector = Projector(

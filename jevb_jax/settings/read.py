@@ -345,7 +345,8 @@ def _view_misfits(settings: RunSettings) -> list[str]:
     if views.num_small_crops:
         sizes["small_crop_size"] = views.small_crop_size
     for name, size in sizes.items():
-        if model.backbone.startswith("vit") and size % model.patch_size:
+        has_patches = model.backbone.startswith(("vit", "timm_vit", "dinov2"))
+        if has_patches and size % model.patch_size:
             problems.append(
                 f"model.patch_size = {model.patch_size} must divide augmentation.{name} = {size}"
             )

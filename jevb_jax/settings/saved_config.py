@@ -28,7 +28,12 @@ _BEFORE: dict[str, dict[str, Any]] = {
     },
     "augmentation": {"num_views": 2, "crop_from": "square"},
     "input": {"accept_changed_data": False},
-    "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
+    "model": {
+        "zero_init_residual": True,
+        "head_input": "embedding",
+        "batch_norm": "fused",
+        "pool": "class",  # no network of the old runs reads it
+    },
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {
         "mixture_df": 5.0,
