@@ -93,7 +93,8 @@ def _start_backbone(file: str, step: int, shapes: TrainState) -> dict[str, Any]:
         raise ValueError(f"init.workdir = {file}: {error}") from error
     if remark := vit_names.remark(arrays, wanted):
         _logger.warning("init.workdir = %s: %s", file, remark)
-    return {part: {"backbone": one} for part, one in backbone.items()}
+    # A network without BatchNorm has no entry among the statistics.
+    return {part: {"backbone": one} if one else {} for part, one in backbone.items()}
 
 
 @in_single_precision
