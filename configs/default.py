@@ -20,6 +20,9 @@ def get_config() -> ConfigDict:
             # names (docs/use.md)
             "workdir": "",  # "" = random weights
             "step": -1,  # step of that run's checkpoint; -1 = the latest
+            # The stem and so many first stages (resnet, convnet) or blocks (vit) keep their weights,
+            # and their BatchNorm uses and keeps its running statistics; 0 = all learn, the stem too.
+            "frozen_stages": 0,
         }
     )
     config.data = ConfigDict(
@@ -175,6 +178,9 @@ def get_config() -> ConfigDict:
             "warmup_epochs": 10.0,  # the learning rate rises linearly from zero
             "final_learning_rate": 0.0,  # at the end of the cosine schedule
             "max_gradient_norm": 0.0,  # 0 = no clipping
+            # Multiplies the rate of stage or block i of L by layer_decay^(L - i), that of the stem by
+            # layer_decay^L; 1 = off.
+            "layer_decay": 1.0,
         }
     )
     config.train = ConfigDict(

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jevb_jax.networks.layers import check_images, check_sizes
+from jevb_jax.networks.layers import check_frozen, check_images, check_sizes
 from jevb_jax.networks.vit import TransformerBlock, to_patches
 
 Pool = Literal["class", "mean"]
@@ -66,12 +66,14 @@ class ClassTokenViT(nn.Module):
         has no position either, as in timm.
       pool: the representation is the class token ("class") or the mean of the patches ("mean"), both
         after the final LayerNorm.
-      frozen_blocks: the embeddings and so many first blocks get no gradient; 0 is none of them.
+      frozen_stages: patches, tokens, positions and so many first blocks get no gradient; 0 is none
+        of them.
       dtype: compute type.
 
     Raises:
-      ValueError: a size is below one, `hidden_size` is not such a multiple, or `pool` is unknown;
-        when called, also if `patch_size` does not divide the sides of the image.
+      ValueError: a size is below one, `hidden_size` is not such a multiple, `pool` is unknown or
+        `frozen_stages` is above `depth`; when called, also if `patch_size` does not divide the sides
+        of the image.
     """
 
     patch_size: int
@@ -82,7 +84,7 @@ class ClassTokenViT(nn.Module):
     layer_scale: bool = False
     num_registers: int = 0
     pool: Pool = "class"
-    frozen_blocks: int = 0
+    frozen_stages: int = 0
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
@@ -102,10 +104,7 @@ class ClassTokenViT(nn.Module):
             raise ValueError(f"num_registers must be at least 0, got {self.num_registers}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {list(POOLS)}, got {self.pool!r}")
-        if not 0 <= self.frozen_blocks <= self.depth:
-            raise ValueError(
-                f"frozen_blocks must be from 0 to depth = {self.depth}, got {self.frozen_blocks}"
-            )
+        check_frozen(self.frozen_stages, self.depth)
         super().__post_init__()
 
     @nn.compact
@@ -126,8 +125,6 @@ class ClassTokenViT(nn.Module):
         first_of_each = jnp.broadcast_to(first[None], (images.shape[0], *first.shape))
         tokens = jnp.concatenate([first_of_each, patches + positions.astype(self.dtype)], axis=1)
         for index in range(self.depth):
-            if index and index == self.frozen_blocks:
-                tokens = jax.lax.stop_gradient(tokens)
             tokens = TransformerBlock(
                 num_heads=self.num_heads,
                 mlp_dim=self.mlp_ratio * self.hidden_size,
@@ -137,8 +134,8 @@ class ClassTokenViT(nn.Module):
                 layer_scale=self.layer_scale,
                 name=f"block{index + 1}",
             )(tokens)
-        if self.frozen_blocks == self.depth:
-            tokens = jax.lax.stop_gradient(tokens)
+            if index + 1 == self.frozen_stages:
+                tokens = jax.lax.stop_gradient(tokens)
         # The norm acts on each token by itself, so only those that are pooled need it.
         pooled = tokens[:, :1] if self.pool == "class" else tokens[:, first.shape[0] :]
         pooled = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="final_norm")(pooled)

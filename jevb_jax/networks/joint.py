@@ -161,6 +161,7 @@ def make_model(
     zero_init_residual: bool,
     batch_norm: str,
     pool: Pool = "class",
+    frozen_stages: int = 0,
     num_features: int = 0,
     standardize: bool = True,
 ) -> JointEmbeddingModel:
@@ -190,6 +191,7 @@ def make_model(
       batch_norm: "fused" or "plain", as for `ResidualBlock.fused_batch_norm`; used by ResNets and
         the ConvNet only.
       pool: as for `ClassTokenViT`; used by these only.
+      frozen_stages: as for `ResNet` and `ClassTokenViT`; the features of "identity" have none.
       num_features: number of columns of the features; used by "identity" only.
       standardize: whether columns are standardized; used by "identity" only.
 
@@ -219,21 +221,31 @@ def make_model(
             stem=stem,
             zero_init_residual=zero_init_residual,
             fused_batch_norm=batch_norm == "fused",
+            frozen_stages=frozen_stages,
             dtype=compute_dtype,
             **options,
         )
     elif backbone in vits:
         options = {"hidden_size": width} if width else {}
-        backbone_module = vits[backbone](patch_size=patch_size, dtype=compute_dtype, **options)
+        backbone_module = vits[backbone](
+            patch_size=patch_size, frozen_stages=frozen_stages, dtype=compute_dtype, **options
+        )
     elif backbone in CLASS_TOKEN_VITS:
         options = {"hidden_size": width} if width else {}
         backbone_module = CLASS_TOKEN_VITS[backbone](
-            patch_size=patch_size, pool=pool, dtype=compute_dtype, **options
+            patch_size=patch_size,
+            pool=pool,
+            frozen_stages=frozen_stages,
+            dtype=compute_dtype,
+            **options,
         )
     elif backbone == "convnet":
         options = {"widths": (width, 2 * width, 4 * width)} if width else {}
         backbone_module = ConvNet(
-            fused_batch_norm=batch_norm == "fused", dtype=compute_dtype, **options
+            fused_batch_norm=batch_norm == "fused",
+            frozen_stages=frozen_stages,
+            dtype=compute_dtype,
+            **options,
         )
     elif backbone == "identity":
         backbone_module = FrozenFeatures(num_features=num_features, standardize=standardize)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jevb_jax.networks.layers import check_images, check_sizes
+from jevb_jax.networks.layers import check_frozen, check_images, check_sizes
 
 
 class TransformerBlock(nn.Module):
@@ -91,11 +91,12 @@ class ViT(nn.Module):
       depth: number of blocks.
       num_heads: number of attention heads.
       mlp_ratio: hidden width of the MLP divided by `hidden_size`.
+      frozen_stages: patches and so many first blocks get no gradient; 0 is none of them.
       dtype: compute type.
 
     Raises:
-      ValueError: a size is below one, or `hidden_size` is not such a multiple; when called, also if
-        `patch_size` does not divide the sides of the image.
+      ValueError: a size is below one, `hidden_size` is not such a multiple, or `frozen_stages` is
+        above `depth`; when called, also if `patch_size` does not divide the sides of the image.
     """
 
     patch_size: int
@@ -103,6 +104,7 @@ class ViT(nn.Module):
     depth: int
     num_heads: int
     mlp_ratio: int = 4
+    frozen_stages: int = 0
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
@@ -118,6 +120,7 @@ class ViT(nn.Module):
                 f"hidden_size must be a multiple of num_heads = {self.num_heads} and of 4 "
                 f"(sine and cosine on two axes), got {self.hidden_size}"
             )
+        check_frozen(self.frozen_stages, self.depth)
         super().__post_init__()
 
     @nn.compact
@@ -148,6 +151,8 @@ class ViT(nn.Module):
                 dtype=self.dtype,
                 name=f"block{index + 1}",
             )(tokens)
+            if index + 1 == self.frozen_stages:
+                tokens = jax.lax.stop_gradient(tokens)
         tokens = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=jnp.float32, name="final_norm")(
             tokens
         )

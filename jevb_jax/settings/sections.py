@@ -58,6 +58,7 @@ class InitSection:
 
     workdir: Annotated[str, text(note='"" = weights drawn by the seed')]
     step: Annotated[int, integer(-1, note="-1 = the latest")]
+    frozen_stages: Annotated[int, integer(0, note="0 = none")]
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ class OptimizerSection:
     warmup_epochs: Annotated[float, number(0, note="0 = none")]
     final_learning_rate: Annotated[float, number(0)]
     max_gradient_norm: Annotated[float, number(0, note="0 = no clipping")]
+    layer_decay: Annotated[float, number(0, 1, low_open=True, note="1 = off")]
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,8 @@ def test_all_mistakes_are_in_one_message():
         ({"model__backbone": "timm_vit_tiny", "model__patch_size": 5}, "patch_size = 5 must divide"),
         ({"model__backbone": "dinov2_small", "model__patch_size": 14}, "patch_size = 14 must divide"),
         ({"model__pool": "max"}, "model.pool must be class or mean"),
+        ({"init__frozen_stages": 1}, "keeps weights of init.workdir, which is empty"),
+        ({"optimizer__layer_decay": 0.0}, r"optimizer.layer_decay must be a number in \(0, 1\]"),
         ({"model__min_scale": 1.0}, "min_scale = 1.0 must be below model.initial_scale"),
         ({"jevb__tails": "feature", "jevb__coordinates": "stereographic"}, "chordal"),
         ({"model__embedding_dim": 2}, "model.embedding_dim = 2 must be at least 3"),
