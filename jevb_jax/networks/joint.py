@@ -171,7 +171,8 @@ def make_model(
       backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small"; one
         of `CLASS_TOKEN_VITS`; or "identity" for features of a frozen encoder.
       width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
-        (ViT: 192 or 384). 0 takes these defaults.
+        (ViT: 192 or 384; one of `CLASS_TOKEN_VITS` then gets heads of width 64). 0 takes these
+        defaults.
       stem: "cifar" or "imagenet"; used by ResNets only.
       patch_size: in pixels; used by ViTs only.
       projector_hidden_dims: widths of the projector's hidden layers.
@@ -231,7 +232,8 @@ def make_model(
             patch_size=patch_size, frozen_stages=frozen_stages, dtype=compute_dtype, **options
         )
     elif backbone in CLASS_TOKEN_VITS:
-        options = {"hidden_size": width} if width else {}
+        # No array tells the number of heads, and in all published networks a head is 64 wide.
+        options = {"hidden_size": width, "num_heads": max(width // 64, 1)} if width else {}
         backbone_module = CLASS_TOKEN_VITS[backbone](
             patch_size=patch_size,
             pool=pool,
