@@ -46,7 +46,7 @@ class ClassTokenViT(nn.Module):
     """Vision transformer in the form of published weights (arXiv 2010.11929, DeiT, DINOv2).
 
     It computes what timm's `VisionTransformer` computes: a class token, learned positions, biases
-    everywhere, GELU by the error function, LayerNorm with epsilon 1e-6. `networks.published_names`
+    everywhere, GELU by the error function, LayerNorm with epsilon 1e-6. `networks.vit_names`
     gives its weights timm's names.
 
     The parameter `positions` `[rows, columns, hidden_size]` has the grid of the image that the
