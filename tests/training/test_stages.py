@@ -10,10 +10,11 @@ import pytest
 from flax import linen as nn
 
 from configs import smoke
+from jevb_jax.networks.batch_norm import each_view_alone
 from jevb_jax.networks.class_token_vit import ClassTokenViT
 from jevb_jax.networks.resnet import ConvNet, ResNet
 from jevb_jax.networks.vit import ViT
-from jevb_jax.training import experiment, optimizers, stages
+from jevb_jax.training import experiment, from_settings, optimizers, stages
 
 VIT_OPTIONS: Any = {"patch_size": 4, "hidden_size": 8, "depth": 2, "num_heads": 2}
 # Each has two stages, or two blocks.
@@ -144,18 +145,21 @@ def test_a_frozen_network_computes_as_in_evaluation_and_learns_nothing(name):
     def passes(variables: Any) -> Any:
         expected = module.apply(variables, images, train=False)
         whole = frozen[1].apply(variables, images, train=True, mutable=["batch_stats"])
+        with each_view_alone(3):  # the same batch as three views of one image
+            views = frozen[1].apply(variables, images, train=True, mutable=["batch_stats"])
 
         def total(params: Any) -> jax.Array:
             given = {**variables, "params": params}
             output: Any = frozen[0].apply(given, images, train=True, mutable=["batch_stats"])[0]
             return (output**2).sum()
 
-        return expected, whole, jax.grad(total)(variables["params"])
+        return expected, (whole, views), jax.grad(total)(variables["params"])
 
-    expected, (found, kept), gradient = passes(variables)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    expected, all_frozen, gradient = passes(variables)
     before = variables.get("batch_stats", {})
-    jax.tree.map(np.testing.assert_array_equal, kept.get("batch_stats", {}), before)
+    for found, kept in all_frozen:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, kept.get("batch_stats", {}), before)
     of_stage = [
         [np.abs(leaf).max() for part in parts for leaf in jax.tree.leaves(gradient[part])]
         for parts in PARTS[name]
@@ -177,6 +181,9 @@ def test_a_step_leaves_frozen_stages_as_they_are(group_size, over_views):
     config.train.batch_size = 12  # three groups: a mean of three equal numbers may round
     config.train.bn_group_size, config.train.bn_over_views = group_size, over_views
     made = experiment.build_experiment(config)
+    of_run, loaded = made.model, from_settings.make_network(made.settings)
+    # A fine-tune trains the loaded encoder whole.
+    assert [one.backbone.frozen_stages for one in (of_run, loaded)] == [2, 0]  # pyright: ignore[reportAttributeAccessIssue]
     state = jax.jit(made.initial_state)()
     state = state._replace(batch_stats=jax.tree.map(lambda leaf: leaf + 0.1, state.batch_stats))
     images = jnp.asarray(np.stack([made.dataset.train[index] for index in range(12)]))
