@@ -171,9 +171,10 @@ def get_config() -> ConfigDict:
             "name": "sgd",
             "learning_rate": 0.06,  # peak value; not scaled with the batch size
             "momentum": 0.9,  # sgd, lars, larc
-            "weight_decay": 5e-4,  # not applied to biases, BatchNorm and scalars
+            # not applied to biases, BatchNorm, scalars, and learned positions and tokens
+            "weight_decay": 5e-4,
             "trust_coefficient": 1e-3,  # lars, larc
-            "bias_rate_factor": 1.0,  # multiplies the rate of biases, BatchNorm and scalars
+            "bias_rate_factor": 1.0,  # multiplies the rate of all that has no weight decay
             "constant_head_rate": False,  # True: the head keeps the peak learning rate (SimSiam)
             "warmup_epochs": 10.0,  # the learning rate rises linearly from zero
             "final_learning_rate": 0.0,  # at the end of the cosine schedule
