@@ -128,6 +128,17 @@ def test_positions_and_tokens_are_no_kernels(name):
     assert (np.abs(moved["patch_embedding"]["kernel"]) > 0).all()
 
 
+def test_statistics_of_frozen_stages_are_those_before():
+    """A mean over groups of equal numbers may round; this takes the old ones whatever it does."""
+    names = ("stem_bn", "stage1_block1", "stage2_block1")
+    old: Any = {"backbone": dict.fromkeys(names, 1.0), "projector": {"bn1": 1.0}}
+    new = jax.tree.map(lambda value: value + 1e-7, old)
+    kept = stages.keep_frozen(old, new, frozen_stages=1)
+    assert [kept["backbone"][name] == 1.0 for name in names] == [True, True, False]
+    assert kept["projector"] == new["projector"]
+    assert stages.keep_frozen(old, new, frozen_stages=0) == new
+
+
 def test_a_fine_tune_has_stages_too():
     tree = {"backbone": {"stage3_block1": {"conv1": {"kernel": 1}}}, "kernel": 1}
     found = {str(path): stages.stage_of(path) for path, _ in jax.tree.leaves_with_path(tree)}
@@ -171,22 +182,23 @@ def test_a_frozen_network_computes_as_in_evaluation_and_learns_nothing(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("group_size", "over_views"), [(4, False), (0, True)])
+@pytest.mark.parametrize(("group_size", "over_views"), [(2, False), (0, True)])
 def test_a_step_leaves_frozen_stages_as_they_are(group_size, over_views):
     config: Any = smoke.get_config()
     config.model.backbone = "resnet8"
     config.init.workdir, config.init.frozen_stages = "runs/x", 2
     config.optimizer.warmup_epochs = 0.0
     config.augmentation.num_views = 3  # a joint pass, in which BatchNorm takes each view alone
-    config.train.batch_size = 12  # three groups: a mean of three equal numbers may round
+    config.train.batch_size = 14
     config.train.bn_group_size, config.train.bn_over_views = group_size, over_views
     made = experiment.build_experiment(config)
     of_run, loaded = made.model, from_settings.make_network(made.settings)
     # A fine-tune trains the loaded encoder whole.
     assert [one.backbone.frozen_stages for one in (of_run, loaded)] == [2, 0]  # pyright: ignore[reportAttributeAccessIssue]
     state = jax.jit(made.initial_state)()
-    state = state._replace(batch_stats=jax.tree.map(lambda leaf: leaf + 0.1, state.batch_stats))
-    images = jnp.asarray(np.stack([made.dataset.train[index] for index in range(12)]))
+    drawn = jax.tree.map(lambda leaf: leaf + np.abs(normal(*leaf.shape)), state.batch_stats)
+    state = state._replace(batch_stats=drawn)
+    images = jnp.asarray(np.stack([made.dataset.train[index] for index in range(14)]))
     after, _ = jax.jit(made.train_step)(state, images, made.key)
     changed = {
         jax.tree_util.keystr(path, simple=True, separator="."): not np.array_equal(a, b)
