@@ -16,9 +16,13 @@ def get_config() -> ConfigDict:
     # Weights to start from. Optimizer and schedules start anew; `train.extend` continues them.
     config.init = ConfigDict(
         {
-            # another run of train.py, an export, or a backbone.safetensors with torchvision's names
+            # another run of train.py, an export, or a backbone.safetensors with torchvision's or timm's
+            # names (docs/use.md)
             "workdir": "",  # "" = random weights
             "step": -1,  # step of that run's checkpoint; -1 = the latest
+            # The stem and so many first stages (resnet, convnet) or blocks (vit) keep their weights,
+            # and their BatchNorm uses and keeps its running statistics; 0 = all learn, the stem too.
+            "frozen_stages": 0,
         }
     )
     config.data = ConfigDict(
@@ -110,8 +114,9 @@ def get_config() -> ConfigDict:
     )
     config.model = ConfigDict(
         {
-            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small; identity
-            # for features, which are then the representation
+            # resnet8 | resnet18 | resnet34 | resnet50 | convnet | vit_tiny | vit_small; for published
+            # weights timm_vit_tiny | timm_vit_small | dinov2_small | dinov2_small_registers
+            # (docs/use.md); identity for features, which are then the representation
             "backbone": "resnet18",
             "width": 0,  # channels of the first stage (0 = the network's own)
             "stem": "cifar",  # resnet: cifar (3x3, no pool) | imagenet (7x7, pool)
@@ -119,7 +124,9 @@ def get_config() -> ConfigDict:
             "zero_init_residual": False,
             # resnet, convnet: fused (a step is 4% faster) | plain (supports forward mode)
             "batch_norm": "fused",
-            "patch_size": 4,  # vit, pixels
+            "patch_size": 4,  # vit, pixels; published weights: timm_vit 16, dinov2 14
+            # timm_vit, dinov2: class (the class token) | mean (of the patches)
+            "pool": "class",
             "projector_hidden_dims": (2048, 2048),
             "projector_normalizes_output": True,  # the projector ends with BatchNorm
             "embedding_dim": 512,  # D
@@ -164,13 +171,17 @@ def get_config() -> ConfigDict:
             "name": "sgd",
             "learning_rate": 0.06,  # peak value; not scaled with the batch size
             "momentum": 0.9,  # sgd, lars, larc
-            "weight_decay": 5e-4,  # not applied to biases, BatchNorm and scalars
+            # not applied to biases, BatchNorm, scalars, and learned positions and tokens
+            "weight_decay": 5e-4,
             "trust_coefficient": 1e-3,  # lars, larc
-            "bias_rate_factor": 1.0,  # multiplies the rate of biases, BatchNorm and scalars
+            "bias_rate_factor": 1.0,  # multiplies the rate of all that has no weight decay
             "constant_head_rate": False,  # True: the head keeps the peak learning rate (SimSiam)
             "warmup_epochs": 10.0,  # the learning rate rises linearly from zero
             "final_learning_rate": 0.0,  # at the end of the cosine schedule
             "max_gradient_norm": 0.0,  # 0 = no clipping
+            # Multiplies the rate of stage or block i of L by layer_decay^(L - i), that of the stem by
+            # layer_decay^L; 1 = off.
+            "layer_decay": 1.0,
         }
     )
     config.train = ConfigDict(

@@ -25,7 +25,7 @@ from jevb_jax.images import data_record, workers
 from jevb_jax.images.batches import gather, gather_crops
 from jevb_jax.images.dataset import PICTURE_SOURCES, load_dataset
 from jevb_jax.images.views import visible_views
-from jevb_jax.networks import torch_names
+from jevb_jax.networks import torch_names, vit_names
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
 from jevb_jax.runs import archive, files, metrics_writers
@@ -54,7 +54,7 @@ def start_variables(experiment: Experiment) -> dict[str, Any]:
       experiment: with a run, an export or a file of weights in its section `init`.
 
     Returns:
-      `params` and `batch_stats`; from a file with torchvision's names, those of the backbone alone.
+      `params` and `batch_stats`; from a file with PyTorch's names, those of the backbone alone.
 
     Raises:
       FileNotFoundError: there is no such file, run or export.
@@ -79,7 +79,7 @@ def start_variables(experiment: Experiment) -> dict[str, Any]:
 
 
 def _start_backbone(file: str, step: int, shapes: TrainState) -> dict[str, Any]:
-    """The backbone of a file with torchvision's names; see `networks.torch_names`."""
+    """The backbone of a file with names of PyTorch's libraries; see `networks.torch_names`."""
     if step >= 0:
         raise ValueError(f"init.step = {step}, but {file} has no steps: leave init.step at -1")
     wanted = {
@@ -87,12 +87,14 @@ def _start_backbone(file: str, step: int, shapes: TrainState) -> dict[str, Any]:
         "batch_stats": shapes.batch_stats.get("backbone", {}),
     }
     try:
-        backbone = torch_names.from_torch(
-            safetensors.load(files.to_path(file).read_bytes()), wanted
-        )
+        arrays = safetensors.load(files.to_path(file).read_bytes())
+        backbone = torch_names.from_torch(arrays, wanted)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"init.workdir = {file}: {error}") from error
-    return {part: {"backbone": arrays} for part, arrays in backbone.items()}
+    if remark := vit_names.remark(arrays, wanted):
+        _logger.warning("init.workdir = %s: %s", file, remark)
+    # A network without BatchNorm has no entry among the statistics.
+    return {part: {"backbone": one} if one else {} for part, one in backbone.items()}
 
 
 @in_single_precision

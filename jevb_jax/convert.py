@@ -1,11 +1,13 @@
-"""Writes a trained ResNet with torchvision's names, for PyTorch.
+"""Writes a trained ResNet with torchvision's names, or a ViT with timm's, for PyTorch.
 
 `python -m jevb_jax.convert --workdir=runs/cifar10 --out=resnet18.safetensors`
 
 In PyTorch, `model.load_state_dict(safetensors.torch.load_file("resnet18.safetensors"), strict=False)`
 then reports only the classifier `fc` as missing. A run with `model.stem = "cifar"` needs a torchvision
-ResNet whose `conv1` is a 3x3 convolution of stride 1 and whose `maxpool` is the identity. Images are
-normalized with `augmentation.mean` and `std` of the run; both are in the metadata of the file.
+ResNet whose `conv1` is a 3x3 convolution of stride 1 and whose `maxpool` is the identity. The
+backbones `timm_vit_*` and `dinov2_*` fit `timm.create_model(..., num_classes=0, img_size=...)` with
+`image_size` of the metadata; `vit_*` fit no network of timm. Images are normalized with
+`augmentation.mean` and `std` of the run; both are in the metadata of the file.
 
 The way back needs no command: `init.workdir` of a training takes such a file (docs/use.md).
 """
@@ -25,10 +27,10 @@ from jevb_jax.runs import files
 
 
 def torch_weights(model: Model) -> bytes:
-    """The encoder of a model as safetensors with torchvision's names.
+    """The encoder of a model as safetensors with torchvision's or timm's names.
 
     Args:
-      model: from `load`, with a ResNet as backbone.
+      model: from `load`, with a ResNet or a `ClassTokenViT` as backbone.
 
     Returns:
       The content of the file.
@@ -41,7 +43,10 @@ def torch_weights(model: Model) -> bytes:
     settings = model.settings
     metadata = {
         "backbone": settings.model.backbone,
-        "stem": settings.model.stem,
+        "stem": settings.model.stem,  # of a ResNet; the next two are of a ViT
+        "patch_size": str(settings.model.patch_size),
+        "pool": settings.model.pool,
+        "image_size": str(settings.augmentation.image_size),
         "mean": json.dumps(list(settings.augmentation.mean)),
         "std": json.dumps(list(settings.augmentation.std)),
     }

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -730,6 +731,45 @@ def test_a_run_that_starts_from_a_backbone_of_torch(tmp_path):
     mistake("only ResNets", model__backbone="convnet")
     file.write_bytes(file.read_bytes()[:-9])
     mistake(r"init\.workdir = .*backbone\.safetensors: ")
+
+
+def test_a_vision_transformer_starts_from_a_file_of_another_size(tmp_path, caplog):
+    file = tmp_path / "vit.safetensors"
+
+    def config(**changes: Any) -> Any:
+        given = {"backbone": "timm_vit_tiny", "width": 6, "patch_size": 4}
+        return short_config(
+            init__workdir=str(file),
+            **{f"model__{name}": value for name, value in {**given, **changes}.items()},
+        )
+
+    experiment = build_experiment(config())
+    drawn = jax.tree.map(  # from the shapes alone: nothing is compiled
+        lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(experiment.initial_state)
+    )
+    backbone = drawn.params["backbone"]
+    rows = backbone["positions"].shape[0]
+    # Positions that rise along a row of five patches: resampled, they rise all the same.
+    other = {**backbone, "positions": np.broadcast_to(np.arange(5.0)[None, :, None], (5, 5, 6))}
+    file.write_bytes(safetensors.save(torch_names.to_torch({"params": other})))
+    with caplog.at_level(logging.WARNING):
+        start = commands.start_variables(experiment)
+    assert f"for 5x5 patches, and a view of this run has {rows}x{rows}" in caplog.text
+    state = pretraining.started_from(drawn, start)
+    assert jax.tree.structure(state) == jax.tree.structure(drawn)
+    found = state.params["backbone"]["positions"]
+    assert found.shape == (rows, rows, 6)
+    assert (np.diff(found, axis=1) > 0).all()
+    np.testing.assert_allclose(np.diff(found, axis=0), 0, atol=1e-6)
+    for name in set(backbone) - {"positions"}:
+        jax.tree.map(np.testing.assert_array_equal, state.params["backbone"][name], backbone[name])
+    for changes, match in (
+        ({"patch_size": 8}, r"patch_embed\.proj\.weight: weights has"),
+        ({"backbone": "dinov2_small"}, r"missing from the weights: blocks\.0\.ls1\.gamma"),
+        ({"backbone": "vit_tiny", "width": 12}, "only ResNets and the backbones timm_vit"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            commands.start_variables(build_experiment(config(**changes)))
 
 
 @pytest.mark.slow

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import adjacent, default, finetune_default, one_class, ood, recipes, transfer
+from configs import (
+    adjacent,
+    continued,
+    default,
+    finetune_default,
+    one_class,
+    ood,
+    recipes,
+    transfer,
+)
 from jevb_jax import methods
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import read, run_config, saved_config
@@ -33,6 +42,7 @@ def names(config: Any) -> set[str]:
 CASES = [
     *((name, ()) for name in NAMES),
     *((name, (method,)) for name in ("cifar10", "imagenet") for method in recipes.METHODS),
+    *(("continued", (network,)) for network in continued._NETWORKS),
 ]
 
 
@@ -171,6 +181,27 @@ def test_recipe_builds_its_own_method(name, method):
     assert len(built.view_augmentations) == num_views
     with pytest.raises(ValueError, match="must be one of"):
         importlib.import_module(f"configs.{name}").get_config("moco")
+
+
+@pytest.mark.parametrize("network", ["resnet18", "timm_vit_tiny", "deit_small", "dinov2_small"])
+def test_what_continues_from_weights_has_their_network(network):
+    config: Any = continued.get_config(network)
+    config.data.train_paths = ("pictures",)
+    settings = read.run_settings(experiment.to_json_values(config))
+    backbone = from_settings.make_network(settings).backbone
+    images = jnp.zeros((1, 224, 224, 3))
+    variables = jax.eval_shape(lambda: backbone.init(jax.random.key(0), images, train=False))
+    params: Any = variables["params"]
+    if "patch_embedding" in params:
+        patch = 14 if "dinov2" in network else 16
+        assert params["patch_embedding"]["kernel"].shape[:3] == (patch, patch, 3)
+        assert params["positions"].shape[:2] == (224 // patch, 224 // patch)
+    else:
+        assert params["stem_conv"]["kernel"].shape == (7, 7, 3, 64)
+    # timm's own ViTs alone were trained with one half; timm's `default_cfg` says so.
+    assert (config.augmentation.mean[0] == 0.5) == network.startswith("timm_vit")
+    with pytest.raises(ValueError, match=r"must be one of resnet18, .* got 'vit'"):
+        continued.get_config("vit")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A trained ResNet as a file for PyTorch."""
+"""A trained ResNet or vision transformer as a file for PyTorch."""
 
 import types
 from typing import Any
@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from configs import smoke
 from jevb_jax import convert
+from jevb_jax.commands import start_variables
 from jevb_jax.detector import write_model
 from jevb_jax.model import Model
-from jevb_jax.networks.torch_names import from_torch
+from jevb_jax.networks.torch_names import from_torch, to_torch
 from jevb_jax.training.experiment import build_experiment, to_json_values
 
 
@@ -37,6 +38,37 @@ def test_the_command_writes_the_backbone_and_what_its_images_need(model, tmp_pat
         metadata = opened.metadata()
     assert (metadata["backbone"], metadata["stem"]) == ("resnet8", "cifar")
     assert metadata["mean"] == "[0.4914, 0.4822, 0.4465]"
+
+
+def test_a_vision_transformer_comes_out_of_a_run_as_it_went_in(tmp_path):
+    """File to training, to an export, to a file: every bit, and what its images need."""
+    config: Any = smoke.get_config()
+    config.model.backbone, config.model.width, config.model.patch_size = "dinov2_small", 12, 8
+    config.init.workdir = str(tmp_path / "given.safetensors")
+    experiment = build_experiment(config)
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(  # from the shapes alone: nothing is compiled
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+        jax.eval_shape(experiment.initial_state).evaluation_variables,
+    )
+    given = to_torch({"params": drawn["params"]["backbone"]})
+    extra = {"mask_token": np.zeros((1, 12), np.float32)}
+    (tmp_path / "given.safetensors").write_bytes(safetensors.save({**given, **extra}))
+    start = start_variables(experiment)
+    variables = jax.tree.map(np.zeros_like, drawn)
+    variables["params"]["backbone"] = start["params"]["backbone"]
+    model = Model(to_json_values(config), variables, step=0)
+    write_model(model, tmp_path / "export", manifest={}, extra_files={})
+    file = tmp_path / "back.safetensors"
+    assert convert.main([f"--workdir={tmp_path / 'export'}", f"--out={file}"]) == 0
+    found = safetensors.load(file.read_bytes())
+    assert set(found) == set(given)
+    for name, array in given.items():
+        np.testing.assert_array_equal(found[name], array)
+    with safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+    assert metadata["backbone"] == "dinov2_small"
+    assert (metadata["patch_size"], metadata["image_size"]) == ("8", "16")
 
 
 @pytest.mark.slow
@@ -62,5 +94,5 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 def test_a_network_without_batchnorm_is_refused(model):
     variables = {"params": {"backbone": {"patch_embedding": {}}}}
     other: Any = types.SimpleNamespace(variables=variables, settings=model.settings)
-    with pytest.raises(ValueError, match="only ResNets have torchvision's names"):
+    with pytest.raises(ValueError, match="only ResNets and the backbones timm_vit_"):
         convert.torch_weights(other)

@@ -363,6 +363,7 @@ def test_every_score_that_is_served_is_written(family, count):
     [
         ("jevb", {"backbone": "resnet18", "width": 8}),
         ("vi_simsiam", {"backbone": "vit_tiny", "width": 48}),
+        ("simsiam", {"backbone": "timm_vit_tiny", "width": 48, "pool": "mean"}),
         ("vicreg", {"backbone": "resnet50", "width": 4, "stem": "imagenet"}),
     ],
 )

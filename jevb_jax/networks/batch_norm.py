@@ -231,7 +231,9 @@ def each_view_alone(num_views: int) -> AbstractContextManager[None]:
         module = context.module
         is_batch_norm = isinstance(module, BatchNorm | nn.BatchNorm)
         is_one_view = not isinstance(module.parent, nn.Module)  # the call of `alone`, below
-        if not is_batch_norm or is_one_view or context.method_name != "__call__":
+        # A frozen stage reads its running statistics, and leaves them.
+        is_frozen = kwargs.get("train") is False
+        if not is_batch_norm or is_one_view or is_frozen or context.method_name != "__call__":
             return call(*args, **kwargs)
         alone = module.clone(parent=None)
         params = {"params": module.variables["params"]} if "params" in module.variables else {}

@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jevb_jax.networks.class_token_vit import (
+    ClassTokenViT,
+    Pool,
+    dinov2_small,
+    dinov2_small_registers,
+    timm_vit_small,
+    timm_vit_tiny,
+)
 from jevb_jax.networks.frozen import FrozenFeatures
 from jevb_jax.networks.heads import (
     DirectionalPredictor,
@@ -23,6 +31,13 @@ from jevb_jax.networks.resnet import ConvNet, ResNet, resnet8, resnet18, resnet3
 from jevb_jax.networks.vit import ViT, vit_small, vit_tiny
 
 _MIN_RADIAL_SCALE = 1e-3
+# In the form of published weights, by their names in `model.backbone`.
+CLASS_TOKEN_VITS: dict[str, Callable[..., ClassTokenViT]] = {
+    "timm_vit_tiny": timm_vit_tiny,
+    "timm_vit_small": timm_vit_small,
+    "dinov2_small": dinov2_small,
+    "dinov2_small_registers": dinov2_small_registers,
+}
 
 
 class ViewOutputs(NamedTuple):
@@ -145,16 +160,19 @@ def make_model(
     dtype: str,
     zero_init_residual: bool,
     batch_norm: str,
+    pool: Pool = "class",
+    frozen_stages: int = 0,
     num_features: int = 0,
     standardize: bool = True,
 ) -> JointEmbeddingModel:
     """Builds the model from plain values. Only this function turns names into modules.
 
     Args:
-      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small", or
-        "identity" for features of a frozen encoder.
+      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small"; one
+        of `CLASS_TOKEN_VITS`; or "identity" for features of a frozen encoder.
       width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
-        (ViT: 192 or 384). 0 takes these defaults.
+        (ViT: 192 or 384; one of `CLASS_TOKEN_VITS` then gets heads of width 64). 0 takes these
+        defaults.
       stem: "cifar" or "imagenet"; used by ResNets only.
       patch_size: in pixels; used by ViTs only.
       projector_hidden_dims: widths of the projector's hidden layers.
@@ -173,6 +191,8 @@ def make_model(
       zero_init_residual: as for `ResidualBlock`; used by ResNets only.
       batch_norm: "fused" or "plain", as for `ResidualBlock.fused_batch_norm`; used by ResNets and
         the ConvNet only.
+      pool: as for `ClassTokenViT`; used by these only.
+      frozen_stages: as for `ResNet` and `ClassTokenViT`; the features of "identity" have none.
       num_features: number of columns of the features; used by "identity" only.
       standardize: whether columns are standardized; used by "identity" only.
 
@@ -202,21 +222,37 @@ def make_model(
             stem=stem,
             zero_init_residual=zero_init_residual,
             fused_batch_norm=batch_norm == "fused",
+            frozen_stages=frozen_stages,
             dtype=compute_dtype,
             **options,
         )
     elif backbone in vits:
         options = {"hidden_size": width} if width else {}
-        backbone_module = vits[backbone](patch_size=patch_size, dtype=compute_dtype, **options)
+        backbone_module = vits[backbone](
+            patch_size=patch_size, frozen_stages=frozen_stages, dtype=compute_dtype, **options
+        )
+    elif backbone in CLASS_TOKEN_VITS:
+        # No array tells the number of heads, and in all published networks a head is 64 wide.
+        options = {"hidden_size": width, "num_heads": max(width // 64, 1)} if width else {}
+        backbone_module = CLASS_TOKEN_VITS[backbone](
+            patch_size=patch_size,
+            pool=pool,
+            frozen_stages=frozen_stages,
+            dtype=compute_dtype,
+            **options,
+        )
     elif backbone == "convnet":
         options = {"widths": (width, 2 * width, 4 * width)} if width else {}
         backbone_module = ConvNet(
-            fused_batch_norm=batch_norm == "fused", dtype=compute_dtype, **options
+            fused_batch_norm=batch_norm == "fused",
+            frozen_stages=frozen_stages,
+            dtype=compute_dtype,
+            **options,
         )
     elif backbone == "identity":
         backbone_module = FrozenFeatures(num_features=num_features, standardize=standardize)
     else:
-        known = [*resnets, "convnet", *vits, "identity"]
+        known = [*resnets, "convnet", *vits, *CLASS_TOKEN_VITS, "identity"]
         raise ValueError(f"backbone must be one of {known}, got {backbone!r}")
 
     projector = Projector(

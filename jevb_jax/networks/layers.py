@@ -65,6 +65,15 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
+def check_frozen(frozen_stages: int, count: int) -> None:
+    """Raises ValueError unless so many of `count` stages or blocks can be frozen."""
+    if not 0 <= frozen_stages <= count:
+        raise ValueError(
+            f"frozen_stages must be from 0 to {count}, the stages or blocks of this network, got "
+            f"{frozen_stages}"
+        )
+
+
 def check_images(images: jax.Array) -> None:
     """Raises an error unless the images are `[N, H, W, C]` of a float type."""
     if images.ndim != 4:

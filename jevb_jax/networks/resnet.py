@@ -9,7 +9,13 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jevb_jax.networks.batch_norm import BatchNorm
-from jevb_jax.networks.layers import check_images, check_sizes, conv_layer, global_average_pool
+from jevb_jax.networks.layers import (
+    check_frozen,
+    check_images,
+    check_sizes,
+    conv_layer,
+    global_average_pool,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -98,12 +104,15 @@ class ResNet(nn.Module):
       width: width of the stem and of the first stage.
       zero_init_residual: as for `ResidualBlock`.
       fused_batch_norm: as for `ResidualBlock`.
+      frozen_stages: the stem and so many first stages get no gradient, and their BatchNorm uses and
+        keeps its running statistics; 0 is none of them, not even the stem.
       dtype: compute type.
       bn_momentum: weight of the old running statistics.
       bn_epsilon: added to the variance.
 
     Raises:
-      ValueError: `stem` is unknown, there is no stage, or a size is below one.
+      ValueError: `stem` is unknown, there is no stage, a size is below one, or `frozen_stages` is
+        above the number of stages.
     """
 
     stage_sizes: Sequence[int]
@@ -112,6 +121,7 @@ class ResNet(nn.Module):
     width: int = 64
     zero_init_residual: bool = False
     fused_batch_norm: bool = True
+    frozen_stages: int = 0
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -120,6 +130,7 @@ class ResNet(nn.Module):
         if self.stem not in ("cifar", "imagenet"):
             raise ValueError(f'stem must be "cifar" or "imagenet", got {self.stem!r}')
         check_sizes(stage_sizes=self.stage_sizes, width=self.width)
+        check_frozen(self.frozen_stages, len(self.stage_sizes))
         super().__post_init__()
 
     @nn.compact
@@ -140,7 +151,7 @@ class ResNet(nn.Module):
             fused=self.fused_batch_norm,
             name="stem_bn",
         )
-        x = batch_norm(x, train=train)
+        x = batch_norm(x, train=train and not self.frozen_stages)
         if imagenet:
             # Flax annotates `padding` as a string but documents pairs, which it pads with -inf.
             padding: Any = ((1, 1), (1, 1))
@@ -158,7 +169,9 @@ class ResNet(nn.Module):
                     bn_momentum=self.bn_momentum,
                     bn_epsilon=self.bn_epsilon,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train)
+                )(x, train=train and stage >= self.frozen_stages)
+            if stage + 1 == self.frozen_stages:
+                x = jax.lax.stop_gradient(x)
         return global_average_pool(x)
 
 
@@ -193,23 +206,27 @@ class ConvNet(nn.Module):
       widths: width of each stage.
       convs_per_stage: convolutions in a stage; the first has the stride.
       fused_batch_norm: as for `ResidualBlock`.
+      frozen_stages: as for `ResNet`; there is no stem.
       dtype: compute type.
       bn_momentum: weight of the old running statistics.
       bn_epsilon: added to the variance.
 
     Raises:
-      ValueError: there is no stage, or a size is below one.
+      ValueError: there is no stage, a size is below one, or `frozen_stages` is above the number of
+        stages.
     """
 
     widths: Sequence[int] = (32, 64, 128)
     convs_per_stage: int = 2
     fused_batch_norm: bool = True
+    frozen_stages: int = 0
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
         check_sizes(widths=self.widths, convs_per_stage=self.convs_per_stage)
+        check_frozen(self.frozen_stages, len(self.widths))
         super().__post_init__()
 
     @nn.compact
@@ -229,5 +246,7 @@ class ConvNet(nn.Module):
                     fused=self.fused_batch_norm,
                     name=f"bn{suffix}",
                 )
-                x = batch_norm(x, train=train)
+                x = batch_norm(x, train=train and stage >= self.frozen_stages)
+            if stage + 1 == self.frozen_stages:
+                x = jax.lax.stop_gradient(x)
         return global_average_pool(x)

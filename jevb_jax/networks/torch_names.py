@@ -1,7 +1,8 @@
-"""Weights of a ResNet under torchvision's names, both ways.
+"""Weights of our networks under the names of PyTorch's libraries, both ways.
 
-timm's `resnet18`, `resnet34` and `resnet50` have the same names and the same networks. Our vision
-transformers have no counterpart there: they have no class token and fixed positions.
+ResNets have torchvision's names; timm's `resnet18`, `resnet34` and `resnet50` have the same names and
+are the same networks. `ClassTokenViT` has timm's names, see `vit_names`. `ViT` has no counterpart
+there: it has no class token, and its positions are fixed.
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jevb_jax.networks import vit_names
 from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
 
 # The classifier, which our networks do not have, and a counter that only matters without a momentum.
@@ -49,18 +51,21 @@ def torch_name(name: str) -> str:
 
 
 def to_torch(variables: Any) -> dict[str, np.ndarray]:
-    """The arrays of a ResNet as torchvision keeps them.
+    """The arrays of a ResNet as torchvision keeps them, or those of a `ClassTokenViT` as timm does.
 
     Args:
-      variables: `params` and `batch_stats` of a `networks.resnet.ResNet`. Kernels are
-        `[height, width, in, out]`.
+      variables: `params` and `batch_stats` of a `networks.resnet.ResNet`, or `params` of a
+        `ClassTokenViT`. Kernels of convolutions are `[height, width, in, out]`.
 
     Returns:
-      Arrays by torchvision's names; kernels are `[out, in, height, width]`.
+      Arrays by torchvision's or timm's names; kernels of convolutions are
+      `[out, in, height, width]`.
 
     Raises:
-      ValueError: these are not the variables of a ResNet.
+      ValueError: these are the variables of another network.
     """
+    if vit_names.is_class_token_vit(variables):
+        return vit_names.to_timm(variables)
     _check_is_resnet(variables)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_names(variables).items()}
     return {
@@ -72,10 +77,11 @@ def to_torch(variables: Any) -> dict[str, np.ndarray]:
 
 
 def from_torch(arrays: Mapping[str, Any], wanted: Any) -> Any:
-    """The variables of our ResNet from arrays with torchvision's names.
+    """The variables of our ResNet or `ClassTokenViT` from arrays with PyTorch's names.
 
     Args:
-      arrays: by name, as in a `state_dict`. `fc` and `num_batches_tracked` are left out.
+      arrays: by name, as in a `state_dict`. `fc` and `num_batches_tracked` are left out. For a
+        `ClassTokenViT` see `vit_names.from_timm`.
       wanted: variables of the backbone, or their shapes; all are float32.
 
     Returns:
@@ -84,6 +90,8 @@ def from_torch(arrays: Mapping[str, Any], wanted: Any) -> Any:
     Raises:
       ValueError: an array is missing, left over, or of another shape; every one is named.
     """
+    if vit_names.is_class_token_vit(wanted):
+        return vit_names.from_timm(arrays, wanted)
     _check_is_resnet(wanted)
     shapes = flatten_names(wanted)
     ours = {torch_name(name): name for name in shapes}
@@ -105,6 +113,6 @@ def from_torch(arrays: Mapping[str, Any], wanted: Any) -> Any:
 def _check_is_resnet(variables: Any) -> None:
     if "stem_conv" not in variables["params"]:
         raise ValueError(
-            "only ResNets have torchvision's names, got a network with the parts "
-            f"{sorted(variables['params'])}"
+            "only ResNets and the backbones timm_vit_* and dinov2_* have names in PyTorch's libraries, "
+            f"got a network with the parts {sorted(variables['params'])}"
         )

@@ -1,5 +1,6 @@
 """Vision transformers."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jevb_jax.networks.layers import check_images, check_sizes
+from jevb_jax.networks.layers import check_frozen, check_images, check_sizes
 
 
 class TransformerBlock(nn.Module):
@@ -18,11 +19,18 @@ class TransformerBlock(nn.Module):
       num_heads: number of attention heads; must divide the width of the input.
       mlp_dim: hidden width of the MLP.
       dtype: compute type. Attention weights are normalized in float32.
+      key_bias: whether keys have a bias. It changes no output; published weights have one.
+      exact_gelu: GELU by the error function, not by its approximation with tanh.
+      layer_scale: learned factors of what is added to the input, one for each feature
+        (LayerScale, arXiv 2103.17239).
     """
 
     num_heads: int
     mlp_dim: int
     dtype: DTypeLike = jnp.float32
+    key_bias: bool = False
+    exact_gelu: bool = False
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -34,14 +42,25 @@ class TransformerBlock(nn.Module):
         query = self._dense(hidden_size, "query")(x).reshape(heads)
         # Softmax ignores what all keys have in common, so a key bias would have zero gradient, up
         # to noise that Adam would amplify.
-        key = self._dense(hidden_size, "key", use_bias=False)(x).reshape(heads)
+        key = self._dense(hidden_size, "key", use_bias=self.key_bias)(x).reshape(heads)
         value = self._dense(hidden_size, "value")(x).reshape(heads)
         x = jax.nn.dot_product_attention(query, key, value).reshape(tokens.shape)
-        tokens = tokens + self._dense(hidden_size, "attention_out")(x)
+        x = self._dense(hidden_size, "attention_out")(x)
+        tokens = tokens + self._scaled(x, "attention_scale")
 
         x = self._layer_norm("mlp_norm")(tokens)
-        x = nn.gelu(self._dense(self.mlp_dim, "mlp_in")(x))
-        return tokens + self._dense(hidden_size, "mlp_out")(x)
+        x = self._dense(self.mlp_dim, "mlp_in")(x)
+        # Not `nn.gelu(x, approximate=False)`: it uses erfc, which ONNX does not have.
+        x = 0.5 * x * (1 + jax.lax.erf(math.sqrt(0.5) * x)) if self.exact_gelu else nn.gelu(x)
+        return tokens + self._scaled(self._dense(hidden_size, "mlp_out")(x), "mlp_scale")
+
+    def _scaled(self, x: jax.Array, name: str) -> jax.Array:
+        if not self.layer_scale:
+            return x
+        # The start of DINOv2 and CaiT for deep networks.
+        initial = nn.initializers.constant(1e-5)
+        scale = self.param(name, initial, (x.shape[-1],), jnp.float32)
+        return x * scale.astype(self.dtype)[None, None]
 
     def _layer_norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
@@ -72,11 +91,12 @@ class ViT(nn.Module):
       depth: number of blocks.
       num_heads: number of attention heads.
       mlp_ratio: hidden width of the MLP divided by `hidden_size`.
+      frozen_stages: patches and so many first blocks get no gradient; 0 is none of them.
       dtype: compute type.
 
     Raises:
-      ValueError: a size is below one, or `hidden_size` is not such a multiple; when called, also if
-        `patch_size` does not divide the sides of the image.
+      ValueError: a size is below one, `hidden_size` is not such a multiple, or `frozen_stages` is
+        above `depth`; when called, also if `patch_size` does not divide the sides of the image.
     """
 
     patch_size: int
@@ -84,6 +104,7 @@ class ViT(nn.Module):
     depth: int
     num_heads: int
     mlp_ratio: int = 4
+    frozen_stages: int = 0
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
@@ -99,6 +120,7 @@ class ViT(nn.Module):
                 f"hidden_size must be a multiple of num_heads = {self.num_heads} and of 4 "
                 f"(sine and cosine on two axes), got {self.hidden_size}"
             )
+        check_frozen(self.frozen_stages, self.depth)
         super().__post_init__()
 
     @nn.compact
@@ -110,18 +132,9 @@ class ViT(nn.Module):
         """
         del train
         check_images(images)
-        batch, height, width, channels = images.shape
-        size = self.patch_size
-        if height % size or width % size:
-            raise ValueError(
-                f"patch_size = {size} must divide the sides of the image, got {height}x{width}; "
-                "resize or crop the images, or choose another patch_size"
-            )
-        rows, columns = height // size, width // size
+        patches, rows, columns = to_patches(images, self.patch_size)
         # A strided convolution as a matrix product, so that the initializer uses the fan-in and
         # fan-out of MoCo v3.
-        patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
-        patches = patches.reshape(batch, rows * columns, size * size * channels)
         tokens = nn.Dense(
             self.hidden_size,
             dtype=self.dtype,
@@ -138,6 +151,8 @@ class ViT(nn.Module):
                 dtype=self.dtype,
                 name=f"block{index + 1}",
             )(tokens)
+            if index + 1 == self.frozen_stages:
+                tokens = jax.lax.stop_gradient(tokens)
         tokens = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=jnp.float32, name="final_norm")(
             tokens
         )
@@ -152,6 +167,30 @@ def vit_tiny(*, hidden_size: int = 192, num_heads: int = 3, depth: int = 12, **k
 def vit_small(*, hidden_size: int = 384, num_heads: int = 6, depth: int = 12, **kwargs: Any) -> ViT:
     """ViT-Small: width 384, 6 heads, 12 blocks; `kwargs` are other attributes of `ViT`."""
     return ViT(hidden_size=hidden_size, num_heads=num_heads, depth=depth, **kwargs)
+
+
+def to_patches(images: jax.Array, size: int) -> tuple[jax.Array, int, int]:
+    """Cuts images into square patches.
+
+    Args:
+      images: `[batch, h, w, c]`.
+      size: height and width of a patch, in pixels.
+
+    Returns:
+      `[batch, rows * columns, size * size * c]`, row by row, with the number of rows and of columns.
+
+    Raises:
+      ValueError: the size does not divide the sides of the image.
+    """
+    batch, height, width, channels = images.shape
+    if height % size or width % size:
+        raise ValueError(
+            f"patch_size = {size} must divide the sides of the image, got {height}x{width}; "
+            "resize or crop the images, or choose another patch_size"
+        )
+    rows, columns = height // size, width // size
+    patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    return patches.reshape(batch, rows * columns, size * size * channels), rows, columns
 
 
 def sincos_position_embedding(

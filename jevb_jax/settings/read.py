@@ -264,6 +264,8 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
         problems.append("data.source = 'features' is for train.py: a fine-tune needs images")
     if optimizer.constant_head_rate:
         problems.append("optimizer.constant_head_rate is of pre-training: set it to False")
+    if settings.init.frozen and optimizer.layer_decay != 1:
+        problems.append("optimizer.layer_decay is of an encoder that is trained: set it to 1.0")
     if optimizer.warmup_epochs >= train.num_epochs:
         problems.append(
             f"optimizer.warmup_epochs = {optimizer.warmup_epochs:g} must be shorter than the run, "
@@ -288,7 +290,7 @@ def _misfits(settings: RunSettings) -> list[str]:
 
 
 def _method_misfits(settings: RunSettings) -> list[str]:
-    """Settings that the method needs or would ignore."""
+    """Settings that the method, the start or the schedule needs or would ignore."""
     problems = []
     name, method, train = settings.method, METHODS[settings.method], settings.train
     views = settings.augmentation
@@ -303,6 +305,11 @@ def _method_misfits(settings: RunSettings) -> list[str]:
         problems.append(f"method {name} needs train.target_decay above 0, for instance 0.99")
     if method.target == "none" and train.target_decay:
         problems.append(f"{name} has no target network: set train.target_decay to 0")
+    if settings.init.frozen_stages and not settings.init.workdir:
+        problems.append(
+            "init.frozen_stages keeps weights of init.workdir, which is empty: name a run or a file "
+            "there, or set init.frozen_stages to 0"
+        )
     if settings.optimizer.warmup_epochs >= train.num_epochs:
         problems.append(
             f"optimizer.warmup_epochs = {settings.optimizer.warmup_epochs:g} must be shorter than "
@@ -345,7 +352,8 @@ def _view_misfits(settings: RunSettings) -> list[str]:
     if views.num_small_crops:
         sizes["small_crop_size"] = views.small_crop_size
     for name, size in sizes.items():
-        if model.backbone.startswith("vit") and size % model.patch_size:
+        has_patches = model.backbone.startswith(("vit", "timm_vit", "dinov2"))
+        if has_patches and size % model.patch_size:
             problems.append(
                 f"model.patch_size = {model.patch_size} must divide augmentation.{name} = {size}"
             )
@@ -471,7 +479,12 @@ def _feature_misfits(settings: RunSettings) -> list[str]:
         problems.append(
             "init.workdir names a file of a backbone, and features have none: give a run"
         )
+    if settings.optimizer.layer_decay != 1:
+        problems.append(
+            "optimizer.layer_decay is for layers, and features have none: set it to 1.0"
+        )
     of_images: dict[str, Any] = {
+        "init.frozen_stages": settings.init.frozen_stages,
         "augmentation.num_small_crops": settings.augmentation.num_small_crops,
         "data.image_size": settings.data.image_size,
         "ood.corruptions": ood.corruptions,

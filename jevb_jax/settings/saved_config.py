@@ -27,8 +27,15 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "value_range": [],
     },
     "augmentation": {"num_views": 2, "crop_from": "square"},
+    "init": {"frozen_stages": 0},
+    "optimizer": {"layer_decay": 1.0},
     "input": {"accept_changed_data": False},
-    "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
+    "model": {
+        "zero_init_residual": True,
+        "head_input": "embedding",
+        "batch_norm": "fused",
+        "pool": "class",  # no network of the old runs reads it
+    },
     "jevb": {"tails": "joint", "normalized": False},
     "ood": {
         "mixture_df": 5.0,
@@ -49,7 +56,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
 }
 # The same for whole sections that were added later.
 _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {
-    "init": {"workdir": "", "step": -1},
+    "init": {"workdir": "", "step": -1, "frozen_stages": 0},
     "emp_ssl": {"invariance_weight": 200.0, "squared_epsilon": 0.2},
     # Runs on images; they do not read it.
     "feature_views": {
@@ -64,6 +71,7 @@ _SECTIONS_BEFORE: dict[str, dict[str, Any]] = {
 # The same for fine-tunes, which held all images in memory and saved nothing before their end.
 _FINETUNE_BEFORE: dict[str, dict[str, Any]] = {
     "data": _BEFORE["data"],
+    "optimizer": _BEFORE["optimizer"],
     "input": {
         "placement": "resident",
         "resident_limit_bytes": 4_000_000_000,

@@ -14,7 +14,7 @@ from jevb_jax.images import dataset, pixels
 from jevb_jax.images.corruptions import CORRUPTIONS, NUM_SEVERITIES
 from jevb_jax.images.levels import DTYPES, Dtype, Levels
 from jevb_jax.images.pixels import Interpolation
-from jevb_jax.networks import heads
+from jevb_jax.networks import class_token_vit, heads, joint
 from jevb_jax.networks.heads import HeadInput
 from jevb_jax.paper import densities, likelihood, mass, objective, sphere
 from jevb_jax.runs import metrics_writers
@@ -58,6 +58,7 @@ class InitSection:
 
     workdir: Annotated[str, text(note='"" = weights drawn by the seed')]
     step: Annotated[int, integer(-1, note="-1 = the latest")]
+    frozen_stages: Annotated[int, integer(0, note="0 = none")]
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class ModelSection:
             "convnet",
             "vit_tiny",
             "vit_small",
+            *joint.CLASS_TOKEN_VITS,
             "identity",
         ),
     ]
@@ -182,6 +184,7 @@ class ModelSection:
     zero_init_residual: Flag
     batch_norm: Annotated[Literal["fused", "plain"], choice("fused", "plain")]
     patch_size: Annotated[int, integer(1)]
+    pool: Annotated[class_token_vit.Pool, choice(*class_token_vit.POOLS)]
     projector_hidden_dims: Annotated[tuple[int, ...], many(integer(1), minimum=1)]
     projector_normalizes_output: Flag
     embedding_dim: Annotated[int, integer(1)]
@@ -256,6 +259,7 @@ class OptimizerSection:
     warmup_epochs: Annotated[float, number(0, note="0 = none")]
     final_learning_rate: Annotated[float, number(0)]
     max_gradient_norm: Annotated[float, number(0, note="0 = no clipping")]
+    layer_decay: Annotated[float, number(0, 1, low_open=True, note="1 = off")]
 
 
 @dataclass(frozen=True)

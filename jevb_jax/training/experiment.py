@@ -22,7 +22,7 @@ from jevb_jax.images.views import View, view_shape
 from jevb_jax.networks.joint import JointEmbeddingModel
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import OptimizerSection, RunSettings
-from jevb_jax.training import feature_run, from_settings, optimizers, step
+from jevb_jax.training import feature_run, from_settings, optimizers, stages, step
 from jevb_jax.training.optimizers import EarlierLength
 from jevb_jax.training.step import TrainState
 
@@ -100,7 +100,7 @@ class Experiment:
         self, state: TrainState, images: Array | tuple[Array, ...], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         """`step.train_step` with this experiment's networks and settings."""
-        return step.train_step(
+        new_state, metrics = step.train_step(
             state,
             images,
             key,
@@ -120,6 +120,12 @@ class Experiment:
                 earlier=self.earlier,
             ),
         )
+        statistics = stages.keep_frozen(
+            state.batch_stats,
+            new_state.batch_stats,
+            frozen_stages=self.settings.init.frozen_stages,
+        )
+        return new_state._replace(batch_stats=statistics), metrics
 
     def extended(self, earlier: Sequence[EarlierLength]) -> "Experiment":
         """This experiment, as the last part of a run that was planned shorter at first.
@@ -138,7 +144,9 @@ class Experiment:
             num_steps=self.num_train_steps,
             earlier=earlier,
         )
-        optimizer = make_optimizer(self.settings.optimizer, schedule)
+        optimizer = make_optimizer(
+            self.settings.optimizer, schedule, frozen_stages=self.settings.init.frozen_stages
+        )
         return dataclasses.replace(
             self, schedule=schedule, optimizer=optimizer, earlier=tuple(earlier)
         )
@@ -176,7 +184,7 @@ def _schedule(
 
 
 def make_optimizer(
-    section: OptimizerSection, schedule: optax.Schedule
+    section: OptimizerSection, schedule: optax.Schedule, *, frozen_stages: int = 0
 ) -> optax.GradientTransformation:
     """The optimizer of the section `optimizer` with a schedule; see `optimizers.make_optimizer`."""
     return optimizers.make_optimizer(
@@ -188,6 +196,8 @@ def make_optimizer(
         bias_rate_factor=section.bias_rate_factor,
         max_gradient_norm=section.max_gradient_norm,
         head_learning_rate=section.learning_rate if section.constant_head_rate else None,
+        layer_decay=section.layer_decay,
+        frozen_stages=frozen_stages,
     )
 
 
@@ -242,8 +252,10 @@ def build_experiment(config: ConfigDict) -> Experiment:
         config=values,
         settings=settings,
         dataset=dataset,
-        model=from_settings.make_network(settings),
-        optimizer=make_optimizer(settings.optimizer, schedule),
+        model=from_settings.make_network(settings, frozen_stages=settings.init.frozen_stages),
+        optimizer=make_optimizer(
+            settings.optimizer, schedule, frozen_stages=settings.init.frozen_stages
+        ),
         schedule=schedule,
         view_augmentations=from_settings.views(settings, statistics),
         method=_loss(settings, jevb_settings),

@@ -19,8 +19,13 @@ from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.settings.sections import AugmentationSection, RunSettings
 
 
-def make_network(settings: RunSettings) -> JointEmbeddingModel:
+def make_network(settings: RunSettings, *, frozen_stages: int = 0) -> JointEmbeddingModel:
     """The networks that settings describe.
+
+    Args:
+      settings: what the run asks for.
+      frozen_stages: stages of the backbone that do not learn, `init.frozen_stages` in the run itself;
+        a loaded encoder has none, because a fine-tune trains it whole.
 
     Returns:
       The model, without parameters.
@@ -33,6 +38,7 @@ def make_network(settings: RunSettings) -> JointEmbeddingModel:
         has_likelihood_scale=settings.jevb.likelihood_scale == "untied",
         num_features=settings.feature_views.num_features,
         standardize=settings.feature_views.standardize,
+        frozen_stages=frozen_stages,
         **vars(settings.model),
     )
 

@@ -1,6 +1,6 @@
 """Optimizers and schedules."""
 
-import functools
+import operator
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import optax
 import optax.contrib
 from jax import Array
 from jax.typing import ArrayLike
+
+from jevb_jax.training.stages import scale_by_stage
 
 _ADAM_RMS = 0.2  # root mean square of AdamW's steps per unit of the learning rate (Liu et al. 2025)
 
@@ -122,9 +124,15 @@ def decayed(params: Any) -> Any:
       params: parameters.
 
     Returns:
-      The same tree of booleans: False on biases, BatchNorm's scales and the radial scale.
+      The same tree of booleans: False on biases, BatchNorm's scales, the radial scale, and learned
+      positions and tokens.
     """
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(_is_kernel, params)
+
+
+def _is_kernel(path: Any, leaf: Array) -> bool:
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return leaf.ndim > 1 and name not in ("positions", "registers")
 
 
 def scale_by_clipped_trust_ratio(
@@ -181,6 +189,8 @@ def make_optimizer(
     bias_rate_factor: float,
     max_gradient_norm: float,
     head_learning_rate: float | None = None,
+    layer_decay: float = 1.0,
+    frozen_stages: int = 0,
 ) -> optax.GradientTransformation:
     """The optimizer of a run.
 
@@ -197,6 +207,8 @@ def make_optimizer(
       max_gradient_norm: global norm to which gradients are clipped; 0 is off.
       head_learning_rate: constant learning rate of the head (SimSiam's predictor); None follows the
         schedule.
+      layer_decay: see `stages.scale_by_stage`; 1 is off.
+      frozen_stages: see `stages.scale_by_stage`; 0 is off.
 
     Returns:
       An Optax transformation.
@@ -250,20 +262,25 @@ def make_optimizer(
         }
         steps.append(optax.partition(parts, _head_or_rest))
     if bias_rate_factor != 1:
-        not_decayed = functools.partial(jax.tree.map, lambda leaf: leaf.ndim <= 1)
-        steps.append(optax.masked(optax.scale(bias_rate_factor), not_decayed))
+        steps.append(optax.masked(optax.scale(bias_rate_factor), _not_decayed))
+    if layer_decay != 1 or frozen_stages:
+        steps.append(scale_by_stage(layer_decay=layer_decay, frozen_stages=frozen_stages))
     return steps[0] if len(steps) == 1 else optax.chain(*steps)
 
 
 def _as_matrices(params: Any) -> Any:
     """Which axes of a kernel Muon takes as rows: all but the last, so a convolution is one matrix."""
 
-    def axes(leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim < 2:
+    def axes(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if not _is_kernel(path, leaf):
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
 
-    return jax.tree.map(axes, params)
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _not_decayed(params: Any) -> Any:
+    return jax.tree.map(operator.not_, decayed(params))
 
 
 def _head_or_rest(params: Any) -> Any:

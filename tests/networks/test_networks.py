@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from configs import cifar10
 from jevb_jax.networks import joint
+from jevb_jax.networks.class_token_vit import dinov2_small
 from jevb_jax.networks.heads import (
     HEAD_INPUTS,
     DirectionalPrediction,
@@ -493,6 +494,8 @@ def arguments(**changes):
         ("convnet", 12, 48),
         ("vit_tiny", 0, 192),
         ("vit_small", 48, 48),
+        ("timm_vit_tiny", 12, 12),
+        ("dinov2_small_registers", 0, 384),
     ],
 )
 def test_make_model_shapes_and_types(backbone, width, features):
@@ -568,6 +571,10 @@ def test_make_model_passes_its_arguments_on():
     assert resnet == resnet34(stem="imagenet")
     vit = joint.make_model(**arguments(backbone="vit_small", patch_size=8)).backbone
     assert vit == vit_small(patch_size=8)
+    dinov2 = joint.make_model(**arguments(backbone="dinov2_small", pool="mean")).backbone
+    assert dinov2 == dinov2_small(patch_size=4, pool="mean")
+    base = joint.make_model(**arguments(backbone="dinov2_small", width=768)).backbone
+    assert base == dinov2_small(patch_size=4, hidden_size=768, num_heads=12)
 
 
 def test_resnet18_and_its_gradients_are_those_of_the_installed_torchvision():
@@ -866,6 +873,8 @@ def test_projector_variance_survives_a_nearly_constant_input():
         ({"backbone": "vit_tiny", "patch_size": 0}, "patch_size"),
         ({"backbone": "vit_tiny", "width": 50}, "hidden_size"),
         ({"backbone": "vit_tiny", "width": 6}, "hidden_size"),
+        ({"backbone": "timm_vit_tiny", "width": 200}, "hidden_size"),
+        ({"backbone": "dinov2_small", "pool": "max"}, "pool must be one of"),
         ({"projector_hidden_dims": (8, 0)}, "hidden_dims"),
         ({"embedding_dim": 0}, "embedding_dim"),
         ({"head_hidden_dim": 0}, "hidden_dim"),
