@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# In the order in which a reader meets them: the run of the README is used by all others.
+# The first of these trains the run that the commands of all others use: with copies of its metrics.
+_FIRST = ("docs/settings.md", "README.md", "docs/use.md")
 PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs" / "use.md",
-    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "use.md"),
+    *(ROOT / name for name in _FIRST),
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if f"docs/{path.name}" not in _FIRST),
     ROOT / "benchmarks" / "README.md",
 )
 # What a page may say of a command that the tests cannot run, as a comment at the command's end.
@@ -87,12 +87,12 @@ def _blocks(text: str) -> Iterator[_Lines]:
         is_fence = bare.startswith("```")
         if fence is None and bare and not line.startswith(" ") and not is_fence:
             indent = 8 if re.match(r"(?:[*+-]|\d+\.) ", line) else 4
-        is_code = fence is not None or line.startswith(" " * indent) and (is_after_empty or found)
+        is_indented = line.startswith(" " * indent) and (is_after_empty or bool(found))
         if is_fence:
             if found and fence not in _OTHER_LANGUAGES:
                 yield _Lines(start, textwrap.dedent("\n".join(found)).splitlines())
             found, fence = [], bare[3:].strip() if fence is None else None
-        elif is_code or (found and not bare):
+        elif fence is not None or is_indented or (found and not bare):
             if not found:
                 start = number
             found.append(line)

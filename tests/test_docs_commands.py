@@ -12,14 +12,19 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.doc_commands import MARKS, PAGES, ROOT, Passage, passages, passages_of
 
-DETECTION = ("ssd_clusters=(1,)", "num_views=2", "num_samples=2", "num_bootstrap=2", "severities=(5,)")
+DETECTION = (
+    "ssd_clusters=(1,)",
+    "num_views=2",
+    "num_samples=2",
+    "num_bootstrap=2",
+    "severities=(5,)",
+)
 TRAINING = (
     *("model.width=4", "model.projector_hidden_dims=(16,)", "model.embedding_dim=8"),
     *("model.head_hidden_dim=8", "augmentation.jitter_probability=0.0"),
@@ -29,6 +34,18 @@ TRAINING = (
     *("ood.corruptions=()", *(f"ood.{one}" for one in DETECTION)),
 )
 SMALL_RUN = tuple(f"--config.{one}" for one in TRAINING)
+OF_VECTORS = (
+    "model.proj",
+    "model.emb",
+    "model.head",
+    "train.num",
+    "optim",
+    "eval",
+    "ood.num",
+    "ood.ssd",
+)
+SMALL_FEATURES = tuple(f"--config.{one}" for one in TRAINING if one.startswith(OF_VECTORS))
+SMALL_FEATURES += ("--config.train.batch_size=128",)
 SMALL_TUNE = ("--config.train.num_epochs=1", "--config.optimizer.warmup_epochs=0.0")
 SMALL_OOD = tuple(f"--ood.{one}" for one in (*DETECTION, "corruptions=('contrast',)"))
 TINY = ("--backbone=convnet", "--width=2", "--image_size=8", "--num_rounds=1")
@@ -61,8 +78,22 @@ def encode(params, view): return view, params["w"] * view, 0.5 + 0 * view
 """
 OF_OWN_ENCODER = """
 h = jax.random.normal(jax.random.key(0), (2, 8, 4))
-loss, _ = jax.value_and_grad(loss_fn)({"w": 0.1, "radial_scale": 0.5}, jax.random.key(1), *h)
+loss = jax.jit(loss_fn)({"w": 0.1, "radial_scale": 0.5}, jax.random.key(1), *h)
 assert loss.shape == ()
+"""
+FEATURE_FILES = """
+import numpy
+for name, count in (("train", 300), ("test", 60)):
+    rows = numpy.random.default_rng(count).normal(size=(count, 12)).astype("float32")
+    numpy.savez(f"{name}.npz", features=rows, labels=numpy.arange(count) % 3)
+"""
+FEATURES = """
+import jevb_jax, numpy
+features = numpy.load("test.npz")["features"]
+"""
+OF_FEATURES = """
+assert model.embed(features).shape == model.posterior(features).scale.shape == (60, 8)
+assert model.ood_score(features).shape == (60,)
 """
 OWN_ONNX = """
 import shutil
@@ -82,17 +113,25 @@ from configs import cifar10, default
 def small(get_config, *given):
     config = get_config(*given)
     config.method, config.model.backbone = "simsiam", "convnet"
-    for name in ("jitter", "grayscale", "blur"):
-        config.augmentation[f"{name}_probability"] = 0.0
+    config.augmentation.jitter_probability = config.augmentation.grayscale_probability = 0.0
     return config
 """  # it compiles in a fraction of the time
-FEW_SCORES = SIMSIAM + """
+COPIED_STUDY = """
+from jevb_study import run
+# Each of its runs is a copy of a finished one; `tests/jevb_study/test_run.py` trains a study.
+COPY = 'cp "$0/asked_config.json" "$0/config.json" && cp runs/digits/results.json "$0"'
+run._command = lambda directory: ["sh", "-c", COPY, str(directory)]
+"""
+FEW_SCORES = (
+    SIMSIAM
+    + """
 default.get_config = lambda get_config=default.get_config: small(get_config)
 from benchmarks import ood_scores
 table = ood_scores.score_table.score_table
 ood_scores.score_table.score_table = lambda *given, **more: dict(
     list(table(*given, **more).items())[-2:])
 """
+)
 SHORT_STARTUP = """
 from benchmarks import startup
 startup.IMPORTS = startup.IMPORTS[:1]
@@ -130,7 +169,7 @@ class Row(NamedTuple):
     """What happens with the passages that begin with `begins`, a regular expression.
 
     Attributes:
-      where: "runs" or "benchmarks", the two tests below; or who runs it: `.ci/run`, or a test.
+      where: "runs" or "rest", the two tests below; or who runs it: `.ci/run`, or a test.
       small: arguments that make a command small.
       before: Python to run first; for a passage of Python in the names of its page.
       after: Python to run afterwards, in the same names.
@@ -148,13 +187,14 @@ class Row(NamedTuple):
 
 
 ENCODER = "tests/test_any_encoder.py::test_the_page_runs"
-FEATURES = "tests/training/test_feature_run.py::test_a_run_from_files_to_verdicts"
 HUB = "tests/test_hub.py::test_the_command_pushes_and_another_process_loads"
 METHOD = "tests/test_adding_a_method.py::test_the_page_is_what_it_takes"
 PACKAGED = "tests/test_packaging.py::test_the_installed_wheel_trains_without_a_checkout"
 PARALLEL = "tests/test_parallel.py::test_two_processes_train_evaluate_stop_and_survive_like_one"
 SCALING = "tests/test_scaling_model.py::test_command_writes_the_table"
-TABLE = "tests/studies/test_detection_table.py::test_cells_are_means_over_seeds_severities_and_groups"
+TABLE = (
+    "tests/studies/test_detection_table.py::test_cells_are_means_over_seeds_severities_and_groups"
+)
 TRANSFORMER = "tests/test_any_encoder.py::test_the_transformer_of_the_page_runs"
 CONVERT = "tests/test_convert.py::test_the_command_writes_the_backbone_and_what_its_images_need"
 ROWS = (
@@ -162,12 +202,16 @@ ROWS = (
     Row("pip install -q ", ".ci/run"),
     Row("pytest$", ".ci/run"),
     Row("mkdocs build", ".ci/run"),
-    Row("pip install ", PACKAGED),
-    Row("jevb-train ", PACKAGED),
+    Row(r"pip install (-r requirements\.txt|'\.\[[\w,]+\]')$", PACKAGED),
+    Row("jevb-train --config=digits --workdir=runs/digits$", PACKAGED),
     # A run of the digits, and what is done with it.
     Row("import jevb_jax, sklearn", after=OF_PHOTOS),
     Row("import jevb_jax\n", page="index", before=PHOTOS, after=OF_PHOTOS),
-    Row("python train.py --config=configs/digits.py", small=SMALL_RUN, makes="runs/digits/report.html"),
+    Row(
+        "python train.py --config=configs/digits.py",
+        small=SMALL_RUN,
+        makes="runs/digits/report.html",
+    ),
     Row("WANDB_MODE=", small=SMALL_RUN, makes="runs/digits/writers.json"),
     Row("import jevb_jax\n", page="use", before=DIGITS),
     Row("detector = ", page="use", after="assert detector.is_outside(images).shape == (40,)"),
@@ -177,7 +221,11 @@ ROWS = (
     Row("python -m jevb_jax.export .*digits$", makes="exports/digits/model.stablehlo"),
     Row("python -m jevb_jax.export .*--onnx", makes="exports/digits/detector.onnx"),
     Row("python -m jevb_jax.export .*8_bits", after=ROUNDED),
-    Row("from jevb_jax import export", before="from jevb_jax import export" + DETECTOR_SERVED, after=OF_SERVED),
+    Row(
+        "from jevb_jax import export",
+        before="from jevb_jax import export" + DETECTOR_SERVED,
+        after=OF_SERVED,
+    ),
     Row("import onnxruntime", page="use", after=OF_SERVED),
     Row("import onnxruntime", page="any_encoder", before=OWN_ONNX),
     Row("python -m jevb_jax.rounding", makes="runs/digits_8_bits/config.json"),
@@ -191,24 +239,69 @@ ROWS = (
     Row("def loss_fn", before=OWN_ENCODER, after=OF_OWN_ENCODER),
     Row("import jax, jevb_jax", after="assert loss.shape == ()"),
     Row("from jevb_jax.configs", after="assert get_config().train.num_epochs == 10"),
-    Row("jevb-study --config", small=("--report_only",), makes="runs/df/table.md"),
-    Row("python -m studies.comparison", "tests/studies/test_comparison.py::test_the_page_is_up_to_date"),
+    Row("jevb-study --config", before=COPIED_STUDY, makes="runs/df/sweep.png"),
+    Row(
+        "python -m studies.comparison",
+        "tests/studies/test_comparison.py::test_the_page_is_up_to_date",
+    ),
     Row("python -m studies.detection_table", TABLE),
     Row("python -m examples.story", "tests/test_story.py::test_tells_the_story"),
     Row("python train.py --config=configs/smoke.py .*--process_id", PARALLEL),
-    Row("", METHOD, page="adding_a_method"),
+    Row("def distance|METHODS|@dataclass", METHOD),
     Row("from jevb_jax.embedding_estimator", TRANSFORMER),
-    Row("", ENCODER, page="any_encoder"),
-    Row("", FEATURES, page="features"),
+    Row("import jevb_jax|from sklearn|import numpy|features_fn = jax", ENCODER, page="any_encoder"),
+    Row(
+        "python train.py .*runs/features",
+        "rest",
+        SMALL_FEATURES,
+        FEATURE_FILES,
+        makes="runs/features/report.html",
+    ),
+    Row("python evaluate.py .*features", "rest", makes="runs/features/fitted/step_2.json"),
+    Row("model = .*features", "rest", before=FEATURES, after=OF_FEATURES),
     # Benchmarks.
     Row("python -m benchmarks.scaling_model", SCALING),
     Row("python -m benchmarks.soak", before=COPIED_SOAK, makes="runs/soak/soak.json"),
-    Row("python -m benchmarks.input", "benchmarks", ("--num_images=1", "--num_rounds=1"), makes="runs/input/input.md"),
-    Row("python -m benchmarks.ood", "benchmarks", SMALL_SCORES, FEW_SCORES, makes="runs/benchmark_ood/ood_scores.md"),
-    Row("python -m benchmarks.obj", "benchmarks", SMALL_OBJECTIVE, ONE_BLOCK, makes="runs/objective_cost/objective_cost.md"),
-    Row("python -m benchmarks.many", "benchmarks", ("--views=2", "--batch=4", "--num_steps=1"), SIMSIAM_VIEWS),
-    Row("python -m benchmarks.startup", "benchmarks", ("--num_rounds=1",), SHORT_STARTUP, makes="runs/startup/startup.md"),
-    Row("python -m benchmarks.memory", "benchmarks", SMALL_MEMORY, SMALL_STEPS, makes="runs/memory/memory.md"),
+    Row(
+        "python -m benchmarks.input",
+        "rest",
+        ("--num_images=1", "--num_rounds=1"),
+        makes="runs/input/input.md",
+    ),
+    Row(
+        "python -m benchmarks.ood",
+        "rest",
+        SMALL_SCORES,
+        FEW_SCORES,
+        makes="runs/benchmark_ood/ood_scores.md",
+    ),
+    Row(
+        "python -m benchmarks.obj",
+        "rest",
+        SMALL_OBJECTIVE,
+        ONE_BLOCK,
+        makes="runs/objective_cost/objective_cost.md",
+    ),
+    Row(
+        "python -m benchmarks.many",
+        "rest",
+        ("--views=2", "--batch=4", "--num_steps=1"),
+        SIMSIAM_VIEWS,
+    ),
+    Row(
+        "python -m benchmarks.startup",
+        "rest",
+        ("--num_rounds=1",),
+        SHORT_STARTUP,
+        makes="runs/startup/startup.md",
+    ),
+    Row(
+        "python -m benchmarks.memory",
+        "rest",
+        SMALL_MEMORY,
+        SMALL_STEPS,
+        makes="runs/memory/memory.md",
+    ),
 )
 UNKNOWN = f"""no test runs this, and the page does not say why. Do one of these:
 * add a row to ROWS in tests/test_docs_commands.py, which runs it with what makes it small;
@@ -236,10 +329,15 @@ def test_every_row_has_its_command_and_every_page_its_own():
 
 
 def test_who_runs_a_command_exists():
-    for name in {row.where for row in ROWS} - {"runs", "benchmarks", ".ci/run"}:
+    for name in {row.where for row in ROWS} - {"runs", "rest", ".ci/run"}:
         path, _, test = name.partition("::")
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+        for one in FOUND:
+            row = row_of(one)
+            if one.is_shell and not one.mark and row is not None and row.where == name:
+                program = re.sub(r"^python (-m \w+\.)?", "", one.text).split()[0]
+                assert program.removesuffix(".py") in (ROOT / path).read_text(encoding="utf-8"), one
     checks = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for one in FOUND:
         row = row_of(one)
@@ -249,7 +347,9 @@ def test_who_runs_a_command_exists():
 
 def test_what_pip_is_asked_for_exists():
     """Whether an extra holds what the code needs: `test_packaging.py`."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     asked = [one for one in FOUND if one.is_shell and one.text.startswith("pip install")]
     assert len(asked) > 5
     for one in asked:
@@ -293,13 +393,16 @@ x = 1
 """
 
 
+LINES = "import os\nos.sep  # needs a cluster\n\nif os.sep:\n    os.getcwd()"
+
+
 def test_code_is_found_in_a_page():
     found = [(one.line, one.text, one.is_shell, one.mark) for one in passages_of("x", PAGE)]
     assert found == [
         (3, "A=1 python one.py '--x=a b' --y=2", True, "needs a GPU"),
         (5, "python two.py", True, "needs a download"),
         (5, "jevb-three", True, "needs a download"),
-        (7, "import os\nos.sep  # needs a cluster\n\nif os.sep:\n    os.getcwd()", False, "needs a cluster"),
+        (7, LINES, False, "needs a cluster"),
         (17, "docker run x", True, ""),
         (23, "mkdocs build", True, ""),
         (24, "python -c 'import os\nos.sep'", True, ""),
@@ -317,12 +420,20 @@ def steps_of(where: str) -> list[dict[str, object]]:
         text = f"{one.text} {shlex.join(row.small)}" if one.is_shell else one.text
         for code, is_shell in ((row.before, False), (text, one.is_shell), (row.after, False)):
             if code:
-                steps.append({"page": one.page, "name": str(one).partition("\n")[0], "text": code, "is_shell": is_shell})
+                steps.append(
+                    {
+                        "page": one.page,
+                        "name": str(one).partition("\n")[0],
+                        "text": code,
+                        "is_shell": is_shell,
+                    }
+                )
     return steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["runs", "benchmarks"])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("where", ["runs", "rest"])
 def test_commands_do_what_the_page_says(where, tmp_path):
     here = tmp_path / "checkout"
     here.mkdir()
@@ -335,7 +446,6 @@ def test_commands_do_what_the_page_says(where, tmp_path):
         cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
-    Path("/tmp/doccmds/last.txt").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-8000:]
     for row in ROWS:
         if row.where == where and row.makes:
