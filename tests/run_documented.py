@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from jevb_jax import scripts  # its flags of several processes are defined once
+from jevb_jax import scripts  # noqa: F401 (flags of several processes are defined once)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,9 +28,9 @@ def run_command(text: str) -> None:
     """Runs `python FILE ...`, `python -m MODULE ...` or an installed command, as its process would.
 
     Raises:
-      RuntimeError: the program ended with another status than 0.
+      RuntimeError: the program ended with another status than 0, or is another program.
     """
-    words = shlex.split(text)
+    words, environment = shlex.split(text), dict(os.environ)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         os.environ[name] = value
@@ -44,12 +44,18 @@ def run_command(text: str) -> None:
         elif words[:2] == ["python", "-m"]:
             sys.argv = words[2:]
             status = _module_main(words[2])
-        else:
+        elif words[0] == "python":
             sys.argv = words[1:]
             runpy.run_path(words[1], run_name="__main__")
+        else:
+            raise RuntimeError(
+                f"{words[0]} is not run here: let the row name the test that runs it"
+            )
     except SystemExit as error:
         status = error.code
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         # What a program of ours defines; the flags of JAX, of absl and of several processes stay.
         for name in set(flags.FLAGS) - before:
             module = str(flags.FLAGS.find_module_defining_flag(name))
@@ -91,5 +97,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    assert scripts
     sys.exit(main())

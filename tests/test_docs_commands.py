@@ -173,7 +173,7 @@ class Row(NamedTuple):
       small: arguments that make a command small.
       before: Python to run first; for a passage of Python in the names of its page.
       after: Python to run afterwards, in the same names.
-      makes: a file that the page promises.
+      makes: files that the page promises, of one directory: "DIRECTORY: FILE, FILE".
       page: part of the name of the page, if it matters.
     """
 
@@ -186,6 +186,7 @@ class Row(NamedTuple):
     page: str = ""
 
 
+EXPORTED = "exports/digits: model.safetensors, model.json, model.stablehlo, fitted.safetensors"
 ENCODER = "tests/test_any_encoder.py::test_the_page_runs"
 HUB = "tests/test_hub.py::test_the_command_pushes_and_another_process_loads"
 METHOD = "tests/test_adding_a_method.py::test_the_page_is_what_it_takes"
@@ -210,16 +211,20 @@ ROWS = (
     Row(
         "python train.py --config=configs/digits.py",
         small=SMALL_RUN,
-        makes="runs/digits/report.html",
+        makes="runs/digits: report.html, results.json, results.csv, views.png, curves.png, "
+        "config.json, environment.json, metrics.jsonl",
     ),
-    Row("WANDB_MODE=", small=SMALL_RUN, makes="runs/digits/writers.json"),
+    Row("WANDB_MODE=", small=SMALL_RUN, makes="runs/digits: writers.json"),
     Row("import jevb_jax\n", page="use", before=DIGITS),
     Row("detector = ", page="use", after="assert detector.is_outside(images).shape == (40,)"),
     Row("detector = ", page="results", before=DIGITS + "model = jevb_jax.load('runs/digits')"),
     Row("python -m jevb_jax.export .*--push", HUB),
     Row("model = .*hf://", HUB),
-    Row("python -m jevb_jax.export .*digits$", makes="exports/digits/model.stablehlo"),
-    Row("python -m jevb_jax.export .*--onnx", makes="exports/digits/detector.onnx"),
+    Row("python -m jevb_jax.export .*digits$", makes=EXPORTED),
+    Row(
+        "python -m jevb_jax.export .*--onnx",
+        makes=EXPORTED + ", detector.stablehlo, model.onnx, detector.onnx",
+    ),
     Row("python -m jevb_jax.export .*8_bits", after=ROUNDED),
     Row(
         "from jevb_jax import export",
@@ -228,18 +233,22 @@ ROWS = (
     ),
     Row("import onnxruntime", page="use", after=OF_SERVED),
     Row("import onnxruntime", page="any_encoder", before=OWN_ONNX),
-    Row("python -m jevb_jax.rounding", makes="runs/digits_8_bits/config.json"),
-    Row("python evaluate.py --workdir=runs/digits_8_bits", makes="runs/digits_8_bits/results.json"),
-    Row("python finetune.py .*full", small=SMALL_TUNE, makes="runs/digits_full/results.json"),
-    Row("python finetune.py .*frozen", small=SMALL_TUNE, makes="runs/digits_frozen/results.json"),
-    Row("python evaluate.py .*--data="),
-    Row("python evaluate.py .*--ood=", small=SMALL_OOD, makes="runs/digits/results.csv"),
+    Row("python -m jevb_jax.rounding", makes="runs/digits_8_bits: config.json"),
+    Row(
+        "python evaluate.py --workdir=runs/digits_8_bits", makes="runs/digits_8_bits: results.json"
+    ),
+    Row("python finetune.py .*full", small=SMALL_TUNE, makes="runs/digits_full: results.json"),
+    Row("python finetune.py .*frozen", small=SMALL_TUNE, makes="runs/digits_frozen: results.json"),
+    Row("python evaluate.py .*--data=", makes="runs/digits: results_on_digits.json"),
+    Row("python evaluate.py .*--ood=", small=SMALL_OOD, makes="runs/digits: results.csv"),
     Row("python -m jevb_jax.convert", CONVERT),
     # Other programs and passages.
     Row("def loss_fn", before=OWN_ENCODER, after=OF_OWN_ENCODER),
     Row("import jax, jevb_jax", after="assert loss.shape == ()"),
     Row("from jevb_jax.configs", after="assert get_config().train.num_epochs == 10"),
-    Row("jevb-study --config", before=COPIED_STUDY, makes="runs/df/sweep.png"),
+    Row(
+        "jevb-study --config", before=COPIED_STUDY, makes="runs/df: table.md, table.csv, sweep.png"
+    ),
     Row(
         "python -m studies.comparison",
         "tests/studies/test_comparison.py::test_the_page_is_up_to_date",
@@ -255,32 +264,32 @@ ROWS = (
         "rest",
         SMALL_FEATURES,
         FEATURE_FILES,
-        makes="runs/features/report.html",
+        makes="runs/features: report.html",
     ),
-    Row("python evaluate.py .*features", "rest", makes="runs/features/fitted/step_2.json"),
+    Row("python evaluate.py .*features", "rest", makes="runs/features/fitted: step_2.json"),
     Row("model = .*features", "rest", before=FEATURES, after=OF_FEATURES),
     # Benchmarks.
     Row("python -m benchmarks.scaling_model", SCALING),
-    Row("python -m benchmarks.soak", before=COPIED_SOAK, makes="runs/soak/soak.json"),
+    Row("python -m benchmarks.soak", before=COPIED_SOAK, makes="runs/soak: soak.json"),
     Row(
         "python -m benchmarks.input",
         "rest",
         ("--num_images=1", "--num_rounds=1"),
-        makes="runs/input/input.md",
+        makes="runs/input: input.json, input.md",
     ),
     Row(
         "python -m benchmarks.ood",
         "rest",
         SMALL_SCORES,
         FEW_SCORES,
-        makes="runs/benchmark_ood/ood_scores.md",
+        makes="runs/benchmark_ood: ood_scores.json, ood_scores.md",
     ),
     Row(
         "python -m benchmarks.obj",
         "rest",
         SMALL_OBJECTIVE,
         ONE_BLOCK,
-        makes="runs/objective_cost/objective_cost.md",
+        makes="runs/objective_cost: objective_cost.json, objective_cost.md",
     ),
     Row(
         "python -m benchmarks.many",
@@ -293,14 +302,14 @@ ROWS = (
         "rest",
         ("--num_rounds=1",),
         SHORT_STARTUP,
-        makes="runs/startup/startup.md",
+        makes="runs/startup: startup.json, startup.md",
     ),
     Row(
         "python -m benchmarks.memory",
         "rest",
         SMALL_MEMORY,
         SMALL_STEPS,
-        makes="runs/memory/memory.md",
+        makes="runs/memory: memory.json, memory.md",
     ),
 )
 UNKNOWN = f"""no test runs this, and the page does not say why. Do one of these:
@@ -448,5 +457,6 @@ def test_commands_do_what_the_page_says(where, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:]
     for row in ROWS:
-        if row.where == where and row.makes:
-            assert (here / row.makes).is_file(), row
+        directory, _, files = row.makes.partition(": ")
+        for file in files.split(", ") if row.where == where and row.makes else ():
+            assert (here / directory / file).is_file(), (row.begins, file)
