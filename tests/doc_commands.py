@@ -31,7 +31,7 @@ MARKS = (
     "takes hours on a CPU",
 )
 
-_OTHER_LANGUAGES = ("math", "text", "bibtex", "json")
+_OTHER_LANGUAGES = ("math", "bibtex", "json")
 _PROGRAMS = r"(?:python|pip|pytest|mkdocs|jevb-\w+|export|cd)(?: |$)"
 _SHELL = re.compile(rf"(?:\w+=\S* )*{_PROGRAMS}")
 
@@ -154,7 +154,7 @@ def _split(line: str) -> list[str]:
     lexer.commenters = "#"
     found: list[list[str]] = [[]]
     for token in lexer:
-        if set(token) <= set("&;|"):
+        if token and set(token) <= set("&;|"):
             found.append([])
         else:
             found[-1].append(token)

@@ -372,7 +372,7 @@ PAGE = """Text with `python inline.py`.
 
     A=1 python one.py --x='a b' \\
       --y=2  # its run; needs a GPU
-    python two.py && jevb-three  # needs a download
+    python two.py '' && jevb-three  # needs a download
 
     import os
     os.sep  # needs a cluster
@@ -409,7 +409,7 @@ def test_code_is_found_in_a_page():
     found = [(one.line, one.text, one.is_shell, one.mark) for one in passages_of("x", PAGE)]
     assert found == [
         (3, "A=1 python one.py '--x=a b' --y=2", True, "needs a GPU"),
-        (5, "python two.py", True, "needs a download"),
+        (5, "python two.py ''", True, "needs a download"),
         (5, "jevb-three", True, "needs a download"),
         (7, LINES, False, "needs a cluster"),
         (17, "docker run x", True, ""),
