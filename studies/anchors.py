@@ -207,5 +207,6 @@ def null_test_lines() -> list[str]:
         "## Null test: can a score tell held-out images from held-out images?",
         textwrap.fill(text, 100),
         "\n".join(markdown_table(head, cells)),
-        "    python -m studies.null_test --model=jevb-cifar10-resnet18 --out=docs/results/null_test",
+        "    python -m studies.null_test --model=jevb-cifar10-resnet18 --out=docs/results/null_test"
+        "  # needs a download",
     ]

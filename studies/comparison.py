@@ -18,19 +18,32 @@ from jevb_jax.runs import files
 from studies import anchors
 from studies.published_numbers import Ours, Published
 
-_ONE_CLASS = "jevb-study studies/one_class_digits.py --out=runs/one_class_digits"
-_ADJACENT = "jevb-study studies/adjacent_digits.py --out=runs/adjacent_digits"
-_ADJACENT_COLOR = "jevb-study studies/adjacent_cifar10_small.py --out=runs/adjacent_cifar10_small"
-_UNCERTAINTY = "jevb-study studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty"
+_HOURS = "takes hours on a CPU"
+_DATA = "needs a download"
+_ONE_CLASS = f"jevb-study studies/one_class_digits.py --out=runs/one_class_digits  # {_HOURS}"
+_ADJACENT = f"jevb-study studies/adjacent_digits.py --out=runs/adjacent_digits  # {_HOURS}"
+_ADJACENT_COLOR = (
+    "jevb-study studies/adjacent_cifar10_small.py --out=runs/adjacent_cifar10_small"
+    f"  # {_DATA}; {_HOURS}"
+)
+_UNCERTAINTY = (
+    f"jevb-study studies/cifar10_uncertainty.py --out=runs/cifar10_uncertainty  # {_DATA}; {_HOURS}"
+)
 _RUNS = "runs/cifar10_uncertainty/runs/direction/seed_*"
 _URL_COMMAND = f"{_UNCERTAINTY}\npython -m studies.detection_table {_RUNS} --out=runs/url"
-_TEST = "jevb-study studies/cifar10_small_test.py --out=runs/test"
-_FULL = "python train.py --config=configs/cifar10.py --workdir=runs/cifar10  # see full_size.md"
-_THROUGHPUT = (
-    "python -m benchmarks.train_throughput --out=runs/speed  # all flags: benchmarks/README.md"
+_TEST = f"jevb-study studies/cifar10_small_test.py --out=runs/test  # {_DATA}; {_HOURS}"
+_FULL = (
+    "python train.py --config=configs/cifar10.py --workdir=runs/cifar10"
+    "  # see full_size.md; needs a GPU"
 )
-_FULL_RUN = "jevb-study studies/full_size.py --out=runs/full_size  # its run jevb"
-_FULL_SIMSIAM = "jevb-study studies/full_size.py --out=runs/full_size  # its run simsiam"
+_THROUGHPUT = (
+    "python -m benchmarks.train_throughput --out=runs/speed"
+    "  # all flags: benchmarks/README.md; needs a GPU"
+)
+_FULL_RUN = "jevb-study studies/full_size.py --out=runs/full_size  # its run jevb; needs a GPU"
+_FULL_SIMSIAM = (
+    "jevb-study studies/full_size.py --out=runs/full_size  # its run simsiam; needs a GPU"
+)
 _SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
 
 
@@ -98,7 +111,7 @@ def _at_full_size(what: str) -> list[Ours]:
 
 _FULL_TEST = "jevb, test"
 _FULL_PROTOCOL = "ResNet-18, 100 epochs, Muon and a target network; test; one view, one seed"
-_FULL_EVALUATION = "python evaluate.py --workdir=runs/full_size/runs/jevb/seed_0"
+_FULL_EVALUATION = "python evaluate.py --workdir=runs/full_size/runs/jevb/seed_0  # needs a GPU"
 _SSD = "README of inspire-group/SSD, commit cf2e162"
 _CSI = "README of alinlab/CSI, commit 60742b6"
 _URL = "results and plot scripts of mkirchhof/url, commit eacd47f"

@@ -1,16 +1,13 @@
 """A run with kernels of 8 bits: what changes, what an export of it holds, and what is refused."""
 
 import json
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 import jevb_jax
-from configs import smoke
-from jevb_jax import commands, rounding
-from jevb_jax.evaluation import fitted_scores
+from jevb_jax import rounding
 from jevb_jax.export import export_model
 from jevb_jax.images.arrays import digits
 from jevb_jax.runs import archive, files
@@ -92,18 +89,3 @@ def test_what_cannot_be_rounded_is_refused(tmp_path, capsys):
     assert rounding.main([f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'new'}"]) == 1
     assert "holds neither" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_the_scores_of_the_rounded_run_belong_to_its_export(tmp_path):
-    config: Any = smoke.get_config()
-    commands.train(config, tmp_path / "run")
-    rounding.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'rounded'}"])
-    commands.evaluate(config, tmp_path / "rounded", step=None)
-    model = jevb_jax.load(tmp_path / "rounded")
-    export_model(model, tmp_path / "export")
-    loaded = jevb_jax.load(tmp_path / "export")
-    assert loaded.fitted_scores is not None
-    assert loaded.fitted_scores.weights_sha256 == fitted_scores.weights_sha256(loaded.variables)
-    images = digits().images[:20]
-    np.testing.assert_array_equal(loaded.ood_score(images), model.ood_score(images))

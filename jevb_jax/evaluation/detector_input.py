@@ -1,9 +1,11 @@
 """Checks of features and settings before a detector is fitted, and of the arrays of the fit."""
 
+import contextlib
+import contextvars
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ ROUNDING = 1e-6
 # Sizes of features whose squares and inverses are normal numbers of float32.
 SMALLEST, LARGEST = 1e-30, 1e30
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
+# What was said since `each_warning_once` began; None outside of it.
+_SAID: contextvars.ContextVar[set[Hashable] | None] = contextvars.ContextVar("said", default=None)
 
 
 def checked_share(name: str, value: Any) -> float:
@@ -165,8 +169,32 @@ def check_alive(is_alive: np.ndarray, where: str = "") -> None:
         )
 
 
-def warn_of_few_images(message: str) -> None:
-    """Emits `FewImagesWarning` for the line outside of this package that asked for the fit."""
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Emits each `FewImagesWarning` once while it lasts, however often its score is fitted.
+
+    An evaluation fits a score for detection and again for `Model`. Python's own filter does not see
+    that the two warnings are one: a share in them may differ in its last digit, and libraries reset it.
+    """
+    token = _SAID.set(set())
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
+
+
+def warn_of_few_images(message: str, *, about: Hashable) -> None:
+    """Emits `FewImagesWarning` for the line outside of this package that asked for the fit.
+
+    Args:
+      message: the warning.
+      about: what the warning is about; see `each_warning_once`.
+    """
+    said = _SAID.get()
+    if said is not None:
+        if about in said:
+            return
+        said.add(about)
     frame, level = sys._getframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

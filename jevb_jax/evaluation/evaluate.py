@@ -23,6 +23,7 @@ from jevb_jax.evaluation.accuracy import (
     wrong_predictions,
 )
 from jevb_jax.evaluation.detection import OODEvaluation
+from jevb_jax.evaluation.detector_input import each_warning_once
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.fitted_scores import FittedScores
 from jevb_jax.evaluation.linear_probe import LinearProbe
@@ -363,6 +364,7 @@ def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[
     ]
 
 
+@each_warning_once()
 def evaluate(
     experiment: Experiment,
     variables: Any,

@@ -93,7 +93,8 @@ def covariance_of(
         warn_of_few_images(
             f"the covariance of {num_alive} features from {len(features)} images is shrunk by "
             f"{shrinkage:.2g} and its score is weak, because it has only {freedom} degrees of freedom. "
-            f"Fit more than {num_alive} different images, better {FEW_IMAGES * num_alive}"
+            f"Fit more than {num_alive} different images, better {FEW_IMAGES * num_alive}",
+            about=("covariance", num_alive, len(features), freedom),
         )
     return _Covariance(units, moments, shrinkage)
 
@@ -314,7 +315,8 @@ def fit_published_ssd(features: ArrayLike) -> DirectionGaussians:
         warn_of_few_images(
             f"the published form of SSD does not shrink its covariance, and its score is weak: it has "
             f"{num_features} features and only {num_images} different images. Fit more images, or "
-            "take fit_ssd"
+            "take fit_ssd",
+            about=("published SSD", num_features, num_images),
         )
     units = np.where(is_alive, std, 1)
     standardized = residual * (is_alive / units)
@@ -355,7 +357,8 @@ def _cluster_whitenings(
         warn_of_few_images(
             f"{num_small} of {num_clusters} clusters have fewer different images than the "
             f"{num_features} features (the smallest has {min(freedom) + 1}). Their covariances are "
-            "shrunk toward the one within all clusters. Fit more images or fewer clusters"
+            "shrunk toward the one within all clusters. Fit more images or fewer clusters",
+            about=("clusters", num_clusters, num_features),
         )
     return np.stack(whitenings)
 
@@ -410,7 +413,8 @@ def fit_residual(
     if num_images <= values.shape[1]:
         warn_of_few_images(
             f"a principal subspace of {values.shape[1]} features is weak if it is fitted to "
-            f"{num_images} different images. Fit more than {values.shape[1]}"
+            f"{num_images} different images. Fit more than {values.shape[1]}",
+            about=("subspace", values.shape[1], num_images),
         )
     return residual_of(values, num_components, origin)
 

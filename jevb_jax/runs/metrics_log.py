@@ -20,6 +20,7 @@ from jevb_jax.runs import files, metrics_writers
 from jevb_jax.runs.metrics_writers import Ending, WrittenRun
 
 _PLAIN_LINE_SECONDS = 15.0
+_LOG_WIDTH = 1000  # columns, more than our widest table has
 
 
 class MetricsLog:
@@ -127,8 +128,14 @@ def _lines_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def standard_output(*, quiet: bool = False) -> Console:
-    """Standard output for people. Silent if the process has none (`>&-`, a service)."""
-    return Console(quiet=quiet or sys.stdout is None)
+    """Standard output for people. Silent if the process has none (`>&-`, a service).
+
+    A file or a pipe has no width, so it gets whole rows; the variable `COLUMNS` gives it one.
+    """
+    console = Console(quiet=quiet or sys.stdout is None)
+    if not (console.is_terminal or console.is_jupyter or os.environ.get("COLUMNS")):
+        console.width = _LOG_WIDTH
+    return console
 
 
 class _UnbrokenFile:

@@ -1,6 +1,9 @@
 """Scores against scikit-learn, SciPy and NumPy in float64; the threshold by simulation."""
 
 import functools
+import types
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from jevb_jax.evaluation import (
     conformal,
     detection_metrics,
+    evaluate,
     gaussian_detectors,
     labeled_detectors,
     neighbor_detectors,
@@ -554,6 +558,43 @@ def test_as_few_images_as_features_tell_strange_ones(name):
     assert caught[0].filename == __file__
     found = np.asarray(score(inside)), np.asarray(score(outside))
     assert detection_metrics.ood_metrics(*found).auroc > 0.9
+
+
+def test_a_warning_of_few_images_is_emitted_once_in_an_evaluation(monkeypatch):
+    few = normal(0, 8, 12)
+    fits = (few, few + 0.1 * normal(1, 8, 12), normal(0, 7, 12))  # the second has another share
+
+    def fit_all() -> Any:
+        for x in fits:
+            gaussian_detectors.fit_mahalanobis(x)
+        return types.SimpleNamespace(results=[], ood=None)
+
+    def warned(work: Callable[[], Any]) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+        assert {one.category for one in caught} == {FewImagesWarning}
+        return len(caught)
+
+    def fit_twice(*_: Any) -> Any:
+        fit_all()
+        return fit_all()
+
+    def evaluation() -> None:
+        section = types.SimpleNamespace(compare_untrained=False)
+        asked: Any = types.SimpleNamespace(
+            settings=types.SimpleNamespace(evaluation=section), dataset=None
+        )
+        evaluate.evaluate(asked, None)
+
+    monkeypatch.setattr(evaluate, "make_extractors", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "evaluated_split", lambda *_: ("test", range(3)))
+    monkeypatch.setattr(evaluate, "left_out", lambda *_: {})
+    monkeypatch.setattr(evaluate, "evaluate_variables", fit_twice)
+    assert warned(fit_all) == 3
+    for _ in range(2):  # the next evaluation warns again
+        assert warned(evaluation) == 2
+    assert warned(fit_all) == 3
 
 
 @pytest.mark.slow

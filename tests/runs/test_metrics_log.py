@@ -3,6 +3,7 @@ import importlib
 import importlib.util
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from jevb_jax.runs import metrics_log
 from jevb_jax.runs.metrics_log import MetricsLog, ProgressLine, standard_output, unbroken
@@ -211,6 +213,29 @@ def test_a_console_of_standard_output_stays_one(monkeypatch):
     assert other.getvalue() == "where it is now\n"
     monkeypatch.setattr(sys, "stdout", None)
     standard_output().print("nowhere")
+
+
+def test_a_log_file_gets_whole_rows_and_a_terminal_its_width(monkeypatch):
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    table = Table(*(f"a column with a long name, {number}" for number in range(12)))
+    row = [f"value {number}" for number in range(12)]
+    table.add_row(*row)
+
+    def said() -> list[str]:
+        other = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", other)
+        standard_output().print(table)
+        return other.getvalue().splitlines()
+
+    head, values = (re.split(r" *[┃│] *", line)[1:-1] for line in (said()[1], said()[3]))
+    assert head == [f"a column with a long name, {number}" for number in range(12)]
+    assert values == row
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, said())) <= 60
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal, of 80 columns by default
+    assert standard_output().width < 1000
 
 
 @pytest.mark.slow
