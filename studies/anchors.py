@@ -179,13 +179,12 @@ def difference_lines(
         "The tests compute each protocol a second time, without our code. A difference is relative to "
         "the largest value of its comparison. Scores are float32, which has seven digits."
     )
-    files = "classification,reliability,csi,detectors,scaled_mahalanobis,loss_prediction"
     return [
         "## How far are the protocols from their references?",
         textwrap.fill(text, 100),
         "\n".join(markdown_table(["protocol", "reference", "values", "largest difference"], cells)),
-        f"    JEVB_JAX_TESTS=optimized pytest -n 0 tests/evaluation/test_{{{files},detection_metrics}}.py"
-        " --differences=docs/results/protocols/table.csv",
+        "    JEVB_JAX_TESTS=optimized pytest -n 0 tests/evaluation "
+        "--differences=docs/results/protocols/table.csv",
     ]
 
 

@@ -198,6 +198,8 @@ TABLE = (
 )
 TRANSFORMER = "tests/test_any_encoder.py::test_the_transformer_of_the_page_runs"
 CONVERT = "tests/test_convert.py::test_the_command_writes_the_backbone_and_what_its_images_need"
+TRAINED_ENCODER = "tests/test_any_encoder.py::test_the_training_of_the_page_runs"
+DIFFERENCES = "tests/evaluation/test_differences.py::test_the_table_is_written_by_one_process"
 ROWS = (
     # Installation.
     Row("pip install -q ", ".ci/run"),
@@ -258,6 +260,8 @@ ROWS = (
     Row("python train.py --config=configs/smoke.py .*--process_id", PARALLEL),
     Row("def distance|METHODS|@dataclass", METHOD),
     Row("from jevb_jax.embedding_estimator", TRANSFORMER),
+    Row("trained = ", TRAINED_ENCODER),
+    Row("JEVB_JAX_TESTS=optimized pytest .*--differences", DIFFERENCES),
     Row("import jevb_jax|from sklearn|import numpy|features_fn = jax", ENCODER, page="any_encoder"),
     Row(
         "python train.py .*runs/features",
