@@ -52,9 +52,10 @@ def score_splits(model: Model, num_images: int) -> dict[str, dict[str, np.ndarra
         rows = np.sort(random.permutation(len(source))[:num_images])
         features[name] = model.extractor("terms")(model.variables, Subset(source, rows))
     train = features["train"]
+    labels: Any = train.labels  # there are some, or `num_classes` raises
     probe = fit_linear_probe(
         train.representation,
-        train.labels,
+        labels,
         num_classes=num_classes(dataset.train),
         l2_regularization=_PROBE_PENALTY,
     )
