@@ -11,6 +11,7 @@ EXTRAS = {
     "PIL": "train",
     "absl": "train",
     "cloudpickle": "train",
+    "cykooz_resizer": "photos",
     "distrax": "distrax",
     "etils": "train",
     "filelock": "train",

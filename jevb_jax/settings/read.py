@@ -360,8 +360,11 @@ def _view_misfits(settings: RunSettings) -> list[str]:
 
 def _crop_misfits(settings: RunSettings) -> list[str]:
     """Crops of whole pictures, where there are no pictures or where they are not read anew."""
-    if settings.augmentation.crop_from == "square":
-        return []
+    views = settings.augmentation
+    simd = 'augmentation.crop_resizer = "simd"'
+    if views.crop_from == "square":
+        needs = f'{simd} needs augmentation.crop_from = "image"; the device resizes squares'
+        return [needs] if views.crop_resizer == "simd" else []
     asked = 'augmentation.crop_from = "image"'
     problems = []
     if settings.data.source not in PICTURE_SOURCES:
@@ -373,6 +376,15 @@ def _crop_misfits(settings: RunSettings) -> list[str]:
         problems.append(
             f'{asked} reads every picture again at each step: set input.placement = "resident" to '
             '"stream" or "auto", or augmentation.crop_from to "square"'
+        )
+    data, kind = settings.data, views.interpolation
+    if views.crop_resizer == "simd" and (
+        kind != "bilinear" or data.num_channels == 4 or data.dtype != "uint8"
+    ):
+        problems.append(
+            f"{simd} needs bilinear crops of color or gray with 8 bits, got "
+            f'augmentation.interpolation = "{kind}", data.num_channels = {data.num_channels}, '
+            f'data.dtype = "{data.dtype}": set it to "pillow"'
         )
     return problems
 

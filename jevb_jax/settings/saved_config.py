@@ -26,7 +26,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "dtype": "uint8",
         "value_range": [],
     },
-    "augmentation": {"num_views": 2, "crop_from": "square"},
+    "augmentation": {"num_views": 2, "crop_from": "square", "crop_resizer": "pillow"},
     "input": {"accept_changed_data": False},
     "model": {"zero_init_residual": True, "head_input": "embedding", "batch_norm": "fused"},
     "jevb": {"tails": "joint", "normalized": False},
