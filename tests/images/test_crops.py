@@ -263,7 +263,14 @@ def test_simd_refuses_what_it_cannot_do(photos, folder, monkeypatch):
         host_crops(8, 8, interpolation="bicubic", resizer="simd")
     monkeypatch.setitem(sys.modules, "cykooz_resizer", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jevb-jax\[photos\]'"):
-        streamed(folder, crops=host_crops(8, 8, resizer="simd"))
+        batches.stream_batches(  # before anything is read
+            folder,
+            start_step=0,
+            num_steps=1,
+            batch_size=4,
+            seed=0,
+            crops=host_crops(8, 8, resizer="simd"),
+        )
     monkeypatch.undo()
     pytest.importorskip("cykooz_resizer")
     with pytest.raises(ValueError, match="8 bits, got bilinear and mode RGBA"):
