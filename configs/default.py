@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
             # or image, the whole picture in its file, on the host (docs/settings.md).
             "crop_from": "square",  # square | image (encoded pictures, streamed)
             # Only for image. simd needs the extra `photos` and a third of the time; levels differ
-            # by at most 1. It is bilinear, for color and gray with 8 bits.
+            # by at most 2. It is bilinear, for color and gray with 8 bits.
             "crop_resizer": "pillow",  # pillow | simd
             "crop_scale": (0.2, 1.0),  # share of the image's area
             "crop_ratio": (3 / 4, 4 / 3),  # width / height

@@ -194,7 +194,7 @@ def test_crops_are_those_of_pillow(photos, interpolation):
 
 
 def test_crops_are_those_of_torchvision(photos, resizer):
-    """Of pictures as large as ImageNet's: bit for bit, and up to one level with "simd"."""
+    """Of pictures as large as ImageNet's: bit for bit, and up to two levels with "simd"."""
     functional = pytest.importorskip("torchvision.transforms.functional")
     crops = host_crops(224, 224, 96, resizer=resizer)
     num_reduced = 0
@@ -208,13 +208,14 @@ def test_crops_are_those_of_torchvision(photos, resizer):
         for box, size, crop in zip(boxes, crops.sizes, found, strict=True):
             cut = functional.resized_crop(whole, *box, [size, size], antialias=True)
             off = np.abs(crop - np.asarray(cut, np.int32))
-            assert off.max() <= (resizer == "simd")
+            assert off.max() <= (2 if resizer == "simd" else 0)
+            assert (off > 0).mean() < 0.3
     assert num_reduced == 0  # whose pixels the decoder makes
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("scale", [1, 2, 8])
-def test_simd_is_pillow_up_to_one_level(photos, mode, scale):
+def test_simd_is_pillow_up_to_two_levels(photos, mode, scale):
     """Photographs, and noise of black and white; boxes that end in parts of a pixel; enlarged too."""
     pytest.importorskip("cykooz_resizer")
     generator = np.random.default_rng(0)
@@ -237,7 +238,8 @@ def test_simd_is_pillow_up_to_one_level(photos, mode, scale):
                 assert ours.shape == theirs.shape
                 assert ours.dtype == theirs.dtype
                 off = ours.astype(np.int32) - theirs
-                assert np.abs(off).max() <= 1
+                assert np.abs(off).max() <= 2
+                assert (np.abs(off) > 1).mean() < 1e-3
                 assert size < 64 or abs(off.mean()) < 0.1
 
 
@@ -396,7 +398,7 @@ def test_threads_read_the_same_with_simd(folder):
     assert_same(found[:1], [alone])
     assert_same(found, streamed(folder, crops=crops, prefetch_batches=1))
     for ours, pillow in zip(found[0], streamed(folder)[0], strict=True):
-        assert np.abs(ours.astype(np.int32) - pillow).max() <= 1
+        assert np.abs(ours.astype(np.int32) - pillow).max() <= 2
 
 
 def test_stream_resumes_and_is_shared_bit_for_bit(folder):
