@@ -125,14 +125,16 @@ def readers(source: FolderSource, torch_sets: Mapping[str, TorchViews]) -> dict[
 
 
 def resizers(source: FolderSource, *, has_torch: bool) -> dict[str, Read]:
-    """Both crops of a decoded picture; only the last picture is kept, so 50 of them take turns."""
+    """Both crops of pictures that are decoded, to what each resizer takes; 50 of them take turns."""
     pictures = [Image.open(path).convert("RGB") for path in source.paths[:BATCH_SIZE]]
+    arrays = [np.asarray(picture) for picture in pictures]
     examples = host_crops("pillow").of_examples(0, np.arange(len(pictures)))
     boxes = [one.boxes(height=HEIGHT, width=WIDTH) for one in examples]
 
     def ours(index: int, resizer: Resizer) -> Any:
         number = index % len(pictures)
-        return crop_pixels.squares(pictures[number], boxes[number], (VIEW,) * 2, resizer=resizer)
+        picture = (arrays if resizer == "simd" else pictures)[number]
+        return crop_pixels.squares(picture, boxes[number], (VIEW,) * 2, resizer=resizer)
 
     found: dict[str, Read] = {one: functools.partial(ours, resizer=one) for one in RESIZERS}
     if has_torch:
@@ -329,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--num_images must be at least {BATCH_SIZE}")
     command = "python -m benchmarks.input " + shlex.join(sys.argv[1:])
     facts = {**environment(command, vars(arguments)), "pillow": PIL.__version__}
-    for name in ("cykooz-resizer", "torch", "torchvision"):
+    for name in ("cykooz-resizer", "simplejpeg", "torch", "torchvision"):
         if importlib.util.find_spec(name.replace("-", "_")):
             facts[name] = importlib.metadata.version(name)
     with tempfile.TemporaryDirectory(prefix="jevb_jax_input_") as folder:

@@ -31,6 +31,7 @@ EXTRAS = {
     "pyarrow": "hf",
     "rich": "train",
     "safetensors": "train",
+    "simplejpeg": "photos",
     "sklearn": "train",
     "tensorboardX": "tensorboard",
     "tensorflow_datasets": "tfds",

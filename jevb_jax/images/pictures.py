@@ -174,8 +174,12 @@ def read_crops(
         turned = image.size if orientation < 5 else image.size[::-1]
         boxes = crops.boxes(width=turned[0], height=turned[1])
         scale = _decode_scale(image, boxes, crops.sizes) if is_jpeg else 1
-        image.load()
-        picture = _plain(image, mode, levels, where)
+        picture = None
+        if crops.resizer == "simd" and is_jpeg and scale == 1 and mode == "RGB":
+            picture = _decoded_faster(image)
+        if picture is None:
+            image.load()
+            picture = _plain(image, mode, levels, where)
         # The boxes are turned, and not the picture: a reduced picture may end in a part of a pixel,
         # and after a turn this would be its beginning.
         own = [_in_file(box, orientation, width=turned[0], height=turned[1]) for box in boxes]
@@ -197,6 +201,15 @@ def _decode_scale(image: Any, boxes: Sequence[Box], sizes: Sequence[int]) -> int
     if scale > 1:
         image.draft(None, tuple(side // scale for side in image.size))
     return scale
+
+
+def _decoded_faster(image: Any) -> np.ndarray | None:
+    """The colors of an opened JPEG of which only the header was read; None if Pillow should decide."""
+    if image.mode not in ("L", "RGB"):
+        return None
+    image.fp.seek(0)
+    pixels = crop_pixels.decoded_jpeg(image.fp.read())
+    return None if pixels is None or pixels.shape[1::-1] != image.size else pixels
 
 
 def _in_file(box: Box, orientation: int, *, width: int, height: int) -> Box:

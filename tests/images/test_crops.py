@@ -260,6 +260,40 @@ def test_simd_gives_the_same_bits_without_vector_instructions(photos, monkeypatc
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("keywords", [{}, {"progressive": True}, {"restart_marker_rows": 2}])
+def test_the_faster_decoder_gives_the_pixels_of_pillow(photos, subsampling, keywords):
+    pytest.importorskip("simplejpeg")
+    for photo in (photos[0].crop((3, 5, 480, 370)), photos[1].crop((0, 0, 31, 17))):
+        for picture in (photo, photo.convert("L")):
+            file = jpeg(picture, subsampling=subsampling, **keywords)
+            expected = np.asarray(Image.open(file).convert("RGB"))
+            np.testing.assert_array_equal(crop_pixels.decoded_jpeg(file.getvalue()), expected)
+
+
+def test_of_a_damaged_jpeg_simd_reads_what_pillow_reads(photos, monkeypatch):
+    """A picture is refused with "simd" where it is refused with "pillow", and nowhere else."""
+    pytest.importorskip("simplejpeg")
+    data = jpeg(photos[0]).getvalue()
+    example = host_crops(400, 400, resizer="simd").of_examples(0, np.arange(1))[0]
+    middle = len(data) // 2
+    damaged = data[:middle] + bytes(range(1, 40)) + data[middle + 39 :]
+    assert crop_pixels.decoded_jpeg(damaged) is None
+    files = (data, damaged, data + bytes(100))
+    whole = [pictures.read_crops(io.BytesIO(f), example, mode="RGB", where="x") for f in files]
+    with pytest.raises(ValueError, match=r"cannot read x: .*truncated"):
+        pictures.read_crops(io.BytesIO(data[:middle]), example, mode="RGB", where="x")
+    # It is the faster decoder that reads whole files, and no other kind of picture.
+    seen = []
+    monkeypatch.setattr(crop_pixels, "decoded_jpeg", lambda content: seen.append(content))
+    for file, expected in zip(files, whole, strict=True):
+        found = pictures.read_crops(io.BytesIO(file), example, mode="RGB", where="x")
+        np.testing.assert_array_equal(found[0], expected[0])
+    pictures.read_crops(jpeg(photos[0].convert("CMYK")), example, mode="RGB", where="x")
+    pictures.read_crops(io.BytesIO(data), example, mode="L", where="x")
+    assert seen == list(files)
+
+
 def test_simd_refuses_what_it_cannot_do(photos, folder, monkeypatch):
     with pytest.raises(ValueError, match='"simd" is bilinear, got "bicubic": take "pillow"'):
         host_crops(8, 8, interpolation="bicubic", resizer="simd")
@@ -275,7 +309,7 @@ def test_simd_refuses_what_it_cannot_do(photos, folder, monkeypatch):
         )
     monkeypatch.undo()
     pytest.importorskip("cykooz_resizer")
-    with pytest.raises(ValueError, match="8 bits, got bilinear and mode RGBA"):
+    with pytest.raises(ValueError, match=r"8 bits, got bilinear, uint8 and channels \(4,\)"):
         crop_pixels.squares(photos[0].convert("RGBA"), [Box(0, 0, 9, 9)], [8], resizer="simd")
 
 
