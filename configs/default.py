@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
             # What training crops: square, the square of data.image_size pixels that the device holds,
             # or image, the whole picture in its file, on the host (docs/settings.md).
             "crop_from": "square",  # square | image (encoded pictures, streamed)
-            # Only for image. simd needs the extra `photos` and a third of the time; levels differ
+            # Only for image. simd needs the extra `photos`, and less time (docs/settings.md); levels differ
             # by at most 2. It is bilinear, for color and gray with 8 bits.
             "crop_resizer": "pillow",  # pillow | simd
             "crop_scale": (0.2, 1.0),  # share of the image's area
