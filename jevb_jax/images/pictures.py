@@ -164,7 +164,8 @@ def read_crops(
       For each view `[size, size, C]`, as for `read`.
 
     Raises:
-      ValueError: for the reasons of `read`.
+      ValueError: for the reasons of `read`; or `crops.resizer` has no such mode or levels.
+      ModuleNotFoundError: the packages of `crops.resizer` are not installed.
     """
     with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, levels, where):
         is_jpeg = image.format in ("JPEG", "MPO")
