@@ -108,7 +108,7 @@ def get_study() -> Study:
         figures=(
             Curves(
                 "curves",
-                "20-NN accuracy on the validation split, from converted weights and from scratch",
+                "20-NN, validation split: converted weights and scratch",
                 tuple(runs),
                 ("validation/knn_20_accuracy",),
                 over_views=True,
