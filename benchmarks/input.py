@@ -118,6 +118,9 @@ def readers(source: FolderSource, torch_sets: Mapping[str, TorchViews]) -> dict[
 
     found: dict[str, Read] = {
         "decoder": lambda index: Image.open(source.paths[index]).convert("RGB"),
+        "decoder, simd": lambda index: crop_pixels.decoded_jpeg(
+            Path(source.paths[index]).read_bytes()
+        ),
         "square": source.__getitem__,
     }
     found |= {f"image, {one}": functools.partial(image, resizer=one) for one in RESIZERS}
