@@ -6,8 +6,9 @@ Writes JPEGs of 500 x 375 pixels, about the size of ImageNet's. Needs the extra 
 torchvision in the same environment, its rows take turns too. Every way ends with uint8 arrays of two
 views of 224 pixels; flips, colors and normalization are left to the device on both sides.
 
-* `alone`: each picture is read once a round, in one thread. `square` is the square of 256 pixels
-  that the device crops; `image` cuts both views out of the whole picture.
+* `alone`: each picture is read once a round, in one thread. `decoder` is Pillow's, `decoder, simd`
+  that of the faster resizer. `square` is the square of 256 pixels that the device crops; `image`
+  cuts both views out of the whole picture.
 * `resizing`: the same crops, out of pictures that are decoded already.
 * `loaders`: batches of 50 from worker processes, by CPU time of the workers and of this process, in
   the middle of a stream. The time to start workers does not count.
