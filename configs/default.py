@@ -78,6 +78,9 @@ def get_config() -> ConfigDict:
             # What training crops: square, the square of data.image_size pixels that the device holds,
             # or image, the whole picture in its file, on the host (docs/settings.md).
             "crop_from": "square",  # square | image (encoded pictures, streamed)
+            # Only for image. simd is faster, needs the extra `photos`, and differs by at most 2 levels;
+            # it is bilinear, for color and gray with 8 bits.
+            "crop_resizer": "pillow",  # pillow | simd
             "crop_scale": (0.2, 1.0),  # share of the image's area
             "crop_ratio": (3 / 4, 4 / 3),  # width / height
             "interpolation": "bilinear",  # bilinear | bicubic, antialiased

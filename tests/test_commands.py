@@ -857,7 +857,7 @@ def test_results_of_accepted_other_data_are_others():
 
 
 def test_transfer_results_of_replaced_files_stand_side_by_side(tmp_path, monkeypatch):
-    encoder = types.SimpleNamespace(square_size=0, extractor=None, variables=None, step=1)
+    encoder = types.SimpleNamespace(square_size=0, extractor=lambda: None, variables=None, step=1)
     monkeypatch.setattr(commands.loading, "load", lambda *_: encoder)
     monkeypatch.setattr(commands, "evaluate_transfer", lambda *_: {})
     monkeypatch.setattr(commands.tables, "results_csv", lambda _: "")

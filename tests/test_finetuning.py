@@ -597,7 +597,7 @@ def test_transfer_reads_photos_as_the_encoder_s_own_were(tmp_path, monkeypatch):
     section.validation_fraction = 0.25
 
     class Encoder:
-        square_size, extractor, variables, step = 16, None, None, 0
+        square_size, extractor, variables, step = 16, staticmethod(lambda: None), None, 0
 
     sizes = []
 

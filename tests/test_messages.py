@@ -176,7 +176,7 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
     [
         ("no_such.py", "there is none at 'no_such.py'"),
         ("", "there is none at ''"),
-        ("no_such", "those of the package are adjacent, cifar10, default, digits,"),
+        ("no_such", "those of the package are adjacent, cifar10, continued, default,"),
         ("{tmp}/digits.py", "the package has one: --config=digits"),
         ("smoke:byol", "takes no argument 'byol'"),
         ("cifar10:moco", "must be one of"),

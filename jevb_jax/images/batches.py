@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jevb_jax.images import workers
+from jevb_jax.images import crop_pixels, workers
 from jevb_jax.images.batch_order import batch_indices, steps_per_epoch
 from jevb_jax.images.crop_boxes import ExampleCrops, HostCrops
 from jevb_jax.images.source import (
@@ -132,6 +132,7 @@ def stream_batches(
 
     Raises:
       ValueError: arguments are out of range; during iteration also if an image cannot be read.
+      ModuleNotFoundError: the package of `crops.resizer` is not installed.
       WorkerError: during iteration, if a worker process could not start or was killed.
     """
     steps_per_epoch(len(source), batch_size)
@@ -139,6 +140,8 @@ def stream_batches(
         raise ValueError(
             f"expected start_step >= 0 and num_steps >= 1, got {start_step} and {num_steps}"
         )
+    if crops is not None:
+        crop_pixels.check_resizer(crops.resizer)
     read = functools.partial(
         _read_step, source=source, batch_size=batch_size, seed=seed, rows=rows, crops=crops
     )

@@ -5,7 +5,7 @@ no use for a device. NumPy draws them there, from the same threefry bits that JA
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,10 @@ from jax import Array
 from jevb_jax.images.pixels import Interpolation
 
 _CROP_ATTEMPTS = 10
+
+# Who resizes a crop on the host: Pillow, or a package whose vector instructions do it faster.
+Resizer = Literal["pillow", "simd"]
+RESIZERS: tuple[Resizer, ...] = ("pillow", "simd")
 
 
 def sample_crop(
@@ -110,6 +114,7 @@ class ExampleCrops:
       shares: `[V, 10]` float32, shares of the image area to try.
       aspects: `[V, 10]` float32, ratios of width to height to try.
       places: `[V, 2, 2]` uint32, bits for the top and for the left of the box.
+      resizer: who resizes the crops.
     """
 
     sizes: tuple[int, ...]
@@ -118,6 +123,7 @@ class ExampleCrops:
     shares: np.ndarray
     aspects: np.ndarray
     places: np.ndarray
+    resizer: Resizer = "pillow"
 
     def boxes(self, *, height: int, width: int) -> list[Box]:
         """The box of each view, by the rule of `sample_crop`.
@@ -129,16 +135,17 @@ class ExampleCrops:
         Returns:
           Boxes inside the image.
         """
-        area = np.float32(height * width) * self.shares
-        widths = np.round(np.sqrt(area * self.aspects)).astype(np.int64)
-        heights = np.round(np.sqrt(area / self.aspects)).astype(np.int64)
-        fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
         found = []
-        for view, first in enumerate(fits.argmax(axis=-1)):
-            if fits[view, first]:
-                tall, wide = int(heights[view, first]), int(widths[view, first])
-                top = _integer(self.places[view, 0], height - tall + 1)
-                left = _integer(self.places[view, 1], width - wide + 1)
+        area = np.float32(height * width)
+        # Float by float: the first attempt mostly fits, and arrays of ten take as long to start.
+        for shares, aspects, places in zip(self.shares, self.aspects, self.places, strict=True):
+            for share, aspect in zip(shares, aspects, strict=True):
+                wide = round(np.sqrt(area * share * aspect).item())
+                tall = round(np.sqrt(area * share / aspect).item())
+                if 0 < wide <= width and 0 < tall <= height:
+                    top = _integer(places[0], height - tall + 1)
+                    left = _integer(places[1], width - wide + 1)
+                    break
             else:
                 tall, wide = _fallback(height, width, self.ratio)
                 top, left = (height - tall) // 2, (width - wide) // 2
@@ -161,9 +168,11 @@ class HostCrops:
       scales: for each view the range of the crop's share of the image area.
       ratio: range of width / height.
       interpolation: "bilinear" or "bicubic".
+      resizer: who resizes the crops; "simd" has "bilinear" alone.
 
     Raises:
-      ValueError: there are no views, or not a scale for each.
+      ValueError: there are no views, or not a scale for each; or the resizer has no such
+        interpolation.
     """
 
     key: tuple[int, int]
@@ -171,12 +180,17 @@ class HostCrops:
     scales: tuple[tuple[float, float], ...]
     ratio: tuple[float, float]
     interpolation: Interpolation
+    resizer: Resizer = "pillow"
 
     def __post_init__(self) -> None:
-        """Checks the number of scales."""
+        """Checks the number of scales, and the interpolation."""
         if not self.sizes or len(self.sizes) != len(self.scales):
             raise ValueError(
                 f"expected a size and a scale for each view, got {self.sizes} and {self.scales}"
+            )
+        if self.resizer == "simd" and self.interpolation != "bilinear":
+            raise ValueError(
+                f'the resizer "simd" is bilinear, got "{self.interpolation}": take "pillow"'
             )
 
     def of_examples(self, step: int, rows: np.ndarray) -> list[ExampleCrops]:
@@ -202,7 +216,7 @@ class HostCrops:
         aspects = np.exp(_uniform(_child(of_crop, 1), *logs).astype(np.float64)).astype(np.float32)
         places = np.stack([_integer_bits(_child(of_crop, number)) for number in (2, 3)], axis=-2)
         return [
-            ExampleCrops(self.sizes, self.ratio, self.interpolation, *one)
+            ExampleCrops(self.sizes, self.ratio, self.interpolation, *one, self.resizer)
             for one in zip(shares, aspects, places, strict=True)
         ]
 

@@ -5,7 +5,6 @@ All sources read pictures here. Pillow is imported by the functions that need it
 
 import contextlib
 import io
-import math
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jevb_jax.images import crop_pixels
 from jevb_jax.images.crop_boxes import Box, ExampleCrops
 from jevb_jax.images.levels import Levels
 from jevb_jax.images.preparation import MAX_PIXELS, cut_picture
@@ -164,11 +164,9 @@ def read_crops(
       For each view `[size, size, C]`, as for `read`.
 
     Raises:
-      ValueError: for the reasons of `read`.
+      ValueError: for the reasons of `read`; or `crops.resizer` has no such mode or levels.
+      ModuleNotFoundError: the packages of `crops.resizer` are not installed.
     """
-    from PIL.Image import Resampling
-
-    kernel = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[crops.interpolation]
     with _open(file, max_pixels=max_pixels, where=where) as image, _decoding(image, levels, where):
         is_jpeg = image.format in ("JPEG", "MPO")
         if not is_jpeg:
@@ -177,16 +175,24 @@ def read_crops(
         turned = image.size if orientation < 5 else image.size[::-1]
         boxes = crops.boxes(width=turned[0], height=turned[1])
         scale = _decode_scale(image, boxes, crops.sizes) if is_jpeg else 1
-        image.load()
-        picture = _plain(image, mode, levels, where)
-        found = []
-        for box, size in zip(boxes, crops.sizes, strict=True):
-            # The box is turned, and not the picture: a reduced picture may end in a part of a
-            # pixel, and after a turn this would be its beginning.
-            own = _in_file(box, orientation, width=turned[0], height=turned[1])
-            crop = _resized_part(picture, own, scale, size, kernel)
-            found.append(_as_array(_upright(crop, orientation), levels))
-        return found
+        picture = None
+        if crops.resizer == "simd" and is_jpeg and scale == 1 and mode == "RGB":
+            picture = _decoded_faster(image)
+        if picture is None:
+            image.load()
+            picture = _plain(image, mode, levels, where)
+        # The boxes are turned, and not the picture: a reduced picture may end in a part of a pixel,
+        # and after a turn this would be its beginning.
+        own = [_in_file(box, orientation, width=turned[0], height=turned[1]) for box in boxes]
+        found = crop_pixels.squares(
+            picture,
+            own,
+            crops.sizes,
+            scale=scale,
+            interpolation=crops.interpolation,
+            resizer=crops.resizer,
+        )
+        return [_as_array(_turned(square, orientation), levels) for square in found]
 
 
 def _decode_scale(image: Any, boxes: Sequence[Box], sizes: Sequence[int]) -> int:
@@ -198,6 +204,15 @@ def _decode_scale(image: Any, boxes: Sequence[Box], sizes: Sequence[int]) -> int
     return scale
 
 
+def _decoded_faster(image: Any) -> np.ndarray | None:
+    """The colors of an opened JPEG of which only the header was read; None if Pillow should decide."""
+    if image.mode not in ("L", "RGB"):
+        return None
+    image.fp.seek(0)
+    pixels = crop_pixels.decoded_jpeg(image.fp.read())
+    return None if pixels is None or pixels.shape[1::-1] != image.size else pixels
+
+
 def _in_file(box: Box, orientation: int, *, width: int, height: int) -> Box:
     """A box of the upright picture, `height` x `width`, as a box of the picture in the file."""
     top, left, tall, wide = box
@@ -206,17 +221,6 @@ def _in_file(box: Box, orientation: int, *, width: int, height: int) -> Box:
     if orientation in (3, 4, 7, 8):
         top = height - top - tall
     return Box(left, top, wide, tall) if orientation >= 5 else Box(top, left, tall, wide)
-
-
-def _resized_part(picture: Any, box: Box, scale: int, size: int, kernel: Any) -> Any:
-    """A box of the picture, given in pixels before it was reduced by `scale`, as a square."""
-    left, top = box.left / scale, box.top / scale
-    right, bottom = (box.left + box.width) / scale, (box.top + box.height) / scale
-    first, start = math.floor(left), math.floor(top)
-    # With the box alone, Pillow's filter would also read pixels beside it.
-    part = picture.crop((first, start, math.ceil(right), math.ceil(bottom)))
-    inside = (left - first, top - start, right - first, bottom - start)
-    return part.resize((size, size), kernel, box=inside)
 
 
 def _as_array(picture: Any, levels: Levels) -> np.ndarray:
@@ -347,6 +351,15 @@ def _upright(image: Any, orientation: int) -> Any:
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
+def _turned(square: np.ndarray, orientation: int) -> np.ndarray:
+    """A square `[size, size, ...]` as `_upright` turns pictures."""
+    if orientation >= 5:
+        square = square.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        square = square[::-1]
+    return square[:, ::-1] if orientation in (2, 3, 6, 7) else square
+
+
 def _plain(image: Any, mode: str, levels: Levels, where: str) -> Any:
     """A picture of the mode; one of floats in [0, 1] where `levels` has more than 8 bits."""
     from PIL import Image
@@ -356,4 +369,4 @@ def _plain(image: Any, mode: str, levels: Levels, where: str) -> Any:
     if image.has_transparency_data and mode != "RGBA":
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # which would copy it

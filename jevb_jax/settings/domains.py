@@ -155,3 +155,9 @@ def outside_sets() -> Domain:
         "a tuple of outside sets (configs/ood.py makes them), or ()",
         lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
     )
+
+
+def shown(value: Any) -> str:
+    """A value in a message; a long one is cut."""
+    text = repr(tuple(value) if isinstance(value, list) else value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -26,7 +26,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "dtype": "uint8",
         "value_range": [],
     },
-    "augmentation": {"num_views": 2, "crop_from": "square"},
+    "augmentation": {"num_views": 2, "crop_from": "square", "crop_resizer": "pillow"},
     "init": {"frozen_stages": 0},
     "optimizer": {"layer_decay": 1.0},
     "input": {"accept_changed_data": False},

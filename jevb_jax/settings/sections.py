@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from jevb_jax import methods
 from jevb_jax.images import dataset, pixels
 from jevb_jax.images.corruptions import CORRUPTIONS, NUM_SEVERITIES
+from jevb_jax.images.crop_boxes import RESIZERS, Resizer
 from jevb_jax.images.levels import DTYPES, Dtype, Levels
 from jevb_jax.images.pixels import Interpolation
 from jevb_jax.networks import class_token_vit, heads, joint
@@ -121,6 +122,7 @@ class AugmentationSection:
 
     image_size: Annotated[int, integer(1)]
     crop_from: Annotated[Literal["square", "image"], choice("square", "image")]
+    crop_resizer: Annotated[Resizer, choice(*RESIZERS)]
     crop_scale: Annotated[tuple[float, float], interval(0, 1)]
     crop_ratio: Annotated[tuple[float, float], interval(0)]
     interpolation: Annotated[Interpolation, choice(*pixels.INTERPOLATIONS)]

@@ -140,6 +140,7 @@ def host_crops(section: AugmentationSection, key: Array) -> HostCrops | None:
         scales=tuple(view.crop_scale for view in views),
         ratio=section.crop_ratio,
         interpolation=section.interpolation,
+        resizer=section.crop_resizer,
     )
 
 

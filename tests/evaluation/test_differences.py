@@ -1,4 +1,7 @@
-"""`pytest --differences=FILE`: the table of how far protocols are from their references."""
+"""The table of how far protocols are from their references, of the command in docs/comparison.md:
+
+`JEVB_JAX_TESTS=optimized pytest -n 0 tests/evaluation --differences=FILE`
+"""
 
 import os
 import subprocess

@@ -1,6 +1,7 @@
-"""Crops cut on the host: against the device's own boxes and pixels, and against Pillow."""
+"""Crops cut on the host: against the device's boxes and pixels, Pillow and torchvision."""
 
 import io
+import sys
 from typing import Any
 
 import jax
@@ -11,9 +12,17 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from sklearn.datasets import load_sample_image
 
-from jevb_jax.images import arrays, augmentations, batch_order, batches, crop_boxes, pictures
+from jevb_jax.images import (
+    arrays,
+    augmentations,
+    batch_order,
+    batches,
+    crop_boxes,
+    crop_pixels,
+    pictures,
+)
 from jevb_jax.images.augmentations import ViewAugmentation
-from jevb_jax.images.crop_boxes import HostCrops, key_words
+from jevb_jax.images.crop_boxes import Box, HostCrops, key_words
 from jevb_jax.images.image_files import FolderSource
 from jevb_jax.images.source import Subset
 
@@ -23,9 +32,19 @@ RATIO = (3 / 4, 4 / 3)
 PLAIN: Any = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "jitter_probability": 0.0}
 
 
-def host_crops(*sizes: int, key: Any = KEY, interpolation: Any = "bilinear") -> HostCrops:
+def host_crops(
+    *sizes: int, key: Any = KEY, interpolation: Any = "bilinear", resizer: Any = "pillow"
+) -> HostCrops:
     scales = SCALES[:2] + SCALES[2:] * (len(sizes) - 2)
-    return HostCrops(key_words(key), sizes, scales[: len(sizes)], RATIO, interpolation)
+    return HostCrops(key_words(key), sizes, scales[: len(sizes)], RATIO, interpolation, resizer)
+
+
+@pytest.fixture(params=["pillow", "simd"])
+def resizer(request) -> Any:
+    """Both resizers; "simd" where its package is installed."""
+    if request.param == "simd":
+        pytest.importorskip("cykooz_resizer")
+    return request.param
 
 
 def keys_of_views(key: Any, step: int, batch_size: int) -> Any:
@@ -174,17 +193,124 @@ def test_crops_are_those_of_pillow(photos, interpolation):
             np.testing.assert_array_equal(crop, np.asarray(cut.resize((size, size), kernel)))
 
 
-def test_crops_are_those_of_torchvision(photos):
+def test_crops_are_those_of_torchvision(photos, resizer):
+    """Of pictures as large as ImageNet's: bit for bit, and up to two levels with "simd"."""
     functional = pytest.importorskip("torchvision.transforms.functional")
-    crops = host_crops(400, 330, 100)
-    example = crops.of_examples(2, np.array([0]))[0]
-    found = pictures.read_crops(jpeg(photos[0]), example, mode="RGB", where="x")
-    whole = Image.open(jpeg(photos[0])).convert("RGB")
-    for box, size, crop in zip(
-        example.boxes(height=427, width=640), crops.sizes, found, strict=True
-    ):
-        cut = functional.resized_crop(whole, *box, [size, size], antialias=True)
-        np.testing.assert_array_equal(crop, np.asarray(cut))
+    crops = host_crops(224, 224, 96, resizer=resizer)
+    num_reduced = 0
+    for row, example in enumerate(crops.of_examples(2, np.arange(12))):
+        file = jpeg(photos[row % 2].crop((row, row, row + 500, row + 375)))
+        found = pictures.read_crops(file, example, mode="RGB", where="x")
+        whole = Image.open(file).convert("RGB")
+        boxes = example.boxes(height=375, width=500)
+        is_reduced = all(min(box[2:]) >= 2 * s for box, s in zip(boxes, crops.sizes, strict=True))
+        num_reduced += is_reduced
+        for box, size, crop in zip(boxes, crops.sizes, found, strict=True):
+            cut = functional.resized_crop(whole, *box, [size, size], antialias=True)
+            off = np.abs(crop - np.asarray(cut, np.int32))
+            assert off.max() <= (2 if resizer == "simd" else 0)
+            assert (off > 0).mean() < 0.3
+    assert num_reduced == 0  # whose pixels the decoder makes
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("scale", [1, 2, 8])
+def test_simd_is_pillow_up_to_two_levels(photos, mode, scale):
+    """Photographs, and noise of black and white; boxes that end in parts of a pixel; enlarged too."""
+    pytest.importorskip("cykooz_resizer")
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(255 * generator.integers(0, 2, (97, 131, 3), dtype=np.uint8))
+    for picture in (photos[0].convert(mode), noise.convert(mode)):
+        width, height = picture.size
+        boxes = [
+            Box(0, 0, height * scale, width * scale),
+            Box(3, 5, 61 * scale + 3, 80 * scale + 1),
+            Box(11, 2, 1, 7),
+            Box(1, 1, 90 * scale, 9),
+        ]
+        for size in (1, 17, 64, 224):
+            sizes = [size] * len(boxes)
+            found, expected = (
+                crop_pixels.squares(picture, boxes, sizes, scale=scale, resizer=resizer)
+                for resizer in ("simd", "pillow")
+            )
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.shape == theirs.shape
+                assert ours.dtype == theirs.dtype
+                off = ours.astype(np.int32) - theirs
+                assert np.abs(off).max() <= 2
+                assert (np.abs(off) > 1).mean() < 1e-3
+                assert size < 64 or abs(off.mean()) < 0.1
+
+
+def test_simd_gives_the_same_bits_without_vector_instructions(photos, monkeypatch):
+    package = pytest.importorskip("cykooz_resizer")
+    boxes = [Box(10, 20, 300, 400), Box(100, 200, 90, 70)]
+    found = crop_pixels.squares(photos[1], boxes, (96, 224), resizer="simd")
+    made = package.Resizer
+
+    def plain() -> Any:
+        resizer = made()
+        resizer.cpu_extensions = package.CpuExtensions.none
+        return resizer
+
+    monkeypatch.setattr(package, "Resizer", plain)
+    again = crop_pixels.squares(photos[1], boxes, (96, 224), resizer="simd")
+    for ours, theirs in zip(found, again, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("keywords", [{}, {"progressive": True}, {"restart_marker_rows": 2}])
+def test_the_faster_decoder_gives_the_pixels_of_pillow(photos, subsampling, keywords):
+    pytest.importorskip("simplejpeg")
+    for photo in (photos[0].crop((3, 5, 480, 370)), photos[1].crop((0, 0, 31, 17))):
+        for picture in (photo, photo.convert("L")):
+            file = jpeg(picture, subsampling=subsampling, **keywords)
+            expected = np.asarray(Image.open(file).convert("RGB"))
+            np.testing.assert_array_equal(crop_pixels.decoded_jpeg(file.getvalue()), expected)
+
+
+def test_of_a_damaged_jpeg_simd_reads_what_pillow_reads(photos, monkeypatch):
+    """A picture is refused with "simd" where it is refused with "pillow", and nowhere else."""
+    pytest.importorskip("simplejpeg")
+    data = jpeg(photos[0]).getvalue()
+    example = host_crops(400, 400, resizer="simd").of_examples(0, np.arange(1))[0]
+    middle = len(data) // 2
+    damaged = data[:middle] + bytes(range(1, 40)) + data[middle + 39 :]
+    assert crop_pixels.decoded_jpeg(damaged) is None
+    files = (data, damaged, data + bytes(100))
+    whole = [pictures.read_crops(io.BytesIO(f), example, mode="RGB", where="x") for f in files]
+    with pytest.raises(ValueError, match=r"cannot read x: .*truncated"):
+        pictures.read_crops(io.BytesIO(data[:middle]), example, mode="RGB", where="x")
+    # It is the faster decoder that reads whole files, and no other kind of picture.
+    seen = []
+    monkeypatch.setattr(crop_pixels, "decoded_jpeg", lambda content: seen.append(content))
+    for file, expected in zip(files, whole, strict=True):
+        found = pictures.read_crops(io.BytesIO(file), example, mode="RGB", where="x")
+        np.testing.assert_array_equal(found[0], expected[0])
+    pictures.read_crops(jpeg(photos[0].convert("CMYK")), example, mode="RGB", where="x")
+    pictures.read_crops(io.BytesIO(data), example, mode="L", where="x")
+    assert seen == list(files)
+
+
+def test_simd_refuses_what_it_cannot_do(photos, folder, monkeypatch):
+    with pytest.raises(ValueError, match='"simd" is bilinear, got "bicubic": take "pillow"'):
+        host_crops(8, 8, interpolation="bicubic", resizer="simd")
+    monkeypatch.setitem(sys.modules, "cykooz_resizer", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jevb-jax\[photos\]'"):
+        batches.stream_batches(  # before anything is read
+            folder,
+            start_step=0,
+            num_steps=1,
+            batch_size=4,
+            seed=0,
+            crops=host_crops(8, 8, resizer="simd"),
+        )
+    monkeypatch.undo()
+    pytest.importorskip("cykooz_resizer")
+    with pytest.raises(ValueError, match=r"8 bits, got bilinear, uint8 and channels \(4,\)"):
+        crop_pixels.squares(photos[0].convert("RGBA"), [Box(0, 0, 9, 9)], [8], resizer="simd")
 
 
 def test_a_reduced_jpeg_enlarges_no_crop(photos, monkeypatch):
@@ -222,39 +348,40 @@ def test_a_reduced_jpeg_enlarges_no_crop(photos, monkeypatch):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [150, 20])
-def test_a_turned_picture_is_cropped_upright(photos, orientation, size):
+def test_a_turned_picture_is_cropped_upright(photos, orientation, size, resizer):
     """Also where it is reduced, and its sides are no multiple of the scale."""
     stored = photos[0].crop((0, 0, 635, 421))
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = jpeg(stored, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    for example in host_crops(size, size).of_examples(1, np.arange(4)):
+    for example in host_crops(size, size, resizer=resizer).of_examples(1, np.arange(4)):
         found = pictures.read_crops(file, example, mode="RGB", where="x")
         boxes = example.boxes(height=upright.height, width=upright.width)
         for (top, left, tall, wide), crop in zip(boxes, found, strict=True):
             cut = upright.crop((left, top, left + wide, top + tall))
             exact = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR), float)
             if size == 150 and min(tall, wide) < 300:
-                assert np.abs(crop - exact).max() <= 2  # another order of the two directions
+                # Another order of the two directions.
+                assert np.abs(crop - exact).max() <= (3 if resizer == "simd" else 2)
             assert np.abs(crop - exact).mean() < 4
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2000)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_thin_pictures_are_cropped(size, kind):
+def test_thin_pictures_are_cropped(size, kind, resizer):
     buffer = io.BytesIO()
     Image.new("RGB", size, (200, 100, 50)).save(buffer, kind)
-    for example in host_crops(32, 32, 16).of_examples(0, np.arange(8)):
+    for example in host_crops(32, 32, 16, resizer=resizer).of_examples(0, np.arange(8)):
         found = pictures.read_crops(io.BytesIO(buffer.getvalue()), example, mode="RGB", where="x")
         assert [crop.shape for crop in found] == [(32, 32, 3), (32, 32, 3), (16, 16, 3)]
         for crop in found:
             assert np.abs(crop - np.array([200.0, 100, 50])).max() <= 3
 
 
-def test_gray_pictures_and_transparent_ones(photos):
+def test_gray_pictures_and_transparent_ones(photos, resizer):
     gray = photos[0].convert("L")
-    example = host_crops(200, 200).of_examples(0, np.arange(1))[0]
+    example = host_crops(200, 200, resizer=resizer).of_examples(0, np.arange(1))[0]
     one = pictures.read_crops(jpeg(gray), example, mode="L", where="x")
     three = pictures.read_crops(jpeg(gray), example, mode="RGB", where="x")
     assert one[0].shape == (200, 200, 1)
@@ -283,8 +410,9 @@ def test_a_truncated_file_is_named(tmp_path, photos):
 
 
 def streamed(source: Any, **keywords: Any) -> list[Any]:
-    arguments: Any = {"start_step": 0, "num_steps": 5, "batch_size": 4, "seed": 3} | keywords
-    return list(batches.stream_batches(source, crops=host_crops(32, 32, 16), **arguments))
+    arguments: Any = {"start_step": 0, "num_steps": 5, "batch_size": 4, "seed": 3}
+    arguments |= {"crops": host_crops(32, 32, 16)} | keywords
+    return list(batches.stream_batches(source, **arguments))
 
 
 def assert_same(found: list[Any], expected: list[Any]) -> None:
@@ -293,6 +421,18 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
         assert [view.shape[1] for view in ours] == [32, 32, 16]
         for one, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_threads_read_the_same_with_simd(folder):
+    pytest.importorskip("cykooz_resizer")
+    crops = host_crops(32, 32, 16, resizer="simd")
+    found = streamed(folder, crops=crops, prefetch_batches=4)
+    rows = batch_order.batch_indices(0, num_examples=12, batch_size=4, seed=3)
+    alone = batches.gather_crops(folder, rows, crops.of_examples(0, np.arange(4)))
+    assert_same(found[:1], [alone])
+    assert_same(found, streamed(folder, crops=crops, prefetch_batches=1))
+    for ours, pillow in zip(found[0], streamed(folder)[0], strict=True):
+        assert np.abs(ours.astype(np.int32) - pillow).max() <= 2
 
 
 def test_stream_resumes_and_is_shared_bit_for_bit(folder):

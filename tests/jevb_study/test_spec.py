@@ -61,6 +61,7 @@ def test_study_builds_every_run(path, tmp_path):
             # Of one class, still more than the 200 neighbours of its k-NN.
             num_images = 300 if made.data.inlier_class < 0 else 4000
             made.data.update(small | {"num_train_examples": num_images})
+            made.augmentation.crop_from = "square"  # shapes have no files
             made.train.batch_size = 128
         built = experiment.build_experiment(made)
         assert built.num_train_steps > 0

@@ -190,6 +190,16 @@ def test_all_mistakes_are_in_one_message():
             {"augmentation__crop_from": "image", "input__placement": "resident"},
             'set input.placement = "resident" to "stream" or "auto"',
         ),
+        ({"augmentation__crop_resizer": "simd"}, 'needs augmentation.crop_from = "image"'),
+        (
+            {
+                "data__source": "folder",
+                "augmentation__crop_from": "image",
+                "augmentation__crop_resizer": "simd",
+                "augmentation__interpolation": "bicubic",
+            },
+            'bilinear crops of color or gray with 8 bits, got .*"bicubic".* set it to "pillow"',
+        ),
         ({"augmentation__blur_kernel_size": 65, "augmentation__blur_probability": [0, 1]}, "wide"),
     ],
 )  # fmt: skip

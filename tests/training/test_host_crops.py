@@ -154,6 +154,9 @@ def test_a_step_gives_the_views_the_keys_that_the_boxes_are_drawn_by(tmp_path, m
     assert crops is not None
     plan = pretraining.make_plan(experiment, validate=lambda _: {}, best_measure="")
     assert plan.crops == crops
+    assert crops.resizer == "pillow"
+    simd = experiment_on(tmp_path, "image", **{"augmentation.crop_resizer": "simd"}).host_crops
+    assert simd == dataclasses.replace(crops, resizer="simd")
     assert experiment_on(tmp_path, "square").host_crops is None
     images: Any = batches.gather_crops(
         experiment.dataset.train, np.arange(16), crops.of_examples(7, np.arange(16))
