@@ -31,7 +31,7 @@ def get_config(method: str = "jevb") -> ConfigDict:
     config.augmentation.std = (0.229, 0.224, 0.225)
     config.model.backbone = "resnet50"
     config.model.stem = "imagenet"
-    config.model.zero_init_residual = True  # as in all published recipes
+    config.model.zero_init_residual = True  # as in all published recipes; not JEVB's
     config.model.dtype = "bfloat16"
     config.ood.corruptions = ood.CORRUPTIONS
     return recipes.set_imagenet_method(config, method)

@@ -137,7 +137,8 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
 
     Args:
       config: has data and backbone set; changed in place.
-      method: one of `METHODS`; "jevb" uses SimSiam's recipe with its own heads and a target network.
+      method: one of `METHODS`; "jevb" uses optimizer and start of `configs/cifar10.py`, and
+        SimSiam's batch, length and augmentations.
 
     Returns:
       The config.
@@ -147,15 +148,21 @@ def set_imagenet_method(config: Any, method: str) -> ConfigDict:
     """
     _check(method)
     config.method = method
-    if method in ("jevb", "simsiam", "vi_simsiam"):
+    if method == "jevb":
+        # As in cifar10.py: with SGD, the embeddings of a ResNet-18 fall into a few dimensions.
+        _set_optimizer(
+            config, name="muon", rate=2e-3, decay=1e-4, warmup=10.0, batch=512, epochs=100
+        )
+        config.augmentation.blur_probability = (0.5, 0.5)
+        config.model.zero_init_residual = False
+        config.train.target_decay = 0.99
+        config.ood.default_score = "representation/ssd_1"
+        return config
+    if method in ("simsiam", "vi_simsiam"):
+        _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
         _set_optimizer(config, name="sgd", rate=0.1, decay=1e-4, warmup=0.0, batch=512, epochs=100)
         config.augmentation.blur_probability = (0.5, 0.5)
-        if method == "jevb":
-            config.train.target_decay = 0.99  # as in cifar10.py, like the next line
-            config.ood.default_score = "representation/ssd_1"
-        else:
-            _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
-            config.optimizer.constant_head_rate = True
+        config.optimizer.constant_head_rate = True
         return config
     if method == "fastsiam":
         _set_heads(config, projector=(2048, 2048), embedding=2048, head=512, norm=True)
