@@ -134,14 +134,17 @@ def main() -> None:
         "samples": arguments.samples,
         "views": [2 + crops for crops in arguments.small_crops],
     }
-    tables: dict[str, list[dict[str, Any]]] = {"Growth": []}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    grown: list[dict[str, Any]] = []
     for name, values in varied.items():
         rows = measure_steps(arguments, [{**base, name: value} for value in values])
         for row in rows:
             print(row, flush=True)
         tables[f"By {name}"] = rows
         if len(rows) > 1:
-            tables["Growth"].append(growth(name, rows))
+            grown.append(growth(name, rows))
+    if grown:  # one value of a setting has no growth
+        tables = {"Growth": grown, **tables}
     command = "python -m benchmarks.memory " + " ".join(sys.argv[1:])
     facts = measure.environment(command, vars(arguments))
     print(measure.write_results(arguments.out, "memory", facts, tables))

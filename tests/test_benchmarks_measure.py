@@ -97,3 +97,17 @@ def test_table_refuses_no_rows_and_ragged_ones():
         measure.markdown_table([])
     with pytest.raises(ValueError, match="columns"):
         measure.markdown_table([{"a": 1}, {"b": 1}])
+
+
+@pytest.mark.parametrize("batches", [["8"], ["8", "16"]])
+def test_memory_writes_a_table_of_growth_where_there_is_any(batches, tmp_path, monkeypatch, capsys):
+    def measure_steps(_, settings):
+        return [{**one, "memory, MB": one["batch"], "step, ms": one["batch"]} for one in settings]
+
+    one = ["--D=4", "--samples=1", "--small_crops=0", f"--out={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["memory", "--batch", *batches, *one])
+    monkeypatch.setattr(memory, "measure_steps", measure_steps)
+    monkeypatch.setattr(memory, "growth", lambda name, rows: {"of": name, "rows": len(rows)})
+    memory.main()
+    assert ("Growth" in capsys.readouterr().out) == (len(batches) > 1)
+    assert (tmp_path / "memory.md").exists()
