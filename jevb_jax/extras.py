@@ -36,6 +36,7 @@ EXTRAS = {
     "tensorboardX": "tensorboard",
     "tensorflow_datasets": "tfds",
     "tensorflow_probability": "distrax",
+    "threadpoolctl": "train",
     "trackio": "trackio",
     "wandb": "wandb",
 }

@@ -25,6 +25,7 @@ from jevb_jax.evaluation.detector_input import (
     or_infinite,
     warn_of_few_images,
 )
+from jevb_jax.evaluation.symmetric import eigh
 from jevb_jax.paper import sphere
 
 # On an accelerator a bfloat16 product would change the order of the images.
@@ -56,9 +57,10 @@ class _Covariance(NamedTuple):
             Outside the span of the images the variance is then twice that of a class.
         """
         share = self.shrinkage
-        variances, directions = np.linalg.eigh(self.moments if background is None else background)
+        variances, directions = eigh(self.moments if background is None else background)
         factor = 1 if background is None else 2
-        least = LEAST_VARIANCE * np.linalg.eigvalsh(self.moments)[-1]
+        own = variances if background is None else eigh(self.moments)[0]
+        least = LEAST_VARIANCE * own[-1]
         shrunk = variances if share == 0 else (1 - share) * variances + factor * share
         return (1 / self.units)[:, None] * directions / np.sqrt(np.maximum(shrunk, factor * least))
 
@@ -124,7 +126,7 @@ def _shrinkage(scaled: np.ndarray, group: np.ndarray) -> float:
     residual = x - means[g] / sizes[g][:, None]
     is_informative = sizes[g] > 1
     weight = (sizes[g] / np.maximum(sizes[g] - 1, 1))[is_informative, None]
-    scatter, directions = np.linalg.eigh(residual.T @ residual)
+    scatter, directions = eigh(residual.T @ residual)
     squares = np.square(residual[is_informative] @ directions)
     # Hoffbeck and Landgrebe 1996: leaving out an image removes one outer product.
     shares = np.geomspace(LEAST_VARIANCE, 1, 91)
@@ -320,7 +322,7 @@ def fit_published_ssd(features: ArrayLike) -> DirectionGaussians:
         )
     units = np.where(is_alive, std, 1)
     standardized = residual * (is_alive / units)
-    variances, axes = np.linalg.eigh(standardized.T @ standardized / len(standardized))
+    variances, axes = eigh(standardized.T @ standardized / len(standardized))
     is_spanned = variances > LEAST_VARIANCE * variances[-1]
     inverse = is_spanned / np.sqrt(np.where(is_spanned, variances, 1))
     whitening = (is_alive / units)[:, None] * axes * inverse
@@ -455,7 +457,7 @@ def residual_of(values: np.ndarray, num_components: int, origin: np.ndarray | No
     """`Residual` of finite float64 values about an origin; the mean if it is None."""
     point = values.mean(axis=0) if origin is None else origin
     shifted = values - point
-    variances, directions = np.linalg.eigh(shifted.T @ shifted / len(shifted))
+    variances, directions = eigh(shifted.T @ shifted / len(shifted))
     num_spanned = int(np.sum(variances > LEAST_VARIANCE * variances[-1]))
     rest = directions[:, : values.shape[1] - min(num_components, num_spanned)]
     return Residual(*as_float32(point, rest))
