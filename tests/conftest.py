@@ -19,6 +19,11 @@ if os.environ.get("JEVB_JAX_TESTS") != "optimized":
             f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
         )
 
+# The matrices of tests are small. OpenBLAS and OpenMP would start all threads for each, in every worker,
+# and these then wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # What one test compiled, others read: on every worker and in the processes that tests start. Workers
 # inherit the directory from pytest's own process, which deletes it at its end.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
