@@ -278,7 +278,7 @@ ROWS = (
     Row(
         "python -m benchmarks.input",
         "rest",
-        ("--num_images=1", "--num_rounds=1"),
+        ("--num_images=50", "--num_rounds=1"),
         makes="runs/input: input.json, input.md",
     ),
     Row(
