@@ -371,7 +371,7 @@ RESULTS = {
     ],
     "ood": {
         "protocol": "p", "default_score": "jevb/a", "chosen_score": None, "with_labels": [],
-        "sets": {"mnist": "inside: /work/data/own.npz, test (10); outside: MNIST test"},
+        "sets": {"mnist": "inside: /home/ann/data/own.npz, test (10); outside: MNIST test"},
         "rows": [
             {"score": "jevb/a", "outside": "mnist", "auroc": 0.9876, "fpr95_outside_positive": 0.0312},
             {"score": "jevb/b", "outside": "mnist", "auroc": 0.1234, "fpr95_outside_positive": 0.5},
