@@ -7,8 +7,7 @@ The first command reads `data/cifar100_train.npz` and `data/cifar100_test.npz` (
 `class_names`) and writes class folders of JPEGs: 100 training images of each class, and all test
 images. It also writes the backbone of the encoder `jevb-cifar10-resnet8` of the package with
 torchvision's names, as `jevb_jax.convert` does, and says how good that encoder is without any
-training here. It has seen CIFAR-10 and no image of
-CIFAR-100, which shares no class with it.
+training here. That encoder has seen CIFAR-10 alone, which shares no class with CIFAR-100.
 
 Both runs cut their crops out of the files (`augmentation.crop_from = "image"`) and differ in
 `init.workdir` alone, so they see the same views. The recipe is that of `studies/cifar10_small.py`;
