@@ -53,6 +53,9 @@ class TrainedEncoder:
         """Names of the scores, JEVB's own among them; `docs/evaluation.md` says what each is."""
         return self.model.score_names()
 
+    def _name(self, score: str | None) -> str:
+        return score_table.default_score(self.model.settings) if score is None else score
+
     @functools.cached_property
     def _scorers(self) -> dict[str, ScoreFunction]:
         return {}
@@ -76,7 +79,7 @@ class TrainedEncoder:
         Raises:
           ValueError: the score is unknown, or for the reasons of `embed`.
         """
-        name = score_table.default_score(self.model.settings) if score is None else score
+        name = self._name(score)
         scorer = self._scorer(name)
         return self.model.scores_of(self.encoder.features(images), name, scorer)
 
@@ -98,7 +101,9 @@ class TrainedEncoder:
         # Check before the work whether the threshold can exist.
         conformal.conformal_threshold(np.zeros(len(calibration_images)), rate)
         scores = self.ood_score(calibration_images, score)
-        return TrainedDetector(self, score, rate, conformal.conformal_threshold(scores, rate))
+        return TrainedDetector(
+            self, self._name(score), rate, conformal.conformal_threshold(scores, rate)
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,13 +112,13 @@ class TrainedDetector:
 
     Attributes:
       encoder: computes the scores.
-      score_name: as for `TrainedEncoder.ood_score`.
+      score_name: one of `TrainedEncoder.score_names()`.
       false_alarm_rate: largest share of in-distribution images to call strange.
       threshold: larger scores are alarms.
     """
 
     encoder: TrainedEncoder
-    score_name: str | None
+    score_name: str
     false_alarm_rate: float
     threshold: float
 

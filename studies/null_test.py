@@ -45,12 +45,15 @@ def score_splits(model: Model, num_images: int) -> dict[str, dict[str, np.ndarra
       num_images: largest number of images of a split; they are drawn with seed 0.
     """
     dataset: Any = load_dataset(**vars(model.settings.data))
+    entries = scores_of_run(model.settings, has_labels=True)
+    # Only JEVB's scores read terms.
+    views = "terms" if any(entry.views == "terms" for entry in entries.values()) else ""
     random = np.random.default_rng(0)
     features: dict[str, Features] = {}
     for name in ("train", "validation", "test"):
         source = getattr(dataset, name)
         rows = np.sort(random.permutation(len(source))[:num_images])
-        features[name] = model.extractor("terms")(model.variables, Subset(source, rows))
+        features[name] = model.extractor(views)(model.variables, Subset(source, rows))
     train = features["train"]
     labels: Any = train.labels  # there are some, or `num_classes` raises
     probe = fit_linear_probe(
@@ -59,7 +62,6 @@ def score_splits(model: Model, num_images: int) -> dict[str, dict[str, np.ndarra
         num_classes=num_classes(dataset.train),
         l2_regularization=_PROBE_PENALTY,
     )
-    entries = scores_of_run(model.settings, has_labels=True)
     scorers = make_scorers(entries, TrainingData(train, probe))
     return {
         name: score_features(values, scorers, batch_size=_BATCH)

@@ -180,6 +180,7 @@ def test_train_gives_an_encoder_a_posterior_and_jevb_s_scores():
     assert np.corrcoef(entropy, found)[0, 1] > 0.5
     detector = trained.detector(new, 0.1, "embedding/mahalanobis")
     assert detector.is_outside(new).sum() <= 10
+    assert trained.detector(new).score_name == "jevb/mixture_and_residual"
     assert detector.is_outside(50 * rng.normal(size=(20, 4, 4, 3))).mean() > 0.9
     with pytest.raises(ValueError, match=r"score must be one of .*jevb/kl.*, got 'mahalanobis'"):
         trained.ood_score(new, "mahalanobis")

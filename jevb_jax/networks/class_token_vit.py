@@ -235,8 +235,8 @@ def resample_positions(positions: np.ndarray, rows: int, columns: int) -> np.nda
 
     Args:
       positions: `[old_rows, old_columns, d]`.
-      rows: of the new grid.
-      columns: of the new grid.
+      rows: height of the new grid, in patches.
+      columns: its width.
 
     Returns:
       `[rows, columns, d]` float32.
