@@ -30,7 +30,7 @@ from jevb_jax.evaluation.accuracy import left_out
 from jevb_jax.runs import files
 from jevb_jax.runs.metrics_log import standard_output
 from jevb_jax.settings import run_config
-from jevb_jax.settings.saved_config import versioned
+from jevb_jax.settings.config_versions import versioned
 from jevb_jax.training import pretraining
 from jevb_jax.training.experiment import build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jevb_jax import arguments, extras
-from jevb_jax.evaluation import conformal, detector_input, saved_scores
+from jevb_jax.evaluation import conformal, detector_input, score_json
 from jevb_jax.evaluation.features import Features
 from jevb_jax.evaluation.score_table import (
     ScoreEntry,
@@ -25,7 +25,7 @@ from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.xla_options import in_single_precision
 
 if TYPE_CHECKING:
-    from jevb_jax.trained_encoder import TrainedEncoder
+    from jevb_jax.any_encoder_training import TrainedEncoder
 
 DEFAULT_SCORE = "mahalanobis"
 _DEFAULT_SETTINGS = ScoreSettings(
@@ -116,7 +116,7 @@ class WrappedEncoder:
 
         Args:
           images: as for `features`; at least eight.
-          **settings: of `embedding_estimator.JEVBTransformer`, for example `num_epochs`.
+          **settings: of `sklearn_transformer.JEVBTransformer`, for example `num_epochs`.
 
         Raises:
           ModuleNotFoundError: the extra `train` is not installed.
@@ -124,7 +124,7 @@ class WrappedEncoder:
           ValueError: for the reasons of `features`, or a setting is out of its range.
         """
         with extras.explained():
-            from jevb_jax.trained_encoder import train_on_features
+            from jevb_jax.any_encoder_training import train_on_features
         return train_on_features(self, self.features(images), **settings)
 
     def load_detector(self, directory: str | os.PathLike[str]) -> "WrappedDetector":
@@ -146,7 +146,7 @@ class WrappedEncoder:
         saved, arrays = manifest[archive.WRAPPED], archive.read_arrays(path, manifest)
         try:
             threshold = float(arrays.pop("threshold"))
-            scorer = saved_scores.rebuild(saved["scorer"], arrays)
+            scorer = score_json.rebuild(saved["scorer"], arrays)
             return WrappedDetector(
                 self,
                 scorer,
@@ -155,7 +155,7 @@ class WrappedEncoder:
                 saved["false_alarm_rate"],
                 threshold,
             )
-        except (KeyError, saved_scores.SavedScoreError) as error:
+        except (KeyError, score_json.SavedScoreError) as error:
             raise ArchiveError(
                 f"the detector in {path} is not one of this version: {error}"
             ) from error
@@ -298,7 +298,7 @@ class WrappedDetector:
         """
         target = files.to_path(directory)
         archive.check_free(target, kind="wrapped detector")
-        description, arrays = saved_scores.describe(self.scorer)
+        description, arrays = score_json.describe(self.scorer)
         arrays["threshold"] = np.asarray(self.threshold, np.float64)
         entry = {
             "score": self.score_name,

@@ -35,7 +35,7 @@ from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
 from jevb_jax.runs.provenance import environment, read_environment
 from jevb_jax.runs.result_files import is_own, keep_other_results, result_files, settings_sha256
 from jevb_jax.settings import read
-from jevb_jax.settings.saved_config import saved_config
+from jevb_jax.settings.config_versions import saved_config
 from jevb_jax.training import alarms, pretraining
 from jevb_jax.training.experiment import Experiment, build_experiment, to_json_values
 from jevb_jax.training.loop import RunLoop

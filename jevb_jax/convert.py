@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from safetensors import numpy as safetensors
 
-from jevb_jax import programs
+from jevb_jax import small_programs
 from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.networks.torch_names import to_torch
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.write_bytes_atomically(files.to_path(arguments.out), content)
         return f"Written to {arguments.out}"
 
-    return programs.run(work)
+    return small_programs.run(work)
 
 
 if __name__ == "__main__":

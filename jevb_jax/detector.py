@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jevb_jax.evaluation import conformal, saved_scores
+from jevb_jax.evaluation import conformal, score_json
 from jevb_jax.evaluation.score_table import ScoreFunction
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.array_names import flatten_names
@@ -90,7 +90,7 @@ class Detector:
         """
         target = files.to_path(directory)
         archive.check_free(target, kind="detector")
-        description, arrays = saved_scores.describe(self.scorer)
+        description, arrays = score_json.describe(self.scorer)
         arrays["threshold"] = np.asarray(self.threshold, np.float64)
         write_model(
             self.model,

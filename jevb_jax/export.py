@@ -27,7 +27,7 @@ runtime that reads ONNX (opset 18), with any batch size. They have the same inpu
 onnxruntime is installed, each is run beside JAX before anything is written.
 
 `--push=org/name` uploads the export with a model card to the Hugging Face Hub, in one commit
-(`publishing`). `jevb_jax.load("hf://org/name")` then loads it.
+(`hub_push`). `jevb_jax.load("hf://org/name")` then loads it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ import numpy as np
 from jax import Array
 
 import jevb_jax
-from jevb_jax import programs, publishing
+from jevb_jax import hub_push, small_programs
 from jevb_jax.detector import Detector, write_model
 from jevb_jax.evaluation import fitted_scores, score_table
 from jevb_jax.evaluation.features import Features
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         help="in (0, 1): also serve score and verdict of each image, at this rate",
     )
-    publishing.add_flags(parser)
+    hub_push.add_flags(parser)
     parser.add_argument("--onnx", action="store_true", help="also write what is served as ONNX")
     arguments = parser.parse_args(argv)
     if arguments.out is None and arguments.push is None:
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         step = int(step)
 
     def work() -> str:
-        pushed = publishing.target(arguments)
+        pushed = hub_push.target(arguments)
         model = load(arguments.workdir, step)
         if pushed is None:
             write(model, arguments.out)
@@ -398,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             directory = arguments.out or temporary
             write(model, directory)
-            return publishing.push(directory, pushed, model, arguments)
+            return hub_push.push(directory, pushed, model, arguments)
 
     def write(model: Model, directory: str) -> None:
         export_model(
@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             onnx=arguments.onnx,
         )
 
-    return programs.run(work)
+    return small_programs.run(work)
 
 
 if __name__ == "__main__":

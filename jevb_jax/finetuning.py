@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from safetensors import numpy as safetensors
 
-from jevb_jax import loading, messages, parallel, published
+from jevb_jax import loading, messages, model_names, parallel
 from jevb_jax.detector import write_model
 from jevb_jax.images import batch_order, data_record, workers
 from jevb_jax.images import source as source_module
@@ -110,7 +110,7 @@ def load_classifier(directory: str | os.PathLike[str]) -> Classifier:
       ArchiveError: a file is missing or not what was written.
       FileNotFoundError: nothing was written there.
     """
-    path = published.directory_of(directory)
+    path = model_names.directory_of(directory)
     if not archive.is_archive(path):
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}: finetune.py writes it")
     encoder = loading.load_archive(path)
@@ -221,7 +221,7 @@ def _load_encoder(settings: FinetuneSettings, directory: Path) -> Model:
     init = settings.init
     step = None if init.step < 0 else init.step
     is_begun = bool(saved_steps(directory / "checkpoints"))
-    if step is None and is_begun and not archive.is_archive(published.directory_of(init.workdir)):
+    if step is None and is_begun and not archive.is_archive(model_names.directory_of(init.workdir)):
         step = files.read_json(directory / _ENCODER)["step"]
     encoder = loading.load(init.workdir, step, batch_size=settings.evaluation.batch_size)
     if encoder.num_features:

@@ -15,16 +15,16 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jevb_jax import published
+from jevb_jax import model_names
 from jevb_jax.detector import DETECTOR, Detector
-from jevb_jax.evaluation import fitted_scores, saved_scores
+from jevb_jax.evaluation import fitted_scores, score_json
 from jevb_jax.images import data_record
 from jevb_jax.model import Model, whole_number
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
 from jevb_jax.settings import read
-from jevb_jax.settings.saved_config import completed_config, saved_config
+from jevb_jax.settings.config_versions import completed_config, saved_config
 from jevb_jax.settings.sections import RunSettings
 from jevb_jax.training import from_settings
 from jevb_jax.xla_options import in_single_precision, keep_compiled_programs
@@ -51,7 +51,7 @@ def load(
 
     Args:
       path: a local directory or one in an object store; the name of a published encoder
-        (`published.names()`); or a repository of the Hugging Face Hub, `hf://org/name` or
+        (`model_names.names()`); or a repository of the Hugging Face Hub, `hf://org/name` or
         `hf://org/name@revision`, which is downloaded into the cache of huggingface_hub.
       step: only for a run: the step of a checkpoint; "best", by validation k-NN, for a run with
         `checkpoint.keep_best`; or None for the latest undamaged checkpoint.
@@ -66,7 +66,7 @@ def load(
       ValueError: `step` is given for an export, or the config is of another version.
     """
     keep_compiled_programs()
-    directory = published.directory_of(path)
+    directory = model_names.directory_of(path)
     if archive.is_archive(directory):
         if step is not None:
             raise ValueError(f"{directory} is an export, which holds one step; leave out step")
@@ -82,7 +82,7 @@ def load(
     if not (directory / "config.json").exists():
         raise FileNotFoundError(
             f"{directory} holds neither config.json (a run of train.py) nor {archive.MANIFEST} (an "
-            f"export of jevb_jax.export), and is none of the encoders {published.names()}"
+            f"export of jevb_jax.export), and is none of the encoders {model_names.names()}"
         )
     return _load_run(directory, step, batch_size)
 
@@ -168,7 +168,7 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
       ArchiveError: there is no detector, or it is damaged or of another version.
     """
     keep_compiled_programs()
-    path = published.directory_of(directory)
+    path = model_names.directory_of(directory)
     if not archive.is_archive(path):
         raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}; Detector.save writes it")
     manifest = archive.read_manifest(path)
@@ -183,9 +183,9 @@ def load_detector(directory: str | os.PathLike[str], *, batch_size: int | None =
         )
     try:
         threshold = float(arrays.pop("threshold"))
-        scorer = saved_scores.rebuild(saved["scorer"], arrays)
+        scorer = score_json.rebuild(saved["scorer"], arrays)
         return Detector(model, scorer, saved["score"], saved["false_alarm_rate"], threshold)
-    except (KeyError, saved_scores.SavedScoreError) as error:
+    except (KeyError, score_json.SavedScoreError) as error:
         raise ArchiveError(f"the detector in {path} is not one of this version: {error}") from error
 
 

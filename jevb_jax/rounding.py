@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jevb_jax import programs
+from jevb_jax import small_programs
 from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.runs import archive, eight_bits, files
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_rounded_run(model, source, target)
         return f"Kernels of step {model.step} rounded to 8 bits in {target}"
 
-    return programs.run(work)
+    return small_programs.run(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from jevb_jax.runs import files
 from jevb_jax.runs.checkpoints import changed_keys
 from jevb_jax.runs.metrics_log import MetricsLog
-from jevb_jax.settings.saved_config import saved_config
+from jevb_jax.settings.config_versions import saved_config
 from jevb_study.spec import Measure, PlannedRun, Result, Study
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jevb_jax import config_files
+from jevb_jax.command_line import config_files
 from jevb_study.spec import Comparison, Figure, Logged, Measure, Result, Study, Sweep
 
 

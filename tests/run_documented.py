@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from jevb_jax import scripts  # noqa: F401 (flags of several processes are defined once)
+from jevb_jax.command_line import scripts  # noqa: F401 (flags of several processes are defined once)
 
 ROOT = Path(__file__).resolve().parent.parent
 

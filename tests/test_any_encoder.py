@@ -17,10 +17,10 @@ from sklearn.neighbors import NearestNeighbors
 
 import jevb_jax
 from jevb_jax.any_encoder import FittedEncoder, WrappedEncoder
-from jevb_jax.embedding_estimator import JEVBTransformer
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.evaluation.score_table import ScoreSettings
 from jevb_jax.runs.archive import ArchiveError
+from jevb_jax.sklearn_transformer import JEVBTransformer
 
 WIDTH = 6
 SETTINGS = ScoreSettings(knn_k=(3,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0)

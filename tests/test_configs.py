@@ -23,7 +23,7 @@ from configs import (
 )
 from jevb_jax import methods
 from jevb_jax.runs import checkpoints
-from jevb_jax.settings import read, run_config, saved_config
+from jevb_jax.settings import config_versions, read, run_config
 from jevb_jax.training import experiment, from_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,9 +48,9 @@ CASES = [
 
 def test_settings_that_came_later_are_added_as_json_has_them():
     saved = experiment.to_json_values(default.get_config())
-    for section, before in saved_config._BEFORE.items():
+    for section, before in config_versions._BEFORE.items():
         saved[section] = {k: v for k, v in saved[section].items() if k not in before}
-    completed = saved_config.completed_config(saved)
+    completed = config_versions.completed_config(saved)
     assert completed.keys() == saved.keys()
     assert json.loads(json.dumps(completed)) == completed
     assert completed["evaluation"]["knn_uniform_k"] == []

@@ -188,8 +188,8 @@ def test_flags_and_configs_exist(path):
     text = re.sub(r"\\\n\s*", " ", path.read_text())
     defined = {
         flag
-        for script in ("scripts.py", "command_line.py")
-        for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "jevb_jax" / script).read_text())
+        for path in (ROOT / "jevb_jax/command_line").glob("*.py")
+        for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', path.read_text())
     }
     keys: set[str] = set()
     config: Any = default.get_config()

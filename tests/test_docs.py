@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jevb_jax import command_line, config_files
+from jevb_jax.command_line import config_files, start
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
@@ -134,7 +134,7 @@ def test_programs_configs_and_settings_of_the_pages_exist(monkeypatch):
                     continue
                 config = config_files.load(flag, config_files.file_of(given))
                 argv = ["x", *re.findall(rf"--(?:no)?{flag}\.[\w.]+", line)]
-                command_line._check_overrides(argv, flag, config)
+                start._check_overrides(argv, flag, config)
     assert len(configs) > 8
     assert len(programs) > 6
     for program in programs - {"-m jevb_jax.study"}:  # a page says that it is a former command

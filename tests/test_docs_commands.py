@@ -259,7 +259,7 @@ ROWS = (
     Row("python -m examples.story", "tests/test_story.py::test_tells_the_story"),
     Row("python train.py --config=configs/smoke.py .*--process_id", PARALLEL),
     Row("def distance|METHODS|@dataclass", METHOD),
-    Row("from jevb_jax.embedding_estimator", TRANSFORMER),
+    Row("from jevb_jax.sklearn_transformer", TRANSFORMER),
     Row("trained = ", TRAINED_ENCODER),
     Row("JEVB_JAX_TESTS=optimized pytest .*--differences", DIFFERENCES),
     Row("import jevb_jax|from sklearn|import numpy|features_fn = jax", ENCODER, page="any_encoder"),

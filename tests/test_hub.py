@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 import jevb_jax
 from configs import finetune_digits
-from jevb_jax import export, finetuning, hub, published, publishing
+from jevb_jax import export, finetuning, hub, hub_push, model_names
 from jevb_jax.detector import write_model
 from jevb_jax.hub import HubError, Repository
 from jevb_jax.report import model_card
@@ -160,7 +160,7 @@ def test_a_commit_in_the_cache_needs_no_hub(pushed, monkeypatch, tmp_path):
 
 
 def test_everything_that_reads_a_model_takes_the_url(pushed):
-    directory = published.directory_of(f"hf://{NAME}")
+    directory = model_names.directory_of(f"hf://{NAME}")
     assert (directory / WEIGHTS).is_file()
     # Neither is one, and both say so of the right directory.
     with pytest.raises(ArchiveError, match="model without a detector"):
@@ -423,9 +423,9 @@ def test_the_card_claims_nothing_that_is_not_there(model):
 def test_the_numbers_of_the_card_are_those_of_its_step(tmp_path):
     for name, step in (("results.json", 9), ("results_step_7.json", 7)):
         (tmp_path / name).write_text(f'{{"step": {step}}}')
-    found = [publishing._results(str(tmp_path), step) for step in (9, 7, 8)]
+    found = [hub_push._results(str(tmp_path), step) for step in (9, 7, 8)]
     assert found == [{"step": 9}, {"step": 7}, None]
-    assert publishing._results(f"hf://{NAME}", 7) is None
+    assert hub_push._results(f"hf://{NAME}", 7) is None
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from absl import flags
 from rich.console import Console
 
 from configs import smoke
-from jevb_jax import arguments, command_line, config_files, messages
+from jevb_jax import arguments, messages
+from jevb_jax.command_line import config_files, start
 from jevb_jax.evaluation import detection_metrics
 from jevb_jax.images import batch_order, random_bits
 from jevb_jax.images.source import ArraySource
@@ -158,9 +159,9 @@ def test_saved_config_is_given_back_with_overrides_on_top(tmp_path):
     path = tmp_path / "config.json"
     files.write_json_atomically(path, experiment.to_json_values(config))
     for argv in (["x", f"--config={path}", "--a"], ["x", "--config", str(path), "--a"]):
-        made = command_line._with_files(argv, "config")
+        made = start._with_files(argv, "config")
         assert made[-1] == "--a"
-        given = command_line._value(made, "config") or ""
+        given = start._value(made, "config") or ""
         assert given == f"{ROOT}/configs/saved.py:{path}"
         loaded = config_files.load("config", given)
         assert loaded.to_dict() == config.to_dict()
@@ -194,9 +195,9 @@ def test_configs_that_cannot_be_read_are_one_message(tmp_path, given, message):
     (tmp_path / "other.json").write_text("[1]")
     (tmp_path / "empty.py").write_text("def get_config(): pass")
     places = {"tmp": tmp_path, "root": ROOT}
-    argv = command_line._with_files(["x", f"--config={given.format(**places)}"], "config")
+    argv = start._with_files(["x", f"--config={given.format(**places)}"], "config")
     with pytest.raises(config_files.ConfigFileError) as error:
-        config_files.load("config", command_line._value(argv, "config") or "")
+        config_files.load("config", start._value(argv, "config") or "")
     assert message.format(**places) in str(error.value)
     assert "Traceback" not in str(error.value)
 
@@ -206,10 +207,10 @@ def test_names_of_configs_of_the_package_and_files_that_come_first(tmp_path, mon
     for given, method in (("digits", "jevb"), ("cifar10:byol", "byol")):
         file, _, argument = given.partition(":")
         expected = f"{ROOT}/configs/{file}.py" + (f":{argument}" if argument else "")
-        assert command_line._with_files(["x", f"--config={given}"], "config")[1:] == [
+        assert start._with_files(["x", f"--config={given}"], "config")[1:] == [
             f"--config={expected}"
         ]
-        assert command_line._with_files(["x", "--config", given], "config")[-1] == expected
+        assert start._with_files(["x", "--config", given], "config")[-1] == expected
         assert config_files.load("config", expected).method == method
     (tmp_path / "digits").mkdir()  # a run of that name is no file
     assert config_files.file_of("digits") == f"{ROOT}/configs/digits.py"
@@ -235,10 +236,10 @@ def test_a_fault_in_a_config_file_is_not_hidden(tmp_path):
 )
 def test_misspelt_settings_name_what_is_meant(override, meant):
     with pytest.raises(flags.Error) as error:
-        command_line._check_overrides(["x", f"--config.{override}"], "config", smoke.get_config())
+        start._check_overrides(["x", f"--config.{override}"], "config", smoke.get_config())
     assert meant in str(error.value)
     fine = ["x", "--config.train.batch_size=3", "--noconfig.train.health_pairs", "--configure=1"]
-    command_line._check_overrides(fine, "config", smoke.get_config())
+    start._check_overrides(fine, "config", smoke.get_config())
 
 
 def test_usage_errors_end_with_status_two_and_no_frames(tmp_path):
@@ -259,5 +260,5 @@ def test_usage_errors_end_with_status_two_and_no_frames(tmp_path):
 
 
 def test_a_warning_of_a_script_is_one_line():
-    told = command_line._one_line("few images", UserWarning, "train.py", 18)
+    told = start._one_line("few images", UserWarning, "train.py", 18)
     assert told == "UserWarning: few images\n"

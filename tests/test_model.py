@@ -26,7 +26,7 @@ from jevb_jax import export as export_module
 from jevb_jax import forward, loading
 from jevb_jax import model as model_module
 from jevb_jax.detector import Detector, write_model
-from jevb_jax.evaluation import detection_metrics, features, knn, saved_scores, score_table
+from jevb_jax.evaluation import detection_metrics, features, knn, score_json, score_table
 from jevb_jax.evaluation.gaussian_detectors import Gaussians
 from jevb_jax.evaluation.score_table import OfFeature, ScoreSettings, TrainingData
 from jevb_jax.forward import _with_progress
@@ -613,8 +613,8 @@ def test_every_score_is_rebuilt_from_json_and_arrays():
         scores
     )
     for name, (score, found) in scores.items():
-        description, arrays = saved_scores.describe(score)
-        again = saved_scores.rebuild(json.loads(json.dumps(description, allow_nan=False)), arrays)
+        description, arrays = score_json.describe(score)
+        again = score_json.rebuild(json.loads(json.dumps(description, allow_nan=False)), arrays)
         np.testing.assert_allclose(again(found), score(found), rtol=1e-6, err_msg=name)
         assert jax.tree.structure(again) == jax.tree.structure(score), name
 
@@ -623,14 +623,14 @@ def test_a_saved_score_holds_names_of_ours_alone():
     score = OfFeature(
         Gaussians(*(jnp.zeros(1), jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)))), "embedding"
     )
-    description, arrays = saved_scores.describe(score)
+    description, arrays = score_json.describe(score)
     assert sorted(arrays) == [
         f"score.score.{name}" for name in ("center", "whitened_mean", "whitening")
     ]
-    with pytest.raises(saved_scores.SavedScoreError, match="no part of the score names"):
-        saved_scores.rebuild(description, arrays | {"more": np.zeros(1)})
-    with pytest.raises(saved_scores.SavedScoreError, match="center is missing"):
-        saved_scores.rebuild(description, {})
+    with pytest.raises(score_json.SavedScoreError, match="no part of the score names"):
+        score_json.rebuild(description, arrays | {"more": np.zeros(1)})
+    with pytest.raises(score_json.SavedScoreError, match="center is missing"):
+        score_json.rebuild(description, {})
     for wrong in (
         {"function": "os:system"},
         {"function": "..commands:train"},
@@ -643,10 +643,10 @@ def test_a_saved_score_holds_names_of_ours_alone():
         {"code": "1"},
         [1],
     ):
-        with pytest.raises(saved_scores.SavedScoreError):
-            saved_scores.rebuild(wrong, {})
+        with pytest.raises(score_json.SavedScoreError):
+            score_json.rebuild(wrong, {})
     with pytest.raises(TypeError, match=r"is not defined at the top of a module"):
-        saved_scores.describe(lambda x: x)
+        score_json.describe(lambda x: x)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from jevb_jax.to_onnx import check, convert
 from jevb_jax.to_onnx.graph import ConversionError
 from jevb_jax.training import experiment
 from tests.test_export import small_model
-from tests.test_published import tiles
+from tests.test_model_names import tiles
 from tests.training.test_feature_run import config_of
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jevb_jax.evaluation import detection, saved_scores
+from jevb_jax.evaluation import detection, score_json
 from jevb_jax.evaluation.features import FeatureExtractor, Features
 from jevb_jax.evaluation.score_table import (
     ScoreFunction,
@@ -57,7 +57,7 @@ class FittedScores:
     Attributes:
       weights_sha256: hash of the parameters and statistics, from `weights_sha256`.
       settings: settings of the section `ood` that the scores depend on, JSON values.
-      scorers: of each fitted score, the JSON values of `saved_scores.describe` and the names of its
+      scorers: of each fitted score, the JSON values of `score_json.describe` and the names of its
         arrays here, by their names there.
       arrays: by name. Scores that share an array share its name.
       calibration: `[n]` float32, values for the validation images, by score; also of scores that
@@ -88,8 +88,8 @@ class FittedScores:
         saved = self.scorers[name]
         try:
             arrays = {own: self.arrays[stored] for own, stored in saved["arrays"].items()}
-            return saved_scores.rebuild(saved["scorer"], arrays)
-        except (KeyError, saved_scores.SavedScoreError) as error:
+            return score_json.rebuild(saved["scorer"], arrays)
+        except (KeyError, score_json.SavedScoreError) as error:
             raise ArchiveError(
                 f"the saved {name} is not one of this version: {error}. Remedy: {_REMEDY}"
             ) from error
@@ -244,7 +244,7 @@ def describe(
       settings: from `settings_of_fit`.
       left_out: why other scores are missing.
     """
-    described = {name: saved_scores.describe(scores[name]) for name in scores if name in is_fitted}
+    described = {name: score_json.describe(scores[name]) for name in scores if name in is_fitted}
     sizes = {
         name: sum(x.nbytes for x in arrays.values()) for name, (_, arrays) in described.items()
     }

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 
-from jevb_jax.images import pictures
+from jevb_jax.images import decoding
 from jevb_jax.images.arrays import arrays, digits, features
 from jevb_jax.images.encoded import EncodedPictures, Reading, without_broken
 from jevb_jax.images.image_files import FolderSource, ImageListSource, PathListSource
@@ -70,8 +70,8 @@ def load_dataset(
     image_column: str = "image",
     label_column: str = "label",
     image_size: int = 0,
-    max_image_pixels: int = pictures.MAX_PIXELS,
-    exif: pictures.Exif = "apply",
+    max_image_pixels: int = decoding.MAX_PIXELS,
+    exif: decoding.Exif = "apply",
     skip_broken: Literal["refuse", "skip"] = "refuse",
     labels: Literal["given", "none"] = "given",
     num_channels: int = 0,
@@ -136,7 +136,7 @@ def load_dataset(
         raise ValueError(f"unknown data source {source!r}; expected one of {', '.join(SOURCES)}")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"expected validation_fraction in (0, 1), got {validation_fraction}")
-    pictures.check_limits(image_size, max_image_pixels)
+    decoding.check_limits(image_size, max_image_pixels)
     if isinstance(train_paths, str) or isinstance(test_paths, str):
         raise ValueError("train_paths and test_paths must be sequences of paths, not one string")
     if num_train_examples < 0 or num_test_examples < 0:
@@ -251,8 +251,8 @@ def load_images(
     image_column: str = "image",
     label_column: str = "label",
     image_size: int = 0,
-    max_image_pixels: int = pictures.MAX_PIXELS,
-    exif: pictures.Exif = "apply",
+    max_image_pixels: int = decoding.MAX_PIXELS,
+    exif: decoding.Exif = "apply",
     num_channels: int = 0,
     levels: Levels = Levels(),  # noqa: B008 - it is frozen
     rows: Sequence[int] = (),

@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from jevb_jax.images import pictures
+from jevb_jax.images import decoding
 from jevb_jax.images.crop_boxes import ExampleCrops
 from jevb_jax.images.levels import Levels
 from jevb_jax.images.source import Subset
@@ -37,7 +37,7 @@ class Reading(TypedDict, total=False):
 
     image_size: int
     max_image_pixels: int
-    exif: pictures.Exif
+    exif: decoding.Exif
     num_channels: int
     levels: Levels
     skip_broken: bool
@@ -71,12 +71,12 @@ class EncodedPictures(abc.ABC):
     def __init__(self, name: str, **reading: Unpack[Reading]):
         self.name = name
         self.image_size = reading.get("image_size", 0)
-        self._max_pixels = reading.get("max_image_pixels", pictures.MAX_PIXELS)
-        self._exif: pictures.Exif = reading.get("exif", "apply")
+        self._max_pixels = reading.get("max_image_pixels", decoding.MAX_PIXELS)
+        self._exif: decoding.Exif = reading.get("exif", "apply")
         self._levels = reading.get("levels", Levels())
         self._mode = _mode(reading.get("num_channels", 0), self._levels)
         self._skip_broken = reading.get("skip_broken", False)
-        pictures.check_limits(self.image_size, self._max_pixels)
+        decoding.check_limits(self.image_size, self._max_pixels)
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -106,7 +106,7 @@ class EncodedPictures(abc.ABC):
         ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return pictures.read(
+        return decoding.read(
             self.file(index),
             mode=self._mode,
             image_size=self.image_size,
@@ -118,7 +118,7 @@ class EncodedPictures(abc.ABC):
 
     def crops(self, index: int, crops: ExampleCrops) -> list[np.ndarray]:
         """Crops of the whole picture `index`, `[size, size, C]` for each view."""
-        return pictures.read_crops(
+        return decoding.read_crops(
             self.file(index),
             crops,
             mode=self._mode,
@@ -137,7 +137,7 @@ class EncodedPictures(abc.ABC):
         """Raises ValueError unless the pictures `rows` have one size, by their headers."""
         first = None
         for index in rows:
-            size = pictures.size(
+            size = decoding.size(
                 self.file(index),
                 max_pixels=self._max_pixels,
                 exif=self._exif,

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jevb_jax.images.pictures import SUFFIXES
+from jevb_jax.images.decoding import SUFFIXES
 
 
 @dataclasses.dataclass

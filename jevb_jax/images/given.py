@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jevb_jax.images import pictures
+from jevb_jax.images import decoding
 from jevb_jax.images.levels import Levels, unit_of_stored
 from jevb_jax.images.preparation import cut_square
 from jevb_jax.images.source import checked_features
@@ -67,7 +67,7 @@ def check_images(
     *,
     num_channels: int,
     square_size: int,
-    exif: pictures.Exif = "apply",
+    exif: decoding.Exif = "apply",
     levels: Levels | None = None,
 ) -> GivenImages:
     """Checks images; lists, tuples, iterators and Pillow pictures become arrays.
@@ -102,7 +102,7 @@ def check_images(
                 f"{num_channels}; give arrays [h, w, {num_channels}]"
             )
         is_deep = picture.mode.startswith(("I", "F"))
-        return pictures.picture_pixels(
+        return decoding.picture_pixels(
             picture,
             mode=modes[num_channels],
             image_size=square_size,

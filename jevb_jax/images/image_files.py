@@ -10,7 +10,7 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from jevb_jax.images import pictures
+from jevb_jax.images import decoding
 from jevb_jax.images.encoded import EncodedPictures, Reading
 from jevb_jax.images.folder_listing import list_folder
 from jevb_jax.images.label_texts import labels_of_texts
@@ -65,8 +65,8 @@ class FolderSource(FileSource):
 
     There are two layouts. Class folders: `root/<class>/**/<file>`, with labels in the sorted order
     of the folder names. Flat: `root/<file>`, without labels. With `has_classes=False` there are no
-    labels, and pictures lie at any depth. Only files with an ending in `pictures.SUFFIXES`, in any
-    case, are read; `pictures.read` says what becomes of colors, transparency and orientation. Other
+    labels, and pictures lie at any depth. Only files with an ending in `decoding.SUFFIXES`, in any
+    case, are read; `decoding.read` says what becomes of colors, transparency and orientation. Other
     files, hidden files, and links to folders that are read anyway are left out, and a warning gives
     their numbers. Other links are followed.
 
@@ -137,7 +137,7 @@ class FolderSource(FileSource):
             raise ValueError(
                 "; ".join([f"no pictures in {root}", *remarks])
                 + f"; expected {root}/<class>/<file> or, unlabeled, {root}/<file>, with endings "
-                f"{' '.join(pictures.SUFFIXES)}"
+                f"{' '.join(decoding.SUFFIXES)}"
             )
         for remark in remarks:
             _logger.warning("%s: %s", root, remark)
@@ -282,7 +282,7 @@ def _text_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
         name, label = line.strip(), ""
         if "\t" in name:
             name, _, label = name.partition("\t")
-        elif not name.lower().endswith(pictures.SUFFIXES) and " " in name:
+        elif not name.lower().endswith(decoding.SUFFIXES) and " " in name:
             name, _, label = name.rpartition(" ")
         rows.append(_Row(number, name.strip(), label.strip()))
     return rows

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple, Unpack
 
 import numpy as np
 
-from jevb_jax.images import index_cache, pictures
+from jevb_jax.images import decoding, index_cache
 from jevb_jax.images.encoded import EncodedPictures, Reading
 from jevb_jax.images.file_patterns import files_of_all
 from jevb_jax.images.label_texts import labels_of_texts
@@ -203,7 +203,7 @@ def _check_end(stream: IO[bytes], end: int, file: str) -> None:
 
 
 def _picture(key: str, members: Mapping[str, tarfile.TarInfo], file: str) -> tarfile.TarInfo:
-    found = [one for ending, one in members.items() if f".{ending.lower()}" in pictures.SUFFIXES]
+    found = [one for ending, one in members.items() if f".{ending.lower()}" in decoding.SUFFIXES]
     if len(found) != 1:
         what = "no picture" if not found else f"{len(found)} pictures"
         raise ValueError(

@@ -196,7 +196,7 @@ def saved_settings(config: Mapping[str, Any]) -> RunSettings:
     """The typed settings of a run that was already trained. Values are not checked again.
 
     Args:
-      config: plain values, completed by `saved_config.completed_config`.
+      config: plain values, completed by `config_versions.completed_config`.
 
     Raises:
       ValueError: a setting is missing, or this version does not have it.

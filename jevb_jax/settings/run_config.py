@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jevb_jax.runs import archive, files
-from jevb_jax.settings.saved_config import (
+from jevb_jax.settings.config_versions import (
     completed_finetune,
     is_finetune,
     saved_config,

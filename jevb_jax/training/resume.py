@@ -8,7 +8,7 @@ from jevb_jax.runs import files, metrics_writers
 from jevb_jax.runs.checkpoints import changed_keys, saved_steps
 from jevb_jax.runs.result_files import rename_results
 from jevb_jax.settings import read
-from jevb_jax.settings.saved_config import saved_config, saved_finetune, versioned
+from jevb_jax.settings.config_versions import saved_config, saved_finetune, versioned
 from jevb_jax.training.experiment import Experiment
 from jevb_jax.training.optimizers import EarlierLength
 

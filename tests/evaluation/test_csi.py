@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from jevb_jax.evaluation import csi, evaluate, readiness, saved_scores
+from jevb_jax.evaluation import csi, evaluate, readiness, score_json
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.images import batches
 from jevb_jax.images.augmentations import ViewAugmentation
@@ -266,5 +266,5 @@ def test_a_run_reports_it_and_nothing_else_changes(method):
 
 def test_it_is_saved_as_plain_arrays():
     score, images = csi.fit_csi(rotations(20, 0)), rotations(5, 1)
-    again = saved_scores.rebuild(*saved_scores.describe(score))
+    again = score_json.rebuild(*score_json.describe(score))
     np.testing.assert_array_equal(again(images), score(images))

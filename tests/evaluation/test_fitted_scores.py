@@ -27,7 +27,7 @@ from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
-from jevb_jax.settings.saved_config import versioned
+from jevb_jax.settings.config_versions import versioned
 from tests.test_export import small_model
 
 DEFAULT = "jevb/mixture_and_residual"

@@ -13,7 +13,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import spearmanr
 
-from jevb_jax.evaluation import evaluate, loss_prediction, saved_scores, score_table
+from jevb_jax.evaluation import evaluate, loss_prediction, score_json, score_table
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.evaluation.features import Features
 from jevb_jax.evaluation.linear_probe import fit_linear_probe
@@ -206,7 +206,7 @@ def test_what_cannot_be_fitted_says_why():
 
 def test_it_is_saved_as_plain_arrays():
     new, _ = problem(20, 1)
-    again = saved_scores.rebuild(*saved_scores.describe(fitted()))
+    again = score_json.rebuild(*score_json.describe(fitted()))
     np.testing.assert_array_equal(again(new), fitted()(new))
 
 

@@ -8,12 +8,7 @@ import pytest
 from scipy.spatial.distance import mahalanobis
 
 from configs import smoke
-from jevb_jax.evaluation import (
-    gaussian_detectors,
-    saved_scores,
-    scaled_mahalanobis,
-    score_table,
-)
+from jevb_jax.evaluation import gaussian_detectors, scaled_mahalanobis, score_json, score_table
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.settings import read
 from jevb_jax.training.experiment import to_json_values
@@ -119,8 +114,8 @@ def test_a_saved_score_is_the_same(fitted):
         score = scaled_mahalanobis.fit_scaled_mahalanobis(fit, exponent=1.5)
     else:
         score = scaled_mahalanobis.fit_by_local_dimension(fit, exponents=(0.5, 1.0, 1.5))
-    description, arrays = saved_scores.describe(score)
-    np.testing.assert_array_equal(saved_scores.rebuild(description, arrays)(new), score(new))
+    description, arrays = score_json.describe(score)
+    np.testing.assert_array_equal(score_json.rebuild(description, arrays)(new), score(new))
 
 
 def test_what_cannot_be_fitted_is_refused():

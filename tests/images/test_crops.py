@@ -19,7 +19,7 @@ from jevb_jax.images import (
     batches,
     crop_boxes,
     crop_pixels,
-    pictures,
+    decoding,
 )
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.crop_boxes import Box, HostCrops, key_words
@@ -186,7 +186,7 @@ def test_crops_are_those_of_pillow(photos, interpolation):
         example = crops.of_examples(2, np.array([row]))[0]
         boxes = example.boxes(height=427, width=640)
         whole = Image.open(file).convert("RGB")
-        found = pictures.read_crops(file, example, mode="RGB", where="x")
+        found = decoding.read_crops(file, example, mode="RGB", where="x")
         for box, size, crop in zip(boxes, crops.sizes, found, strict=True):
             top, left, tall, wide = box
             cut = whole.crop((left, top, left + wide, top + tall))
@@ -200,7 +200,7 @@ def test_crops_are_those_of_torchvision(photos, resizer):
     num_reduced = 0
     for row, example in enumerate(crops.of_examples(2, np.arange(12))):
         file = jpeg(photos[row % 2].crop((row, row, row + 500, row + 375)))
-        found = pictures.read_crops(file, example, mode="RGB", where="x")
+        found = decoding.read_crops(file, example, mode="RGB", where="x")
         whole = Image.open(file).convert("RGB")
         boxes = example.boxes(height=375, width=500)
         is_reduced = all(min(box[2:]) >= 2 * s for box, s in zip(boxes, crops.sizes, strict=True))
@@ -280,17 +280,17 @@ def test_of_a_damaged_jpeg_simd_reads_what_pillow_reads(photos, monkeypatch):
     damaged = data[:middle] + bytes(range(1, 40)) + data[middle + 39 :]
     assert crop_pixels.decoded_jpeg(damaged) is None
     files = (data, damaged, data + bytes(100))
-    whole = [pictures.read_crops(io.BytesIO(f), example, mode="RGB", where="x") for f in files]
+    whole = [decoding.read_crops(io.BytesIO(f), example, mode="RGB", where="x") for f in files]
     with pytest.raises(ValueError, match=r"cannot read x: .*truncated"):
-        pictures.read_crops(io.BytesIO(data[:middle]), example, mode="RGB", where="x")
+        decoding.read_crops(io.BytesIO(data[:middle]), example, mode="RGB", where="x")
     # It is the faster decoder that reads whole files, and no other kind of picture.
     seen = []
     monkeypatch.setattr(crop_pixels, "decoded_jpeg", lambda content: seen.append(content))
     for file, expected in zip(files, whole, strict=True):
-        found = pictures.read_crops(io.BytesIO(file), example, mode="RGB", where="x")
+        found = decoding.read_crops(io.BytesIO(file), example, mode="RGB", where="x")
         np.testing.assert_array_equal(found[0], expected[0])
-    pictures.read_crops(jpeg(photos[0].convert("CMYK")), example, mode="RGB", where="x")
-    pictures.read_crops(io.BytesIO(data), example, mode="L", where="x")
+    decoding.read_crops(jpeg(photos[0].convert("CMYK")), example, mode="RGB", where="x")
+    decoding.read_crops(io.BytesIO(data), example, mode="L", where="x")
     assert seen == list(files)
 
 
@@ -330,7 +330,7 @@ def test_a_reduced_jpeg_enlarges_no_crop(photos, monkeypatch):
         crops = host_crops(2 * size, size, size)
         for row, example in enumerate(crops.of_examples(0, np.arange(12))):
             file, scales[:] = jpeg(photos[row % 2].crop((0, 0, 637, 421))), []
-            found = pictures.read_crops(file, example, mode="RGB", where="x")
+            found = decoding.read_crops(file, example, mode="RGB", where="x")
             boxes = example.boxes(height=421, width=637)
             room = min(min(b[2:]) / s for b, s in zip(boxes, crops.sizes, strict=True))
             scale = scales[0] if scales else 1
@@ -356,7 +356,7 @@ def test_a_turned_picture_is_cropped_upright(photos, orientation, size, resizer)
     file = jpeg(stored, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     for example in host_crops(size, size, resizer=resizer).of_examples(1, np.arange(4)):
-        found = pictures.read_crops(file, example, mode="RGB", where="x")
+        found = decoding.read_crops(file, example, mode="RGB", where="x")
         boxes = example.boxes(height=upright.height, width=upright.width)
         for (top, left, tall, wide), crop in zip(boxes, found, strict=True):
             cut = upright.crop((left, top, left + wide, top + tall))
@@ -373,7 +373,7 @@ def test_thin_pictures_are_cropped(size, kind, resizer):
     buffer = io.BytesIO()
     Image.new("RGB", size, (200, 100, 50)).save(buffer, kind)
     for example in host_crops(32, 32, 16, resizer=resizer).of_examples(0, np.arange(8)):
-        found = pictures.read_crops(io.BytesIO(buffer.getvalue()), example, mode="RGB", where="x")
+        found = decoding.read_crops(io.BytesIO(buffer.getvalue()), example, mode="RGB", where="x")
         assert [crop.shape for crop in found] == [(32, 32, 3), (32, 32, 3), (16, 16, 3)]
         for crop in found:
             assert np.abs(crop - np.array([200.0, 100, 50])).max() <= 3
@@ -382,18 +382,18 @@ def test_thin_pictures_are_cropped(size, kind, resizer):
 def test_gray_pictures_and_transparent_ones(photos, resizer):
     gray = photos[0].convert("L")
     example = host_crops(200, 200, resizer=resizer).of_examples(0, np.arange(1))[0]
-    one = pictures.read_crops(jpeg(gray), example, mode="L", where="x")
-    three = pictures.read_crops(jpeg(gray), example, mode="RGB", where="x")
+    one = decoding.read_crops(jpeg(gray), example, mode="L", where="x")
+    three = decoding.read_crops(jpeg(gray), example, mode="RGB", where="x")
     assert one[0].shape == (200, 200, 1)
     np.testing.assert_array_equal(np.repeat(one[0], 3, axis=-1), three[0])
     buffer = io.BytesIO()
     Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(buffer, "PNG")
-    white = pictures.read_crops(io.BytesIO(buffer.getvalue()), example, mode="RGB", where="x")
+    white = decoding.read_crops(io.BytesIO(buffer.getvalue()), example, mode="RGB", where="x")
     assert (white[0] == 255).all()
     buffer = io.BytesIO()
     Image.new("I;16", (40, 30)).save(buffer, "PNG")
     with pytest.raises(ValueError, match="cannot read deep: expected 8 bits"):
-        pictures.read_crops(io.BytesIO(buffer.getvalue()), example, mode="L", where="deep")
+        decoding.read_crops(io.BytesIO(buffer.getvalue()), example, mode="L", where="deep")
 
 
 def test_a_truncated_file_is_named(tmp_path, photos):

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jevb_jax.images import pictures
+from jevb_jax.images import decoding
 from jevb_jax.images.pixels import center_view, cut_levels
 from jevb_jax.images.preparation import cut_picture, cut_square
 
@@ -56,7 +56,7 @@ def test_square_is_the_filter_s(height, width, size, channels):
     np.testing.assert_array_equal(
         np.asarray(cut_picture(picture, size)), levels.squeeze(-1) if channels == 1 else levels
     )
-    pixels = pictures.picture_pixels(
+    pixels = decoding.picture_pixels(
         picture, mode="L" if channels == 1 else "RGB", image_size=size, where="x"
     )
     np.testing.assert_array_equal(pixels, levels)

@@ -15,7 +15,7 @@ from jevb_jax import commands, export
 from jevb_jax.evaluation import readiness
 from jevb_jax.model import Model
 from jevb_jax.networks.frozen import FrozenFeatures
-from jevb_jax.settings import read, saved_config
+from jevb_jax.settings import config_versions, read
 from jevb_jax.training import experiment
 
 WIDTH = 6
@@ -157,7 +157,7 @@ def test_other_settings_that_do_not_fit_features(tmp_path):
         read.finetune_settings(experiment.to_json_values(finetune))
     config = experiment.to_json_values(config_of(tmp_path))
     old = {name: section for name, section in config.items() if name != "feature_views"}
-    completed = saved_config.saved_config(old, "config.json")
+    completed = config_versions.saved_config(old, "config.json")
     assert completed["feature_views"] == config["feature_views"]
     assert dataclasses.asdict(read.saved_settings(completed).feature_views)["standardize"]
 

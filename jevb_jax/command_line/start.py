@@ -17,7 +17,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from jevb_jax import config_files, messages, parallel
+from jevb_jax import messages, parallel
+from jevb_jax.command_line import config_files
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, needed without a launcher."

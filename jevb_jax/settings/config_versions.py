@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jevb_jax.images import pictures
+from jevb_jax.images import decoding
 from jevb_jax.runs import metrics_writers
 
 # Version of `config.json`. Raise it when a key is renamed, is removed or changes its meaning. A new
@@ -15,7 +15,7 @@ _VERSION_KEY = "version"
 # Settings added after the first runs, with the values that runs had before them.
 _BEFORE: dict[str, dict[str, Any]] = {
     "data": {
-        "max_image_pixels": pictures.MAX_PIXELS,
+        "max_image_pixels": decoding.MAX_PIXELS,
         "inlier_classes": [],  # as in JSON
         "image_column": "image",
         "label_column": "label",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jevb_jax.images import dataset, pictures
+from jevb_jax.images import dataset, decoding
 from jevb_jax.images.folder_listing import list_folder
 from jevb_jax.images.image_files import FolderSource, ImageListSource
 
@@ -29,7 +29,7 @@ def content(image: Image.Image, kind: str = "PNG", **options: Any) -> io.BytesIO
 
 
 def read(file: io.BytesIO, **keywords: Any) -> np.ndarray:
-    return pictures.read(file, **{"mode": "RGB", "where": "it", **keywords})
+    return decoding.read(file, **{"mode": "RGB", "where": "it", **keywords})
 
 
 def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -109,9 +109,9 @@ def test_orientation_is_followed_and_known_from_the_header(tmp_path, ending, opt
         exif[0x0112] = number  # the first stored row is shown at the ... of the EXIF standard
         path = str(tmp_path / f"{number}.{ending}")
         Image.fromarray(PIXELS).save(path, exif=exif, **options)
-        found = pictures.read(path, mode="RGB", where="it")
+        found = decoding.read(path, mode="RGB", where="it")
         np.testing.assert_array_equal(found, turn(PIXELS), err_msg=str(number))
-        assert pictures.size(path, where="it") == found.shape[1::-1]
+        assert decoding.size(path, where="it") == found.shape[1::-1]
 
 
 def test_every_reader_sees_the_same(tmp_path):
@@ -162,7 +162,7 @@ def test_the_limit_is_a_setting_even_above_pillows(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="9 x 6 = 54 pixels, but max_image_pixels allows 53"):
         FolderSource(tmp_path, max_image_pixels=53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 10)
     with pytest.raises(ValueError, match="max_image_pixels allows 10"):
         FolderSource(tmp_path, max_image_pixels=10)
     np.testing.assert_array_equal(FolderSource(tmp_path, max_image_pixels=54)[0], PIXELS)
@@ -211,15 +211,15 @@ def place(path: Path, level: int = 0) -> None:
 
 
 def test_all_endings_are_read_and_the_others_counted(tmp_path, caplog):
-    for number, ending in enumerate(pictures.SUFFIXES):
+    for number, ending in enumerate(decoding.SUFFIXES):
         (tmp_path / f"{number}{ending}").touch()
         (tmp_path / f"{number}big{ending.upper()}").touch()
     for name in ("a.heic", "b.HEIC", "c.svg", "noending", ".hidden.png", ".DS_Store"):
         (tmp_path / name).touch()
     listing = list_folder(tmp_path)
-    assert len(listing.files) == 2 * len(pictures.SUFFIXES)
+    assert len(listing.files) == 2 * len(decoding.SUFFIXES)
     assert {".webp", ".tiff", ".tif", ".bmp", ".jfif", ".jpe", ".gif", ".ppm"} < set(
-        pictures.SUFFIXES
+        decoding.SUFFIXES
     )
     assert listing.endings == {".heic": 2, ".svg": 1, "without an ending": 1}
     assert listing.num_hidden == 1

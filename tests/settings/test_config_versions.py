@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import default, finetune_digits
-from jevb_jax.settings.saved_config import VERSION, saved_config, saved_finetune, versioned
+from jevb_jax.settings.config_versions import VERSION, saved_config, saved_finetune, versioned
 from jevb_jax.training.experiment import to_json_values
 from jevb_jax.training.resume import refused_changes
 

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jevb_jax.embedding_estimator import JEVBTransformer
 from jevb_jax.evaluation import conformal, detector_input, score_table
 from jevb_jax.evaluation.score_table import ScoreFunction
 from jevb_jax.model import GaussianPosterior, Model
+from jevb_jax.sklearn_transformer import JEVBTransformer
 
 
 class FeatureEncoder(Protocol):

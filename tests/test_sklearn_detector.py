@@ -10,7 +10,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from jevb_jax.estimators import LabelFreeDetector
+from jevb_jax.sklearn_detector import LabelFreeDetector
 
 
 @pytest.mark.slow

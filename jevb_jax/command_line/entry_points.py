@@ -12,7 +12,7 @@ from jevb_jax import extras
 
 def _scripts() -> ModuleType:
     try:
-        from jevb_jax import scripts
+        from jevb_jax.command_line import scripts
     except ModuleNotFoundError as error:
         _exit(error)
     return scripts

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from jevb_jax.embedding_estimator import JEVBTransformer
+from jevb_jax.sklearn_transformer import JEVBTransformer
 
 SMALL: dict[str, Any] = {"embedding_dim": 8, "hidden_dim": 16, "num_epochs": 2, "batch_size": 64}
 

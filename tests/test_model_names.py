@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 import jevb_jax
-from jevb_jax import published
+from jevb_jax import model_names
 from jevb_jax.runs import archive
 
 SHIPPED = "jevb-cifar10-resnet8"
@@ -18,23 +18,23 @@ def write(directory, **manifest):
 
 
 def test_names_and_places(tmp_path, monkeypatch):
-    monkeypatch.delenv(published.VARIABLE, raising=False)
-    assert DIMENSIONS.keys() <= set(published.names())
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path / "release"))
-    assert SHIPPED in published.names()  # the directory need not exist
+    monkeypatch.delenv(model_names.VARIABLE, raising=False)
+    assert DIMENSIONS.keys() <= set(model_names.names())
+    monkeypatch.setenv(model_names.VARIABLE, str(tmp_path / "release"))
+    assert SHIPPED in model_names.names()  # the directory need not exist
     write(tmp_path / "release" / "mine")
     write(tmp_path / "release" / SHIPPED)
     (tmp_path / "release" / "notes").mkdir()
-    assert {"mine", SHIPPED} <= set(published.names())
-    assert "notes" not in published.names()
-    assert published.find("mine") == tmp_path / "release" / "mine"
-    assert published.find(SHIPPED) == tmp_path / "release" / SHIPPED
+    assert {"mine", SHIPPED} <= set(model_names.names())
+    assert "notes" not in model_names.names()
+    assert model_names.find("mine") == tmp_path / "release" / "mine"
+    assert model_names.find(SHIPPED) == tmp_path / "release" / SHIPPED
     for name in ("notes", "release/mine", "", "..", tmp_path / "release" / "mine"):
-        assert published.find(name) is None
+        assert model_names.find(name) is None
     # A directory of the same name goes before.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert published.find("mine") is None
+    assert model_names.find("mine") is None
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def tiles(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def test_the_weights_stay_small_enough_for_a_repository():
-    shipped = (path for path in published._SHIPPED.rglob("*") if path.is_file())
+    shipped = (path for path in model_names._SHIPPED.rglob("*") if path.is_file())
     assert sum(path.stat().st_size for path in shipped) <= 25_000_000
 
 

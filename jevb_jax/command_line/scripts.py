@@ -8,7 +8,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jevb_jax import command_line, commands, finetuning
+from jevb_jax import commands, finetuning
+from jevb_jax.command_line.start import start
 from jevb_jax.settings import run_config
 from jevb_jax.training import experiment
 
@@ -23,7 +24,7 @@ def train() -> None:
         "workdir", None, "Directory of the run; a run in it is resumed.", required=True
     )
     flags.mark_flag_as_required("config")
-    command_line.start(train, lambda: commands.train(config.value, workdir.value))
+    start(train, lambda: commands.train(config.value, workdir.value))
 
 
 def evaluate() -> None:
@@ -69,7 +70,7 @@ def evaluate() -> None:
         config.input.accept_changed_data = accept.value
         commands.evaluate(config, workdir.value, step=step.value)
 
-    command_line.start(evaluate, work)
+    start(evaluate, work)
 
 
 def finetune() -> None:
@@ -79,7 +80,7 @@ def finetune() -> None:
     )
     workdir = flags.DEFINE_string("workdir", None, "Directory to write to.", required=True)
     flags.mark_flag_as_required("config")
-    command_line.start(
+    start(
         finetune,
         lambda: finetuning.finetune(experiment.to_json_values(config.value), workdir.value),
     )

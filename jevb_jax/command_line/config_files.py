@@ -11,7 +11,7 @@ from typing import Any
 from jevb_jax import messages
 
 # In a checkout this is a link to the folder `configs` beside the package.
-_CONFIGS = (Path(__file__).parent / "configs").resolve()
+_CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
 _SAVED = _CONFIGS / "saved.py"  # reads a saved `config.json` as a config file
 _MODULE = "_config_of_the_command_line"
 
