@@ -1,0 +1,37 @@
+"""JEVB's uncertainty when Muon trains it: with the default density, and with a tenth of the KL weight.
+
+jevb-study studies/cifar10_muon.py --out=runs/cifar10_muon
+
+With AdamW and a tenth of the KL weight, heavy tails collapse in every seed, and the Gaussian in most
+(`docs/study.md`). With Muon, neither did in the short runs of `cifar10_densities`. The recipe is that of
+`cifar10_uncertainty`, so its table holds the same with AdamW.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from jevb_study.spec import Study
+from studies import cifar10_uncertainty
+
+
+def run_config(**changes: Any) -> Any:
+    """The recipe with Muon; `changes` are those of `cifar10_small.method_config`."""
+    config = cifar10_uncertainty.run_config("jevb", **changes)
+    config.optimizer.name = "muon"
+    return config
+
+
+def get_study() -> Study:
+    """Three densities, three seeds of each."""
+    narrow = {"jevb__prior_scale": 1.0, "jevb__kl_weight": 0.1, "jevb__normalized": True}
+    return dataclasses.replace(
+        cifar10_uncertainty.get_study(),
+        title="Muon: CIFAR-10 at 16 pixels, 20,000 images, ResNet-8, 8 epochs, AUROC",
+        runs={
+            "default": run_config(),
+            "narrow": run_config(**narrow),
+            "gaussian_narrow": run_config(jevb__df=math.inf, **narrow),
+        },
+        figures=(),
+    )
