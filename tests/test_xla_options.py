@@ -286,8 +286,7 @@ def test_a_run_compiles_few_programs(tmp_path):
         for part in ("train", "evaluation")
     }
     assert sum(of_part["train"].values()) <= 18, of_part["train"]
-    # Three came with center crops and with the scores that a run saves: their calibration is computed
-    # apart for scores of the plain image and for those of terms.
     assert sum(of_part["evaluation"].values()) <= 55, of_part["evaluation"]
     assert of_part["evaluation"]["jit(forward)"] == 2
-    assert of_part["evaluation"]["jit(_score_batch)"] == 3
+    # Scores of the image, scores of its views, scores with labels; those that are saved are the same.
+    assert of_part["evaluation"]["jit(_score_group)"] == 3

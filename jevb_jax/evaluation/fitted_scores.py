@@ -193,6 +193,7 @@ def fit(
             {name: score for name, score in fitted.scores.items() if name in needs_views},
             frozenset(),
             {name: why for name, why in fitted.left_out.items() if name in needs_views},
+            frozenset(needs_views),
         )
         calibration |= score_images(with_terms, variables, validation, of_views)
         scores |= of_views.scores

@@ -25,11 +25,13 @@ class Scorers(NamedTuple):
       with_labels: names of the scores that were fitted with labels.
       left_out: why a score is missing, by its name. For example, features that do not vary have no
         density.
+      with_views: names of the scores that read augmented views.
     """
 
     scores: dict[str, ScoreFunction]
     with_labels: frozenset[str]
     left_out: dict[str, str]
+    with_views: frozenset[str] = frozenset()
 
 
 def make_scorers(table: dict[str, ScoreEntry], train: TrainingData) -> Scorers:
@@ -50,12 +52,30 @@ def make_scorers(table: dict[str, ScoreEntry], train: TrainingData) -> Scorers:
         except DegenerateFeaturesError as error:
             left_out[name] = str(error)
     with_labels = frozenset(name for name, entry in table.items() if entry.needs_labels)
-    return Scorers(scores, with_labels, left_out)
+    with_views = frozenset(name for name, entry in table.items() if entry.needs_views)
+    return Scorers(scores, with_labels, left_out, with_views)
 
 
 @jax.jit
-def _score_batch(scores: dict[str, ScoreFunction], features: Features) -> dict[str, Array]:
+def _score_group(scores: dict[str, ScoreFunction], features: Features) -> dict[str, Array]:
     return {name: score(features) for name, score in scores.items()}
+
+
+def _score_batch(scorers: Scorers, features: Features) -> dict[str, Array]:
+    """Every score, in one program for each group of scores that always stand together in a table.
+
+    Two tables of a run are seldom equal: one may leave out the scores that need labels or views, or
+    one that cannot be fitted. What is equal is compiled once.
+    """
+    groups: dict[tuple[bool, bool], dict[str, ScoreFunction]] = {}
+    for name, score in scorers.scores.items():
+        group = (name in scorers.with_labels, name in scorers.with_views)
+        groups.setdefault(group, {})[name] = score
+    values: dict[str, Array] = {}
+    for (_, with_views), scores in groups.items():
+        read = features if with_views else features._replace(terms=None, rotations=None)
+        values |= _score_group(scores, read)
+    return {name: values[name] for name in scorers.scores}
 
 
 def score_images(
@@ -71,7 +91,7 @@ def score_images(
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in scorers.scores}
     for features, mask in extract.stream(variables, source):
-        for name, values in jax.device_get(_score_batch(scorers.scores, features)).items():
+        for name, values in jax.device_get(_score_batch(scorers, features)).items():
             parts[name].append(values[mask])
     return {name: _joined(values) for name, values in parts.items()}
 
@@ -105,5 +125,5 @@ def score_features(
         batch = jax.tree.map(lambda values, rows=rows: values[rows], unlabeled)
         # On the device where streamed features are, so that both use one compiled program.
         batch = jax.device_put(batch, jax.local_devices()[0])
-        parts.append(jax.device_get(_score_batch(scorers.scores, batch)))
+        parts.append(jax.device_get(_score_batch(scorers, batch)))
     return {name: _joined([part[name] for part in parts])[:num_images] for name in scorers.scores}
