@@ -448,6 +448,44 @@ def test_degenerate_features_leave_a_score_out_by_name():
     assert "representation/mahalanobis" in scorers.scores
 
 
+def test_tables_share_the_programs_of_what_they_have_in_common():
+    def of_image(features: Features) -> Any:
+        return jnp.sum(jnp.asarray(features.representation), axis=1)
+
+    def of_views(features: Features) -> Any:
+        return jnp.asarray(features.terms)
+
+    def twice(features: Features) -> Any:
+        return 2 * of_image(features)
+
+    scores: dict[str, Any] = {
+        "a": jax.tree_util.Partial(of_views),
+        "b": jax.tree_util.Partial(of_image),
+        "c": jax.tree_util.Partial(twice),
+    }
+    whole = Scorers(scores, frozenset("c"), {}, frozenset("a"))
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    terms: Any = np.array([7, 8, 9], np.float32)
+    with_terms = Features(values, values, prediction=None, terms=terms, labels=None)
+    plain = with_terms._replace(terms=None)
+
+    def num_compiled(features: Features, names: str) -> int:
+        scorers = whole._replace(scores={name: scores[name] for name in names})
+        group: Any = scoring._score_group
+        before = group._cache_size()
+        found = scoring.score_features(features, scorers, batch_size=2)
+        assert list(found) == list(names)
+        expected = {"a": terms, "b": values.sum(1), "c": 2 * values.sum(1)}
+        for name in names:
+            np.testing.assert_array_equal(found[name], expected[name])
+        return group._cache_size() - before
+
+    assert num_compiled(with_terms, "abc") == 3
+    assert num_compiled(with_terms, "ab") == 0
+    assert num_compiled(plain, "b") == 0
+    assert num_compiled(plain, "cb") == 0
+
+
 def test_a_score_that_is_no_number_is_left_out_by_name(monkeypatch):
     numbers, row = np.arange(4.0), np.array([0, np.nan, 2, 3])
     scored = {"a/good": numbers, "a/inside": row, "a/outside": numbers, "a/crops": numbers}
