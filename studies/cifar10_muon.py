@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jevb_study.spec import Study
+from jevb_study.spec import Comparison, Study
 from studies import cifar10_uncertainty
 
 
@@ -25,13 +25,23 @@ def run_config(**changes: Any) -> Any:
 def get_study() -> Study:
     """Three densities, three seeds of each."""
     narrow = {"jevb__prior_scale": 1.0, "jevb__kl_weight": 0.1, "jevb__normalized": True}
+    base = cifar10_uncertainty.get_study()
     return dataclasses.replace(
-        cifar10_uncertainty.get_study(),
+        base,
         title="Muon: CIFAR-10 at 16 pixels, 20,000 images, ResNet-8, 8 epochs, AUROC",
         runs={
             "default": run_config(),
             "narrow": run_config(**narrow),
             "gaussian_narrow": run_config(jevb__df=math.inf, **narrow),
         },
-        figures=(),
+        # Only VI-SimSiam has a concentration.
+        measures=tuple(one for one in base.measures if not one.label.startswith("k, ")),
+        figures=(
+            Comparison(
+                "muon",
+                "JEVB with Muon",
+                ("default", "narrow", "gaussian_narrow"),
+                ("20-NN accuracy", "effective rank", "own, near", "mixture, near"),
+            ),
+        ),
     )
