@@ -5,9 +5,9 @@ jevb-study studies/full_size.py --out=runs/full_size --num_processes=5
 For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_test.npz` and the sets of
 `configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
 epochs. Three more runs train JEVB with AdamW, without a target network, and with the density and KL
-weight that are best in the small study with Muon (`docs/study.md`). Which recipe becomes JEVB's is chosen
-by k-NN on validation images. Each run is also evaluated on the test split, once; the choice does not use
-that.
+weight that detect near sets best in the small study with Muon (`docs/study.md`). Which recipe becomes
+JEVB's is chosen by k-NN on validation images. Each run is also evaluated on the test split, once; the
+choice does not use that.
 """
 
 import math
