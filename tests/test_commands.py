@@ -965,7 +965,8 @@ def test_the_commit_of_a_run_is_that_of_the_package_and_of_no_project_around_it(
 
 
 ASKED = """
-from jevb_jax import commands, scripts
+from jevb_jax import commands
+from jevb_jax.command_line import scripts
 commands.evaluate = lambda config, *_, **__: print(config.ood.name, config.ood.default_score)
 scripts.evaluate()
 """

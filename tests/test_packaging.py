@@ -151,7 +151,7 @@ for name in ("load", "Detector", "SphericalStudentT"):
         getattr(jevb_jax, name)
     except ModuleNotFoundError as error:
         print(name, error)
-from jevb_jax import entry_points
+from jevb_jax.command_line import entry_points
 for name in ("train", "evaluate", "finetune", "export", "study"):
     try:
         getattr(entry_points, name)()
