@@ -31,10 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stereographic df 5": {"coordinates": "stereographic"},
     "stereographic df 5, KL 0.1": {"coordinates": "stereographic", "kl_weight": 0.1},
     "sub-density df 5, prior 2": {"prior_scale": 2.0, "normalized": False},
-    "Muon, df 5": {"optimizer": "muon"},
-    "Muon, Gaussian": {"optimizer": "muon", "df": math.inf},
-    "Muon, df 5, KL 0.1": {"optimizer": "muon", "kl_weight": 0.1},
-    "Muon, Gaussian, KL 0.1": {"optimizer": "muon", "df": math.inf, "kl_weight": 0.1},
+    "Muon, df 5": {"optimizer__name": "muon"},
+    "Muon, Gaussian": {"optimizer__name": "muon", "df": math.inf},
+    "Muon, df 5, KL 0.1": {"optimizer__name": "muon", "kl_weight": 0.1},
+    "Muon, Gaussian, KL 0.1": {"optimizer__name": "muon", "df": math.inf, "kl_weight": 0.1},
 }
 
 
@@ -42,14 +42,12 @@ def run_config(settings: dict[str, Any]) -> Any:
     """The recipe with a density of mass one and a unit prior, unless the settings change these.
 
     Args:
-      settings: settings of the section `jevb`, and `optimizer`, a name instead of AdamW.
+      settings: settings of the section `jevb`, or of another as `optimizer__name`.
     """
-    optimizer = settings.get("optimizer", "adamw")
     is_stereographic = settings.get("coordinates") == "stereographic"
     settings = {"prior_scale": 1.0, "normalized": not is_stereographic} | settings
-    changes = {f"jevb__{name}": value for name, value in settings.items() if name != "optimizer"}
+    changes = {name if "__" in name else f"jevb__{name}": value for name, value in settings.items()}
     config = cifar10_uncertainty.run_config("jevb", **changes)
-    config.optimizer.name = optimizer
     config.train.num_epochs = 3
     config.train.health_every_steps = 78
     config.evaluation.split = "validation"

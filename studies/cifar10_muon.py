@@ -9,30 +9,23 @@ With AdamW and a tenth of the KL weight, heavy tails collapse in every seed, and
 
 import dataclasses
 import math
-from typing import Any
 
 from jevb_study.spec import Comparison, Study
 from studies import cifar10_uncertainty
 
 
-def run_config(**changes: Any) -> Any:
-    """The recipe with Muon; `changes` are those of `cifar10_small.method_config`."""
-    config = cifar10_uncertainty.run_config("jevb", **changes)
-    config.optimizer.name = "muon"
-    return config
-
-
 def get_study() -> Study:
     """Three densities, three seeds of each."""
-    narrow = {"jevb__prior_scale": 1.0, "jevb__kl_weight": 0.1, "jevb__normalized": True}
+    muon = {"optimizer__name": "muon"}
+    narrow = {"jevb__prior_scale": 1.0, "jevb__kl_weight": 0.1, "jevb__normalized": True, **muon}
     base = cifar10_uncertainty.get_study()
     return dataclasses.replace(
         base,
         title="Muon: CIFAR-10 at 16 pixels, 20,000 images, ResNet-8, 8 epochs, AUROC",
         runs={
-            "default": run_config(),
-            "narrow": run_config(**narrow),
-            "gaussian_narrow": run_config(jevb__df=math.inf, **narrow),
+            "default": cifar10_uncertainty.run_config("jevb", **muon),
+            "narrow": cifar10_uncertainty.run_config("jevb", **narrow),
+            "gaussian_narrow": cifar10_uncertainty.run_config("jevb", jevb__df=math.inf, **narrow),
         },
         # Only VI-SimSiam has a concentration.
         measures=tuple(one for one in base.measures if not one.label.startswith("k, ")),
