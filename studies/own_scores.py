@@ -110,9 +110,12 @@ def _mixture_rows(
     return rows
 
 
-def measure(directory: str) -> list[dict[str, Any]]:
-    """Rows of one run; `leave_one_out` is in nats above the uniform density."""
-    loaded = load(directory)
+def read_images(loaded: Model, directory: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Images of the sets "train", "test" and every outside set, and the group of each outside set.
+
+    Raises:
+      ValueError: the run has no test images.
+    """
     dataset = load_dataset(**loaded.config["data"])
     if dataset.test is None:
         raise ValueError(f"{directory} was trained without test images, which are the inside set")
@@ -126,6 +129,13 @@ def measure(directory: str) -> list[dict[str, Any]]:
         outside = outside_sets.load_outside_set(**described)
         images[outside.name] = batches.load_resident(outside.source)
         groups[outside.name] = outside.group
+    return images, groups
+
+
+def measure(directory: str) -> list[dict[str, Any]]:
+    """Rows of one run; `leave_one_out` is in nats above the uniform density."""
+    loaded = load(directory)
+    images, groups = read_images(loaded, directory)
     plain: list[dict[str, Any]] = []
     for name in ("jevb/mixture_and_residual", "embedding/mahalanobis"):
         scores = {
