@@ -256,7 +256,8 @@ def directional_log_mass(
     Returns:
       Nats. With joint tails it is at most zero. It is exact up to quadrature if the scales are
       equal, otherwise an approximation; `docs/mathematics.md` states its error. A largest scale
-      below 1e-6 counts as 1e-6.
+      below 1e-6 counts as 1e-6. Above 1e3 the density counts as flat, which adds
+      `1e-6 (1 + D / df)` nats to the error.
 
     Raises:
       ValueError: `D < 3`, a known scale or `df` is not positive, `loc` is not a unit vector, shapes
@@ -314,7 +315,8 @@ class _Problem(NamedTuple):
 
     def rate(self, square: _ChiSquare, tilt: Array) -> Array:
         """`4 / width` after the tilt is removed; kept positive, also if the moments give less."""
-        untilted = jnp.maximum(1 / square.width - 2 * tilt, 1e-6 / square.width)
+        rounding = 8 * float(jnp.finfo(tilt.dtype).eps)
+        untilted = jnp.maximum(1 / square.width - 2 * tilt, rounding / square.width)
         return 4 * untilted * jnp.exp(-2 * self.log_largest)
 
     def next_tilt(self, tilt: Array, *, of_students: bool) -> Array:

@@ -17,7 +17,7 @@ DIMS = (3, 4, 5, 16, 128, 512, 4096)
 DFS = (0.5, 1.0, 5.0, 127.0, 1e4, math.inf)
 # Between others that the default suite has.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0])
+SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0, 900.0])
 
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -54,6 +54,18 @@ def equal_scales(dim, dtype):
 def test_equal_scales_agree_with_quadrature_over_the_angle(dim, float64):
     actual, expected = equal_scales(dim, np.float64)
     np.testing.assert_allclose(actual, expected, atol=1e-6, rtol=1e-9)
+
+
+@pytest.mark.parametrize("df", [0.5, 5.0, math.inf])
+@pytest.mark.parametrize("dim", [3, 128])
+def test_the_mass_of_very_wide_densities_falls_with_the_volume_they_cover(dim, df, float64):
+    scale = np.array([2e3, 1e6])
+    expected = [oracles.equal_scale_log_mass(dim, one, df, 100_000) for one in scale]
+    loc = oracles.random_units(np.random.default_rng(dim), len(scale), dim)
+    actual = log_mass(np.broadcast_to(scale[:, None], loc.shape), loc, df)
+    # Above a scale of 1e3 the density counts as flat; the squared length is 2 on average.
+    flat = 1e-6 * (1 if math.isinf(df) else 1 + dim / df)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=flat + 1e-6)
 
 
 @pytest.mark.numerics
