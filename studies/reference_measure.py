@@ -5,11 +5,13 @@ python -m studies.reference_measure --runs runs/cifar10_muon/runs/*/seed_* --out
 The same density can be taken over the embedding `h`, or over its direction and radius `(u, r)`. As
 `dh = r^(D - 1) dr du`, the two negative log-densities differ by `(D - 1) log r`. That is no constant, so
 the two rank images differently. JEVB's likelihood is over direction and radius, a Mahalanobis distance
-over the embedding. This study takes each of three densities over both.
+over the embedding. This study takes each of three densities over both, and the training mixture over
+the direction alone too.
 """
 
 import argparse
 import csv
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jevb_jax import load
@@ -27,7 +28,7 @@ from jevb_jax.model import Model
 from jevb_jax.runs import files
 from studies import own_scores
 
-POLAR, EUCLIDEAN = "direction and radius", "embedding"
+POLAR, EUCLIDEAN, DIRECTION = "direction and radius", "embedding", "direction"
 FIELDS = ("run", "density", "measure", "near", "far", "std", "std of (D - 1) log r")
 
 
@@ -59,16 +60,16 @@ def _negative_log_densities(
 
     posterior = model.posterior(images["train"])
     jevb = model.settings.jevb
-    mixture = mixture_fit.fit_training_mixture(
+    fit_mixture = functools.partial(
+        mixture_fit.fit_training_mixture,
         posterior.mean,
         posterior.scale / math.sqrt(dim),  # in units of the sphere
         df=jevb.df,
         embedding=embeddings["train"],
-        radial_scale=float(
-            jnp.asarray(model.network.apply(model.variables, method=model.network.radial_scale))
-        ),
-        radial_df=jevb.radial_df,
     )
+    radial_scale: Any = model.network.apply(model.variables, method=model.network.radial_scale)
+    with_radius = fit_mixture(radial_scale=float(radial_scale), radial_df=jevb.radial_df)
+    of_directions = fit_mixture()
     apply = jax.jit(lambda fitted, x: fitted(x))
     return {
         "Gaussian of the embedding": (
@@ -81,7 +82,11 @@ def _negative_log_densities(
         ),
         "training mixture": (
             POLAR,
-            {name: np.asarray(apply(mixture, h)) for name, h in embeddings.items()},
+            {name: np.asarray(apply(with_radius, h)) for name, h in embeddings.items()},
+        ),
+        "training mixture without its radial part": (
+            DIRECTION,
+            {name: np.asarray(apply(of_directions, h)) for name, h in embeddings.items()},
         ),
     }
 
@@ -95,7 +100,7 @@ def measure(directory: str) -> list[dict[str, Any]]:
     dim = embeddings["train"].shape[1]
     rows = []
     for density, (own, scores) in _negative_log_densities(model, images, embeddings).items():
-        for taken_over in (POLAR, EUCLIDEAN):
+        for taken_over in (DIRECTION,) if own == DIRECTION else (POLAR, EUCLIDEAN):
             convert = over_embedding if taken_over == EUCLIDEAN else over_direction_and_radius
             taken = scores
             if taken_over != own:

@@ -44,7 +44,9 @@ def test_every_density_is_taken_over_both_measures(monkeypatch):
     )
     rows = reference_measure.measure("runs/x/seed_0")
     found = {(row["density"], row["measure"]): row for row in rows}
-    assert len(found) == len(rows) == 6
+    assert len(found) == len(rows) == 7
+    alone = found.pop(("training mixture without its radial part", reference_measure.DIRECTION))
+    assert alone["far"] == pytest.approx(0.5, abs=0.2)  # directions of one distribution
     for row in rows:
         assert row["run"] == "x/seed_0"
         assert row["long"] == row["far"]
