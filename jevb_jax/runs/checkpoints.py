@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from orbax.checkpoint import checkpoint_managers
 
-from jevb_jax.runs import files
+from jevb_jax.runs import access_errors, files
 from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
 
 State = TypeVar("State")
@@ -32,6 +32,10 @@ class CheckpointError(RuntimeError):
 
 class CheckpointMismatchError(CheckpointError):
     """The checkpoint is undamaged, but of another model."""
+
+
+class CheckpointAccessError(CheckpointError):
+    """The checkpoint may be undamaged, but could not be reached or did not fit into memory."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -257,6 +261,8 @@ class Checkpointer:
         Raises:
           CheckpointMismatchError: arrays are missing, extra, or of another shape or type. The
             message lists all of them.
+          CheckpointAccessError: the storage could not be reached, refused, or the memory is
+            exhausted.
           CheckpointError: the checkpoint cannot be read, or some array has other bits than those
             that were saved.
         """
@@ -266,6 +272,12 @@ class Checkpointer:
             raise
         # Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
         except Exception as error:
+            if access_errors.is_of_access(error):
+                raise CheckpointAccessError(
+                    f"checkpoint {step} in {self._directory} could not be read "
+                    f"({type(error).__name__}: {error}). Nothing says that it is damaged, and "
+                    "nothing was changed. Run the same command when it can be reached"
+                ) from error
             raise CheckpointError(
                 f"checkpoint {step} cannot be read ({type(error).__name__}: {error})"
             ) from error
@@ -327,13 +339,15 @@ class Checkpointer:
 
         Raises:
           CheckpointMismatchError: the checkpoint is undamaged, but of another model.
+          CheckpointAccessError: as for `restore`. An older checkpoint is no answer to this: the
+            run would go on from it and delete the newer ones.
           CheckpointError: all checkpoints are damaged.
         """
         failures: list[str] = []
         for step in reversed(self.steps()):
             try:
                 state = self.restore(step, template, is_whole=is_whole)
-            except CheckpointMismatchError:
+            except (CheckpointMismatchError, CheckpointAccessError):
                 raise
             except CheckpointError as error:
                 failures.append(str(error))

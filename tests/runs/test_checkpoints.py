@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jevb_jax.runs.checkpoints import (
+    CheckpointAccessError,
     Checkpointer,
     CheckpointError,
     CheckpointMismatchError,
@@ -85,6 +86,65 @@ def test_round_trip_strictness_and_fall_back(tmp_path, caplog):
     (tmp_path / "2" / "meta" / "metadata").write_text("{")
     with pytest.raises(CheckpointError, match="no checkpoint can be read"):
         checkpointer.restore_latest(state(0))
+    checkpointer.close()
+
+
+class StoreError(Exception):
+    """As a library of an object store raises."""
+
+
+StoreError.__module__ = "aiohttp.client_exceptions"
+OF_ACCESS = (
+    ConnectionResetError("the peer closed the connection"),
+    PermissionError(13, "Permission denied"),
+    TimeoutError("no answer"),
+    OSError(5, "Input/output error"),
+    MemoryError(),
+    StoreError("503, Service Unavailable"),
+    ValueError("UNAVAILABLE: CURL error Could not resolve host"),
+    ValueError("Error reading from Google Cloud Storage: PERMISSION_DENIED: 403"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes"),
+)
+OF_DAMAGE = (
+    FileNotFoundError(2, "No such file or directory"),
+    IsADirectoryError(21, "Is a directory"),
+    ValueError("NOT_FOUND: Metadata at ... does not exist"),
+    ValueError("DATA_LOSS: checksum does not match"),
+    KeyError("params"),
+)
+
+
+def caused(by: BaseException) -> Exception:
+    error = RuntimeError("a part of the checkpoint failed")
+    error.__cause__ = by
+    return error
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, caused], ids=["itself", "as cause"])
+def test_what_could_not_be_reached_is_not_damaged(tmp_path, monkeypatch, wrap):
+    checkpointer = Checkpointer(tmp_path, keep_latest=2)
+    for step in (1, 2):
+        checkpointer.save(step, state(step), config=CONFIG)
+    checkpointer.wait()
+    read = checkpointer._read
+
+    def fail_at_2(error):
+        def read_or_fail(step, abstract):
+            if step == 2:
+                raise wrap(error)
+            return read(step, abstract)
+
+        monkeypatch.setattr(checkpointer, "_read", read_or_fail)
+
+    for error in OF_ACCESS:
+        fail_at_2(error)
+        with pytest.raises(CheckpointAccessError, match="Nothing says that it is damaged"):
+            checkpointer.restore_latest(state(0))
+    for error in OF_DAMAGE:
+        fail_at_2(error)
+        found = checkpointer.restore_latest(state(0))
+        assert found is not None
+        assert found[0] == 1
     checkpointer.close()
 
 
