@@ -1,6 +1,7 @@
 """The table of a study, for people (Markdown) and for programs (CSV)."""
 
 import collections
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 
 from jevb_jax.report import tables
 from jevb_study.evidence import Evidence
-from jevb_study.spec import Logged
+from jevb_study.spec import Logged, Result
+
+# A sentence names at most so many numbers; an evaluation has hundreds.
+_MOST_NAMES = 12
 
 
 def in_digits_of(value: float, near: float) -> str:
@@ -71,26 +75,48 @@ def _footnotes(evidence: Evidence) -> list[str]:
     return lines
 
 
+def _row_name(name: str, features: str) -> str:
+    """A number of `results.json` as --measure takes it."""
+    return name + ("" if features == "representation" else f":{features}")
+
+
+def _nearest(wanted: Sequence[str], names: set[str]) -> str:
+    """The names, or if they are many, those that are most like the wanted ones."""
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(sorted(names)) or "no numbers"
+    count = -(-_MOST_NAMES // max(len(wanted), 1))
+    near = {
+        name
+        for one in wanted
+        for name in difflib.get_close_matches(one, sorted(names), n=count, cutoff=0)
+    }
+    return f"{len(names)} names, the most similar are {', '.join(sorted(near))}"
+
+
 def absent_measures(evidence: Evidence) -> str:
-    """A sentence about measures that no finished run has, with the names that there are; or ""."""
+    """A sentence about measures that no finished run has, with names like theirs; or ""."""
     finished = [data for data in evidence.found if data.results is not None]
     absent = [
-        measure.label
+        measure
         for measure in evidence.study.measures
         if finished and all(data.value(measure) is None for data in finished)
     ]
     if not absent:
         return ""
-    rows = [row for data in finished for row in (data.results or {}).get("trained", ())]
-    names = {
-        row["name"] + ("" if row["features"] == "representation" else f":{row['features']}")
-        for row in rows
-    }
     logged = {key for data in finished for record in data.records for key in record if "/" in key}
-    return (
-        f"No finished run has {', '.join(absent)}. results.json has {', '.join(sorted(names))}; "
-        f"metrics.jsonl has {', '.join(sorted(logged))}."
-    )
+    found = {
+        _row_name(row["name"], row["features"])
+        for data in finished
+        for row in (data.results or {}).get("trained", ())
+    }
+    wanted = [_row_name(one.name, one.features) for one in absent if isinstance(one, Result)]
+    wanted_logged = [one.key for one in absent if isinstance(one, Logged)]
+    told = f"No finished run has {', '.join((*wanted, *wanted_logged))}."
+    if wanted:
+        told += f" results.json has {_nearest(wanted, found)}."
+    if wanted_logged:
+        told += f" metrics.jsonl has {_nearest(wanted_logged, logged)}."
+    return told
 
 
 def markdown_table(evidence: Evidence, command: str) -> str:

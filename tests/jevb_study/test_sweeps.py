@@ -1,6 +1,7 @@
 """Studies that the command line describes."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -89,11 +90,31 @@ def test_a_measure_that_no_run_has_is_told_with_those_that_there_are(tmp_path):
     assert tables.absent_measures(read_evidence(made, tmp_path)) == ""  # nothing is known yet
     fabricate(tmp_path, made, "a", 0, accuracy=0.5, ranks=(3.0,))
     told = tables.absent_measures(read_evidence(made, tmp_path))
-    assert told.startswith("No finished run has acuracy, health/rank. results.json has ")
+    assert told.startswith("No finished run has linear_acuracy, health/rank. results.json has ")
     assert "linear_accuracy" in told
     assert "health/effective_rank" in told
+    only = dataclasses.replace(made, measures=(Logged("health/rank", "health/rank"),))
+    assert "results.json" not in tables.absent_measures(read_evidence(only, tmp_path))
     there = dataclasses.replace(made, measures=(Result("accuracy", "linear_accuracy"),))
     assert tables.absent_measures(read_evidence(there, tmp_path)) == ""
+
+
+def test_of_many_numbers_the_most_similar_are_told(tmp_path):
+    measures = (Result("far", "auroc_far", "jevb/likelihood"), Result("x", "nothing_like_it"))
+    made = Study("x", {"a": smoke.get_config()}, (0,), measures)
+    fabricate(tmp_path, made, "a", 0, accuracy=0.5, ranks=(3.0,))
+    path = directory(tmp_path, "a", 0) / "results.json"
+    results = json.loads(path.read_text())
+    results["trained"] += [
+        {**results["trained"][0], "name": f"auroc_{group}", "features": f"jevb/score_{i}"}
+        for group in ("near", "far")
+        for i in range(100)
+    ] + [{**results["trained"][0], "name": "auroc_far", "features": "jevb/likelihod"}]
+    path.write_text(json.dumps(results))
+    told = tables.absent_measures(read_evidence(made, tmp_path))
+    assert "auroc_far:jevb/likelihod" in told
+    assert " names, the most similar are " in told
+    assert len(told) < 1000
 
 
 @pytest.mark.parametrize(
