@@ -30,7 +30,13 @@ from jevb_jax.model import Images, Model
 from jevb_jax.parallel import StoppedError
 from jevb_jax.runs import archive, files, metrics_writers
 from jevb_jax.runs.archive import ArchiveError
-from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, fingerprint, saved_steps
+from jevb_jax.runs.checkpoints import (
+    CheckpointAccessError,
+    Checkpointer,
+    CheckpointError,
+    fingerprint,
+    saved_steps,
+)
 from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.runs.provenance import environment
 from jevb_jax.settings import read
@@ -426,6 +432,8 @@ def _train(
         loop.checkpointer.wait()
         try:
             best = loop.checkpointer.restore(validation.best_step, state)
+        except CheckpointAccessError:
+            raise
         except CheckpointError as error:
             raise CheckpointError(
                 f"the best epoch of the fine-tune is lost: {error}. Remove {directory} to start anew"

@@ -30,7 +30,7 @@ from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.parallel import StoppedError
 from jevb_jax.runs import metrics_writers
-from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError
+from jevb_jax.runs.checkpoints import CheckpointAccessError, Checkpointer, CheckpointError
 from jevb_jax.runs.files import DirectoryInUseError, lock_directory
 from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.settings import read, run_config
@@ -393,6 +393,19 @@ def test_damaged_checkpoints(encoder, tmp_path, monkeypatch, accuracies, damaged
         tuned(encoder, tmp_path / "out", "frozen", **changes)
     damage(tmp_path / "out" / "training" / "checkpoints" / str(damaged))
     if again is None:
+        with monkeypatch.context() as patch:
+            whole = Checkpointer._restore
+
+            def unreachable(self, step, *rest):
+                if step == damaged:
+                    raise ConnectionResetError("the peer closed the connection")
+                return whole(self, step, *rest)
+
+            patch.setattr(Checkpointer, "_restore", unreachable)
+            with pytest.raises(
+                CheckpointAccessError, match=r"checkpoint 4 in .* could not be read"
+            ):
+                tuned(encoder, tmp_path / "out", "frozen", **changes)
         with pytest.raises(CheckpointError, match=r"best epoch .* is lost: checkpoint 4 cannot be"):
             tuned(encoder, tmp_path / "out", "frozen", **changes)
     else:

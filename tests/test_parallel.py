@@ -364,7 +364,12 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
         # Means and variances of both views, forward and backward.
         ("jevb", {}, 4, 49),
         # The others concern the network alone, and with SimSiam compile in half the time.
-        ("simsiam", {"train.bn_group_size": 8}, 2, 20),  # of both views, to average the running ones
+        (
+            "simsiam",
+            {"train.bn_group_size": 8},
+            2,
+            20,
+        ),  # of both views, to average the running ones
         ("simsiam", {"train.num_micro_batches": 4}, 4, 40),
         ("simsiam", {"augmentation.num_views": 3}, 6, 26),  # of three views, in one batch
     ],

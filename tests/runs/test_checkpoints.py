@@ -93,7 +93,12 @@ class StoreError(Exception):
     """As a library of an object store raises."""
 
 
+class ProtobufError(Exception):
+    """As a file is read that is no message."""
+
+
 StoreError.__module__ = "aiohttp.client_exceptions"
+ProtobufError.__module__ = "google.protobuf.message"
 OF_ACCESS = (
     ConnectionResetError("the peer closed the connection"),
     PermissionError(13, "Permission denied"),
@@ -110,6 +115,8 @@ OF_DAMAGE = (
     IsADirectoryError(21, "Is a directory"),
     ValueError("NOT_FOUND: Metadata at ... does not exist"),
     ValueError("DATA_LOSS: checksum does not match"),
+    ValueError("DATA_LOSS: of the file /runs/ABORTED/state/d/1"),
+    ProtobufError("Error parsing message"),
     KeyError("params"),
 )
 
