@@ -1,0 +1,75 @@
+"""How the posterior's scale depends on the radius of the embedding, inside and outside.
+
+python -m studies.head_mechanism --runs runs/heads/runs/*/seed_* --out=runs/head_mechanism
+
+A head that sees the embedding can give long embeddings another scale than short ones; a head that sees
+the direction cannot, except where length and direction go together. For the test images and each outside
+set, this study writes the rank correlation of radius and scale within the set, and the medians of both.
+"""
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from jevb_jax import load
+from jevb_jax.runs import files
+from studies import own_scores
+
+FIELDS: tuple[str, ...] = (
+    "run",
+    "head_input",
+    "set",
+    "group",
+    "rank_correlation",
+    "radius",
+    "scale",
+)
+
+
+def measure(directory: str) -> list[dict[str, Any]]:
+    """A row for the test images and each outside set. A scale is the geometric mean over features."""
+    model = load(directory)
+    images, groups = own_scores.read_images(model, directory)
+    rows = []
+    for name in ("test", *groups):
+        radius = np.linalg.norm(model.embed(images[name]), axis=1)
+        scale = np.exp(np.log(model.posterior(images[name]).scale).mean(axis=1))
+        rows.append(
+            {
+                "run": "/".join(Path(directory).parts[-2:]),
+                "head_input": model.settings.model.head_input,
+                "set": name,
+                "group": groups.get(name, "inside"),
+                "rank_correlation": float(stats.spearmanr(radius, scale).statistic),
+                "radius": float(np.median(radius)),
+                "scale": float(np.median(scale)),
+            }
+        )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", nargs="+", required=True, help="directories of trained runs")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for directory in options.runs:
+        for row in measure(directory):
+            writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+    files.write_text_atomically(options.out / "head_mechanism.csv", text.getvalue())
+    print(text.getvalue(), end="")
+
+
+if __name__ == "__main__":
+    main()
