@@ -40,13 +40,14 @@ def measure(directory: str) -> list[dict[str, Any]]:
     for name in ("test", *groups):
         radius = np.linalg.norm(model.embed(images[name]), axis=1)
         scale = np.exp(np.log(model.posterior(images[name]).scale).mean(axis=1))
+        correlation: Any = stats.spearmanr(radius, scale)
         rows.append(
             {
                 "run": "/".join(Path(directory).parts[-2:]),
                 "head_input": model.settings.model.head_input,
                 "set": name,
                 "group": groups.get(name, "inside"),
-                "rank_correlation": float(stats.spearmanr(radius, scale).statistic),
+                "rank_correlation": float(correlation.statistic),
                 "radius": float(np.median(radius)),
                 "scale": float(np.median(scale)),
             }

@@ -15,7 +15,7 @@ def test_a_gaussian_of_the_embedding_is_a_uniform_direction_and_a_chi_radius():
     h = np.random.default_rng(0).normal(size=(50, DIM))
     radius = np.linalg.norm(h, axis=1)
     area = 2 * np.pi ** (DIM / 2) / special.gamma(DIM / 2)
-    polar = np.log(area) - stats.chi(DIM).logpdf(radius)
+    polar = np.log(area) - stats.chi.logpdf(radius, DIM)
     euclidean = -stats.multivariate_normal(np.zeros(DIM)).logpdf(h)
     np.testing.assert_allclose(
         reference_measure.over_embedding(polar, radius, DIM), euclidean, rtol=1e-12
