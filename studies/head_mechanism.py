@@ -1,10 +1,12 @@
 """How the posterior's scale depends on the radius of the embedding, inside and outside.
 
-python -m studies.head_mechanism --runs runs/heads/runs/*/seed_* --out=runs/head_mechanism
+python -m studies.head_mechanism --runs RUN [RUN ...] --out=runs/head_mechanism
 
-A head that sees the embedding can give long embeddings another scale than short ones; a head that sees
-the direction cannot, except where length and direction go together. For the test images and each outside
-set, this study writes the rank correlation of radius and scale within the set, and the medians of both.
+The published table is of the runs `direction` and `embedding` of `cifar10_uncertainty`. A head that
+sees the embedding can give long embeddings another scale than short ones; a head that sees the
+direction cannot, except where length and direction go together. For the test images and each
+outside set, this study writes the rank correlation of radius and scale within the set, and the
+medians of both.
 """
 
 import argparse

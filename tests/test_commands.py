@@ -87,6 +87,7 @@ def final_fingerprint(workdir: Path) -> tuple[int, dict[str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
     env = {**os.environ, **AS_USERS_RUN_IT}
     settings = (
@@ -221,6 +222,7 @@ def test_health_of_pairs_is_logged_for_jevb(scale):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["vi_simsiam", "byol", "vicreg"])
 def test_other_methods_train_and_are_evaluated(tmp_path, method):
     config: Any = smoke.get_config()
@@ -360,6 +362,7 @@ CAUSES = {
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("changes", "cause", "beside"), CAUSES.values(), ids=CAUSES)
 def test_alarms_of_runs_that_cause_them(tmp_path, changes, cause, beside):
     config: Any = smoke.get_config()
@@ -640,6 +643,7 @@ def copy_of(run: Path, directory: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_an_extended_run_is_the_longer_one_bit_for_bit(finished_run, tmp_path, monkeypatch):
     """Where the rate does not depend on the length, nothing tells the two apart."""

@@ -445,6 +445,7 @@ def steps_of(where: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("where", ["runs", "rest"])
 def test_commands_do_what_the_page_says(where, tmp_path):

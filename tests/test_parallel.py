@@ -509,7 +509,7 @@ def values(workdir: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_two_processes_train_evaluate_stop_and_survive_like_one(tmp_path):
+def test_two_processes_train_and_evaluate_like_one(tmp_path):
     # The reference: four devices of one process.
     ((code, out),) = finish(start(tmp_path / "one", 0, count=1))
     assert code == 0, out
@@ -534,6 +534,14 @@ def test_two_processes_train_evaluate_stop_and_survive_like_one(tmp_path):
     assert len(turned) < len(one_values) / 20
     assert not any("accuracy" in name for name in turned)
 
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+def test_two_processes_that_are_stopped_or_killed_go_on_exactly(tmp_path):
+    two = tmp_path / "two"
+    done = finish(start(two, free_port()))
+    assert [code for code, _ in done] == [0, 0], done
     # SIGTERM to one of them: both save the same step and stop; the same commands go on exactly.
     stopped = tmp_path / "stopped"
     processes = start(stopped, free_port())

@@ -30,21 +30,16 @@ def fitted(rows) -> JEVBTransformer:
     return JEVBTransformer(**SMALL).fit(rows[:300])
 
 
-# Each trains several times, so the others are run by hand (docs/any_encoder.md).
-CHECKED = (
-    "check_estimators_pickle",
-    "check_estimators_nan_inf",
-    "check_n_features_in",
-    "check_transformer_general",
-)
-
-
+# Each trains several times.
 @pytest.mark.slow
-@parametrize_with_checks([JEVBTransformer(4, hidden_dim=8, num_epochs=1, batch_size=8)])
+@pytest.mark.nightly
+@parametrize_with_checks(
+    [JEVBTransformer(4, hidden_dim=8, num_epochs=1, batch_size=8)],
+    expected_failed_checks=lambda _: {
+        "check_methods_subset_invariance": "differs in the last digits of float32"
+    },
+)
 def test_scikit_learn_s_checks(estimator, check):
-    name = getattr(check, "func", check).__name__
-    if name not in CHECKED:
-        pytest.skip("takes long to train; run by hand")
     check(estimator)
 
 

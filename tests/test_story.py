@@ -7,6 +7,7 @@ from examples import story
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_tells_the_story(tmp_path, monkeypatch):
     monkeypatch.setattr(story, "CORRUPTIONS", ("rotation", "contrast"))  # each compiles by itself
     monkeypatch.setattr(story, "SEVERITIES", (5,))

@@ -336,6 +336,7 @@ def test_the_file_says_what_it_takes(exported, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("family", "count"), [("embedding", 6), ("jevb", 4), ("representation", 2)]
 )

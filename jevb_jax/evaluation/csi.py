@@ -164,15 +164,19 @@ class RotatedSimilarity:
                 f"shape {values.shape}"
             )
         values = values.astype(jnp.float32)
-
-        def of_image(query: Array) -> Array:
-            products = jnp.matmul(
-                self.bank, query[:, :, None], precision=jax.lax.Precision.HIGHEST
-            )[..., 0]
-            return -jnp.mean(self.weight * jnp.max(products, axis=1))
-
-        score = jax.lax.map(of_image, values, batch_size=_QUERIES_AT_ONCE)
+        score = _minus_similarity(self.bank, self.weight, values)
         return never_certain(or_infinite(score, values.reshape(len(values), -1)))
+
+
+@jax.jit
+def _minus_similarity(bank: Array, weight: Array, rotations: Array) -> Array:
+    """Scores, `[N]`, of `[N, 4, D]`; for `bank` and `weight`, see `RotatedSimilarity`."""
+
+    def of_image(query: Array) -> Array:
+        products = jnp.matmul(bank, query[:, :, None], precision=jax.lax.Precision.HIGHEST)
+        return -jnp.mean(weight * jnp.max(products[..., 0], axis=1))
+
+    return jax.lax.map(of_image, rotations, batch_size=_QUERIES_AT_ONCE)
 
 
 def fit_csi(rotations: ArrayLike) -> RotatedSimilarity:

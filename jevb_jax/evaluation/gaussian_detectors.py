@@ -145,6 +145,15 @@ def mean_and_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, covariance_of(features - mean, features).whitening()
 
 
+@jax.jit
+def _distances_one_by_one(features: Array, whitening: Array, whitened_mean: Array) -> Array:
+    """Squared distances `[C, N]` to `C` Gaussians, in the memory of one; see `Gaussians`."""
+    return jax.lax.map(
+        lambda one: jnp.sum(jnp.square(_matmul(features, one[0]) - one[1][None]), axis=-1),
+        (whitening, whitened_mean),
+    )
+
+
 class Gaussians(NamedTuple):
     """Squared Mahalanobis distance to the nearest of `C` Gaussians.
 
@@ -168,10 +177,7 @@ class Gaussians(NamedTuple):
                 self.whitened_mean
             )
         else:
-            distances = jax.lax.map(
-                lambda one: jnp.sum(jnp.square(_matmul(shifted, one[0]) - one[1][None]), axis=-1),
-                (self.whitening, self.whitened_mean),
-            )
+            distances = _distances_one_by_one(shifted, self.whitening, self.whitened_mean)
         return or_infinite(jnp.min(distances, axis=0), values)
 
 

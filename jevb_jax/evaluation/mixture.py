@@ -119,11 +119,18 @@ class TrainingMixture:
         if not (jnp.issubdtype(given, jnp.floating) or jnp.issubdtype(given, jnp.integer)):
             raise TypeError(f"embedding must be real numbers, got {given}")
         h = jnp.asarray(embedding, self.location.dtype)
-        num_components, dim = self.location.shape
+        dim = self.location.shape[1]
         if h.ndim != 2 or h.shape[1] != dim:
             raise ValueError(
                 f"embedding must be [M, {dim}], as wide as the fitted images, got {h.shape}"
             )
+        return self._log_sum_of_rows(h, own)
+
+    # Without `jit`, a loop would be compiled at each call.
+    @jax.jit
+    def _log_sum_of_rows(self, h: Array, own: Array | None) -> Array:
+        """`_log_sum` of checked rows."""
+        num_components = len(self.location)
         direction, radius = sphere.polar_decomposition(h)
 
         def of_query(query: tuple[Array, Array, Array | None]) -> Array:

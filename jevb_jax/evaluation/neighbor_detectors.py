@@ -36,7 +36,8 @@ def feature_norm_score(features: ArrayLike) -> Array:
     return never_certain(-sphere.safe_norm(real_numbers("features", features)))
 
 
-def _kth_distances(bank: Array, centered: Array, queries: Array, k: int, center: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="k")
+def _kth_distances(bank: Array, centered: Array, queries: Array, center: Array, *, k: int) -> Array:
     """Exact distance of each query to the k-th nearest row of a bank, `[N]`.
 
     One product, `b.q - |b|^2 / 2`, finds candidates: it falls as `|b - q|` grows. Between near
@@ -47,8 +48,8 @@ def _kth_distances(bank: Array, centered: Array, queries: Array, k: int, center:
       bank: `[M, F]`.
       centered: `[M, F + 1]`, from `_centered`.
       queries: `[N, F]`.
-      k: which neighbor; 1 is the nearest.
       center: `[F]`, near the bank.
+      k: which neighbor; 1 is the nearest.
     """
     num_rows = len(bank)
     rounding = _product_rounding(bank.shape[1])
@@ -120,7 +121,7 @@ class DirectionNeighbours:
         """Distances, `[N]`."""
         values = checked_queries(features, self.bank.shape[1])
         direction, _ = sphere.polar_decomposition(values)
-        distance = _kth_distances(self.bank, self.centered, direction, self.k, self.center)
+        distance = _kth_distances(self.bank, self.centered, direction, self.center, k=self.k)
         return or_infinite(distance, values)
 
 
@@ -148,7 +149,7 @@ class WhitenedNeighbours:
         values = checked_queries(features, len(self.mean))
         center = jnp.zeros_like(self.mean)
         whitened = _matmul(values - self.mean[None], self.whitening)
-        distance = _kth_distances(self.bank, self.centered, whitened, self.k, center)
+        distance = _kth_distances(self.bank, self.centered, whitened, center, k=self.k)
         return or_infinite(distance, values)
 
 

@@ -5,6 +5,7 @@ each other. bfloat16 and float16 become float32; float64 stays. Equation numbers
 `docs/mathematics.md`.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -93,6 +94,8 @@ def _student_t_kernel(
     return (1 + n * inverse_df) / 2 * short * ratio + (finite + n) / 2 * (long + far)
 
 
+# One program: called on arrays, each of its hundred operations would be compiled for each shape.
+@functools.partial(jax.jit, static_argnames=("n", "longest_gaussian"))
 def _student_t_log_density(
     squared_length: Float[Array, "*batch"],
     df: Float[Array, "*batch"],

@@ -10,8 +10,9 @@ embedding, `mu` and `sigma` are its posterior, `z` is a latent, `s` is the scale
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypedDict, TypeVar, Unpack, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar, Unpack, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -189,16 +190,26 @@ def conditional_elbo(
     h = jax.lax.stop_gradient(h)
     s = _scale_diag(sigma, untied_scale, likelihood)
     center = mu if location == "mean" else None
-
-    def log_p(noise: Float[Array, "batch D"]) -> LogLikelihood:
-        z = mu + sigma * noise
-        return log_likelihood_terms(h, z, likelihood, scale_diag=s, location=center)
-
-    of_samples = _over_samples(log_p, _standard_normal(key, num_samples, mu))
+    noise = _standard_normal(key, num_samples, mu)
+    of_samples = _over_samples(_log_p, noise, h, mu, sigma, s, center, likelihood)
     log_p_dir, log_p_rad, log_mass = (jnp.mean(values, axis=0) for values in of_samples)
     kl = gaussian_kl_divergence(mu, sigma, prior_scale=p)
     terms = ElboTerms(log_p_dir, log_p_rad, kl, radial_weight, kl_weight)
     return _with_information(terms, log_mass, likelihood, dim=mu.shape[-1])
+
+
+def _log_p(
+    noise: Float[Array, "batch D"],
+    h: Float[Array, "batch D"],
+    mu: Float[Array, "batch D"],
+    sigma: Float[Array, "batch D"],
+    s: Float[Array, "batch D"],
+    center: Float[Array, "batch D"] | None,
+    likelihood: Likelihood,
+) -> LogLikelihood:
+    """`log p(h | z)` of one sample `z = mu + sigma noise`, the integrand of eq. 13."""
+    z = mu + sigma * noise
+    return log_likelihood_terms(h, z, likelihood, scale_diag=s, location=center)
 
 
 def _with_information(
@@ -312,18 +323,28 @@ def importance_weighted_bound(
         "embedding", embedding, posterior_mean, posterior_scale, likelihood, prior_scale
     )
     s = _scale_diag(sigma, untied_scale, likelihood)
-
-    def log_weight(noise: Float[Array, "batch D"]) -> Float[Array, " batch"]:
-        z = mu + sigma * noise
-        log_p_dir, log_p_rad, _ = log_likelihood_terms(h, z, likelihood, scale_diag=s)
-        # 2 log(p(z) / q(z | h)); the constants of the two Gaussians cancel. Subtract the logarithms
-        # of the scales, because their quotient may underflow.
-        log_ratio = jnp.square(noise) - jnp.square(z / p)
-        log_ratio = log_ratio + 2 * (jnp.log(sigma) - jnp.log(p))
-        return log_p_dir + log_p_rad + jnp.sum(log_ratio, axis=-1) / 2
-
-    log_weights = _over_samples(log_weight, _standard_normal(key, num_samples, mu))
+    noise = _standard_normal(key, num_samples, mu)
+    log_weights = _over_samples(_log_weight, noise, h, mu, sigma, s, p, likelihood)
     return jax.nn.logsumexp(log_weights, axis=0) - float(np.log(len(log_weights)))
+
+
+def _log_weight(
+    noise: Float[Array, "batch D"],
+    h: Float[Array, "batch D"],
+    mu: Float[Array, "batch D"],
+    sigma: Float[Array, "batch D"],
+    s: Float[Array, "batch D"],
+    p: Float[Array, "batch D"],
+    likelihood: Likelihood,
+) -> Float[Array, " batch"]:
+    """`log p(h | z) p(z) / q(z | h)` of one sample `z = mu + sigma noise`, the weight of eq. 15."""
+    z = mu + sigma * noise
+    log_p_dir, log_p_rad, _ = log_likelihood_terms(h, z, likelihood, scale_diag=s)
+    # 2 log(p(z) / q(z | h)); the constants of the two Gaussians cancel. Subtract the logarithms of
+    # the scales, because their quotient may underflow.
+    log_ratio = jnp.square(noise) - jnp.square(z / p)
+    log_ratio = log_ratio + 2 * (jnp.log(sigma) - jnp.log(p))
+    return log_p_dir + log_p_rad + jnp.sum(log_ratio, axis=-1) / 2
 
 
 # Checks of the arguments, and conversion to one float type.
@@ -422,10 +443,13 @@ def _standard_normal(
     return jnp.swapaxes(draw(_example_keys(key, like.shape[0])), 0, 1)
 
 
+# One program: called on arrays, each of its hundreds of operations would be compiled for each shape,
+# and the loop at each call.
+@functools.partial(jax.jit, static_argnames="terms")
 def _over_samples(
-    terms: Callable[[Float[Array, "batch D"]], _T], noise: Float[Array, "samples batch D"]
+    terms: Callable[..., _T], noise: Float[Array, "samples batch D"], *arguments: Any
 ) -> _T:
-    """Stacks `terms(noise[k])` over the samples `k`, with bounded memory.
+    """Stacks `terms(noise[k], *arguments)` over the samples `k`, with bounded memory.
 
     All samples at once would keep about eighteen arrays `[batch, D]` for each sample until the
     gradient is taken. So large samples are computed one after the other, and again for the
@@ -433,8 +457,10 @@ def _over_samples(
     steps is slow.
 
     Args:
-      terms: a function of the noise of one sample. It returns arrays without the axis `D`.
+      terms: a function of a module, because its program is kept. It returns arrays without the
+        axis `D`.
       noise: one draw for each sample.
+      *arguments: the same for all samples.
 
     Returns:
       The terms, with a leading axis for the samples.
@@ -443,7 +469,7 @@ def _over_samples(
     # An empty batch has no noise.
     at_once = max(1, _SIDE_BY_SIDE_ELEMENTS // max(1, noise.size // num_samples))
     if num_samples <= at_once:
-        return jax.vmap(terms)(noise)
+        return jax.vmap(lambda one: terms(one, *arguments))(noise)
     # In the loop the compiler cannot merge the second computation with the first.
-    checkpointed = jax.checkpoint(terms, prevent_cse=False)
+    checkpointed = jax.checkpoint(lambda one: terms(one, *arguments), prevent_cse=False)
     return jax.lax.map(checkpointed, noise, batch_size=at_once)

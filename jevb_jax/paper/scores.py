@@ -14,8 +14,9 @@ from jaxtyping import Float, Real
 
 from jevb_jax.paper import domain, sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
-from jevb_jax.paper.likelihood import Likelihood
+from jevb_jax.paper.likelihood import Likelihood, checked_numbers
 from jevb_jax.paper.objective import (
+    LOCATIONS,
     Keys,
     Location,
     View,
@@ -89,19 +90,51 @@ def uncertainty_terms(
       location: as for `conditional_elbo`. The importance-weighted bound always uses samples.
 
     Raises:
-      ValueError: arrays are not `[V, N, D]`, or for the reasons of `conditional_elbo`.
+      ValueError: arrays are not `[V, N, D]`, or a setting is wrong, as for `conditional_elbo`. A
+        posterior scale that is not positive gives NaN for its own image only.
     """
     shapes = {name: jnp.shape(values) for name, values in views._asdict().items()}
     if len(set(shapes.values())) > 1 or len(shapes["embedding"]) != 3:
         raise ValueError(f"views must share one shape [V, N, D], got {shapes}")
-    num_views, _, dim = shapes["embedding"]
-    if num_views < 1:
+    if shapes["embedding"][0] < 1:
         raise ValueError(f"terms need at least 1 view, the first axis of views, got {shapes}")
     num_samples = domain.whole_number("num_samples", num_samples, 1)
+    domain.choice("location", location, LOCATIONS)
     views = View(*sphere.at_least_float32(*views))
-    mean, scale = views.posterior_mean, views.posterior_scale
+    mean = views.posterior_mean
+    domain.positive("prior_scale", prior_scale, jnp.asarray(prior_scale, mean.dtype))
+    numbers = likelihood.df, likelihood.radial_df, likelihood.radial_scale
+    checked_numbers(likelihood, *sphere.at_least_float32(*numbers))
     if untied_scale is not None:
-        untied_scale = jnp.broadcast_to(jnp.asarray(untied_scale, mean.dtype), mean.shape)
+        untied = jnp.asarray(untied_scale, mean.dtype)
+        domain.positive("untied_scale", untied_scale, untied)
+        untied_scale = jnp.broadcast_to(untied, mean.shape)
+    return _terms_of_views(
+        key,
+        views,
+        likelihood,
+        prior_scale,
+        untied_scale,
+        num_samples=num_samples,
+        location=location,
+    )
+
+
+# One program: called on arrays, its loop would be compiled at each call.
+@functools.partial(jax.jit, static_argnames=("num_samples", "location"))
+def _terms_of_views(
+    key: Keys,
+    views: View,
+    likelihood: Likelihood,
+    prior_scale: Any,
+    untied_scale: Any,
+    *,
+    num_samples: int,
+    location: Location,
+) -> UncertaintyTerms:
+    """`uncertainty_terms` of arguments that are checked."""
+    mean, scale = views.posterior_mean, views.posterior_scale
+    num_views, _, dim = mean.shape
 
     fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
 

@@ -1,5 +1,6 @@
 """Scores against scikit-learn, SciPy and NumPy in float64; the threshold by simulation."""
 
+import dataclasses
 import functools
 import types
 import warnings
@@ -201,6 +202,32 @@ def test_views_must_share_a_shape():
     for bad in (View(e[0], m[0], s[0]), View(e, m[:2], s)):
         with pytest.raises(ValueError, match=r"one shape \[V, N, D\]"):
             uncertainty_terms(keys(), bad, LIKELIHOOD, num_samples=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"likelihood": dataclasses.replace(LIKELIHOOD, df=-1.0)}, "df must be positive"),
+        ({"prior_scale": 0.0}, "prior_scale must be positive"),
+        ({"untied_scale": -2.0}, "untied_scale must be positive"),
+        ({"num_samples": 0}, "num_samples must be"),
+        ({"location": "median"}, "location must be"),
+    ],
+)
+def test_wrong_settings_of_terms_are_named(changes, message):
+    settings: dict[str, Any] = {"likelihood": LIKELIHOOD, "num_samples": 1, **changes}
+    with pytest.raises(ValueError, match=message):
+        uncertainty_terms(keys(), views(), **settings)
+
+
+@pytest.mark.slow
+def test_a_scale_that_is_not_positive_spoils_its_own_image_only():
+    e, m, s = views()
+    found: Any = compute(keys(), View(e, m, s.at[0, 2].set(-1.0)))
+    expected: Any = compute(keys(), views())
+    for value, other in zip(found, expected, strict=True):
+        assert np.isnan(value[2])
+        np.testing.assert_array_equal(np.delete(value, 2), np.delete(other, 2))
 
 
 # --- Features ---

@@ -371,6 +371,7 @@ def get_study():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_killed_and_stopped_study_goes_on_and_agrees_with_single_runs(tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
