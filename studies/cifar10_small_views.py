@@ -27,9 +27,6 @@ _KNN = "validation/knn_20_accuracy"
 def run_config(method: str, *, share: int, **changes: Any) -> Any:
     """A run of a `share`-th of the images a step and of the epochs."""
     config = cifar10_small.method_config(method)
-    # 10,000 images to train on, and 5,000 to measure on, so that differences of a few per cent show.
-    config.data.num_train_examples = 15_000
-    config.data.validation_fraction = 1 / 3
     config.augmentation.num_views = 2
     # What `cifar10_small` does not set, because its methods are others.
     config.model.projector_hidden_dims = (256,)

@@ -23,6 +23,7 @@ from jevb_jax.evaluation.detector_input import (
     or_infinite,
     unit_directions,
 )
+from jevb_jax.evaluation.products import exact_matmul
 from jevb_jax.images import augmentations
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.views import View
@@ -173,7 +174,7 @@ def _minus_similarity(bank: Array, weight: Array, rotations: Array) -> Array:
     """Scores, `[N]`, of `[N, 4, D]`; for `bank` and `weight`, see `RotatedSimilarity`."""
 
     def of_image(query: Array) -> Array:
-        products = jnp.matmul(bank, query[:, :, None], precision=jax.lax.Precision.HIGHEST)
+        products = exact_matmul(bank, query[:, :, None])
         return -jnp.mean(weight * jnp.max(products[..., 0], axis=1))
 
     return jax.lax.map(of_image, rotations, batch_size=_QUERIES_AT_ONCE)

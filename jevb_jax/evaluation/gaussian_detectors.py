@@ -1,6 +1,5 @@
 """Detectors that fit Gaussians to training features."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -25,11 +24,10 @@ from jevb_jax.evaluation.detector_input import (
     or_infinite,
     warn_of_few_images,
 )
+from jevb_jax.evaluation.products import exact_matmul
 from jevb_jax.evaluation.symmetric import eigh
 from jevb_jax.paper import sphere
 
-# On an accelerator a bfloat16 product would change the order of the images.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 NUM_FOLDS = 5
 
 
@@ -149,7 +147,7 @@ def mean_and_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _distances_one_by_one(features: Array, whitening: Array, whitened_mean: Array) -> Array:
     """Squared distances `[C, N]` to `C` Gaussians, in the memory of one; see `Gaussians`."""
     return jax.lax.map(
-        lambda one: jnp.sum(jnp.square(_matmul(features, one[0]) - one[1][None]), axis=-1),
+        lambda one: jnp.sum(jnp.square(exact_matmul(features, one[0]) - one[1][None]), axis=-1),
         (whitening, whitened_mean),
     )
 
@@ -172,7 +170,7 @@ class Gaussians(NamedTuple):
         values = checked_queries(features, len(self.center))
         shifted = values - self.center[None]
         if self.whitening.shape[0] == 1:
-            whitened = _matmul(shifted, self.whitening[0])
+            whitened = exact_matmul(shifted, self.whitening[0])
             distances = jax.vmap(lambda mean: jnp.sum(jnp.square(whitened - mean[None]), axis=-1))(
                 self.whitened_mean
             )
@@ -387,7 +385,7 @@ class Residual(NamedTuple):
         """Lengths, `[N]`."""
         values = checked_queries(features, len(self.origin))
         shifted = values - self.origin[None]
-        return or_infinite(sphere.safe_norm(_matmul(shifted, self.directions)), values)
+        return or_infinite(sphere.safe_norm(exact_matmul(shifted, self.directions)), values)
 
 
 def fit_residual(

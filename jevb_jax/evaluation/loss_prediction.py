@@ -24,9 +24,8 @@ from jevb_jax.evaluation.detector_input import (
     checked_queries,
     real_matrix,
 )
+from jevb_jax.evaluation.products import exact_matmul
 from jevb_jax.paper.scores import never_certain
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Layers(NamedTuple):
@@ -44,8 +43,8 @@ class Layers(NamedTuple):
 
 
 def _predict(layers: Layers, standardized: Array) -> Array:
-    hidden = _matmul(standardized, layers.hidden_weights) + layers.hidden_bias[None]
-    return _matmul(jax.nn.relu(hidden), layers.output_weights)
+    hidden = exact_matmul(standardized, layers.hidden_weights) + layers.hidden_bias[None]
+    return exact_matmul(jax.nn.relu(hidden), layers.output_weights)
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,6 @@
 """The posteriors of the training images as a density of embeddings, a mixture (docs eq. 35)."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jevb_jax.evaluation.products import exact_matmul
 from jevb_jax.paper import densities, sphere
-
-# On an accelerator a bfloat16 product would change the order of the images.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # Queries in one step. Memory holds as many rows `[N]`.
 BATCH_SIZE = 64
@@ -159,10 +156,10 @@ class TrainingMixture:
         `Q = 2/(1 + c) sum_i w_i (u_i - c m_i)^2` is expanded into products.
         """
         # With this order XLA need not transpose, which would double the cost.
-        cosine = jnp.clip(_matmul(direction, self.location.T), -1, 1)
+        cosine = jnp.clip(exact_matmul(direction, self.location.T), -1, 1)
         squared = (
-            _matmul(jnp.square(direction), self.precision.T)
-            - 2 * cosine * _matmul(direction, self.weighted_location.T)
+            exact_matmul(jnp.square(direction), self.precision.T)
+            - 2 * cosine * exact_matmul(direction, self.weighted_location.T)
             + jnp.square(cosine) * self.location_precision
         )
         # At the antipode of `m` this is 0 / 0, and all tangent directions are equivalent.

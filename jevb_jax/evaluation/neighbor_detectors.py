@@ -19,11 +19,10 @@ from jevb_jax.evaluation.detector_input import (
     unit_directions,
 )
 from jevb_jax.evaluation.gaussian_detectors import mean_and_whitening
+from jevb_jax.evaluation.products import exact_matmul
 from jevb_jax.paper import sphere
 from jevb_jax.paper.scores import never_certain, real_numbers
 
-# On an accelerator a bfloat16 product would change the order of the images.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 # For so many neighbors beyond the k-th the distance is computed again without cancellation.
 _NUM_SPARE = 32
 
@@ -62,7 +61,7 @@ def _kth_distances(bank: Array, centered: Array, queries: Array, center: Array, 
         """The distance, and whether all rows outside the candidates are proven to be farther."""
         shifted = query - center
         square = jnp.sum(jnp.square(shifted))
-        closeness = _matmul(centered, jnp.append(shifted, 1.0))
+        closeness = exact_matmul(centered, jnp.append(shifted, 1.0))
         highest, index = jax.lax.top_k(closeness, min(k + _NUM_SPARE, num_rows))
         distance = jnp.sort(distances(bank[index], query))[k - 1]
         bound = square / 2 - highest[-1] - rounding * square
@@ -148,7 +147,7 @@ class WhitenedNeighbours:
         """Distances, `[N]`."""
         values = checked_queries(features, len(self.mean))
         center = jnp.zeros_like(self.mean)
-        whitened = _matmul(values - self.mean[None], self.whitening)
+        whitened = exact_matmul(values - self.mean[None], self.whitening)
         distance = _kth_distances(self.bank, self.centered, whitened, center, k=self.k)
         return or_infinite(distance, values)
 

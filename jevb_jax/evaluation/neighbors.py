@@ -15,10 +15,7 @@ from jevb_jax.evaluation.labeled_features import (
     features_and_largest,
     result_dtype,
 )
-
-# TF32 or bfloat16 products would change the order of neighbors on an accelerator.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
+from jevb_jax.evaluation.products import exact_matmul
 
 #
 # Neighbors are ordered by half of the squared chord, `|u - v|^2 / 2 = 1 - cos`, between directions
@@ -196,7 +193,7 @@ def _search(
 
         def lower_bounds(rows: Array, inverse_radius: Array) -> Array:
             directions, row_term = centered(rows, inverse_radius)
-            lower = row_term + query_term - _matmul(directions, query)
+            lower = row_term + query_term - exact_matmul(directions, query)
             return jnp.where(inverse_radius == 0, 1, lower).astype(jnp.float32)
 
         lower, index = _over_bank(

@@ -10,9 +10,7 @@ import optax
 from jax import Array
 
 from jevb_jax import arguments
-
-# With TF32 or bfloat16 products L-BFGS does not converge on an accelerator.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+from jevb_jax.evaluation.products import exact_matmul
 
 Solver = Literal["lbfgs", "sgd"]
 SOLVER_NAMES: dict[Solver, str] = {"lbfgs": "L-BFGS", "sgd": "SGD"}
@@ -67,7 +65,7 @@ def fit_standardization(features: Array) -> Standardization:
 
 def logits_of(parameters: ProbeParameters, standardized: Array) -> Array:
     """Logits, `[N, C]`."""
-    return _matmul(standardized, parameters.weights) + parameters.bias[None]
+    return exact_matmul(standardized, parameters.weights) + parameters.bias[None]
 
 
 def _cross_entropy(parameters: ProbeParameters, standardized: Array, labels: Array) -> Array:
@@ -140,8 +138,8 @@ def _largest_eigenvalue(key: Array, features: Array, standardise: Standardizatio
     def correlate(_: int, vector: Array) -> Array:
         # This is the product with standardized features, without a standardized copy of them.
         scaled = vector / standardise.std
-        product = _matmul(features, scaled) - jnp.vdot(standardise.mean, scaled)
-        back = _matmul(product, features) - jnp.sum(product) * standardise.mean
+        product = exact_matmul(features, scaled) - jnp.vdot(standardise.mean, scaled)
+        back = exact_matmul(product, features) - jnp.sum(product) * standardise.mean
         image = back / standardise.std / features.shape[0]
         return image / jnp.maximum(jnp.linalg.norm(vector), float(jnp.finfo(vector.dtype).tiny))
 

@@ -28,6 +28,7 @@ from jevb_jax.evaluation.features import (
 from jevb_jax.evaluation.gaussian_detectors import Residual
 from jevb_jax.evaluation.labeled_detectors import VirtualLogit
 from jevb_jax.evaluation.mixture import TrainingMixture
+from jevb_jax.evaluation.products import exact_matmul
 from jevb_jax.methods import METHODS
 from jevb_jax.networks.heads import Posterior
 from jevb_jax.paper import sphere
@@ -173,9 +174,7 @@ class OfProbe:
 
     def logits(self, features: Features) -> Array:
         """Logits, `[N, C]`."""
-        products = jnp.matmul(
-            self.standardized(features), self.probe.weights, precision=jax.lax.Precision.HIGHEST
-        )
+        products = exact_matmul(self.standardized(features), self.probe.weights)
         return products + self.probe.bias[None]
 
     def __call__(self, features: Features) -> Array:
