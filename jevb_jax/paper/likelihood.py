@@ -116,8 +116,6 @@ class LogLikelihood(NamedTuple):
     log_mass: Float[Array, "*batch"]
 
 
-# One program: called on arrays, each of its hundreds of operations would be compiled for each shape.
-@jax.jit
 def log_likelihood_terms(
     embedding: Float[Array, "*batch D"],
     latent: Float[Array, "*batch D"],
