@@ -13,6 +13,7 @@ from jevb_jax.paper.likelihood import Likelihood
 
 LIKELIHOOD = Likelihood(df=5.0, radial_df=3.0, radial_scale=0.3)
 NUM_IMAGES, DIM = 12, 4
+NUM_QUERIES = 1100  # more than any score takes at once
 
 
 def rows(seed: int, *shape: int) -> np.ndarray:
@@ -25,7 +26,7 @@ def scale(seed: int, *shape: int) -> np.ndarray:
 
 
 def of_fitted(fitted: Any, *shape: int) -> Callable[[int], Any]:
-    return lambda seed: fitted(rows(seed, *shape))
+    return lambda seed: fitted(rows(seed, NUM_QUERIES, *(shape or (DIM,))))
 
 
 def several_gaussians() -> Any:
@@ -63,7 +64,7 @@ def terms(seed: int) -> Any:
     [
         lambda: of_fitted(neighbor_detectors.fit_knn(rows(0), k=2)),
         lambda: of_fitted(neighbor_detectors.fit_whitened_knn(rows(0), k=2)),
-        lambda: of_fitted(csi.fit_csi(rows(0, NUM_IMAGES, 4, DIM)), NUM_IMAGES, 4, DIM),
+        lambda: of_fitted(csi.fit_csi(rows(0, NUM_IMAGES, 4, DIM)), 4, DIM),
         lambda: of_fitted(several_gaussians()),
         lambda: of_fitted(mixture()),
         lambda: elbo,
