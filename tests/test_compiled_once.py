@@ -1,4 +1,4 @@
-"""What people call on arrays is compiled at the first call only: a loop that closes over arrays is not."""
+"""What people call on arrays is compiled at the first call only, also where it has a loop."""
 
 from collections.abc import Callable
 from typing import Any
