@@ -54,7 +54,8 @@ def bound(seed: int) -> Any:
 
 def terms(seed: int) -> Any:
     shape = (2, NUM_IMAGES, DIM)
-    views = scores.View(rows(seed, *shape), rows(seed + 1, *shape), scale(seed, *shape))
+    given: Any = rows(seed, *shape), rows(seed + 1, *shape), scale(seed, *shape)
+    views = scores.View(*given)
     return scores.uncertainty_terms(jax.random.key(seed), views, LIKELIHOOD, num_samples=3)
 
 
@@ -75,10 +76,11 @@ def terms(seed: int) -> Any:
 )
 def test_a_second_call_compiles_nothing(make, monkeypatch):
     monkeypatch.setattr(objective, "_SIDE_BY_SIDE_ELEMENTS", 1)  # samples in a loop
-    objective._over_samples.clear_cache()
-    compiled: list[str] = []
+    over_samples: Any = objective._over_samples
+    over_samples.clear_cache()
+    compiled: list[Any] = []
 
-    def note(event: str, _: float, **about: Any) -> None:
+    def note(event: str, duration_secs: float, **about: Any) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(about.get("fun_name", "?"))
 
@@ -89,5 +91,5 @@ def test_a_second_call_compiles_nothing(make, monkeypatch):
         jax.block_until_ready(jax.tree.leaves(function(3)))
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-        objective._over_samples.clear_cache()
+        over_samples.clear_cache()
     assert not compiled

@@ -297,7 +297,8 @@ def test_samples_one_after_the_other_are_samples_side_by_side(float64, monkeypat
 
     def values_and_gradients(side_by_side):
         monkeypatch.setattr(objective, "_SIDE_BY_SIDE_ELEMENTS", side_by_side)
-        objective._over_samples.clear_cache()
+        compiled: Any = objective._over_samples
+        compiled.clear_cache()
 
         def weighted(*args):
             terms = conditional_elbo(example_keys(3), *args, likelihood=MODEL, num_samples=3)
