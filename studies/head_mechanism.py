@@ -9,9 +9,6 @@ outside set, this study writes the rank correlation of radius and scale within t
 medians of both.
 """
 
-import argparse
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,7 @@ import numpy as np
 from scipy import stats
 
 from jevb_jax import load
-from jevb_jax.runs import files
-from studies import own_scores
+from studies import measured_runs, own_scores
 
 FIELDS: tuple[str, ...] = (
     "run",
@@ -59,19 +55,9 @@ def measure(directory: str) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", nargs="+", required=True, help="directories of trained runs")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for directory in options.runs:
-        for row in measure(directory):
-            writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
-    files.write_text_atomically(options.out / "head_mechanism.csv", text.getvalue())
-    print(text.getvalue(), end="")
+    measured_runs.write_table(
+        measure, FIELDS, "head_mechanism.csv", about=__doc__, arguments=arguments
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ It reads trained runs of `studies/cifar10_uncertainty.py` and answers two questi
   differ between features? For each kernel, the leave-one-out likelihood chooses the bandwidth.
 """
 
-import argparse
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +25,7 @@ from jevb_jax.images import batches
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.model import Model
 from jevb_jax.paper import mass
-from jevb_jax.runs import files
-from studies import cifar10_uncertainty
+from studies import cifar10_uncertainty, measured_runs
 
 # Number of training images to fit to, and number of test images.
 NUM_FITTED, NUM_TEST = 6000, 2500
@@ -149,19 +145,7 @@ def measure(directory: str) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", nargs="+", required=True, help="directories of trained runs")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [row for directory in options.runs for row in measure(directory)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
-    files.write_text_atomically(options.out / "own_scores.csv", text.getvalue())
-    print(text.getvalue(), end="")
+    measured_runs.write_table(measure, FIELDS, "own_scores.csv", about=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ over the embedding. This study takes each of three densities over both, and the 
 the direction alone too.
 """
 
-import argparse
-import csv
 import functools
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +22,7 @@ from jevb_jax import load
 from jevb_jax.evaluation import gaussian_detectors, mixture_fit
 from jevb_jax.evaluation.detection_metrics import ood_metrics
 from jevb_jax.model import Model
-from jevb_jax.runs import files
-from studies import own_scores
+from studies import measured_runs, own_scores
 
 POLAR, EUCLIDEAN, DIRECTION = "direction and radius", "embedding", "direction"
 FIELDS = ("run", "density", "measure", "near", "far", "std", "std of (D - 1) log r")
@@ -121,20 +117,7 @@ def measure(directory: str) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", nargs="+", required=True, help="directories of trained runs")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [row for directory in options.runs for row in measure(directory)]
-    sets = [name for name in rows[0] if name not in FIELDS]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIELDS, *sets], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
-    files.write_text_atomically(options.out / "measure.csv", text.getvalue())
-    print(text.getvalue(), end="")
+    measured_runs.write_table(measure, FIELDS, "measure.csv", about=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":
