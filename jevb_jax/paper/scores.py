@@ -16,7 +16,6 @@ from jevb_jax.paper import domain, sphere
 from jevb_jax.paper.densities import gaussian_kl_divergence
 from jevb_jax.paper.likelihood import Likelihood, checked_numbers
 from jevb_jax.paper.objective import (
-    LOCATIONS,
     Keys,
     Location,
     View,
@@ -99,7 +98,6 @@ def uncertainty_terms(
     if shapes["embedding"][0] < 1:
         raise ValueError(f"terms need at least 1 view, the first axis of views, got {shapes}")
     num_samples = domain.whole_number("num_samples", num_samples, 1)
-    domain.choice("location", location, LOCATIONS)
     views = View(*sphere.at_least_float32(*views))
     mean = views.posterior_mean
     domain.positive("prior_scale", prior_scale, jnp.asarray(prior_scale, mean.dtype))
