@@ -19,6 +19,7 @@ from jevb_jax.paper.objective import ElboTerms, conditional_elbo
 from jevb_jax.training import health
 from jevb_jax.training.experiment import Experiment
 from jevb_jax.training.step import TrainState
+from jevb_jax.xla_options import jit_once
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def health_check(experiment: Experiment) -> Any:
     images = gather(source, np.arange(count))
     view = experiment.view_augmentations[0]
 
-    @jax.jit
+    # Between two checks are hundreds of steps: compiling for speed would take longer than it saves.
+    @jit_once
     def check(state: TrainState, images: Array) -> dict[str, Array]:
         views = plain_views(images, view)
         output: Any = experiment.model.apply(state.evaluation_variables, views, train=False)
