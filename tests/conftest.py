@@ -32,15 +32,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Traced programs are millions of objects that live on. Looking through them for garbage took a
-# sixteenth of the suite's time.
-gc.set_threshold(50_000, 20, 20)
-
 import jax
 import pytest
 
 # Of a process's environment.
 AS_USERS_RUN_IT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+
+# Traced programs are millions of objects that live on. Looking through them for garbage took a
+# sixteenth of the suite's time.
+gc.set_threshold(50_000, 20, 20)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -291,6 +291,7 @@ def test_the_page_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_training_of_the_page_runs():
     rows = np.random.default_rng(0).normal(size=(120, 5)).astype(np.float32)
     names: dict[str, Any] = {
@@ -305,6 +306,7 @@ def test_the_training_of_the_page_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_transformer_of_the_page_runs():
     rows = np.random.default_rng(0).normal(size=(60, 5))
     names: dict[str, Any] = {"features": rows[:20], "train_features": rows[20:]}

@@ -126,6 +126,7 @@ def test_augmentation_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_training_and_evaluation_run(tmp_path):
     arguments = train_throughput.parse(
         [

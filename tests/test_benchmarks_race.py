@@ -22,6 +22,7 @@ def get_study():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_race_reports_the_accuracy_of_the_last_step_and_counts_the_process(tmp_path):
     study = tmp_path / "tiny.py"
     study.write_text(STUDY)

@@ -155,6 +155,7 @@ def test_killed_and_terminated_run_equals_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_streaming_sees_the_batches_of_the_resident_run(tmp_path):
     losses = []
     for placement in ("resident", "stream"):
@@ -198,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", ["untied", "fixed"])
+@pytest.mark.parametrize("scale", ["untied", pytest.param("fixed", marks=pytest.mark.nightly)])
 def test_health_of_pairs_is_logged_for_jevb(scale):
     config: Any = smoke.get_config()
     config.train.health_pairs = True
@@ -704,6 +705,7 @@ def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_a_backbone_of_torch(tmp_path):
     file = tmp_path / "backbone.safetensors"
     config = short_config(model__backbone="resnet8", model__width=4, init__workdir=str(file))
@@ -738,6 +740,7 @@ def test_a_run_that_starts_from_a_backbone_of_torch(tmp_path):
     mistake(r"init\.workdir = .*backbone\.safetensors: ")
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_starts_from_a_file_of_another_size(tmp_path, caplog):
     file = tmp_path / "vit.safetensors"
 
@@ -778,6 +781,7 @@ def test_a_vision_transformer_starts_from_a_file_of_another_size(tmp_path, caplo
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_transfer_results_of_files_of_one_name_stand_side_by_side(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "run")
     generator = np.random.default_rng(0)

@@ -17,13 +17,17 @@ def main_of(name: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
+@pytest.mark.parametrize(
+    "framework",
+    ["linen", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nnx", "equinox"))],
+)
 def test_own_encoders_learn(framework):
     before, after = main_of(f"own_encoder_{framework}.py")(num_steps=60)
     assert after < before - 0.2
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_vectors_that_are_no_images_are_learned():
     accuracies = main_of("tabular.py")()
     assert accuracies["embedding"] > accuracies["embedding, untrained"] + 0.05
@@ -32,6 +36,7 @@ def test_vectors_that_are_no_images_are_learned():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_notebook_runs_in_a_fresh_process(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

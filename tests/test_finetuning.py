@@ -168,6 +168,7 @@ def kill_at(monkeypatch, step: int) -> None:
 SHORT: dict[str, Any] = {"num_epochs": 3, "train__batch_size": 64}  # of 4 steps
 
 
+@pytest.mark.slow
 def test_writers_are_asked_before_anything_is_written_and_get_every_line(
     encoder, tmp_path, monkeypatch
 ):

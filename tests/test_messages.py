@@ -242,6 +242,7 @@ def test_misspelt_settings_name_what_is_meant(override, meant):
     start._check_overrides(fine, "config", smoke.get_config())
 
 
+@pytest.mark.slow
 def test_usage_errors_end_with_status_two_and_no_frames(tmp_path):
     files.write_json_atomically(
         tmp_path / "config.json", experiment.to_json_values(smoke.get_config())

@@ -74,6 +74,7 @@ def test_its_detector_loads_and_says_the_same(old):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_goes_on_to_its_end_and_is_evaluated(old, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(old / "run", run)

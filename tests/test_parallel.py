@@ -1,5 +1,6 @@
 """One device against eight, one process against two, and who may start several."""
 
+import functools
 import json
 import os
 import re
@@ -267,19 +268,16 @@ def test_arrays_lie_as_asked():
     assert parallel.local_rows(64) == slice(0, 64)
 
 
+nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
+
+
 # --- Equal numbers --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    # A target network, and losses that couple examples; the others share their collectives with these.
-    [
-        name
-        if name in ("jevb", "byol", "barlow_twins")
-        else pytest.param(name, marks=pytest.mark.nightly)
-        for name in METHODS
-    ],
+    [name if name == "jevb" else nightly(name) for name in METHODS],
 )
 def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method, without_kinks):
     # Each from the same state: free-running, a change of 1e-7 of the first parameters on *one* device
@@ -323,6 +321,7 @@ def test_optimizer_state_that_is_cut_changes_no_number(without_kinks):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_checkpoint_of_eight_devices_goes_on_with_one_and_four(tmp_path, without_kinks):
     experiment = make_experiment("simsiam")  # compiles in less than half the time of JEVB
     state, _ = run_steps(experiment, jax.devices(), 3)
@@ -373,14 +372,11 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
         # Means and variances of both views, forward and backward.
         ("jevb", {}, 4, 49),
         # The others concern the network alone, and with SimSiam compile in half the time.
-        (
-            "simsiam",
-            {"train.bn_group_size": 8},
-            2,
-            20,
-        ),  # of both views, to average the running ones
-        ("simsiam", {"train.num_micro_batches": 4}, 4, 40),
-        ("simsiam", {"augmentation.num_views": 3}, 6, 26),  # of three views, in one batch
+        # Of both views, to average the running ones.
+        nightly("simsiam", {"train.bn_group_size": 8}, 2, 20),
+        nightly("simsiam", {"train.num_micro_batches": 4}, 4, 40),
+        # Of three views, in one batch.
+        nightly("simsiam", {"augmentation.num_views": 3}, 6, 26),
     ],
     ids=["global", "grouped", "micro-batches", "many views"],
 )

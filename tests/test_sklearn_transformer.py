@@ -81,6 +81,7 @@ def test_the_same_seed_gives_the_same_and_a_copy_is_the_same(fitted, rows):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_in_a_pipeline_and_a_grid_search_with_settings_of_the_config(rows):
     digits: Any = load_digits()
     pipeline = make_pipeline(JEVBTransformer(**SMALL), KNeighborsClassifier())

@@ -51,7 +51,9 @@ def test_same_numbers_and_the_fast_compilation_at_the_top_only(monkeypatch):
     # An option that this version of XLA has lost is left out.
     of_now = xla_options._QUICK_ON_CPU
     monkeypatch.setattr(xla_options, "_QUICK_ON_CPU", {**of_now, "no_such_option": True})
-    np.testing.assert_array_equal(xla_options.jit_once(draw)(key, scale)["w"], once(key, scale)["w"])
+    np.testing.assert_array_equal(
+        xla_options.jit_once(draw)(key, scale)["w"], once(key, scale)["w"]
+    )
     # Other platforms get none.
     unreadable = dict.fromkeys(of_now, "perhaps")
     monkeypatch.setattr(xla_options, "_QUICK_ON_CPU", unreadable)

@@ -208,7 +208,8 @@ def embeddings(experiment: Experiment, variables: Any, images: Any) -> np.ndarra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [pytest.param("simsiam", marks=pytest.mark.nightly), "jevb"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["simsiam", "jevb"])
 def test_a_run_reports_it_and_nothing_else_changes(method):
     experiment = tiny(method)
     variables = experiment.initial_state().evaluation_variables

@@ -173,6 +173,7 @@ def test_held_out_images_are_no_stranger_than_others():
     assert mannwhitneyu(of_fitted, of_test).pvalue < level
 
 
+@pytest.mark.slow
 def test_no_score_is_fitted_to_an_image_that_it_scores():
     dataset: Any = tiny().dataset
     parts = [

@@ -107,6 +107,7 @@ def fitted() -> Any:
     return fit_loss_prediction(*problem(1500, 0))
 
 
+@pytest.mark.slow
 def test_it_ranks_images_that_were_not_fitted():
     features, losses = problem(1000, 1)
     score = np.asarray(fitted()(features))
@@ -285,6 +286,7 @@ def tiny(predicts_loss: bool) -> Experiment:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_reports_it_and_nothing_else_changes():
     experiment = tiny(True)
     variables = experiment.initial_state().evaluation_variables

@@ -300,6 +300,7 @@ def test_what_a_run_skips_is_said_once_at_its_start(tmp_path, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_on_four_channels_of_16_bits(tmp_path):
     images = RNG.integers(0, 2000, (220, 8, 8, 4)).astype(np.uint16)
     images[1::2, ..., 3] += 2000

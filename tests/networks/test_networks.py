@@ -956,9 +956,9 @@ def scalar_of_training(model, images):
     ("backbone", "width", "head"),
     [
         ("resnet8", 4, "posterior"),
-        pytest.param("resnet18", 4, "vector", marks=pytest.mark.slow),
+        pytest.param("resnet18", 4, "vector", marks=pytest.mark.nightly),
         ("convnet", 4, "direction"),
-        ("vit_tiny", 12, "none"),
+        pytest.param("vit_tiny", 12, "none", marks=pytest.mark.nightly),
     ],
 )
 def test_forward_mode_of_every_network_agrees_with_reverse_mode(backbone, width, head):

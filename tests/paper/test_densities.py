@@ -38,6 +38,7 @@ SCALE_GRID = 2.0 ** np.arange(-14, 15, 4)
 
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
+nightly = functools.partial(pytest.param, marks=(pytest.mark.slow, pytest.mark.nightly))
 
 
 def relative_error(actual, expected):
@@ -85,7 +86,7 @@ def test_directional_matches_scipy_in_the_tangent_space(float64, dim, coordinate
 @pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
-@pytest.mark.parametrize("dim", [3, 6])
+@pytest.mark.parametrize("dim", [3, nightly(6)])
 def test_directional_values_and_gradients_match_forty_digits(float64, dim, coordinates):
     # Scales from 1e-4 to 1e4 within one vector. Derivatives along one random tangent of the sphere
     # for the direction and for the location, in all log scales and in log df.
@@ -362,7 +363,7 @@ def grid_oracle(dim, u, m, scale_diag, df, coordinates):
 @pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.parametrize("coordinates", COORDINATES)
-@pytest.mark.parametrize("dim", [3, pytest.param(8, marks=pytest.mark.slow), 128, 4096])
+@pytest.mark.parametrize("dim", [3, nightly(8), nightly(128), 4096])
 def test_directional_over_the_domain(dim, coordinates):
     rows32 = directional_grid(dim)
     rows64 = tuple(x.astype(np.float64) for x in rows32)
@@ -723,7 +724,7 @@ def test_kl_is_zero_iff_equal(mean, scale, prior_scale):
 
 # Von Mises-Fisher and power spherical.
 
-SPHERE_DIMS = (3, pytest.param(8, marks=pytest.mark.slow), 65, 4096)
+SPHERE_DIMS = (3, nightly(8), nightly(65), 4096)
 CONCENTRATIONS = (0.0, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 
 

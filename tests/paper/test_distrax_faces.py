@@ -142,6 +142,7 @@ def test_spherical_student_t_samples_follow_their_density(dim, df):
     np.testing.assert_allclose(correlation, np.eye(n), atol=6 / math.sqrt(NUM_SAMPLES))
 
 
+@pytest.mark.slow
 def test_spherical_student_t_entropy_by_sampling_matches_quadrature():
     loc, scale_diag = unit32(0, 3), np.array([0.5, 0.3, 0.8], np.float32)
     distribution = jevb_jax.SphericalStudentT(loc, scale_diag, 4.0, coordinates="stereographic")

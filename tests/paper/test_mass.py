@@ -17,6 +17,7 @@ DIMS = (3, 4, 5, 16, 128, 512, 4096)
 DFS = (0.5, 1.0, 5.0, 127.0, 1e4, math.inf)
 # Between others that the default suite has.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+nightly = functools.partial(pytest.param, marks=(pytest.mark.slow, pytest.mark.nightly))
 SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0, 900.0])
 
 
@@ -69,7 +70,7 @@ def test_the_mass_of_very_wide_densities_falls_with_the_volume_they_cover(dim, d
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize("dim", [3, slow(4), slow(16), slow(128), 4096])
+@pytest.mark.parametrize("dim", [3, nightly(4), nightly(16), slow(128), 4096])
 def test_float32_keeps_an_error_of_a_few_roundings_for_each_dimension(dim):
     actual, expected = equal_scales(dim, np.float32)
     np.testing.assert_allclose(actual, expected, atol=3e-6 + 1e-6 * dim, rtol=1e-6)

@@ -210,6 +210,7 @@ def test_scale_units(float64):
 # Keys, swaps, permutations.
 
 
+@pytest.mark.slow
 def test_symmetric_elbo_is_the_average_of_both_directions(float64):
     view_1, view_2 = views(0)
     keys = tuple(jax.random.split(jax.random.key(3)))
@@ -290,6 +291,7 @@ def test_examples_are_independent_of_the_rest_of_the_batch(float64):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_samples_one_after_the_other_are_samples_side_by_side(float64, monkeypatch):
     view_1, view_2 = views(11)
     args = view_2.embedding, view_1.posterior_mean, view_1.posterior_scale

@@ -264,6 +264,7 @@ def test_only_the_first_process_of_a_run_writes(tmp_path, install):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_sends_its_config_and_every_line(tmp_path, install, monkeypatch):
     monkeypatch.setattr(commands, "_evaluate_and_report", lambda *_, **__: {})
     config: Any = smoke.get_config()

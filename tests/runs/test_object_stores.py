@@ -118,6 +118,7 @@ def test_arrays_of_a_bucket_are_read_and_folders_refused(bucket):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_run_in_a_bucket_stops_and_goes_on(bucket, monkeypatch):
     def local_checkpointer(directory: Any, **keywords: Any) -> Checkpointer:
         return Checkpointer(bucket / os.fspath(directory).removeprefix("gs://"), **keywords)

@@ -27,6 +27,7 @@ def test_rows_are_of_validation_against_test_images_and_fitted_ones_stand_apart(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::jevb_jax.evaluation.detector_input.FewImagesWarning")
 def test_a_split_is_scored_by_what_the_training_images_say(monkeypatch):
     dataset = load_dataset(source="shapes", image_size=16, num_train_examples=1200)

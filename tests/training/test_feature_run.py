@@ -73,6 +73,7 @@ def test_the_network_standardizes_as_numpy_and_zeroes_a_constant_column():
         network.apply({"batch_stats": statistics}, values[:, :5], train=False)
 
 
+@pytest.mark.slow
 def test_a_step_changes_weights_and_no_statistics(tmp_path):
     config = config_of(tmp_path, views=3)
     config.train.target_decay = 0.9

@@ -131,6 +131,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
         dataclasses.replace(made, input=dataclasses.replace(made.input, placement="resident"))
 
 
+@pytest.mark.slow
 def test_a_step_takes_parts_of_the_crops(tmp_path):
     write_squares(tmp_path, 48)
     experiment = experiment_on(tmp_path, "image")

@@ -142,6 +142,7 @@ def test_micro_batches_normalise_by_themselves():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_micro_batches_are_written_out_on_one_cpu_device(monkeypatch):
     convolutions, steps = [], []
     for count in (8, 1):
