@@ -81,6 +81,7 @@ def tuned(
     return finetuning.finetune(to_json_values(config), directory, console=console or quiet())
 
 
+@pytest.mark.slow
 def test_images_are_read_as_those_of_the_encoder(encoder, tmp_path):
     cases: tuple[tuple[str, Any, str], ...] = (
         ("exif", "ignore", "data.exif = 'ignore', but the encoder was trained with 'apply'"),
@@ -307,6 +308,7 @@ def test_the_best_epoch_survives_a_kill_and_the_earliest_of_equals_is_best(
     assert not np.array_equal(saved["kernel"], seen[2]["kernel"])
 
 
+@pytest.mark.slow
 def test_a_finetune_whose_log_lost_an_epoch_says_so(encoder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     stop_at(monkeypatch, 6)
@@ -420,6 +422,7 @@ def test_damaged_checkpoints(encoder, tmp_path, monkeypatch, accuracies, damaged
         assert results["test_accuracy"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_mistake_before_the_first_save_can_be_corrected(encoder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="smaller batch"):
         tuned(encoder, tmp_path / "out", "frozen", train__batch_size=512)

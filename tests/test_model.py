@@ -205,6 +205,7 @@ def test_numbers_are_those_of_evaluate(run, tmp_path):
         assert accuracy == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_outputs_equal_the_network_by_hand(untrained):
     mean, std = (np.asarray(untrained.model.config["augmentation"][k]) for k in ("mean", "std"))
     views = ((untrained.test_images / 255 - mean) / std).astype(
@@ -517,6 +518,7 @@ def test_models_and_detectors_can_be_pickled_and_copied(untrained):
         assert other.threshold == detector.threshold
 
 
+@pytest.mark.slow
 def test_a_detector_is_saved_without_a_pickle(untrained, tmp_path):
     images = untrained.test_images
     for score in ("embedding/mahalanobis", "embedding/norm", "embedding/mahalanobis"):
@@ -560,6 +562,7 @@ def test_a_score_that_is_not_a_number_is_an_alarm(untrained):
     assert dataclasses.replace(detector, model=nothing).is_outside(images).all()
 
 
+@pytest.mark.slow
 def test_a_detector_keeps_its_false_alarm_rate(untrained):
     # Exchangeable images: of 39 for the calibration, the 36th smallest score is above a new one's
     # with probability 36/40. Over splits of 120 images the mean share of alarms is 0.1.

@@ -35,6 +35,7 @@ def write_run(directory, *, ema_decay: float = 0.0, keep_best: int = 0):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{}, {"ema_decay": 0.9, "keep_best": 1}], ids=["", "ema"])
 def test_kernels_move_a_little_and_the_rest_stays(tmp_path, kept, capsys):
     source, target = write_run(tmp_path / "run", **kept), tmp_path / "rounded"
@@ -58,6 +59,7 @@ def test_kernels_move_a_little_and_the_rest_stays(tmp_path, kept, capsys):
     np.testing.assert_allclose(after.embed(images), before.embed(images), atol=0.1)
 
 
+@pytest.mark.slow
 def test_an_export_is_smaller_and_has_every_bit(tmp_path):
     rounding.main([f"--workdir={write_run(tmp_path / 'run')}", f"--out={tmp_path / 'rounded'}"])
     sizes = {}

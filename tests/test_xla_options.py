@@ -177,6 +177,7 @@ def run_keeping(**variables: str) -> list[str]:
     return [*ended.stdout.split(), ended.stderr]
 
 
+@pytest.mark.slow
 def test_programs_are_kept_for_the_next_process(tmp_path):
     directory = tmp_path / "cache" / "jevb_jax" / "compiled"
     first, second = (run_keeping(XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2))

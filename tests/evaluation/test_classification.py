@@ -586,6 +586,7 @@ def test_few_separable_labels_are_fitted_to_the_tolerance():
     np.testing.assert_allclose(probe.gradient_norm, gradient_norm, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_sgd_comes_near_lbfgs_and_is_seeded():
     (features, labels), _, test = digits_splits()
     l2_regularization = 1e-2

@@ -108,6 +108,7 @@ def augmentation(**changes: Any) -> ViewAugmentation:
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_views_are_mirrored_then_turned(flip):
     made = csi.RotatedViews(augmentation(flip_probability=flip), 1)
@@ -117,6 +118,7 @@ def test_views_are_mirrored_then_turned(flip):
     np.testing.assert_allclose(views, (np.array(expected) / 255 - 0.5) / 0.25, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_images_share_draws_and_views_do_not():
     crops = augmentation(crop_scale=(0.3, 0.6), flip_probability=0.5)
     made = csi.RotatedViews(crops, 2)

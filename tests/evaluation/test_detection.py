@@ -425,6 +425,7 @@ def test_an_entry_says_what_its_score_needs(method, num_views):
         assert entry.needs_views == (features.terms is not None and is_jevb), name
 
 
+@pytest.mark.slow
 def test_what_two_scores_share_is_fitted_once():
     random = np.random.default_rng(0)
     mean = jnp.asarray(random.normal(size=(60, 4)), jnp.float32)

@@ -82,6 +82,7 @@ def model_of(directory: Path, like: Model, **changes: Any) -> Model:
     return model
 
 
+@pytest.mark.slow
 def test_scores_and_threshold_need_no_training_images(saved, tmp_path):
     fitted_scores.write(tmp_path, 7, saved.fitted)
     model = model_of(tmp_path, saved.model)

@@ -231,6 +231,7 @@ def test_a_table_has_it_only_if_asked():
         assert not names(method, num_views) & NAMES
 
 
+@pytest.mark.slow
 def test_targets_are_the_probes_losses_and_the_views_disagreement(monkeypatch):
     random = np.random.default_rng(0)
     representation, _ = problem(60, 0)

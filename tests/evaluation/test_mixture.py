@@ -178,6 +178,7 @@ def test_queries_at_a_location_and_at_its_antipode(df):
     assert np.all(near <= farthest)
 
 
+@pytest.mark.slow
 def test_rounding_makes_no_far_image_a_near_one():
     # Without its bounds the distance multiplied out is noise close to the antipode, below zero too.
     mean, s, _ = images(9, 32, 0.02)
@@ -213,6 +214,7 @@ def test_many_copies_under_the_resolution_of_float32():
         assert -1e-3 < excess < np.log(9 / 4) + 1e-3  # four are computed again
 
 
+@pytest.mark.slow
 def test_radial_part_alone_sees_the_radius():
     mean, s, embedding = images()
     directional = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0)
@@ -331,6 +333,7 @@ def test_bandwidth_is_the_best_of_the_loops(float64, factor):
     np.testing.assert_array_equal(fitted(embedding), given(embedding))
 
 
+@pytest.mark.slow
 def test_bandwidth_from_a_seeded_draw_of_images(float64):
     mean, s, embedding = images()
     draw: Any = {"df": 5.0, "bandwidth": 1.0, "embedding": embedding, "num_queries": 4}

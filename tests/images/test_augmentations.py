@@ -200,6 +200,7 @@ def test_areas_are_uniform_and_ratios_log_uniform():
     assert abs(rank_correlation.statistic) < 0.06
 
 
+@pytest.mark.slow
 def test_fallback_is_the_largest_central_box():
     common: Any = {"scale": (0.9, 1.0), "ratio": (3 / 4, 4 / 3)}
     assert np.all(sampled_boxes(50, height=10, width=100, **common) == (0, 43, 10, 13))
@@ -470,6 +471,7 @@ def test_half_of_the_views_are_mirrored():
     assert scipy.stats.binomtest(int(is_mirrored.sum()), 400, 0.5).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_operations_follow_each_other_in_the_published_order():
     # Deterministic settings of grey, blur and solarise, of which blur and solarise do not commute.
     view = dataclasses.replace(

@@ -79,6 +79,7 @@ def folder(tmp_path_factory, photos) -> FolderSource:
 # --- Boxes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (375, 500), (1, 5000), (300, 40)])
 @pytest.mark.parametrize("seed", [0, 2**31 + 7])
 def test_boxes_are_those_of_the_device(height, width, seed):
@@ -127,6 +128,7 @@ def test_every_view_needs_a_scale():
 # --- Pixels ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_small", [0, 3])
 def test_squares_give_the_views_that_the_device_makes(tmp_path, photos, num_small):
     """Up to one level: Pillow rounds to whole levels after each of the two directions."""
@@ -157,6 +159,7 @@ def test_squares_give_the_views_that_the_device_makes(tmp_path, photos, num_smal
         assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() < 1.01 / 255
 
 
+@pytest.mark.slow
 def test_colors_and_blur_are_those_of_the_device(tmp_path, photos):
     """A wrong key would change whole views; rounding changes a few levels."""
     view = ViewAugmentation(

@@ -120,6 +120,7 @@ def test_people_see_one_or_three_channels():
 # --- Views ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [2, 4, 12])
 def test_color_operations_that_need_colors_are_skipped(channels):
     every: Any = {

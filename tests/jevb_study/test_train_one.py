@@ -79,6 +79,7 @@ def test_only_numbers_that_are_not_finite_are_a_result(
         }
 
 
+@pytest.mark.slow
 def test_its_log_has_one_line_of_a_mistake(tmp_path):
     (tmp_path / ASKED_CONFIG).write_text("[1]")  # as a hand may leave it
     stdin, held_open = os.pipe()  # by the study

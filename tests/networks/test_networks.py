@@ -483,6 +483,7 @@ def arguments(**changes):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "width", "features"),
     [
@@ -538,6 +539,7 @@ def test_a_head_that_sees_the_direction_says_the_same_of_every_radius(head, head
     assert all(equal) if head_input == "direction" else not any(equal)
 
 
+@pytest.mark.slow
 def test_head_features_against_numpy_and_at_the_edges():
     h = np.random.default_rng(0).normal(size=(4, 9)) * np.array([[1e-20], [1.0], [3.0], [1e20]])
     radius = np.linalg.norm(h, axis=1, keepdims=True)
@@ -1000,6 +1002,7 @@ def test_forward_mode_of_every_network_agrees_with_reverse_mode(backbone, width,
     np.testing.assert_allclose(tangent, found[0], rtol=0, atol=1e-5 * norm * lengths[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet", "convnet"])
 def test_forward_mode_through_fused_batch_norm_says_what_to_set(backbone):
     module, images = TINY_BACKBONES[backbone], normal(0, 2, 8, 8, 3)

@@ -249,6 +249,7 @@ def test_files_of_dinov2_s_own_code():
         assert "for 3x3 patches, and a view of this run has 4x4" in vit_names.remark(arrays, larger)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "patch", "size", "count"),
     [

@@ -165,6 +165,7 @@ def test_fastsiam_is_the_oracle(views, full):
     np.testing.assert_allclose(found.loss, fastsiam_oracle(p, t), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "dim"), [(3, 7), (7, 3), (4, 4)])
 def test_emp_ssl_is_the_oracle(batch, dim):
     z = normal(6, 3, batch, dim)
@@ -427,6 +428,7 @@ def every_gradient(x: Any, k: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.0, 1e-15, 1e8, 1e15])
 def test_extremes_and_half_precision(size):
     vectors = size * normal(9, 4, 6, 5)

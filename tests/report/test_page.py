@@ -320,6 +320,7 @@ def test_page_refers_to_nothing_outside_itself(full):
     assert page.source.startswith("<!DOCTYPE html>\n")
 
 
+@pytest.mark.slow
 def test_headings_and_contents(full):
     page, _ = full
     expected = [
@@ -708,6 +709,7 @@ def test_reproduction(full):
     assert "5 settings" in full.page.texts("summary")
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_bytes(tmp_path):
     evidence = Evidence(separations={"a": SEPARATIONS})
     found: dict[str, Any] = {"records": RECORDS[3:], "results": RESULTS, "evidence": evidence}

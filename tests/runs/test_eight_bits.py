@@ -36,6 +36,7 @@ def test_no_value_moves_far_and_what_is_rounded_is_stored_without_loss(array):
     np.testing.assert_array_equal(bits(again["kernel"]), bits(rounded))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(np_st.arrays(np.float32, SHAPES, elements=st.floats(width=32)) | FINITE)
 def test_any_arrays_come_back_with_every_bit(array):

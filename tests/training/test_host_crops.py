@@ -145,6 +145,7 @@ class FoundError(Exception):
     """Carries the arguments of a call out of a step."""
 
 
+@pytest.mark.slow
 def test_a_step_gives_the_views_the_keys_that_the_boxes_are_drawn_by(tmp_path, monkeypatch):
     def found(keys: Any, images: Any, _: Any) -> Any:
         raise FoundError(keys, images)

@@ -107,6 +107,7 @@ def test_one_and_zero_change_nothing():
     assert jax.tree.structure(plain.init(params)) == jax.tree.structure(off.init(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "lars"])
 def test_positions_and_tokens_are_no_kernels(name):
     """No weight decay, no trust ratio and no orthogonal steps: without a gradient, they stay."""
@@ -145,6 +146,7 @@ def test_a_fine_tune_has_stages_too():
     assert list(found.values()) == [3, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_frozen_network_computes_as_in_evaluation_and_learns_nothing(name):
     module, images = NETWORKS[name], normal(3, 8, 8, 3)
