@@ -9,15 +9,17 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Most of the suite's time is compiling, and hardly any of it is running. So tests compile without most
-# optimizations, and with XLA's older code generator, which is quicker. Processes that tests start
-# inherit this, unless they add `AS_USERS_RUN_IT`. `JEVB_JAX_TESTS=optimized pytest -m numerics` tests
+# optimizations, with XLA's older code generator, which is quicker, and each program in one piece: the
+# cores are busy with other tests. Processes that tests start inherit this, unless they add
+# `AS_USERS_RUN_IT`. `JEVB_JAX_TESTS=optimized pytest -m numerics` tests
 # what depends on rounding in the programs that users run.
 if os.environ.get("JEVB_JAX_TESTS") != "optimized":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    # Newer versions of XLA have lost this option, and an unknown option ends the process.
+    # Newer versions of XLA may have lost these options, and an unknown option ends the process.
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+            " --xla_cpu_parallel_codegen_split_count=1"
         )
 
 # The matrices of tests are small. OpenBLAS and OpenMP would start all threads for each, in every worker,

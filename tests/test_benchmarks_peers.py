@@ -113,6 +113,7 @@ def test_peers_have_one_backbone():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_augmentation_runs(tmp_path):
     arguments = augmentation.parse(
         [f"--out={tmp_path}", "--batch_size=2", "--num_rounds=1", "--num_cores=0", "--image_size=8"]

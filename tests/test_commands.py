@@ -23,10 +23,11 @@ from safetensors import numpy as safetensors
 
 import jevb_jax
 from configs import finetune_digits, smoke, transfer
-from jevb_jax import commands, parallel
+from jevb_jax import commands, export, parallel
 from jevb_jax.images import batches
 from jevb_jax.images.source import ArraySource
 from jevb_jax.loading import load
+from jevb_jax.model import Model
 from jevb_jax.networks import torch_names
 from jevb_jax.runs import files, provenance, result_files
 from jevb_jax.runs.checkpoints import Checkpointer
@@ -199,7 +200,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", ["untied", pytest.param("fixed", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("scale", ["untied", "fixed"])
 def test_health_of_pairs_is_logged_for_jevb(scale):
     config: Any = smoke.get_config()
     config.train.health_pairs = True
@@ -687,6 +689,7 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(finished_run, tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
     config = short_config(train__num_epochs=1, seed=5, init__workdir=str(finished_run))
     workdir = tmp_path / "run"
@@ -703,6 +706,19 @@ def test_a_run_that_starts_from_another_s_weights(finished_run, tmp_path):
     with pytest.raises(ValueError, match=r"init\.workdir = .* holds another network:\n"):
         commands.train(other, tmp_path / "other", console=text_console())
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_starts_from_an_export(tmp_path):
+    config = short_config(init__workdir=str(tmp_path / "encoder"))
+    experiment = build_experiment(config)
+    state: Any = jax.jit(experiment.initial_state)()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    export.export_model(Model(experiment.config, variables, step=3), tmp_path / "encoder")
+    found = commands.start_variables(experiment)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    other = short_config(init__workdir=str(tmp_path / "encoder"), model__embedding_dim=8)
+    with pytest.raises(ValueError, match=r"init\.workdir = .* holds another network:\n"):
+        commands.start_variables(build_experiment(other))
 
 
 @pytest.mark.slow
@@ -981,6 +997,7 @@ scripts.evaluate()
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_protocol_without_a_default_score_leaves_that_of_the_run(tmp_path):
     config: Any = smoke.get_config()
     config.ood.default_score = "representation/ssd_1"

@@ -69,8 +69,8 @@ def terms(seed: int) -> Any:
         lambda: of_fitted(several_gaussians()),
         lambda: of_fitted(mixture()),
         lambda: elbo,
-        lambda: bound,
-        lambda: terms,
+        pytest.param(lambda: bound, marks=pytest.mark.nightly),
+        pytest.param(lambda: terms, marks=pytest.mark.nightly),
     ],
     ids=["knn", "whitened_knn", "csi", "gaussians", "mixture", "elbo", "bound", "terms"],
 )

@@ -204,8 +204,18 @@ def test_what_continues_from_weights_has_their_network(network):
         continued.get_config("vit")
 
 
+# The others share their networks and steps, and their losses have tests of their own.
+IN_EVERY_CHECK = ("jevb", "simsiam", "byol")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", recipes.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name in IN_EVERY_CHECK else pytest.param(name, marks=pytest.mark.nightly)
+        for name in recipes.METHODS
+    ],
+)
 def test_first_steps_of_every_method(method):
     """The tiny form of each recipe: three finite steps, in which all that should learn moves."""
     config: Any = importlib.import_module("configs.cifar10").get_config(method)

@@ -207,7 +207,9 @@ def test_commands_that_cannot_work_say_so(exported, tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings", [{"backbone": "resnet8"}, {"backbone": "vit_tiny", "width": 48}]
 )
-@pytest.mark.parametrize("method", ["vi_simsiam", "vicreg"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("vi_simsiam", marks=pytest.mark.nightly), "vicreg"]
+)
 def test_every_kind_of_network_is_served_at_another_size(settings, method):
     model = small_model(method, **settings)
     served = jax.export.deserialize(bytearray(export.export_serving(model, height=12, width=20)))

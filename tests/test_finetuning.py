@@ -98,7 +98,7 @@ def test_images_are_read_as_those_of_the_encoder(encoder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["frozen", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("frozen", marks=pytest.mark.nightly), "full"])
 def test_learns_and_reports_what_the_saved_classifier_does(encoder, tmp_path, mode, caplog):
     results = tuned(encoder, tmp_path / "out", mode, num_epochs=12)
     assert len(results["validation_accuracies"]) == 13

@@ -304,6 +304,7 @@ def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method, without_ki
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_optimizer_state_that_is_cut_changes_no_number(without_kinks):
     changes = {"optimizer.momentum": 0.9}
     whole, _ = run_steps(make_experiment("simsiam", changes), jax.devices(), 5)
@@ -370,7 +371,8 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     ("method", "changes", "num_statistics", "most"),
     [
         # Means and variances of both views, forward and backward.
-        ("jevb", {}, 4, 49),
+        nightly("jevb", {}, 4, 49),
+        ("simsiam", {}, 4, 49),
         # The others concern the network alone, and with SimSiam compile in half the time.
         # Of both views, to average the running ones.
         nightly("simsiam", {"train.bn_group_size": 8}, 2, 20),
@@ -378,7 +380,7 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
         # Of three views, in one batch.
         nightly("simsiam", {"augmentation.num_views": 3}, 6, 26),
     ],
-    ids=["global", "grouped", "micro-batches", "many views"],
+    ids=["jevb", "global", "grouped", "micro-batches", "many views"],
 )
 def test_a_step_reduces_gradients_and_statistics_and_moves_nothing_else(
     method, changes, num_statistics, most, optimized
@@ -430,11 +432,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(
-    workdir: Path, port: int, *, count: int = 2, script: str = "train.py"
+    workdir: Path,
+    port: int,
+    *,
+    count: int = 2,
+    script: str = "train.py",
+    method: str = "jevb",
 ) -> list[subprocess.Popen[str]]:
     """Processes of four devices together, of train.py on the smoke config or of evaluate.py."""
     changes = {
         **WITHOUT_COLOUR,
+        "method": method,
         "optimizer.name": "sgd",
         "optimizer.learning_rate": 0.02,
         "evaluation.labels_per_class": 0,
@@ -514,13 +522,15 @@ def values(workdir: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_two_processes_train_and_evaluate_like_one(tmp_path):
+# SimSiam compiles in half the time of JEVB.
+@pytest.mark.parametrize("method", ["simsiam", nightly("jevb")])
+def test_two_processes_train_and_evaluate_like_one(tmp_path, method):
     # The reference: four devices of one process.
-    ((code, out),) = finish(start(tmp_path / "one", 0, count=1))
+    ((code, out),) = finish(start(tmp_path / "one", 0, count=1, method=method))
     assert code == 0, out
     # Two processes of two devices, undisturbed: the numbers of one process.
     two = tmp_path / "two"
-    done = finish(start(two, free_port()))
+    done = finish(start(two, free_port(), method=method))
     assert [code for code, _ in done] == [0, 0], done
     assert "Run files" in done[0][1]
     assert "Run files" not in done[1][1]

@@ -363,8 +363,14 @@ def test_every_score_that_is_served_is_written(family, count):
     ("method", "settings"),
     [
         ("jevb", {"backbone": "resnet18", "width": 8}),
-        ("vi_simsiam", {"backbone": "vit_tiny", "width": 48}),
-        ("simsiam", {"backbone": "timm_vit_tiny", "width": 48, "pool": "mean"}),
+        pytest.param(
+            "vi_simsiam", {"backbone": "vit_tiny", "width": 48}, marks=pytest.mark.nightly
+        ),
+        pytest.param(
+            "simsiam",
+            {"backbone": "timm_vit_tiny", "width": 48, "pool": "mean"},
+            marks=pytest.mark.nightly,
+        ),
         ("vicreg", {"backbone": "resnet50", "width": 4, "stem": "imagenet"}),
     ],
 )
@@ -377,7 +383,10 @@ def test_every_kind_of_network_is_written(method, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["jevb-cifar10-resnet18", "jevb-cifar10-resnet8"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("jevb-cifar10-resnet18", marks=pytest.mark.nightly), "jevb-cifar10-resnet8"],
+)
 def test_shipped_encoders_agree_on_real_photographs(name):
     model = jevb_jax.load(name)
     detector = model.detector(false_alarm_rate=0.05)

@@ -125,6 +125,7 @@ def shards(batch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_pmap():
     outputs = jax.pmap(everything)(*shards(make_batch()))
     merged = jax.tree.map(lambda x: np.asarray(x).reshape((16, *x.shape[2:])), outputs)

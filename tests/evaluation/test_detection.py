@@ -616,7 +616,9 @@ def test_adjacent_classes_are_outside_and_the_rest_is_classified():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vi_simsiam", "simsiam"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("vi_simsiam", marks=pytest.mark.nightly), "simsiam"]
+)
 def test_other_methods_have_their_scores(method):
     results, evaluated = evaluation(method)
     assert evaluated.ood is not None

@@ -23,6 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_is_written_by_one_process(tmp_path):
     table = tmp_path / "table.csv"
     made = run("-n", "0", "-k", "many_images or crop", f"--differences={table}")

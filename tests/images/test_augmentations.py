@@ -578,6 +578,7 @@ def test_views_depend_on_their_key_and_image_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_jit_and_vmap_change_nothing():
     image, key = photographs()[3], jax.random.key(7)
     alone = FULL(key, image)

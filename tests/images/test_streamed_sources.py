@@ -212,6 +212,15 @@ def test_the_same_files_cannot_be_trained_and_tested_on(kind, tmp_path, photos):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "folder",
+        "webdataset",
+        *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("paths", "hf", "parquet")),
+    ],
+    indirect=True,
+)
 def test_worker_processes_read_the_same(kind, tmp_path, photos):
     source = written(kind, tmp_path / "x", photos, None)
     stream = stream_batches(source, start_step=5, num_steps=4, batch_size=8, seed=11, num_workers=2)

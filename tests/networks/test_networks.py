@@ -959,7 +959,7 @@ def scalar_of_training(model, images):
     [
         ("resnet8", 4, "posterior"),
         pytest.param("resnet18", 4, "vector", marks=pytest.mark.nightly),
-        ("convnet", 4, "direction"),
+        pytest.param("convnet", 4, "direction", marks=pytest.mark.nightly),
         pytest.param("vit_tiny", 12, "none", marks=pytest.mark.nightly),
     ],
 )

@@ -344,7 +344,7 @@ def test_each_sample_costs_the_memory_of_its_noise():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("num_samples", [pytest.param(1, marks=pytest.mark.nightly), 3])
 def test_permuting_the_batch_with_its_keys_permutes_the_terms(float64, num_samples):
     view_1, view_2 = views(0)
     keys = example_keys(0)

@@ -43,7 +43,7 @@ def whole_image() -> ViewAugmentation:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("is_frozen", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_steps_are_those_of_softmax_regression(is_frozen):
     """Plain gradient descent in NumPy, of the classifier and, where it is tuned, of the factor."""
     random = np.random.default_rng(0)

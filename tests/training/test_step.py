@@ -288,7 +288,7 @@ def test_gradients_of_views_in_one_batch_are_those_of_a_pass_each():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bn_over_views", [False, True])
+@pytest.mark.parametrize("bn_over_views", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_groups_of_many_views_have_all_views_of_their_examples(bn_over_views):
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (16, 8, 8, 1)) for seed in range(3)]
@@ -560,6 +560,7 @@ def test_target_network_is_the_recursion_and_gives_the_targets():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_accumulation_leaves_the_target_network_alone():
     start = init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
     whole, parts = (
