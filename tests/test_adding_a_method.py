@@ -19,6 +19,7 @@ def blocks() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_page_is_what_it_takes(tmp_path):
     loss, row, settings = blocks()
     for name in ("jevb_jax", "configs", "train.py"):

@@ -72,6 +72,7 @@ def test_a_vision_transformer_comes_out_of_a_run_as_it_went_in(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_as_nnx_computes_the_same(model):
     views = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
     module = model.as_nnx()

@@ -17,9 +17,10 @@ def main_of(name: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "framework",
-    ["linen", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nnx", "equinox"))],
+    ["linen", "nnx", "equinox"],
 )
 def test_own_encoders_learn(framework):
     before, after = main_of(f"own_encoder_{framework}.py")(num_steps=60)

@@ -501,6 +501,7 @@ def test_a_step_that_is_not_finite_is_named_and_nothing_is_written(encoder, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_streamed_images_are_those_in_memory(encoder, tmp_path):
     results = [
         tuned(
@@ -678,6 +679,7 @@ def test_damage_is_one_message_of_the_scripts(encoder, tmp_path, script):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_transfer_is_the_run_s_own_evaluation_on_its_own_data(encoder, tmp_path):
     config: Any = digits_config.get_config()
     config.evaluation.few_label_seeds = 1

@@ -277,7 +277,7 @@ nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [name if name == "jevb" else nightly(name) for name in METHODS],
+    [name if name == "simsiam" else nightly(name) for name in METHODS],
 )
 def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method, without_kinks):
     # Each from the same state: free-running, a change of 1e-7 of the first parameters on *one* device

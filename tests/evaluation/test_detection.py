@@ -598,6 +598,7 @@ def test_one_class_is_detected_without_labels():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_adjacent_classes_are_outside_and_the_rest_is_classified():
     experiment = of_digits(inlier_classes=(1, 3, 4, 6, 9))
     initial = experiment.initial_state().evaluation_variables

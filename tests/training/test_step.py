@@ -135,6 +135,7 @@ def test_micro_batches_change_nothing_when_statistics_are_frozen():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_micro_batches_normalise_by_themselves():
     step = jax.jit(step_function(num_micro_batches=4))
     parts, _ = step(initial_state(), images(), jax.random.key(0))
