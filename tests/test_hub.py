@@ -447,6 +447,7 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_pushes_and_another_process_loads(tmp_path, model, exported):
     """With the environment variables of the Hub, as users set them."""
     with hub_stand_in.running() as server:

@@ -537,7 +537,9 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, method):
     logs = [MetricsLog.read(path / "metrics.jsonl") for path in (tmp_path / "one", two)]
     assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
     losses = [[r["train/loss"] for r in log if "train/loss" in r] for log in logs]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-6)
+    # SimSiam's loss is a mean of cosines: it is rounded against one and not against its own size.
+    largest = np.maximum(np.abs(losses[0]), 1.0 if method == "simsiam" else 0.0)
+    assert np.max(np.abs(np.subtract(*losses)) / largest) < 2e-6
     # Evaluation by two processes of the run of one: the numbers of k-NN, probe and detection. They are
     # counts of ranks, which rounding turns where scores are nearly tied: by an image of the 200 at most.
     one_values = values(tmp_path / "one")

@@ -68,6 +68,7 @@ def test_strange_rows_have_low_scores(fitted, rows):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_seed_gives_the_same_and_a_copy_is_the_same(fitted, rows):
     estimator: Any = clone(fitted)
     again = estimator.fit(rows[:300])

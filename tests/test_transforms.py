@@ -137,6 +137,7 @@ def data_mesh():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_shard_map():
     spec = PartitionSpec("data")
     sharded = jax.shard_map(everything, mesh=data_mesh(), in_specs=spec, out_specs=spec)

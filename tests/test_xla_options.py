@@ -187,6 +187,7 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_of_a_program_that_is_cut_short_is_compiled_again(tmp_path):
     first = run_keeping(JEVB_JAX_COMPILE_CACHE=str(tmp_path))
     for share in (2, 10**9):  # the second time, nothing is left

@@ -667,6 +667,7 @@ def test_bad_images_and_arguments():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_visible_views_are_the_views_before_they_are_normalized():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     plain = ViewAugmentation(
@@ -686,6 +687,7 @@ def test_visible_views_are_the_views_before_they_are_normalized():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_many_views_of_one_kind_are_the_views_one_by_one():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     first = ViewAugmentation(

@@ -203,6 +203,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_workers_that_do_not_answer_are_ended(tmp_path):
     script = tmp_path / "script.py"

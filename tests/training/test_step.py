@@ -369,6 +369,7 @@ def test_a_step_that_is_not_finite_is_not_taken(chunk_steps):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_small_crops_train():
     crop = dataclasses.replace(VIEW, size=6)
     _, metrics = jax.jit(step_function(view_augmentations=(VIEW, VIEW, crop)))(
