@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jevb_jax"
 CONFIG_DOORS = (
@@ -144,6 +146,7 @@ def test_report_draws_only():
                 assert not any(one.startswith(f"jevb_jax.{module}") for one in imports(path)), name
 
 
+@pytest.mark.slow
 def test_training_starts_without_what_only_its_end_needs():
     # scikit-learn, with SciPy's statistics, takes as long to import as everything else together.
     code = (
@@ -157,6 +160,7 @@ def test_training_starts_without_what_only_its_end_needs():
     assert not out.stdout.strip(), out.stdout
 
 
+@pytest.mark.slow
 def test_import_is_light_and_lists_its_names():
     code = (
         "import sys, jevb_jax; heavy = {'tensorflow', 'torch', 'tensorflow_probability', 'distrax', "

@@ -200,10 +200,8 @@ def test_writers_are_asked_before_anything_is_written_and_get_every_line(
     assert told == [(("wandb",), True), *records, "finished"]
 
 
-@pytest.mark.parametrize(
-    "mode",
-    ["frozen", pytest.param("full", marks=[pytest.mark.slow, pytest.mark.nightly])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["frozen", pytest.param("full", marks=pytest.mark.nightly)])
 def test_a_finetune_that_was_cut_is_the_uncut_one_bit_for_bit(encoder, tmp_path, monkeypatch, mode):
     changes = {**SHORT, "train__log_every_steps": 3}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -131,6 +131,7 @@ def test_images_share_draws_and_views_do_not():
     assert len(np.unique(np.round(draws, 4), axis=0)) == 8
 
 
+@pytest.mark.slow
 def test_embeddings_are_means_over_crops():
     made = csi.RotatedViews(augmentation(crop_scale=(0.3, 0.6)), 3)
     weights = np.random.default_rng(1).normal(size=(8 * 8 * 3, 5)).astype(np.float32)

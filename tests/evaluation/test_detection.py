@@ -278,6 +278,7 @@ def test_results_json_and_csv_hold_every_number():
     assert mean == pytest.approx(np.mean(both), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_uncertainty_is_checked_against_errors_and_severity():
     results, evaluated = evaluation()
     names = {r["name"] for r in results["trained"] if r["features"] == "jevb/kl"}

@@ -211,6 +211,7 @@ def test_it_is_saved_as_plain_arrays():
     np.testing.assert_array_equal(again(new), fitted()(new))
 
 
+@pytest.mark.slow
 def test_applying_a_score_needs_no_optax():
     code = "import sys, jevb_jax.evaluation.loss_prediction; sys.exit('optax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -220,6 +220,7 @@ def test_bad_settings(tmp_path):
         Checkpointer(tmp_path, keep_latest=0)
 
 
+@pytest.mark.slow
 def test_save_on_a_full_disk_is_an_error_that_leaves_what_was_there(tmp_path):
     # A process that may write no file above 4 KiB stands for a full disk.
     code = """

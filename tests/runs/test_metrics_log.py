@@ -106,6 +106,7 @@ def test_no_tensorboard_where_it_is_not_installed(tmp_path, monkeypatch):
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path):
     # Files may grow to 4 KiB. The events' file, the longer one, is full long before the lines' is:
     # that is a warning. Then the lines' file is full, and there is no run without it.
