@@ -11,8 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compiling, and hardly any of it is running. So tests compile without most
 # optimizations, with XLA's older code generator, which is quicker, and each program in one piece: the
 # cores are busy with other tests. Processes that tests start inherit this, unless they add
-# `AS_USERS_RUN_IT`. `JEVB_JAX_TESTS=optimized pytest -m numerics` tests
-# what depends on rounding in the programs that users run.
+# `AS_USERS_RUN_IT`. `JEVB_JAX_TESTS=optimized pytest -m numerics` tests what depends on rounding in
+# the programs that users run.
 if os.environ.get("JEVB_JAX_TESTS") != "optimized":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     # Newer versions of XLA may have lost these options, and an unknown option ends the process.
