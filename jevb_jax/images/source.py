@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -37,7 +37,6 @@ class ImageSource(Protocol):
         ...
 
 
-@runtime_checkable
 class PictureSource(ImageSource, Protocol):
     """A set of whole pictures in files, of any sizes, out of which crops can be cut."""
 
@@ -208,12 +207,14 @@ def check_has_pictures(source: ImageSource) -> PictureSource:
     """
     while isinstance(source, Subset):
         source = source.source
-    if not isinstance(source, PictureSource):
+    # No isinstance: on Python 3.11 it evaluates the property `labels`, which may read the whole set.
+    if not callable(getattr(source, "crops", None)):
         raise TypeError(
-            "crops of whole pictures need picture files, as data.source folder and tfds have them; "
-            f'{source.name} has none. Set augmentation.crop_from to "square"'
+            "crops of whole pictures need picture files, as data.source folder, paths, tfds, "
+            f"webdataset and hf have them; {source.name} has none. Set augmentation.crop_from to "
+            '"square"'
         )
-    return source
+    return cast(PictureSource, source)
 
 
 def is_of_features(source: ImageSource) -> bool:

@@ -23,8 +23,9 @@ from jevb_jax.images import (
 )
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.crop_boxes import Box, HostCrops, key_words
+from jevb_jax.images.dataset import PICTURE_SOURCES
 from jevb_jax.images.image_files import FolderSource
-from jevb_jax.images.source import Subset
+from jevb_jax.images.source import Subset, check_has_pictures
 
 KEY = jax.random.key(5)
 SCALES = ((0.2, 1.0), (0.08, 1.0), (0.05, 0.2))
@@ -464,3 +465,30 @@ def test_images_without_files_are_refused():
     example = host_crops(8, 8).of_examples(0, np.arange(1))
     with pytest.raises(TypeError, match=r"need picture files.*crop_from to \"square\""):
         batches.gather_crops(Subset(arrays.digits(), np.arange(3)), np.array([0]), example)
+
+
+def test_images_without_files_are_told_which_sources_have_them():
+    with pytest.raises(TypeError, match="need picture files") as caught:
+        check_has_pictures(arrays.digits())
+    assert all(name in str(caught.value) for name in PICTURE_SOURCES)
+
+
+def test_whether_a_source_has_pictures_is_known_without_its_labels():
+    class Slow:
+        """Each worker would read the labels of the whole set."""
+
+        name, class_names = "slow", None
+
+        @property
+        def labels(self) -> Any:
+            raise AssertionError("the labels were read")
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any: ...
+
+        def crops(self, index: int, crops: Any) -> Any: ...
+
+    source: Any = Slow()
+    assert check_has_pictures(Subset(source, np.arange(2))) is source
