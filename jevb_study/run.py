@@ -45,7 +45,8 @@ _SHOWN_LINES = 30  # last lines of the log of a run that broke, enough for its t
 def _is_done(run: PlannedRun, found: RunData) -> bool:
     """Whether the directory has results of this config, or the record of a step that was not finite."""
     if found.results is not None:  # they may belong to another evaluation or a shorter run
-        others = ("evaluation.", "train.num_epochs")
+        sections = (f"{name}." for name in result_files.SECTIONS)
+        others = (*sections, "train.num_epochs")
         return not any(key.startswith(others) for key in found.changes(run.config))
     failure = found.failure
     return (

@@ -6,6 +6,9 @@ from typing import Any
 
 from jevb_jax.runs import files
 
+# Sections of a config that results depend on besides the trained encoder.
+SECTIONS = ("evaluation", "ood")
+
 
 def result_files(workdir: Path, suffix: str) -> list[Path]:
     """Paths of the results of one evaluation. The JSON file is last: it proves completeness."""
@@ -61,7 +64,7 @@ def settings_sha256(config: dict[str, Any], data_changes: Sequence[str] = ()) ->
     Returns:
       Hexadecimal digits.
     """
-    sections = {name: config[name] for name in ("evaluation", "ood") if name in config}
+    sections = {name: config[name] for name in SECTIONS if name in config}
     return files.json_sha256({**sections, "data": list(data_changes)} if data_changes else sections)
 
 

@@ -188,6 +188,7 @@ def test_another_evaluation_is_made_again_and_a_mended_failure_runs(tmp_path, st
     ("section", "changes", "kept"),
     [
         ("evaluation", {"k": (3,)}, "results_*.json"),
+        ("ood", {"knn_k": (3,)}, "results_*.json"),
         ("train", {"num_epochs": 99, "extend": True}, "results_step_30.json"),
     ],
 )
