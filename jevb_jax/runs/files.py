@@ -89,12 +89,18 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     if is_remote(path):
         path.write_bytes(content)
         return
-    _write_part(path, content).replace(path)
+    part = _write_part(path, content)
+    try:
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _write_part(path: Path, content: bytes) -> Path:
     """Writes the content of `path` to a file beside it and to disk; removes the file on failure."""
-    part = path.with_name(f".{path.name}.part")
+    # A name of its own: where no lock is held, others may write the same file at the same time.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -127,13 +133,13 @@ def write_together(directory: Path, contents: Mapping[str, bytes], *, last: str)
     try:
         for name in names:
             parts[name] = _write_part(directory / name, contents[name])
+        (directory / last).unlink(missing_ok=True)
+        for name in names:
+            parts[name].replace(directory / name)
     except BaseException:
         for part in parts.values():
-            part.unlink()
+            part.unlink(missing_ok=True)
         raise
-    (directory / last).unlink(missing_ok=True)
-    for name in names:
-        parts[name].replace(directory / name)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -119,6 +119,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_writers_at_once_do_not_take_each_others_parts(tmp_path, monkeypatch):
+    sync = files.os.fsync
+
+    def meanwhile(number: int) -> None:
+        monkeypatch.setattr(files.os, "fsync", sync)
+        files.write_text_atomically(tmp_path / "a.txt", "another process")
+        sync(number)
+
+    monkeypatch.setattr(files.os, "fsync", meanwhile)
+    files.write_text_atomically(tmp_path / "a.txt", "this one")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "this one"}
+
+
+def test_a_failed_move_leaves_no_part(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.write_text_atomically(tmp_path / "a", "new")
+    with pytest.raises(IsADirectoryError):
+        files.write_together(tmp_path, {"a": b"1", "last": b"1"}, last="last")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
 def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
     files.write_together(tmp_path, {"a": b"1", "last": b"1", "b": b"1"}, last="last")
     moves = []
