@@ -12,6 +12,7 @@ import numpy as np
 from jevb_jax import extras
 from jevb_jax.images.crop_boxes import Box, Resizer
 from jevb_jax.images.pixels import Interpolation
+from jevb_jax.images.preparation import resized
 
 
 class _Part(NamedTuple):
@@ -94,11 +95,11 @@ def squares(
       ModuleNotFoundError: the package is not installed.
     """
     if resizer == "simd":
-        resized = _by_vectors(np.asarray(picture), interpolation)
+        square = _by_vectors(np.asarray(picture), interpolation)
     else:
-        resized = _by_pillow(picture, interpolation)
+        square = _by_pillow(picture, interpolation)
     parts = [_Part.of(box, scale) for box in boxes]
-    return [resized(part, size) for part, size in zip(parts, sizes, strict=True)]
+    return [square(part, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _by_pillow(picture: Any, interpolation: Interpolation) -> Callable[[_Part, int], np.ndarray]:
@@ -106,12 +107,12 @@ def _by_pillow(picture: Any, interpolation: Interpolation) -> Callable[[_Part, i
 
     kernel = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[interpolation]
 
-    def resized(part: _Part, size: int) -> np.ndarray:
+    def square(part: _Part, size: int) -> np.ndarray:
         # With the box alone, Pillow's filter would also read pixels beside it.
         cut = picture.crop((part.left, part.top, part.right, part.bottom))
-        return np.asarray(cut.resize((size, size), kernel, box=part.inside))
+        return np.asarray(resized(cut, (size, size), kernel, box=part.inside))
 
-    return resized
+    return square
 
 
 def _by_vectors(
@@ -132,7 +133,7 @@ def _by_vectors(
     # A resizer of its own: one that threads share would let them wait for each other.
     resizer = package.Resizer()
 
-    def resized(part: _Part, size: int) -> np.ndarray:
+    def square(part: _Part, size: int) -> np.ndarray:
         # Copied, as for Pillow; and its memory is not shared, whose layout is Pillow's own affair.
         cut = pixels[part.top : part.bottom, part.left : part.right]
         left, top, right, bottom = part.inside
@@ -144,4 +145,4 @@ def _by_vectors(
         resizer.resize(source, target, options)
         return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, *channels)
 
-    return resized
+    return square

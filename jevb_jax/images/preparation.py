@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling
 
 # For more pixels than this Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
@@ -66,9 +66,34 @@ def cut_picture(picture: "Image", size: int, *, max_pixels: int = MAX_PIXELS) ->
                 (cut.left + size) * across,
                 (cut.top + size) * down,
             )
-            return picture.resize((size, size), Resampling.BILINEAR, box=box)
-        picture = picture.resize((cut.width, cut.height), Resampling.BILINEAR)
+            return resized(picture, (size, size), Resampling.BILINEAR, box=box)
+        picture = resized(picture, (cut.width, cut.height), Resampling.BILINEAR)
     return picture.crop((cut.left, cut.top, cut.left + size, cut.top + size))
+
+
+def resized(
+    picture: "Image",
+    size: tuple[int, int],
+    kernel: "Resampling",
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> "Image":
+    """A picture resized by Pillow, channel by channel, also where it is transparent.
+
+    Args:
+      picture: the picture.
+      size: width and height of the result in pixels.
+      kernel: Pillow's filter.
+      box: left, top, right and bottom of the part to resize; None for all.
+    """
+    from PIL import Image
+
+    if picture.mode not in ("RGBA", "LA"):
+        return picture.resize(size, kernel, box=box)
+    # Pillow would weight the colors by their opacity. Arrays, here and on the device, have channels
+    # of which it does not know such a meaning, and a picture must equal its array.
+    bands = [band.resize(size, kernel, box=box) for band in picture.split()]
+    return Image.merge(picture.mode, bands)
 
 
 def cut_square(image: np.ndarray, size: int) -> np.ndarray:

@@ -400,6 +400,21 @@ def test_gray_pictures_and_transparent_ones(photos, resizer):
         decoding.read_crops(io.BytesIO(buffer.getvalue()), example, mode="L", where="deep")
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_channels_are_resized_apart_also_where_one_is_transparency(interpolation):
+    """As those of an array are, here and on the device: Pillow alone would mix them."""
+    levels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    boxes = [Box(0, 0, 40, 50), Box(3, 5, 21, 17)]
+    found = crop_pixels.squares(
+        Image.fromarray(levels), boxes, [16, 40], interpolation=interpolation
+    )
+    for channel in range(4):
+        alone = Image.fromarray(levels[..., channel])
+        expected = crop_pixels.squares(alone, boxes, [16, 40], interpolation=interpolation)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours[..., channel], theirs)
+
+
 def test_a_truncated_file_is_named(tmp_path, photos):
     data = jpeg(photos[0]).getvalue()
     (tmp_path / "whole.jpg").write_bytes(data)

@@ -37,12 +37,13 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from([1, 3]))
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from([1, 3, 4]))
 @example(1, 90, 40, 3)
 @example(16, 33, 16, 1)
 @example(64, 1, 1, 1)
 @example(1, 65, 16, 3)
 @example(200, 3, 16, 3)
+@example(40, 60, 16, 4)
 def test_square_is_the_filter_s(height, width, size, channels):
     image = noise(height, width, channels)
     expected = oracle(image, size)
@@ -57,7 +58,7 @@ def test_square_is_the_filter_s(height, width, size, channels):
         np.asarray(cut_picture(picture, size)), levels.squeeze(-1) if channels == 1 else levels
     )
     pixels = decoding.picture_pixels(
-        picture, mode="L" if channels == 1 else "RGB", image_size=size, where="x"
+        picture, mode={1: "L", 3: "RGB", 4: "RGBA"}[channels], image_size=size, where="x"
     )
     np.testing.assert_array_equal(pixels, levels)
 
@@ -73,6 +74,15 @@ def test_device_and_host_cut_the_same_square(shape):
     view = center_view(image, size=16, mean=(0.0,) * 3, std=(1.0,) * 3)
     np.testing.assert_allclose(view, oracle(image, 16) / 255, atol=3e-6)
     assert on_device.shape == view.shape == (16, 16, 3)
+
+
+def test_a_thin_picture_with_transparency_is_cut_as_its_array():
+    image = noise(2, 3000, 4)
+    picture = Image.fromarray(image)
+    found = np.asarray(cut_picture(picture, 16, max_pixels=1000))
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
+    expected = [np.asarray(cut_picture(plane, 16, max_pixels=1000)) for plane in planes]
+    np.testing.assert_array_equal(found, np.stack(expected, axis=-1))
 
 
 def test_a_picture_of_one_row_takes_no_gigabytes():
