@@ -6,8 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from jevb_jax.images.source import check_local
-from jevb_jax.runs.files import to_path
+from jevb_jax.images.source import local_path
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -36,8 +35,7 @@ def files_of_all(paths: Sequence[str | os.PathLike[str]], source: str, what: str
 
 def _files_of(path: str, what: str) -> list[str]:
     """The files of a name, of a pattern, or of a range."""
-    check_local(path, what)
-    path = os.fspath(to_path(path))
+    path = os.fspath(local_path(path, what))
     span = _RANGE.search(path)
     if span:
         first, last = span[1], span[2]

@@ -14,7 +14,7 @@ from jevb_jax.images import decoding
 from jevb_jax.images.encoded import EncodedPictures, Reading
 from jevb_jax.images.folder_listing import list_folder
 from jevb_jax.images.label_texts import labels_of_texts
-from jevb_jax.images.source import ImageSource, check_local
+from jevb_jax.images.source import ImageSource, local_path
 
 _logger = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class FolderSource(FileSource):
         has_classes: bool = True,
         **reading: Unpack[Reading],
     ):
-        check_local(root, "folders of images")
-        root = Path(root)
+        root = local_path(root, "folders of images")
         if not root.is_dir():
             raise FileNotFoundError(f"no image directory at {root}")
         listing = list_folder(root)
@@ -156,8 +155,8 @@ class _ListedFiles(FileSource):
 
     def __init__(
         self,
-        list_path: str | os.PathLike[str],
-        root: str | os.PathLike[str],
+        list_path: Path,
+        root: Path,
         rows: Sequence[_Row],
         **reading: Unpack[Reading],
     ):
@@ -204,7 +203,7 @@ class ImageListSource(_ListedFiles):
         root: str | os.PathLike[str],
         **reading: Unpack[Reading],
     ):
-        check_local(root, "lists of images")
+        list_path, root = (local_path(path, "lists of images") for path in (list_path, root))
         rows = []
         for number, line in _lines(list_path):
             name, _, label = line.strip().rpartition(" ")
@@ -251,10 +250,10 @@ class PathListSource(_ListedFiles):
         like: ImageSource | None = None,
         **reading: Unpack[Reading],
     ):
-        check_local(list_path, "lists of images")
-        is_csv = os.fspath(list_path).lower().endswith(".csv")
+        list_path = local_path(list_path, "lists of images")
+        is_csv = list_path.name.lower().endswith(".csv")
         rows = _csv_rows(list_path) if is_csv else _text_rows(list_path)
-        super().__init__(list_path, os.path.dirname(os.path.abspath(list_path)), rows, **reading)
+        super().__init__(list_path, list_path.parent, rows, **reading)
         self._labels, self.class_names = labels_of_texts(
             [row.label for row in rows],
             place=lambda index: f"line {rows[index].line} of {list_path}",
@@ -263,12 +262,12 @@ class PathListSource(_ListedFiles):
         )
 
 
-def _lines(list_path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+def _lines(list_path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a list that are not empty, with their numbers from 1."""
-    if not Path(list_path).is_file():
+    if not list_path.is_file():
         raise FileNotFoundError(f"no image list at {list_path}")
     try:
-        text = Path(list_path).read_text(encoding="utf-8-sig")
+        text = list_path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{list_path} is not a list in UTF-8: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
@@ -276,7 +275,7 @@ def _lines(list_path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r")
 
 
-def _text_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
+def _text_rows(list_path: Path) -> list[_Row]:
     rows = []
     for number, line in _lines(list_path):
         name, label = line.strip(), ""
@@ -288,7 +287,7 @@ def _text_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
     return rows
 
 
-def _csv_rows(list_path: str | os.PathLike[str]) -> list[_Row]:
+def _csv_rows(list_path: Path) -> list[_Row]:
     # A reader of its own for each line: a quoted line break would shift the numbers of all lines.
     cells = [(number, next(csv.reader([line]))) for number, line in _lines(list_path)]
     columns = [cell.strip().lower() for cell in cells[0][1]] if cells else []

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
@@ -341,10 +342,16 @@ def checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def check_local(root: str | os.PathLike[str], what: str) -> None:
-    """Raises ValueError if a folder lies in an object store."""
-    if is_remote(to_path(root)):
+def local_path(path: str | os.PathLike[str], what: str) -> Path:
+    """An absolute path of a file or a folder, as `to_path` understands it; `what` is for messages.
+
+    Raises:
+      ValueError: it lies in an object store.
+    """
+    found = to_path(path)
+    if is_remote(found):
         raise ValueError(
-            f"{what} are read from file systems only, but {root} is an object store. Use a TFDS data "
+            f"{what} are read from file systems only, but {path} is an object store. Use a TFDS data "
             "set or .npz files there, or mount the store"
         )
+    return found

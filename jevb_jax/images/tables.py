@@ -21,7 +21,7 @@ from jevb_jax.images import index_cache
 from jevb_jax.images.encoded import EncodedPictures, Reading
 from jevb_jax.images.file_patterns import files_of_all
 from jevb_jax.images.label_texts import labels_of_texts
-from jevb_jax.images.source import ImageSource, check_local, checked_labels
+from jevb_jax.images.source import ImageSource, checked_labels, local_path
 from jevb_jax.runs.files import to_path
 
 _VERSION = 1  # of the Arrow files in the cache
@@ -154,8 +154,7 @@ class TableSource(EncodedPictures):
 def _files(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[str], dict[str, Any]]:
     """The files of a set, and what a directory of `save_to_disk` says about its columns."""
     if len(paths) == 1 and to_path(paths[0]).is_dir():
-        check_local(paths[0], "tables")
-        root = to_path(paths[0])
+        root = local_path(paths[0], "tables")
         if not (root / "state.json").is_file():
             parts = sorted(path.parent.name for path in root.glob("*/state.json"))
             advice = f"; give one of its parts: {parts}" if parts else ""

@@ -114,6 +114,23 @@ def test_lists_of_training_and_test_mean_the_same_classes(tmp_path):
     assert levels(outside) == [10]
 
 
+@pytest.mark.parametrize("prefix", ["~", "file://{home}"])
+def test_paths_are_understood_as_everywhere_else(tmp_path, monkeypatch, prefix):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place(tmp_path / "set" / "cat" / "1.png", 7)
+    place(tmp_path / "set" / "dog" / "2.png", 8)
+    (tmp_path / "set" / "a.txt").write_text("cat/1.png 0\ndog/2.png 1\n")
+    root = prefix.format(home=tmp_path)
+    for source, paths in {
+        "folder": [f"{root}/set"],
+        "paths": [f"{root}/set/a.txt"],
+        "image_list": [f"{root}/set/a.txt", f"{root}/set"],
+    }.items():
+        found = dataset.load_images(source=source, paths=paths)
+        assert levels(found) == [7, 8]
+        assert found.name == str(tmp_path / "set" / ("" if source == "folder" else "a.txt"))
+
+
 def test_a_changed_list_or_file_is_seen(tmp_path):
     for number in range(12):
         place(tmp_path / f"{number}.bmp", number)
