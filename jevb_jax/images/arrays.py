@@ -79,7 +79,12 @@ def digits() -> ArraySource:
     return ArraySource(images, labels, tuple("0123456789"), name="digits")
 
 
-def arrays(paths: _Paths, levels: Levels = Levels()) -> ArraySource:  # noqa: B008 - it is frozen
+def arrays(
+    paths: _Paths,
+    levels: Levels = Levels(),  # noqa: B008 - it is frozen
+    *,
+    has_labels: bool = True,
+) -> ArraySource:
     """Reads one or several `.npz` or `.npy` files of images as one source, in the given order.
 
     An `.npz` file holds `images`, `[N, H, W, C]`, and may hold `labels` (integers `[N]`) and
@@ -90,6 +95,7 @@ def arrays(paths: _Paths, levels: Levels = Levels()) -> ArraySource:  # noqa: B0
     Args:
       paths: the files.
       levels: type of the images, and which values are black and white.
+      has_labels: whether labels are kept; without, nothing about them is checked.
 
     Raises:
       FileNotFoundError: a file does not exist.
@@ -99,15 +105,19 @@ def arrays(paths: _Paths, levels: Levels = Levels()) -> ArraySource:  # noqa: B0
         the files disagree in image size, class names, or whether they have labels; or a value is
         outside of the range. The message names the file.
     """
-    return _joined(paths, _images(levels))
+    return _joined(paths, _images(levels), has_labels=has_labels)
 
 
-def features(paths: _Paths) -> FeatureSource:
+def features(paths: _Paths, *, has_labels: bool = True) -> FeatureSource:
     """Reads one or several files of features as one source, in the given order.
 
     `.npz` and `.npy` files are as for `arrays`, with `features`, `[N, F]` or `[N, V, F]`, in the place
     of images. A parquet file has a column `features` of lists of one length, or of lists of such
     lists, and may have a column `labels`; it needs pyarrow. float16 and float64 become float32.
+
+    Args:
+      paths: the files.
+      has_labels: as for `arrays`.
 
     Raises:
       FileNotFoundError: a file does not exist.
@@ -115,15 +125,15 @@ def features(paths: _Paths) -> FeatureSource:
         file.
       ValueError: as for `arrays`, or features are not finite.
     """
-    return _joined(paths, _FEATURES)
+    return _joined(paths, _FEATURES, has_labels=has_labels)
 
 
-def _joined(paths: _Paths, kind: _Kind[_Source]) -> _Source:
+def _joined(paths: _Paths, kind: _Kind[_Source], *, has_labels: bool) -> _Source:
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not paths:
         raise ValueError(f"expected at least one .npz or .npy file of {kind.name}, got none")
-    parts = _read_all([to_path(path) for path in paths], kind)
+    parts = _read_all([to_path(path) for path in paths], kind, has_labels=has_labels)
     first = parts[0]
     for part in parts[1:]:
         _check_fit(first, part, kind.name)
@@ -154,7 +164,8 @@ def _check_fit(first: InMemory, part: InMemory, what: str) -> None:
         raise ValueError(f"class_names differ between {first.name} and {part.name}")
 
 
-def _read_all(paths: Sequence[Path], kind: _Kind[_Source]) -> list[_Source]:
+def _read_all(paths: Sequence[Path], kind: _Kind[_Source], *, has_labels: bool) -> list[_Source]:
+    wanted = (kind.name, "labels", "class_names") if has_labels else (kind.name,)
     parts: list[_Source] = []
     read: set[Path] = set()
     waiting = False  # whether the last part is an `.npy` file, which labels may follow
@@ -173,9 +184,9 @@ def _read_all(paths: Sequence[Path], kind: _Kind[_Source]) -> list[_Source]:
             named: Any = {"says": kind.says, "check": check}
             entries = None
             if kind.label_axes == 1:  # features; parquet files of pictures are another source
-                entries = array_files.read_parquet(path, (kind.name, "labels"), **named)
+                entries = array_files.read_parquet(path, wanted[:2], **named)
             if entries is None:
-                entries = array_files.read_npz(path, (kind.name, "labels", "class_names"), **named)
+                entries = array_files.read_npz(path, wanted, **named)
             names = array_files.texts(entries.get("class_names"))
             values = kind.stored(entries[kind.name], str(path))
             parts.append(kind.make(values, entries.get("labels"), names, str(path)))
@@ -183,7 +194,8 @@ def _read_all(paths: Sequence[Path], kind: _Kind[_Source]) -> list[_Source]:
             parts.append(kind.make(kind.stored(array, str(path)), None, None, str(path)))
         elif waiting:
             last = parts[-1]
-            parts[-1] = kind.make(last.values, array, None, f"{last.name} with {path}")
+            labels = array if has_labels else None
+            parts[-1] = kind.make(last.values, labels, None, f"{last.name} with {path}")
         else:
             raise ValueError(
                 f"{path} holds labels, but no .npy file of {kind.name} stands right before it. Give "

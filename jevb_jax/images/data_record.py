@@ -37,6 +37,7 @@ _FORMAT = 1
 _MAX_BYTES = 256 * 2**20
 _MAX_FILES = 16_384
 _MAX_RECORDS = 1_000
+_LABEL_KEYS = {"labels", "class names"}  # of a source; absent if the config ignores labels
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
             of = "training set" if not bases else f"{name} set"
             bases[of] = base
             sources[of] = _of_source(base)
+            if base.labels is None and _drops_labels(part):
+                # Ignored ones are not read. Older versions read them: they are in older records.
+                for key in _LABEL_KEYS:
+                    del sources[of][key]
         parts[name] = {"of": of, "images": len(part), "rows": _digest(_int64(rows))}
     return {"sources": sources, "parts": parts}
 
@@ -91,8 +96,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted(before[kind].keys() | now[kind].keys()):
             old, new = before[kind].get(name, {}), now[kind].get(name, {})
             what = name if kind == "sources" else f"{name} split"
+            both_have_labels = old.keys() & new.keys() >= _LABEL_KEYS
+            free = {"name"} if both_have_labels else {"name", *_LABEL_KEYS}
             keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-            keys = [key for key in keys if key != "name"]
+            keys = [key for key in keys if key not in free]
             # If a number has changed, the hashes have too and say nothing more.
             numbers = [key for key in keys if isinstance(new.get(key, old.get(key)), int)]
             lines += [
@@ -113,6 +120,14 @@ def _base(source: ImageSource) -> tuple[ImageSource, np.ndarray]:
     while isinstance(source, Subset):
         source, rows = source.source, source.indices[rows]
     return source, rows
+
+
+def _drops_labels(source: ImageSource) -> bool:
+    while isinstance(source, Subset):
+        if not source.has_labels:
+            return True
+        source = source.source
+    return False
 
 
 def _of_source(source: ImageSource) -> Fingerprint:

@@ -174,7 +174,9 @@ def load_dataset(
                 raise ValueError("source 'tfds' needs tfds_name, for example 'cifar10'")
             if train_split == test_split:
                 raise ValueError(f"train_split and test_split are both {train_split!r}")
-            read = functools.partial(TfdsSource, tfds_name, data_dir=data_dir, **reading)
+            read = functools.partial(
+                TfdsSource, tfds_name, data_dir=data_dir, has_labels=has_labels, **reading
+            )
             train = read(train_split)
             test = read(test_split) if test_split else None
         case _:
@@ -340,17 +342,17 @@ def _of_paths(
       source: what the paths name.
       paths: the paths.
       where: the setting that holds the paths, for messages.
-      has_labels: whether folders are classes.
+      has_labels: whether labels are read, and folders are classes.
       columns: of pictures and of labels, for tables.
       like: the training set, so that labels mean the same; None for a set of its own.
       **reading: how pictures are read.
     """
     if source == "arrays":
-        return arrays(paths, reading.get("levels", Levels()))
+        return arrays(paths, reading.get("levels", Levels()), has_labels=has_labels)
     if source == "features":
-        return features(paths)
+        return features(paths, has_labels=has_labels)
     if source == "webdataset":
-        return ShardSource(paths, like=like, **reading)
+        return ShardSource(paths, like=like, has_labels=has_labels, **reading)
     if source == "hf":
         return TableSource(
             paths, image_column=columns[0], label_column=columns[1], like=like, **reading
@@ -361,7 +363,7 @@ def _of_paths(
     if source == "folder":
         names = None if like is None else like.class_names
         return FolderSource(paths[0], class_names=names, has_classes=has_labels, **reading)
-    return PathListSource(paths[0], like=like, **reading)
+    return PathListSource(paths[0], like=like, has_labels=has_labels, **reading)
 
 
 def _usable(source: ImageSource, *, has_labels: bool, skip_broken: bool) -> ImageSource:

@@ -233,6 +233,7 @@ class PathListSource(_ListedFiles):
     Args:
       list_path: the file.
       like: the training list, so that labels mean the same here; None for a list of its own.
+      has_labels: whether labels are kept; without, nothing about them is checked.
       **reading: see `Reading`.
 
     Raises:
@@ -248,6 +249,7 @@ class PathListSource(_ListedFiles):
         list_path: str | os.PathLike[str],
         *,
         like: ImageSource | None = None,
+        has_labels: bool = True,
         **reading: Unpack[Reading],
     ):
         list_path = local_path(list_path, "lists of images")
@@ -255,7 +257,7 @@ class PathListSource(_ListedFiles):
         rows = _csv_rows(list_path) if is_csv else _text_rows(list_path)
         super().__init__(list_path, list_path.parent, rows, **reading)
         self._labels, self.class_names = labels_of_texts(
-            [row.label for row in rows],
+            [row.label if has_labels else "" for row in rows],
             place=lambda index: f"line {rows[index].line} of {list_path}",
             where=str(list_path),
             like=like,

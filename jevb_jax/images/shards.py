@@ -33,6 +33,7 @@ class ShardSource(EncodedPictures):
       paths: tar files, in this order. A pattern (`train-*.tar`) gives its files in sorted order, and
         `train-{000..146}.tar` gives all files of the range.
       like: the training set, so that labels mean the same; None for a set of its own.
+      has_labels: whether labels are read; without, nothing about them is checked.
       **reading: see `Reading`.
 
     Attributes:
@@ -52,13 +53,14 @@ class ShardSource(EncodedPictures):
         paths: Sequence[str | os.PathLike[str]],
         *,
         like: ImageSource | None = None,
+        has_labels: bool = True,
         **reading: Unpack[Reading],
     ):
         shards = files_of_all(paths, "webdataset", "tar files")
         self.shards = tuple(shards)
         more = f" and {len(shards) - 1:,} more" if len(shards) > 1 else ""
         super().__init__(f"{shards[0]}{more}", **reading)
-        found = [_index(file) for file in self.shards]
+        found = [_index(file, has_labels=has_labels) for file in self.shards]
         self.names = tuple(name for index in found for name in index.names)
         if not self.names:
             raise ValueError(f"{self.name} holds no samples")
@@ -121,13 +123,13 @@ class _Index(NamedTuple):
     sizes: np.ndarray
 
 
-def _index(file: str) -> _Index:
+def _index(file: str, *, has_labels: bool) -> _Index:
     """The index of a tar file, from the cache if there is one."""
     state = os.stat(file)
     stamp = {"version": _VERSION, "bytes": state.st_size, "changed": state.st_mtime_ns}
 
     def build() -> Mapping[str, np.ndarray]:
-        made = _read_index(file, state.st_size)
+        made = _read_index(file, state.st_size, has_labels=has_labels)
         return {
             "names": index_cache.packed_texts(made.names),
             "labels": index_cache.packed_texts(made.labels),
@@ -135,14 +137,15 @@ def _index(file: str) -> _Index:
             "sizes": made.sizes,
         }
 
-    found = index_cache.cached("tar", file, stamp, build, changed_at=state.st_mtime)
+    kind = "tar" if has_labels else "tar_without_labels"
+    found = index_cache.cached(kind, file, stamp, build, changed_at=state.st_mtime)
     count = len(found["sizes"])
     names, labels = (index_cache.unpacked_texts(found[key], count) for key in ("names", "labels"))
     return _Index(names, labels, found["offsets"], found["sizes"])
 
 
-def _read_index(file: str, num_bytes: int) -> _Index:
-    """Reads all headers of a tar file, and all labels."""
+def _read_index(file: str, num_bytes: int, *, has_labels: bool) -> _Index:
+    """Reads all headers of a tar file, and all labels if they are wanted."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: list[str] = []
     last = ""
@@ -170,7 +173,9 @@ def _read_index(file: str, num_bytes: int) -> _Index:
                     raise ValueError(f"{file} holds {member.name} twice")
                 samples[key][ending] = member
             _check_end(stream, end, file)
-            labels = [_label(archive, members, file) for members in samples.values()]
+            labels = [
+                _label(archive, members, file) if has_labels else "" for members in samples.values()
+            ]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(
             f"{file} cannot be read as a tar file: {error}. (A compressed one must be unpacked first: "

@@ -159,8 +159,10 @@ class Subset:
     @property
     def labels(self) -> np.ndarray | None:
         """Labels, int64 `[M]`, or None."""
+        if not self.has_labels:  # those of the source may take minutes to read
+            return None
         labels = self.source.labels
-        return None if labels is None or not self.has_labels else labels[self.indices]
+        return None if labels is None else labels[self.indices]
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -31,6 +31,7 @@ class TfdsSource(EncodedPictures):
         (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`).
       image_key: name of the feature with the image.
       label_key: name of the feature with the class label; a data set without it is unlabeled.
+      has_labels: whether labels are read; without, the data set counts as unlabeled.
       **reading: see `Reading`. `image_size` is needed if images of the data set differ in size.
 
     Raises:
@@ -48,6 +49,7 @@ class TfdsSource(EncodedPictures):
         data_dir: str | os.PathLike[str] = "",
         image_key: str = "image",
         label_key: str = "label",
+        has_labels: bool = True,
         **reading: Unpack[Reading],
     ):
         super().__init__(name, **reading)
@@ -57,6 +59,7 @@ class TfdsSource(EncodedPictures):
             "data_dir": data_dir,
             "image_key": image_key,
             "label_key": label_key,
+            "has_labels": has_labels,
             **reading,
         }
         root = to_path(
@@ -83,7 +86,7 @@ class TfdsSource(EncodedPictures):
                 f"the images of {directory} may differ in size: "
                 "set image_size to resize them on load"
             )
-        label = features.get(label_key)
+        label = features.get(label_key) if has_labels else None
         if label is not None and not isinstance(label, tfds.features.ClassLabel):
             raise ValueError(f"feature {label_key!r} of {directory} is not a class label: {label}")
         try:

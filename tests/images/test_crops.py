@@ -507,3 +507,4 @@ def test_whether_a_source_has_pictures_is_known_without_its_labels():
 
     source: Any = Slow()
     assert check_has_pictures(Subset(source, np.arange(2))) is source
+    assert Subset(source, np.arange(2), has_labels=False).labels is None

@@ -1172,6 +1172,12 @@ def test_tfds_reads_bit_for_bit(tfds_root, photos):
     np.testing.assert_array_equal(as_array_source(grey), photos[:5, ..., :1])
     assert grey.labels is None
     assert grey.class_names is None
+    # Labels that are ignored are not even looked at.
+    bare = TfdsSource(
+        "tiny_photos", "train", data_dir=tfds_root, label_key="image", has_labels=False
+    )
+    for one in (bare, pickle.loads(pickle.dumps(bare))):
+        assert (one.labels, one.class_names) == (None, None)
     sized = TfdsSource("sized", "train", data_dir=tfds_root, image_size=32)
     assert sized.labels is None  # all of them -1
     assert as_array_source(sized).shape == (3, 32, 32, 3)
@@ -1179,6 +1185,10 @@ def test_tfds_reads_bit_for_bit(tfds_root, photos):
         source="tfds", tfds_name="tiny_photos:1.0.0", data_dir=str(tfds_root)
     )
     assert [len(part) for part in parts if part is not None] == [54, 6, 7]
+    parts = dataset.load_dataset(
+        source="tfds", tfds_name="tiny_photos", data_dir=str(tfds_root), labels="none"
+    )
+    assert (parts.train.labels, parts.train.class_names) == (None, None)
 
 
 def test_tfds_errors(tfds_root, tmp_path, monkeypatch):

@@ -99,6 +99,19 @@ def test_every_change_of_arrays_is_seen(tmp_path, images, labels, seen):
     assert any(line.startswith(f"training set, {seen}") for line in lines), lines
 
 
+def test_records_of_before_hold_labels_that_are_ignored(tmp_path):
+    folder(tmp_path)
+    rows = "".join(f"train/c{LABELS[i]}/{i:03d}.bmp {LABELS[i]}\n" for i in range(40))
+    (tmp_path / "a.txt").write_text(rows)
+    arguments: Any = {"source": "paths", "train_paths": (str(tmp_path / "a.txt"),)}
+    found = fingerprint(load_dataset(labels="none", **arguments))
+    whole = found["sources"]["training set"]
+    assert not {"labels", "class names"} & whole.keys()
+    before = {**found, "sources": {"training set": {**whole, "labels": "1", "class names": "2"}}}
+    assert changes(before, found) == []
+    assert changes(found, found | {"sources": {"training set": whole | {"images": 3}}}) != []
+
+
 def test_every_change_of_a_folder_is_seen(tmp_path):
     def seen(what: str) -> list[str]:
         lines = changes(before, fingerprint(load(tmp_path, "folder")))

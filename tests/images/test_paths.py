@@ -12,6 +12,7 @@ from PIL import Image
 from jevb_jax.images import batches, data_record, dataset, given
 from jevb_jax.images.encoded import without_broken
 from jevb_jax.images.image_files import FolderSource, PathListSource
+from tests.images.shard_files import write_shard
 
 RNG = np.random.default_rng(0)
 
@@ -76,6 +77,36 @@ def test_a_wrong_list_is_refused_with_its_line(tmp_path, name, text, message):
         return
     with pytest.raises(ValueError, match=message):
         PathListSource(tmp_path / name)
+
+
+def test_labels_that_are_ignored_may_be_missing_or_wrong(tmp_path):
+    for number in range(6):
+        place(tmp_path / f"{number}.png", number)
+    picture = (tmp_path / "0.png").read_bytes()
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    (tmp_path / "list.txt").write_text("0.png a\n" + "".join(f"{i}.png\n" for i in range(1, 6)))
+    tar = [{"__key__": f"k{i}", "png": picture} for i in range(6)]
+    write_shard(tmp_path / "cls.tar", [{**tar[0], "cls": b"3"}, *tar[1:]])
+    write_shard(tmp_path / "json.tar", [{**tar[0], "json": b"{"}, *tar[1:]])
+    np.savez(tmp_path / "a.npz", images=images, labels=np.full(6, 0.5))
+    np.savez(tmp_path / "b.npz", images=images)
+    np.save(tmp_path / "c.npy", images)
+    np.save(tmp_path / "labels.npy", np.zeros(5, np.int64))
+    np.savez(tmp_path / "f.npz", features=np.zeros((6, 3)), labels=np.full(6, -1))
+    for source, names in (
+        ("paths", ["list.txt"]),
+        ("webdataset", ["cls.tar"]),
+        ("webdataset", ["json.tar"]),
+        ("arrays", ["a.npz", "b.npz"]),
+        ("arrays", ["c.npy", "labels.npy"]),
+        ("features", ["f.npz"]),
+    ):
+        paths = [str(tmp_path / name) for name in names]
+        arguments: Any = {"source": source, "train_paths": paths, "validation_fraction": 0.4}
+        found = dataset.load_dataset(labels="none", **arguments)
+        assert (found.train.labels, found.train.class_names) == (None, None)
+        with pytest.raises((TypeError, ValueError), match=r"label|k0\.json"):
+            dataset.load_dataset(**arguments)
 
 
 def test_lists_of_training_and_test_mean_the_same_classes(tmp_path):

@@ -175,7 +175,9 @@ def test_an_index_is_made_once_and_again_after_a_change(tmp_path, cache, monkeyp
     made: list[str] = []
     read = shards._read_index
     monkeypatch.setattr(
-        shards, "_read_index", lambda file, size: made.append(file) or read(file, size)
+        shards,
+        "_read_index",
+        lambda file, size, **keywords: made.append(file) or read(file, size, **keywords),
     )
     write_shard(path, samples(cls="ü".encode()))
     assert len(ShardSource([path])) == 4
