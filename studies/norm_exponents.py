@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from jevb_jax import load
 from jevb_jax.evaluation import scaled_mahalanobis
 from jevb_jax.evaluation.detection_metrics import ood_metrics
+from jevb_jax.images.batches import load_resident
 from jevb_jax.images.dataset import load_dataset
 from jevb_jax.model import Model
 from jevb_jax.report import tables
@@ -52,9 +53,8 @@ def _of_file(name: str) -> np.ndarray:
 
 def _held_out(model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation images of the model's own split."""
-    split: Any = load_dataset(**model.config["data"])
-    images = np.load(Path("data") / "cifar10_train.npz")["images"]
-    return images[split.train.indices], images[split.validation.indices]
+    split = load_dataset(**model.config["data"])
+    return load_resident(split.train), load_resident(split.validation)
 
 
 def image_sets(model: Model) -> dict[str, np.ndarray]:

@@ -1,8 +1,13 @@
 """The study of powers of the length of features."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from jevb_jax.images.batches import load_resident
+from jevb_jax.images.dataset import load_dataset
 from studies import norm_exponents
 
 
@@ -25,6 +30,14 @@ def test_lengths_alone_are_found_without_the_power_that_removes_them():
     assert rows["0"][1:] == [1.0] * 4  # far away
     assert rows["1"][1:] == pytest.approx([0.5] * 4, abs=0.1)  # their directions are alike
     assert rows["1"][0] < rows["0"][0]
+
+
+def test_training_images_are_those_that_the_model_saw_where_it_saw_fewer():
+    data = {"source": "digits", "num_train_examples": 50}
+    model: Any = SimpleNamespace(config={"data": data})
+    split = load_dataset(**data)
+    for found, part in zip(norm_exponents._held_out(model), split[:2], strict=True):
+        np.testing.assert_array_equal(found, load_resident(part))
 
 
 def test_digits_have_the_size_of_the_other_images():
