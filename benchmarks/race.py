@@ -54,8 +54,7 @@ def run(directory: Path) -> dict[str, Any]:
         try:
             state = loop.train(loop.restore())
         finally:
-            loop.checkpointer.close()
-            loop.log.close()
+            loop.close()
     if int(state.step) < plan.num_steps:
         raise SystemExit(f"stopped at step {int(state.step)} of {plan.num_steps}")
     extract = evaluate.make_extractors(experiment, mesh=mesh).plain

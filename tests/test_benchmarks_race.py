@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -9,6 +10,7 @@ from benchmarks import race
 from jevb_jax.evaluation.evaluate import make_extractors
 from jevb_jax.loading import load
 from jevb_jax.training.experiment import build_experiment
+from jevb_jax.training.loop import RunLoop
 
 STUDY = """
 from configs import smoke
@@ -53,6 +55,19 @@ def uniform_knn(train: Any, test: Any, *, k: int) -> float:
     classifier = KNeighborsClassifier(k, metric="cosine")
     classifier.fit(train.representation, train.labels)
     return float(classifier.score(test.representation, test.labels))
+
+
+def test_a_race_that_fails_is_closed_as_the_run_that_it_is(tmp_path, monkeypatch):
+    """With the loop's own ending, so that the log and its writers tell of the failure."""
+    loop = Mock(spec=RunLoop)
+    loop.train.side_effect = RuntimeError("no memory")
+    monkeypatch.setattr(race, "RunLoop", Mock(return_value=loop))
+    for name in ("run_config", "build_experiment", "pretraining"):
+        monkeypatch.setattr(race, name, Mock())
+    monkeypatch.setattr(race.accuracy, "evaluated_split", lambda *_: ("test", None))
+    with pytest.raises(RuntimeError, match="no memory"):
+        race.run(tmp_path)
+    loop.close.assert_called_once_with()
 
 
 def test_an_unknown_run_is_named(tmp_path):
