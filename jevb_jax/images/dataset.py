@@ -322,7 +322,13 @@ def load_images(
     if len(exclude_labels):
         if images.labels is None:
             raise ValueError(f"{images.name} has no labels, so no class can be excluded")
-        images = Subset(images, np.flatnonzero(~np.isin(images.labels, list(exclude_labels))))
+        kept = np.flatnonzero(~np.isin(images.labels, list(exclude_labels)))
+        if not len(kept):
+            raise ValueError(
+                f"exclude_labels={tuple(exclude_labels)} leaves none of the {len(images):,} images of "
+                f"{images.name}"
+            )
+        images = Subset(images, kept)
     return _limited(images, num_examples, split_seed, TEST_SUBSET)
 
 

@@ -575,6 +575,10 @@ def test_load_images_excludes_classes_and_limits(tmp_path, photos):
             {"source": "arrays", "paths": (str(tmp_path / "y.npz"),), "exclude_labels": (1,)},
             "no class",
         ),
+        (
+            {"source": "arrays", "paths": paths, "exclude_labels": (2, 0, 1)},
+            r"exclude_labels=\(2, 0, 1\) leaves none of the 60 images of .*x\.npz",
+        ),
         ({"source": "folder", "paths": ()}, "takes one directory"),
         ({"source": "image_list", "paths": ("x",)}, "takes a list and a directory"),
         ({"source": "web"}, "unknown source 'web'"),
