@@ -234,12 +234,24 @@ def environment(tmp_path: Path, **values: str) -> dict[str, str]:
 def test_slurm_queues_again_what_was_stopped(tmp_path, task, status, is_requeued):
     stub(tmp_path, "srun", task)
     stub(tmp_path, "scontrol", f"echo $@ > {tmp_path}/scontrol.txt")
-    values = environment(tmp_path, WORKDIR=str(tmp_path), SLURM_JOB_ID="7")
+    given = {"WORKDIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
+    values = environment(tmp_path, **given)
     ended = subprocess.run(["bash", str(SBATCH)], env=values, check=False)
     assert ended.returncode == status
     queued = tmp_path / "scontrol.txt"
     assert queued.exists() == is_requeued
     assert not is_requeued or queued.read_text() == "requeue 7\n"
+
+
+def test_slurm_tasks_have_their_cores_and_no_more_workers(tmp_path):
+    """Since Slurm 22.05, srun does not take the number of cores from sbatch."""
+    (asked,) = re.findall(r"#SBATCH --cpus-per-task=(\d+)", SBATCH.read_text())
+    stub(tmp_path, "srun", "echo $@ > $WORKDIR/srun.txt; touch $WORKDIR/results.json")
+    given = {"WORKDIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": asked}
+    subprocess.run(["bash", str(SBATCH)], env=environment(tmp_path, **given), check=True)
+    words = (tmp_path / "srun.txt").read_text().split()
+    assert f"--cpus-per-task={asked}" in words[: words.index("python")]
+    assert f"--config.input.num_workers={int(asked) - 1}" in words
 
 
 def start_pod(tmp_path: Path, python: str, index: int) -> subprocess.Popen:
