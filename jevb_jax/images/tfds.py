@@ -167,7 +167,8 @@ def _tfds_directory(name: str, root: Path) -> Path:
         raise FileNotFoundError(
             f"no prepared TFDS data set {name!r} in {root}; make it with\n"
             f"  {_tfds_build_command(name, root)}\n"
-            "Preparing it needs TensorFlow (`pip install .[prepare]`); reading it does not"
+            "Preparing it needs TensorFlow (pip install 'jevb-jax[prepare]', in a checkout "
+            "'.[prepare]'); reading it does not"
         )
     return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
 

@@ -1200,7 +1200,7 @@ def test_tfds_errors(tfds_root, tmp_path, monkeypatch):
         TfdsSource("cifar10", "train", data_dir=tmp_path)
     command = f"\n  tfds build cifar10 --file_format=array_record --data_dir={tmp_path}\n"
     assert command in str(caught.value)
-    assert "pip install .[prepare]" in str(caught.value)
+    assert "pip install 'jevb-jax[prepare]'" in str(caught.value)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_root))
     assert len(TfdsSource("grey", "train")) == 5
     with pytest.raises(FileNotFoundError, match=r"tfds build tiny_photos:9\.9\.9 --file_format"):
