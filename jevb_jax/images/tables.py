@@ -25,7 +25,6 @@ from jevb_jax.images.source import ImageSource, checked_labels, local_path
 from jevb_jax.runs.files import to_path
 
 _VERSION = 1  # of the Arrow files in the cache
-_MADE_OF = b"jevb_jax"  # entry of their metadata
 
 
 class TableSource(EncodedPictures):
