@@ -170,33 +170,6 @@ def blend(planes: Array, other: Array, factor: ArrayLike) -> Array:
     return jnp.clip(other + jnp.asarray(factor, planes.dtype) * (planes - other), 0, 1)
 
 
-def adjust_brightness(image: ArrayLike, factor: ArrayLike) -> Array:
-    """Multiplies by `factor >= 0` and clips; 0 is black, 1 the image. `[h, w, c]`."""
-    planes = to_planes(to_float(image))
-    return from_planes(blend(planes, jnp.zeros((), planes.dtype), factor))
-
-
-def adjust_contrast(image: ArrayLike, factor: ArrayLike) -> Array:
-    """Blends with the mean of the gray image; 0 is flat gray, 1 the image. `[h, w, c]`."""
-    planes = to_planes(to_float(image))
-    return from_planes(blend(planes, jnp.mean(luma(planes)), factor))
-
-
-def adjust_saturation(image: ArrayLike, factor: ArrayLike) -> Array:
-    """Blends with the gray image; 0 is gray, 1 the image. `[h, w, c]`."""
-    planes = to_planes(to_float(image))
-    return from_planes(blend(planes, luma(planes), factor))
-
-
-def adjust_hue(image: ArrayLike, shift: ArrayLike) -> Array:
-    """Shifts the hue of HSV by `shift`, in turns of the color circle, in [-0.5, 0.5]. `[h, w, c]`.
-
-    An image with one channel is returned as it is.
-    """
-    image = to_float(image)
-    return image if image.shape[-1] == 1 else from_planes(turn_hue(to_planes(image), shift))
-
-
 def turn_hue(planes: Array, shift: ArrayLike) -> Array:
     """Shifts the hue of `[3, H, W]` by a share of the color circle."""
     red, green, blue = planes

@@ -21,17 +21,15 @@ from jevb_jax.images import augmentations, crop_boxes
 from jevb_jax.images import augmentations as aug
 from jevb_jax.images.augmentations import ViewAugmentation
 from jevb_jax.images.pixels import (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
     center_view,
+    from_planes,
     gaussian_blur,
     normalize,
     resized_crop,
     solarize,
     to_float,
     to_grayscale,
+    to_planes,
 )
 
 # float32 sums of a few dozen products of numbers in [0, 1]; a grey level of a byte is 4e-3.
@@ -133,8 +131,9 @@ def test_digits_have_one_channel():
         expected = pillow_resize(image, (1, 0, 6, 7), 8, Image.Resampling.BILINEAR)
         np.testing.assert_allclose(view, expected, atol=TOLERANCE)
     image = digits[0]
-    np.testing.assert_array_equal(adjust_hue(image, 0.3), to_float(image))
-    np.testing.assert_array_equal(adjust_saturation(image, 0.3), to_float(image))
+    key, colors = jax.random.key(0), {"saturation": 0.9, "hue": 0.3, "probability": 1.0}
+    colorless = augmentations.color_jitter(key, image, brightness=0.0, contrast=0.0, **colors)
+    np.testing.assert_array_equal(colorless, to_float(image))
     np.testing.assert_array_equal(to_grayscale(to_float(image)), to_float(image))
 
 
@@ -214,20 +213,27 @@ def test_fallback_is_the_largest_central_box():
 FACTORS = np.array([0.0, 0.3, 1.0, 1.4, 7.0], np.float32)
 
 
+def adjusted(image: Any, factor: Any, *, name: Any) -> jax.Array:
+    """One adjustment of the color jitter, by a factor that is known."""
+    factors, order = jnp.asarray(factor, jnp.float32)[None], jnp.zeros(1, jnp.int32)
+    planes = to_planes(to_float(image))
+    return from_planes(augmentations._adjust_in_order(planes, [name], factors, order))
+
+
 def luma(image: np.ndarray) -> np.ndarray:
     return image @ np.array([0.2989, 0.587, 0.114])
 
 
 @pytest.mark.parametrize(
-    ("function", "other"),
+    ("name", "other"),
     [
-        (adjust_brightness, lambda x: np.zeros_like(x)),
-        (adjust_contrast, lambda x: np.full_like(x, luma(x).mean())),
-        (adjust_saturation, lambda x: np.repeat(luma(x)[..., None], 3, axis=-1)),
+        ("brightness", lambda x: np.zeros_like(x)),
+        ("contrast", lambda x: np.full_like(x, luma(x).mean())),
+        ("saturation", lambda x: np.repeat(luma(x)[..., None], 3, axis=-1)),
     ],
 )
-def test_blends(function, other):
-    found = over_images(function, FACTORS)
+def test_blends(name, other):
+    found = over_images(adjusted, FACTORS, name=name)
     for images, image in zip(found, reals(photographs()), strict=True):
         for view, factor in zip(images, FACTORS.astype(np.float64), strict=True):
             expected = np.clip(factor * image + (1 - factor) * other(image), 0, 1)
@@ -239,12 +245,12 @@ def test_contrast_of_one_channel_uses_its_mean():
     image = photographs()[0][..., :1]
     x = reals(image)
     expected = np.clip(0.4 * x + 0.6 * x.mean(), 0, 1)
-    np.testing.assert_allclose(adjust_contrast(image, 0.4), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(adjusted(image, 0.4, name="contrast"), expected, atol=TOLERANCE)
 
 
 def test_hue_is_colorsys():
     shifts = np.array([-0.5, -0.21, 0.0, 0.1, 0.5], np.float32)
-    found = over_images(adjust_hue, shifts)[:, :, ::3, ::3]
+    found = over_images(adjusted, shifts, name="hue")[:, :, ::3, ::3]
     for images, image in zip(found, reals(photographs())[:, ::3, ::3], strict=True):
         for view, shift in zip(images, shifts.astype(np.float64), strict=True):
             expected = np.empty_like(image)
@@ -258,7 +264,7 @@ def test_hue_of_pure_colors():
     colors = np.array(
         [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0.4, 0.4, 0.4)]
     )
-    turned = adjust_hue(colors[None].astype(np.float32), 1 / 3)
+    turned = adjusted(colors[None].astype(np.float32), 1 / 3, name="hue")
     expected = np.array(
         [(0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0.4, 0.4, 0.4)]
     )
@@ -381,12 +387,7 @@ def test_blur_widths_are_uniform():
     assert scipy.stats.kstest((sigma - 0.5) / 1.5, "uniform").pvalue > 1e-3
 
 
-ADJUSTMENTS = {
-    "brightness": adjust_brightness,
-    "contrast": adjust_contrast,
-    "saturation": adjust_saturation,
-    "hue": adjust_hue,
-}
+ADJUSTMENTS = ("brightness", "contrast", "saturation", "hue")
 
 
 @pytest.mark.slow
@@ -411,7 +412,7 @@ def test_jitter_is_its_adjustments_one_after_the_other_in_every_order(strengths)
         """Every adjustment at every position, of which one is kept."""
 
         def position(index: jax.Array, x: jax.Array) -> jax.Array:
-            arms = [ADJUSTMENTS[name](x, factors[i]) for i, name in enumerate(settings)]
+            arms = [adjusted(x, factors[i], name=name) for i, name in enumerate(settings)]
             return jax.lax.select_n(order[index], *arms)
 
         return jax.lax.fori_loop(0, len(settings), position, image)
