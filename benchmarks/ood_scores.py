@@ -10,23 +10,22 @@ that scoring a batch takes a tenth of the time of its forward pass. Writes `ood_
 """
 
 import argparse
-import platform
-import statistics
+import functools
+import shlex
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks import measure
 from configs import default
 from jevb_jax.evaluation import detection, features, linear_probe, score_table, scoring
 from jevb_jax.evaluation.score_table import ScoreSettings, TrainingData
 from jevb_jax.images import augmentations
 from jevb_jax.images.source import ArraySource
-from jevb_jax.runs import files
 from jevb_jax.training import experiment
 from jevb_jax.training.experiment import Experiment
 
@@ -46,23 +45,15 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
     return experiment.build_experiment(config)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measure.make_parser(__doc__, num_rounds=5)
     parser.add_argument("--num_images", type=int, default=10_000)
     parser.add_argument("--num_fit_images", type=int, default=10_000)
     parser.add_argument("--batch_size", type=int, default=500)
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--num_rounds", type=int, default=5)
     arguments = parser.parse_args()
 
     made = _experiment(arguments)
@@ -101,19 +92,17 @@ def main() -> None:
             for name, fitted in scorers.scores.items()
         },
     }
-    for call in calls.values():  # compiles
-        jax.block_until_ready(call())
-    rounds = [
-        {name: _seconds(call) for name, call in calls.items()} for _ in range(arguments.num_rounds)
-    ]
+    timings = measure.interleave(
+        {name: functools.partial(measure.seconds_of, call) for name, call in calls.items()},
+        num_rounds=arguments.num_rounds,
+    )
     rows = [
         {
-            "name": name,
-            "images_per_second": arguments.batch_size
-            / statistics.median(one[name] for one in rounds),
-            "ratio_to_encoder": statistics.median(one[name] / one["encoder"] for one in rounds),
+            "work": name,
+            "images/s": arguments.batch_size / timing.median,
+            "time / encoder's": timing.ratio_to(timings["encoder"]),
         }
-        for name in calls
+        for name, timing in timings.items()
     ]
     images = ArraySource(np.resize(pixels, (arguments.num_images, *pixels.shape[1:])))
     start = time.perf_counter()
@@ -122,29 +111,15 @@ def main() -> None:
     start = time.perf_counter()
     scoring.score_images(with_terms, variables, images, scorers)
     second_pass = time.perf_counter() - start
+    command = shlex.join(["python", "-m", "benchmarks.ood_scores", *sys.argv[1:]])
     facts = {
-        "command": " ".join(["python -m benchmarks.ood_scores", *sys.argv[1:]]),
-        "machine": platform.platform(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "settings": {name: str(value) for name, value in vars(arguments).items()},
+        **measure.environment(command, vars(arguments)),
         "num_views": made.config["ood"]["num_views"],
         "num_samples": made.config["ood"]["num_samples"],
         "all_scores_one_pass_seconds": one_pass,
         "all_scores_second_pass_seconds": second_pass,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    files.write_json_atomically(arguments.out / "ood_scores.json", {**facts, "rows": rows})
-    lines = [f"* {name}: {value}" for name, value in facts.items()]
-    lines += ["", "| | images/s | time / encoder's |", "|---|---|---|"]
-    lines += [
-        f"| {row['name']} | {row['images_per_second']:,.0f} | {row['ratio_to_encoder']:.3f} |"
-        for row in rows
-    ]
-    text = "\n".join(lines) + "\n"
-    files.write_text_atomically(arguments.out / "ood_scores.md", text)
-    print(text)
+    print(measure.write_results(arguments.out, "ood_scores", facts, {"": rows}))
 
 
 if __name__ == "__main__":
