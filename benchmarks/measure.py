@@ -84,8 +84,8 @@ def interleave(
 def counted_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Operations of a function, by XLA's count of its program before it is optimized.
 
-    The program is that for a CPU, whatever the device: compiled for a GPU, convolutions are calls of a
-    library, of which XLA counts nothing, and before that its client counts nothing at all.
+    The program is that for a CPU, whatever the device. On a GPU XLA counts nothing: not before
+    compiling, and after it convolutions are calls of a library.
 
     Args:
       function: of arrays, compiled by `jax.jit` or not.
