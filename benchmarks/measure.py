@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jevb_jax.report import tables as report_tables
 from jevb_jax.runs import files
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -280,11 +281,8 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         if list(row) != columns:
             raise ValueError(f"every row needs the columns {columns}, got {list(row)}")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += [
-        "| " + " | ".join(format_number(cell) for cell in row.values()) + " |" for row in rows
-    ]
-    return "\n".join(lines)
+    cells = [[format_number(cell) for cell in row.values()] for row in rows]
+    return "\n".join(report_tables.markdown_table(columns, cells))
 
 
 def write_results(

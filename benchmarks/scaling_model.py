@@ -25,6 +25,7 @@ from benchmarks import measure
 from configs import imagenet
 from jevb_jax.networks import joint
 from jevb_jax.networks.joint import JointEmbeddingModel
+from jevb_jax.report import tables
 from jevb_jax.runs import files
 
 # Assumptions.
@@ -299,18 +300,19 @@ def to_markdown(rows: list[dict]) -> str:
     Returns:
       Markdown.
     """
-    lines = [
-        "| chip | chips | compute, ms | gradients, ms | BatchNorm, ms | step, ms | images/s | efficiency "
-        "| input per host, MB/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['chip']} | {row['num_chips']} | {row['compute_ms']:.1f} | {row['gradients_ms']:.2f} "
-        f"| {row['norm_ms']:.2f} | {row['step_ms']:.1f} | {row['images_per_second']:,.0f} "
-        f"| {row['efficiency']:.2f} | {row['input_megabytes_per_second_and_host']:,.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    columns = {
+        "chip": ("chip", "{}"),
+        "chips": ("num_chips", "{}"),
+        "compute, ms": ("compute_ms", "{:.1f}"),
+        "gradients, ms": ("gradients_ms", "{:.2f}"),
+        "BatchNorm, ms": ("norm_ms", "{:.2f}"),
+        "step, ms": ("step_ms", "{:.1f}"),
+        "images/s": ("images_per_second", "{:,.0f}"),
+        "efficiency": ("efficiency", "{:.2f}"),
+        "input per host, MB/s": ("input_megabytes_per_second_and_host", "{:,.0f}"),
+    }
+    cells = [[form.format(row[name]) for name, form in columns.values()] for row in rows]
+    return "\n".join(tables.markdown_table(list(columns), cells)) + "\n"
 
 
 def imagenet_workload(batch_size: int) -> Workload:

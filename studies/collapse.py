@@ -22,7 +22,6 @@ batch, which is 1 for uniform directions and 0 for one point.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import io
@@ -40,7 +39,7 @@ from jevb_jax import methods
 from jevb_jax.images import batch_order, batches
 from jevb_jax.networks.joint import ViewOutputs
 from jevb_jax.paper import densities, likelihood, sphere
-from jevb_jax.report import figures
+from jevb_jax.report import figures, tables
 from jevb_jax.runs import files
 from jevb_jax.training import experiment, health
 from jevb_jax.training.step import make_train_chunk
@@ -210,12 +209,10 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Writes `collapse.csv` and `collapse.png`."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    header = list(rows[0])
+    text = tables.csv_table(header, [[row[name] for name in header] for row in rows])
     out.mkdir(parents=True, exist_ok=True)
-    files.write_text_atomically(out / "collapse.csv", text.getvalue())
+    files.write_text_atomically(out / "collapse.csv", text)
     drawing = io.BytesIO()
     figure(rows).savefig(drawing, format="png", dpi=110)
     files.write_bytes_atomically(out / "collapse.png", drawing.getvalue())

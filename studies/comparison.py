@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from jevb_jax.report import tables
 from jevb_jax.runs import files
 from studies import anchors
 from studies.published_numbers import Ours, Published
@@ -404,15 +405,11 @@ QUESTIONS = (
 
 def _table(question: Question) -> list[str]:
     """The table of a question, and the commands of our rows."""
-    lines = ["| method | number | protocol | source |", "|---|---|---|---|"]
-    lines += [
-        f"| {one.what} | {one.value} | {one.protocol} | {one.source} |"
-        for one in question.published
-    ]
+    rows = [(one.what, one.value, one.protocol, one.source) for one in question.published]
     for one in question.ours:
         whose = "measured by us" if one.is_of_others else "ours"
-        cells = (f"**{whose}:** {one.what}", one.value, one.protocol, f"[table]({one.page})")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append((f"**{whose}:** {one.what}", one.value, one.protocol, f"[table]({one.page})"))
+    lines = tables.markdown_table(("method", "number", "protocol", "source"), rows)
     # Each command once, in their order; some are two lines.
     commands = dict.fromkeys(line for one in question.ours for line in one.command.splitlines())
     return ["\n".join(lines), *(f"    {command}" for command in commands)]

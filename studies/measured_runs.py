@@ -1,12 +1,11 @@
 """The command line of studies that measure trained runs: `--runs RUN [RUN ...] --out=DIRECTORY`."""
 
 import argparse
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jevb_jax.report import tables
 from jevb_jax.runs import files
 
 
@@ -33,11 +32,9 @@ def write_table(
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = [row for directory in options.runs for row in measure(directory)]
-    others = [name for name in rows[0] if name not in fields]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*fields, *others], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
-    files.write_text_atomically(options.out / file, text.getvalue())
-    print(text.getvalue(), end="")
+    header = list(dict.fromkeys([*fields, *rows[0]]))
+    whole = [{**dict.fromkeys(header), **row} for row in rows]
+    cells = [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in whole]
+    text = tables.csv_table(header, cells)
+    files.write_text_atomically(options.out / file, text)
+    print(text, end="")
