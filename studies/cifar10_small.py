@@ -12,6 +12,7 @@ from typing import Any
 
 from configs import cifar10
 from jevb_study.spec import Comparison, Curves, Logged, Result, Study, Sweep
+from studies.changed_settings import changed
 
 DFS = (1.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, math.inf)
 METHODS = ("jevb", "simsiam", "vi_simsiam", "byol", "vicreg", "barlow_twins")
@@ -76,10 +77,7 @@ def method_config(method: str, **changes: Any) -> Any:
     config.evaluation.labels_per_class = 0
     config.ood.corruptions = ()
     config.evaluation.compare_untrained = False
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
-    return config
+    return changed(config, changes)
 
 
 def df_name(df: float) -> str:

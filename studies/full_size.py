@@ -16,6 +16,7 @@ from typing import Any
 from configs import ood
 from jevb_study.spec import Comparison, Curves, Logged, Result, Study
 from studies import full_size_screening
+from studies.changed_settings import changed
 
 _ACCURACIES = {
     "linear accuracy": "linear_accuracy",
@@ -37,7 +38,7 @@ def run_config(method: str, **changes: Any) -> Any:
     section.severities = (1, 3, 5)
     section.default_score = config.ood.default_score
     config.ood = section
-    return full_size_screening.changed(config, changes)
+    return changed(config, changes)
 
 
 def get_study() -> Study:

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs import cifar10
 from jevb_study.spec import Comparison, Curves, Logged, Result, Study
+from studies.changed_settings import changed
 
 _ACCURACY = "10-NN accuracy"
 _KNN = "validation/knn_10_uniform_accuracy"
@@ -25,14 +26,6 @@ def full_size_config(method: str) -> Any:
     config.data.test_paths = ("data/cifar10_test.npz",)
     config.checkpoint.every_steps = 0
     config.evaluation.compare_untrained = False
-    return config
-
-
-def changed(config: Any, changes: dict[str, Any]) -> Any:
-    """The config with changes such as `train__batch_size=256`, made in place."""
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
     return config
 
 
