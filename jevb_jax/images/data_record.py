@@ -263,8 +263,12 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool | Non
       ChangedDataError: the data have changed, and `accept_change` is not True.
       ValueError: the record is damaged or of a later version.
     """
+    from jevb_jax.runs.checkpoints import (
+        saved_steps,
+    )  # an export, which is only read, needs no Orbax
+
     found = fingerprint(dataset)
-    has_begun = _has_checkpoint(workdir)
+    has_begun = bool(saved_steps(workdir / "checkpoints"))
     record = read(workdir) if has_begun else None
     accepted: list[str] = []
     if record is not None:
@@ -373,8 +377,3 @@ def _unread_before(dataset: Dataset) -> list[str]:
                     f"{len(source):,} pictures"
                 )
     return lines
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    directory = workdir / "checkpoints"
-    return directory.exists() and any(path.name.isdecimal() for path in directory.iterdir())
