@@ -43,7 +43,8 @@ def outside_set(name: str, group: str, source: str, **keywords: Any) -> dict[str
         of the training classes, on which accuracy is measured, too.
       source: arrays | features | folder | image_list | paths | tfds | webdataset | hf.
       **keywords: arguments of `dataset.load_images` (`paths`, `tfds_name`, `split`, `data_dir`,
-        `image_size`, `rows`, `exclude_labels`, `num_examples`), and `protocol`, a description in words.
+        `image_size`, `image_column`, `label_column`, `rows`, `exclude_labels`, `num_examples`,
+        `split_seed`), and `protocol`, a description in words.
 
     Returns:
       A dict for a config.
