@@ -108,8 +108,9 @@ def load_dataset(
         in memory are not resized and must have this size.
       max_image_pixels: an encoded picture with more pixels is an error, before it is decoded.
       exif: whether the orientation in EXIF is applied or ignored.
-      skip_broken: what becomes of encoded pictures that cannot be read: an error when they are read,
-        or they are found at once (all are decoded) and left out with a warning.
+      skip_broken: `refuse`: the first encoded picture that cannot be read is an error, when it is
+        read. `skip`: all are decoded at the start, and those that cannot be read are left out with
+        a warning.
       labels: `none` ignores all labels; folders are then no classes.
       num_channels: of encoded pictures, see `Reading`; arrays must have this number. 0 for any.
       dtype: type of the pixels of arrays and pictures.
