@@ -126,9 +126,9 @@ def stream_batches(
       crops: what to cut out of whole pictures, instead of reading images of one size.
 
     Returns:
-      An iterator of images `[batch_size, H, W, C]`, or of features, of the type of the source; or of
-      only the rows in `rows`. With `crops`, of tuples of such images, one for each view. At its end,
-      or when it is closed, threads and workers stop.
+      An iterator of images `[batch_size, H, W, C]`, or of features, of the type of the source; or
+      of only the rows in `rows`. With `crops`, of tuples of such images, one for each view. At its
+      end, or when it is closed, threads and workers stop.
 
     Raises:
       ValueError: arguments are out of range; during iteration also if an image cannot be read.
@@ -182,8 +182,8 @@ def evaluation_batches(
       rows: the rows of every batch to read; the mask is still of the whole batch.
 
     Returns:
-      An iterator of images `[batch_size, H, W, C]`, or of features, of the type of the source, and a
-      mask, bool `[batch_size]`. The mask is False for the zeros that fill up the last batch.
+      An iterator of images `[batch_size, H, W, C]`, or of features, of the type of the source, and
+      a mask, bool `[batch_size]`. The mask is False for the zeros that fill up the last batch.
 
     Raises:
       ValueError: arguments are out of range; during iteration also if an image cannot be read.

@@ -326,8 +326,8 @@ def load_images(
         kept = np.flatnonzero(~np.isin(images.labels, list(exclude_labels)))
         if not len(kept):
             raise ValueError(
-                f"exclude_labels={tuple(exclude_labels)} leaves none of the {len(images):,} images of "
-                f"{images.name}"
+                f"exclude_labels={tuple(exclude_labels)} leaves none of the {len(images):,} images "
+                f"of {images.name}"
             )
         images = Subset(images, kept)
     return _limited(images, num_examples, split_seed, TEST_SUBSET)

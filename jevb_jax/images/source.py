@@ -210,7 +210,7 @@ def check_has_pictures(source: ImageSource) -> PictureSource:
     """
     while isinstance(source, Subset):
         source = source.source
-    # No isinstance: on Python 3.11 it evaluates the property `labels`, which may read the whole set.
+    # No isinstance: on Python 3.11 it evaluates the property `labels`, which may read all records.
     if not callable(getattr(source, "crops", None)):
         raise TypeError(
             "crops of whole pictures need picture files, as data.source folder, paths, tfds, "
@@ -353,7 +353,7 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
     found = to_path(path)
     if is_remote(found):
         raise ValueError(
-            f"{what} are read from file systems only, but {path} is an object store. Use a TFDS data "
-            "set or .npz files there, or mount the store"
+            f"{what} are read from file systems only, but {path} is an object store. Use a TFDS "
+            "data set or .npz files there, or mount the store"
         )
     return found
