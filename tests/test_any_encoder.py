@@ -154,6 +154,7 @@ def test_torch_encoder():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_train_gives_an_encoder_a_posterior_and_jevb_s_scores():
     rng = np.random.default_rng(0)
     images = rng.normal(size=(300, 4, 4, 3)).astype(np.float32)

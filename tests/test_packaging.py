@@ -188,6 +188,7 @@ def test_commands_are_functions():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_installed_wheel_trains_without_a_checkout(tmp_path):
     """The wheel, built from the sdist, in a fresh environment. Needs a package index for setuptools.
 

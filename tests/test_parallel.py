@@ -1,6 +1,5 @@
 """One device against eight, one process against two, and who may start several."""
 
-import functools
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from jevb_jax.runs.files import lock_directory
 from jevb_jax.runs.metrics_log import MetricsLog
 from jevb_jax.training.experiment import Experiment, build_experiment
 from jevb_jax.training.step import TrainState, make_train_chunk, state_shardings
+from tests.marks import nightly
 
 ROOT = Path(__file__).resolve().parent.parent
 # Colour is an image's own business, takes long to compile and has tests of its own.
@@ -266,9 +266,6 @@ def test_arrays_lie_as_asked():
     key = parallel.put_key(jax.random.key(3), mesh)
     assert jax.random.bits(key) == jax.random.bits(jax.random.key(3))
     assert parallel.local_rows(64) == slice(0, 64)
-
-
-nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
 
 
 # --- Equal numbers --------------------------------------------------------------------------------

@@ -371,7 +371,11 @@ def test_every_score_that_is_served_is_written(family, count):
             {"backbone": "timm_vit_tiny", "width": 48, "pool": "mean"},
             marks=pytest.mark.nightly,
         ),
-        ("vicreg", {"backbone": "resnet50", "width": 4, "stem": "imagenet"}),
+        pytest.param(
+            "vicreg",
+            {"backbone": "resnet50", "width": 4, "stem": "imagenet"},
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_every_kind_of_network_is_written(method, settings):

@@ -168,6 +168,7 @@ def loss(parameters, keys, view_1, view_2, df, concentration):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_agree_between_one_device_and_eight():
     batch = make_batch()
     parameters = {"mean": jnp.linspace(0.5, 1.5, DIM), "scale": jnp.linspace(-1.0, 1.0, DIM)}

@@ -205,6 +205,7 @@ def test_crops_are_scored_as_other_images():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_terms_are_of_the_image_and_its_augmented_views():
     experiment = tiny()
     test = experiment.dataset.test
@@ -586,6 +587,7 @@ def test_one_class_leaves_the_other_classes_outside():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_one_class_is_detected_without_labels():
     experiment = of_digits(inlier_class=3)
     initial = experiment.initial_state().evaluation_variables

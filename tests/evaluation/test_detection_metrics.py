@@ -17,6 +17,7 @@ from jevb_jax.evaluation.detection_metrics import (
     bootstrap_intervals_of_scores,
     ood_metrics,
 )
+from tests.marks import nightly
 
 
 def oracle(inside: np.ndarray, outside: np.ndarray, tpr: float = 0.95) -> tuple[float, ...]:
@@ -251,8 +252,8 @@ def test_intervals_hold_the_truth(num_inside, num_outside, auroc):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [1.0, 3.0, 0.3])
-@pytest.mark.parametrize("auroc", [0.76, 0.9, 0.98, 0.998])
+@pytest.mark.parametrize("spread", [1.0, nightly(3.0), nightly(0.3)])
+@pytest.mark.parametrize("auroc", [0.76, nightly(0.9), nightly(0.98), 0.998])
 @pytest.mark.parametrize(
     ("num_inside", "num_outside"), [(10, 10), (100, 100), (1000, 1000), (10, 1000), (1000, 10)]
 )

@@ -14,6 +14,7 @@ from jevb_jax.evaluation import mixture_fit
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.evaluation.mixture import TrainingMixture
 from jevb_jax.paper import mass
+from tests.marks import nightly
 
 DFS = (0.5, 5.0, 127.0, np.inf)
 RADIAL: dict[str, Any] = {"radial_scale": 0.3, "radial_df": 4.0}
@@ -98,8 +99,8 @@ def without_own(log_probs: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("radial", [None, RADIAL])
-@pytest.mark.parametrize("scale", [0.03, 0.3, 3.0])
-@pytest.mark.parametrize("df", DFS)
+@pytest.mark.parametrize("scale", [0.03, nightly(0.3), 3.0])
+@pytest.mark.parametrize("df", [0.5, nightly(5.0), nightly(127.0), np.inf])
 def test_score_is_the_double_loop(float64, df, scale, radial):
     # With the spread of ten, scales are 0.01 to 10.
     mean, s, embedding = images(scale=scale)
@@ -287,7 +288,7 @@ def test_gradients_are_finite(df):
 
 # Three: so few that the own image, too, is among those whose distance is computed a second time.
 @pytest.mark.slow
-@pytest.mark.parametrize("num_images", [3, 9])
+@pytest.mark.parametrize("num_images", [3, nightly(9)])
 @pytest.mark.parametrize("df", [0.5, np.inf])
 @pytest.mark.parametrize("radial", [None, RADIAL])
 def test_leave_one_out_is_the_loop_without_the_own_image(float64, df, radial, num_images):

@@ -189,6 +189,7 @@ def central_differences(function: Any, x: Any) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_of_many_views_equal_central_differences():
     p, t = normal(7, 3, 4, 3), normal(8, 2, 4, 3)
     loss = jax.grad(lambda p, t: jnp.sum(baselines.fastsiam_loss(p, t).loss), argnums=(0, 1))
@@ -231,6 +232,7 @@ def test_vi_simsiam_is_the_power_spherical_log_likelihood():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_vi_simsiam_check_values():
     # D = 64, k = 50: H = -47.7297 and E[cos] = k / (D - 1 + k) = 0.44248. The density at that cosine
     # and the entropy, both by the formulas, and the mean log-likelihood of samples that follow it.

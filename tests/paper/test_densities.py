@@ -25,6 +25,7 @@ from jevb_jax import (
 )
 from jevb_jax.paper import mass
 from tests import oracles
+from tests.marks import nightly
 
 COORDINATES = ("chordal", "stereographic")
 
@@ -38,7 +39,6 @@ SCALE_GRID = 2.0 ** np.arange(-14, 15, 4)
 
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-nightly = functools.partial(pytest.param, marks=(pytest.mark.slow, pytest.mark.nightly))
 
 
 def relative_error(actual, expected):
@@ -914,7 +914,7 @@ def test_force_that_holds_a_scale_up_far_in_the_tail(float64, tails, force):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tails", ["joint", "feature"])
+@pytest.mark.parametrize("tails", ["joint", nightly("feature")])
 def test_values_and_gradients_of_normalized_densities_are_finite(tails):
     rng = np.random.default_rng(0)
     df, width = (

@@ -337,6 +337,7 @@ def test_indexing_of_two_axes_of_an_empty_batch_and_beyond_it():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_float32_stays_float32_where_x64_is_enabled():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         for distribution in (*faces(), gaussians(), jevb_jax.gaussian_prior(4, 0.5)):
@@ -380,6 +381,7 @@ def test_parameters_outside_of_their_domain_are_refused_and_nan_where_traced():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_gaussians_pass_through_vmap_and_jit_either_way():
     rng = np.random.default_rng(0)
     mean, scale = rng.normal(size=(2, 3, 6)).astype(np.float32)
@@ -416,6 +418,7 @@ def test_gaussians_pass_through_vmap_and_jit_either_way():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_modes():
     loc = unit32(0, 5)
     np.testing.assert_array_equal(jevb_jax.PowerSpherical(loc, 3.0).mode(), loc)
@@ -480,6 +483,7 @@ def test_divergence_of_power_spherical_to_uniform_and_to_its_own_kind(dim):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_gradient_of_samples_in_df_is_that_of_the_mean_cosine():
     # |y|^2 / n is Fisher-distributed with equal scales; E[cos] by quadrature in its logarithm.
     scale, dim = 0.3, 5

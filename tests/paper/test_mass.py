@@ -12,12 +12,12 @@ import pytest
 
 from jevb_jax import directional_log_mass, directional_log_prob, uniform_log_prob
 from tests import oracles
+from tests.marks import nightly
 
 DIMS = (3, 4, 5, 16, 128, 512, 4096)
 DFS = (0.5, 1.0, 5.0, 127.0, 1e4, math.inf)
 # Between others that the default suite has.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-nightly = functools.partial(pytest.param, marks=(pytest.mark.slow, pytest.mark.nightly))
 SCALES = np.array([1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0, 900.0])
 
 

@@ -164,6 +164,7 @@ def test_other_settings_that_do_not_fit_features(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_from_files_to_verdicts(tmp_path):
     config = config_of(tmp_path)
     config.ood.outside = (outside(tmp_path),)

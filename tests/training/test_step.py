@@ -98,6 +98,7 @@ def first_step() -> tuple[TrainState, dict[str, jax.Array]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_loss_is_the_negative_weighted_elbo_per_dimension():
     state, metrics = first_step()
     # With both weights one, the objective is the bound.
@@ -120,6 +121,7 @@ def test_ema_is_the_recursion():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_micro_batches_change_nothing_when_statistics_are_frozen():
     whole, parts = (
         jax.jit(step_function(num_micro_batches=count, use_batch_statistics=False))(
