@@ -207,7 +207,9 @@ def get_config() -> ConfigDict:
             "steps_per_dispatch": 0,  # steps in one compiled call (0 = 1 on the CPU, else 10)
             "log_every_steps": 10,
             "health_every_steps": 200,  # health checks such as effective rank, on validation images
-            "health_pairs": False,  # jevb: also check residuals and gradients of pairs of views
+            # jevb: also check gradients of pairs of views and, of a factorised likelihood with chordal
+            # coordinates and joint tails, residuals.
+            "health_pairs": False,
             "health_num_images": 2048,  # at most; the rank needs more images than embedding_dim
             # k-NN accuracy on the validation split, every so many epochs and at the end (0 = off).
             # Each time costs a forward pass of the training and validation images.

@@ -221,6 +221,9 @@ def representation_health(embedding: ArrayLike) -> dict[str, Array]:
 class PairHealth(NamedTuple):
     """How the directional term sees pairs of views, one number each, `[]`.
 
+    All but the cosine are of the factorized likelihood with chordal coordinates and joint tails. The
+    health check of a run with another density logs the cosine alone.
+
     Attributes:
       cosine: mean of `<m, u>`, the latent's direction against the target's.
       residual_over_df: mean of `Q / df`, or of `Q / (D - 1)` at `df = inf`. Far above 1 the residuals
@@ -237,7 +240,7 @@ class PairHealth(NamedTuple):
 def pair_health(
     target_embedding: ArrayLike, latent: ArrayLike, scale_diag: ArrayLike, *, df: ArrayLike
 ) -> PairHealth:
-    """Residuals and weights of the chordal directional term (docs eq. 2 and 4).
+    """Residuals and weights of the chordal directional term with joint tails (docs eq. 2 and 4).
 
     Args:
       target_embedding: `[N, D]`.
