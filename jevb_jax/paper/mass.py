@@ -71,12 +71,14 @@ class _Features(NamedTuple):
     Attributes:
       log_normalizer: `[...]`, `sum_i log E[exp(-theta y_i^2)]`.
       second: `[..., D]`, `E[y_i^2]`.
+      shrinkage: `[..., D]`, `E[y_i^2] / s_i^2`.
       half_variance: `[..., D]`, half the variance of `y_i^2`; for a Gaussian the square of
         `second`.
     """
 
     log_normalizer: Array
     second: Array
+    shrinkage: Array
     half_variance: Array
 
 
@@ -94,7 +96,7 @@ class _ChiSquare(NamedTuple):
     dof: Array
 
 
-def _on_hyperplane(features: _Features, loc_squares: Array, log_along: Array) -> _ChiSquare:
+def _on_hyperplane(features: _Features, shares: Array) -> _ChiSquare:
     """`T` given `<m, y> = 0`.
 
     The moments are exact for Gaussian features. For others the condition is applied as if they were
@@ -102,26 +104,29 @@ def _on_hyperplane(features: _Features, loc_squares: Array, log_along: Array) ->
 
     Args:
       features: the features under the tilt.
-      loc_squares: `[..., D]`, `m_i^2`.
-      log_along: `[...]`, log of the squared scale along `m`, by which the density was divided.
+      shares: `[..., D]`, of each feature in the squared scale along `m`, by which the density was
+        divided: `(m_i s_i)^2 / sum_j (m_j s_j)^2`. Shares and not squares, because the squares of
+        tiny scales along `m` underflow, and only their quotients matter.
     """
-    second = features.second
+    second, of_shares = features.second, shares * features.shrinkage
     # A latent of exactly zero has no direction; the guard keeps value and gradient finite there.
-    smallest = float(jnp.finfo(second.dtype).tiny) ** 0.5
-    along = jnp.maximum(jnp.sum(loc_squares * second, axis=-1), smallest)
-    lost = jnp.sum(loc_squares * jnp.square(second), axis=-1) / along
-    lost_twice = jnp.sum(loc_squares * second**3, axis=-1) / along
+    has_direction = jnp.sum(shares, axis=-1) != 0
+    along = jnp.where(has_direction, jnp.sum(of_shares, axis=-1), 1.0)
+    lost = jnp.sum(of_shares * second, axis=-1) / along
+    lost_twice = jnp.sum(of_shares * jnp.square(second), axis=-1) / along
     mean = jnp.sum(second, axis=-1) - lost
     half_variance = jnp.sum(features.half_variance, axis=-1) - 2 * lost_twice + jnp.square(lost)
-    log_tilt = features.log_normalizer - (jnp.log(along) - log_along) / 2
+    log_tilt = features.log_normalizer - jnp.log(along) / 2
     return _ChiSquare(log_tilt, half_variance / mean, jnp.square(mean) / half_variance)
 
 
 def _gaussian_features(squared_scale: Array, tilt: Array) -> _Features:
     """Features `N(0, s_i^2)` tilted by `exp(-tilt y_i^2)`, which are Gaussian too."""
     excess = 2 * tilt[..., None] * squared_scale
-    second = squared_scale / (1 + excess)
-    return _Features(-jnp.sum(jnp.log1p(excess), axis=-1) / 2, second, jnp.square(second))
+    shrinkage = 1 / (1 + excess)
+    second = squared_scale * shrinkage
+    log_normalizer = -jnp.sum(jnp.log1p(excess), axis=-1) / 2
+    return _Features(log_normalizer, second, shrinkage, jnp.square(second))
 
 
 def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features:
@@ -150,9 +155,11 @@ def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features
     zero = jnp.zeros_like(squared_scale)
     over_nodes = (jnp.moveaxis(weight, -1, 0), jnp.moveaxis(mixing, -1, 0))
     (total, first, second), _ = jax.lax.scan(add, (zero, zero, zero), over_nodes)
-    mean = squared_scale * first / total
+    shrinkage = first / total
+    mean = squared_scale * shrinkage
     fourth = 3 * jnp.square(squared_scale) * second / total
-    return _Features(jnp.sum(jnp.log(total), axis=-1), mean, (fourth - jnp.square(mean)) / 2)
+    half_variance = (fourth - jnp.square(mean)) / 2
+    return _Features(jnp.sum(jnp.log(total), axis=-1), mean, shrinkage, half_variance)
 
 
 def _peak(rate: Array, dof: Array, inverse_df: Array, n: int) -> Array:
@@ -284,8 +291,7 @@ class _Problem(NamedTuple):
     Attributes:
       squares: `[..., D]`, squared scales relative to the largest.
       log_largest: `[...]`, log of the largest scale.
-      loc_squares: `[..., D]`, `m_i^2`.
-      log_along: `[...]`, log of the squared relative scale along `m`.
+      shares: `[..., D]`, of each feature in the squared scale along `m`.
       feature_df: `[...]`, degrees of freedom of the tails of single features; `inf` for joint
         tails.
       kernel_df: `[...]`, degrees of freedom of the tail of the whole vector; `inf` for feature-wise
@@ -294,8 +300,7 @@ class _Problem(NamedTuple):
 
     squares: Array
     log_largest: Array
-    loc_squares: Array
-    log_along: Array
+    shares: Array
     feature_df: Array
     kernel_df: Array
 
@@ -311,7 +316,7 @@ class _Problem(NamedTuple):
             features = _student_features(self.squares, tilt, self.feature_df)
         else:
             features = _gaussian_features(self.squares, tilt)
-        return _on_hyperplane(features, self.loc_squares, self.log_along)
+        return _on_hyperplane(features, self.shares)
 
     def rate(self, square: _ChiSquare, tilt: Array) -> Array:
         """`4 / width` after the tilt is removed; kept positive, also if the moments give less."""
@@ -358,16 +363,15 @@ def _chordal_log_mass(s: Array, m: Array, df: Array, *, is_joint: bool) -> Array
     n = s.shape[-1] - 1
     # Scales relative to the largest, so that no square overflows.
     largest = jnp.max(s, axis=-1)
-    squares = jnp.square(s / largest[..., None])
+    relative = s / largest[..., None]
     log_scale = jnp.log(largest)
     beyond = jnp.maximum(log_scale - _LOG_SCALE_LIMITS[1], 0.0)
-    loc_squares = jnp.square(m)
+    along, _ = sphere.polar_decomposition(m * relative)
     infinite = jnp.full_like(df, jnp.inf)
     problem = _Problem(
-        squares=squares,
+        squares=jnp.square(relative),
         log_largest=jnp.clip(log_scale, *_LOG_SCALE_LIMITS),
-        loc_squares=loc_squares,
-        log_along=sphere.safe_log(jnp.sum(loc_squares * squares, axis=-1)),
+        shares=jnp.square(along),
         feature_df=infinite if is_joint else df,
         kernel_df=df if is_joint else infinite,
     )

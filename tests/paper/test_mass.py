@@ -229,6 +229,23 @@ def test_batches_broadcast_and_rows_are_independent():
     np.testing.assert_allclose(log_mass(scale[2, 3], loc[3], df[3]), whole[2, 3], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("tails", "df"), [("joint", 5.0), ("feature", math.inf)])
+def test_a_tiny_scale_along_the_location_does_not_change_the_mass(tails, df):
+    # Along an axis, the hyperplane has the other features: the scale there does not matter.
+    tiny = np.geomspace(1e-20, 1.0, 21)
+    scale = np.stack([np.ones(21), np.ones(21), tiny], axis=-1)
+    loc = np.broadcast_to(np.eye(3)[2], scale.shape)
+    actual = log_mass(*np.float32([scale, loc]), np.float32(df), tails=tails)
+    # P(|y| < 2) of a Student-t in the plane.
+    outside = math.exp(-2) if math.isinf(df) else (1 + 4 / df) ** (-df / 2)
+    np.testing.assert_allclose(actual, np.full(21, math.log1p(-outside)), atol=1e-5)
+    # If features share the scale along the location, only the quotients of their scales matter.
+    pair = np.stack([np.full(21, 0.3), tiny, 3 * tiny], axis=-1)
+    mixed = np.broadcast_to([0.0, 0.6, 0.8], pair.shape)
+    actual = log_mass(*np.float32([pair, mixed]), np.float32(df), tails=tails)
+    np.testing.assert_allclose(actual[:15], np.full(15, actual[15]), atol=1e-5)
+
+
 @pytest.mark.parametrize("tails", ["joint", "feature"])
 def test_a_location_without_a_direction_is_finite(tails):
     scale, zero = jnp.full((1, 16), 0.3, jnp.float32), jnp.zeros((1, 16), jnp.float32)
