@@ -212,7 +212,9 @@ def started_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
 
     Args:
       state: with weights drawn by the seed.
-      variables: `params` and `batch_stats` of all parts, or of some; the other parts stay.
+      variables: `params` and `batch_stats` of all parts, or of some; the other parts stay. So do the
+        statistics of the columns of features, which are of the training split of the new run: its
+        views are made with them.
 
     Returns:
       The state.
@@ -222,9 +224,12 @@ def started_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
         return jax.tree.map(jnp.copy, tree)
 
     params = {**state.params, **variables["params"]}
+    batch_stats = {**state.batch_stats, **variables["batch_stats"]}
+    if "backbone" not in state.params:  # features of a frozen encoder
+        batch_stats["backbone"] = state.batch_stats["backbone"]
     return state._replace(
         params=copied(params),
-        batch_stats=copied({**state.batch_stats, **variables["batch_stats"]}),
+        batch_stats=copied(batch_stats),
         ema_params=None if state.ema_params is None else copied(params),
         target_params=None
         if state.target_params is None

@@ -16,7 +16,7 @@ from jevb_jax.evaluation import readiness
 from jevb_jax.model import Model
 from jevb_jax.networks.frozen import FrozenFeatures
 from jevb_jax.settings import config_versions, read
-from jevb_jax.training import experiment
+from jevb_jax.training import experiment, from_settings, pretraining
 
 WIDTH = 6
 
@@ -105,6 +105,28 @@ def test_a_step_changes_weights_and_no_statistics(tmp_path):
     model = Model(made.config, state.evaluation_variables, step=0)
     with pytest.raises(ValueError, match=r"the run has 3 stored ones: give features \[N, 3, 6\]"):
         model.ood_score(train[:5, 0], "jevb/kl")
+
+
+def test_a_run_that_starts_from_another_standardizes_by_its_own_training_split(tmp_path):
+    made = experiment.build_experiment(config_of(tmp_path))
+    # From the shapes alone: nothing is compiled.
+    shapes = jax.eval_shape(made.initial_state)
+    drawn = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    columns = {name: jnp.asarray(value) for name, value in made.statistics._asdict().items()}
+    drawn.batch_stats["backbone"] = columns
+    other = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), drawn)
+    start = {"params": other.params, "batch_stats": other.batch_stats}
+    state = pretraining.started_from(drawn, start)
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats["backbone"], columns)
+    # The views of training, and those of the loaded model, are made with the same statistics.
+    saved = from_settings.saved_statistics(made.settings, state.evaluation_variables)
+    for view in made.view_augmentations:
+        jax.tree.map(np.testing.assert_array_equal, view.statistics, saved)
+    jax.tree.map(np.testing.assert_array_equal, state.params, other.params)
+    for name in other.batch_stats.keys() - {"backbone"}:
+        jax.tree.map(
+            np.testing.assert_array_equal, state.batch_stats[name], other.batch_stats[name]
+        )
 
 
 @pytest.mark.parametrize(
