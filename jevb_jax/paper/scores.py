@@ -1,5 +1,6 @@
 """Scores computed from JEVB's terms. Larger is more out of distribution."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -82,9 +83,9 @@ def uncertainty_terms(
       key: one typed key, whose draws serve all images, or `[N]` keys, one for each image. In both
         cases a score does not depend on the batch.
       views: embedding, posterior_mean and posterior_scale of every view, each `[V, N, D]`.
-      likelihood: as for `conditional_elbo`.
+      likelihood: as for `conditional_elbo`; its numbers are one for all, or `[N]`.
       num_samples: number of draws from each posterior.
-      prior_scale: standard deviation of the prior.
+      prior_scale: standard deviation of the prior; a number, `[D]` or `[N, D]`.
       untied_scale: as for `conditional_elbo`, a number or `[V, N, D]`.
       location: as for `conditional_elbo`. The importance-weighted bound always uses samples.
 
@@ -131,8 +132,10 @@ def _terms_of_views(
     location: Location,
 ) -> UncertaintyTerms:
     """`uncertainty_terms` of arguments that are checked."""
-    mean, scale = views.posterior_mean, views.posterior_scale
+    mean, given = views.posterior_mean, views.posterior_scale
+    scale = domain.positive("posterior_scale", given, given)  # for the entropy, which has no check
     num_views, _, dim = mean.shape
+    likelihood, prior_scale = _of_images(likelihood, prior_scale, mean)
 
     fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
 
@@ -141,19 +144,27 @@ def _terms_of_views(
         keys = jax.vmap(lambda view: fold_in(key, purpose * num_views + view))(
             jnp.arange(num_views)
         )
+        by_view = keys, embedding, mean, scale, untied_scale
+        by_image = likelihood, prior_scale
         if key.ndim:
-            return jax.vmap(function)(keys, embedding, mean, scale, untied_scale)
+            return jax.vmap(function, (0, 0, 0, 0, 0, None, None))(*by_view, *by_image)
 
-        def of_image(key: Array, *arrays: Array | None) -> Any:
+        def of_image(key: Array, *arrays: Any) -> Any:
             batch_of_one = jax.tree.map(lambda x: x[None], arrays)
             return jax.tree.map(lambda x: x[0], function(key[None], *batch_of_one))
 
         # The draws depend on the key only, so they are made once and not for each image.
-        of_images = jax.vmap(of_image, in_axes=(None, 0, 0, 0, 0))
-        return jax.vmap(of_images)(keys, embedding, mean, scale, untied_scale)
+        of_every_image = jax.vmap(of_image, (None, 0, 0, 0, 0, 0, 0))
+        return jax.vmap(of_every_image, (0, 0, 0, 0, 0, None, None))(*by_view, *by_image)
 
     def log_likelihood(
-        key: Array, target: Array, mean: Array, scale: Array, untied_scale: Array | None
+        key: Array,
+        target: Array,
+        mean: Array,
+        scale: Array,
+        untied_scale: Array | None,
+        likelihood: Likelihood,
+        prior_scale: Array,
     ) -> tuple[Array, Array]:
         terms = conditional_elbo(
             key,
@@ -173,7 +184,13 @@ def _terms_of_views(
         return of_views(log_likelihood, shift, jnp.roll(views.embedding, -shift, axis=0))
 
     def log_bound(
-        key: Array, embedding: Array, mean: Array, scale: Array, untied_scale: Array | None
+        key: Array,
+        embedding: Array,
+        mean: Array,
+        scale: Array,
+        untied_scale: Array | None,
+        likelihood: Likelihood,
+        prior_scale: Array,
     ) -> Array:
         return importance_weighted_bound(
             key,
@@ -203,6 +220,23 @@ def _terms_of_views(
         importance_weighted_bound=over_views(bound),
         cross_view_log_likelihood=cross_view,
     )
+
+
+def _of_images(
+    likelihood: Likelihood, prior_scale: ArrayLike, mean: Float[Array, "views batch D"]
+) -> tuple[Likelihood, Float[Array, "batch D"]]:
+    """The numbers of the likelihood for each image, `[N]`, and the prior's scale, `[N, D]`.
+
+    An image is then passed on together with its own numbers.
+    """
+    given = likelihood.df, likelihood.radial_df, likelihood.radial_scale
+    _, *numbers, prior = sphere.at_least_float32(mean, *given, prior_scale)
+    of_images = {
+        name: domain.spread(name, number, mean.shape[1:2], "a number or [N]")
+        for name, number in checked_numbers(likelihood, *numbers).items()
+    }
+    prior = domain.spread("prior_scale", prior, mean.shape[1:], "a number, [D] or [N, D]")
+    return dataclasses.replace(likelihood, **of_images), prior
 
 
 def negative_log_likelihood_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:

@@ -151,6 +151,27 @@ def test_one_key_serves_all_images(untied_scale):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("has_one_key", [True, False])
+def test_numbers_of_each_image_are_its_own(has_one_key):
+    key = jax.random.key(7) if has_one_key else keys()
+    df = np.float32([0.7, 2.0, 5.0, 50.0, 1e4])
+    prior = np.exp(normal(8, N, D))
+    likelihood = dataclasses.replace(LIKELIHOOD, df=df)
+    found = uncertainty_terms(key, views(), likelihood, num_samples=2, prior_scale=prior)
+    for image in (0, 3):
+        # The same numbers for all images, of which one is looked at.
+        one = dataclasses.replace(LIKELIHOOD, df=df[image])
+        alone = uncertainty_terms(key, views(), one, num_samples=2, prior_scale=prior[image])
+        for name, value in found._asdict().items():
+            np.testing.assert_allclose(
+                value[image], getattr(alone, name)[image], rtol=1e-5, atol=1e-5, err_msg=name
+            )
+    with pytest.raises(ValueError, match=r"df must be a number or \[N\]"):
+        wrong = dataclasses.replace(LIKELIHOOD, df=df[:2])
+        uncertainty_terms(key, views(), wrong, num_samples=2)
+
+
+@pytest.mark.slow
 def test_the_bounds_and_a_single_view():
     # The importance-weighted bound is at least the ELBO, both with little noise of 2,000 samples.
     bound = terms(1).importance_weighted_bound
@@ -223,11 +244,12 @@ def test_wrong_settings_of_terms_are_named(changes, message):
 @pytest.mark.slow
 def test_a_scale_that_is_not_positive_spoils_its_own_image_only():
     e, m, s = views()
-    found: Any = compute(keys(), View(e, m, s.at[0, 2].set(-1.0)))
     expected: Any = compute(keys(), views())
-    for value, other in zip(found, expected, strict=True):
-        assert np.isnan(value[2])
-        np.testing.assert_array_equal(np.delete(value, 2), np.delete(other, 2))
+    for wrong in (-1.0, 0.0):
+        found: Any = compute(keys(), View(e, m, s.at[0, 2].set(wrong)))
+        for value, other in zip(found, expected, strict=True):
+            assert np.isnan(value[2])
+            np.testing.assert_array_equal(np.delete(value, 2), np.delete(other, 2))
 
 
 # --- Features ---
