@@ -6,6 +6,7 @@ domain and the value that it had. What depends on the data is checked when these
 `experiment.build_experiment` and `evaluation.readiness`, before the first step.
 """
 
+import ast
 import dataclasses
 import difflib
 import os
@@ -94,12 +95,28 @@ def _problems(values: Mapping[str, Any], table: Mapping[str, Domain], prefix: st
     problems = []
     for key, domain in table.items():
         if key in values and not domain.accepts(values[key]):
-            got = shown(values[key])
-            hint = ""
-            if isinstance(values[key], str) and not domain.says.startswith(("a text", "one of")):
-                hint = ", a text: leave out the quotes"
+            got, hint = shown(values[key]), _hint(values[key], domain)
             problems.append(f"{prefix}{key} must be {domain.says}, got {got}{hint}")
     return problems
+
+
+def _hint(value: Any, domain: Domain) -> str:
+    """What to write and not a wrong value, where that is plain; else nothing."""
+    if not isinstance(value, list) and domain.accepts([value]):
+        return f"; write ({value!r},)"
+    if isinstance(value, str) and domain.accepts(_without_quotes(value)):
+        return ", a text: leave out the quotes"
+    return ""
+
+
+def _without_quotes(text: str) -> Any:
+    """The value that a text would be without its quotes, or None."""
+    for value_of in (int, float, ast.literal_eval):  # the last does not know "inf"
+        try:
+            return plain(value_of(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 _KINDS = (

@@ -166,8 +166,8 @@ def test_numbers_of_each_image_are_its_own(has_one_key):
             np.testing.assert_allclose(
                 value[image], getattr(alone, name)[image], rtol=1e-5, atol=1e-5, err_msg=name
             )
+    wrong = dataclasses.replace(LIKELIHOOD, df=df[:2])
     with pytest.raises(ValueError, match=r"df must be a number or \[N\]"):
-        wrong = dataclasses.replace(LIKELIHOOD, df=df[:2])
         uncertainty_terms(key, views(), wrong, num_samples=2)
 
 

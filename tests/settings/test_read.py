@@ -74,6 +74,39 @@ def test_what_cannot_be_meant_is_refused_by_name(key):
             read.run_settings(read.plain(changed(**{key.replace(".", "__"): value})))
 
 
+@pytest.mark.parametrize("key", LEAVES)
+def test_hints_are_given_where_they_help(key):
+    def said(value: Any) -> str:
+        with pytest.raises(ValueError, match="must be") as refused:
+            read.run_settings(changed(**{key.replace(".", "__"): value}))
+        return str(refused.value)
+
+    default, unknown, quotes = LEAVES[key], "no such name", ", a text: leave out the quotes"
+    if isinstance(default, str):  # a choice of two reads "A or B"
+        if not read.RUN[key].accepts(unknown):
+            assert said(unknown).endswith(f", got {unknown!r}")
+    elif isinstance(default, list):
+        assert said(unknown).endswith((f", got {unknown!r}", f"; write ({unknown!r},)"))
+        for item in default[:1]:
+            one = said(item) if read.RUN[key].accepts([item]) else f"; write ({item!r},)"
+            assert one.endswith(f"; write ({item!r},)")
+    else:
+        assert said(str(default)).endswith(f", got {str(default)!r}{quotes}")
+        assert said(unknown).endswith(f", got {unknown!r}")
+
+
+def test_what_is_without_its_quotes_a_value_is_shown_as_one():
+    for key, value in (("jevb__df", "inf"), ("jevb__normalized", "True"), ("seed", "3")):
+        with pytest.raises(ValueError, match=r"leave out the quotes$"):
+            read.run_settings(changed(**{key: value}))
+    with pytest.raises(
+        ValueError, match=r"^model.dtype must be float32 or bfloat16, got 'float16'$"
+    ):
+        read.run_settings(changed(model__dtype="float16"))
+    with pytest.raises(ValueError, match=r", got 'wandb'; write \('wandb',\)$"):
+        read.run_settings(changed(train__writers="wandb"))
+
+
 # Borders that the types do not give: accepted, refused.
 BORDERS = {
     "seed": ([0, 2**32 - 1], [-1, 2**32, 2**64]),
