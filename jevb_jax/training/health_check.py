@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,20 @@ def health_check(experiment: Experiment) -> Any:
     return lambda state: check(parallel.on_local_device(state._replace(opt_state=None)), fixed)
 
 
+class _Keys(NamedTuple):
+    """A key for each purpose. With one for all, views and noise would be the same random numbers."""
+
+    views: Array
+    information: Array
+    latents: Array
+    bound: Array
+
+
+def _keys() -> _Keys:
+    """Always the same, so that two checks differ by the state alone."""
+    return _Keys(*jax.random.split(jax.random.key(0), len(_Keys._fields)))
+
+
 def _posterior_values(
     experiment: Experiment, state: TrainState, output: ViewOutputs
 ) -> dict[str, Array]:
@@ -95,7 +109,7 @@ def _two_views(
 ) -> tuple[ViewOutputs, ViewOutputs]:
     """Outputs of two augmented views of the images, always the same two."""
     views = multi_view(
-        jax.random.split(jax.random.key(0), len(images)), images, experiment.view_augmentations[:2]
+        jax.random.split(_keys().views, len(images)), images, experiment.view_augmentations[:2]
     )
     apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)
     source, target = (apply(view, train=False) for view in views)
@@ -110,7 +124,7 @@ def _information_values(
     radial_scale: Any = None
     if experiment.model.initial_radial_scale is not None:
         radial_scale = experiment.model.apply(state.evaluation_variables, method="radial_scale")
-    keys = jax.random.split(jax.random.key(0), len(images))
+    keys = jax.random.split(_keys().information, len(images))
     output = experiment.method(keys, views, views, step=state.step, radial_scale=radial_scale)
     names = ("predictive_information", "directional_log_mass")
     return {name: jnp.mean(output.metrics[name]) for name in names if name in output.metrics}
@@ -123,14 +137,13 @@ def _pair_values(experiment: Experiment, state: TrainState, images: Array) -> di
     they would not say what its gradients do, so it has the cosine alone.
     """
     settings: methods.JevbSettings = experiment.jevb_settings
-    key = jax.random.key(0)
     source, target = _two_views(experiment, state, images)
     apply: Any = functools.partial(experiment.model.apply, state.evaluation_variables)
 
     def terms_of(representation: Array) -> ElboTerms:
         view = apply(representation, train=False, method="outputs_of")
         return conditional_elbo(
-            key,
+            _keys().bound,
             target.embedding,
             view.posterior_mean,
             view.posterior_scale,
@@ -143,7 +156,7 @@ def _pair_values(experiment: Experiment, state: TrainState, images: Array) -> di
     untied = settings.untied_scale(source)
     likelihood = settings.likelihood
     own_scale = scale if untied is None else jnp.broadcast_to(jnp.asarray(untied), scale.shape)
-    noise = jax.random.normal(key, mean.shape) * (settings.location == "sample")
+    noise = jax.random.normal(_keys().latents, mean.shape) * (settings.location == "sample")
     pairs = health.pair_health(
         target.embedding,
         mean + scale * noise,
