@@ -81,17 +81,17 @@ def _view_misfits(settings: RunSettings) -> list[str]:
             "augmentation.mean and augmentation.std need one value for each channel, got "
             f"{len(views.mean)} and {len(views.std)} values"
         )
-    sizes = {"image_size": views.image_size}
-    if views.num_small_crops:
-        sizes["small_crop_size"] = views.small_crop_size
-    for name, size in sizes.items():
+    sizes = {"image_size": (views.image_size, max(views.blur_probability))}
+    if views.num_small_crops:  # they are blurred as the first view
+        sizes["small_crop_size"] = views.small_crop_size, views.blur_probability[0]
+    for name, (size, blur_probability) in sizes.items():
         has_patches = model.backbone.startswith(("vit", "timm_vit", "dinov2"))
         if has_patches and size % model.patch_size:
             problems.append(
                 f"model.patch_size = {model.patch_size} must divide augmentation.{name} = {size}"
             )
         taps = views.blur_kernel_size
-        if max(views.blur_probability) > 0 and taps // 2 >= size:
+        if blur_probability > 0 and taps // 2 >= size:
             problems.append(
                 f"augmentation.blur_kernel_size = {taps} is too wide for views of {size} pixels "
                 f"(augmentation.{name}): at most {2 * size - 1}, or 0"

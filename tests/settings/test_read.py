@@ -1,10 +1,12 @@
 """Every setting has a domain, and what is outside of it is refused before anything is loaded."""
 
+import contextlib
 import copy
 import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from jevb_jax.evaluation import readiness
 from jevb_jax.images.source import ArraySource
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import read
-from jevb_jax.training import experiment
+from jevb_jax.training import experiment, from_settings
 from jevb_jax.training.experiment import Experiment
 
 INF, NAN = math.inf, math.nan
@@ -239,6 +241,27 @@ def test_all_mistakes_are_in_one_message():
 def test_settings_that_are_wrong_together(settings, message):
     with pytest.raises(ValueError, match=message):
         read.run_settings(changed(**settings))
+
+
+@pytest.mark.parametrize(
+    ("probability", "is_refused"), [([0.0, 0.5], False), ([0.5, 0.0], True), ([0.0, 0.0], False)]
+)
+def test_a_kernel_must_fit_the_small_crops_only_where_these_are_blurred(probability, is_refused):
+    config = changed(
+        augmentation__blur_kernel_size=23,
+        augmentation__blur_probability=probability,
+        augmentation__small_crop_size=10,
+        augmentation__num_small_crops=2,
+    )
+    refused = pytest.raises(ValueError, match=r"10 pixels \(augmentation.small_crop_size\)")
+    with refused if is_refused else contextlib.nullcontext():
+        read.run_settings(config)
+    # What the settings allow can be made, and runs.
+    if not is_refused:
+        section = read.run_settings(config).augmentation
+        small = from_settings.view_augmentations(section)[-1]
+        shape = jax.eval_shape(small, jax.random.key(0), np.zeros((32, 32, 3), np.uint8)).shape
+        assert shape == (10, 10, 3)
 
 
 def outside(**keys: Any) -> dict[str, Any]:
