@@ -134,14 +134,15 @@ def _posterior_misfits(settings: RunSettings) -> list[str]:
     """Settings that a likelihood on the sphere does not allow."""
     problems = []
     model, jevb, head = settings.model, settings.jevb, METHODS[settings.method].head
+    # Of every method: the likelihood is made for each, also where the loss does not read it.
+    if jevb.tails == "feature" and jevb.coordinates != "chordal":
+        problems.append('jevb.tails = "feature" needs jevb.coordinates = "chordal"')
     if head == "posterior":
         if model.min_scale >= model.initial_scale:
             problems.append(
                 f"model.min_scale = {model.min_scale} must be below model.initial_scale = "
                 f"{model.initial_scale}"
             )
-        if jevb.tails == "feature" and jevb.coordinates != "chordal":
-            problems.append('jevb.tails = "feature" needs jevb.coordinates = "chordal"')
         if jevb.likelihood == "factorised" and model.embedding_dim < 3:
             problems.append(
                 f"model.embedding_dim = {model.embedding_dim} must be at least 3 for method jevb: "

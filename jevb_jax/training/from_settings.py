@@ -145,7 +145,7 @@ def host_crops(section: AugmentationSection, key: Array) -> HostCrops | None:
 
 
 def jevb_settings(settings: RunSettings, *, steps_per_epoch: int) -> methods.JevbSettings:
-    """Settings of JEVB's objective. They are made for every method; the others ignore them.
+    """Settings of JEVB's objective. They are made for every method; the other losses ignore them.
 
     Args:
       settings: what the run asks for.

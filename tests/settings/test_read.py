@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,11 @@ from configs import default, finetune_default, ood, smoke, transfer
 from jevb_jax import commands, finetuning
 from jevb_jax.evaluation import readiness
 from jevb_jax.images.source import ArraySource
+from jevb_jax.methods import METHODS
+from jevb_jax.paper.densities import SPACES
+from jevb_jax.paper.likelihood import LIKELIHOODS, SCALE_UNITS
+from jevb_jax.paper.mass import TAILS
+from jevb_jax.paper.sphere import COORDINATES
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import read
 from jevb_jax.training import experiment, from_settings
@@ -262,6 +268,31 @@ def test_a_kernel_must_fit_the_small_crops_only_where_these_are_blurred(probabil
         small = from_settings.view_augmentations(section)[-1]
         shape = jax.eval_shape(small, jax.random.key(0), np.zeros((32, 32, 3), np.uint8)).shape
         assert shape == (10, 10, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_that_pass_make_the_settings_of_the_loss_whatever_the_method(method):
+    target = 0.9 if METHODS[method].target == "needed" else 0.0
+    fitting = changed(method=method, train__target_decay=target)
+    choices: dict[str, tuple[str, ...]] = {
+        "tails": TAILS,
+        "coordinates": COORDINATES,
+        "likelihood": LIKELIHOODS,
+        "space": SPACES,
+        "scale_units": SCALE_UNITS,
+    }
+    num_made = 0
+    for values in itertools.product(*choices.values()):
+        asked = dict(zip(choices, values, strict=True))
+        config = fitting | {"jevb": fitting["jevb"] | asked}
+        if asked["tails"] == "feature" and asked["coordinates"] == "stereographic":
+            with pytest.raises(ValueError, match=r'^jevb.tails = "feature" needs jevb.coordinates'):
+                read.run_settings(config)
+        else:
+            made = from_settings.jevb_settings(read.run_settings(config), steps_per_epoch=1)
+            assert dataclasses.asdict(made.likelihood).items() >= asked.items()
+            num_made += 1
+    assert num_made == 24
 
 
 def outside(**keys: Any) -> dict[str, Any]:
