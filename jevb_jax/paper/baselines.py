@@ -166,6 +166,12 @@ def _matrices(
     return arrays
 
 
+def _positive(name: str, given: ArrayLike, like: Array) -> Array:
+    """A setting that must be positive, in the type of `like`. At zero, a gradient would be NaN."""
+    (value,) = sphere.at_least_float32(given)
+    return domain.positive(name, given, value).astype(like.dtype)
+
+
 def _unit(x: Array) -> Array:
     return sphere.polar_decomposition(x)[0]
 
@@ -299,24 +305,25 @@ def vicreg_loss(
       variance_weight: weight of the hinge on standard deviations.
       covariance_weight: weight of the off-diagonal covariances.
       target_std: the hinge acts below this standard deviation.
-      epsilon: added to the variance before the square root.
+      epsilon: added to the variance before the square root, positive.
 
     Raises:
       ValueError: shapes differ or are not `[batch, D]`, the batch has fewer than two examples, or a
-        known weight, `epsilon` or `target_std` is negative or not finite.
+        known weight or `target_std` is negative or not finite, or a known `epsilon` is not positive
+        and finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
     domain.weight("invariance_weight", invariance_weight)
     domain.weight("variance_weight", variance_weight)
     domain.weight("covariance_weight", covariance_weight)
     domain.weight("target_std", target_std)
-    domain.weight("epsilon", epsilon)
+    added = _positive("epsilon", epsilon, views[0])
     batch, dim = views[0].shape
     variance, covariance = [], []
     for view in views:
         centered = view - jnp.mean(view, axis=0, keepdims=True)
         matrix = _matmul(centered.T, centered) / (batch - 1)
-        std = jnp.sqrt(jnp.diagonal(matrix) + epsilon)
+        std = jnp.sqrt(jnp.diagonal(matrix) + added)
         variance.append(jnp.mean(jax.nn.relu(target_std - std)))
         covariance.append(_off_diagonal_squares(matrix) / dim)
     return VICRegTerms(
@@ -344,20 +351,20 @@ def barlow_twins_loss(
       embedding_1: embedding of view 1, `batch >= 2`.
       embedding_2: embedding of view 2. No gradient is stopped.
       redundancy_weight: weight of the off-diagonal correlations.
-      epsilon: added to the variance, as in BatchNorm.
+      epsilon: added to the variance, as in BatchNorm; positive.
 
     Raises:
       ValueError: shapes differ or are not `[batch, D]`, the batch has fewer than two examples, or a
-        known weight or `epsilon` is negative or not finite.
+        known weight is negative or not finite, or a known `epsilon` is not positive and finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
     domain.weight("redundancy_weight", redundancy_weight)
-    domain.weight("epsilon", epsilon)
+    added = _positive("epsilon", epsilon, views[0])
     normalized = []
     for view in views:
         centered = view - jnp.mean(view, axis=0, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=0, keepdims=True)
-        normalized.append(centered * jax.lax.rsqrt(variance + epsilon))
+        normalized.append(centered * jax.lax.rsqrt(variance + added))
     correlation = _matmul(normalized[0].T, normalized[1]) / views[0].shape[0]
     return BarlowTwinsTerms(
         invariance=jnp.sum(jnp.square(jnp.diagonal(correlation) - 1)),
@@ -413,17 +420,17 @@ def emp_ssl_loss(
       squared_epsilon: squared distortion of the coding rate. The official code calls it `eps`.
 
     Raises:
-      ValueError: not three axes, fewer than two crops, a known weight that is negative or not
-        finite, or a `squared_epsilon` that is not positive.
+      ValueError: not three axes, fewer than two crops, no examples, a known weight that is negative
+        or not finite, or a known `squared_epsilon` that is not positive and finite.
     """
     (z,) = sphere.at_least_float32(embeddings)
-    if z.ndim != 3 or len(z) < 2:
+    if z.ndim != 3 or len(z) < 2 or z.shape[1] < 1:
         raise ValueError(
-            f"embeddings must be [crops, batch, D] with 2 crops or more, got {z.shape}"
+            "embeddings must be [crops, batch, D] with 2 crops or more of at least 1 example, got "
+            f"{z.shape}"
         )
     domain.weight("invariance_weight", invariance_weight)
-    (squared,) = sphere.at_least_float32(squared_epsilon)
-    squared = domain.positive("squared_epsilon", squared_epsilon, squared).astype(z.dtype)
+    squared = _positive("squared_epsilon", squared_epsilon, z)
     z = _unit(z)
     similarity = jnp.sum(z * _unit(jnp.mean(z, axis=0))[None], axis=-1)
     batch, dim = z.shape[1:]
