@@ -52,7 +52,7 @@ def _student_t_kernel(
 
     Args:
       squared_length: `Q exp(-log_unit)`.
-      df: positive; `inf` is the Gaussian.
+      df: at least 1e-12; `inf` is the Gaussian.
       n: dimension.
       log_unit: zero unless `Q` would overflow.
       longest_gaussian: upper limit of `Q` at `df = inf`.
@@ -132,7 +132,7 @@ def directional_log_prob(
       loc: unit vectors `m`.
       scale_diag: `s`, positive, in units of the sphere: 1 is about one radian. A number or
         `[..., 1]` is the same scale for all features.
-      df: degrees of freedom, positive; `inf` is the Gaussian limit.
+      df: degrees of freedom, at least 1e-12; `inf` is the Gaussian limit.
       coordinates: "chordal" (eq. 2) gives a sub-density on the sphere. Its mass is at most one,
         near one if the scale is small, and `exp(-17)` at the scales of a model with `D = 128`.
         "stereographic" (eq. 3) gives mass one exactly; with equal scales and `df = D - 1` it is the
@@ -202,7 +202,7 @@ def student_t_log_prob(
 
     Args:
       x: where the density is evaluated.
-      df: degrees of freedom, positive; `inf` is the Gaussian.
+      df: degrees of freedom, at least 1e-12; `inf` is the Gaussian.
       loc: the center.
       scale: positive.
 
@@ -263,7 +263,7 @@ def radial_log_prob(
         "log" is unbounded there.
       loc: `rho`, radius of the latent, positive.
       scale: positive. A relative width in "log", a length in "linear".
-      df: degrees of freedom, positive; `inf` is the Gaussian.
+      df: degrees of freedom, at least 1e-12; `inf` is the Gaussian.
       space: With "log", `log r` is Student-t about `log loc`, exactly normalized on `r > 0`. With
         "linear", `r` is Student-t about `loc`; the mass below zero is lost, so this is a
         sub-density.
@@ -304,7 +304,7 @@ def multivariate_student_t_log_prob(
       loc: `z`.
       scale_diag: `s`, positive; the standard deviations at `df = inf`. A number or `[..., 1]` is
         the same scale for all features.
-      df: degrees of freedom, positive; `inf` is the Gaussian.
+      df: degrees of freedom, at least 1e-12; `inf` is the Gaussian.
 
     Returns:
       Nats.

@@ -17,6 +17,8 @@ from jevb_jax.paper.tracing import is_traced
 
 # Vectors normalized in bfloat16 are off by 0.004; vectors that nobody normalized are off by more.
 _UNIT_TOLERANCE = 0.02
+# In float32, terms with the square of 1 / df overflow below about 1e-16; no density needs less.
+LEAST_DF = 1e-12
 
 
 def _known(value: ArrayLike) -> np.ndarray | None:
@@ -66,9 +68,10 @@ def positive(name: str, given: ArrayLike, cast: Float[Array, "*shape"]) -> Float
 def degrees_of_freedom(
     name: str, given: ArrayLike, cast: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Checks degrees of freedom: positive or `inf`. Arguments and errors as in `positive`."""
-    least = float(jnp.finfo(cast.dtype).tiny)
-    return _within(name, given, cast, "positive (inf is the Gaussian)", lambda x: x >= least)
+    """Checks degrees of freedom: at least `LEAST_DF`, or `inf`. See `positive` for the rest."""
+    meaning = f"positive, at least {LEAST_DF:g} (inf is the Gaussian)"
+    # The number itself may be a little below itself in float32.
+    return _within(name, given, cast, meaning, lambda x: x >= np.asarray(LEAST_DF, cast.dtype))
 
 
 def concentration(

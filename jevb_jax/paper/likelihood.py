@@ -40,8 +40,8 @@ class Likelihood:
     example. The choices are static. `dataclasses.replace` makes a changed copy.
 
     Attributes:
-      df: degrees of freedom of the directional term, positive; `inf` is the Gaussian.
-      radial_df: degrees of freedom of the radial term, positive; `inf` is the Gaussian.
+      df: degrees of freedom of the directional term, at least 1e-12; `inf` is the Gaussian.
+      radial_df: degrees of freedom of the radial term, at least 1e-12; `inf` is the Gaussian.
       radial_scale: width of the radial term, positive: relative if `space` is "log", else a length.
       scale_units: how a deviation of the posterior is converted to the unit sphere, by
         `likelihood_scale`.

@@ -255,7 +255,7 @@ def directional_log_mass(
       scale_diag: positive, in units of the sphere. A number or `[..., 1]` is the same scale for all
         features.
       loc: unit vectors `m`, `D >= 3`.
-      df: degrees of freedom, positive; `inf` is the Gaussian.
+      df: degrees of freedom, at least 1e-12; `inf` is the Gaussian.
       tails: "joint" or "feature", as for `densities.directional_log_prob`.
       coordinates: "chordal" or "stereographic". Stereographic coordinates fill the sphere, so the
         result is zero.

@@ -74,7 +74,8 @@ def log_gamma_ratio(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Flo
     that would cancel in a plain difference are cancelled by hand.
 
     Args:
-      a: positive or `inf`.
+      a: at least half of `domain.LEAST_DF`, or `inf`. In float32 terms with `b / a` overflow if `a`
+        is below about `b / 1e37`, and their slopes far above that.
       b: non-negative, finite.
     """
     shifted_inverse = 1 / (a + _STIRLING_SHIFT)

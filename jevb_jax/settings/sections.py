@@ -17,7 +17,7 @@ from jevb_jax.images.levels import DTYPES, Dtype, Levels
 from jevb_jax.images.pixels import Interpolation
 from jevb_jax.networks import class_token_vit, heads, joint
 from jevb_jax.networks.heads import HeadInput
-from jevb_jax.paper import densities, likelihood, mass, objective, sphere
+from jevb_jax.paper import densities, domain, likelihood, mass, objective, sphere
 from jevb_jax.runs import metrics_writers
 from jevb_jax.settings.domains import (
     BOOLEAN,
@@ -34,7 +34,7 @@ from jevb_jax.settings.domains import (
 
 _PROBABILITY = number(0, 1)
 _WEIGHT = number(0)
-_DF = number(0, low_open=True, infinite=True, note="inf is the Gaussian")
+_DF = number(domain.LEAST_DF, infinite=True, note="inf is the Gaussian")
 _SEED = integer(0, 2**32 - 1, note="JAX keys have 32 bits; for a longer hash give hash % 2**32")
 _PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
 _CORRUPTIONS = many(choice(*CORRUPTIONS))

@@ -1270,3 +1270,29 @@ def test_float32_stays_float32_where_x64_is_enabled():
 
             value, slope = jax.eval_shape(jax.value_and_grad(of_scale), ONES)
             assert value.dtype == slope.dtype == jnp.float32
+
+
+@pytest.mark.slow
+def test_degrees_of_freedom_go_down_to_a_stated_number():
+    # Far below it terms overflow in float32: the density was NaN, or off by thousands of nats.
+    arguments: dict[str, Any] = {"loc": 0.0, "scale": 1.0}
+    for df in (1e-37, 1e-30, 9e-13):
+        with pytest.raises(ValueError, match="df must be positive, at least 1e-12"):
+            student_t_log_prob(2.0, df=df, **arguments)
+        traced = jax.jit(functools.partial(student_t_log_prob, **arguments))(2.0, df=df)
+        assert np.isnan(traced)
+    found, slope = jax.value_and_grad(lambda df: student_t_log_prob(2.0, df=df, **arguments))(1e-12)
+    # Far out in the tail, p = df / (2 |x|).
+    np.testing.assert_allclose(found, np.log(1e-12 / 4), rtol=1e-6)
+    np.testing.assert_allclose(slope, 1e12, rtol=1e-5)
+    u, m = np.float32(oracles.random_units(np.random.default_rng(0), 2, 512))
+    value, slope = jax.jit(
+        jax.value_and_grad(
+            lambda df: directional_log_prob(u, loc=m, scale_diag=0.1, df=df, coordinates="chordal")
+        )
+    )(1e-12)
+    exact = oracles.directional_log_prob(
+        np.float64(u), np.float64(m), np.full(512, 0.1), 1e-12, "chordal"
+    )
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    assert np.isfinite(slope)

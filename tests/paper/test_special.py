@@ -6,11 +6,13 @@ import mpmath
 import numpy as np
 import pytest
 
-from jevb_jax.paper import special
+from jevb_jax.paper import domain, special
 
 pytestmark = pytest.mark.numerics
 
-A = np.array([1e-3, 0.1, 0.5, 1.0, 2.5, 7.9, 8.1, 64.0, 1e3, 1e5, 1e7, 1e12], np.float32)
+A = np.array(
+    [domain.LEAST_DF / 2, 1e-3, 0.1, 0.5, 1.0, 2.5, 7.9, 8.1, 64.0, 1e3, 1e5, 1e7, 1e12], np.float32
+)
 B = np.array([0.0, 0.5, 1.0, 3.0, 64.0, 2048.0], np.float32)
 
 
