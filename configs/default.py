@@ -199,7 +199,7 @@ def get_config() -> ConfigDict:
             # BatchNorm's statistics: False = of each view by itself; True = of all views of one size
             # together. In both cases more than two views of one size are one batch of the network.
             "bn_over_views": False,
-            "bn_group_size": 0,  # number of examples in a BatchNorm group; 0 = the global batch
+            "bn_group_size": 0,  # examples in a BatchNorm group; 0 = all examples of a micro-batch
             "ema_decay": 0.0,  # moving average of the parameters, used in evaluation; 0 = off
             # Moving average of a target network, rises to 1; 0 = no target network (BYOL: 0.99).
             "target_decay": 0.0,

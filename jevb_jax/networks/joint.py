@@ -74,8 +74,8 @@ def parameter_count(params: Any) -> int:
 class JointEmbeddingModel(nn.Module):
     """Backbone, projector and head, and the learned scale of the radial likelihood.
 
-    `params` has the entries `backbone` (not for frozen features), `projector`, and for JEVB `head`
-    and the scalar `raw_radial_scale`.
+    `params` has the entries `backbone` (not for frozen features), `projector`, `head` where the
+    method has one, and for JEVB the scalar `raw_radial_scale`.
 
         variables = model.init(key, images, train=False)
         outputs, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])

@@ -57,9 +57,8 @@ def _student_t_kernel(
       log_unit: zero unless `Q` would overflow.
       longest_gaussian: upper limit of `Q` at `df = inf`.
     """
-    # `where` and no division: at `inf` the slope in df is zero, even if the slope in 1/df
-    # overflows. Selected and not divided: at `inf` the slope in df is zero, even where the slope in
-    # 1/df overflows.
+    # Selected and not divided: at `inf` the slope in df is zero, even where the slope in 1/df
+    # overflows.
     is_infinite = jnp.isinf(df)
     finite = jnp.where(is_infinite, 1.0, df)
     inverse_df = jnp.where(is_infinite, 0.0, 1 / finite)

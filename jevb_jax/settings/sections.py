@@ -36,7 +36,7 @@ _PROBABILITY = number(0, 1)
 _WEIGHT = number(0)
 _DF = number(domain.LEAST_DF, infinite=True, note="inf is the Gaussian")
 _SEED = integer(0, 2**32 - 1, note="JAX keys have 32 bits; for a longer hash give hash % 2**32")
-_PAIR = many(_PROBABILITY, length=(2,), note="one for each of the two views")
+_PAIR = many(_PROBABILITY, length=(2,), note="for views 1, 3, ... and for views 2, 4, ...")
 _CORRUPTIONS = many(choice(*CORRUPTIONS))
 _SEVERITIES = rising(integer(1, NUM_SEVERITIES))
 _LIKELIHOODS = choice(*likelihood.LIKELIHOODS)
@@ -273,7 +273,7 @@ class TrainSection:
     extend: Flag
     num_micro_batches: Annotated[int, integer(1)]
     bn_over_views: Flag
-    bn_group_size: Annotated[int, integer(0, note="0 = the global batch")]
+    bn_group_size: Annotated[int, integer(0, note="0 = all examples of a micro-batch")]
     ema_decay: Annotated[float, number(0, 1, high_open=True, note="0 = off")]
     target_decay: Annotated[float, number(0, 1, high_open=True, note="0 = none")]
     shard_optimizer_state: Flag

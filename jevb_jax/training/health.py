@@ -170,9 +170,8 @@ def embedding_log_radius(embedding: ArrayLike) -> Array:
       ValueError: not two axes, or fewer than two images.
     """
     matrix = _as_matrix("embedding", embedding)
-    # Not `safe_log`, which reads a NaN as the smallest number.
-    radius = jnp.maximum(sphere.safe_norm(matrix), float(jnp.finfo(matrix.dtype).tiny))
-    return jnp.mean(jnp.log(radius)) - float(np.log(matrix.shape[-1])) / 2
+    log_radius = sphere.safe_log(sphere.safe_norm(matrix))
+    return jnp.mean(log_radius) - float(np.log(matrix.shape[-1])) / 2
 
 
 def share_at_floor(scale: ArrayLike, *, min_scale: float) -> Array:

@@ -358,7 +358,7 @@ class ChunkResult(NamedTuple):
 
     Attributes:
       state: after the last good step.
-      metrics: each `[steps_per_dispatch]`; zero for the steps that were not asked for.
+      metrics: each `[steps_per_dispatch]`, without meaning for the steps that were not asked for.
       is_finite: False if a loss or gradient was not finite. Then `state` is the one *before* that
         step, whose number is `state.step`.
     """
@@ -448,7 +448,7 @@ def make_train_chunk(
             return ChunkResult(
                 _select(is_finite & (num_steps > 0), new_state, state),
                 jax.tree.map(lambda value: value[None], metrics),
-                is_finite,
+                is_finite | (num_steps == 0),
             )
 
         metric_shapes = jax.eval_shape(run_step, state, jnp.zeros((), jnp.int32))[1]

@@ -174,7 +174,7 @@ def test_borders_of_a_domain(key):
 def test_off_is_said_where_it_is_not_minus_one():
     for key, off in (("train.ema_decay", "0 = off"), ("checkpoint.keep_best", "0 = off"),
                      ("ood.max_fit_images", "0 = all"), ("optimizer.max_gradient_norm", "0 = no"),
-                     ("train.bn_group_size", "0 = the global batch")):  # fmt: skip
+                     ("train.bn_group_size", "0 = all examples of a micro-batch")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{key} .*{off}.*got -1$"):
             read.run_settings(changed(**{key.replace(".", "__"): -1}))
 
