@@ -193,24 +193,21 @@ def to_patches(images: jax.Array, size: int) -> tuple[jax.Array, int, int]:
     return patches.reshape(batch, rows * columns, size * size * channels), rows, columns
 
 
-def sincos_position_embedding(
-    rows: int, columns: int, *, dim: int, max_period: float = 10_000.0
-) -> np.ndarray:
+def sincos_position_embedding(rows: int, columns: int, *, dim: int) -> np.ndarray:
     """Fixed 2-D sine-cosine position embedding of a grid of patches (MoCo v3, arXiv 2104.02057).
 
-    The frequencies are `w_k = max_period**(-k / (dim/4))`, `k = 0 ... dim/4 - 1`. The patch in row
+    The frequencies are `w_k = 10000**(-k / (dim/4))`, `k = 0 ... dim/4 - 1`. The patch in row
     `i` and column `j` gets `[sin(j w), cos(j w), sin(i w), cos(i w)]`. It is computed in float64.
 
     Args:
       rows: number of rows of patches.
       columns: number of columns of patches.
       dim: width of the embedding, a multiple of 4.
-      max_period: bound on the longest period divided by 2 pi, in patches.
 
     Returns:
       `[rows * columns, dim]` float32, row by row.
     """
-    frequencies = max_period ** (-np.arange(dim // 4) / (dim // 4))
+    frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim // 4))
     row, column = np.indices((rows, columns)).reshape(2, -1, 1) * frequencies
     parts = [np.sin(column), np.cos(column), np.sin(row), np.cos(row)]
     return np.concatenate(parts, axis=1).astype(np.float32)

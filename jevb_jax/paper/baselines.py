@@ -77,7 +77,7 @@ class VICRegTerms(NamedTuple):
 
     Attributes:
       invariance: squared difference of the views, mean over features.
-      variance: how far standard deviations fall below the target, mean over features and views.
+      variance: how far standard deviations fall below one, mean over features and views.
       covariance: sum of squared off-diagonal covariances divided by `D`, summed over views.
       invariance_weight: weight of `invariance` in the loss.
       variance_weight: weight of `variance` in the loss.
@@ -286,7 +286,6 @@ def vicreg_loss(
     invariance_weight: float = 25.0,
     variance_weight: float = 25.0,
     covariance_weight: float = 1.0,
-    target_std: float = 1.0,
     epsilon: float = 1e-4,
 ) -> VICRegTerms:
     """VICReg (docs eq. 20; Bardes et al. 2022, arXiv 2105.04906, eq. 1 to 6).
@@ -304,19 +303,16 @@ def vicreg_loss(
       invariance_weight: weight of the mean squared difference.
       variance_weight: weight of the hinge on standard deviations.
       covariance_weight: weight of the off-diagonal covariances.
-      target_std: the hinge acts below this standard deviation.
       epsilon: added to the variance before the square root, positive.
 
     Raises:
       ValueError: shapes differ or are not `[batch, D]`, the batch has fewer than two examples, or a
-        known weight or `target_std` is negative or not finite, or a known `epsilon` is not positive
-        and finite.
+        known weight is negative or not finite, or a known `epsilon` is not positive and finite.
     """
     views = _matrices(2, embedding_1=embedding_1, embedding_2=embedding_2)
     domain.weight("invariance_weight", invariance_weight)
     domain.weight("variance_weight", variance_weight)
     domain.weight("covariance_weight", covariance_weight)
-    domain.weight("target_std", target_std)
     added = _positive("epsilon", epsilon, views[0])
     batch, dim = views[0].shape
     variance, covariance = [], []
@@ -324,7 +320,7 @@ def vicreg_loss(
         centered = view - jnp.mean(view, axis=0, keepdims=True)
         matrix = _matmul(centered.T, centered) / (batch - 1)
         std = jnp.sqrt(jnp.diagonal(matrix) + added)
-        variance.append(jnp.mean(jax.nn.relu(target_std - std)))
+        variance.append(jnp.mean(jax.nn.relu(1 - std)))
         covariance.append(_off_diagonal_squares(matrix) / dim)
     return VICRegTerms(
         invariance=jnp.mean(jnp.square(views[0] - views[1]), axis=-1),

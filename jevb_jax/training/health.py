@@ -69,19 +69,18 @@ def embedding_std(embedding: ArrayLike) -> Array:
     return jnp.mean(jnp.std(direction, axis=0)) * float(np.sqrt(direction.shape[-1]))
 
 
-def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
+def effective_rank(embedding: ArrayLike) -> Array:
     """Exponential of the entropy of the normalized singular values (Roy and Vetterli 2007).
 
-    `exp(-sum_i p_i log p_i)` with `p_i = sigma_i / sum_j sigma_j`. With `centered=False` it is
-    RankMe (Garrido et al. 2023, eq. 1) without the paper's 1e-7 added to `p`.
+    `exp(-sum_i p_i log p_i)` with `p_i = sigma_i / sum_j sigma_j`. It is RankMe (Garrido et al. 2023,
+    eq. 1) of the centered embedding, without the paper's 1e-7 added to `p`. The mean over images is
+    subtracted first, so that a large common offset is not a direction.
 
     Singular values below the rounding error of `embedding` itself count as zero. Otherwise a
     constant embedding would seem to have full rank: centering leaves only rounding noise of it.
 
     Args:
       embedding: `[N, D]` with `N > D`.
-      centered: subtract the mean over images first, so that a large common offset is not a
-        direction.
 
     Returns:
       `[]`, in `[1, D]`; 1 at full collapse. The cost is that of a QR of `[N, D]` and an SVD of
@@ -106,8 +105,7 @@ def effective_rank(embedding: ArrayLike, *, centered: bool = True) -> Array:
     largest, matrix = largest * quarter, matrix * quarter
     matrix = matrix / jnp.where(largest == 0, jnp.ones_like(largest), largest)
     rounding = 4 * float(jnp.finfo(matrix.dtype).eps) * jnp.sqrt(jnp.sum(jnp.square(matrix)))
-    if centered:
-        matrix = matrix - jnp.mean(matrix, axis=0, keepdims=True)
+    matrix = matrix - jnp.mean(matrix, axis=0, keepdims=True)
     # Eigenvalues of the Gram matrix would be cheaper, but in float32 they lose every singular value
     # under 3e-4 of the largest; the triangular factor keeps them down to 1e-7.
     singular_values = jnp.linalg.svd(jnp.linalg.qr(matrix, mode="r"), compute_uv=False)

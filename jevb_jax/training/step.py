@@ -48,34 +48,6 @@ class TrainState(NamedTuple):
         return {"params": params, "batch_stats": self.batch_stats}
 
 
-def init_state(
-    key: Array,
-    model: JointEmbeddingModel,
-    optimizer: optax.GradientTransformation,
-    view_shape: tuple[int, ...],
-    *,
-    ema_decay: float = 0.0,
-    target_decay: float = 0.0,
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-      key: consumed.
-      model: networks.
-      optimizer: as given to `train_step`.
-      view_shape: `(height, width, channels)` of a view, or `(F,)` of features.
-      ema_decay: what the parameters' average keeps at a step; 0 is off.
-      target_decay: what the target network keeps at a step; 0 is no such network.
-
-    Returns:
-      The state.
-    """
-    init = compiled_init(
-        model, optimizer, view_shape, ema_decay=ema_decay, target_decay=target_decay
-    )
-    return init(key)
-
-
 def compiled_init(
     model: JointEmbeddingModel,
     optimizer: optax.GradientTransformation,
@@ -84,16 +56,16 @@ def compiled_init(
     ema_decay: float = 0.0,
     target_decay: float = 0.0,
 ) -> Callable[[Array], TrainState]:
-    """`init_state` as a function of the key that compiles once.
+    """The state before the first step, as a function of the key that compiles once.
 
     One program: operation by operation, initializing a ResNet takes many times longer.
 
     Args:
       model: networks.
       optimizer: as given to `train_step`.
-      view_shape: `(height, width, channels)` of a view.
-      ema_decay: 0 is off.
-      target_decay: 0 is no target network.
+      view_shape: `(height, width, channels)` of a view, or `(F,)` of features.
+      ema_decay: what the parameters' average keeps at a step; 0 is off.
+      target_decay: what the target network keeps at a step; 0 is no such network.
 
     Returns:
       From a key to the state before the first step.
@@ -235,7 +207,6 @@ def train_step(
     bn_group_size: int = 0,
     ema_decay: float = 0.0,
     target_decay: Callable[[Array], Array] | None = None,
-    use_batch_statistics: bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of training, a pure function; the one place where examples are averaged.
 
@@ -245,7 +216,7 @@ def train_step(
         `[batch, F]` or `[batch, V, F]`.
       key: the run's key; the step folds in its own number.
       model: networks.
-      optimizer: as in `init_state`.
+      optimizer: as in `compiled_init`.
       view_augmentations: what makes the full views and, where there are any, small crops.
       method: see `jevb_jax.methods`.
       num_full_views: so many of the first views are targets.
@@ -255,7 +226,6 @@ def train_step(
       bn_group_size: examples that BatchNorm takes together, see `apply_views`; 0 is all of a part.
       ema_decay: what the parameters' average keeps, if the state has one.
       target_decay: step -> decay of the target network, if the state has one.
-      use_batch_statistics: False freezes BatchNorm at its running statistics.
 
     Returns:
       The state after the step, and metrics of the batch: scalars, in the method's units.
@@ -264,7 +234,7 @@ def train_step(
     apply = functools.partial(
         apply_views,
         model,
-        train=use_batch_statistics,
+        train=True,
         bn_over_views=bn_over_views,
         bn_group_size=bn_group_size,
     )

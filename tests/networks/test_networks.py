@@ -395,12 +395,12 @@ def test_vit_matches_oracle():
 
 def test_sincos_position_embedding_matches_its_formula():
     rows, columns, dim = 3, 5, 12
-    table = sincos_position_embedding(rows, columns, dim=dim, max_period=100.0)
+    table = sincos_position_embedding(rows, columns, dim=dim)
     assert table.shape == (rows * columns, dim)
     assert table.dtype == np.float32
     for i in range(rows):
         for j in range(columns):
-            frequencies = [100.0 ** (-k / 3) for k in range(3)]
+            frequencies = [10_000.0 ** (-k / 3) for k in range(3)]
             expected = [f(a * w) for a in (j, i) for f in (math.sin, math.cos) for w in frequencies]
             np.testing.assert_allclose(table[i * columns + j], expected, atol=1e-7)
 

@@ -18,7 +18,13 @@ from jevb_jax.networks.joint import make_model
 from jevb_jax.paper.likelihood import Likelihood
 from jevb_jax.training import optimizers
 from jevb_jax.training.optimizers import EarlierLength
-from jevb_jax.training.step import TrainState, apply_views, init_state, make_train_chunk, train_step
+from jevb_jax.training.step import (
+    TrainState,
+    apply_views,
+    compiled_init,
+    make_train_chunk,
+    train_step,
+)
 
 VIEW = ViewAugmentation(
     size=8,
@@ -76,7 +82,8 @@ def step_function(**overrides: Any):
 
 @functools.cache
 def initial_state(ema_decay: float = 0.0) -> TrainState:
-    return init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), ema_decay=ema_decay)
+    init = compiled_init(model(), optax.sgd(0.1), (8, 8, 1), ema_decay=ema_decay)
+    return init(jax.random.key(1))
 
 
 @functools.cache
@@ -120,11 +127,23 @@ def test_ema_is_the_recursion():
     assert initial_state().evaluation_variables["params"] is initial_state().params
 
 
+@pytest.fixture
+def frozen_statistics(monkeypatch):
+    """A step whose BatchNorm uses its running statistics."""
+
+    def apply_frozen(*args: Any, train: bool, **keywords: Any) -> Any:
+        assert train
+        return apply_views(*args, train=False, **keywords)
+
+    monkeypatch.setattr("jevb_jax.training.step.apply_views", apply_frozen)
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
+@pytest.mark.usefixtures("frozen_statistics")
 def test_micro_batches_change_nothing_when_statistics_are_frozen():
     whole, parts = (
-        jax.jit(step_function(num_micro_batches=count, use_batch_statistics=False))(
+        jax.jit(step_function(num_micro_batches=count))(
             initial_state(), images(), jax.random.key(0)
         )
         for count in (1, 4)
@@ -543,7 +562,8 @@ def test_target_decay_is_byols_schedule():
 
 @pytest.mark.slow
 def test_target_network_is_the_recursion_and_gives_the_targets():
-    start = init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
+    init = compiled_init(model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
+    start = init(jax.random.key(1))
     assert set(start.target_params) == {"backbone", "projector"}
     step = jax.jit(step_function(target_decay=lambda step: 0.9 + 0.01 * step))
     first, metrics = step(start, images(), jax.random.key(0))
@@ -566,14 +586,14 @@ def test_target_network_is_the_recursion_and_gives_the_targets():
 
 @pytest.mark.slow
 @pytest.mark.nightly
+@pytest.mark.usefixtures("frozen_statistics")
 def test_accumulation_leaves_the_target_network_alone():
-    start = init_state(jax.random.key(1), model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
+    init = compiled_init(model(), optax.sgd(0.1), (8, 8, 1), target_decay=0.9)
+    start = init(jax.random.key(1))
     whole, parts = (
-        jax.jit(
-            step_function(
-                num_micro_batches=count, use_batch_statistics=False, target_decay=lambda _: 0.9
-            )
-        )(start, images(), jax.random.key(0))[0]
+        jax.jit(step_function(num_micro_batches=count, target_decay=lambda _: 0.9))(
+            start, images(), jax.random.key(0)
+        )[0]
         for count in (1, 4)
     )
     assert largest_difference(whole.target_params, parts.target_params) < 1e-6
