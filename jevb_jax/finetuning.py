@@ -41,9 +41,9 @@ from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.runs.provenance import environment
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import FinetuneSettings, InputSection
-from jevb_jax.training import classification, optimizers
+from jevb_jax.training import classification
 from jevb_jax.training.classification import BestEpoch
-from jevb_jax.training.experiment import make_optimizer
+from jevb_jax.training.experiment import make_optimizer, make_schedule
 from jevb_jax.training.loop import RunLoop
 from jevb_jax.training.plan import Plan, is_resident
 from jevb_jax.training.resume import check_finetune_config
@@ -356,11 +356,8 @@ def _train(
     size = settings.evaluation.batch_size
     steps_per_epoch = batch_order.steps_per_epoch(len(train), settings.train.batch_size)
     num_steps = settings.train.num_epochs * steps_per_epoch
-    schedule = optimizers.make_schedule(
-        learning_rate=settings.optimizer.learning_rate,
-        warmup_steps=round(settings.optimizer.warmup_epochs * steps_per_epoch),
-        num_steps=num_steps,
-        final_learning_rate=settings.optimizer.final_learning_rate,
+    schedule = make_schedule(
+        settings.optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_steps
     )
     optimizer = make_optimizer(settings.optimizer, schedule)
     # ViT has no BatchNorm, and so no statistics.

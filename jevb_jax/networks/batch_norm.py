@@ -254,3 +254,20 @@ def each_view_alone(num_views: int) -> AbstractContextManager[None]:
         return y.reshape(args[0].shape)
 
     return nn.intercept_methods(intercept)
+
+
+def check_group_size(bn_group_size: int, num_examples: int) -> None:
+    """Refuses groups of one example and groups that do not divide the examples.
+
+    Args:
+      bn_group_size: how many examples BatchNorm takes together.
+      num_examples: how many it sees at once.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    if bn_group_size < 2 or num_examples % bn_group_size:
+        raise ValueError(
+            f"train.bn_group_size = {bn_group_size} must be at least 2 and divide the {num_examples} "
+            "examples that BatchNorm sees at once (batch_size / num_micro_batches), or be 0"
+        )

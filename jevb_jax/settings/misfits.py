@@ -4,8 +4,9 @@ from typing import Any
 
 from jevb_jax.images.dataset import PICTURE_SOURCES
 from jevb_jax.methods import METHODS
+from jevb_jax.networks.batch_norm import check_group_size
 from jevb_jax.settings.domains import shown
-from jevb_jax.settings.sections import DataSection, RunSettings, TrainSection
+from jevb_jax.settings.sections import DataSection, OptimizerSection, RunSettings, TrainSection
 
 
 def misfits(settings: RunSettings) -> list[str]:
@@ -43,12 +44,17 @@ def _method_misfits(settings: RunSettings) -> list[str]:
             "init.frozen_stages keeps weights of init.workdir, which is empty: name a run or a file "
             "there, or set init.frozen_stages to 0"
         )
-    if settings.optimizer.warmup_epochs >= train.num_epochs:
-        problems.append(
-            f"optimizer.warmup_epochs = {settings.optimizer.warmup_epochs:g} must be shorter than "
-            f"the run, train.num_epochs = {train.num_epochs:g}"
-        )
-    return problems
+    return problems + warmup_misfits(settings.optimizer, num_epochs=train.num_epochs)
+
+
+def warmup_misfits(optimizer: OptimizerSection, *, num_epochs: float) -> list[str]:
+    """A warm-up that is not shorter than the run."""
+    if optimizer.warmup_epochs < num_epochs:
+        return []
+    return [
+        f"optimizer.warmup_epochs = {optimizer.warmup_epochs:g} must be shorter than the run, "
+        f"train.num_epochs = {num_epochs:g}"
+    ]
 
 
 def _batch_misfits(train: TrainSection) -> list[str]:
@@ -64,11 +70,11 @@ def _batch_misfits(train: TrainSection) -> list[str]:
             f"train.num_micro_batches = {train.num_micro_batches} leaves {seen} example of "
             f"train.batch_size = {train.batch_size} to a part: BatchNorm needs at least 2"
         ]
-    if group and (group < 2 or seen % group):
-        return [
-            f"train.bn_group_size = {group} must be at least 2 and divide the {seen} examples "
-            "that BatchNorm sees at once (batch_size / num_micro_batches), or be 0"
-        ]
+    try:
+        if group:
+            check_group_size(group, seen)
+    except ValueError as error:
+        return [str(error)]
     return []
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jevb_jax.images import corruptions
 from jevb_jax.settings.domains import Domain, shown
-from jevb_jax.settings.misfits import misfits, misfits_of_source
+from jevb_jax.settings.misfits import misfits, misfits_of_source, warmup_misfits
 from jevb_jax.settings.sections import (
     DataSection,
     EvaluationSection,
@@ -167,7 +167,8 @@ def _built(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
 def _check_outside_sets(sets: Sequence[Mapping[str, Any]], where: str) -> list[str]:
     problems = []
     names: list[Any] = []
-    made = [f"{name}_{n + 1}" for name in corruptions.CORRUPTIONS for n in range(5)]
+    severities = range(1, corruptions.NUM_SEVERITIES + 1)
+    made = [f"{name}_{severity}" for name in corruptions.CORRUPTIONS for severity in severities]
     for number_of_set, one in enumerate(sets):
         prefix = f"{where}[{number_of_set}]."
         name = one.get("name")
@@ -268,7 +269,7 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
     _check_keys(values, FINETUNE)
     _refuse(_problems(values, FINETUNE, ""))
     settings = _built(FinetuneSettings, config)
-    optimizer, train = settings.optimizer, settings.train
+    optimizer = settings.optimizer
     problems = misfits_of_source(settings.data)
     if settings.data.source == "features":
         problems.append("data.source = 'features' is for train.py: a fine-tune needs images")
@@ -276,10 +277,6 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
         problems.append("optimizer.constant_head_rate is of pre-training: set it to False")
     if settings.init.frozen and optimizer.layer_decay != 1:
         problems.append("optimizer.layer_decay is of an encoder that is trained: set it to 1.0")
-    if optimizer.warmup_epochs >= train.num_epochs:
-        problems.append(
-            f"optimizer.warmup_epochs = {optimizer.warmup_epochs:g} must be shorter than the run, "
-            f"train.num_epochs = {train.num_epochs}"
-        )
+    problems += warmup_misfits(optimizer, num_epochs=settings.train.num_epochs)
     _refuse(problems)
     return settings

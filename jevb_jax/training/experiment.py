@@ -138,7 +138,7 @@ class Experiment:
         """
         if not earlier:
             return self
-        schedule = _schedule(
+        schedule = make_schedule(
             self.settings.optimizer,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=self.num_train_steps,
@@ -166,14 +166,27 @@ def _loss(settings: RunSettings, jevb_settings: methods.JevbSettings) -> methods
     return functools.partial(method.loss, **keywords)
 
 
-def _schedule(
+def make_schedule(
     section: OptimizerSection,
     *,
     steps_per_epoch: int,
     num_steps: int,
     earlier: Sequence[EarlierLength] = (),
 ) -> optax.Schedule:
-    """The learning rate of the section `optimizer`."""
+    """The learning rate of the section `optimizer`.
+
+    Args:
+      section: the section.
+      steps_per_epoch: for the warm-up.
+      num_steps: of the run.
+      earlier: the planned lengths before the run was extended.
+
+    Returns:
+      step -> learning rate.
+
+    Raises:
+      ValueError: the warm-up is not shorter than the run.
+    """
     return optimizers.make_schedule(
         learning_rate=section.learning_rate,
         warmup_steps=round(section.warmup_epochs * steps_per_epoch),
@@ -244,7 +257,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     num_train_steps = round(train.num_epochs * steps_per_epoch)
     if num_train_steps < 1:
         raise ValueError(f"train.num_epochs = {train.num_epochs} makes a run of no steps")
-    schedule = _schedule(
+    schedule = make_schedule(
         settings.optimizer, steps_per_epoch=steps_per_epoch, num_steps=num_train_steps
     )
     jevb_settings = from_settings.jevb_settings(settings, steps_per_epoch=steps_per_epoch)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jevb_jax import parallel
 from jevb_jax.images.views import View, multi_view
 from jevb_jax.methods import Loss
-from jevb_jax.networks.batch_norm import each_view_alone
+from jevb_jax.networks.batch_norm import check_group_size, each_view_alone
 from jevb_jax.networks.joint import JointEmbeddingModel, ViewOutputs
 from jevb_jax.training import health
 from jevb_jax.xla_options import alone_on_a_cpu, jit_once, network_options
@@ -137,7 +137,7 @@ def apply_views(
         if bn_group_size == 0:
             output, updated = apply(batch_stats, batch)
             return output, updated["batch_stats"]
-        check_bn_group_size(bn_group_size, batch.shape[0] // num_views)
+        check_group_size(bn_group_size, batch.shape[0] // num_views)
         groups = batch.reshape(-1, bn_group_size * num_views, *batch.shape[1:])
         output, updated = jax.vmap(apply, in_axes=(None, 0))(batch_stats, groups)
         output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
@@ -177,19 +177,6 @@ def _passes(views: Sequence[Array], *, bn_over_views: bool) -> list[list[int]]:
         is_joint = bn_over_views or len(members) > 2
         passes += [members] if is_joint else [[index] for index in members]
     return passes
-
-
-def check_bn_group_size(bn_group_size: int, num_examples: int) -> None:
-    """Refuses groups of one example and groups that do not divide the examples.
-
-    Raises:
-      ValueError: with both numbers.
-    """
-    if bn_group_size < 2 or num_examples % bn_group_size:
-        raise ValueError(
-            f"train.bn_group_size = {bn_group_size} must be at least 2 and divide the {num_examples} "
-            "examples that BatchNorm sees at once (batch_size / num_micro_batches), or be 0"
-        )
 
 
 def train_step(
