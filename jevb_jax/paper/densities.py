@@ -231,9 +231,7 @@ def _quotient(x: Array, scale: Array) -> Array:
     That slope has a factor `scale^-2`, which is lost beyond 1e19 in float32. Here x and scale are
     first divided by a power of two near the scale, so that the factor is near one.
     """
-    limits = jnp.finfo(scale.dtype)
-    unit = jnp.maximum(jax.lax.stop_gradient(scale) / 2, float(limits.tiny))
-    unit = jax.lax.reduce_precision(unit, limits.nexp, 0)
+    unit = sphere.power_of_two_below(scale)
     return (x / unit) / (scale / unit)
 
 
@@ -319,9 +317,8 @@ def multivariate_student_t_log_prob(
         {"value": x, "loc": mean}, {"df": nu}, {"scale_diag": scale}
     )
     dim = x.shape[-1]
-    # A power of two at or below the smallest scale, so that the quotients cannot overflow.
-    unit = jnp.maximum(jnp.min(scale, axis=-1) / 2, float(jnp.finfo(scale.dtype).tiny))
-    unit = jax.lax.reduce_precision(jax.lax.stop_gradient(unit), jnp.finfo(scale.dtype).nexp, 0)
+    # In a unit below the smallest scale, so that the quotients cannot overflow.
+    unit = sphere.power_of_two_below(jnp.min(scale, axis=-1))
     distance = sphere.safe_norm((x - mean) / (scale / unit[..., None]))
     log_length, is_extreme = _log_length(sphere.safe_log(distance) - jnp.log(unit), nu)
     # The branch that is not taken gets a harmless argument. Otherwise its gradient could be NaN.

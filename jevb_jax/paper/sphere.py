@@ -135,7 +135,8 @@ class TangentSquares(NamedTuple):
     Attributes:
       squares: `(y_i / s_i)^2 / exp(log_unit)`.
       log_unit: exactly zero if no square can overflow.
-      log_volume: as returned by `scaled_tangent_squares`.
+      log_volume: `log(2 / (1 + c))`, the log-Jacobian for each tangent dimension that normalizes
+        stereographic coordinates on the sphere.
     """
 
     squares: Float[Array, "*batch D"]
@@ -143,49 +144,14 @@ class TangentSquares(NamedTuple):
     log_volume: Float[Array, "*batch"]
 
 
-def scaled_tangent_squares(
-    direction: Real[ArrayLike, "*#batch D"],
-    loc: Real[ArrayLike, "*#batch D"],
-    scale_diag: Real[ArrayLike, "*#batch #D"] | Real[ArrayLike, ""],
-    *,
-    coordinates: Coordinates,
-) -> tuple[Float[Array, "*#batch D"], Float[Array, "*#batch"]]:
-    """`(y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`; their sum is `Q`.
+def power_of_two_below(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A power of two from a quarter of `x` to `x`, for `x` of at least the smallest normal number.
 
-    Chordal (Lambert) coordinates have `|y| = |u - m|`, stereographic ones `|y| = 2 tan(angle / 2)`
-    (docs eq. 2 and 3). Both are `u - c m` times a power of `2 / (1 + c)`: its square root in
-    chordal coordinates, the factor itself in stereographic ones. We need only squares, so we take
-    no root.
-
-    At the antipode `u = -m` all tangent directions are equivalent, so each square is its mean over
-    them. A guard of one squared rounding error makes the transition smooth, and keeps
-    `|y|^2 = 2 (1 - c)` exact for every angle.
-
-    Args:
-      direction: unit vectors `u`.
-      loc: unit vectors `m`.
-      scale_diag: `s`, positive.
-      coordinates: "chordal" or "stereographic".
-
-    Returns:
-      squares: `(y_i / s_i)^2`.
-      log_volume: `log(2 / (1 + c))`, the log-Jacobian for each tangent dimension that normalizes
-        stereographic coordinates on the sphere.
-
-    Raises:
-      ValueError: `coordinates` is unknown, a known scale is not positive, or shapes do not
-        broadcast. Traced scales that are not positive give NaN.
+    A division by it is exact. It has no gradient.
     """
-    u, m, s = at_least_float32(direction, loc, scale_diag)
-    s = domain.positive("scale_diag", scale_diag, s)
-    u, m, s = domain.broadcast({"direction": u, "loc": m}, {}, {"scale_diag": s})
-    residual_squares, stretch = _residual_squares_and_stretch(u, m, coordinates)
-    # (u - c m)^2 / s^2 * 2/(1 + c): eq. 2, squared and scaled. Divide twice by s, because the slope
-    # in s of a division by s^2 has a factor s^-4, which overflows.
-    scaled = residual_squares / s / s * stretch[..., None]
-    if coordinates == "stereographic":  # eq. 3 has the factor where eq. 2 has its square root
-        scaled = scaled * stretch[..., None]
-    return scaled, jnp.log(stretch)
+    limits = jnp.finfo(x.dtype)
+    half = jnp.maximum(jax.lax.stop_gradient(x) / 2, float(limits.tiny))
+    return jax.lax.reduce_precision(half, limits.nexp, 0)
 
 
 def bounded_tangent_squares(
@@ -195,7 +161,17 @@ def bounded_tangent_squares(
     *,
     coordinates: Coordinates,
 ) -> TangentSquares:
-    """`scaled_tangent_squares` in a unit in which tiny scales and the antipode do not overflow.
+    """`(y_i / s_i)^2` of the tangent coordinates `y` of `direction` at `loc`; their sum is `Q`.
+
+    Chordal (Lambert) coordinates have `|y| = |u - m|`, stereographic ones `|y| = 2 tan(angle / 2)`
+    (docs eq. 2 and 3). Both are `u - c m` times a power of `2 / (1 + c)`: its square root in
+    chordal coordinates, the factor itself in stereographic ones. We need only squares, so we take
+    no root.
+
+    At the antipode `u = -m` all tangent directions are equivalent, so each square is its mean over
+    them. A guard of one squared rounding error makes the transition smooth, and keeps
+    `|y|^2 = 2 (1 - c)` exact for every angle. Where tiny scales or the antipode would overflow, the
+    squares have another unit.
 
     Args:
       direction: unit vectors `u`.
@@ -208,20 +184,18 @@ def bounded_tangent_squares(
     """
     squares, stretch = _residual_squares_and_stretch(direction, loc, coordinates)
     num_factors = 2 if coordinates == "stereographic" else 1
-    limits = jnp.finfo(scale_diag.dtype)
-    # A power of two at or below the smallest scale: the division is exact, and has no gradient.
-    smallest = jax.lax.stop_gradient(jnp.min(scale_diag, axis=-1)) / 2
-    smallest = jnp.clip(smallest, float(limits.tiny), 1.0)
-    unit = jax.lax.reduce_precision(smallest, limits.nexp, 0)
+    unit = jnp.minimum(power_of_two_below(jnp.min(scale_diag, axis=-1)), 1.0)
     log_volume = jnp.log(stretch)
     log_unit = num_factors * log_volume - 2 * jnp.log(unit)
-    is_extreme = log_unit > 0.68 * float(np.log(limits.max))
+    is_extreme = log_unit > 0.68 * float(np.log(jnp.finfo(scale_diag.dtype).max))
     log_unit = jnp.where(is_extreme, log_unit, jnp.zeros_like(log_unit))
     one = jnp.ones_like(stretch)
     s = scale_diag / jnp.where(is_extreme, unit, one)[..., None]
     factor = jnp.where(is_extreme, one, stretch)[..., None]
+    # (u - c m)^2 / s^2 * 2/(1 + c): eq. 2, squared and scaled. Divide twice by s, because the slope
+    # in s of a division by s^2 has a factor s^-4, which overflows.
     scaled = squares / s / s * factor
-    if coordinates == "stereographic":
+    if coordinates == "stereographic":  # eq. 3 has the factor where eq. 2 has its square root
         scaled = scaled * factor
     return TangentSquares(scaled, log_unit, log_volume)
 
@@ -252,8 +226,28 @@ def scaled_tangent_squared_length(
     *,
     coordinates: Coordinates,
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
-    """`Q = sum_i (y_i / s_i)^2` (docs eq. 2 and 3), and `scaled_tangent_squares`' log-volume."""
-    squares, log_volume = scaled_tangent_squares(
-        direction, loc, scale_diag, coordinates=coordinates
-    )
-    return jnp.sum(squares, axis=-1), log_volume
+    """`Q = sum_i (y_i / s_i)^2` of tangent coordinates (docs eq. 2 and 3).
+
+    Args:
+      direction: unit vectors `u`.
+      loc: unit vectors `m`.
+      scale_diag: `s`, positive.
+      coordinates: "chordal" or "stereographic".
+
+    Returns:
+      squared_length: `Q`; `inf` where it overflows.
+      log_volume: as in `TangentSquares`.
+
+    Raises:
+      ValueError: `coordinates` is unknown, a known scale is not positive, or shapes do not
+        broadcast. Traced scales that are not positive give NaN.
+    """
+    u, m, s = at_least_float32(direction, loc, scale_diag)
+    s = domain.positive("scale_diag", scale_diag, s)
+    u, m, s = domain.broadcast({"direction": u, "loc": m}, {}, {"scale_diag": s})
+    squares, log_unit, log_volume = bounded_tangent_squares(u, m, s, coordinates=coordinates)
+    total = jnp.sum(squares, axis=-1)
+    # The branch that is not taken gets a harmless argument. Otherwise its gradient could be NaN.
+    is_in_unit = (log_unit > 0) & (total > 0)
+    held = jnp.where(is_in_unit, total, jnp.ones_like(total))
+    return jnp.where(is_in_unit, jnp.exp(jnp.log(held) + log_unit), total), log_volume

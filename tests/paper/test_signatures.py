@@ -46,12 +46,9 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sphere.safe_log": ({"x": VECTORS}, {}),
     "sphere.polar_decomposition": ({"x": VECTORS}, {"x": NUMBER}),
     "sphere.cosine_complements": (_pair, {"loc": VECTORS[:, 1:]}),
-    "sphere.scaled_tangent_squares": (
-        {**_pair, "scale_diag": 0.5, "coordinates": "chordal"},
-        {"direction": VECTORS[1:]},
-    ),
+    "sphere.power_of_two_below": ({"x": NUMBERS}, {"x": 1.0}),
     "sphere.scaled_tangent_squared_length": (
-        {**_pair, "scale_diag": VECTORS[0], "coordinates": "stereographic"},
+        {**_pair, "scale_diag": 0.5, "coordinates": "stereographic"},
         {"scale_diag": VECTORS[:, 1:]},
     ),
     "sphere.bounded_tangent_squares": (

@@ -153,3 +153,35 @@ def test_tangent_squares_take_positive_scales_only():
     with pytest.raises(ValueError, match="scale_diag must be positive"):
         length(np.array([1, -1, 1], np.float32))
     assert np.isnan(jax.jit(length)(np.array([1, -1, 1], np.float32)))
+
+
+def test_squared_lengths_agree_with_the_coordinates_also_where_they_nearly_overflow():
+    u, m = np.float32(oracles.random_units(np.random.default_rng(0), 2, 5))
+    for coordinates in ("chordal", "stereographic"):
+        y = oracles.tangent_coordinates(np.float64(u), np.float64(m), coordinates)
+        for scale in (1e-18, 1e-16, 1e-3, 1.0, 1e10):
+            found, _ = sphere.scaled_tangent_squared_length(
+                u, m, np.float32(scale), coordinates=coordinates
+            )
+            np.testing.assert_allclose(found, np.sum((y / scale) ** 2), rtol=1e-5)
+        for scale, expected in ((1e-30, np.inf), (1.0, 0.0)):
+            where = u if np.isinf(expected) else m
+            found, _ = sphere.scaled_tangent_squared_length(
+                where, m, np.float32(scale), coordinates=coordinates
+            )
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+        # Without a distance there is none in any unit.
+        found, _ = sphere.scaled_tangent_squared_length(
+            m, m, np.float32(1e-30), coordinates=coordinates
+        )
+        assert float(found) == 0
+
+
+def test_a_power_of_two_is_at_or_below_its_number():
+    x = np.float32([1.2e-38, 1e-30, 0.3, 1.0, 1.4999, 1.5, 1.9999, 2.0, 3e38])
+    found = np.asarray(sphere.power_of_two_below(jnp.asarray(x)))
+    assert np.all(found <= x)
+    mantissa, _ = np.frexp(found)
+    np.testing.assert_array_equal(mantissa, 0.5)
+    assert np.all(found >= x / 4)
+    assert np.all(jax.vmap(jax.grad(sphere.power_of_two_below))(jnp.asarray(x)) == 0)
