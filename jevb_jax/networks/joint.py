@@ -31,13 +31,23 @@ from jevb_jax.networks.resnet import ConvNet, ResNet, resnet8, resnet18, resnet3
 from jevb_jax.networks.vit import ViT, vit_small, vit_tiny
 
 _MIN_RADIAL_SCALE = 1e-3
-# In the form of published weights, by their names in `model.backbone`.
+# The networks by their names in `model.backbone`.
+RESNETS: dict[str, Callable[..., ResNet]] = {
+    "resnet8": resnet8,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+}
+VITS: dict[str, Callable[..., ViT]] = {"vit_tiny": vit_tiny, "vit_small": vit_small}
+# In the form of published weights.
 CLASS_TOKEN_VITS: dict[str, Callable[..., ClassTokenViT]] = {
     "timm_vit_tiny": timm_vit_tiny,
     "timm_vit_small": timm_vit_small,
     "dinov2_small": dinov2_small,
     "dinov2_small_registers": dinov2_small_registers,
 }
+BACKBONES = (*RESNETS, "convnet", *VITS, *CLASS_TOKEN_VITS, "identity")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class ViewOutputs(NamedTuple):
@@ -168,8 +178,7 @@ def make_model(
     """Builds the model from plain values. Only this function turns names into modules.
 
     Args:
-      backbone: "resnet8", "resnet18", "resnet34", "resnet50", "convnet", "vit_tiny", "vit_small"; one
-        of `CLASS_TOKEN_VITS`; or "identity" for features of a frozen encoder.
+      backbone: one of `BACKBONES`; "identity" is for features of a frozen encoder.
       width: width of the first stage (ResNet: 64; ConvNet: 32, doubled twice) or of the tokens
         (ViT: 192 or 384; one of `CLASS_TOKEN_VITS` then gets heads of width 64). 0 takes these
         defaults.
@@ -199,26 +208,18 @@ def make_model(
     Raises:
       ValueError: a name is unknown, or a module does not accept a value.
     """
-    resnets: dict[str, Callable[..., ResNet]] = {
-        "resnet8": resnet8,
-        "resnet18": resnet18,
-        "resnet34": resnet34,
-        "resnet50": resnet50,
-    }
-    vits: dict[str, Callable[..., ViT]] = {"vit_tiny": vit_tiny, "vit_small": vit_small}
-    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {list(dtypes)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if batch_norm not in ("fused", "plain"):
         raise ValueError(f'batch_norm must be "fused" or "plain", got {batch_norm!r}')
     if width < 0:
         raise ValueError(f"width must be positive, or 0 for the network's own, got {width}")
-    compute_dtype = dtypes[dtype]
+    compute_dtype = DTYPES[dtype]
     options: dict[str, Any]
 
-    if backbone in resnets:
+    if backbone in RESNETS:
         options = {"width": width} if width else {}
-        backbone_module = resnets[backbone](
+        backbone_module = RESNETS[backbone](
             stem=stem,
             zero_init_residual=zero_init_residual,
             fused_batch_norm=batch_norm == "fused",
@@ -226,9 +227,9 @@ def make_model(
             dtype=compute_dtype,
             **options,
         )
-    elif backbone in vits:
+    elif backbone in VITS:
         options = {"hidden_size": width} if width else {}
-        backbone_module = vits[backbone](
+        backbone_module = VITS[backbone](
             patch_size=patch_size, frozen_stages=frozen_stages, dtype=compute_dtype, **options
         )
     elif backbone in CLASS_TOKEN_VITS:
@@ -252,8 +253,7 @@ def make_model(
     elif backbone == "identity":
         backbone_module = FrozenFeatures(num_features=num_features, standardize=standardize)
     else:
-        known = [*resnets, "convnet", *vits, *CLASS_TOKEN_VITS, "identity"]
-        raise ValueError(f"backbone must be one of {known}, got {backbone!r}")
+        raise ValueError(f"backbone must be one of {list(BACKBONES)}, got {backbone!r}")
 
     projector = Projector(
         hidden_dims=tuple(projector_hidden_dims),

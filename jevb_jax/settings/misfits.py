@@ -4,6 +4,7 @@ from typing import Any
 
 from jevb_jax.images.dataset import PICTURE_SOURCES
 from jevb_jax.methods import METHODS
+from jevb_jax.networks import joint
 from jevb_jax.networks.batch_norm import check_group_size
 from jevb_jax.settings.domains import shown
 from jevb_jax.settings.sections import DataSection, OptimizerSection, RunSettings, TrainSection
@@ -91,7 +92,7 @@ def _view_misfits(settings: RunSettings) -> list[str]:
     if views.num_small_crops:  # they are blurred as the first view
         sizes["small_crop_size"] = views.small_crop_size, views.blur_probability[0]
     for name, (size, blur_probability) in sizes.items():
-        has_patches = model.backbone.startswith(("vit", "timm_vit", "dinov2"))
+        has_patches = model.backbone in (*joint.VITS, *joint.CLASS_TOKEN_VITS)
         if has_patches and size % model.patch_size:
             problems.append(
                 f"model.patch_size = {model.patch_size} must divide augmentation.{name} = {size}"

@@ -167,20 +167,7 @@ class FeatureViewsSection:
 class ModelSection:
     """The networks."""
 
-    backbone: Annotated[
-        str,
-        choice(
-            "resnet8",
-            "resnet18",
-            "resnet34",
-            "resnet50",
-            "convnet",
-            "vit_tiny",
-            "vit_small",
-            *joint.CLASS_TOKEN_VITS,
-            "identity",
-        ),
-    ]
+    backbone: Annotated[str, choice(*joint.BACKBONES)]
     width: Annotated[int, integer(0, note="0 = the network's own")]
     stem: Annotated[str, choice("cifar", "imagenet")]
     zero_init_residual: Flag
@@ -196,7 +183,7 @@ class ModelSection:
     min_scale: Annotated[float, number(0)]
     isotropic: Flag
     initial_radial_scale: Annotated[float, number(1e-3, low_open=True)]
-    dtype: Annotated[str, choice("float32", "bfloat16")]
+    dtype: Annotated[str, choice(*joint.DTYPES)]
 
 
 @dataclass(frozen=True)
