@@ -154,7 +154,7 @@ def test_one_key_serves_all_images(untied_scale):
 @pytest.mark.parametrize("has_one_key", [True, False])
 def test_numbers_of_each_image_are_its_own(has_one_key):
     key = jax.random.key(7) if has_one_key else keys()
-    df = np.float32([0.7, 2.0, 5.0, 50.0, 1e4])
+    df = np.array([0.7, 2.0, 5.0, 50.0, 1e4], np.float32)
     prior = np.exp(normal(8, N, D))
     likelihood = dataclasses.replace(LIKELIHOOD, df=df)
     found = uncertainty_terms(key, views(), likelihood, num_samples=2, prior_scale=prior)

@@ -1285,7 +1285,7 @@ def test_degrees_of_freedom_go_down_to_a_stated_number():
     # Far out in the tail, p = df / (2 |x|).
     np.testing.assert_allclose(found, np.log(1e-12 / 4), rtol=1e-6)
     np.testing.assert_allclose(slope, 1e12, rtol=1e-5)
-    u, m = np.float32(oracles.random_units(np.random.default_rng(0), 2, 512))
+    u, m = oracles.random_units(np.random.default_rng(0), 2, 512).astype(np.float32)
     value, slope = jax.jit(
         jax.value_and_grad(
             lambda df: directional_log_prob(u, loc=m, scale_diag=0.1, df=df, coordinates="chordal")

@@ -235,14 +235,14 @@ def test_a_tiny_scale_along_the_location_does_not_change_the_mass(tails, df):
     tiny = np.geomspace(1e-20, 1.0, 21)
     scale = np.stack([np.ones(21), np.ones(21), tiny], axis=-1)
     loc = np.broadcast_to(np.eye(3)[2], scale.shape)
-    actual = log_mass(*np.float32([scale, loc]), np.float32(df), tails=tails)
+    actual = log_mass(*np.array([scale, loc], np.float32), np.float32(df), tails=tails)
     # P(|y| < 2) of a Student-t in the plane.
     outside = math.exp(-2) if math.isinf(df) else (1 + 4 / df) ** (-df / 2)
     np.testing.assert_allclose(actual, np.full(21, math.log1p(-outside)), atol=1e-5)
     # If features share the scale along the location, only the quotients of their scales matter.
     pair = np.stack([np.full(21, 0.3), tiny, 3 * tiny], axis=-1)
     mixed = np.broadcast_to([0.0, 0.6, 0.8], pair.shape)
-    actual = log_mass(*np.float32([pair, mixed]), np.float32(df), tails=tails)
+    actual = log_mass(*np.array([pair, mixed], np.float32), np.float32(df), tails=tails)
     np.testing.assert_allclose(actual[:15], np.full(15, actual[15]), atol=1e-5)
 
 

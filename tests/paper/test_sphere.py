@@ -156,7 +156,7 @@ def test_tangent_squares_take_positive_scales_only():
 
 
 def test_squared_lengths_agree_with_the_coordinates_also_where_they_nearly_overflow():
-    u, m = np.float32(oracles.random_units(np.random.default_rng(0), 2, 5))
+    u, m = oracles.random_units(np.random.default_rng(0), 2, 5).astype(np.float32)
     for coordinates in ("chordal", "stereographic"):
         y = oracles.tangent_coordinates(np.float64(u), np.float64(m), coordinates)
         for scale in (1e-18, 1e-16, 1e-3, 1.0, 1e10):
@@ -178,7 +178,7 @@ def test_squared_lengths_agree_with_the_coordinates_also_where_they_nearly_overf
 
 
 def test_a_power_of_two_is_at_or_below_its_number():
-    x = np.float32([1.2e-38, 1e-30, 0.3, 1.0, 1.4999, 1.5, 1.9999, 2.0, 3e38])
+    x = np.array([1.2e-38, 1e-30, 0.3, 1.0, 1.4999, 1.5, 1.9999, 2.0, 3e38], np.float32)
     found = np.asarray(sphere.power_of_two_below(jnp.asarray(x)))
     assert np.all(found <= x)
     mantissa, _ = np.frexp(found)

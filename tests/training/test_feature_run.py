@@ -108,7 +108,7 @@ def test_a_step_changes_weights_and_no_statistics(tmp_path):
 
 
 def test_a_run_that_starts_from_another_standardizes_by_its_own_training_split(tmp_path):
-    made = experiment.build_experiment(config_of(tmp_path))
+    made: Any = experiment.build_experiment(config_of(tmp_path))
     # From the shapes alone: nothing is compiled.
     shapes = jax.eval_shape(made.initial_state)
     drawn = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
