@@ -32,7 +32,13 @@ if TYPE_CHECKING:  # these import Optax and ml_collections, which a loaded model
     from jevb_jax.evaluation.linear_probe import LinearProbe
     from jevb_jax.training.experiment import Experiment
 
-from jevb_jax.evaluation.outside_sets import CORRUPTED, OutsideSet, corrupted_sets, load_outside_set
+from jevb_jax.evaluation.outside_sets import (
+    CORRUPTED,
+    OutsideSet,
+    corrupted_sets,
+    load_outside_set,
+    other_classes,
+)
 from jevb_jax.evaluation.score_table import TrainingData, default_score, scores_of_run
 from jevb_jax.evaluation.scoring import Scorers, make_scorers, score_features, score_images
 
@@ -241,10 +247,9 @@ def features_to_fit(
 def _sets(experiment: "Experiment", inside: ImageSource, split: str) -> Iterator[OutsideSet]:
     """The outside sets of a config. Each is loaded or made only when it is needed."""
     settings = experiment.settings.ood
-    left_out = experiment.dataset.outside
+    left_out = other_classes(experiment.dataset, split)
     if left_out is not None:
-        name = f"the {split} images of the other classes"
-        yield OutsideSet("other_classes", "other_classes", left_out, name)
+        yield left_out
     for description in settings.outside:
         yield load_outside_set(alike=experiment.settings.data.alike, **description)
     if settings.corruptions:

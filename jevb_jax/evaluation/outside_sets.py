@@ -70,6 +70,32 @@ def corrupted_sets(
             )
 
 
+def other_classes(data: dataset.Dataset, split: str) -> OutsideSet | None:
+    """The images of the left-out classes in the split that is evaluated.
+
+    Args:
+      data: the data of the run.
+      split: "validation" or "test"; what is chosen on validation images must not see test images.
+
+    Returns:
+      The set, or None if no class is left out.
+
+    Raises:
+      ValueError: classes are left out, and the split has no image of them.
+    """
+    if data.outside is None:
+        return None
+    source = data.outside_validation if split == "validation" else data.outside
+    if source is None:
+        raise ValueError(
+            f"{data.train.name} has no {split} image of the classes that are left out, so they "
+            "cannot be detected with evaluation.split = 'validation'. Set data.validation_fraction "
+            "higher, or leave out other classes"
+        )
+    what = f"the {split} images of the other classes"
+    return OutsideSet("other_classes", "other_classes", source, what)
+
+
 def is_asked(settings: RunSettings) -> bool:
     """Whether the config asks for detection."""
     section = settings.ood

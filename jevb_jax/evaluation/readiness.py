@@ -36,7 +36,8 @@ def check(experiment: Experiment) -> None:
             raise ValueError(
                 f"{section}.{name} = {given} needs k-NN on the validation split: {reason}. Set it to 0"
             )
-    _, evaluated = accuracy.evaluated_split(settings.evaluation, dataset)
+    split, evaluated = accuracy.evaluated_split(settings.evaluation, dataset)
+    outside_sets.other_classes(dataset, split)  # raises if the split has none of them
     if settings.ood.csi_crops:
         csi.check_square("the training images", *image_shape(dataset.train)[:2])
     if outside_sets.is_asked(settings):

@@ -50,12 +50,14 @@ class Dataset(NamedTuple):
       test: images for the final numbers only. None if the data are unlabeled and no test images
         were given.
       outside: for detection of left-out classes, test images of these classes; otherwise None.
+      outside_validation: validation images of these classes; None also if there are none.
     """
 
     train: ImageSource
     validation: ImageSource
     test: ImageSource | None
     outside: ImageSource | None = None
+    outside_validation: ImageSource | None = None
 
 
 def load_dataset(
@@ -121,11 +123,11 @@ def load_dataset(
       validation_fraction: share of the training images that is held out, in (0, 1).
       split_seed: non-negative integer.
       inlier_class: the only class to train on, for one-class detection; -1 for all classes. The
-        test images of the other classes become `outside`. The remaining labels are all equal and
-        are dropped. Numbers of examples count all classes.
-      inlier_classes: the only classes to train on; empty for all classes. The test images of the
-        other classes become `outside`. Unlike with `inlier_class`, labels are kept. Numbers of
+        test images of the other classes become `outside`, and their validation images
+        `outside_validation`. The remaining labels are all equal and are dropped. Numbers of
         examples count all classes.
+      inlier_classes: the only classes to train on; empty for all classes. The other classes are
+        outside as with `inlier_class`, but labels are kept.
 
     Raises:
       ValueError: an argument is unknown or out of range, a part would be empty, there are fewer
@@ -224,7 +226,7 @@ def load_dataset(
 
 
 def _with_outside(whole: Dataset, classes: Sequence[int], name: str, has_labels: bool) -> Dataset:
-    """The images of some classes; the test images of the other classes become `outside`."""
+    """The images of some classes; test and validation images of the others are outside."""
 
     def inside(source: ImageSource) -> Subset:
         labels = np.zeros(0, np.int64) if source.labels is None else source.labels
@@ -238,10 +240,15 @@ def _with_outside(whole: Dataset, classes: Sequence[int], name: str, has_labels:
     train, validation = inside(whole.train), inside(whole.validation)
     if whole.test is None or whole.test.labels is None:
         raise ValueError(f"{name} needs labeled test images")
-    rest = np.flatnonzero(~np.isin(whole.test.labels, list(classes)))
-    if not len(rest):
+
+    def rest(source: ImageSource) -> Subset | None:
+        rows = np.flatnonzero(~np.isin(source.labels, list(classes)))
+        return Subset(source, rows) if len(rows) else None
+
+    outside = rest(whole.test)
+    if outside is None:
         raise ValueError(f"{name}: {whole.test.name} has no images of other classes")
-    return Dataset(train, validation, inside(whole.test), Subset(whole.test, rest))
+    return Dataset(train, validation, inside(whole.test), outside, rest(whole.validation))
 
 
 def load_images(

@@ -586,6 +586,30 @@ def test_one_class_leaves_the_other_classes_outside():
     assert np.all(dataset.outside.labels != 3)
 
 
+def test_other_classes_are_detected_on_images_of_the_evaluated_split():
+    dataset: Any = of_digits(inlier_classes=(1, 3, 4, 6, 9)).dataset
+    tested = outside_sets.other_classes(dataset, "test")
+    chosen_on = outside_sets.other_classes(dataset, "validation")
+    assert tested is not None
+    assert chosen_on is not None
+    assert tested.protocol == "the test images of the other classes"
+    assert chosen_on.protocol == "the validation images of the other classes"
+    assert tested.source is dataset.outside
+    assert set(chosen_on.source.labels) == {0, 2, 5, 7, 8}  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="no validation image of the classes that are left out"):
+        outside_sets.other_classes(dataset._replace(outside_validation=None), "validation")
+
+
+def test_the_evaluation_detects_other_classes_in_its_own_split():
+    experiment = of_digits(inlier_classes=(1, 3, 4, 6, 9))
+    dataset: Any = experiment.dataset
+    (found,) = detection._sets(experiment, dataset.validation, "validation")
+    assert found.source is not dataset.outside
+    images = batches.load_resident(found.source)
+    tested = batches.load_resident(dataset.outside)
+    assert not set(map(bytes, images)) & set(map(bytes, tested))
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_one_class_is_detected_without_labels():
