@@ -31,6 +31,17 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _SAID: contextvars.ContextVar[set[Hashable] | None] = contextvars.ContextVar("said", default=None)
 
 
+class DegenerateFeaturesError(ValueError):
+    """The score cannot be fitted to these features; an evaluation leaves it out.
+
+    They do not vary, are not finite or too large, or there are too few images.
+    """
+
+
+class FewImagesWarning(UserWarning):
+    """A covariance of fewer images than features was shrunk, and its score is weak."""
+
+
 def checked_share(name: str, value: Any) -> float:
     """Checks a setting that is a share in (0, 1) and returns it as a Python float.
 
@@ -59,20 +70,24 @@ def real_matrix(
       axes: names of the axes, in messages.
 
     Raises:
-      ValueError: the shape is wrong, rows are too few, or values are not finite.
+      ValueError: the shape is wrong.
+      DegenerateFeaturesError: rows are too few, or values are not finite.
       TypeError: values are not real numbers.
     """
     array = np.asarray(values)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real numbers, got {array.dtype}")
-    if array.ndim != 2 or len(array) < least or array.shape[1] < 1:
-        raise ValueError(
+    is_matrix = array.ndim == 2 and array.shape[1] >= 1
+    if not is_matrix or len(array) < least:
+        raise (DegenerateFeaturesError if is_matrix else ValueError)(
             f"{name} must be {axes} with at least {least} {of}, got shape {array.shape}"
         )
     matrix = array.astype(np.float64)
     num_bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
     if num_bad:
-        raise ValueError(f"{name} must be finite: {num_bad} of {len(matrix)} rows hold NaN or inf")
+        raise DegenerateFeaturesError(
+            f"{name} must be finite: {num_bad} of {len(matrix)} rows hold NaN or inf"
+        )
     return matrix
 
 
@@ -98,21 +113,13 @@ def or_infinite(score: Array, features: Array) -> Array:
 Score = Callable[[Array], Array]
 
 
-class DegenerateFeaturesError(ValueError):
-    """The score cannot be fitted: the features do not vary, or there are too few images."""
-
-
-class FewImagesWarning(UserWarning):
-    """A covariance of fewer images than features was shrunk, and its score is weak."""
-
-
 def checked_fit_features(name: str, features: ArrayLike) -> np.ndarray:
     """Finite `[N, F]` float64 with at least two rows, rounded to float32 as scored features are."""
     values = real_matrix(name, features, least=2, of="images")
     largest = float(jnp.finfo(jnp.float32).max)
     num_large = int(np.sum((np.abs(values) > largest).any(axis=1)))
     if num_large:
-        raise ValueError(
+        raise DegenerateFeaturesError(
             f"{name} must lie within {largest:.3g}, the largest float32, but {num_large} of "
             f"{len(values)} rows do not. Divide all features by one number"
         )

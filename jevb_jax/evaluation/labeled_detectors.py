@@ -13,6 +13,7 @@ from jevb_jax.evaluation.detector_input import (
     FEW_IMAGES,
     ROUNDING,
     DegenerateFeaturesError,
+    check_alive,
     checked_fit_features,
     checked_queries,
     compiled_call,
@@ -322,6 +323,8 @@ def fit_vim(
         raise ValueError(
             f"logits must be [{len(values)}, C], one row for each image, got shape {scores.shape}"
         )
+    # Features that do not vary have logits of zero; the advice below is not for them.
+    check_alive(values.std(axis=0) > ROUNDING * np.abs(values).max(axis=0))
     largest = float(scores.max(axis=-1).mean())
     if not largest > 0:
         raise ValueError(

@@ -174,7 +174,7 @@ def _mean_leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) 
 
 def _at_least_two(num_images: int) -> int:
     if num_images < 2:
-        raise ValueError(
+        raise DegenerateFeaturesError(
             f"leave-one-out needs at least 2 training images, got {num_images}. Give a bandwidth and "
             "no embeddings"
         )
@@ -279,16 +279,16 @@ class _Components(NamedTuple):
                 f"{scale.shape}"
             )
         if mean.shape[1] < 3:
-            raise ValueError(
+            raise DegenerateFeaturesError(
                 f"the embedding dimension D must be at least 3 (the last axis), got {mean.shape[1]}"
             )
         num_zero = int(np.sum(~np.any(mean, axis=1)))
         if num_zero:
-            raise ValueError(
+            raise DegenerateFeaturesError(
                 f"a posterior mean of zero has no direction; leave out {num_zero} of {len(mean)} rows"
             )
         if not np.all(scale > 0):
-            raise ValueError(f"scale_diag must be positive, got {scale.min()}")
+            raise DegenerateFeaturesError(f"scale_diag must be positive, got {scale.min()}")
         _require_positive("df", df, may_be_infinite=True)
         if (radial_scale is None) != (radial_df is None):
             raise ValueError(
@@ -319,7 +319,7 @@ class _Components(NamedTuple):
         scale = bandwidth * self.scale_diag
         smallest, largest = _SCALE_LIMITS
         if scale.min() < smallest or scale.max() > largest:
-            raise ValueError(
+            raise DegenerateFeaturesError(
                 f"scale_diag times bandwidth must be in [{smallest}, {largest}], got "
                 f"[{scale.min()}, {scale.max()}]"
             )

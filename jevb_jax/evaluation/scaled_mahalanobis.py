@@ -66,12 +66,22 @@ def scaled_features(features: ArrayLike, *, exponent: float) -> Array:
 
     Raises:
       ValueError: the exponent is outside its range, or the features are no finite matrix.
+      DegenerateFeaturesError: more than half of the features are zero.
       TypeError: the exponent is not a number.
     """
     (beta,) = checked_exponents("exponent", (exponent,))
+    return _checked_and_scaled(features, beta)[0]
+
+
+def _checked_and_scaled(features: ArrayLike, beta: float) -> tuple[Array, Array]:
+    """Scaled features and their unit."""
     values = np.asarray(checked_fit_features("features", features), np.float32)
-    scaled, _ = _scaled_to_fit(jnp.asarray(values), jnp.asarray(beta, jnp.float32))
-    return scaled
+    scaled, unit = _scaled_to_fit(jnp.asarray(values), jnp.asarray(beta, jnp.float32))
+    if not unit > 0:
+        raise DegenerateFeaturesError(
+            "more than half of the features are zero, so they have no unit"
+        )
+    return scaled, unit
 
 
 def fit_scaled_mahalanobis(features: ArrayLike, *, exponent: float) -> ScaledGaussians:
@@ -96,13 +106,8 @@ def fit_scaled_mahalanobis(features: ArrayLike, *, exponent: float) -> ScaledGau
       FewImagesWarning: there are fewer images than features.
     """
     (beta,) = checked_exponents("exponent", (exponent,))
-    values = np.asarray(checked_fit_features("features", features), np.float32)
     power = jnp.asarray(beta, jnp.float32)
-    scaled, unit = _scaled_to_fit(jnp.asarray(values), power)
-    if not unit > 0:
-        raise DegenerateFeaturesError(
-            "more than half of the features are zero, so they have no unit"
-        )
+    scaled, unit = _checked_and_scaled(features, beta)
     mean, whitening = mean_and_whitening(np.asarray(scaled, np.float64))
     return ScaledGaussians(gaussians_of(mean[None], whitening[None]), power, unit)
 
@@ -124,7 +129,8 @@ def local_dimension(features: ArrayLike, *, num_neighbors: int = 20) -> float:
       num_neighbors: neighbors of each point, at least 3.
 
     Raises:
-      ValueError: there are too few rows or neighbors.
+      ValueError: there are too few neighbors.
+      DegenerateFeaturesError: there are too few different rows.
     """
     from sklearn.neighbors import NearestNeighbors  # a training starts without it
 
@@ -133,7 +139,7 @@ def local_dimension(features: ArrayLike, *, num_neighbors: int = 20) -> float:
     step = max(1, -(-len(values) // _MOST_ROWS))
     rows = np.unique(values[::step], axis=0)
     if len(rows) <= k:
-        raise ValueError(
+        raise DegenerateFeaturesError(
             f"the local dimension needs more than num_neighbors={k} different rows, got {len(rows)}"
         )
     search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows)

@@ -24,6 +24,7 @@ from jevb_jax.evaluation import (
     evaluate,
     gaussian_detectors,
     labeled_detectors,
+    mixture_fit,
     neighbor_detectors,
 )
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError, FewImagesWarning
@@ -875,6 +876,30 @@ def test_log_probabilities_are_no_logits():
 
 
 @pytest.mark.slow
+def test_features_that_no_score_can_be_fitted_to_are_no_fault_of_a_setting():
+    # Only `DegenerateFeaturesError` leaves a score out; another error ends a whole evaluation.
+    flat, line = np.zeros((30, 5), np.float32), np.eye(30, 5, dtype=np.float32)
+    infinite = np.where(np.arange(5) < 1, np.inf, line)
+    fit = functools.partial(mixture_fit.fit_training_mixture, df=5.0, embedding=line)
+    cases: list[tuple[Callable[[], object], str]] = [
+        (
+            lambda: labeled_detectors.fit_vim(
+                flat, np.zeros((30, 3)), origin=np.zeros(5), num_components=2
+            ),
+            "do not vary",
+        ),
+        (lambda: gaussian_detectors.fit_mahalanobis(infinite), "must be finite: 30 of 30"),
+        (lambda: gaussian_detectors.fit_mahalanobis(line[:1]), "with at least 2 images"),
+        (lambda: fit(flat, np.ones((30, 5))), "has no direction"),
+        (lambda: fit(line + 1, np.full((30, 5), 1e-30)), "scale_diag times bandwidth"),
+        (lambda: fit(line + 1, flat), "scale_diag must be positive"),
+        (lambda: fit(line[:, :2] + 1, np.ones((30, 2)), embedding=line[:, :2]), "at least 3"),
+    ]
+    for make, message in cases:
+        with pytest.raises(DegenerateFeaturesError, match=message):
+            make()
+
+
 def test_vim_weighs_few_images_as_many():
     # Alpha is of images that the subspace was not fitted to; its own leave it nothing.
     rng = np.random.default_rng(0)

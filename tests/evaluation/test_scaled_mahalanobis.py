@@ -97,7 +97,8 @@ def test_the_exponent_whose_features_have_the_lowest_dimension_is_chosen():
 
 
 def test_a_dimension_that_cannot_be_estimated_is_refused():
-    with pytest.raises(ValueError, match="more than num_neighbors=20 different rows, got 3"):
+    rows = "more than num_neighbors=20 different rows, got 3"
+    with pytest.raises(DegenerateFeaturesError, match=rows):
         scaled_mahalanobis.local_dimension(np.repeat(features(3), 30, axis=0))
     with pytest.raises(ValueError, match="num_neighbors"):
         scaled_mahalanobis.local_dimension(features(30), num_neighbors=2)
@@ -126,6 +127,8 @@ def test_what_cannot_be_fitted_is_refused():
     mostly_zero = fit * (np.arange(300) < 100)[:, None]
     with pytest.raises(DegenerateFeaturesError, match="no unit"):
         scaled_mahalanobis.fit_scaled_mahalanobis(mostly_zero, exponent=1.5)
+    with pytest.raises(DegenerateFeaturesError, match="no unit"):
+        scaled_mahalanobis.fit_by_local_dimension(mostly_zero, exponents=(0.5, 1.0))
 
 
 def test_the_setting_names_the_scores():
