@@ -563,6 +563,16 @@ def test_results_of_other_settings_are_kept_and_those_of_the_same_are_not(tmp_pa
     assert copy.read_text() == (tmp_path / "results_step_8.json").read_text()
 
 
+def test_an_evaluation_killed_before_its_last_file_does_not_cost_the_results_it_saved(tmp_path):
+    results_of(tmp_path, "", "a" * 64)
+    for _ in range(2):  # the same command again, after it was killed
+        result_files.keep_other_results(tmp_path, "", "b" * 64)
+        for name in ("results.csv", "report.html"):
+            (tmp_path / name).write_text(f"{name} of b")
+    copies = result_files.result_files(tmp_path, "_aaaaaaaa")
+    assert ["a" * 64 in copy.read_text() for copy in copies] == [True] * 3
+
+
 def started_run(directory: Path, config: Any, *steps: int) -> None:
     """A directory as a run of a config leaves it that has saved some steps."""
     directory.mkdir(exist_ok=True)

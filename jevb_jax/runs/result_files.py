@@ -49,6 +49,11 @@ def keep_other_results(workdir: Path, suffix: str, settings_sha256: str) -> None
     if older == settings_sha256:
         return
     copies = result_files(workdir, f"{suffix}_{older[:8]}")
+    last = copies[-1]
+    if last.exists() and last.read_bytes() == path.read_bytes():
+        # The copy is complete. An evaluation that was killed after it may have replaced all but the
+        # JSON file, and these must not go over what was saved.
+        return
     for path, copy in zip(result_files(workdir, suffix), copies, strict=True):
         if path.exists():
             files.write_bytes_atomically(copy, path.read_bytes())
