@@ -134,6 +134,7 @@ class Evidence(NamedTuple):
       embedding_map: the first few thousand images in the plane.
       posterior_scale: `[N, D]`, standard deviations of the images of `embedding_map`.
       prior_scale: standard deviation of the prior.
+      not_drawn: sentences that name what a reader would look for and why it is not there.
     """
 
     uncertainty_score: str | None = None
@@ -146,6 +147,7 @@ class Evidence(NamedTuple):
     embedding_map: EmbeddingMap | None = None
     posterior_scale: np.ndarray | None = None
     prior_scale: float | None = None
+    not_drawn: Sequence[str] = ()
 
 
 def separation(
@@ -220,36 +222,52 @@ def _drawn_sets(found: OODEvaluation, severities: tuple[int, ...]) -> list[str]:
     return names[:_MOST_DRAWN_SETS]
 
 
-def _separations(found: OODEvaluation, severities: tuple[int, ...]) -> dict[str, list[Separation]]:
+def _not_finite(*scores: np.ndarray) -> str:
+    """How many scores are infinite, in words; empty if none is. Such scores have ranks, no place."""
+    count = sum(int(np.sum(~np.isfinite(one))) for one in scores)
+    return f"{count:,} of {sum(map(len, scores)):,} scores are infinite" if count else ""
+
+
+def _separations(
+    found: OODEvaluation, severities: tuple[int, ...]
+) -> tuple[dict[str, list[Separation]], list[str]]:
+    """What is drawn for each score, and sentences about what is not."""
     results = {(result.score, result.outside): result for result in found.results}
     scores = dict.fromkeys((found.default_score, found.chosen_score, _PATHOLOGY))
-
-    def against(score: str, name: str) -> Separation:
-        result, outside = results[score, name], found.outside[name][score]
-        # Corrupted images are compared with the images they were made from.
-        count = len(outside) if result.group == CORRUPTED else None
-        inside = found.inside[score][:count]
-        return separation(name, inside, outside, auroc=result.metrics.auroc)
-
-    return {
-        score: [against(score, name) for name in _drawn_sets(found, severities)]
-        for score in scores
-        if score in found.inside
-    }
+    drawn: dict[str, list[Separation]] = {}
+    not_drawn = []
+    for score in scores:
+        if score is None or score not in found.inside:
+            continue
+        for name in _drawn_sets(found, severities):
+            result, outside = results[score, name], found.outside[name][score]
+            # Corrupted images are compared with the images they were made from.
+            count = len(outside) if result.group == CORRUPTED else None
+            inside = found.inside[score][:count]
+            if reason := _not_finite(inside, outside):
+                not_drawn.append(f"{score} against {name} is not drawn: {reason}.")
+                continue
+            one = separation(name, inside, outside, auroc=result.metrics.auroc)
+            drawn.setdefault(score, []).append(one)
+    return drawn, not_drawn
 
 
 def _severity_curves(
     found: OODEvaluation, score: str, ood_settings: OodSection
-) -> tuple[SeverityCurve, ...]:
+) -> tuple[tuple[SeverityCurve, ...], list[str]]:
+    """One curve for each corruption whose scores are finite, and sentences about the others."""
     severities = ood_settings.severities
-    curves = []
+    curves, not_drawn = [], []
     for corruption in ood_settings.corruptions:
         corrupted = [found.outside[f"{corruption}_{level}"][score] for level in severities]
         values = np.stack([found.inside[score][: len(corrupted[0])], *corrupted])
+        if reason := _not_finite(*values):
+            not_drawn.append(f"{score} by severity of {corruption} is not drawn: {reason}.")
+            continue
         lower, upper = np.quantile(values, (0.25, 0.75), axis=1)
         severity = np.array([0, *severities])
         curves.append(SeverityCurve(corruption, severity, values.mean(axis=1), lower, upper))
-    return tuple(curves)
+    return tuple(curves), not_drawn
 
 
 def _class_names(source: ImageSource) -> tuple[str, ...]:
@@ -292,8 +310,8 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
       experiment: data and settings.
       evaluation: results of the trained encoder.
 
-    Raises:
-      ValueError: a score or an embedding is not finite.
+    A score may be infinite, and an embedding may have one dimension: what cannot be drawn is left
+    out. It must not cost the results, which are written after the page.
     """
     settings, bank = experiment.settings, experiment.dataset.train
     source = evaluated_split(settings.evaluation, experiment.dataset)[1]
@@ -309,7 +327,8 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
             prior_scale=settings.jevb.prior_scale,
         )
     if found is not None:
-        evidence = evidence._replace(separations=_separations(found, settings.ood.severities))
+        separations, not_drawn = _separations(found, settings.ood.severities)
+        evidence = evidence._replace(separations=separations)
         score = METHODS[settings.method].uncertainty_score or found.default_score
         if score in found.inside:
             uncertainty = found.inside[score]
@@ -324,18 +343,27 @@ def gather_evidence(experiment: Experiment, evaluation: Evaluation) -> Evidence:
                 else None
                 for rows in (order[:_NUM_GALLERY], order[::-1][:_NUM_GALLERY])
             )
+            severity, without = _severity_curves(found, score, settings.ood)
+            not_drawn += without
+            if reason := _not_finite(uncertainty[:_NUM_MAPPED]):
+                not_drawn.append(f"The map is not shaded by {score}: {reason}.")
             evidence = evidence._replace(
                 uncertainty_score=score,
                 risk_coverage=evaluation.risk_coverage[score],
-                severity=_severity_curves(found, score, settings.ood),
+                severity=severity,
                 most_uncertain=most,
                 least_uncertain=least,
             )
+        evidence = evidence._replace(not_drawn=not_drawn)
+    embedding = np.asarray(evaluation.test.embedding)[:_NUM_MAPPED]
+    if min(embedding.shape) < 2 or not np.isfinite(embedding).all():
+        return evidence  # one image, or embeddings on a line, have no map
+    shade = None if uncertainty is None else uncertainty[:_NUM_MAPPED]
     return evidence._replace(
         embedding_map=EmbeddingMap(
-            embedding_map(evaluation.test.embedding[:_NUM_MAPPED]),
+            embedding_map(embedding),
             None if labels is None else labels[:_NUM_MAPPED],
             names,
-            None if uncertainty is None else uncertainty[:_NUM_MAPPED],
+            shade if shade is not None and np.isfinite(shade).all() else None,
         )
     )

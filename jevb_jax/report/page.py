@@ -229,6 +229,7 @@ def _detection(results: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]
     if found["chosen_score"]:
         sentences.append(f"Chosen score: {found['chosen_score']}, {found['choice']}.")
     sentences += [f"Left out: {name}, {reason}." for name, reason in found["left_out"].items()]
+    sentences += evidence.not_drawn
     return {
         "protocol": " ".join(sentences),
         "aurocs": _aurocs(found["rows"]) if found["rows"] else None,

@@ -191,6 +191,34 @@ def test_scores_that_are_not_finite_are_refused():
         separation("set", np.zeros(3), np.array([0, np.inf]), auroc=0.5)
 
 
+def test_an_infinite_score_is_left_out_of_the_drawings_and_named():
+    experiment, evaluation = make()
+    entropy, default, _ = SCORES
+    evaluation.ood.inside[entropy][3] = np.inf
+    evaluation.ood.outside["far_set"][default][:2] = np.inf, -np.inf
+    found = gather_evidence(experiment, evaluation)
+    assert [one.outside_set for one in found.separations[default]] == ["blur_4"]
+    assert not found.severity
+    assert found.most_uncertain is not None
+    assert found.most_uncertain.uncertainty[0] == np.inf
+    assert found.embedding_map is not None
+    assert found.embedding_map.uncertainty is None
+    assert found.not_drawn == [
+        f"{default} against far_set is not drawn: 2 of {NUM_TEST + 25} scores are infinite.",
+        f"{entropy} by severity of blur is not drawn: 1 of 30 scores are infinite.",
+        f"The map is not shaded by {entropy}: 1 of {NUM_TEST} scores are infinite.",
+    ]
+
+
+@pytest.mark.parametrize("cut", [np.s_[:, :1], np.s_[:1]])
+def test_one_dimension_or_one_image_has_no_map(cut):
+    experiment, evaluation = make(has_ood=False)
+    test = evaluation.test._replace(embedding=evaluation.test.embedding[cut])
+    found = gather_evidence(experiment, evaluation._replace(test=test))
+    assert found.embedding_map is None
+    assert found.neighbors
+
+
 def test_embedding_map_is_pca_of_the_directions():
     rng = np.random.default_rng(1)
     embedding = rng.normal(size=(50, 7)) * np.array([9.0, 5, 2, 1, 1, 1, 1]) + 1

@@ -405,6 +405,12 @@ def test_a_run_on_features_says_what_an_image_is(tmp_path):
     assert said == f"{SUBTITLE}. The run reads features: an image is one row of them"
 
 
+def test_what_is_not_drawn_is_said_where_the_drawing_would_be(tmp_path):
+    said = f"a{HOSTILE} against far is not drawn: 2 of 9 scores are infinite."
+    page = write(tmp_path, results=RESULTS, evidence=Evidence(not_drawn=[said]))
+    assert page.texts("p", class_="note")[0].endswith(said)
+
+
 def test_sections_are_left_out_without_a_trace(tmp_path):
     page = write(tmp_path)
     tags = [tag for tag, _, _ in page.elements]
