@@ -12,7 +12,7 @@ one function for CPU, CUDA and TPU, with any batch size, which needs only JAX:
 there is one more function of this form, `detector.stablehlo`. Beside the outputs above it gives
 "score" and "is_outside", the verdict at that rate of false alarms. If the evaluation of the run
 saved its fitted scores, the archive form holds the default score and its calibration: a loaded
-export needs no training images for `ood_score` and `detector`.
+export needs no training images for `ood_score` and `detector`. The command says if it is missing.
 
 Height and width are fixed by the export (`--height`, `--width`). By default they are those of the
 images that the network was trained on, as they were read from files. The function itself prepares
@@ -350,6 +350,18 @@ def read_onnx(directory: str | Path, name: str = ONNX) -> bytes:
     return archive.read_file(source, archive.read_manifest(source), name)
 
 
+def _scores_said(model: Model, directory: str) -> str:
+    """That and why the default score is not in an export, in words."""
+    saved = archive.read_manifest(files.to_path(directory)).get(fitted_scores.ENTRY)
+    reason = fitted_scores.why_no_default(model.settings, saved)
+    if not reason:
+        return ""
+    return (
+        f"\nwithout the default score, {score_table.default_score(model.settings)}: {reason}. "
+        "`ood_score` and `detector` must fit it to images"
+    )
+
+
 def _onnx_said(directory: str) -> str:
     """How the ONNX files of an export were checked, in words."""
     manifest = archive.read_manifest(files.to_path(directory))
@@ -394,11 +406,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load(arguments.workdir, step)
         if pushed is None:
             write(model, arguments.out)
-            return f"{model} written to {arguments.out}{_onnx_said(arguments.out)}"
+            said = _scores_said(model, arguments.out) + _onnx_said(arguments.out)
+            return f"{model} written to {arguments.out}{said}"
         with tempfile.TemporaryDirectory() as temporary:
             directory = arguments.out or temporary
             write(model, directory)
-            return hub_push.push(directory, pushed, model, arguments)
+            told = hub_push.push(directory, pushed, model, arguments)
+            return told + _scores_said(model, directory)
 
     def write(model: Model, directory: str) -> None:
         export_model(

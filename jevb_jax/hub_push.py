@@ -78,7 +78,9 @@ def push(
         model.settings,
         step=model.step,
         recorded_data=model.recorded_data,
-        has_fitted_score=fitted_scores.IN_EXPORT in archive.read_manifest(path)["files"],
+        has_fitted_score=not fitted_scores.why_no_default(
+            model.settings, archive.read_manifest(path).get(fitted_scores.ENTRY)
+        ),
         results=_results(arguments.workdir, model.step),
         license_id=arguments.license or model_card.UNKNOWN_LICENSE,
     )

@@ -1,5 +1,7 @@
 """The Hugging Face Hub, with a stand-in of it in a thread: nothing leaves this machine."""
 
+import argparse
+import dataclasses
 import os
 import re
 import socket
@@ -19,6 +21,7 @@ import jevb_jax
 from configs import finetune_digits
 from jevb_jax import export, finetuning, hub, hub_push, model_names
 from jevb_jax.detector import write_model
+from jevb_jax.evaluation import fitted_scores, score_table
 from jevb_jax.hub import HubError, Repository
 from jevb_jax.report import model_card
 from jevb_jax.runs.archive import ArchiveError
@@ -418,6 +421,33 @@ def test_the_card_claims_nothing_that_is_not_there(model):
     assert "not evaluated" in text
     assert "ood_score" not in text
     assert "stated no license" in text
+
+
+def test_a_default_score_that_was_too_large_to_save_is_not_promised(model):
+    name = score_table.default_score(model.settings)
+    too_large = "its 90.0 MB would exceed checkpoint.fitted_megabytes"
+    for saved, reason in (
+        (None, "the run saved no fitted scores"),
+        ({"scorers": {"other": {}}, "left_out": {name: too_large}}, too_large),
+        ({"scorers": {name: {}}, "left_out": {}}, ""),
+    ):
+        assert fitted_scores.why_no_default(model.settings, saved) == reason
+    section = dataclasses.replace(model.settings.ood, default_score="embedding/norm")
+    not_fitted = dataclasses.replace(model.settings, ood=section)
+    assert fitted_scores.why_no_default(not_fitted, None) == ""
+
+
+def test_what_is_pushed_without_its_default_score_says_so(tmp_path, model, monkeypatch):
+    saved = {"scorers": {"other": {}}, "left_out": {}}
+    extra = {fitted_scores.IN_EXPORT: b"other scores"}
+    write_model(model, tmp_path, manifest={fitted_scores.ENTRY: saved}, extra_files=extra)
+    cards = []
+    monkeypatch.setattr(hub, "upload", lambda path, to, *, card, private: cards.append(card))
+    arguments = argparse.Namespace(workdir=str(tmp_path), license=None, private=False)
+    hub_push.push(str(tmp_path), Repository(NAME), model, arguments)
+    assert "ood_score" not in cards[0]
+    assert "need `fit_images=`" in cards[0]
+    assert "without the default score, jevb/" in export._scores_said(model, str(tmp_path))
 
 
 def test_the_numbers_of_the_card_are_those_of_its_step(tmp_path):

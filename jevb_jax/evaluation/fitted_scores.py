@@ -27,7 +27,7 @@ from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.array_names import flatten_names
 from jevb_jax.settings import read
-from jevb_jax.settings.sections import OodSection
+from jevb_jax.settings.sections import OodSection, RunSettings
 
 if TYPE_CHECKING:  # it imports Optax and ml_collections, which a loaded model does not need
     from jevb_jax.training.experiment import Experiment
@@ -133,6 +133,24 @@ class FittedScores:
                 + ", ".join(f"ood.{name} = {self.settings[name]!r}" for name in changed)
                 + f". Remedy: {_REMEDY}"
             )
+
+
+def why_no_default(settings: RunSettings, saved: Mapping[str, Any] | None) -> str:
+    """Why an export cannot give its default score without images; empty if it can.
+
+    Args:
+      settings: those of the run.
+      saved: the entry `ENTRY` of the export's manifest, or None. It may hold other scores alone: the
+        default one may have been too large to be saved.
+    """
+    name = default_score(settings)
+    entry = scores_of_run(settings, has_labels=False).get(name)
+    if entry is None:
+        return "it needs labels"
+    if not entry.is_fitted or (saved is not None and name in saved["scorers"]):
+        return ""
+    missing = {} if saved is None else saved["left_out"]
+    return missing.get(name, "the run saved no fitted scores")
 
 
 def weights_sha256(variables: Any) -> str:
