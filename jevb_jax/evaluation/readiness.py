@@ -40,8 +40,27 @@ def check(experiment: Experiment) -> None:
     outside_sets.other_classes(dataset, split)  # raises if the split has none of them
     if settings.ood.csi_crops:
         csi.check_square("the training images", *image_shape(dataset.train)[:2])
-    if outside_sets.is_asked(settings):
+    is_detecting = outside_sets.is_asked(settings)
+    if settings.ood.default_score or is_detecting:  # `Model` reads it without detection, too
+        _check_default_score(experiment)
+    if is_detecting:
         _check_detection(experiment, evaluated)
+
+
+def _check_default_score(experiment: Experiment) -> None:
+    settings = experiment.settings
+    without = accuracy.left_out(settings.evaluation, experiment.dataset)
+    # The scores that need labels are made of the probe of this accuracy.
+    reason = without.get("linear_accuracy", "")
+    names = score_table.scores_of_run(settings, has_labels=not reason)
+    name = score_table.default_score(settings)
+    if name in names:
+        return
+    known = score_table.scores_of_run(settings, has_labels=True)
+    if name in known:
+        raise ValueError(f"ood.default_score = {name!r} needs a linear probe, but {reason}")
+    whose = "" if settings.ood.default_score else f", the default of {settings.method}"
+    raise ValueError(f"ood.default_score must be one of {sorted(names)}, got {name!r}{whose}")
 
 
 def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
@@ -53,13 +72,6 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
                 f"ood.{name} = {counts} must be at most {num_fitted:,}, the number of images that "
                 "scores are fitted to (the training images, at most ood.max_fit_images)"
             )
-    names = score_table.scores_of_run(
-        experiment.settings, has_labels=dataset.train.labels is not None
-    )
-    if settings.default_score and settings.default_score not in names:
-        raise ValueError(
-            f"ood.default_score must be one of {sorted(names)}, got {settings.default_score!r}"
-        )
     without = accuracy.left_out(experiment.settings.evaluation, dataset)
     measured = shifted.measured_sets(experiment.settings, without)
     for part, sets in (("outside", settings.outside), ("choice", settings.choice)):

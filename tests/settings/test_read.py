@@ -408,6 +408,36 @@ def unlabeled(built: Experiment, **parts: Any) -> Experiment:
     return dataclasses.replace(built, dataset=dataset)
 
 
+def test_a_default_score_that_no_evaluation_can_give_is_refused(built):
+    one_class = ArraySource(np.zeros((30, 8, 8, 3), np.uint8), np.zeros(30, np.int64))
+    other = dataclasses.replace(one_class, labels=np.ones(30, np.int64))
+    two_classes = dataclasses.replace(one_class, labels=np.arange(30) % 2)
+
+    def of(**parts: Any) -> Experiment:
+        return dataclasses.replace(built, dataset=built.dataset._replace(**parts))
+
+    for asked in ({}, {"corruptions": ()}):  # with detection, and without
+        wants = {"default_score": "probe/energy"} | asked
+        readiness.check(with_settings(built, "ood", **wants))
+        for data, reason in (
+            (unlabeled(built), "the images have no labels"),
+            (of(train=one_class), "all training images are of one class, 0"),
+            (
+                of(
+                    train=two_classes,
+                    validation=dataclasses.replace(other, labels=other.labels + 7),
+                ),
+                "no validation image is of a class of the training images",
+            ),
+        ):
+            with pytest.raises(
+                ValueError, match=f"'probe/energy' needs a linear probe, but {reason}"
+            ):
+                readiness.check(with_settings(data, "ood", **wants))
+        with pytest.raises(ValueError, match="ood.default_score must be one of"):
+            readiness.check(with_settings(built, "ood", **wants | {"default_score": "jevb/klx"}))
+
+
 def test_the_best_checkpoints_need_labels(built):
     readiness.check(unlabeled(built))
     reason = r"needs k-NN on the validation split: the images have no labels\. Set it to 0"
