@@ -225,6 +225,7 @@ def _linear(
         validation=Split("validation", int(is_known.sum())),
         evaluated=Split(settings.split, len(test_y)),
         features=name,
+        stopped_after=None if selection.probe.converged else int(selection.probe.num_iterations),
     )
     return selection.probe, accuracy, protocol
 

@@ -393,6 +393,7 @@ def linear_protocol(
     validation: Split,
     evaluated: Split,
     features: str = "features",
+    stopped_after: int | None = None,
 ) -> str:
     """Sentence that says how the accuracy of a linear probe was measured.
 
@@ -405,6 +406,7 @@ def linear_protocol(
       validation: examples that chose the strength.
       evaluated: examples that were classified.
       features: name of the features, for example "representation".
+      stopped_after: number of iterations of the final probe if it did not converge; None if it did.
 
     Returns:
       One line: "linear (multinomial logistic regression, L-BFGS), un-augmented standardized
@@ -415,4 +417,5 @@ def linear_protocol(
         f"linear (multinomial logistic regression, {SOLVER_NAMES[solver]}), un-augmented "
         f"standardized {features}, l2={l2_regularization:g} of {num_strengths} chosen on "
         f"{validation}, fitted on {fitted}, evaluated on {evaluated}"
+        + ("" if stopped_after is None else f", stopped after {stopped_after:,} iterations")
     )

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from configs import ood
-from jevb_jax.evaluation import accuracy, evaluate, shifted
+from jevb_jax.evaluation import accuracy, evaluate, linear_probe, shifted
 from jevb_jax.evaluation.evaluate import Features
 from jevb_jax.images import pixels
 from jevb_jax.images.dataset import Dataset
@@ -279,6 +279,21 @@ SETTINGS = EvaluationSection(
 def transfer_values(settings: EvaluationSection, dataset: Any, extract: Any) -> dict[str, float]:
     found = evaluate.evaluate_transfer(settings, extract, None, dataset)
     return {r["name"]: r["value"] for r in found["trained"] if r["features"] == "embedding"}
+
+
+def test_a_probe_that_did_not_converge_says_so(monkeypatch):
+    dataset, extract = synthetic(np.arange(60) % 3)
+    parts = [extract(None, part) for part in (dataset.train, dataset.validation, dataset.test)]
+    settings = dataclasses.replace(SETTINGS, labels_per_class=0)
+    stopped = functools.partial(linear_probe.select_linear_probe, max_iterations=2)
+    protocols = []
+    for select in (linear_probe.select_linear_probe, stopped):
+        monkeypatch.setattr(linear_probe, "select_linear_probe", select)
+        _, (row,) = accuracy.linear_results("representation", settings, *parts, {})
+        protocols.append(row["protocol"])
+    whole, cut = protocols
+    assert whole.endswith("evaluated on test (60)")
+    assert cut == f"{whole}, stopped after 2 iterations"
 
 
 @pytest.mark.slow

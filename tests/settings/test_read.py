@@ -434,7 +434,7 @@ def test_a_default_score_that_no_evaluation_can_give_is_refused(built):
                 ValueError, match=f"'probe/energy' needs a linear probe, but {reason}"
             ):
                 readiness.check(with_settings(data, "ood", **wants))
-        with pytest.raises(ValueError, match="ood.default_score must be one of"):
+        with pytest.raises(ValueError, match="default_score must be one of"):
             readiness.check(with_settings(built, "ood", **wants | {"default_score": "jevb/klx"}))
 
 
