@@ -128,11 +128,26 @@ def _detection(results: Mapping[str, Any]) -> list[str]:
     if "ood" not in results:
         return []
     found = results["ood"]
-    score = found["chosen_score"] or found["default_score"]
+    wanted = (
+        {found["chosen_score"]: "chosen on other outside sets"} if found["chosen_score"] else {}
+    )
+    wanted.setdefault(found["default_score"], "the default score")
+    measured = [name for name in wanted if _aurocs(results, "trained", name)]
+    # A score that was wanted and is missing must not go unsaid; the next one takes its place.
+    missing = list(wanted)[: list(wanted).index(measured[0])] if measured else list(wanted)
+    without = found.get("left_out", {})
+    left_out = [
+        f"{name}, {wanted[name]}, was left out: {without[name]}"
+        + ("" if without[name].endswith((".", "?")) else ".")
+        for name in missing
+        if name in without
+    ]
+    return [*left_out, *(_advice(results, name, wanted[name]) for name in measured[:1])]
+
+
+def _advice(results: Mapping[str, Any], score: str, why: str) -> str:
+    """Whether to use a score, from its AUROCs."""
     after, before = (_aurocs(results, encoder, score) for encoder in ("trained", "untrained"))
-    if not after:
-        return []
-    why = "chosen on other outside sets" if found["chosen_score"] else "the default score"
     values = ", ".join(f"{group} {value:.3f}" for group, value in after.items())
     told = (
         f"To find images unlike those of the training, use {score}, {why}. "
@@ -162,7 +177,7 @@ def _detection(results: Mapping[str, Any]) -> list[str]:
         " Do not pick the best score of the table: it was measured on the same images. Outside images "
         "of your own can choose one (ood.choice)."
     )
-    return [told]
+    return told
 
 
 def _aurocs(results: Mapping[str, Any], encoder: str, score: str) -> dict[str, float]:

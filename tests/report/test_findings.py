@@ -130,6 +130,20 @@ def test_scores_of_other_methods_and_scores_that_find_nothing(score):
     assert told(rows("another", auroc_near=0.9), ood=ood) == ["No health alarm was raised."]
 
 
+def test_a_score_that_was_left_out_is_named_and_the_default_one_takes_its_place():
+    ood = detection("a/chosen") | {"left_out": {"a/chosen": "3 of 9 scores are NaN. Why?"}}
+    first, second, _ = told(rows("jevb/mixture", auroc_far=0.9), ood=ood)
+    assert (
+        first == "a/chosen, chosen on other outside sets, was left out: 3 of 9 scores are NaN. Why?"
+    )
+    assert "use jevb/mixture, the default score. " in second
+    ood = detection() | {"left_out": {"jevb/mixture": "the features do not vary"}}
+    first, _ = told(rows("another", auroc_far=0.9), ood=ood)
+    assert first == "jevb/mixture, the default score, was left out: the features do not vary."
+    both = ood | {"chosen_score": "a/chosen", "left_out": {"a/chosen": "r", "jevb/mixture": "s"}}
+    assert len(told([], ood=both)) == 3
+
+
 def collapsed(*effective_rank: float) -> list[AlarmPeriod]:
     records = [
         {"step": 100 * step, "health/embedding_std": 0.9, "health/effective_rank": rank}
