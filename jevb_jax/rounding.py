@@ -25,8 +25,9 @@ from jevb_jax.loading import load
 from jevb_jax.model import Model
 from jevb_jax.runs import archive, eight_bits, files
 from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.settings.config_versions import versioned
 
-_COPIED = ("environment.json", "data.json", "metrics.jsonl")
+_COPIED = ("environment.json", "data.json", "extensions.json", "metrics.jsonl")
 
 
 def rounded_variables(variables: Any) -> Any:
@@ -83,7 +84,8 @@ def write_rounded_run(model: Model, source: Path, directory: Path) -> None:
     for name in _COPIED:
         if (source / name).exists():
             files.write_bytes_atomically(directory / name, (source / name).read_bytes())
-    files.write_json_atomically(directory / "config.json", model.config)  # last: now it is a run
+    # Last: now it is a run.
+    files.write_json_atomically(directory / "config.json", versioned(model.config))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

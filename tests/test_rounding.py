@@ -13,6 +13,7 @@ from jevb_jax.images.arrays import digits
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.array_names import flatten_names
 from jevb_jax.runs.checkpoints import Checkpointer
+from jevb_jax.settings import config_versions
 from tests.test_export import small_model
 
 
@@ -73,6 +74,17 @@ def test_an_export_is_smaller_and_has_every_bit(tmp_path):
     packed = json.loads((tmp_path / "export/rounded" / archive.MANIFEST).read_text())["packed"]
     assert len(packed) > 5
     assert all("kernel" in name for name in packed)
+
+
+def test_a_rounded_run_has_the_files_of_a_run(tmp_path):
+    source = write_run(tmp_path / "run")
+    config = json.loads((source / "config.json").read_text())
+    files.write_json_atomically(source / "config.json", config_versions.versioned(config))
+    (source / "extensions.json").write_text('[{"num_steps": 5, "until_step": 5}]')
+    rounding.write_rounded_run(jevb_jax.load(source), source, tmp_path / "rounded")
+    for name in ("config.json", "extensions.json"):
+        found = [json.loads((one / name).read_text()) for one in (source, tmp_path / "rounded")]
+        assert found[1] == found[0], name
 
 
 def test_what_cannot_be_rounded_is_refused(tmp_path, capsys):
