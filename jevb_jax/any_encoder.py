@@ -192,6 +192,7 @@ class FittedEncoder:
         """Names of the scores; `docs/evaluation.md` says what each is."""
         return list(self._entries)
 
+    @in_single_precision
     def scorer(self, score: str) -> ScoreFunction:
         """A score, fitted to the training images at the first call.
 

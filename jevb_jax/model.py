@@ -381,6 +381,7 @@ class Model:
             )
         return score
 
+    @in_single_precision
     def scorer(self, name: str, fit_images: Images | None) -> ScoreFunction:
         """A fitted score, for `scores_of`; arguments and errors are those of `ood_score`."""
         entry = self._score_entries[name]
@@ -435,6 +436,7 @@ class Model:
         """`output` of the features of every image, without JEVB's terms."""
         return self._map_checked(self._forward.checked(images), output, views="")
 
+    @in_single_precision
     def scores_of(self, images: Images, name: str, scorer: ScoreFunction) -> np.ndarray:
         """The values of a fitted score, `[N]` float32; `[]` for one image. `Detector` calls this.
 

@@ -654,6 +654,30 @@ def test_a_saved_score_holds_names_of_ours_alone():
         score_json.describe(lambda x: x)
 
 
+def test_a_score_is_fitted_and_computed_in_32_bits_in_a_process_of_64(untrained):
+    seen = []
+
+    def score(features: Any) -> Any:
+        seen.append(jnp.zeros(1).dtype)
+        return features.embedding[:, 0] + jnp.zeros(1)
+
+    def make(_: Any) -> Any:
+        seen.append(jnp.zeros(1).dtype)
+        return jax.tree_util.Partial(score)
+
+    model = untrained_model()
+    entry = score_table.ScoreEntry("embedding", False, False, make)
+    model.__dict__["_score_entries"] = {"a/score": entry}
+    encoder = jevb_jax.wrap(np.asarray).fit(np.eye(3, 4))
+    encoder.__dict__["_entries"] = {"score": entry}
+    with jax.enable_x64(True):
+        scorer = model.scorer("a/score", None)
+        values = model.scores_of(untrained.test_images[:5], "a/score", scorer)
+        encoder.scorer("score")
+    assert values.dtype == np.float32
+    assert seen == [np.float32] * 3
+
+
 @pytest.mark.slow
 def test_a_process_of_64_bits_has_the_numbers_of_32(untrained, tmp_path):
     images = untrained.test_images
