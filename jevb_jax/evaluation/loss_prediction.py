@@ -140,7 +140,7 @@ def fit_loss_prediction(
     Args:
       features: `[M, F]`, in distribution.
       losses: `[M]`, of the same images. Only their order has an effect.
-      seed: sets the initial parameters and the pairs.
+      seed: sets the initial parameters and the pairs; in [0, 2**63).
       num_steps: number of steps.
       num_pairs: number of pairs in a step.
       width: number of hidden units.
@@ -157,7 +157,7 @@ def fit_loss_prediction(
     """
     counts = {"num_steps": num_steps, "num_pairs": num_pairs, "width": width}
     counts = {name: arguments.whole_number(name, x, at_least=1) for name, x in counts.items()}
-    seed = arguments.whole_number("seed", seed, at_least=0)
+    seed = arguments.whole_number("seed", seed, at_least=0, at_most=arguments.LARGEST_SEED)
     rate = arguments.real_number("learning_rate", learning_rate)
     if not 0 < rate < np.inf:
         raise ValueError(f"learning_rate must be positive and finite, got {rate}")
@@ -180,7 +180,8 @@ def fit_loss_prediction(
     inverse_std = np.where(is_alive, 1 / np.where(is_alive, std, 1), 0)
     standardized = (values - mean) * inverse_std
     center, scale, inputs = as_float32(mean, inverse_std, standardized)
-    layers = _train(inputs, jax.device_put(rank.astype(np.int32)), seed, rate, **counts)
+    key = jax.random.key(seed)  # a large seed cannot be traced
+    layers = _train(inputs, jax.device_put(rank.astype(np.int32)), key, rate, **counts)
     return PredictedLoss(center, scale, layers)
 
 
@@ -188,7 +189,7 @@ def fit_loss_prediction(
 def _train(
     standardized: Array,
     rank: Array,
-    seed: int,
+    key: Array,
     rate: float,
     *,
     num_steps: int,
@@ -199,7 +200,7 @@ def _train(
     import optax  # a loaded model, which only applies the score, does not need it
 
     num_images, num_features = standardized.shape
-    initial_key, pairs_key = jax.random.split(jax.random.key(seed))
+    initial_key, pairs_key = jax.random.split(key)
     hidden_key, output_key = jax.random.split(initial_key)
     he = jax.nn.initializers.he_normal()
     layers = Layers(

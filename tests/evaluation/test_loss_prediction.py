@@ -130,6 +130,15 @@ def test_a_score_is_the_network_of_standardized_features():
     np.testing.assert_allclose(jax.jit(lambda s, x: s(x))(score, new), expected, 1e-4, 1e-4)
 
 
+def test_a_seed_may_have_more_than_32_bits():
+    features, losses = problem(40, 0)
+    scores = [
+        np.asarray(fit_loss_prediction(features, losses, seed=seed, num_steps=2)(features))
+        for seed in (3, 2**31 + 3, 2**63 - 1)
+    ]
+    assert np.abs(scores[0] - scores[1]).max() > 0.01
+
+
 def test_seed_and_order_of_losses_say_everything():
     features, losses = problem(100, 0)
     new, _ = problem(40, 1)
@@ -201,8 +210,9 @@ def test_what_cannot_be_fitted_says_why():
     for rate in (0, -1.0, np.inf, np.nan):
         with pytest.raises(ValueError, match="learning_rate must be positive"):
             fit_loss_prediction(features, losses, learning_rate=rate)
-    with pytest.raises(ValueError, match="seed"):
-        fit_loss_prediction(features, losses, seed=-1)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match="seed"):
+            fit_loss_prediction(features, losses, seed=seed)
 
 
 def test_it_is_saved_as_plain_arrays():
