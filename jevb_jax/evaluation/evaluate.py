@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jevb_jax.evaluation import detection, fitted_scores, outside_sets, reliability, shifted
+from jevb_jax.evaluation import (
+    detection,
+    fitted_scores,
+    human_votes,
+    outside_sets,
+    reliability,
+    shifted,
+)
 from jevb_jax.evaluation.accuracy import (
     FEATURE_NAMES,
     Result,
@@ -31,7 +38,6 @@ from jevb_jax.evaluation.reliability import RiskCoverage
 from jevb_jax.images import corruptions
 from jevb_jax.images.dataset import Dataset
 from jevb_jax.networks.heads import Posterior
-from jevb_jax.runs import files
 from jevb_jax.settings.sections import EvaluationSection, OodSection
 from jevb_jax.training.experiment import Experiment
 
@@ -257,7 +263,7 @@ def _uncertainty_results(
                 ),
             ]
         results += _severity_results(experiment.settings.ood, found, name)
-    results += _disagreement_results(experiment, found)
+    results += _disagreement_results(experiment, found, len(test.representation))
     results += _spectrum_results(test, split)
     return results
 
@@ -339,19 +345,14 @@ def _severity_results(settings: OodSection, found: OODEvaluation, score: str) ->
     return results
 
 
-def _disagreement_results(experiment: Experiment, found: OODEvaluation) -> list[Result]:
+def _disagreement_results(
+    experiment: Experiment, found: OODEvaluation, num_images: int
+) -> list[Result]:
     """Correlation of the scores with the entropy of people's votes; empty without votes."""
     path = experiment.settings.ood.human_counts_path
     if not path:
         return []
-    with files.to_path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-        counts = file["cifar10h_counts"]
-    num_images = len(next(iter(found.inside.values())))
-    if len(counts) != num_images:
-        raise ValueError(
-            f"{path} holds votes for {len(counts):,} images, but {num_images:,} images were evaluated. "
-            "Give votes for the whole test set, in its order"
-        )
+    counts = human_votes.read_votes(path, num_images=num_images)
     return [
         result_of(
             "human_disagreement_correlation",

@@ -11,11 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevb_jax.evaluation import accuracy, csi, detection, outside_sets, score_table, shifted
+from jevb_jax.evaluation import (
+    accuracy,
+    csi,
+    detection,
+    human_votes,
+    outside_sets,
+    score_table,
+    shifted,
+)
 from jevb_jax.images import corruptions
 from jevb_jax.images.source import ImageSource, image_shape, is_of_features
 from jevb_jax.images.views import check_source
-from jevb_jax.runs import files
 from jevb_jax.training.experiment import Experiment
 
 
@@ -83,7 +90,7 @@ def _check_detection(experiment: Experiment, evaluated: ImageSource) -> None:
         # The largest severity needs the largest image.
         _check_corruption(name, settings.severities[-1], image_shape(evaluated))
     if settings.human_counts_path:
-        _check_human_counts(settings.human_counts_path, len(evaluated))
+        human_votes.read_votes(settings.human_counts_path, num_images=len(evaluated))
 
 
 def _check_outside_set(
@@ -115,18 +122,3 @@ def _check_corruption(name: str, severity: int, shape: tuple[int, int, int]) -> 
         jax.eval_shape(corrupt, jax.random.key(0), jax.ShapeDtypeStruct(shape, np.float32))
     except ValueError as error:
         raise ValueError(f"ood.corruptions, {name}, severity {severity}: {error}") from error
-
-
-def _check_human_counts(path: str, num_images: int) -> None:
-    try:
-        with files.to_path(path).open("rb") as stream, np.load(stream) as arrays:
-            shape = arrays["cifar10h_counts"].shape
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"ood.human_counts_path = {path!r} must be an .npz file with `cifar10h_counts`: {error}"
-        ) from error
-    if len(shape) != 2 or shape[0] != num_images:
-        raise ValueError(
-            f"ood.human_counts_path = {path!r} holds votes of shape {shape}, but {num_images:,} images "
-            "are evaluated. Give votes for the whole test set, in its order"
-        )

@@ -70,6 +70,10 @@ def read_npz(
       ValueError: the file is damaged, the first entry is missing, or memory does not suffice.
     """
     first = names[0]
+    magic = np.lib.format.MAGIC_PREFIX
+    with _damage_named(path), path.open("rb") as stream:
+        if stream.read(len(magic)) == magic:  # `np.load` would return it, without entries
+            raise ValueError("it is an .npy file, with one array and no entries")
     with (
         _damage_named(path),
         path.open("rb") as stream,

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import types
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from configs import default, finetune_default, ood, smoke, transfer
 from jevb_jax import commands, finetuning
-from jevb_jax.evaluation import readiness
+from jevb_jax.evaluation import evaluate, human_votes, readiness
 from jevb_jax.images.source import ArraySource
 from jevb_jax.methods import METHODS
 from jevb_jax.paper.densities import SPACES
@@ -396,8 +397,35 @@ def test_outside_images_and_votes_fit_the_run(built, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="40 images are evaluated"):
         readiness.check(with_settings(built, "ood", human_counts_path="votes.npz"))
     np.savez("votes.npz", other=np.ones((40, 10)))
-    with pytest.raises(ValueError, match="with `cifar10h_counts`"):
+    with pytest.raises(ValueError, match="no entry `cifar10h_counts`"):
         readiness.check(with_settings(built, "ood", human_counts_path="votes.npz"))
+
+
+def test_votes_are_read_also_if_every_score_was_left_out(built, tmp_path):
+    np.savez(tmp_path / "votes.npz", cifar10h_counts=np.ones((40, 10)))
+    asked = with_settings(built, "ood", human_counts_path=str(tmp_path / "votes.npz"))
+    found: Any = types.SimpleNamespace(inside={})
+    assert evaluate._disagreement_results(asked, found, 40) == []
+
+
+def test_files_that_hold_no_votes_are_refused_by_name(tmp_path):
+    votes = tmp_path / "votes.npz"
+    np.savez(votes, cifar10h_counts=np.ones((40, 10)))
+    np.testing.assert_array_equal(human_votes.read_votes(str(votes), num_images=40), 1)
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes(votes.read_bytes()[:-40])
+    np.save(tmp_path / "votes.npy", np.ones((40, 10)))
+    np.savez(tmp_path / "none.npz", cifar10h_counts=np.zeros((40, 10)))
+    np.savez(tmp_path / "text.npz", cifar10h_counts=np.full((40, 10), "a"))
+    for name, error, message in (
+        ("damaged.npz", ValueError, "cannot be read"),
+        ("votes.npy", ValueError, "it is an .npy file"),
+        ("none.npz", ValueError, "with a vote for each image"),
+        ("text.npz", ValueError, "must be real numbers"),
+        ("nowhere.npz", FileNotFoundError, "nowhere"),
+    ):
+        with pytest.raises(error, match=message):
+            human_votes.read_votes(str(tmp_path / name), num_images=40)
 
 
 def unlabeled(built: Experiment, **parts: Any) -> Experiment:
