@@ -423,6 +423,46 @@ def test_the_card_claims_nothing_that_is_not_there(model):
     assert "stated no license" in text
 
 
+def test_the_card_shows_no_directories_of_the_config(model):
+    paths = ("../ann/secret/x.npz", "data/patients/ward_7/train.npz", "/home/bo/two words/y.npz")
+    data = dataclasses.replace(model.settings.data, source="arrays", train_paths=paths)
+    votes = dataclasses.replace(model.settings.ood, human_counts_path="~/my votes/v.npz")
+    start = dataclasses.replace(model.settings.init, workdir="file:///srv/cara/run 7/")
+    settings = dataclasses.replace(model.settings, data=data, ood=votes, init=start)
+    protocol = f"bank={Path('data/patients/ward_7/train.npz').resolve()}, {paths[2]}, alpha/beta"
+    rows = [RESULTS["trained"][0] | {"protocol": f"{protocol}, {Path.home()}/my votes/v.npz"}]
+    given = {"step": 7, "recorded_data": None, "has_fitted_score": True}
+    text = model_card.card_text(NAME, settings, results=RESULTS | {"trained": rows}, **given)
+    assert "Source: `arrays`, x.npz, train.npz, y.npz." in text
+    assert "| bank=train.npz, y.npz, alpha/beta, v.npz |" in text
+    for word in (
+        "ann",
+        "secret",
+        "patients",
+        "ward",
+        "two words",
+        "my votes",
+        "bo/",
+        "cara",
+        "srv",
+    ):
+        assert word not in text, word
+
+
+def test_the_card_of_features_and_of_a_run_without_labels_says_what_is_there(model):
+    data = dataclasses.replace(model.settings.data, source="features")
+    settings = dataclasses.replace(model.settings, data=data)
+    recorded: Any = {"fingerprint": {"parts": {"train": {"images": 90}}}}
+    rows = [{"name": "auroc_far", "features": "jevb/a", "value": 0.5, "protocol": "p"}]
+    results = RESULTS | {"trained": rows, "untrained": []}
+    given = {"step": 7, "recorded_data": recorded, "has_fitted_score": True, "results": results}
+    text = model_card.card_text(NAME, settings, **given)
+    assert yaml.safe_load(text.split("---\n")[1])["metrics"] == ["roc_auc"]
+    assert "uint8" not in text
+    assert "model.embed(features), model.ood_score(features)   # float32 [N, F]" in text
+    assert "Rows of features: 90 train." in text
+
+
 def test_a_default_score_that_was_too_large_to_save_is_not_promised(model):
     name = score_table.default_score(model.settings)
     too_large = "its 90.0 MB would exceed checkpoint.fitted_megabytes"

@@ -3,12 +3,15 @@
 It is Markdown with the YAML front matter of the Hub. Every number comes with its protocol.
 """
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jevb_jax.report.tables import markdown_table, measure_rows
+from jevb_jax.runs import files
 from jevb_jax.settings.sections import DataSection, RunSettings
 
 UNKNOWN_LICENSE = "unknown"  # an identifier of the Hub
@@ -23,7 +26,8 @@ _LICENSES = {
     "imagenet2012": "ImageNet, whose terms of access allow research and education that is not "
     "commercial",
 }
-# A local path: the names of its directories are nobody's business.
+# The directories of an absolute path, up to the first space. The config's own paths are known
+# exactly; this is for those of another config, which an evaluation may have read.
 _DIRECTORIES = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/,;:()]+/)+")
 
 
@@ -52,6 +56,9 @@ def card_text(
       Markdown.
     """
     name = repository.rpartition("/")[2]
+    shown = _Shortened(settings)
+    is_features = settings.data.source == "features"
+    given = "features" if is_features else "images"
     is_jevb = settings.method == "jevb"
     parts = [
         _front_matter(settings, results, license_id),
@@ -60,24 +67,24 @@ def card_text(
         f"{_network(settings)}. Step {step:,}.",
         "## Load it",
         "    pip install 'jevb-jax[train,hub]'",
-        _lines(repository, has_fitted_score=has_fitted_score),
+        _lines(repository, given, has_fitted_score=has_fitted_score),
         f"`embed` gives `[N, {settings.model.embedding_dim}]`"
         + (
-            ", and `model.posterior(images)` a mean and a standard deviation of each feature"
+            f", and `model.posterior({given})` a mean and a standard deviation of each feature"
             * is_jevb
         )
         + (
-            ". The score needs no training images: larger means less like them."
+            f". The score needs no training {given}: larger means less like them."
             if has_fitted_score
             else ". Scores that must be fitted need `fit_images=` and `calibration_images=`."
         ),
         "## Data",
-        _data(settings.data, recorded_data),
+        _data(settings.data, recorded_data, shown),
         "## Settings",
-        "\n".join(markdown_table(("setting", "value"), _settings(settings))),
+        "\n".join(markdown_table(("setting", "value"), _settings(settings, shown))),
         "`model.json` holds the whole config and the hashes of the files.",
         "## Numbers",
-        *_numbers(results),
+        *_numbers(results, shown),
         "## Limits",
         _limits(settings),
         "## License",
@@ -88,8 +95,11 @@ def card_text(
 
 def _front_matter(settings: RunSettings, results: Mapping[str, Any] | None, license_id: str) -> str:
     """The YAML that the Hub reads. JSON is YAML, so a name needs no other quoting."""
-    metrics = [] if results is None else ["accuracy"]
-    if results is not None and results.get("ood"):
+    found = results or {}
+    metrics = []
+    if any(row["name"].endswith("accuracy") for row in found.get("trained", ())):
+        metrics.append("accuracy")
+    if found.get("ood") and found["ood"]["rows"]:
         metrics.append("roc_auc")
     entries = {
         "license": license_id,
@@ -117,26 +127,29 @@ def _network(settings: RunSettings) -> str:
     return f"`{settings.model.backbone}` for images of {size} pixels"
 
 
-def _lines(repository: str, *, has_fitted_score: bool) -> str:
-    calls = "model.embed(images)"
+def _lines(repository: str, given: str, *, has_fitted_score: bool) -> str:
+    calls, kind = f"model.embed({given})", "uint8, or floats in [0, 1]"
+    if given == "features":
+        kind = "float32 [N, F], of the frozen encoder"
     if has_fitted_score:
-        calls = f"embeddings, scores = {calls}, model.ood_score(images)"
+        calls = f"embeddings, scores = {calls}, model.ood_score({given})"
     else:
         calls = f"embeddings = {calls}"
     return (
         "```python\nimport jevb_jax\n"
         f'model = jevb_jax.load("hf://{repository}")\n'
-        f"{calls}   # uint8, or floats in [0, 1]\n```"
+        f"{calls}   # {kind}\n```"
     )
 
 
-def _data(data: DataSection, recorded: Mapping[str, Any] | None) -> str:
+def _data(data: DataSection, recorded: Mapping[str, Any] | None, shown: "_Shortened") -> str:
     names = [data.tfds_name] if data.source == "tfds" else list(data.train_paths)
-    lines = [f"Source: `{data.source}`" + (f", {_shown(', '.join(names))}" if names else "") + "."]
+    lines = [f"Source: `{data.source}`" + (f", {shown(', '.join(names))}" if names else "") + "."]
     if recorded is not None:
         counted = recorded["fingerprint"]["parts"]
         counts = [f"{counted[part]['images']:,} {part}" for part in counted]
-        lines.append(f"Images: {', '.join(counts)}. The images are not in this repository.")
+        what = "Rows of features" if data.source == "features" else "Images"
+        lines.append(f"{what}: {', '.join(counts)}. They are not in this repository.")
     known = _LICENSES.get(data.source) or _LICENSES.get(data.tfds_name.split(":")[0].split("/")[0])
     lines.append(
         f"License of the data: {known}."
@@ -146,7 +159,7 @@ def _data(data: DataSection, recorded: Mapping[str, Any] | None) -> str:
     return " ".join(lines)
 
 
-def _settings(settings: RunSettings) -> list[tuple[str, str]]:
+def _settings(settings: RunSettings, shown: "_Shortened") -> list[tuple[str, str]]:
     found: dict[str, Any] = {
         "method": settings.method,
         "seed": settings.seed,
@@ -169,11 +182,11 @@ def _settings(settings: RunSettings) -> list[tuple[str, str]]:
             "jevb.prior_scale": settings.jevb.prior_scale,
         }
     if settings.init.workdir:
-        found["init.workdir"] = _shown(settings.init.workdir)
+        found["init.workdir"] = shown(settings.init.workdir)
     return [(f"`{key}`", f"`{value}`") for key, value in found.items()]
 
 
-def _numbers(results: Mapping[str, Any] | None) -> list[str]:
+def _numbers(results: Mapping[str, Any] | None, shown: "_Shortened") -> list[str]:
     if results is None:
         return ["These weights were not evaluated, so there are no numbers."]
 
@@ -181,7 +194,7 @@ def _numbers(results: Mapping[str, Any] | None) -> list[str]:
         return "" if value is None else f"{value:.3f}"
 
     rows: list[Sequence[str]] = [
-        (row.name, row.features, number(row.untrained), number(row.trained), _shown(row.protocol))
+        (row.name, row.features, number(row.untrained), number(row.trained), shown(row.protocol))
         for row in measure_rows(results)
     ]
     header = ("measure", "features", "untrained", "trained", "protocol")
@@ -196,7 +209,7 @@ def _numbers(results: Mapping[str, Any] | None) -> list[str]:
             (
                 row["outside"],
                 *(number(row[key]) for key in ("auroc", "fpr95_outside_positive")),
-                _shown(detection["sets"][row["outside"]]),
+                shown(detection["sets"][row["outside"]]),
             )
             for row in detection["rows"]
             if row["score"] == default
@@ -232,6 +245,32 @@ def _license(license_id: str) -> str:
     return f"Of the weights: {license_id}. That of the data is above."
 
 
-def _shown(text: str) -> str:
-    """A text in which local paths are only the names of their files."""
-    return _DIRECTORIES.sub("", text)
+class _Shortened:
+    """Shortens local paths in a text: the names of directories are nobody's business.
+
+    The paths of the config are known whole, with spaces in them; sources are named by them, or by
+    the absolute paths that they become.
+    """
+
+    def __init__(self, settings: RunSettings):
+        data, ood = settings.data, settings.ood
+        given = [*data.train_paths, *data.test_paths, data.data_dir]
+        given += [settings.init.workdir, ood.human_counts_path]
+        for described in (*ood.outside, *ood.choice):
+            given += [*described.get("paths", ()), described.get("data_dir", "")]
+        known = set()
+        for path in filter(None, given):
+            if "://" in path and not path.startswith("file:"):
+                continue  # a public address
+            known |= {path.rstrip("/"), os.path.normpath(path)}
+            with contextlib.suppress(ValueError):  # the home of someone unknown here
+                known.add(str(files.to_path(path)))
+        self._paths = sorted((path for path in known if "/" in path), key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        """The text, with only the names of files and of last directories."""
+        for path in self._paths:
+            name = path.rpartition("/")[2]
+            whole = rf"(?<![\w.~-]){re.escape(path)}(?![\w-])"
+            text = re.sub(whole, lambda _, name=name: name, text)
+        return _DIRECTORIES.sub("", text)
