@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from jevb_jax.report.figures import Drawing, add_legend, line_style, make_drawing, write_png
 
-# Every method logs these keys of `metrics.jsonl`. Other keys under `train/` are terms of its loss.
+# Keys of `metrics.jsonl` that are no terms of a loss. Every method logs them, except the two scales,
+# which are JEVB's. What a method logs beside them are, mostly, terms of its loss.
 _NOT_TERMS = frozenset(
     f"train/{name}"
     for name in (
@@ -24,13 +25,14 @@ _NOT_TERMS = frozenset(
 
 
 def loss_terms(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Keys of the terms of the method's loss.
+    """Keys of what the method logs of its loss: its terms, and what is read from them.
 
     Args:
       records: lines of `metrics.jsonl`.
 
     Returns:
-      Every key under `train/` that not all methods log, in the order of the log.
+      Every key under `train/` except loss, scales, spread, gradient norm and learning rate, in the
+      order of the log.
     """
     names = dict.fromkeys(name for record in records for name in record)
     return tuple(name for name in names if name.startswith("train/") and name not in _NOT_TERMS)
