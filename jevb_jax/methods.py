@@ -10,8 +10,8 @@ The loss of a method is a function `(key, views, targets, *, step, radial_scale)
 
 A loss ignores what it does not need. The caller averages over examples. With more than two views, a
 loss of two views becomes its mean over pairs of a source, which is any view, and a target, which is
-another full view. The table `METHODS` at the
-end lists the methods and everything else that differs between them.
+another full view. The table `METHODS` at the end lists the methods and everything else that differs
+between them.
 """
 
 import dataclasses

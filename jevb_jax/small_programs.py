@@ -1,4 +1,4 @@
-"""What the small programs `python -m jevb_jax.export` and `python -m jevb_jax.convert` share."""
+"""What the programs `jevb_jax.export`, `jevb_jax.convert` and `jevb_jax.rounding` share."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Accuracies by k-NN and linear probes, and what the data do not allow to measure."""
+"""Accuracies by k-NN and linear probes, and which measures the data do not allow."""
 
 from typing import Any
 

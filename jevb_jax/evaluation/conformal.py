@@ -30,7 +30,7 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
     """
     scores = np.asarray(calibration_scores, np.float64)
     if scores.ndim != 1:
-        raise ValueError(f"calibration_scores must be [n] without NaN, got shape {scores.shape}")
+        raise ValueError(f"calibration_scores must be one axis, [n], got shape {scores.shape}")
     num_bad = int(np.sum(np.isnan(scores) | np.isneginf(scores)))
     if num_bad:
         raise ValueError(

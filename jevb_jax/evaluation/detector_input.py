@@ -45,8 +45,8 @@ class FewImagesWarning(UserWarning):
 def checked_share(name: str, value: Any) -> float:
     """Checks a setting that is a share in (0, 1) and returns it as a Python float.
 
-    A NumPy or JAX scalar of fewer bits counts as the decimal number that it prints. For example,
-    0.8 in float32 is slightly more than 0.8 and would otherwise require one image more.
+    A NumPy or JAX scalar of fewer bits counts as the decimal number that it prints: float32(0.8) is
+    read as 0.8. Its exact value, 0.800000012, would ask for one image more.
 
     Raises:
       ValueError: `value` is not one real number in (0, 1).

@@ -52,7 +52,8 @@ class _Covariance(NamedTuple):
 
         Args:
           background: second moments to use instead, at least as large as these in every direction.
-            Outside the span of the images the variance is then twice that of a class.
+            With `background`, a direction that no image spans gets twice the variance that it has
+            without.
         """
         share = self.shrinkage
         variances, directions = eigh(self.moments if background is None else background)

@@ -58,8 +58,7 @@ def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
     """Probability that a wrongly classified image is less certain than a correctly classified one.
 
     With the errors `~right_at_1(...)`, this is the R-AUROC of the URL benchmark (Kirchhof et al. 2023;
-    docs eq. 39). With the errors of a classifier fitted on training
-    images, it is another number.
+    docs eq. 39). With the errors of a classifier fitted on training images, it is another number.
 
     Args:
       uncertainty: `[N]`.

@@ -243,7 +243,8 @@ class WeightsAndBiases:
                 console="off", finish_timeout=_FINISH_SECONDS, finish_timeout_raises=False
             ),
         )
-        # It takes rising steps only. What the server has of a resumed run is the same as what comes.
+        # wandb takes rising steps only, so steps that the server already has are skipped; their
+        # numbers are the same.
         self._first_step: int = self._run.starting_step
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

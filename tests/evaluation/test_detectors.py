@@ -1027,6 +1027,8 @@ def test_threshold_refuses():
             conformal.conformal_threshold(np.arange(9.0), rate)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="without NaN or -inf: 2 of 3"):
         conformal.conformal_threshold([0.0, np.nan, -np.inf], 0.5)  # pyright: ignore[reportArgumentType]
-    for scores in (np.array([0.0, np.nan]), np.array([0.0, -np.inf]), np.zeros((2, 2))):
+    with pytest.raises(ValueError, match=r"must be one axis, \[n\], got shape \(2, 3\)"):
+        conformal.conformal_threshold(np.zeros((2, 3)), 0.5)
+    for scores in (np.array([0.0, np.nan]), np.array([0.0, -np.inf])):
         with pytest.raises(ValueError, match=r"must be \[n\] without NaN"):
             conformal.conformal_threshold(scores, 0.5)
