@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jevb_jax.evaluation import detection_metrics
+
 
 def _real(name: str, values: ArrayLike) -> np.ndarray:
     """Values as float64. Integers stay, because large ones could become equal."""
@@ -75,11 +77,7 @@ def error_auroc(uncertainty: ArrayLike, is_error: ArrayLike) -> float:
         raise ValueError(
             f"AUROC needs right and wrong images, got {errors.sum()} wrong of {len(errors)}"
         )
-    # Ranks treat infinities correctly; scikit-learn refuses them along with NaN.
-    from scipy.stats import rankdata  # both slow to import
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(errors, rankdata(values)))
+    return detection_metrics.ood_metrics(values[~errors], values[errors]).auroc
 
 
 def right_at_1(nearest_other: ArrayLike, labels: ArrayLike) -> np.ndarray:
