@@ -24,6 +24,7 @@ from jevb_jax.evaluation.evidence import Evidence, Neighbors, ScoredImages
 from jevb_jax.report import figures, tables, training_curves
 from jevb_jax.report.findings import findings
 from jevb_jax.runs import files
+from jevb_jax.runs.dotted_keys import flatten
 from jevb_jax.training.alarms import AlarmPeriod
 
 _THUMBNAIL_PIXELS = 160  # longest side of an image on the page
@@ -75,15 +76,9 @@ def _text(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _leaves(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of dotted name and text, one for each leaf."""
-    if not isinstance(value, Mapping) or not value:
-        return [(prefix, _text(value))]
-    return [
-        pair
-        for key, item in value.items()
-        for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    ]
+    return [(name, _text(value)) for name, value in flatten(values).items()]
 
 
 # --- Sections: each is None where there is nothing to show ---
@@ -332,12 +327,12 @@ def _reproduction(
         lines[-1].append(word)
     groups = {name: value for name, value in config.items() if isinstance(value, Mapping) and value}
     plain = {name: value for name, value in config.items() if name not in groups}
-    settings = [("Settings of the run", "run", _flatten(plain))] if plain else []
-    settings += [(f"Settings of {name}", name, _flatten(group)) for name, group in groups.items()]
+    settings = [("Settings of the run", "run", _leaves(plain))] if plain else []
+    settings += [(f"Settings of {name}", name, _leaves(group)) for name, group in groups.items()]
     facts = {name: value for name, value in environment.items() if name != "command"}
     content = {
         "command": " \\\n  ".join(shlex.join(line) for line in lines if line),
-        "environment": _flatten(facts) if facts else (),
+        "environment": _leaves(facts) if facts else (),
         "settings": settings,
         "num_settings": sum(len(pairs) for _, _, pairs in settings),
     }

@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jevb_jax.runs import access_errors, files
 from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
+from jevb_jax.runs.dotted_keys import flatten
 
 State = TypeVar("State")
 _FORMAT = 1
@@ -55,16 +56,6 @@ def changed_keys(
     Returns:
       `{dotted key: (saved, current)}`, with "(absent)" for a config that lacks the key.
     """
-
-    def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in config.items():
-            if isinstance(value, Mapping):
-                flat.update(flatten(value, f"{prefix}{key}."))
-            else:
-                flat[prefix + key] = value
-        return flat
-
     a, b = flatten(saved), flatten(current)
     absent = "(absent)"
     return {

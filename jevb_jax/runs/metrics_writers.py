@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from jevb_jax.extras import EXTRAS
 from jevb_jax.runs import files
+from jevb_jax.runs.dotted_keys import flatten
 
 Ending = Literal["finished", "stopped", "failed"]
 
@@ -373,18 +374,11 @@ class MLflow:
         number = client.create_experiment(name) if experiment is None else experiment.experiment_id
         run_id = client.create_run(number, run_name=workdir.name).info.run_id
         _identity(workdir, "mlflow", lambda: run_id)
-        parameters = [entities.Param(key, str(value)) for key, value in _flat(self._run.config)]
+        settings = flatten(self._run.config)
+        parameters = [entities.Param(key, str(value)) for key, value in settings.items()]
         for start in range(0, len(parameters), _MLFLOW_PARAMETERS):
             client.log_batch(run_id, params=parameters[start : start + _MLFLOW_PARAMETERS])
         return run_id
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _identities(workdir: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jevb_jax.images import corruptions
+from jevb_jax.runs.dotted_keys import flatten
 from jevb_jax.settings.domains import Domain, shown
 from jevb_jax.settings.misfits import misfits, misfits_of_source, warmup_misfits
 from jevb_jax.settings.sections import (
@@ -71,16 +72,6 @@ def plain(value: Any) -> Any:
         if isinstance(value, kind) and type(value) not in (kind, bool):
             return kind(value)
     return value
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -198,7 +189,7 @@ def run_settings(config: Mapping[str, Any]) -> RunSettings:
     Raises:
       ValueError: lists all wrong settings, each with its name, its domain and its value.
     """
-    values = _flatten(config)
+    values = flatten(config)
     _check_keys(values, RUN)
     problems = _problems(values, RUN, "")
     for part in ("outside", "choice"):
@@ -219,7 +210,7 @@ def saved_settings(config: Mapping[str, Any]) -> RunSettings:
     Raises:
       ValueError: a setting is missing, or this version does not have it.
     """
-    _check_keys(_flatten(config), RUN)
+    _check_keys(flatten(config), RUN)
     return _built(RunSettings, config)
 
 
@@ -250,7 +241,7 @@ def evaluation_section(section: Mapping[str, Any]) -> EvaluationSection:
 
 
 def _section(kind: type[_Settings], section: Mapping[str, Any], prefix: str) -> _Settings:
-    values, table = _flatten(section), domains(kind)
+    values, table = flatten(section), domains(kind)
     _check_keys(values, table, prefix=prefix)
     _refuse(_problems(values, table, prefix))
     return _built(kind, section)
@@ -265,7 +256,7 @@ def finetune_settings(config: Mapping[str, Any]) -> FinetuneSettings:
     Raises:
       ValueError: lists all wrong settings.
     """
-    values = _flatten(config)
+    values = flatten(config)
     _check_keys(values, FINETUNE)
     _refuse(_problems(values, FINETUNE, ""))
     settings = _built(FinetuneSettings, config)
