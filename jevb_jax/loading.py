@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
-from jevb_jax import model_names
+from jevb_jax import arguments, model_names
 from jevb_jax.detector import DETECTOR, Detector
 from jevb_jax.evaluation import fitted_scores, score_json
 from jevb_jax.images import data_record
-from jevb_jax.model import Model, whole_number
+from jevb_jax.model import Model
 from jevb_jax.runs import archive, files
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.array_names import differences, flatten_names, unflatten_names
@@ -64,6 +64,7 @@ def load(
       ArchiveError: the export is damaged or does not fit.
       HubError: the Hub did not give the repository.
       ValueError: `step` is given for an export, or the config is of another version.
+      TypeError: `step` is no whole number; a float such as 6.0 is none.
     """
     keep_compiled_programs()
     directory = model_names.directory_of(path)
@@ -193,7 +194,7 @@ def _load_run(directory: Path, step: Any, batch_size: int | None) -> Model:
     from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError  # an export needs no Orbax
 
     if step is not None and not isinstance(step, str):
-        step = whole_number("step", step)
+        step = arguments.whole_number("step", step)
     config_path = directory / "config.json"
     config = saved_config(files.read_json(config_path), config_path)
     settings = _saved_settings(config, directory)

@@ -5,7 +5,6 @@ send it to another process.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
@@ -14,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jevb_jax import methods
+from jevb_jax import arguments, methods
 from jevb_jax.detector import Detector
 from jevb_jax.evaluation import conformal, detection, detector_input, score_table
 from jevb_jax.evaluation.features import FeatureExtractor, Features
@@ -127,22 +126,23 @@ class Model:
             when the first of them is needed; None if there are none.
 
         Raises:
-          ValueError: the batch size is below one, or a number is not whole.
+          ValueError: the batch size is below one, or `square_size` below zero.
+          TypeError: a number is not whole, or is a float.
         """
         self.config = config
         self.settings = read.saved_settings(config)
-        self.step = whole_number("step", step)
+        self.step = arguments.whole_number("step", step)
         self.network = from_settings.make_network(self.settings)
-        self.square_size = whole_number(
-            "square_size", self.settings.data.image_size if square_size is None else square_size
+        self.square_size = arguments.whole_number(
+            "square_size",
+            self.settings.data.image_size if square_size is None else square_size,
+            at_least=0,
         )
-        if self.square_size < 0:
-            raise ValueError(f"square_size must be at least 0, got {self.square_size}")
-        size = whole_number(
-            "batch_size", self.settings.evaluation.batch_size if batch_size is None else batch_size
+        size = arguments.whole_number(
+            "batch_size",
+            self.settings.evaluation.batch_size if batch_size is None else batch_size,
+            at_least=1,
         )
-        if size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {size}")
         self._forward = ForwardPass(
             self.network,
             self.settings,
@@ -477,19 +477,6 @@ def _model_again(
         recorded_data=recorded_data,
         read_fitted=read_fitted,
     )
-
-
-def whole_number(name: str, value: Any) -> int:
-    """The value as an int; also of NumPy and JAX integers, and of floats without a fraction."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return int(value)
-    number: Any = value
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return operator.index(number)
-    except TypeError as error:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from error
 
 
 @jax.jit
