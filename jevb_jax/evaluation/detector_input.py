@@ -168,12 +168,34 @@ def as_float32(*values: np.ndarray) -> list[Array]:
     return [jax.device_put(x) for x in arrays]  # `jnp.asarray` compiles a program for each shape
 
 
-def check_alive(is_alive: np.ndarray, where: str = "") -> None:
-    """Raises DegenerateFeaturesError if no feature varies by more than rounding; `[F]` bool."""
+def checked_alive(std: np.ndarray, features: np.ndarray, where: str = "") -> np.ndarray:
+    """Which features vary by more than rounding, `[F]` bool.
+
+    Args:
+      std: `[F]`, deviations of the features, or of what is left of them without their means.
+      features: `[N, F]`.
+      where: what the deviations are within, for the message.
+
+    Raises:
+      DegenerateFeaturesError: none does.
+    """
+    is_alive = std > ROUNDING * np.abs(features).max(axis=0)
     if not is_alive.any():
         raise DegenerateFeaturesError(
             f"the fitted features do not vary{where}: has the encoder collapsed?"
         )
+    return is_alive
+
+
+def checked_image_labels(labels: ArrayLike, num_images: int) -> np.ndarray:
+    """Labels `[num_images]`, integers; anything else raises ValueError."""
+    array = np.asarray(labels)
+    if array.shape != (num_images,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"labels must be integers [{num_images}], one for each image, got {array.dtype} "
+            f"{array.shape}"
+        )
+    return array
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from jevb_jax.evaluation.detector_input import (
     DegenerateFeaturesError,
     as_float32,
     at_most,
-    check_alive,
+    checked_alive,
     checked_fit_features,
     checked_queries,
     or_infinite,
@@ -74,8 +74,7 @@ def covariance_of(
     """
     std = np.sqrt(np.mean(np.square(residual), axis=0))
     largest = np.max(np.abs(features), axis=0)
-    is_alive = std > ROUNDING * largest
-    check_alive(is_alive, " within a class" if group is not None else "")
+    is_alive = checked_alive(std, features, " within a class" if group is not None else "")
     # A constant feature has no unit. It gets the median unit of the others, or a larger one at
     # which its rounding has the least variance.
     of_rounding = ROUNDING / math.sqrt(LEAST_VARIANCE) * largest
@@ -316,8 +315,7 @@ def fit_published_ssd(features: ArrayLike) -> DirectionGaussians:
     mean = directions.mean(axis=0)
     residual = directions - mean
     std = np.sqrt(np.mean(np.square(residual), axis=0))
-    is_alive = std > ROUNDING * np.max(np.abs(directions), axis=0)
-    check_alive(is_alive)
+    is_alive = checked_alive(std, directions)
     if num_images <= num_features:
         warn_of_few_images(
             f"the published form of SSD does not shrink its covariance, and its score is weak: it has "
@@ -415,7 +413,7 @@ def fit_residual(
       FewImagesWarning: there are fewer images than features.
     """
     values, num_components, origin = checked_residual(features, num_components, origin)
-    check_alive(values.std(axis=0) > ROUNDING * np.abs(values).max(axis=0))
+    checked_alive(values.std(axis=0), values)
     num_images = num_different(values)
     if num_images <= values.shape[1]:
         warn_of_few_images(

@@ -13,8 +13,9 @@ from jevb_jax.evaluation.detector_input import (
     FEW_IMAGES,
     ROUNDING,
     DegenerateFeaturesError,
-    check_alive,
+    checked_alive,
     checked_fit_features,
+    checked_image_labels,
     checked_queries,
     compiled_call,
     or_infinite,
@@ -132,13 +133,7 @@ def _refuse_log_probabilities(logits: ArrayLike, energy: Array, num_classes: int
 
 def _class_means(features: np.ndarray, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Mean of each class that occurs, `[C, F]`, and class number of each image, `[M]`."""
-    labels = np.asarray(labels)
-    if labels.shape != (len(features),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels must be integers [{len(features)}], one for each image, got {labels.dtype} "
-            f"{labels.shape}"
-        )
-    _, index = np.unique(labels, return_inverse=True)
+    _, index = np.unique(checked_image_labels(labels, len(features)), return_inverse=True)
     return np.stack([features[index == c].mean(axis=0) for c in range(index.max() + 1)]), index
 
 
@@ -324,7 +319,7 @@ def fit_vim(
             f"logits must be [{len(values)}, C], one row for each image, got shape {scores.shape}"
         )
     # Features that do not vary have logits of zero; the advice below is not for them.
-    check_alive(values.std(axis=0) > ROUNDING * np.abs(values).max(axis=0))
+    checked_alive(values.std(axis=0), values)
     largest = float(scores.max(axis=-1).mean())
     if not largest > 0:
         raise ValueError(

@@ -16,11 +16,11 @@ from jax.typing import ArrayLike
 
 from jevb_jax import arguments
 from jevb_jax.evaluation.detector_input import (
-    ROUNDING,
     DegenerateFeaturesError,
     as_float32,
-    check_alive,
+    checked_alive,
     checked_fit_features,
+    checked_image_labels,
     checked_queries,
     real_matrix,
 )
@@ -104,12 +104,7 @@ def cross_entropies(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
       ValueError: the shapes do not fit, a value is not finite, or a label is out of range.
     """
     values = real_matrix("logits", logits, least=1, of="image", axes="[M, C]")
-    given = np.asarray(labels)
-    if given.shape != (len(values),) or not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(
-            f"labels must be integers [{len(values)}], one for each image, got {given.dtype} "
-            f"{given.shape}"
-        )
+    given = checked_image_labels(labels, len(values))
     if given.min() < 0 or given.max() >= values.shape[1]:
         raise ValueError(
             f"labels must be in [0, {values.shape[1]}), one number for each class of the logits, got "
@@ -169,8 +164,7 @@ def fit_loss_prediction(
         )
     targets = real_matrix("losses", given[:, None], least=2, of="images", axes="[M]")[:, 0]
     mean, std = values.mean(axis=0), values.std(axis=0)
-    is_alive = std > ROUNDING * np.abs(values).max(axis=0)
-    check_alive(is_alive)
+    is_alive = checked_alive(std, values)
     # Float32 would tie losses that differ by little: the order is exact as integers.
     order, rank = np.unique(targets, return_inverse=True)
     if len(order) < 2:
