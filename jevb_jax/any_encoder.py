@@ -247,9 +247,7 @@ class FittedEncoder:
           ValueError: there are fewer than `1 / false_alarm_rate - 1` calibration images, or for the
             reasons of `ood_score`.
         """
-        rate = detector_input.checked_share("false_alarm_rate", false_alarm_rate)
-        # Check before the work whether the threshold can exist.
-        conformal.conformal_threshold(np.zeros(len(calibration_images)), rate)
+        rate = conformal.checked_rate(false_alarm_rate, len(calibration_images))
         threshold = conformal.conformal_threshold(self.ood_score(calibration_images, score), rate)
         width = self.train_features.shape[1]
         return WrappedDetector(self.encoder, self.scorer(score), score, width, rate, threshold)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jevb_jax.evaluation import conformal, detector_input, score_table
+from jevb_jax.evaluation import conformal, score_table
 from jevb_jax.evaluation.score_table import ScoreFunction
 from jevb_jax.model import GaussianPosterior, Model
 from jevb_jax.sklearn_transformer import JEVBTransformer
@@ -97,9 +97,7 @@ class TrainedEncoder:
           ValueError: there are fewer than `1 / false_alarm_rate - 1` calibration images, or for the
             reasons of `ood_score`.
         """
-        rate = detector_input.checked_share("false_alarm_rate", false_alarm_rate)
-        # Check before the work whether the threshold can exist.
-        conformal.conformal_threshold(np.zeros(len(calibration_images)), rate)
+        rate = conformal.checked_rate(false_alarm_rate, len(calibration_images))
         scores = self.ood_score(calibration_images, score)
         return TrainedDetector(
             self, self._name(score), rate, conformal.conformal_threshold(scores, rate)

@@ -322,7 +322,7 @@ class Model:
             checked = self._forward.checked(calibration_images)
         # Check before the fit whether the threshold can exist.
         count = len(source) if checked is None else checked.num_images
-        conformal.conformal_threshold(np.zeros(count), rate)
+        conformal.checked_rate(rate, count)
         if fit_images is not None and checked is not None:
             fit_images = list(fit_images) if isinstance(fit_images, Iterator) else fit_images
             refuse_shared(self._forward.checked(fit_images), checked)

@@ -37,19 +37,12 @@ def conformal_threshold(calibration_scores: ArrayLike, false_alarm_rate: float) 
             f"calibration_scores must be [n] without NaN or -inf: {num_bad} of {len(scores)} are "
             "NaN or -inf. Did the network diverge, or do the features overflow?"
         )
-    false_alarm_rate = checked_share("false_alarm_rate", false_alarm_rate)
-    rank = threshold_rank(len(scores), false_alarm_rate)
-    if rank > len(scores):
-        needed = math.ceil(round(1 / false_alarm_rate, 9)) - 1
-        raise ValueError(
-            f"a false-alarm rate of {false_alarm_rate} needs at least {needed} calibration scores, "
-            f"got {len(scores)}"
-        )
-    threshold = float(np.sort(scores)[rank - 1])
+    rate = checked_rate(false_alarm_rate, len(scores))
+    threshold = float(np.sort(scores)[threshold_rank(len(scores), rate) - 1])
     if math.isinf(threshold):
         raise ValueError(
             f"{np.sum(np.isinf(scores))} of {len(scores)} calibration scores are infinite, so the "
-            f"threshold for a false-alarm rate of {false_alarm_rate} is infinite too, and no image "
+            f"threshold for a false-alarm rate of {rate} is infinite too, and no image "
             "could exceed it. Look for features that overflow"
         )
     return threshold
@@ -67,6 +60,28 @@ def threshold_rank(num_scores: int, false_alarm_rate: float) -> int:
     """
     # Round, because (99 + 1)(1 - 0.07) is 93.00000000000001 in float64.
     return math.ceil(round((num_scores + 1) * (1 - false_alarm_rate), 9))
+
+
+def checked_rate(false_alarm_rate: float, num_scores: int) -> float:
+    """A rate of false alarms for which there can be a threshold. Call it before work that takes long.
+
+    Args:
+      false_alarm_rate: in (0, 1).
+      num_scores: number of calibration scores that there will be.
+
+    Returns:
+      The rate as a Python float.
+
+    Raises:
+      ValueError: the rate is out of range, or there are fewer than `1/rate - 1` scores.
+    """
+    rate = checked_share("false_alarm_rate", false_alarm_rate)
+    if threshold_rank(num_scores, rate) > num_scores:
+        needed = math.ceil(round(1 / rate, 9)) - 1
+        raise ValueError(
+            f"a false-alarm rate of {rate} needs at least {needed} calibration scores, got {num_scores}"
+        )
+    return rate
 
 
 def exceeds(scores: ArrayLike, threshold: float) -> np.ndarray:
