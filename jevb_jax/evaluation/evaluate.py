@@ -329,7 +329,7 @@ def _severity_results(settings: OodSection, found: OODEvaluation, score: str) ->
             result_of(
                 f"severity_correlation_{corruption}",
                 score,
-                reliability.severity_correlation(scores).mean_per_image,
+                reliability.severity_correlation(scores),
                 "Spearman correlation of the score with severity (the clean image and "
                 f"{len(sets)} severities) within an image, mean over {scores.shape[1]:,} images",
             )

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jevb_jax import arguments
-from jevb_jax.evaluation.labeled_features import Split, checked_labels, number_of_rows, result_dtype
+from jevb_jax.evaluation.labeled_features import Split, checked_labels, number_of_rows
 from jevb_jax.evaluation.neighbors import checked_nearest
 
 
@@ -119,53 +119,6 @@ def _shares_of_present_classes(
     return present, shares
 
 
-def knn_class_scores(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    *,
-    num_classes: int,
-    votes: Iterable[Vote],
-    chunk_size: int = 256,
-    bank_chunk_size: int = 65536,
-) -> Array:
-    """Share of the votes of the nearest neighbors that each class gets.
-
-    Args:
-      train_features: `[N, F]`, the bank.
-      train_labels: `[N]` integers in `[0, num_classes)`.
-      test_features: `[M, F]`.
-      num_classes: `C`.
-      votes: one or more kinds of votes. All of them cost one search, for the largest `k`.
-      chunk_size: test rows compared at once.
-      bank_chunk_size: bank rows compared at once.
-
-    Returns:
-      `[len(votes), M, C]`. Each row of classes sums to one.
-
-    Raises:
-      ValueError: a temperature is not positive, a label is out of range, or there are no votes;
-        also for the reasons of `nearest_neighbours`.
-      TypeError: labels are not integers, features are not floating point, or a setting is not a
-        number.
-    """
-    num_classes = arguments.whole_number("num_classes", num_classes, at_least=1, at_most=2**31 - 1)
-    present, shares = _shares_of_present_classes(
-        train_features,
-        train_labels,
-        test_features,
-        num_classes=num_classes,
-        votes=votes,
-        chunk_size=chunk_size,
-        bank_chunk_size=bank_chunk_size,
-    )
-    scores = np.zeros(
-        [*shares.shape[:-1], num_classes], result_dtype(train_features, test_features)
-    )
-    scores[..., present] = shares
-    return jnp.asarray(scores)
-
-
 def knn_predict(
     train_features: ArrayLike,
     train_labels: ArrayLike,
@@ -178,10 +131,23 @@ def knn_predict(
 ) -> np.ndarray:
     """Class with the most votes; the lowest class wins a tie.
 
-    Arguments and errors are those of `knn_class_scores`.
+    Args:
+      train_features: `[N, F]`, the bank.
+      train_labels: `[N]` integers in `[0, num_classes)`.
+      test_features: `[M, F]`.
+      num_classes: `C`.
+      votes: one or more kinds of votes. All of them cost one search, for the largest `k`.
+      chunk_size: test rows compared at once.
+      bank_chunk_size: bank rows compared at once.
 
     Returns:
       `[len(votes), M]` integers.
+
+    Raises:
+      ValueError: a temperature is not positive, a label is out of range, or there are no votes;
+        also for the reasons of `nearest_neighbours`.
+      TypeError: labels are not integers, features are not floating point, or a setting is not a
+        number.
     """
     present, shares = _shares_of_present_classes(
         train_features,
@@ -208,7 +174,7 @@ def knn_accuracies(
 ) -> tuple[float, ...]:
     """Share of the test rows that `knn_predict` gets right.
 
-    The other arguments, and the errors, are those of `knn_class_scores`.
+    The other arguments, and the errors, are those of `knn_predict`.
 
     Args:
       test_labels: `[M]` integers in `[0, num_classes)`.

@@ -274,10 +274,10 @@ class ProbeSelection(NamedTuple):
     """A probe whose penalty was chosen on a validation split.
 
     Attributes:
-      probe: the chosen probe, fitted on the training split, or on both splits with `refit`.
+      probe: the chosen probe, fitted on the training split.
       l2_regularization: the chosen strength.
-      validation_accuracy: in [0, 1], at the chosen strength, fitted on the training split alone. It
-        is optimistic, because it is the largest of the grid. Report the test accuracy instead.
+      validation_accuracy: in [0, 1], at the chosen strength. It is optimistic, because it is the
+        largest of the grid. Report the test accuracy instead.
       grid: every strength that was tried, from the strongest to the weakest.
     """
 
@@ -295,7 +295,6 @@ def select_linear_probe(
     *,
     num_classes: int,
     l2_grid: Iterable[float] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0),
-    refit: bool = False,
     solver: Solver | Literal["auto"] = "auto",
     max_iterations: int = 1000,
     tolerance: float = 1e-5,
@@ -315,9 +314,6 @@ def select_linear_probe(
       validation_features: `[V, F]`, taken from the training data; no row of `train_features`.
       validation_labels: `[V]` integers.
       l2_grid: strengths to try, at least one.
-      refit: fit the chosen strength once more on both splits together. Leave it off if you report
-        accuracy for a number of labels (`labels_per_class_subset`), because the refit uses the
-        validation labels too.
     """
     settings = checked_settings(
         num_classes=num_classes,
@@ -365,19 +361,8 @@ def select_linear_probe(
         )
     # `max` keeps the first of equal values, which is the strongest penalty.
     best = max(range(len(grid)), key=lambda i: grid[i].validation_accuracy)
-    probe = probes[best]
-    if refit:
-        both_x = jnp.concatenate([train_x, validation_x])
-        probe = _fit(
-            both_x,
-            jnp.concatenate([train_y, validation_y]),
-            fit_standardization(both_x),
-            ProbeParameters(probe.weights, probe.bias),
-            l2_regularization=grid[best].l2_regularization,
-            settings=settings,
-        )
     return ProbeSelection(
-        probe=probe,
+        probe=probes[best],
         l2_regularization=grid[best].l2_regularization,
         validation_accuracy=grid[best].validation_accuracy,
         grid=tuple(grid),

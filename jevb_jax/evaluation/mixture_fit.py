@@ -130,41 +130,9 @@ def choose_bandwidth(
     return _choose_bandwidth(components, embedding, num_queries, seed)
 
 
-def leave_one_out_log_likelihood(
-    mixture: TrainingMixture, embedding: ArrayLike, own: ArrayLike
-) -> Array:
-    """`log 1/(N - 1) sum_(n != own) p(h | n)`: each row without the component of its own image.
-
-    Args:
-      mixture: fitted to at least 2 images.
-      embedding: `[M, D]`, of images that the mixture was fitted to.
-      own: `[M]` integers in `[0, N)`, the position of each row in the fit.
-
-    Returns:
-      `[M]`, nats.
-
-    Raises:
-      ValueError: there are fewer than 2 images, `embedding` is not `[M, D]`, or `own` is not
-        integers `[M]` in range.
-    """
-    num_components = _at_least_two(len(mixture.location))
-    rows = jnp.shape(embedding)[:1]
-    place = np.asarray(own)
-    if place.shape != rows or not np.issubdtype(place.dtype, np.integer):
-        raise ValueError(
-            f"own must be integers {list(rows)}, one for each row of embedding, got {place.dtype} "
-            f"{place.shape}"
-        )
-    if place.size and not (place.min() >= 0 and place.max() < num_components):
-        raise ValueError(
-            f"own must be in [0, {num_components}), the fitted images, got {place.min()} to "
-            f"{place.max()}"
-        )
-    return _leave_one_out(mixture, jnp.asarray(embedding), jnp.asarray(place, jnp.int32))
-
-
 @jax.jit
 def _leave_one_out(mixture: TrainingMixture, embedding: Array, own: Array) -> Array:
+    """`log 1/(N - 1) sum_(n != own) p(h | n)`, `[M]`, nats; `own[i]` is the place of row `i`."""
     return mixture._log_sum(embedding, own) - float(np.log(len(mixture.location) - 1))
 
 

@@ -118,13 +118,11 @@ class RiskCoverage(NamedTuple):
       risk: `[N]`, share of errors among the `n` most certain images. For ties it is the expectation
         over their orders.
       area: mean risk over coverages (AURC; Geifman and El-Yaniv 2017). Smaller is better.
-      excess: `area` minus its value for the order with all errors last (E-AURC), at least 0.
     """
 
     coverage: np.ndarray
     risk: np.ndarray
     area: float
-    excess: float
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, is_error: ArrayLike) -> RiskCoverage:
@@ -147,10 +145,7 @@ def risk_coverage_curve(uncertainty: ArrayLike, is_error: ArrayLike) -> RiskCove
     expected = np.repeat(wrong / size, size)
     kept = np.arange(1, len(values) + 1)
     risk = np.cumsum(expected) / kept
-    best = np.maximum(kept - np.sum(~errors), 0) / kept
-    return RiskCoverage(
-        kept / len(values), risk, float(risk.mean()), float(risk.mean() - best.mean())
-    )
+    return RiskCoverage(kept / len(values), risk, float(risk.mean()))
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -166,27 +161,15 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(found.statistic), 0, found.statistic)
 
 
-class SeverityCorrelation(NamedTuple):
-    """Spearman's correlation of uncertainty with severity.
-
-    Attributes:
-      mean_per_image: correlation over the severities of each image, averaged. An image whose
-        uncertainty never changes counts as 0, because it says nothing about severity.
-      pooled: correlation over all images and severities together.
-    """
-
-    mean_per_image: float
-    pooled: float
-
-
-def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
-    """Whether uncertainty grows as images are degraded.
+def severity_correlation(uncertainty: ArrayLike) -> float:
+    """Whether uncertainty grows as images are degraded, by Spearman's correlation with severity.
 
     Args:
       uncertainty: `[S + 1, N]`, for severities 0 (the image itself) to `S >= 1`.
 
     Returns:
-      Two correlations, each in [-1, 1].
+      Correlation over the severities of each image, averaged, in [-1, 1]. An image whose uncertainty
+      never changes counts as 0, because it says nothing about severity.
 
     Raises:
       ValueError: the shape is wrong, or a value is NaN.
@@ -196,10 +179,7 @@ def severity_correlation(uncertainty: ArrayLike) -> SeverityCorrelation:
         raise ValueError(f"uncertainty must be [S + 1, N] with S >= 1, got shape {values.shape}")
     _checked("uncertainty", values.ravel())
     severity = np.arange(len(values), dtype=np.float64)
-    each = _rank_correlation(severity[:, None], values)
-    severities = np.repeat(severity, values.shape[1])
-    pooled = _rank_correlation(severities, values.ravel())
-    return SeverityCorrelation(float(np.mean(each)), float(pooled))
+    return float(np.mean(_rank_correlation(severity[:, None], values)))
 
 
 def share_increased(uncertainty: ArrayLike, degraded_uncertainty: ArrayLike) -> float:
@@ -324,16 +304,12 @@ class ScaleSpectrum(NamedTuple):
     rounding.
 
     Attributes:
-      feature_scale: `[D]`, geometric mean over images for each feature, falling.
-      image_scale: `[N]`, geometric mean over features for each image, falling.
       feature_share: share of the features: some features are always less certain.
       image_share: share of the images: some images are less certain in all features. An isotropic
         scale has only this share.
       interaction_share: the rest: which features are uncertain depends on the image.
     """
 
-    feature_scale: np.ndarray
-    image_scale: np.ndarray
     feature_share: float
     image_share: float
     interaction_share: float
@@ -364,8 +340,6 @@ def scale_spectrum(posterior_scale: ArrayLike) -> ScaleSpectrum:
     shares = np.array([by_feature.var(), by_image.var()]) / total if does_vary else np.zeros(2)
     rest = max(0.0, 1 - float(shares.sum())) if does_vary else 0.0
     return ScaleSpectrum(
-        feature_scale=np.exp(np.sort(by_feature)[::-1]),
-        image_scale=np.exp(np.sort(by_image)[::-1]),
         feature_share=float(shares[0]),
         image_share=float(shares[1]),
         interaction_share=rest,

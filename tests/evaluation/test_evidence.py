@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 NUM_TRAIN, NUM_TEST = 30, 40
 CLASSES = ("cat", "dog", "emu")
 SCORES = ("jevb/posterior_entropy", "jevb/mixture_and_residual", "jevb/negative_elbo")
-CURVE = RiskCoverage(np.array([0.5, 1.0]), np.array([0.0, 0.25]), 0.1, 0.0)
+CURVE = RiskCoverage(np.array([0.5, 1.0]), np.array([0.0, 0.25]), 0.1)
 
 
 def images(count: int, *, has_labels: bool = True) -> ArraySource:

@@ -216,7 +216,7 @@ EVIDENCE = Evidence(
     uncertainty_score="entropy" + HOSTILE,
     separations={"a" + HOSTILE: SEPARATIONS},
     risk_coverage={
-        "k-NN" + HOSTILE: RiskCoverage(np.array([0.5, 1.0]), np.array([0.125, 0.25]), 0.1, 0.0)
+        "k-NN" + HOSTILE: RiskCoverage(np.array([0.5, 1.0]), np.array([0.125, 0.25]), 0.1)
     },
     severity=[SEVERITY, SEVERITY._replace(corruption="noise", mean=np.full(4, 9.0))],
     most_uncertain=ScoredImages(IMAGES[:2], ["a" + HOSTILE, "b"], np.array([2.5, 1.5])),
