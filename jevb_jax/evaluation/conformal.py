@@ -63,7 +63,7 @@ def threshold_rank(num_scores: int, false_alarm_rate: float) -> int:
 
 
 def checked_rate(false_alarm_rate: float, num_scores: int) -> float:
-    """A rate of false alarms for which there can be a threshold. Call it before work that takes long.
+    """A rate of false alarms for which there can be a threshold. Call it before long work.
 
     Args:
       false_alarm_rate: in (0, 1).
@@ -79,7 +79,8 @@ def checked_rate(false_alarm_rate: float, num_scores: int) -> float:
     if threshold_rank(num_scores, rate) > num_scores:
         needed = math.ceil(round(1 / rate, 9)) - 1
         raise ValueError(
-            f"a false-alarm rate of {rate} needs at least {needed} calibration scores, got {num_scores}"
+            f"a false-alarm rate of {rate} needs at least {needed} calibration scores, got "
+            f"{num_scores}"
         )
     return rate
 

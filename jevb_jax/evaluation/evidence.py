@@ -223,7 +223,7 @@ def _drawn_sets(found: OODEvaluation, severities: tuple[int, ...]) -> list[str]:
 
 
 def _not_finite(*scores: np.ndarray) -> str:
-    """How many scores are infinite, in words; empty if none is. Such scores have ranks, no place."""
+    """How many scores are infinite, in words; empty if none is. They have a rank and no place."""
     count = sum(int(np.sum(~np.isfinite(one))) for one in scores)
     return f"{count:,} of {sum(map(len, scores)):,} scores are infinite" if count else ""
 

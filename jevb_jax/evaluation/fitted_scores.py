@@ -140,8 +140,8 @@ def why_no_default(settings: RunSettings, saved: Mapping[str, Any] | None) -> st
 
     Args:
       settings: those of the run.
-      saved: the entry `ENTRY` of the export's manifest, or None. It may hold other scores alone: the
-        default one may have been too large to be saved.
+      saved: the entry `ENTRY` of the export's manifest, or None. It may hold other scores alone:
+        the default one may have been too large to be saved.
     """
     name = default_score(settings)
     entry = scores_of_run(settings, has_labels=False).get(name)

@@ -31,8 +31,8 @@ def read_votes(path: str, *, num_images: int) -> np.ndarray:
     def check(shape: tuple[int, ...], _: np.dtype) -> None:
         if len(shape) != 2 or shape[0] != num_images:
             raise ValueError(
-                f"{where} holds votes of shape {shape}, but {num_images:,} images are evaluated. Give "
-                "votes for the whole test set, in its order"
+                f"{where} holds votes of shape {shape}, but {num_images:,} images are evaluated. "
+                "Give votes for the whole test set, in its order"
             )
 
     entries = array_files.read_npz(file, [_ENTRY], says="people's votes", check=check)

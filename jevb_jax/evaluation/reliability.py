@@ -168,8 +168,8 @@ def severity_correlation(uncertainty: ArrayLike) -> float:
       uncertainty: `[S + 1, N]`, for severities 0 (the image itself) to `S >= 1`.
 
     Returns:
-      Correlation over the severities of each image, averaged, in [-1, 1]. An image whose uncertainty
-      never changes counts as 0, because it says nothing about severity.
+      Correlation over the severities of each image, averaged, in [-1, 1]. An image whose
+      uncertainty never changes counts as 0, because it says nothing about severity.
 
     Raises:
       ValueError: the shape is wrong, or a value is NaN.

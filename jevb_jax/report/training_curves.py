@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from jevb_jax.report.figures import Drawing, add_legend, line_style, make_drawing, write_png
 
-# Keys of `metrics.jsonl` that are no terms of a loss. Every method logs them, except the two scales,
-# which are JEVB's. What a method logs beside them are, mostly, terms of its loss.
+# Keys of `metrics.jsonl` that are no terms of a loss. Every method logs them, except the two
+# scales, which are JEVB's. What a method logs beside them is mostly terms of its loss.
 _NOT_TERMS = frozenset(
     f"train/{name}"
     for name in (
