@@ -242,7 +242,8 @@ def _with_outside(whole: Dataset, classes: Sequence[int], name: str, has_labels:
         raise ValueError(f"{name} needs labeled test images")
 
     def rest(source: ImageSource) -> Subset | None:
-        rows = np.flatnonzero(~np.isin(source.labels, list(classes)))
+        labels = np.zeros(0, np.int64) if source.labels is None else source.labels
+        rows = np.flatnonzero(~np.isin(labels, list(classes)))
         return Subset(source, rows) if len(rows) else None
 
     outside = rest(whole.test)

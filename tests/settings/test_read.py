@@ -438,7 +438,7 @@ def unlabeled(built: Experiment, **parts: Any) -> Experiment:
 
 def test_a_default_score_that_no_evaluation_can_give_is_refused(built):
     one_class = ArraySource(np.zeros((30, 8, 8, 3), np.uint8), np.zeros(30, np.int64))
-    other = dataclasses.replace(one_class, labels=np.ones(30, np.int64))
+    others = dataclasses.replace(one_class, labels=np.full(30, 8))
     two_classes = dataclasses.replace(one_class, labels=np.arange(30) % 2)
 
     def of(**parts: Any) -> Experiment:
@@ -451,10 +451,7 @@ def test_a_default_score_that_no_evaluation_can_give_is_refused(built):
             (unlabeled(built), "the images have no labels"),
             (of(train=one_class), "all training images are of one class, 0"),
             (
-                of(
-                    train=two_classes,
-                    validation=dataclasses.replace(other, labels=other.labels + 7),
-                ),
+                of(train=two_classes, validation=others),
                 "no validation image is of a class of the training images",
             ),
         ):
