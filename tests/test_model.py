@@ -435,9 +435,8 @@ def test_what_is_drawn_for_an_image_depends_on_no_other(untrained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "score", [pytest.param("jevb/negative_elbo", marks=pytest.mark.nightly), "jevb/cross_view"]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("score", ["jevb/negative_elbo", "jevb/cross_view"])
 def test_scores_and_verdicts_do_not_depend_on_the_place(untrained, score):
     model, images = untrained.model, untrained.test_images
     detector = model.detector(0.1, score, calibration_images=images[:40])

@@ -281,6 +281,7 @@ for (part, name), number in sorted(programs.items(), key=str):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_compiles_few_programs(tmp_path):
     # Each costs a user tens of milliseconds at the least. Most were single operations of NumPy's size.
     ended = subprocess.run(

@@ -323,6 +323,7 @@ def test_uncertainty_is_checked_against_errors_and_severity():
     assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_tables_show_scores_with_and_without_labels():
     results, _ = evaluation()
     table = tables.detection_table(results)

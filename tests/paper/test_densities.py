@@ -514,7 +514,7 @@ def test_directional_refuses_bad_input():
 
 def test_multivariate_student_t_matches_scipy(float64):
     rng = np.random.default_rng(0)
-    for dim in (1, 3, 64):
+    for dim in (3, 64):  # one dimension is below
         x, loc = rng.normal(size=(2, 5, dim))
         scale = np.exp(rng.normal(size=(5, dim)))
         for df in (0.5, 5.0, 1e4, np.inf):

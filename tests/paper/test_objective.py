@@ -23,6 +23,7 @@ from jevb_jax import (
 )
 from jevb_jax.paper import domain, objective
 from tests import oracles
+from tests.marks import nightly
 
 GOLDEN = -4.414604111322816  # embedding_log_prob at the literal inputs of test_golden, nats
 MODEL = Likelihood(df=4.0, radial_df=3.0, radial_scale=0.5)
@@ -342,7 +343,7 @@ def test_each_sample_costs_the_memory_of_its_noise():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_samples", [pytest.param(1, marks=pytest.mark.nightly), 3])
+@pytest.mark.parametrize("num_samples", [nightly(1), 3])
 def test_permuting_the_batch_with_its_keys_permutes_the_terms(float64, num_samples):
     view_1, view_2 = views(0)
     keys = example_keys(0)
@@ -383,6 +384,7 @@ def test_samples_differ_between_examples_keys_and_draws(float64):
 # Gradients.
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_target_and_some_reaches_the_online_branch(float64):
     view_1, view_2 = views(0)
 
@@ -822,7 +824,7 @@ def test_the_mass_has_a_gradient_only_where_it_is_divided_by(float64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("num_samples", [nightly(1), 3])
 def test_a_batch_of_no_examples_has_no_terms(num_samples):
     view_1, view_2 = (View(*(jnp.zeros((0, 5), jnp.float32) for _ in range(3))) for _ in range(2))
     args = (view_2.embedding, *view_1[1:])

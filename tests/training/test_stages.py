@@ -15,6 +15,7 @@ from jevb_jax.networks.class_token_vit import ClassTokenViT
 from jevb_jax.networks.resnet import ConvNet, ResNet
 from jevb_jax.networks.vit import ViT
 from jevb_jax.training import experiment, from_settings, optimizers, stages
+from tests.marks import nightly
 
 VIT_OPTIONS: Any = {"patch_size": 4, "hidden_size": 8, "depth": 2, "num_heads": 2}
 # Each has two stages, or two blocks.
@@ -108,7 +109,7 @@ def test_one_and_zero_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "muon", "lars"])
+@pytest.mark.parametrize("name", ["adamw", nightly("muon"), nightly("lars")])
 def test_positions_and_tokens_are_no_kernels(name):
     """No weight decay, no trust ratio and no orthogonal steps: without a gradient, they stay."""
     params = params_of("class_token_vit")
