@@ -42,6 +42,8 @@ _TILT_STEPS = 6
 _LOG_SCALE_LIMITS = (math.log(1e-6), math.log(1e3))
 # Gaussians wider than e^11 contribute nothing under the tilt; powers of their width would overflow.
 _LEAST_LOG_SHARE = -22.0
+# A node beyond has no weight at any df that is accepted; its exponential would overflow.
+_LARGEST_LOG_SHARE = 80.0
 
 
 def uniform_log_prob(dim: int) -> float:
@@ -138,7 +140,7 @@ def _student_features(squared_scale: Array, tilt: Array, df: Array) -> _Features
     is_infinite = jnp.isinf(df)
     finite = jnp.where(is_infinite, 1.0, df)
     deviation = jnp.where(is_infinite, 0.0, jnp.sqrt(2 / finite))
-    log_share = deviation[..., None] * jnp.sinh(nodes)
+    log_share = jnp.minimum(deviation[..., None] * jnp.sinh(nodes), _LARGEST_LOG_SHARE)
     mixing = jnp.exp(-jnp.maximum(log_share, _LEAST_LOG_SHARE))
     log_density = (finite / 2)[..., None] * (log_share - jnp.expm1(log_share))
     log_density = jnp.where(is_infinite[..., None], 0.0, log_density)
@@ -264,7 +266,8 @@ def directional_log_mass(
       Nats. With joint tails it is at most zero. It is exact up to quadrature if the scales are
       equal, otherwise an approximation; `docs/mathematics.md` states its error. A largest scale
       below 1e-6 counts as 1e-6. Above 1e3 the density counts as flat, which adds
-      `1e-6 (1 + D / df)` nats to the error.
+      `1e-6 (1 + D / df)` nats to the error. The error is measured from `df = 0.5`; with feature-wise
+      tails it grows without bound toward zero.
 
     Raises:
       ValueError: `D < 3`, a known scale or `df` is not positive, `loc` is not a unit vector, shapes
