@@ -144,7 +144,7 @@ def test_digits_experiment_is_consistent():
         ("train.num_micro_batches", 3, "must divide"),
         ("train.bn_group_size", 100, "bn_group_size = 100 must"),
         ("augmentation.mean", (0.5, 0.5, 0.5), "one value for each"),
-        ("augmentation.blur_probability", (0.5,), "each of the"),
+        ("augmentation.blur_probability", (0.5,), "for views 1, 3, ... and for views 2, 4"),
         ("optimizer.warmup_epochs", 1000.0, "must be shorter than the run"),
         ("optimizer.name", "adam", "sgd, lars, larc, adamw or muon"),
         ("train.batch_size", 10_000, "10"),
