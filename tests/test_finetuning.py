@@ -472,6 +472,7 @@ def test_a_finetune_goes_on_from_the_step_of_the_run_that_it_began_with(
     assert asked == [None, 7]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_named_and_nothing_is_written(encoder, tmp_path):
     out = tmp_path / "out"
     changes = {

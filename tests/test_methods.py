@@ -134,6 +134,7 @@ def test_each_prediction_meets_the_other_views_target():
     np.testing.assert_array_equal(found.loss, expected.loss)
 
 
+@pytest.mark.slow
 def test_jevb_loss_is_the_weighted_bound_per_dimension():
     views, targets = [view(1), view(2)], [view(3), view(4)]
     function = functools.partial(

@@ -90,6 +90,7 @@ def test_knn_equals_sklearn_on_random_data(chunk_size, bank_chunk_size, same):
             np.testing.assert_array_equal(np.argmax(scores_of_k, axis=-1), predictions)
 
 
+@pytest.mark.slow
 def test_votes_that_count_alike_are_sklearns_and_share_a_search(monkeypatch, same):
     train, test, num_classes = random_problem()
     settings: Any = {"num_classes": num_classes}

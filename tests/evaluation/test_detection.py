@@ -548,6 +548,7 @@ def test_settings_of_scores_are_counts_and_shares():
             detection.fit_rows(10, most)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_more_neighbours_than_images_leave_a_score_out():
     train = evaluation()[1].train
     few = jax.tree.map(lambda x: x[:100], train._replace(terms=None, prediction=None))

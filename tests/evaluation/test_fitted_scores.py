@@ -109,6 +109,7 @@ def test_scores_and_threshold_need_no_training_images(saved, tmp_path):
     assert other.threshold == np.sort(saved.expected[OTHER][:40])[36]
 
 
+@pytest.mark.slow
 def test_a_run_without_saved_scores_is_as_before(saved, tmp_path):
     fitted_scores.write(tmp_path, 8, saved.fitted)  # of another step
     model = model_of(tmp_path, saved.model)

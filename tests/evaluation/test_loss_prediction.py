@@ -119,6 +119,7 @@ def test_it_ranks_images_that_were_not_fitted():
     assert rank_correlation(inputs @ linear, losses) < 0.8
 
 
+@pytest.mark.slow
 def test_a_score_is_the_network_of_standardized_features():
     features, _ = problem(1500, 0)
     new, _ = problem(40, 2)

@@ -763,7 +763,7 @@ def test_running_statistics_isolate_each_image(backbone):
 @pytest.mark.parametrize(
     "backbone",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "resnet" else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("resnet", "vit") else ())
         for name in TINY_BACKBONES
     ],
 )

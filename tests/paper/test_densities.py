@@ -512,6 +512,7 @@ def test_directional_refuses_bad_input():
 # One-dimensional Student-t and the radius.
 
 
+@pytest.mark.slow
 def test_multivariate_student_t_matches_scipy(float64):
     rng = np.random.default_rng(0)
     for dim in (3, 64):  # one dimension is below

@@ -248,6 +248,7 @@ def test_a_tiny_scale_along_the_location_does_not_change_the_mass(tails, df):
     np.testing.assert_allclose(actual[:15], np.full(15, actual[15]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tails", ["joint", "feature"])
 def test_a_location_without_a_direction_is_finite(tails):
     scale, zero = jnp.full((1, 16), 0.3, jnp.float32), jnp.zeros((1, 16), jnp.float32)

@@ -343,6 +343,7 @@ def test_headings_and_contents(full):
     ]
 
 
+@pytest.mark.slow
 def test_every_image_has_words_and_pixels(full):
     page, figures = full
     images = page.attributes("img")

@@ -180,6 +180,7 @@ def test_posterior_summary_at_the_prior_is_all_zero_but_the_scale():
     np.testing.assert_allclose(summary, [2.0, 0.0, 0.0, 0.0, 0.0, 0.0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_posterior_summary_tells_the_two_kinds_of_spread_apart():
     per_feature = jnp.broadcast_to(jnp.array([[0.1, 1.0, 10.0]]), (4, 3))
     per_image = jnp.broadcast_to(jnp.array([[0.1], [1.0], [10.0]]), (3, 4))
