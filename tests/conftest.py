@@ -61,6 +61,11 @@ def pytest_configure(config):
         raise pytest.UsageError("--differences needs one process: add -n 0")
 
 
+def pytest_collection_modifyitems(items):
+    """What may take longest starts first. At the end, one worker would be busy with it alone."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 @pytest.fixture
 def optimized():
     """Compiles with XLA's optimizations, whatever the rest of the suite does."""

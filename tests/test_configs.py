@@ -25,6 +25,7 @@ from jevb_jax import methods
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import config_versions, read, run_config
 from jevb_jax.training import experiment, from_settings
+from tests.marks import nightly
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -204,17 +205,10 @@ def test_what_continues_from_weights_has_their_network(network):
         continued.get_config("vit")
 
 
-# The others share their networks and steps, and their losses have tests of their own.
-IN_EVERY_CHECK = ("jevb", "simsiam")
-
-
+# The losses of the others, and JEVB's steps, have tests of their own.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
-    [
-        name if name in IN_EVERY_CHECK else pytest.param(name, marks=pytest.mark.nightly)
-        for name in recipes.METHODS
-    ],
+    "method", [name if name == "simsiam" else nightly(name) for name in recipes.METHODS]
 )
 def test_first_steps_of_every_method(method):
     """The tiny form of each recipe: three finite steps, in which all that should learn moves."""

@@ -46,7 +46,6 @@ from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.checkpoints import CheckpointError, CheckpointMismatchError
 from jevb_jax.settings import read, run_config
 from jevb_jax.training.experiment import to_json_values
-from tests.conftest import AS_USERS_RUN_IT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,11 +83,10 @@ def short_config() -> Any:
 
 
 def python(*args: str) -> None:
-    """A process of a user, who compiles with XLA's optimisations."""
+    """A process of a user. It compiles as the suite does: each night also with all optimizations."""
     done = subprocess.run(
         [sys.executable, *args],
         cwd=ROOT,
-        env={**os.environ, **AS_USERS_RUN_IT},
         capture_output=True,
         text=True,
         check=False,

@@ -387,6 +387,7 @@ def test_every_kind_of_network_is_written(method, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name",
     [pytest.param("jevb-cifar10-resnet18", marks=pytest.mark.nightly), "jevb-cifar10-resnet8"],

@@ -145,6 +145,7 @@ def test_shard_map():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_jit_over_a_sharded_batch():
     batch = jax.device_put(make_batch(), NamedSharding(data_mesh(), PartitionSpec("data")))
     outputs = jax.jit(everything)(*batch)

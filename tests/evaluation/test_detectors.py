@@ -47,6 +47,7 @@ from jevb_jax.paper.scores import (
     uncertainty_terms,
 )
 from tests import oracles
+from tests.marks import nightly
 
 V, N, D = 3, 5, 6
 LIKELIHOOD = Likelihood(df=5.0, radial_df=4.0, radial_scale=0.4)
@@ -140,7 +141,7 @@ def test_terms_of_an_image_do_not_depend_on_its_neighbours():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("untied_scale", [None, 0.5])
+@pytest.mark.parametrize("untied_scale", [nightly(None), 0.5])
 def test_one_key_serves_all_images(untied_scale):
     key = jax.random.key(7)
     shared = compute(key, views(), untied_scale=untied_scale)
@@ -152,7 +153,7 @@ def test_one_key_serves_all_images(untied_scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_one_key", [True, False])
+@pytest.mark.parametrize("has_one_key", [True, nightly(False)])
 def test_numbers_of_each_image_are_its_own(has_one_key):
     key = jax.random.key(7) if has_one_key else keys()
     df = np.array([0.7, 2.0, 5.0, 50.0, 1e4], np.float32)
