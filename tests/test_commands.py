@@ -200,7 +200,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_save(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", ["untied", pytest.param("fixed", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("scale", ["untied", "fixed"])
 def test_health_of_pairs_is_logged_for_jevb(scale):
     config: Any = smoke.get_config()
     config.train.health_pairs = True

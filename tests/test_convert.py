@@ -27,6 +27,7 @@ def model() -> Model:
     return Model(to_json_values(config), variables, step=0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_backbone_and_what_its_images_need(model, tmp_path):
     write_model(model, tmp_path / "export", manifest={}, extra_files={})
     file = tmp_path / "resnet8.safetensors"
@@ -40,6 +41,7 @@ def test_the_command_writes_the_backbone_and_what_its_images_need(model, tmp_pat
     assert metadata["mean"] == "[0.4914, 0.4822, 0.4465]"
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_comes_out_of_a_run_as_it_went_in(tmp_path):
     """File to training, to an export, to a file: every bit, and what its images need."""
     config: Any = smoke.get_config()

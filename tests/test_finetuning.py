@@ -449,6 +449,7 @@ def test_the_encoder_is_known_by_its_weights(encoder, tmp_path, monkeypatch):
         tuned(tmp_path / "moved", tmp_path / "out", "frozen", **SHORT)
 
 
+@pytest.mark.slow
 def test_a_finetune_goes_on_from_the_step_of_the_run_that_it_began_with(
     encoder, tmp_path, monkeypatch
 ):

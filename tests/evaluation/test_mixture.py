@@ -194,6 +194,7 @@ def test_rounding_makes_no_far_image_a_near_one():
         assert np.all(own <= np.asarray(fitted.log_weight) - least), angle
 
 
+@pytest.mark.slow
 def test_antipode_is_a_mean_over_tangent_directions():
     mean, s, _ = images(9, 32, 0.5)
     fitted = mixture_fit.fit_training_mixture(mean, s, df=5.0, bandwidth=1.0)

@@ -708,6 +708,7 @@ def test_posterior_scale_starts_at_initial_scale(initial_scale, min_scale):
         assert np.std(posterior.posterior_mean) > 0
 
 
+@pytest.mark.slow
 def test_radial_scale_needs_no_image_and_starts_at_its_value():
     model = tiny_model()
     params = initial_tiny_variables("convnet")["params"]

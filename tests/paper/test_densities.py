@@ -362,8 +362,16 @@ def grid_oracle(dim, u, m, scale_diag, df, coordinates):
 
 @pytest.mark.numerics
 @pytest.mark.slow
-@pytest.mark.parametrize("coordinates", COORDINATES)
-@pytest.mark.parametrize("dim", [3, nightly(8), nightly(128), 4096])
+@pytest.mark.parametrize(
+    ("dim", "coordinates"),
+    [
+        (3, "chordal"),
+        (4096, "stereographic"),
+        nightly(4096, "chordal"),
+        nightly(3, "stereographic"),
+        *(nightly(dim, coordinates) for dim in (8, 128) for coordinates in COORDINATES),
+    ],
+)
 def test_directional_over_the_domain(dim, coordinates):
     rows32 = directional_grid(dim)
     rows64 = tuple(x.astype(np.float64) for x in rows32)

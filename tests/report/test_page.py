@@ -526,6 +526,7 @@ def test_protocol_of_detection(full):
     )
 
 
+@pytest.mark.slow
 def test_text_of_figures_is_large_enough_and_within_them(full):
     for one in full.figures.values():
         one.draw_without_rendering()

@@ -11,6 +11,7 @@ from jevb_jax.images.dataset import load_dataset
 from studies import norm_exponents
 
 
+@pytest.mark.slow
 def test_lengths_alone_are_found_without_the_power_that_removes_them():
     random = np.random.default_rng(0)
 

@@ -108,6 +108,7 @@ def test_embedding_std_is_one_on_the_uniform_sphere(dim):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
@@ -142,6 +143,7 @@ def test_wrong_shapes_are_refused(shape):
         health.posterior_summary(jnp.ones(shape), jnp.ones(shape))
 
 
+@pytest.mark.slow
 def test_nan_stays_nan():
     embedding = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     embedding[3, 1] = np.nan

@@ -310,7 +310,8 @@ def test_gradients_of_views_in_one_batch_are_those_of_a_pass_each():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bn_over_views", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("bn_over_views", [False, True])
 def test_groups_of_many_views_have_all_views_of_their_examples(bn_over_views):
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (16, 8, 8, 1)) for seed in range(3)]
