@@ -172,3 +172,17 @@ def test_import_is_light_and_lists_its_names():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert out.stdout.split() == ["[]"], out.stdout
+
+
+def test_the_check_runs_every_test_that_depends_on_rounding():
+    # It names folders, because to look through all tests takes long.
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    (command,) = (line for line in lines if line.startswith("JEVB_JAX_TESTS=optimized pytest"))
+    folders = tuple(ROOT / word for word in command.split() if word.startswith("tests/"))
+    marked = [
+        path
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^(@|pytestmark).*mark\.numerics", path.read_text(), re.MULTILINE)
+    ]
+    assert len(marked) > 5
+    assert all(any(path.is_relative_to(folder) for folder in folders) for path in marked)

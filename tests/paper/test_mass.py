@@ -198,7 +198,7 @@ def test_gradient_is_that_of_the_value_though_the_tilt_is_held(tails, float64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tails", ["joint", "feature"])
-@pytest.mark.parametrize("dim", [3, 128, pytest.param(4096, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("dim", [3, nightly(128), nightly(4096)])
 def test_values_and_gradients_are_finite_over_the_domain(dim, tails):
     rng = np.random.default_rng(dim)
     degrees = [1e-12, 1e-3, 0.5, 5.0, 1e8, math.inf]

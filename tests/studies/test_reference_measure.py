@@ -26,6 +26,7 @@ def test_a_gaussian_of_the_embedding_is_a_uniform_direction_and_a_chi_radius():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_density_is_taken_over_both_measures(monkeypatch):
     """Embeddings stand for images; the outside set points the same way and is three times as long."""
     random = np.random.default_rng(1)

@@ -185,9 +185,8 @@ def test_a_frozen_network_computes_as_in_evaluation_and_learns_nothing(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("group_size", "over_views"), [(2, False), pytest.param(0, True, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("group_size", "over_views"), [(2, False), (0, True)])
 def test_a_step_leaves_frozen_stages_as_they_are(group_size, over_views):
     config: Any = smoke.get_config()
     config.model.backbone = "resnet8"

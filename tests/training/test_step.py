@@ -291,6 +291,7 @@ def test_views_of_one_size_in_one_batch_are_the_oracle(bn_over_views):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_gradients_of_views_in_one_batch_are_those_of_a_pass_each():
     views = [jax.random.normal(jax.random.key(v), (6, 4)) * (1 + v) for v in range(3)]
     network: Any = TwoNorms()
