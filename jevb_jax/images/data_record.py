@@ -264,9 +264,8 @@ def check_training(workdir: Path, dataset: Dataset, *, accept_change: bool | Non
       ChangedDataError: the data have changed, and `accept_change` is not True.
       ValueError: the record is damaged or of a later version.
     """
-    from jevb_jax.runs.checkpoints import (
-        saved_steps,
-    )  # an export, which is only read, needs no Orbax
+    # Here, because an export, which is only read, needs no Orbax.
+    from jevb_jax.runs.checkpoints import saved_steps
 
     found = fingerprint(dataset)
     has_begun = bool(saved_steps(workdir / "checkpoints"))

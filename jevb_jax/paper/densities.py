@@ -148,9 +148,9 @@ def directional_log_prob(
       coordinates, `Q` of the Gaussian is limited there to 2e22 in float32.
 
     Raises:
-      ValueError: `D < 3` (the mass would exceed one); a known scale or `df` is not positive; known
+      ValueError: `D < 3` (the mass would exceed one); a known scale or `df` is too small; known
         directions are not unit vectors; shapes do not broadcast; or `coordinates` and `tails` are
-        unknown or do not fit each other. Traced scales and `df` that are not positive give NaN.
+        unknown or do not fit each other. Traced scales and `df` that are too small give NaN.
     """
     mass.check_tails(tails, coordinates)
     u, m, s, df_array = sphere.at_least_float32(direction, loc, scale_diag, df)
@@ -206,7 +206,7 @@ def student_t_log_prob(
       scale: positive.
 
     Raises:
-      ValueError: a known scale or `df` is not positive, or shapes do not broadcast. Traced ones
+      ValueError: a known scale or `df` is too small, or shapes do not broadcast. Traced ones
         that are not positive give NaN.
     """
     x, nu, m, s = sphere.at_least_float32(x, df, loc, scale)
@@ -307,7 +307,7 @@ def multivariate_student_t_log_prob(
       Nats.
 
     Raises:
-      ValueError: a known scale or `df` is not positive, or shapes do not broadcast. Traced ones
+      ValueError: a known scale or `df` is too small, or shapes do not broadcast. Traced ones
         that are not positive give NaN.
     """
     x, mean, scale, nu = sphere.at_least_float32(value, loc, scale_diag, df)

@@ -270,9 +270,9 @@ def directional_log_mass(
       tails it grows without bound toward zero.
 
     Raises:
-      ValueError: `D < 3`, a known scale or `df` is not positive, `loc` is not a unit vector, shapes
+      ValueError: `D < 3`, a known scale or `df` is too small, `loc` is not a unit vector, shapes
         do not broadcast, or `tails` and `coordinates` are unknown or do not fit each other. Traced
-        scales and `df` that are not positive give NaN.
+        scales and `df` that are too small give NaN.
     """
     check_tails(tails, coordinates)
     s, m, df_array = sphere.at_least_float32(scale_diag, loc, df)

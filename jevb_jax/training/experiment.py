@@ -176,9 +176,9 @@ def make_schedule(
     """The learning rate of the section `optimizer`.
 
     Args:
-      section: the section.
+      section: kind of schedule, rate, warm-up in epochs.
       steps_per_epoch: for the warm-up.
-      num_steps: of the run.
+      num_steps: where the rate ends, the length of the whole run.
       earlier: the planned lengths before the run was extended.
 
     Returns:
