@@ -266,8 +266,8 @@ def directional_log_mass(
       Nats. With joint tails it is at most zero. It is exact up to quadrature if the scales are
       equal, otherwise an approximation; `docs/mathematics.md` states its error. A largest scale
       below 1e-6 counts as 1e-6. Above 1e3 the density counts as flat, which adds
-      `1e-6 (1 + D / df)` nats to the error. The error is measured from `df = 0.5`; with feature-wise
-      tails it grows without bound toward zero.
+      `1e-6 (1 + D / df)` nats to the error. The error is measured from `df = 0.5`. With
+      feature-wise tails it grows without bound toward zero.
 
     Raises:
       ValueError: `D < 3`, a known scale or `df` is too small, `loc` is not a unit vector, shapes
