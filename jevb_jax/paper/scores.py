@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -132,89 +131,55 @@ def _terms_of_views(
     location: Location,
 ) -> UncertaintyTerms:
     """`uncertainty_terms` of arguments that are checked."""
-    mean, given = views.posterior_mean, views.posterior_scale
+    num_views, num_images, dim = views.embedding.shape
+
+    def flat(values: Array) -> Array:
+        """`[V, N, ...]` as the batch `[N * V, ...]`, so that each device keeps its own images."""
+        return jnp.swapaxes(values, 0, 1).reshape(-1, *values.shape[2:])
+
+    def over_views(values: Array) -> Array:
+        return jnp.mean(values.reshape(num_images, num_views), axis=1)
+
+    def keys(purpose: ArrayLike) -> Array:
+        """A key for each view of each image; all images share them if there is one `key`."""
+        numbers = purpose * num_views + jnp.arange(num_views)
+        of_views = jax.vmap(jax.random.fold_in, (None, 0), out_axes=-1)
+        of_images = of_views if key.ndim == 0 else jax.vmap(of_views, (0, None))
+        return jnp.broadcast_to(of_images(key, numbers), (num_images, num_views)).reshape(-1)
+
+    mean, given = flat(views.posterior_mean), flat(views.posterior_scale)
     scale = domain.positive("posterior_scale", given, given)  # for the entropy, which has no check
-    num_views, _, dim = mean.shape
-    likelihood, prior_scale = _of_images(likelihood, prior_scale, mean)
-
-    fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
-
-    def of_views(function: Callable[..., Any], purpose: ArrayLike, embedding: Array) -> Any:
-        """Values `[V, N]` of a function, given keys for a purpose and the arrays of every view."""
-        keys = jax.vmap(lambda view: fold_in(key, purpose * num_views + view))(
-            jnp.arange(num_views)
-        )
-        by_view = keys, embedding, mean, scale, untied_scale
-        by_image = likelihood, prior_scale
-        if key.ndim:
-            return jax.vmap(function, (0, 0, 0, 0, 0, None, None))(*by_view, *by_image)
-
-        def of_image(key: Array, *arrays: Any) -> Any:
-            batch_of_one = jax.tree.map(lambda x: x[None], arrays)
-            return jax.tree.map(lambda x: x[0], function(key[None], *batch_of_one))
-
-        # The draws depend on the key only, so they are made once and not for each image.
-        of_every_image = jax.vmap(of_image, (None, 0, 0, 0, 0, 0, 0))
-        return jax.vmap(of_every_image, (0, 0, 0, 0, 0, None, None))(*by_view, *by_image)
-
-    def log_likelihood(
-        key: Array,
-        target: Array,
-        mean: Array,
-        scale: Array,
-        untied_scale: Array | None,
-        likelihood: Likelihood,
-        prior_scale: Array,
-    ) -> tuple[Array, Array]:
-        terms = conditional_elbo(
-            key,
-            target,
-            mean,
-            scale,
-            likelihood,
-            prior_scale=prior_scale,
-            num_samples=num_samples,
-            untied_scale=untied_scale,
-            location=location,
-        )
-        return terms.directional_log_likelihood, terms.radial_log_likelihood
+    likelihood, prior_scale = _of_images(likelihood, prior_scale, num_views, views.posterior_mean)
+    settings: Any = {
+        "prior_scale": prior_scale,
+        "num_samples": num_samples,
+        "untied_scale": None if untied_scale is None else flat(untied_scale),
+    }
 
     def log_likelihoods(shift: Array) -> tuple[Array, Array]:
         """Log-likelihoods when the target of view `v` is view `v + shift`."""
-        return of_views(log_likelihood, shift, jnp.roll(views.embedding, -shift, axis=0))
-
-    def log_bound(
-        key: Array,
-        embedding: Array,
-        mean: Array,
-        scale: Array,
-        untied_scale: Array | None,
-        likelihood: Likelihood,
-        prior_scale: Array,
-    ) -> Array:
-        return importance_weighted_bound(
-            key,
-            embedding,
-            mean,
-            scale,
-            likelihood,
-            num_samples=num_samples,
-            prior_scale=prior_scale,
-            untied_scale=untied_scale,
+        target = flat(jnp.roll(views.embedding, -shift, axis=0))
+        terms = conditional_elbo(
+            keys(shift), target, mean, scale, likelihood, location=location, **settings
+        )
+        return (
+            over_views(terms.directional_log_likelihood),
+            over_views(terms.radial_log_likelihood),
         )
 
     # One shift after the other: the program is compiled once, and memory stays bounded.
     directional, radial = jax.lax.map(log_likelihoods, jnp.arange(num_views))
-    bound = of_views(log_bound, num_views, views.embedding)
     cross_view = None
     if num_views > 1:
-        cross_view = jnp.mean((directional + radial)[1:], axis=(0, 1))
+        cross_view = jnp.mean((directional + radial)[1:], axis=0)
+    bound = importance_weighted_bound(
+        keys(num_views), flat(views.embedding), mean, scale, likelihood, **settings
+    )
     kl = gaussian_kl_divergence(mean, scale, prior_scale=prior_scale)
     entropy = jnp.sum(jnp.log(scale), axis=-1) + dim / 2 * math.log(2 * math.pi * math.e)
-    over_views = functools.partial(jnp.mean, axis=0)
     return UncertaintyTerms(
-        directional_log_likelihood=over_views(directional[0]),
-        radial_log_likelihood=over_views(radial[0]),
+        directional_log_likelihood=directional[0],
+        radial_log_likelihood=radial[0],
         kl=over_views(kl),
         posterior_entropy=over_views(entropy),
         importance_weighted_bound=over_views(bound),
@@ -223,12 +188,12 @@ def _terms_of_views(
 
 
 def _of_images(
-    likelihood: Likelihood, prior_scale: ArrayLike, mean: Float[Array, "views batch D"]
-) -> tuple[Likelihood, Float[Array, "batch D"]]:
-    """The numbers of the likelihood for each image, `[N]`, and the prior's scale, `[N, D]`.
-
-    An image is then passed on together with its own numbers.
-    """
+    likelihood: Likelihood,
+    prior_scale: ArrayLike,
+    num_views: int,
+    mean: Float[Array, "views batch D"],
+) -> tuple[Likelihood, Float[Array, "batch_of_views D"]]:
+    """The likelihood's numbers, `[N * V]`, and the prior's scale, `[N * V, D]`, of each image."""
     given = likelihood.df, likelihood.radial_df, likelihood.radial_scale
     _, *numbers, prior = sphere.at_least_float32(mean, *given, prior_scale)
     of_images = {
@@ -236,7 +201,8 @@ def _of_images(
         for name, number in checked_numbers(likelihood, *numbers).items()
     }
     prior = domain.spread("prior_scale", prior, mean.shape[1:], "a number, [D] or [N, D]")
-    return dataclasses.replace(likelihood, **of_images), prior
+    of_views = {name: jnp.repeat(number, num_views) for name, number in of_images.items()}
+    return dataclasses.replace(likelihood, **of_views), jnp.repeat(prior, num_views, axis=0)
 
 
 def negative_log_likelihood_score(terms: UncertaintyTerms) -> Float[Array, " batch"]:
