@@ -25,7 +25,6 @@ from jevb_jax import methods
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import config_versions, read, run_config
 from jevb_jax.training import experiment, from_settings
-from tests.marks import nightly
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -207,9 +206,8 @@ def test_what_continues_from_weights_has_their_network(network):
 
 # The losses of the others, and JEVB's steps, have tests of their own.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", [name if name == "simsiam" else nightly(name) for name in recipes.METHODS]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", recipes.METHODS)
 def test_first_steps_of_every_method(method):
     """The tiny form of each recipe: three finite steps, in which all that should learn moves."""
     config: Any = importlib.import_module("configs.cifar10").get_config(method)

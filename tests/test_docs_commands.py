@@ -191,7 +191,7 @@ ENCODER = "tests/test_any_encoder.py::test_the_page_runs"
 HUB = "tests/test_hub.py::test_the_command_pushes_and_another_process_loads"
 METHOD = "tests/test_adding_a_method.py::test_the_page_is_what_it_takes"
 PACKAGED = "tests/test_packaging.py::test_the_installed_wheel_trains_without_a_checkout"
-PARALLEL = "tests/test_parallel.py::test_two_processes_train_and_evaluate_like_one"
+PARALLEL = "tests/test_parallel.py::test_two_processes_train_like_one"
 SCALING = "tests/test_scaling_model.py::test_command_writes_the_table"
 TABLE = (
     "tests/studies/test_detection_table.py::test_cells_are_means_over_seeds_severities_and_groups"

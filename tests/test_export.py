@@ -17,6 +17,7 @@ from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.settings import read
 from jevb_jax.training.experiment import to_json_values
+from tests.marks import nightly
 
 
 def small_model(method: str = "jevb", *, square_size: int = 0, **model: Any) -> Model:
@@ -205,7 +206,7 @@ def test_commands_that_cannot_work_say_so(exported, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"backbone": "resnet8"}, {"backbone": "vit_tiny", "width": 48}]
+    "settings", [{"backbone": "resnet8"}, nightly({"backbone": "vit_tiny", "width": 48})]
 )
 @pytest.mark.parametrize(
     "method", [pytest.param("vi_simsiam", marks=pytest.mark.nightly), "vicreg"]

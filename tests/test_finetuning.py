@@ -40,6 +40,7 @@ from jevb_jax.training.classification import BestEpoch
 from jevb_jax.training.experiment import to_json_values
 from jevb_jax.training.loop import NonFiniteError, RunLoop
 from jevb_jax.training.resume import ChangedConfigError
+from tests.marks import nightly
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -648,7 +649,7 @@ def test_directory_that_cannot_be_used_is_known_before_training(encoder, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["finetune.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["finetune.py", nightly("evaluate.py")])
 def test_damage_is_one_message_of_the_scripts(encoder, tmp_path, script):
     for file in encoder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -46,6 +46,7 @@ from jevb_jax.runs.archive import ArchiveError
 from jevb_jax.runs.checkpoints import CheckpointError, CheckpointMismatchError
 from jevb_jax.settings import read, run_config
 from jevb_jax.training.experiment import to_json_values
+from tests.marks import nightly
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -456,7 +457,7 @@ def test_scores_and_verdicts_do_not_depend_on_the_place(untrained, score):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["jevb/negative_elbo", "jevb/mixture_and_residual"])
+@pytest.mark.parametrize("score", [nightly("jevb/negative_elbo"), "jevb/mixture_and_residual"])
 def test_any_order_and_any_split_give_an_image_the_same_score(untrained, score):
     """Networks and terms are equal bit for bit where calls are filled up to the same batch size.
 

@@ -359,23 +359,14 @@ def test_every_score_that_is_served_is_written(family, count):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
         ("jevb", {"backbone": "resnet18", "width": 8}),
-        pytest.param(
-            "vi_simsiam", {"backbone": "vit_tiny", "width": 48}, marks=pytest.mark.nightly
-        ),
-        pytest.param(
-            "simsiam",
-            {"backbone": "timm_vit_tiny", "width": 48, "pool": "mean"},
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            "vicreg",
-            {"backbone": "resnet50", "width": 4, "stem": "imagenet"},
-            marks=pytest.mark.nightly,
-        ),
+        ("vi_simsiam", {"backbone": "vit_tiny", "width": 48}),
+        ("simsiam", {"backbone": "timm_vit_tiny", "width": 48, "pool": "mean"}),
+        ("vicreg", {"backbone": "resnet50", "width": 4, "stem": "imagenet"}),
     ],
 )
 def test_every_kind_of_network_is_written(method, settings):

@@ -105,6 +105,7 @@ def test_plain_numbers_are_finite_and_one_for_each_example():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_jit():
     assert_same(jax.jit(everything)(*make_batch()), plain())
 

@@ -25,6 +25,7 @@ from jevb_jax.training.step import (
     make_train_chunk,
     train_step,
 )
+from tests.marks import nightly
 
 VIEW = ViewAugmentation(
     size=8,
@@ -211,22 +212,21 @@ def test_steps_are_compiled_with_the_options_for_gradients(monkeypatch):
 def test_batch_norm_in_groups_is_the_network_on_each_group():
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (32, 8, 8, 1)) for seed in range(2)]
-    outputs, batch_stats = apply_views(
-        model(), state.params, state.batch_stats, views, train=True, bn_group_size=16
+    apply = jax.jit(
+        functools.partial(apply_views, model(), state.params, train=True),
+        static_argnames="bn_group_size",
     )
+    outputs, batch_stats = apply(state.batch_stats, views, bn_group_size=16)
     expected = state.batch_stats
     for view, output in zip(views, outputs, strict=True):
-        alone = [
-            apply_views(model(), state.params, expected, [group], train=True)
-            for group in jnp.split(view, 2)
-        ]
+        alone = [apply(expected, [group]) for group in jnp.split(view, 2)]
         embeddings = np.concatenate([found[0].embedding for found, _ in alone])
         np.testing.assert_allclose(output.embedding, embeddings, atol=1e-5)
         scales = np.concatenate([found[0].prediction.posterior_scale for found, _ in alone])
         np.testing.assert_allclose(output.prediction.posterior_scale, scales, rtol=1e-5)
         expected = jax.tree.map(lambda *stats: sum(stats) / 2, *[stats for _, stats in alone])
     assert largest_difference(batch_stats, expected) < 1e-6
-    whole, _ = apply_views(model(), state.params, state.batch_stats, views, train=True)
+    whole, _ = apply(state.batch_stats, views)
     assert largest_difference(whole[0].embedding, outputs[0].embedding) > 0.01
 
 
@@ -312,7 +312,7 @@ def test_gradients_of_views_in_one_batch_are_those_of_a_pass_each():
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.parametrize("bn_over_views", [False, True])
+@pytest.mark.parametrize("bn_over_views", [False, nightly(True)])
 def test_groups_of_many_views_have_all_views_of_their_examples(bn_over_views):
     state = initial_state()
     views = [jax.random.normal(jax.random.key(seed), (16, 8, 8, 1)) for seed in range(3)]
