@@ -68,8 +68,8 @@ def sample_crop(
 def _attempts(key: Array, low: float, high: float) -> Array:
     """A uniform number for each attempt, `[10]` float32.
 
-    A draw of sixteen numbers begins with the same ten. On a CPU it compiles in a quarter of the
-    time, because a power of two fits into vector registers.
+    As JAX draws bits by default, sixteen numbers begin with the same ten. On a CPU they compile in
+    a quarter of the time, because a power of two fits into vector registers.
     """
     padded = 1 << (_CROP_ATTEMPTS - 1).bit_length()
     return jax.random.uniform(key, (padded,), jnp.float32, low, high)[:_CROP_ATTEMPTS]
