@@ -25,6 +25,7 @@ from jevb_jax import methods
 from jevb_jax.runs import checkpoints
 from jevb_jax.settings import config_versions, read, run_config
 from jevb_jax.training import experiment, from_settings
+from tests.marks import nightly
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(
@@ -161,7 +162,10 @@ def test_settings_that_do_not_fit_are_named(key, value, message):
         experiment.build_experiment(config)
 
 
-@pytest.mark.parametrize("method", recipes.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("jevb", "vicreg", "emp_ssl") else nightly(m) for m in recipes.METHODS],
+)
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 def test_recipe_builds_its_own_method(name, method):
     config: Any = importlib.import_module(f"configs.{name}").get_config(method)

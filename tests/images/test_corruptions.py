@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from jevb_jax.images import corruptions
+from tests.marks import nightly
 
 
 def images() -> np.ndarray:
@@ -117,7 +118,9 @@ def test_crop_needs_squares():
         corruptions.corrupt(images()[:, :30], "crop", severity=1, seed=0)
 
 
-@pytest.mark.parametrize("name", ["contrast", "crop", "gaussian_noise", "rotation"])
+@pytest.mark.parametrize(
+    "name", ["contrast", nightly("crop"), "gaussian_noise", nightly("rotation")]
+)
 def test_a_traced_severity_gives_the_same_images(name):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(4), jnp.arange(3))
     floats = jnp.asarray(images(), jnp.float32) / 255

@@ -29,6 +29,7 @@ from jevb_jax.networks.torch_names import torch_name
 from jevb_jax.networks.vit import ViT, sincos_position_embedding, vit_small, vit_tiny
 from jevb_jax.settings import read
 from jevb_jax.training import from_settings
+from tests.marks import nightly
 
 # float32 against float64 through at most a dozen layers of unit-sized activations.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -647,7 +648,7 @@ def test_block_starts_as_its_shortcut_with_zero_init_residual(bottleneck, stride
     assert_close(out, expected)
 
 
-@pytest.mark.parametrize("zero_init_residual", [None, False, True])
+@pytest.mark.parametrize("zero_init_residual", [nightly(None), False, True])
 def test_scales_of_batch_norms_start_at_one_but_where_asked(zero_init_residual):
     options = {} if zero_init_residual is None else {"zero_init_residual": zero_init_residual}
     config: Any = cifar10.get_config("jevb")
@@ -763,10 +764,7 @@ def test_running_statistics_isolate_each_image(backbone):
 
 @pytest.mark.parametrize(
     "backbone",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("resnet", "vit") else ())
-        for name in TINY_BACKBONES
-    ],
+    [nightly(name) if name in ("resnet", "vit") else name for name in TINY_BACKBONES],
 )
 def test_no_parameter_is_dead(backbone):
     """Every leaf gets a gradient through the posterior: targets are under stop-gradient."""

@@ -12,6 +12,7 @@ import pytest
 
 from jevb_jax.networks import class_token_vit, joint, torch_names, vit_names
 from jevb_jax.networks.class_token_vit import ClassTokenViT
+from tests.marks import nightly
 
 PATCH, WIDTH, DEPTH, HEADS, CHANNELS = 2, 8, 2, 2, 3
 KINDS: dict[str, dict[str, Any]] = {
@@ -163,7 +164,7 @@ def timm_forward(arrays: dict[str, np.ndarray], image: np.ndarray, pool: str) ->
     ("kind", "pool", "size_of_tokens"),
     [
         ("timm", "class", 1.0),
-        ("dinov2", "mean", 1.0),
+        nightly("dinov2", "mean", 1.0),
         ("registers", "class", 0.01),  # the epsilon of every norm counts
         ("registers", "mean", 1.0),
     ],

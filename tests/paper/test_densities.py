@@ -137,7 +137,7 @@ def test_directional_values_and_gradients_match_forty_digits(float64, dim, coord
                 assert_close(actual[i, k], float((ahead - behind) / (2 * h)), 1e-10)
 
 
-@pytest.mark.parametrize("dim", [512, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim", [512, nightly(4096)])
 def test_directional_determinant_in_many_dimensions(float64, dim):
     rng = np.random.default_rng(0)
     u, m = oracles.random_units(rng, 2, dim)
@@ -542,7 +542,7 @@ def test_multivariate_student_t_matches_scipy(float64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("df", [0.1, 5.0, 1e8, np.inf])
+@pytest.mark.parametrize("df", [0.1, nightly(5.0), nightly(1e8), np.inf])
 def test_multivariate_student_t_is_finite_in_float32(df):
     rng = np.random.default_rng(1)
     x, loc = rng.normal(size=(2, 6, 512)).astype(np.float32)

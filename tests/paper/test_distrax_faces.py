@@ -13,6 +13,7 @@ from scipy import special, stats
 
 import jevb_jax
 from tests import oracles
+from tests.marks import nightly
 
 NUM_SAMPLES = 20_000
 # A Kolmogorov-Smirnov test fails by chance for one seed in ten thousand; ours are fixed.
@@ -33,7 +34,8 @@ def half_one_minus_cosine(samples, loc):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dim", "concentration"), [(3, 0.0), (3, 5.0), (3, 1e6), (8, 1e4), (64, 50.0), (512, 300.0)]
+    ("dim", "concentration"),
+    [(3, 0.0), nightly(3, 5.0), (3, 1e6), nightly(8, 1e4), nightly(64, 50.0), (512, 300.0)],
 )
 def test_power_spherical_samples_follow_their_density(dim, concentration):
     loc = unit32(0, dim)

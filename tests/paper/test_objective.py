@@ -760,7 +760,7 @@ def test_bad_input_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tails", ["joint", "feature"])
+@pytest.mark.parametrize("tails", ["joint", nightly("feature")])
 def test_normalized_terms_differ_by_the_mass_and_share_the_information(float64, tails):
     view_1, view_2 = views(0, dim=16)
     target, mean, scale = view_2.embedding, view_1.posterior_mean, view_1.posterior_scale

@@ -148,7 +148,7 @@ def test_a_fine_tune_has_stages_too():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name if name == "resnet" else nightly(name) for name in NETWORKS])
 def test_a_frozen_network_computes_as_in_evaluation_and_learns_nothing(name):
     module, images = NETWORKS[name], normal(3, 8, 8, 3)
     variables: Any = jax.jit(lambda: module.init(jax.random.key(0), images, train=False))()
