@@ -1066,6 +1066,7 @@ def test_crops_of_tfds_are_those_of_the_same_files(folder_source, tfds_root):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_stream_from_worker_processes_equals_resident_order(folder_source, photos, tfds_root):
     tfds_source = TfdsSource("tiny_photos:1.0.0", "train", data_dir=tfds_root)
     sources = (folder_source, Subset(tfds_source, np.arange(60)))
