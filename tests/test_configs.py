@@ -187,7 +187,9 @@ def test_recipe_builds_its_own_method(name, method):
         importlib.import_module(f"configs.{name}").get_config("moco")
 
 
-@pytest.mark.parametrize("network", ["resnet18", "timm_vit_tiny", "deit_small", "dinov2_small"])
+@pytest.mark.parametrize(
+    "network", ["resnet18", "timm_vit_tiny", nightly("deit_small"), nightly("dinov2_small")]
+)
 def test_what_continues_from_weights_has_their_network(network):
     config: Any = continued.get_config(network)
     config.data.train_paths = ("pictures",)

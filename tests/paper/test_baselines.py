@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jevb_jax import power_spherical_entropy
 from jevb_jax.paper import baselines
+from tests.marks import nightly
 
 PAIRED = {"simsiam": baselines.simsiam_loss, "byol": baselines.byol_loss}
 COUPLED = {"vicreg": baselines.vicreg_loss, "barlow_twins": baselines.barlow_twins_loss}
@@ -157,7 +158,7 @@ def test_gradients_equal_central_differences_of_the_oracles(name):
         np.testing.assert_allclose(found[index], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("views", "full"), [(2, 2), (4, 4), (5, 3)])
+@pytest.mark.parametrize(("views", "full"), [(2, 2), nightly(4, 4), (5, 3)])
 def test_fastsiam_is_the_oracle(views, full):
     p, t = normal(4, views, 6, 5), normal(5, full, 6, 5)
     found = baselines.fastsiam_loss(p, t)

@@ -253,7 +253,7 @@ def test_mass_on_the_two_sphere(float64, df):
                 np.testing.assert_allclose(mass(scale_diag, "stereographic"), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [3, 4, 8, 30])
+@pytest.mark.parametrize("dim", [3, nightly(4), nightly(8), 30])
 def test_isotropic_mass_by_one_dimensional_quadrature(float64, dim):
     m, across = np.eye(dim)[:2]
     theta, weights = oracles.polar_angle_quadrature(1e-3)
@@ -662,6 +662,7 @@ def test_radial_refuses_an_unknown_space():
 # KL between Gaussians.
 
 
+@pytest.mark.slow
 def test_kl_matches_distrax_and_the_entropies(float64):
     rng = np.random.default_rng(0)
     mean, scale = rng.normal(size=(6, 9)), np.exp(rng.normal(size=(6, 9)))

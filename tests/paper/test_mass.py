@@ -101,7 +101,7 @@ JOINT_ERROR = 0.012
 FEATURE_ERROR = {16: 0.2, 64: 0.06, 128: 0.03}
 
 
-@pytest.mark.parametrize("dim", [slow(4), 8, slow(32), 128])
+@pytest.mark.parametrize("dim", [nightly(4), 8, nightly(32), slow(128)])
 def test_unequal_scales_agree_with_monte_carlo(dim, float64):
     rng = np.random.default_rng(dim)
     cases = [

@@ -563,6 +563,7 @@ def test_embedding_log_prob_integrates_to_one_in_three_dimensions(float64):
     np.testing.assert_allclose(np.sum(volume.ravel() * np.exp(log_prob)), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_unfactorised_elbo_matches_quadrature(float64):
     rng = np.random.default_rng(3)
     num_samples = 40_000

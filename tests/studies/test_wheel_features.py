@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from studies import wheel_features
+from tests.marks import nightly
 
 
 def same_convolution(images: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
@@ -64,7 +65,7 @@ def test_a_layer_is_the_convolution_and_the_norm_of_their_definitions(size, stri
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize("size", [nightly(7), 8])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [3, 5])
 def test_a_depthwise_layer_reads_each_channel_alone(size, stride, side):
