@@ -272,11 +272,8 @@ def test_arrays_lie_as_asked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    # SimSiam compiles in half the time of JEVB.
-    [name if name == "simsiam" else nightly(name) for name in METHODS],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", METHODS)
 def test_each_of_twenty_steps_on_eight_devices_is_that_on_one(method, without_kinks):
     # Each from the same state: free-running, a change of 1e-7 of the first parameters on *one* device
     # grows to 1e-2 of the loss in 20 steps of these tiny networks, as the order of sums does.
