@@ -207,7 +207,7 @@ def student_t_log_prob(
 
     Raises:
       ValueError: a known scale or `df` is too small, or shapes do not broadcast. Traced ones
-        that are not positive give NaN.
+        that are too small give NaN.
     """
     x, nu, m, s = sphere.at_least_float32(x, df, loc, scale)
     nu = domain.degrees_of_freedom("df", df, nu)
@@ -269,8 +269,8 @@ def radial_log_prob(
       Nats (per unit of radius).
 
     Raises:
-      ValueError: `space` is unknown, a known radius is negative, a known scale or `df` is not
-        positive, or shapes do not broadcast. Traced ones give NaN.
+      ValueError: `space` is unknown, a known radius is negative, a known scale or `df` is too
+        small, or shapes do not broadcast. Traced ones give NaN.
     """
     domain.choice("space", space, SPACES)
     r, rho, s, nu = sphere.at_least_float32(radius, loc, scale, df)
@@ -308,7 +308,7 @@ def multivariate_student_t_log_prob(
 
     Raises:
       ValueError: a known scale or `df` is too small, or shapes do not broadcast. Traced ones
-        that are not positive give NaN.
+        that are too small give NaN.
     """
     x, mean, scale, nu = sphere.at_least_float32(value, loc, scale_diag, df)
     scale = domain.positive("scale_diag", scale_diag, scale)
