@@ -2,6 +2,7 @@
 
 `jevb-study FILE.py --out=DIR [--num_processes=1] [--report_only]` takes a study file;
 `jevb-study --config=NAME --vary=SETTING=VALUE,VALUE --seeds=0,1,2 --out=DIR` needs none.
+`jevb-study FILE.py --runs=NAME,NAME --seeds=0 --out=DIR` runs and reports a part of a file's study.
 
 Each run of each seed has its own process and its own directory, `DIR/runs/NAME/seed_0`. After a kill,
 the same command continues the study. It never repeats a finished run. The report is made from the run
@@ -11,6 +12,7 @@ directories alone.
 import argparse
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -278,6 +280,22 @@ def run_study(
     return int(not all(_is_done(run, read_run(run.directory)) for run in plan))
 
 
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _study(options: argparse.Namespace) -> Study:
+    """The study of a file, or a part of it, or that of the options alone."""
+    seeds = _listed(options.seeds)
+    if seeds is not None:
+        if not all(re.fullmatch(r"\d+", seed) for seed in seeds):
+            raise ValueError(f"--seeds takes whole numbers, such as 0,1,2, got {options.seeds!r}")
+        seeds = [int(seed) for seed in seeds]
+    if sweeps.is_asked(options):
+        return sweeps.from_options(options, [0] if seeds is None else seeds)
+    return load_study(options.study).part(runs=_listed(options.runs), seeds=seeds)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -287,19 +305,27 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help="directory of the study")
     parser.add_argument("--num_processes", type=int, default=1, help="runs at once")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--runs", metavar="NAME,NAME", help="run and report only these runs of the study file"
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="NUMBER,NUMBER",
+        help="of --config: such as 0,1,2; 0 by default. Of a study file: only these of its seeds",
+    )
     sweeps.add_options(parser)
     options = parser.parse_args(arguments)
     if options.num_processes < 1:
         parser.error(f"--num_processes must be at least 1, got {options.num_processes}")
     if sweeps.is_asked(options) == (options.study is not None):
         parser.error("give a study file or --config, and not both")
-    if not sweeps.is_asked(options) and (options.vary or options.set or options.seeds):
-        parser.error("--vary, --set and --seeds belong to --config; a study file has its own")
+    if not sweeps.is_asked(options) and (options.vary or options.set):
+        parser.error("--vary and --set belong to --config; a study file has its own settings")
+    if sweeps.is_asked(options) and options.runs is not None:
+        parser.error("--runs belongs to a study file; --vary lists the runs of --config")
     command = f"jevb-study {shlex.join(arguments)}"
     with mistakes.as_messages():
-        study = (
-            sweeps.from_options(options) if sweeps.is_asked(options) else load_study(options.study)
-        )
+        study = _study(options)
         if options.report_only:
             write_report(study, options.out, command=command)
             return 0

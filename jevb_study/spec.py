@@ -152,6 +152,31 @@ class Study:
         if unknown and not isinstance(figure, Curves):
             raise ValueError(f"figure {figure.name}: no measures {unknown} among {labels}")
 
+    def part(self, *, runs: Sequence[str] | None, seeds: Sequence[int] | None) -> "Study":
+        """The study with some of its runs and seeds, and what can be drawn and averaged of them.
+
+        Args:
+          runs: names; None is all. Order and configs stay those of the study.
+          seeds: None is all.
+
+        Raises:
+          ValueError: the study has no such run or seed.
+        """
+        kept_runs = _chosen("run", runs, [*self.runs])
+        kept_seeds = _chosen("seed", seeds, self.seeds)
+        figures = (_of_runs(figure, kept_runs) for figure in self.figures)
+        return dataclasses.replace(
+            self,
+            runs={name: self.runs[name] for name in kept_runs},
+            seeds=kept_seeds,
+            figures=[figure for figure in figures if figure is not None],
+            averages={
+                name: averaged
+                for name, averaged in self.averages.items()
+                if set(averaged) <= set(kept_runs)
+            },
+        )
+
     def plan(self, out: Path) -> list[PlannedRun]:
         """All runs of the first seed, then of the next, so that an early table has every run."""
         runs = []
@@ -172,6 +197,25 @@ class Study:
                 read.run_settings(to_json_values(config))
             except ValueError as error:
                 raise ValueError(f"run {name}: {error}") from error
+
+
+def _chosen(what: str, asked: Sequence[Any] | None, known: Sequence[Any]) -> list[Any]:
+    """Those of `known` that are asked for, in their own order."""
+    if asked is None:
+        return list(known)
+    if not asked or not set(asked) <= set(known):
+        raise ValueError(f"give some of the study's {what}s, {list(known)}, got {list(asked)}")
+    return [one for one in known if one in asked]
+
+
+def _of_runs(figure: Figure, runs: Sequence[str]) -> Figure | None:
+    """The figure with some of its runs only. None if it would show nothing."""
+    if not isinstance(figure, Sweep):
+        kept = [run for run in figure.runs if run in runs]
+        return dataclasses.replace(figure, runs=kept) if kept else None
+    by_value = {value: run for value, run in figure.runs.items() if run in runs}
+    references = [run for run in figure.references if run in runs]
+    return dataclasses.replace(figure, runs=by_value, references=references) if by_value else None
 
 
 def load_study(path: str | Path) -> Study:

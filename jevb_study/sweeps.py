@@ -35,7 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SETTING=VALUE",
         help="another setting of the config, the same in every run",
     )
-    parser.add_argument("--seeds", default=None, help="of --config: such as 0,1,2; 0 by default")
     parser.add_argument(
         "--measure",
         action="append",
@@ -52,11 +51,12 @@ def is_asked(options: argparse.Namespace) -> bool:
     return options.config is not None
 
 
-def from_options(options: argparse.Namespace) -> Study:
+def from_options(options: argparse.Namespace, seeds: Sequence[int]) -> Study:
     """The study that the command line describes.
 
     Args:
       options: what the options of `add_options` were given.
+      seeds: of every run.
 
     Returns:
       A study with a run for each combination of values.
@@ -85,7 +85,7 @@ def from_options(options: argparse.Namespace) -> Study:
     return Study(
         title=f"{options.config}: {', '.join(varied) or 'as given'}",
         runs=runs,
-        seeds=[_whole(text) for text in (options.seeds or "0").split(",")],
+        seeds=seeds,
         measures=measures,
         figures=[_figure(varied, list(runs), [one.label for one in measures])],
     )
@@ -132,12 +132,6 @@ def _assign(config: Any, setting: str, value: Any) -> None:
 def _name(setting: str, value: Any) -> str:
     """Of a run's directory: `jevb.df=5`."""
     return re.sub(r"[^\w.=+-]+", "_", f"{setting}={value}").strip("_")
-
-
-def _whole(text: str) -> int:
-    if not re.fullmatch(r"\d+", text.strip()):
-        raise ValueError(f"--seeds takes whole numbers, such as 0,1,2, got {text!r}")
-    return int(text)
 
 
 def _measure(text: str) -> Measure:

@@ -41,10 +41,8 @@ _THROUGHPUT = (
     "python -m benchmarks.train_throughput --out=runs/speed"
     "  # all flags: benchmarks/README.md; needs a GPU"
 )
-_FULL_RUN = "jevb-study studies/full_size.py --out=runs/full_size  # its run jevb; needs a GPU"
-_FULL_SIMSIAM = (
-    "jevb-study studies/full_size.py --out=runs/full_size  # its run simsiam; needs a GPU"
-)
+_FULL_RUN = "jevb-study studies/full_size.py --runs=jevb --out=runs/full_size  # needs a GPU"
+_FULL_SIMSIAM = "jevb-study studies/full_size.py --runs=simsiam --out=runs/full_size  # needs a GPU"
 _SMALL_IMAGES = "16 pixels, 20,000 images, ResNet-8, 8 epochs, two CPU cores"
 
 

@@ -314,6 +314,26 @@ def test_command_line(tmp_path, capsys):
     assert "--num_processes must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_command_line_for_a_part_of_a_study(tmp_path, stubbed):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import smoke\nfrom jevb_study.spec import Logged, Study\n"
+        "def get_study():\n"
+        "    runs = {'a': smoke.get_config(), 'b': smoke.get_config()}\n"
+        "    runs['b'].jevb.df = 3.0\n"
+        "    return Study('Mine', runs, (0, 1), (Logged('m', 'k'),))\n"
+    )
+    out = tmp_path / "out"
+    assert run.main([str(path), f"--out={out}", "--runs=b", "--seeds=1"]) == 0
+    assert [found.parent.name for found in out.glob("runs/*/*")] == ["b"]
+    assert rows(out).keys() == {"run", "b"}
+    assert "--runs=b --seeds=1" in (out / "table.md").read_text()
+    assert run.main([str(path), f"--out={out}"]) == 0
+    assert rows(out).keys() == {"run", "a", "b"}
+    with pytest.raises(SystemExit, match=r"study's runs.*'b'\], got \['c'\]"):
+        run.main([str(path), f"--out={out}", "--runs=c"])
+
+
 def test_settings_that_a_run_refuses_are_refused_before_any_runs(tmp_path, stubbed):
     path = tmp_path / "mine.py"
     path.write_text(

@@ -1,5 +1,6 @@
 """What a study file may say, and that ours can be run."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,44 @@ def test_what_does_not_fit_is_named(changes, message):
     Study("fits", **fitting)
     with pytest.raises(ValueError, match=message):
         Study("does not", **(fitting | changes))
+
+
+def test_a_part_has_its_runs_and_what_can_be_drawn_of_them(fabricated):
+    whole, directory = fabricated
+    averages = {"both tails": ("cauchy", "t"), "two": ("t", "simsiam")}
+    whole = dataclasses.replace(whole, averages=averages)
+    part = whole.part(runs=["t", "simsiam"], seeds=[2, 0])
+    assert [(run.name, run.seed) for run in part.plan(directory)] == [
+        ("simsiam", 0),
+        ("t", 0),
+        ("simsiam", 2),
+        ("t", 2),
+    ]
+    of_whole = {run[:2]: run for run in whole.plan(directory)}
+    assert all(run == of_whole[run[:2]] for run in part.plan(directory))
+    rows, sweep, curves = part.figures
+    assert isinstance(rows, Comparison)
+    assert rows.runs == ["simsiam", "t"]
+    assert isinstance(sweep, Sweep)
+    assert (sweep.runs, sweep.references) == ({5.0: "t"}, ["simsiam"])
+    assert isinstance(curves, Curves)
+    assert curves.runs == ["t"]
+    assert part.averages == {"two": ("t", "simsiam")}
+    assert [figure.name for figure in whole.part(runs=["simsiam"], seeds=None).figures] == ["all"]
+    assert whole.part(runs=None, seeds=None).plan(directory) == whole.plan(directory)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"runs": ["t", "no"]}, r"some of the study's runs, \['simsiam', .*got \['t', 'no'\]"),
+        ({"runs": []}, r"study's runs.*got \[\]"),
+        ({"seeds": [3]}, r"some of the study's seeds, \[0, 1, 2\], got \[3\]"),
+    ],
+)
+def test_a_part_that_the_study_does_not_have_is_refused(fabricated, asked, message):
+    with pytest.raises(ValueError, match=message):
+        fabricated[0].part(**{"runs": None, "seeds": None, **asked})
 
 
 @pytest.mark.slow

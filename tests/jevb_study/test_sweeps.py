@@ -138,7 +138,15 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, options, says):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["file.py", "--config=smoke"], ["file.py", "--seeds=1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["file.py", "--config=smoke"],
+        ["file.py", "--set=seed=1"],
+        ["--config=smoke", "--runs=a"],
+    ],
+)
 def test_a_file_or_a_config(tmp_path, options, capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main([*options, f"--out={tmp_path}/out"])
