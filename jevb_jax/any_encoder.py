@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jevb_jax import arguments, extras
+from jevb_jax.detector import TrainedDetector
 from jevb_jax.evaluation import conformal, detector_input, score_json
 from jevb_jax.evaluation.features import Features
 from jevb_jax.evaluation.score_table import (
@@ -127,11 +128,16 @@ class WrappedEncoder:
             from jevb_jax.any_encoder_training import train_on_features
         return train_on_features(self, self.features(images), **settings)
 
-    def load_detector(self, directory: str | os.PathLike[str]) -> "WrappedDetector":
-        """Reads what `WrappedDetector.save` wrote. The encoder itself is not in it.
+    def load_detector(
+        self, directory: str | os.PathLike[str]
+    ) -> "WrappedDetector | TrainedDetector":
+        """Reads what `save` of a detector wrote. The encoder itself is not in it.
 
         Args:
           directory: where it was saved.
+
+        Returns:
+          A detector of the kind that was saved: from `fit`, or from `train`.
 
         Raises:
           FileNotFoundError: nothing was saved there.
@@ -141,6 +147,16 @@ class WrappedEncoder:
         if not archive.is_archive(path):
             raise FileNotFoundError(f"{path} holds no {archive.MANIFEST}; save a detector first")
         manifest = archive.read_manifest(path)
+        if "detector" in manifest:
+            from jevb_jax import loading  # only this needs the networks
+
+            of_features = loading.load_detector(path)
+            if not of_features.model.num_features:
+                raise ArchiveError(
+                    f"{path} holds a detector with an encoder of its own: read it with "
+                    "jevb_jax.load_detector(directory)"
+                )
+            return TrainedDetector(self, of_features)
         if archive.WRAPPED not in manifest:
             raise ArchiveError(f"{path} holds no detector of a wrapped encoder")
         saved, arrays = manifest[archive.WRAPPED], archive.read_arrays(path, manifest)

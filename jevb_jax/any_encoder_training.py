@@ -2,22 +2,15 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from jevb_jax.detector import Detector, FeatureEncoder, TrainedDetector
 from jevb_jax.evaluation import conformal, score_table
 from jevb_jax.evaluation.score_table import ScoreFunction
 from jevb_jax.model import GaussianPosterior, Model
 from jevb_jax.sklearn_transformer import JEVBTransformer
-
-
-class FeatureEncoder(Protocol):
-    """An encoder as `jevb_jax.wrap` makes it."""
-
-    def features(self, images: Any) -> np.ndarray:
-        """Features of images, `[N, F]` float32."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +78,7 @@ class TrainedEncoder:
 
     def detector(
         self, calibration_images: Any, false_alarm_rate: float = 0.05, score: str | None = None
-    ) -> "TrainedDetector":
+    ) -> TrainedDetector:
         """A detector with a threshold by split conformal prediction (docs eq. 29).
 
         Args:
@@ -98,38 +91,10 @@ class TrainedEncoder:
             reasons of `ood_score`.
         """
         rate = conformal.checked_rate(false_alarm_rate, len(calibration_images))
-        scores = self.ood_score(calibration_images, score)
-        return TrainedDetector(
-            self, self._name(score), rate, conformal.conformal_threshold(scores, rate)
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainedDetector:
-    """Says which images are out of distribution; made by `TrainedEncoder.detector`.
-
-    Attributes:
-      encoder: computes the scores.
-      score_name: one of `TrainedEncoder.score_names()`.
-      false_alarm_rate: largest share of in-distribution images to call strange.
-      threshold: larger scores are alarms.
-    """
-
-    encoder: TrainedEncoder
-    score_name: str
-    false_alarm_rate: float
-    threshold: float
-
-    def score(self, images: Any) -> np.ndarray:
-        """How strange images are, `[N]`; as `TrainedEncoder.ood_score`."""
-        return self.encoder.ood_score(images, self.score_name)
-
-    def is_outside(self, images: Any) -> np.ndarray:
-        """Which images are called out of distribution, bool `[N]`.
-
-        A score that is not finite is an alarm.
-        """
-        return conformal.exceeds(self.score(images), self.threshold)
+        name = self._name(score)
+        threshold = conformal.conformal_threshold(self.ood_score(calibration_images, name), rate)
+        of_features = Detector(self.model, self._scorer(name), name, rate, threshold)
+        return TrainedDetector(self.encoder, of_features)
 
 
 def train_on_features(

@@ -106,6 +106,60 @@ class Detector:
         )
 
 
+class FeatureEncoder(Protocol):
+    """An encoder as `jevb_jax.wrap` makes it."""
+
+    def features(self, images: Any) -> np.ndarray:
+        """Features of images, `[N, F]` float32."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedDetector:
+    """A detector for images of a wrapped encoder; made by `TrainedEncoder.detector`.
+
+    Attributes:
+      encoder: computes the features.
+      detector: on these features, by a model that was trained on features.
+    """
+
+    encoder: FeatureEncoder
+    detector: Detector
+
+    @property
+    def score_name(self) -> str:
+        """Name of the score, for example "jevb/kl"."""
+        return self.detector.score_name
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """Largest share of in-distribution images to call strange."""
+        return self.detector.false_alarm_rate
+
+    @property
+    def threshold(self) -> float:
+        """Larger scores are alarms."""
+        return self.detector.threshold
+
+    def score(self, images: Any) -> np.ndarray:
+        """How strange images are, `[N]`; as `TrainedEncoder.ood_score`."""
+        return self.detector.score(self.encoder.features(images))
+
+    def is_outside(self, images: Any) -> np.ndarray:
+        """Which images are called out of distribution, bool `[N]`.
+
+        A score that is not finite is an alarm.
+        """
+        return self.detector.is_outside(self.encoder.features(images))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes JEVB's networks, the score and the threshold, for `WrappedEncoder.load_detector`.
+
+        The encoder is not saved. Arguments and errors are those of `Detector.save`.
+        """
+        self.detector.save(directory)
+
+
 def write_model(
     model: WrittenModel,
     directory: Path,

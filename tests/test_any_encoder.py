@@ -1,6 +1,7 @@
 """Detectors on features of encoders that are not ours: plain functions, Flax, Equinox, PyTorch."""
 
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 import jevb_jax
+from configs import features
+from jevb_jax import loading
 from jevb_jax.any_encoder import FittedEncoder, WrappedEncoder
+from jevb_jax.any_encoder_training import TrainedEncoder
+from jevb_jax.detector import TrainedDetector
 from jevb_jax.evaluation.detector_input import DegenerateFeaturesError
 from jevb_jax.evaluation.score_table import ScoreSettings
+from jevb_jax.model import Model
+from jevb_jax.runs import archive
 from jevb_jax.runs.archive import ArchiveError
+from jevb_jax.settings import read
 from jevb_jax.sklearn_transformer import JEVBTransformer
+from jevb_jax.training.experiment import to_json_values
 
 WIDTH = 6
 SETTINGS = ScoreSettings(knn_k=(3,), ssd_clusters=(1,), residual_share=0.5, mixture_df=5.0)
@@ -189,6 +198,58 @@ def test_train_gives_an_encoder_a_posterior_and_jevb_s_scores():
         trained.detector(new[:5], 0.05)
     with pytest.raises(TypeError, match="no_such"):
         encoder.train(images, no_such=1)
+
+
+def untrained(tmp_path: Path, encoder: WrappedEncoder) -> TrainedEncoder:
+    """JEVB on features with random weights; nothing is compiled for it."""
+    train = encoder.features(vectors(1, 100))
+    np.savez(tmp_path / "train.npz", features=train, labels=np.arange(len(train)) % 2)
+    config: Any = features.get_config()
+    config.data.train_paths = config.data.test_paths = (str(tmp_path / "train.npz"),)
+    config.feature_views.num_features = WIDTH
+    config.model.projector_hidden_dims, config.model.embedding_dim = (8,), 4
+    config.model.head_hidden_dim = 8
+    values = to_json_values(config)
+    shapes = loading.variable_shapes(read.saved_settings(values))
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: random.uniform(0.1, 1, leaf.shape).astype(leaf.dtype), shapes
+    )
+    return TrainedEncoder(encoder, Model(values, variables, step=0), train)
+
+
+def test_a_trained_detector_survives_a_save_with_its_networks(fitted, tmp_path):
+    encoder = jevb_jax.wrap(lambda rows: np.asarray(rows)[:, ::-1], batch_size=16)
+    trained = untrained(tmp_path, encoder)
+    detector = trained.detector(vectors(4, 199), 0.1, "embedding/mahalanobis")
+    queries = np.concatenate([vectors(6, 9), vectors(3, 9, shift=-30.0)])
+    scores = detector.score(queries)
+    np.testing.assert_array_equal(scores, trained.ood_score(queries, "embedding/mahalanobis"))
+    detector.save(tmp_path / "saved")
+    again = encoder.load_detector(tmp_path / "saved")
+    assert isinstance(again, TrainedDetector)
+    np.testing.assert_allclose(again.score(queries), scores, rtol=1e-6)
+    np.testing.assert_array_equal(again.is_outside(queries), detector.is_outside(queries))
+    assert again.is_outside(queries).sum() >= 9
+    for name in ("score_name", "threshold", "false_alarm_rate"):
+        assert getattr(again, name) == getattr(detector, name)
+    # Without the encoder, the same directory is a detector of features.
+    of_features = jevb_jax.load_detector(tmp_path / "saved")
+    np.testing.assert_allclose(of_features.score(queries[:, ::-1]), scores, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"6 features"):
+        jevb_jax.wrap(lambda rows: np.asarray(rows)[:, :4]).load_detector(tmp_path / "saved").score(
+            queries
+        )
+    with pytest.raises(ValueError, match="holds a model"):  # of the other kind
+        fitted.detector(vectors(4, 30)).save(tmp_path / "saved")
+
+
+def test_a_detector_with_its_own_encoder_is_refused(fitted, tmp_path, monkeypatch):
+    archive.write_archive(tmp_path, arrays={}, manifest={"detector": {}}, extra_files={})
+    of_images = types.SimpleNamespace(model=types.SimpleNamespace(num_features=0))
+    monkeypatch.setattr(loading, "load_detector", lambda directory: of_images)
+    with pytest.raises(ArchiveError, match=r"read it with jevb_jax\.load_detector"):
+        fitted.encoder.load_detector(tmp_path)
 
 
 def test_lists_of_images_of_any_kind():
