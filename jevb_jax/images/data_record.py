@@ -132,7 +132,9 @@ def _drops_labels(source: ImageSource) -> bool:
 
 
 def _of_source(source: ImageSource) -> Fingerprint:
-    found: Fingerprint = {"name": source.name, "images": len(source)}
+    # Exports carry this record, so it must not tell where the home of their author is.
+    name = source.name.replace(f"{Path.cwd()}{os.sep}", "")
+    found: Fingerprint = {"name": name, "images": len(source)}
     if isinstance(source, ShapesSource):
         pass  # drawn from the config; the last bits of the pixels depend on the machine
     elif isinstance(source, InMemory):

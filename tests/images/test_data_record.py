@@ -72,6 +72,24 @@ def test_only_the_images_count(tmp_path):
     assert digits["parts"].keys() == {"train", "validation", "test", "outside"}
 
 
+def test_names_below_the_working_directory_do_not_tell_where_it_is(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    arrays(home / "data")
+    folder(home / "pictures")
+    whole = fingerprint(load(home / "data", "arrays"))
+    monkeypatch.chdir(home)
+    for source, directory, name in (
+        ("arrays", Path("data"), "data/train.npz"),
+        ("arrays", home / "data", "data/train.npz"),
+        ("folder", Path("pictures"), "pictures/train"),
+    ):
+        found = fingerprint(load(directory, source))
+        assert found["sources"]["training set"]["name"] == name
+        assert str(tmp_path) not in json.dumps(found)
+    assert changes(whole, fingerprint(load(Path("data"), "arrays"))) == []
+    assert str(home) in whole["sources"]["training set"]["name"]
+
+
 def one_pixel(images: np.ndarray) -> np.ndarray:
     changed = images.copy()
     changed[-1, -1, -1, -1] ^= 1
