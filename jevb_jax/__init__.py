@@ -1,45 +1,47 @@
 """Joint Embedding Variational Bayes: the names of the functional interface.
 
-The densities and the objective are pure functions of arrays and need no network framework. Some
-names are loaded on first use: the distrax distributions, because distrax imports TensorFlow
-Probability, and the functions that load a trained model, because they import Flax.
+The densities and the objective are pure functions of arrays and need no network framework. A name is
+imported when it is first used, so `import jevb_jax` itself takes no time, and a command can say at
+once that it has started. Modules of the package are found in the same way: `jevb_jax.export`.
 """
 
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from jevb_jax import extras
-from jevb_jax.paper.densities import (
-    directional_log_prob,
-    gaussian_kl_divergence,
-    multivariate_student_t_log_prob,
-    power_spherical_entropy,
-    power_spherical_log_prob,
-    radial_log_prob,
-    student_t_log_prob,
-)
-from jevb_jax.paper.likelihood import Likelihood, embedding_log_prob, likelihood_scale
-from jevb_jax.paper.mass import directional_log_mass, uniform_log_prob
-from jevb_jax.paper.objective import (
-    ElboTerms,
-    View,
-    conditional_elbo,
-    importance_weighted_bound,
-    predictive_information,
-    symmetric_elbo,
-)
-from jevb_jax.paper.sphere import polar_decomposition
 
 if TYPE_CHECKING:
     from jevb_jax.any_encoder import wrap
     from jevb_jax.detector import Detector
     from jevb_jax.loading import load, load_detector
     from jevb_jax.model import Model
+    from jevb_jax.paper.densities import (
+        directional_log_prob,
+        gaussian_kl_divergence,
+        multivariate_student_t_log_prob,
+        power_spherical_entropy,
+        power_spherical_log_prob,
+        radial_log_prob,
+        student_t_log_prob,
+    )
     from jevb_jax.paper.distrax_faces import (
         PowerSpherical,
         SphericalStudentT,
         gaussian_posterior,
         gaussian_prior,
     )
+    from jevb_jax.paper.likelihood import Likelihood, embedding_log_prob, likelihood_scale
+    from jevb_jax.paper.mass import directional_log_mass, uniform_log_prob
+    from jevb_jax.paper.objective import (
+        ElboTerms,
+        View,
+        conditional_elbo,
+        importance_weighted_bound,
+        predictive_information,
+        symmetric_elbo,
+    )
+    from jevb_jax.paper.sphere import polar_decomposition
 
 __version__ = "0.2.0"
 
@@ -74,30 +76,46 @@ __all__ = [
     "wrap",
 ]
 
-_DISTRAX_NAMES = ("PowerSpherical", "SphericalStudentT", "gaussian_posterior", "gaussian_prior")
-_LOADING_NAMES = ("load", "load_detector")
+_HOMES = {
+    "Detector": "detector",
+    "ElboTerms": "paper.objective",
+    "Likelihood": "paper.likelihood",
+    "Model": "model",
+    "PowerSpherical": "paper.distrax_faces",
+    "SphericalStudentT": "paper.distrax_faces",
+    "View": "paper.objective",
+    "conditional_elbo": "paper.objective",
+    "directional_log_mass": "paper.mass",
+    "directional_log_prob": "paper.densities",
+    "embedding_log_prob": "paper.likelihood",
+    "gaussian_kl_divergence": "paper.densities",
+    "gaussian_posterior": "paper.distrax_faces",
+    "gaussian_prior": "paper.distrax_faces",
+    "importance_weighted_bound": "paper.objective",
+    "likelihood_scale": "paper.likelihood",
+    "load": "loading",
+    "load_detector": "loading",
+    "multivariate_student_t_log_prob": "paper.densities",
+    "polar_decomposition": "paper.sphere",
+    "power_spherical_entropy": "paper.densities",
+    "power_spherical_log_prob": "paper.densities",
+    "predictive_information": "paper.objective",
+    "radial_log_prob": "paper.densities",
+    "student_t_log_prob": "paper.densities",
+    "symmetric_elbo": "paper.objective",
+    "uniform_log_prob": "paper.mass",
+    "wrap": "any_encoder",
+}
 
 
 def __getattr__(name: str) -> object:
-    with extras.explained():
-        if name in _DISTRAX_NAMES:
-            from jevb_jax.paper import distrax_faces
-
-            return getattr(distrax_faces, name)
-        if name == "wrap":
-            from jevb_jax.any_encoder import wrap
-
-            return wrap
-        if name == "Model":
-            from jevb_jax.model import Model
-
-            return Model
-        if name == "Detector":
-            from jevb_jax.detector import Detector
-
-            return Detector
-        if name in _LOADING_NAMES:
-            from jevb_jax import loading
-
-            return getattr(loading, name)
+    home = _HOMES.get(name, name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{home}") is not None:
+        with extras.explained():
+            module = importlib.import_module(f"{__name__}.{home}")
+        return getattr(module, name) if name in _HOMES else module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -53,7 +53,10 @@ def wrap(features_fn: Callable[[Any], Any], *, batch_size: int = 256) -> "Wrappe
       ValueError: `batch_size` is below one.
     """
     if not callable(features_fn):
-        raise TypeError(f"features_fn must be a function of images, got {features_fn!r}")
+        raise TypeError(
+            f"features_fn must be a function of images, got {type(features_fn).__name__}. For features "
+            "that exist already, it is numpy.asarray"
+        )
     return WrappedEncoder(features_fn, arguments.whole_number("batch_size", batch_size, at_least=1))
 
 
@@ -78,8 +81,13 @@ class WrappedEncoder:
         Raises:
           ValueError: there are no images; or the result of `features_fn` is not `[n, F]`, of one
             width for all batches, or cannot be read by NumPy.
-          TypeError: the result is not real numbers.
+          TypeError: the result is not real numbers, or images have no length.
         """
+        if not hasattr(images, "__len__"):
+            raise TypeError(
+                "images must have a length and slices, such as an array, a tensor or a list, got "
+                f"{type(images).__name__}"
+            )
         if len(images) == 0:
             raise ValueError("there must be at least one image, got none")
         parts = []
@@ -122,11 +130,14 @@ class WrappedEncoder:
         Raises:
           ModuleNotFoundError: the extra `train` is not installed.
           TypeError: there is no such setting.
-          ValueError: for the reasons of `features`, or a setting is out of its range.
+          ValueError: for the reasons of `features`, features hold NaN, or a setting is out of its
+            range.
         """
         with extras.explained():
             from jevb_jax.any_encoder_training import train_on_features
-        return train_on_features(self, self.features(images), **settings)
+        found = self.features(images)
+        detector_input.checked_fit_features("features", found)
+        return train_on_features(self, found, **settings)
 
     def load_detector(
         self, directory: str | os.PathLike[str]
@@ -190,6 +201,10 @@ class FittedEncoder:
     encoder: WrappedEncoder
     train_features: np.ndarray
     settings: ScoreSettings
+
+    def __repr__(self) -> str:
+        rows, width = self.train_features.shape
+        return f"FittedEncoder({rows} images, {width} features)"
 
     @functools.cached_property
     def _entries(self) -> dict[str, ScoreEntry]:
@@ -288,6 +303,12 @@ class WrappedDetector:
     num_features: int
     false_alarm_rate: float
     threshold: float
+
+    def __repr__(self) -> str:
+        return (
+            f"WrappedDetector({self.score_name}, threshold {self.threshold:.6g}, "
+            f"false_alarm_rate {self.false_alarm_rate:g}, {self.num_features} features)"
+        )
 
     @in_single_precision
     def score(self, images: Any) -> np.ndarray:

@@ -5,11 +5,13 @@ import functools
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from jevb_jax.detector import Detector, FeatureEncoder, TrainedDetector
 from jevb_jax.evaluation import conformal, score_table
 from jevb_jax.evaluation.score_table import ScoreFunction
 from jevb_jax.model import GaussianPosterior, Model
+from jevb_jax.runs.waiting import Waiting
 from jevb_jax.sklearn_transformer import JEVBTransformer
 
 
@@ -26,6 +28,9 @@ class TrainedEncoder:
     encoder: FeatureEncoder
     model: Model
     train_features: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"TrainedEncoder({len(self.train_features)} images, {self.model})"
 
     def embed(self, images: Any) -> np.ndarray:
         """JEVB's embedding, `[N, D]` float32.
@@ -101,5 +106,6 @@ def train_on_features(
     encoder: FeatureEncoder, features: np.ndarray, **settings: Any
 ) -> TrainedEncoder:
     """Trains JEVB on features; arguments and errors are those of `JEVBTransformer`."""
-    transformer = JEVBTransformer(**settings).fit(features)
+    with Waiting(Console(stderr=True), "Training on features", in_logs=False):
+        transformer = JEVBTransformer(**settings).fit(features)
     return TrainedEncoder(encoder, transformer.model_, features)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors import flax as safetensors
 
-from jevb_jax import loading, messages, parallel
+from jevb_jax import loading, messages, parallel, start_weights
 from jevb_jax.evaluation import accuracy, evidence, fitted_scores, readiness
 from jevb_jax.evaluation import evaluate as evaluate_module
 from jevb_jax.evaluation.evaluate import Evaluation, evaluate_transfer
@@ -25,15 +24,14 @@ from jevb_jax.images import data_record, workers
 from jevb_jax.images.batches import gather, gather_crops
 from jevb_jax.images.dataset import PICTURE_SOURCES, load_dataset
 from jevb_jax.images.views import visible_views
-from jevb_jax.networks import torch_names, vit_names
 from jevb_jax.parallel import StoppedError
 from jevb_jax.report import figures, page, tables, training_curves
 from jevb_jax.runs import archive, files, metrics_writers
-from jevb_jax.runs.array_names import differences, flatten_names
 from jevb_jax.runs.checkpoints import Checkpointer, CheckpointError, saved_steps
 from jevb_jax.runs.metrics_log import MetricsLog, standard_output, unbroken
 from jevb_jax.runs.provenance import environment, read_environment
 from jevb_jax.runs.result_files import is_own, keep_other_results, result_files, settings_sha256
+from jevb_jax.runs.waiting import Waiting
 from jevb_jax.settings import read
 from jevb_jax.settings.config_versions import saved_config
 from jevb_jax.training import alarms, pretraining
@@ -45,56 +43,6 @@ from jevb_jax.xla_options import in_single_precision, keep_compiled_programs
 
 _logger = logging.getLogger(__name__)
 _NUM_SHOWN_IMAGES = 8  # in views.png
-
-
-def start_variables(experiment: Experiment) -> dict[str, Any]:
-    """Parameters and statistics of the encoder that `init.workdir` names.
-
-    Args:
-      experiment: with a run, an export or a file of weights in its section `init`.
-
-    Returns:
-      `params` and `batch_stats`; from a file with PyTorch's names, those of the backbone alone.
-
-    Raises:
-      FileNotFoundError: there is no such file, run or export.
-      ValueError: they are those of another network; every difference is named.
-    """
-    settings = experiment.settings.init
-    shapes = jax.eval_shape(experiment.initial_state)
-    if settings.workdir.endswith(".safetensors"):
-        return _start_backbone(settings.workdir, settings.step, shapes)
-    loaded = loading.load(settings.workdir, None if settings.step < 0 else settings.step)
-    wanted = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    problems = differences(
-        flatten_names(loaded.variables), flatten_names(wanted), where="init.workdir"
-    )
-    if problems:
-        raise ValueError(
-            f"init.workdir = {settings.workdir} holds another network:\n"
-            + "\n".join(problems)
-            + "\nGive the method and the section model of that run, or leave init.workdir empty."
-        )
-    return loaded.variables
-
-
-def _start_backbone(file: str, step: int, shapes: TrainState) -> dict[str, Any]:
-    """The backbone of a file with names of PyTorch's libraries; see `networks.torch_names`."""
-    if step >= 0:
-        raise ValueError(f"init.step = {step}, but {file} has no steps: leave init.step at -1")
-    wanted = {
-        "params": shapes.params["backbone"],
-        "batch_stats": shapes.batch_stats.get("backbone", {}),
-    }
-    try:
-        arrays = safetensors.load(files.to_path(file).read_bytes())
-        backbone = torch_names.from_torch(arrays, wanted)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"init.workdir = {file}: {error}") from error
-    if remark := vit_names.remark(arrays, wanted):
-        _logger.warning("init.workdir = %s: %s", file, remark)
-    # A network without BatchNorm has no entry among the statistics.
-    return {part: {"backbone": one} if one else {} for part, one in backbone.items()}
 
 
 @in_single_precision
@@ -121,11 +69,14 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     keep_compiled_programs()
     console = console or _console()
     workdir = files.to_path(workdir)
+    if os.path.isfile(workdir):
+        raise NotADirectoryError(f"--workdir must be a directory, and {workdir} is a file")
     if archive.is_archive(workdir):
         raise ValueError(
             f"{workdir} holds an export or a fine-tuned encoder: give another --workdir to the run"
         )
-    experiment = build_experiment(config)
+    with Waiting(console, "Reading the data"):
+        experiment = build_experiment(config)
     metrics_writers.check(experiment.settings.train.writers, workdir)
     readiness.check(experiment)
     mesh = parallel.make_mesh()
@@ -136,7 +87,8 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
     )
     start = None
     if experiment.settings.init.workdir and not saved_steps(workdir / "checkpoints"):
-        start = start_variables(experiment)
+        with Waiting(console, "Reading init.workdir"):
+            start = start_weights.start_variables(experiment)
     with contextlib.ExitStack() as held, parallel.StopRequest() as stop:
         check_held: Callable[[], None] = _check_nothing
         data_changes: list[str] = []
@@ -165,7 +117,8 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
             )
 
         held.enter_context(unbroken(console, stop_unread))
-        parallel.on_main(prepare)
+        with Waiting(console, "Comparing the data with those of the run"):
+            parallel.on_main(prepare)
         if not stop.is_heeding:
             console.print(
                 "This is not the main thread: SIGTERM and Ctrl-C will not save the state of the run. "
@@ -218,20 +171,14 @@ def _train_and_evaluate(
     for line in accuracy.left_out_lines(reasons):
         run.say(line)
     try:
-        state = run.restore()
+        with Waiting(console, "Preparing the first state"):
+            state = run.restore()
         for length in experiment.earlier:
             run.say(f"A run of {length.num_steps} steps until step {length.until_step}, extended.")
         if int(state.step) == 0 and parallel.is_main():
-            train = experiment.dataset.train
-            rows = np.arange(min(_NUM_SHOWN_IMAGES, len(train)))
-            examples, crops = gather(train, rows), experiment.host_crops
-            shown = (
-                examples if crops is None else gather_crops(train, rows, crops.of_examples(0, rows))
-            )
-            drawn = visible_views(shown, experiment.view_augmentations)
-            if drawn:
-                figures.save_views_figure(workdir / "views.png", examples, drawn)
-            else:
+            with Waiting(console, "Drawing views.png"):
+                is_drawn = _draw_views(experiment, workdir)
+            if not is_drawn:
                 run.say("Features have no pictures: no views.png, no galleries, no check of crops.")
         if int(state.step) < experiment.num_train_steps:
             state = run.train(state)
@@ -255,6 +202,18 @@ def _train_and_evaluate(
     return True
 
 
+def _draw_views(experiment: Experiment, workdir: Path) -> bool:
+    """Writes `views.png`; False if there is nothing to see."""
+    train = experiment.dataset.train
+    rows = np.arange(min(_NUM_SHOWN_IMAGES, len(train)))
+    examples, crops = gather(train, rows), experiment.host_crops
+    shown = examples if crops is None else gather_crops(train, rows, crops.of_examples(0, rows))
+    drawn = visible_views(shown, experiment.view_augmentations)
+    if drawn:
+        figures.save_views_figure(workdir / "views.png", examples, drawn)
+    return bool(drawn)
+
+
 def _evaluate_and_report(
     experiment: Experiment,
     workdir: Path,
@@ -274,7 +233,7 @@ def _evaluate_and_report(
             raise StoppedError
 
     try:
-        with stop.interrupting():
+        with stop.interrupting(), Waiting(console, "Evaluating"):
             results, evaluation = evaluate_module.evaluate(
                 experiment,
                 state.evaluation_variables,
@@ -295,7 +254,8 @@ def _evaluate_and_report(
     results["settings_sha256"] = settings_sha256(experiment.config, data_changes)
     if reason:
         messages.say(console, f"Fitted scores are not saved: {reason}")
-    parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
+    with Waiting(console, "Drawing the report"):
+        parallel.on_main(lambda: _write_results(experiment, workdir, results, evaluation, console))
     return results
 
 
@@ -392,7 +352,8 @@ def evaluate(
     keep_compiled_programs()
     console = console or _console()
     workdir = files.to_path(workdir)
-    experiment = build_experiment(config)
+    with Waiting(console, "Reading the data"):
+        experiment = build_experiment(config)
     data_changes = data_record.check_evaluation(
         workdir,
         experiment.dataset,
@@ -471,12 +432,14 @@ def evaluate_on(
     workdir = files.to_path(workdir)
     described = read.data_section(to_json_values(section))
     evaluation = read.evaluation_section(to_json_values(config)["evaluation"])
-    loaded = loading.load(workdir, step)
+    with Waiting(console, "Reading the checkpoint"):
+        loaded = loading.load(workdir, step)
     if described.source in PICTURE_SOURCES and not described.image_size:
         # Photos are cut to the size that the encoder was trained on.
         described = dataclasses.replace(described, image_size=loaded.square_size)
-    dataset = load_dataset(**vars(described))
-    with parallel.StopRequest() as stop, stop.interrupting():
+    with Waiting(console, "Reading the data"):
+        dataset = load_dataset(**vars(described))
+    with parallel.StopRequest() as stop, stop.interrupting(), Waiting(console, "Evaluating"):
         results = evaluate_transfer(evaluation, loaded.extractor(), loaded.variables, dataset)
     results |= {
         "step": loaded.step,

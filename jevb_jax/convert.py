@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.write_bytes_atomically(files.to_path(arguments.out), content)
         return f"Written to {arguments.out}"
 
-    return small_programs.run(work)
+    return small_programs.run(work, "Converting")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ class TrainedDetector:
     encoder: FeatureEncoder
     detector: Detector
 
+    def __repr__(self) -> str:
+        return f"TrainedDetector({self.detector})"
+
     @property
     def score_name(self) -> str:
         """Name of the score, for example "jevb/kl"."""

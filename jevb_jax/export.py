@@ -424,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             onnx=arguments.onnx,
         )
 
-    return small_programs.run(work)
+    return small_programs.run(work, "Exporting")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from jevb_jax.runs.checkpoints import (
 )
 from jevb_jax.runs.metrics_log import standard_output, unbroken
 from jevb_jax.runs.provenance import environment
+from jevb_jax.runs.waiting import Waiting
 from jevb_jax.settings import read
 from jevb_jax.settings.sections import FinetuneSettings, InputSection
 from jevb_jax.training import classification
@@ -159,6 +160,8 @@ def finetune(
     keep_compiled_programs()
     console = console or standard_output()
     path = files.to_path(workdir)
+    if os.path.isfile(path):
+        raise NotADirectoryError(f"--workdir must be a directory, and {path} is a file")
     config = read.plain(config)
     settings = read.finetune_settings(config)
     _check_new(path)
@@ -172,8 +175,9 @@ def finetune(
     metrics_writers.check(settings.train.writers, path)
     mesh = parallel.make_mesh()
     parallel.check_divisible(settings.train.batch_size, 1, mesh)
-    encoder = _load_encoder(settings, path / TRAINING)
-    dataset = load_dataset(**vars(settings.data))
+    with Waiting(console, "Reading the encoder and the data"):
+        encoder = _load_encoder(settings, path / TRAINING)
+        dataset = load_dataset(**vars(settings.data))
     for part in dataset[:3]:
         if part is not None:
             _labels(part)
@@ -197,7 +201,7 @@ def finetune(
                 )
             trained = _train(settings, encoder, dataset, directory, console, mesh, stop, check_held)
             try:
-                with stop.interrupting():
+                with stop.interrupting(), Waiting(console, "Testing"):
                     results = _results(settings, dataset, trained)
             except StoppedError as error:
                 raise StoppedError(
@@ -417,7 +421,8 @@ def _train(
     )
     loop = RunLoop(plan, directory, console, mesh, stop, check_held)
     try:
-        state = loop.restore()
+        with Waiting(console, "Preparing the first state"):
+            state = loop.restore()
         _check_resumed(validation, int(state.step), loop.checkpointer.steps(), directory)
         if int(state.step) < num_steps:
             state = loop.train(state)

@@ -1,5 +1,6 @@
 """The forward pass for users' images or features: makes batches, compiles once for each size."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from jevb_jax.images.given import (
 )
 from jevb_jax.images.preparation import cut_square
 from jevb_jax.networks.joint import JointEmbeddingModel
+from jevb_jax.runs.waiting import Waiting
 from jevb_jax.settings.sections import RunSettings
 from jevb_jax.training import from_settings
 
@@ -222,13 +224,16 @@ def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
 def _with_progress(
     batches: Iterable[_T], *, total: int, console: Console | None = None
 ) -> Iterator[_T]:
-    """The batches, with a bar on a terminal as soon as they have taken a few seconds."""
+    """The batches. On a terminal: what is compiled for the first; a bar after a few seconds."""
     console = console or Console(stderr=True)
+    batches = iter(batches)
+    with Waiting(console, "The first images", in_logs=False):
+        first = [*itertools.islice(batches, 1)]
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     start = time.monotonic()
     task = None
     try:
-        for done, batch in enumerate(batches):
+        for done, batch in enumerate(itertools.chain(first, batches)):
             if task is None and time.monotonic() - start > _PROGRESS_AFTER_SECONDS:
                 progress.start()
                 task = progress.add_task("images", total=total)

@@ -5,6 +5,7 @@ send it to another process.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from rich.console import Console
 
 from jevb_jax import arguments, methods
 from jevb_jax.detector import Detector
@@ -31,9 +33,12 @@ from jevb_jax.images.given import GivenImages, refuse_shared
 from jevb_jax.images.source import Subset
 from jevb_jax.images.views import describe
 from jevb_jax.networks.heads import Posterior
+from jevb_jax.runs.waiting import Waiting
 from jevb_jax.settings import read
 from jevb_jax.training import from_settings
 from jevb_jax.xla_options import in_single_precision
+
+_logger = logging.getLogger(__name__)
 
 # Images that `Model` accepts: arrays, Pillow pictures, and lists or iterators of them.
 if TYPE_CHECKING:
@@ -329,10 +334,11 @@ class Model:
         scorer = self.scorer(name, fit_images)
         if checked is None:
             extract = self.extractor(self._score_entries[name].views)
-            parts = [
-                np.asarray(_apply(scorer, features))[mask]
-                for features, mask in extract.stream(self.variables, source)
-            ]
+            with Waiting(Console(stderr=True), "Scoring validation images", in_logs=False):
+                parts = [
+                    np.asarray(_apply(scorer, features))[mask]
+                    for features, mask in extract.stream(self.variables, source)
+                ]
             calibration = np.concatenate(parts)
         else:
             calibration = np.atleast_1d(self._score_checked(checked, name, scorer))
@@ -405,12 +411,18 @@ class Model:
                 self._scorers[name] = found
                 return found
             if views not in self._training_data:
+                _logger.warning(
+                    "%s was not saved with this model: it is fitted now, to the training images of the "
+                    "run (data.source is %s). fit_images= takes others",
+                    name,
+                    self.settings.data.source,
+                )
                 train = self._data("fit_images").train
                 rows = detection.fit_rows(len(train), self.settings.ood.max_fit_images)
                 extract = self.extractor(views)
-                self._training_data[views] = TrainingData(
-                    extract(self.variables, Subset(train, rows))
-                )
+                with Waiting(Console(stderr=True), f"Fitting {name}", in_logs=False):
+                    features = extract(self.variables, Subset(train, rows))
+                self._training_data[views] = TrainingData(features)
             self._scorers[name] = entry.make(self._training_data[views])
         return self._scorers[name]
 

@@ -61,9 +61,13 @@ def directory_of(name: str | os.PathLike[str]) -> Path:
 
     Raises:
       HubError, ArchiveError: as for `hub.download`.
-      ValueError: as for `files.to_path`.
+      ValueError: a repository without an organization, or as for `files.to_path`.
     """
     repository = hub.parse(name)
     if repository is not None:
         return hub.download(repository)
+    if isinstance(name, str) and name.startswith("hf://"):
+        raise ValueError(
+            f"a model of the Hub is hf://org/name or hf://org/name@revision, got {name}"
+        )
     return find(name) or files.to_path(name)

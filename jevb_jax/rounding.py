@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_rounded_run(model, source, target)
         return f"Kernels of step {model.step} rounded to 8 bits in {target}"
 
-    return small_programs.run(work)
+    return small_programs.run(work, "Rounding")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _outcome(run: PlannedRun, status: int, said: str, *, is_stopping: bool) -> s
         return f"FAILED, {found.failure['error']} at step {found.failure['step']}; see {log}"
     where = f"unfinished at step {found.last_step}"
     if is_stopping or status == 0:
-        return f"{where}, stopped"
+        return f"{where}, stopped; the same command goes on from there"
     cause = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     tail = "\n".join(said.splitlines()[-_SHOWN_LINES:])
     return f"{where}, BROKEN, {cause}; the same command tries it again. End of {log}:\n{tail}"
@@ -213,13 +213,18 @@ def _local_directory(out: str | Path) -> Path:
     return path
 
 
-def write_report(study: Study, out: str | Path, *, command: str) -> None:
+def write_report(
+    study: Study, out: str | Path, *, command: str, console: Console | None = None
+) -> None:
     """Writes `table.md`, `table.csv` and a PNG for each figure, from the run directories alone.
+
+    Says where the report is, and which measures no run has.
 
     Args:
       study: the study.
       out: directory of the study.
       command: the command that the report names.
+      console: for messages; standard output by default.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -233,6 +238,10 @@ def write_report(study: Study, out: str | Path, *, command: str) -> None:
         drawn.savefig(out / f"{figure.name}.png", format="png", dpi=150)
     files.write_text_atomically(out / "table.md", tables.markdown_table(evidence, command))
     files.write_text_atomically(out / "table.csv", tables.csv_table(evidence))
+    console = console or standard_output()
+    messages.say(console, f"Report: {out / 'table.md'}")
+    if absent := tables.absent_measures(evidence):
+        messages.say(console, absent)
 
 
 def run_study(
@@ -268,16 +277,15 @@ def run_study(
     # The reader of the output may leave before the study ends. The report contains everything.
     with files.lock_directory(out), unbroken(console):
         todo = _to_do(plan)
-        console.print(f"{len(plan)} runs, {len(plan) - len(todo)} done before, {len(todo)} to do.")
+        runs = "1 run" if len(plan) == 1 else f"{len(plan)} runs"
+        console.print(f"{runs}, {len(plan) - len(todo)} done before, {len(todo)} to do.")
         is_through = _execute(todo, out, num_processes=num_processes, console=console)
-        write_report(study, out, command=command)
-        messages.say(console, f"Report: {out / 'table.md'}")
-        if absent := tables.absent_measures(read_evidence(study, out)):
-            messages.say(console, absent)
-        if not is_through:
+        write_report(study, out, command=command, console=console)
+        is_done = all(_is_done(run, read_run(run.directory)) for run in plan)
+        if not is_through and not is_done:
             messages.say(console, f"Stopped. The same command goes on from there:\n{command}")
             return _STOPPED_STATUS
-    return int(not all(_is_done(run, read_run(run.directory)) for run in plan))
+    return int(not is_done)
 
 
 def _listed(text: str | None) -> list[str] | None:

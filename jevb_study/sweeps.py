@@ -126,7 +126,10 @@ def _assign(config: Any, setting: str, value: Any) -> None:
     try:
         section[name] = tuple(value) if isinstance(value, list) else value
     except TypeError as error:
-        raise ValueError(f"{setting} cannot be {value!r}: {error}") from error
+        raise ValueError(
+            f"{setting} cannot be {value!r}; the config has {section[name]!r}, and a value must be of "
+            "its type"
+        ) from error
 
 
 def _name(setting: str, value: Any) -> str:

@@ -72,7 +72,12 @@ def test_every_score_prefers_shifted_features_and_ignores_the_batch(fitted):
 
 
 def test_detector_keeps_its_false_alarm_rate_and_survives_a_save(fitted, tmp_path):
+    assert repr(fitted) == "FittedEncoder(100 images, 6 features)"
     detector = fitted.detector(vectors(4, 199), false_alarm_rate=0.1)
+    assert re.fullmatch(
+        r"WrappedDetector\(mahalanobis, threshold [\d.]+, false_alarm_rate 0.1, 6 features\)",
+        repr(detector),
+    )
     assert detector.is_outside(vectors(5, 2000)).mean() == pytest.approx(0.1, abs=0.05)
     assert detector.is_outside(vectors(3, 20, shift=-30.0)).all()
     assert detector.is_outside(np.full((1, WIDTH), np.nan, np.float32)).all()
@@ -228,6 +233,8 @@ def test_a_trained_detector_survives_a_save_with_its_networks(fitted, tmp_path):
     detector.save(tmp_path / "saved")
     again = encoder.load_detector(tmp_path / "saved")
     assert isinstance(again, TrainedDetector)
+    assert repr(trained).startswith("TrainedEncoder(100 images, Model(jevb, ")
+    assert repr(again).startswith("TrainedDetector(Detector(embedding/mahalanobis, threshold ")
     np.testing.assert_allclose(again.score(queries), scores, rtol=1e-6)
     np.testing.assert_array_equal(again.is_outside(queries), detector.is_outside(queries))
     assert again.is_outside(queries).sum() >= 9
@@ -287,8 +294,12 @@ def test_features_that_cannot_be_used(features_fn, error, match):
 
 
 def test_other_mistakes(fitted, tmp_path):
-    with pytest.raises(TypeError, match="features_fn must be a function"):
+    with pytest.raises(TypeError, match=r"features_fn must be a function .*got ndarray"):
         jevb_jax.wrap(np.zeros(3))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"images must have a length and slices.*got generator"):
+        fitted.encoder.fit(row for row in vectors(1, 9))
+    with pytest.raises(ValueError, match="1 of 9 rows hold NaN"):
+        fitted.encoder.train(np.where(np.arange(9)[:, None] == 3, np.nan, vectors(1, 9)))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         jevb_jax.wrap(np.asarray, batch_size=0)
     with pytest.raises(ValueError, match="at least one image"):

@@ -29,7 +29,7 @@ FLOORS = (
     ("evaluation",),
     ("forward", "detector"),
     ("hub", "model", "model_names", "report"),
-    ("hub_push", "loading", "small_programs"),
+    ("hub_push", "loading", "small_programs", "start_weights"),
     (
         "__init__",
         "any_encoder",

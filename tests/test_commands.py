@@ -23,7 +23,7 @@ from safetensors import numpy as safetensors
 
 import jevb_jax
 from configs import finetune_digits, smoke, transfer
-from jevb_jax import commands, export, parallel
+from jevb_jax import commands, export, finetuning, parallel, start_weights
 from jevb_jax.images import batches
 from jevb_jax.images.source import ArraySource
 from jevb_jax.loading import load
@@ -726,11 +726,11 @@ def test_a_run_that_starts_from_an_export(tmp_path):
     state: Any = jax.jit(experiment.initial_state)()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     export.export_model(Model(experiment.config, variables, step=3), tmp_path / "encoder")
-    found = commands.start_variables(experiment)
+    found = start_weights.start_variables(experiment)
     jax.tree.map(np.testing.assert_array_equal, found, variables)
     other = short_config(init__workdir=str(tmp_path / "encoder"), model__embedding_dim=8)
     with pytest.raises(ValueError, match=r"init\.workdir = .* holds another network:\n"):
-        commands.start_variables(build_experiment(other))
+        start_weights.start_variables(build_experiment(other))
 
 
 @pytest.mark.slow
@@ -744,9 +744,9 @@ def test_a_run_that_starts_from_a_backbone_of_torch(tmp_path):
         "batch_stats": jax.tree.map(lambda leaf: leaf + 2, drawn.batch_stats["backbone"]),
     }
     with pytest.raises(FileNotFoundError, match="backbone"):
-        commands.start_variables(experiment)
+        start_weights.start_variables(experiment)
     file.write_bytes(safetensors.save(torch_names.to_torch(other)))
-    start = commands.start_variables(experiment)
+    start = start_weights.start_variables(experiment)
     state = pretraining.started_from(drawn, start)
     for part, before in (("params", drawn.params), ("batch_stats", drawn.batch_stats)):
         after = getattr(state, part)
@@ -759,7 +759,7 @@ def test_a_run_that_starts_from_a_backbone_of_torch(tmp_path):
         changed = short_config(**{"model__backbone": "resnet8", "model__width": 4, **changes})
         changed.init.workdir = str(file)
         with pytest.raises(ValueError, match=match):
-            commands.start_variables(build_experiment(changed))
+            start_weights.start_variables(build_experiment(changed))
 
     mistake(r"no steps: leave init\.step", init__step=3)
     mistake(r"init\.workdir = (.|\n)*stem_conv\.kernel: weights has", model__width=8)
@@ -789,7 +789,7 @@ def test_a_vision_transformer_starts_from_a_file_of_another_size(tmp_path, caplo
     other = {**backbone, "positions": np.broadcast_to(np.arange(5.0)[None, :, None], (5, 5, 6))}
     file.write_bytes(safetensors.save(torch_names.to_torch({"params": other})))
     with caplog.at_level(logging.WARNING):
-        start = commands.start_variables(experiment)
+        start = start_weights.start_variables(experiment)
     assert f"for 5x5 patches, and a view of this run has {rows}x{rows}" in caplog.text
     state = pretraining.started_from(drawn, start)
     assert jax.tree.structure(state) == jax.tree.structure(drawn)
@@ -805,7 +805,7 @@ def test_a_vision_transformer_starts_from_a_file_of_another_size(tmp_path, caplo
         ({"backbone": "vit_tiny", "width": 12}, "only ResNets and the backbones timm_vit"),
     ):
         with pytest.raises(ValueError, match=match):
-            commands.start_variables(build_experiment(config(**changes)))
+            start_weights.start_variables(build_experiment(config(**changes)))
 
 
 @pytest.mark.slow
@@ -871,6 +871,18 @@ def test_a_config_of_another_program_is_refused_by_every_reader(tmp_path, monkey
         commands.train(short_config(), tmp_path, console=text_console())
     assert path.read_text() == content
     assert set(names_of(tmp_path)) <= {".lock", "config.json"}
+
+
+def test_a_file_is_no_directory_of_a_run(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(
+        NotADirectoryError, match=r"must be a directory, and .*notes\.txt is a file"
+    ):
+        commands.train(short_config(), path, console=text_console())
+    with pytest.raises(NotADirectoryError, match="must be a directory"):
+        finetuning.finetune({}, path, console=text_console())
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.csv", "report.html", "checkpoints"])

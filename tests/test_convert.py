@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from configs import smoke
 from jevb_jax import convert
-from jevb_jax.commands import start_variables
 from jevb_jax.detector import write_model
 from jevb_jax.model import Model
 from jevb_jax.networks.torch_names import from_torch, to_torch
+from jevb_jax.start_weights import start_variables
 from jevb_jax.training.experiment import build_experiment, to_json_values
 
 

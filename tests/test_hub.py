@@ -110,6 +110,9 @@ def test_urls_of_models(url, found):
 )  # fmt: skip
 def test_what_is_no_url_of_a_model(other):
     assert hub.parse(other) is None
+    if isinstance(other, str) and other.startswith("hf://"):
+        with pytest.raises(ValueError, match=f"is hf://org/name .*got {other}"):
+            jevb_jax.load(other)
 
 
 # --- Push and load --------------------------------------------------------------------------------

@@ -242,6 +242,15 @@ def test_misspelt_settings_name_what_is_meant(override, meant):
     start._check_overrides(fine, "config", smoke.get_config())
 
 
+def test_a_missing_flag_is_named(monkeypatch, capsys):
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Directory.", flag_values=values, required=True)
+    monkeypatch.setattr(start.flags, "FLAGS", values)
+    with pytest.raises(SystemExit, match="2"):
+        start.parse_flags(["train.py"])
+    assert capsys.readouterr().err == "--workdir is missing.\n--help shows the flags.\n"
+
+
 @pytest.mark.slow
 def test_usage_errors_end_with_status_two_and_no_frames(tmp_path):
     files.write_json_atomically(

@@ -756,6 +756,7 @@ def test_a_bar_appears_when_it_takes_long(monkeypatch):
         ([np.zeros((2, 2, 3)), np.zeros((3, 3, 2))], ValueError, r"image 1 must have 1 or 3 chan"),
         ([[[[0.0]], [[0.0], [1.0]]]], ValueError, "nested lists .* must all have one size"),
         (np.zeros((2, 3, 16, 16), np.uint8), ValueError, r"channels come first, give np.moveaxis"),
+        (np.zeros((5, 16, 16)), ValueError, r"gray images need an axis .*images\[\.\.\., None\]"),
         (np.zeros((16, 16, 4), np.uint8), ValueError, r"transparent images give images\[..., :3\]"),
         (np.full((16, 16, 3), 300, np.int64), ValueError, r"0 to 255, got \[300, 300\] of int64"),
         (np.full((16, 16, 3), 200, np.uint16), TypeError, r"uint16 in \[200, 200\].*not clear"),

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import jevb_jax
 from jevb_jax import extras
 from jevb_jax.runs import metrics_writers
 
@@ -266,3 +267,32 @@ def test_what_a_host_reads_fits_its_schema(schema, pattern):
         [*command, f"vendor.{schema}", *paths], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_every_name_of_the_package_is_found_when_it_is_asked_for():
+    tree = ast.parse(Path(jevb_jax.__file__).read_text(encoding="utf-8"))
+    imported = {
+        alias.name: str(node.module).removeprefix("jevb_jax.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module != "jevb_jax"
+        for alias in node.names
+        if alias.name != "TYPE_CHECKING"
+    }
+    assert imported == jevb_jax._HOMES
+    assert sorted(imported) == sorted(jevb_jax.__all__)
+    assert set(jevb_jax.__all__) <= set(dir(jevb_jax))
+    for name, home in imported.items():
+        module = importlib.import_module(f"jevb_jax.{home}")
+        assert getattr(jevb_jax, name) is getattr(module, name)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such'"):
+        jevb_jax.no_such  # noqa: B018
+    assert not hasattr(jevb_jax, "_no_such")
+
+
+def test_the_package_and_its_commands_start_before_jax_is_imported():
+    code = (
+        "import sys, jevb_jax, jevb_jax.command_line.entry_points\n"
+        "assert not {'jax', 'numpy'} & set(sys.modules)\n"
+        "assert jevb_jax.export.export_model and jevb_jax.paper.sphere"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

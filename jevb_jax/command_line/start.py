@@ -126,7 +126,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise flags.Error(str(error)) from error
     except (flags.Error, config_files.ConfigFileError) as error:
-        print(f"{error}\n--help shows the flags.", file=sys.stderr)
+        missing = re.match(r"flag --(\w+)=None: .* must have a value", str(error))
+        said = f"--{missing[1]} is missing." if missing else str(error)
+        print(f"{said}\n--help shows the flags.", file=sys.stderr)
     sys.exit(USAGE_STATUS)
 
 

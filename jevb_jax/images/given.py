@@ -254,16 +254,18 @@ def _checked(values: np.ndarray, num_channels: int, levels: Levels, where: str) 
 
 
 def _wrong_channels(shape: tuple[int, ...], num_channels: int, where: str) -> str:
-    channels = "1" if num_channels == 1 else f"1 or {num_channels}"
-    message = f"{where} must have {channels} channels in the last axis, got shape {shape}"
-    if shape[-3] in (1, num_channels):
+    channels = "1 channel" if num_channels == 1 else f"1 or {num_channels} channels"
+    message = f"{where} must have {channels} in the last axis, got shape {shape}"
+    if shape[-1] == 3 and num_channels == 1:
+        return f"{message}; the network was trained on gray images"
+    if shape[-3] in (1, 3, num_channels):
         return f"{message}; if channels come first, give np.moveaxis(images, -3, -1)"
     if shape[-1] == 4 and num_channels == 3:
         return (
             f"{message}; for transparent images give images[..., :3], or the Pillow picture itself"
         )
-    if shape[-1] == 3 and num_channels == 1:
-        return f"{message}; the network was trained on gray images"
+    if len(shape) == 3:
+        return f"{message}; many gray images need an axis with one channel: images[..., None]"
     return message
 
 

@@ -14,10 +14,18 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from jevb_jax.runs import files, metrics_writers
 from jevb_jax.runs.metrics_writers import Ending, WrittenRun
+from jevb_jax.runs.waiting import FIRST_SECONDS, Waiting
 
 _PLAIN_LINE_SECONDS = 15.0
 _LOG_WIDTH = 1000  # columns, more than our widest table has
@@ -232,6 +240,7 @@ class ProgressLine:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
+            TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[status]}"),
             console=console,
@@ -240,12 +249,14 @@ class ProgressLine:
         self._task = self._progress.add_task(
             "", total=total_steps, completed=initial_step, status=_COMPILING
         )
+        self._waiting: Waiting | None = None
 
     def __enter__(self) -> "ProgressLine":
         """Starts the bar, or says that the first steps are compiled."""
         self._progress.start()
         if not self._console.is_terminal:
             self._console.print(f"step {self._step}/{self._total}  {_COMPILING}", soft_wrap=True)
+            self._waiting = Waiting(self._console, "training").__enter__()
         return self
 
     def __exit__(
@@ -255,6 +266,8 @@ class ProgressLine:
         traceback: TracebackType | None,
     ) -> None:
         """Stops the bar and leaves its last line."""
+        if self._waiting is not None:
+            self._waiting.__exit__(kind, error, traceback)
         self._progress.stop()
 
     def update(self, step: int, status: str) -> None:
@@ -273,3 +286,5 @@ class ProgressLine:
             self._console.print(f"step {step}/{self._total}  {remaining}{status}", soft_wrap=True)
         if self._start is None:
             self._start = (now, step)
+            if self._waiting is not None:  # from now on, the plain lines say that the run goes on
+                self._waiting.patience = _PLAIN_LINE_SECONDS + FIRST_SECONDS

@@ -250,7 +250,7 @@ def test_ctrl_c_stops_the_children_and_says_how_to_go_on(tmp_path, stubbed):
     status, text = execute(tiny("a", "slow", "b"), tmp_path)
     assert status == 130
     assert (where / "told").exists()
-    assert "4 remain: unfinished at step 0, stopped" in text
+    assert "4 remain: unfinished at step 0, stopped; the same command goes on" in text
     assert "Stopped. The same command goes on from there:\nthe command" in text
     assert started(tmp_path) == ["a 0", "slow 0"]
     assert rows(tmp_path)["slow"][0].startswith("0 of 2; seed 0 unfinished at step 0")
@@ -296,6 +296,7 @@ def test_command_line(tmp_path, capsys):
     path.write_text(text)
     flags = [str(path), f"--out={tmp_path}", "--report_only"]
     assert run.main(flags) == 0
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'table.md'}\n"
     assert rows(tmp_path)["a"] == ["0 of 1; seed 0 not started", "-"]
     command = f"jevb-study {path} --out={tmp_path} --report_only"
     assert command in (tmp_path / "table.md").read_text()
@@ -314,7 +315,7 @@ def test_command_line(tmp_path, capsys):
     assert "--num_processes must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_command_line_for_a_part_of_a_study(tmp_path, stubbed):
+def test_command_line_for_a_part_of_a_study(tmp_path, stubbed, capsys):
     path = tmp_path / "mine.py"
     path.write_text(
         "from configs import smoke\nfrom jevb_study.spec import Logged, Study\n"
@@ -328,6 +329,9 @@ def test_command_line_for_a_part_of_a_study(tmp_path, stubbed):
     assert [found.parent.name for found in out.glob("runs/*/*")] == ["b"]
     assert rows(out).keys() == {"run", "b"}
     assert "--runs=b --seeds=1" in (out / "table.md").read_text()
+    capsys.readouterr()
+    assert run.main([str(path), f"--out={out}", "--report_only"]) == 0
+    assert "No finished run has k" in capsys.readouterr().out
     assert run.main([str(path), f"--out={out}"]) == 0
     assert rows(out).keys() == {"run", "a", "b"}
     with pytest.raises(SystemExit, match=r"study's runs.*'b'\], got \['c'\]"):
