@@ -24,6 +24,10 @@ _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
+# Held by the outermost work. What it does inside says nothing more: two live lines hide each other.
+_watched = threading.Lock()
+
+
 class _Compilation:
     """The program that XLA compiles now, as the events of JAX tell; "" if there is none."""
 
@@ -69,7 +73,8 @@ class Waiting:
     On a terminal, a line shows the time so far, and disappears at the end. (Work of less than half a
     second shows nothing.) In a log, a line follows
     when nothing was printed for five seconds, and then at growing distances of up to 40 seconds. Both
-    name a program that has been compiling for more than two seconds.
+    name a program that has been compiling for more than two seconds. Within other such work, nothing is
+    shown.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Waiting:
 
     def __enter__(self) -> "Waiting":
         """Begins to watch."""
+        self._is_silent = self._is_silent or not _watched.acquire(blocking=False)
         if self._is_silent:
             return self
         self._start = time.monotonic()
@@ -125,6 +131,7 @@ class Waiting:
             self._status.stop()
         if not self._console.is_terminal:
             self._console.file = self._given_file
+        _watched.release()
 
     def _text(self, now: float) -> str:
         text = f"{self._what}: {now - self._start:.0f} s so far"
@@ -154,6 +161,6 @@ class Waiting:
 
     def _show(self, text: str) -> None:
         if self._status is None:
-            self._status = Status(text, console=self._console, refresh_per_second=2)
+            self._status = Status(text, console=self._console, spinner="line", refresh_per_second=2)
             self._status.start()
         self._status.update(text)

@@ -145,6 +145,20 @@ def test_nothing_is_said_where_nobody_reads(console, in_logs):
     assert console.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_work_within_work_says_nothing_and_the_next_says_again(clock):
+    out, other = io.StringIO(), io.StringIO()
+    made = started(clock, Console(file=out, width=80))
+    before = threading.active_count()
+    with Waiting(Console(file=other, width=80), "Fitting"):
+        assert threading.active_count() == before
+        clock.move(6)
+    made.__exit__(None, None, None)
+    assert out.getvalue() == "Evaluating: 6 s so far\n"
+    assert other.getvalue() == ""
+    with Waiting(Console(file=other, width=80), "Fitting"):
+        assert threading.active_count() == before
+
+
 class Closed(io.StringIO):
     def write(self, text: str) -> int:
         raise BrokenPipeError
