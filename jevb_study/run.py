@@ -343,5 +343,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def start() -> int:
     """The command itself; returns its exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    # The entry point lets Ctrl-C end the process at once. From here on, it stops the runs in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     return main(sys.argv[1:])

@@ -315,6 +315,18 @@ def test_command_line(tmp_path, capsys):
     assert "--num_processes must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_the_command_stops_in_order_whatever_its_entry_point_set(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        monkeypatch.setattr(run, "main", lambda _: 0)
+        assert run.start() == 0
+        assert {signal.getsignal(number) for number in before} == {signal.default_int_handler}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_command_line_for_a_part_of_a_study(tmp_path, stubbed, capsys):
     path = tmp_path / "mine.py"
     path.write_text(
