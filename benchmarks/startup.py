@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = (
     "import jax",
     "import jevb_jax",
+    "from jevb_jax import symmetric_elbo",
     "from jevb_jax import commands",
     "from jevb_jax.command_line import scripts",
 )
