@@ -117,7 +117,7 @@ def train(config: ConfigDict, workdir: str | Path, *, console: Console | None = 
             )
 
         held.enter_context(unbroken(console, stop_unread))
-        with Waiting(console, "Comparing the data with those of the run"):
+        with Waiting(console, "Checking the data"):
             parallel.on_main(prepare)
         if not stop.is_heeding:
             console.print(

@@ -13,16 +13,14 @@ from rich.status import Status
 
 from jevb_jax import messages
 
-# Of silence before a line in a log, and between such lines later on: each is twice the one before.
-FIRST_SECONDS = 5.0
-_LONGEST_SECONDS = 40.0
+FIRST_SECONDS = 5.0  # of silence before a line in a log
+_LONGEST_SECONDS = 40.0  # between such lines; each wait is twice the one before
 _LOOK_SECONDS = 0.5
 _WORTH_NAMING_SECONDS = 2.0  # a program that compiles faster is not named
 
 # The events of JAX right before and right after XLA compiles a program.
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-
 
 # Held by the outermost work. What it does inside says nothing more: two live lines hide each other.
 _watched = threading.Lock()
@@ -70,11 +68,10 @@ class _HeardFile:
 class Waiting:
     """Around work that may take long: `with Waiting(console, "Evaluating"):`.
 
-    On a terminal, a line shows the time so far, and disappears at the end. (Work of less than half a
-    second shows nothing.) In a log, a line follows
-    when nothing was printed for five seconds, and then at growing distances of up to 40 seconds. Both
-    name a program that has been compiling for more than two seconds. Within other such work, nothing is
-    shown.
+    On a terminal, a line shows the time so far, and disappears at the end. In a log, a line follows when
+    nothing was printed for five seconds, and then at growing distances of up to 40 seconds. Both name a
+    program that has been compiling for more than two seconds. Work of less than half a second shows
+    nothing, and neither does work within other such work.
     """
 
     def __init__(
@@ -163,4 +160,6 @@ class Waiting:
         if self._status is None:
             self._status = Status(text, console=self._console, spinner="line", refresh_per_second=2)
             self._status.start()
+            # Rich hides the cursor, and a Ctrl-C that ends the process at once would leave it so.
+            self._console.show_cursor()
         self._status.update(text)

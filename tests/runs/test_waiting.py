@@ -125,6 +125,8 @@ def test_a_terminal_shows_one_line_that_disappears(clock):
     made = started(clock, Console(file=out, width=80, force_terminal=True))
     clock.move(3)
     clock.move(1)
+    shown = out.getvalue()
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor
     made.__exit__(None, None, None)
     assert "Evaluating: 4 s so far" in out.getvalue()
     assert out.getvalue().endswith("\x1b[2K")  # the line is erased
