@@ -164,6 +164,9 @@ for name in ("train", "evaluate", "finetune", "export", "study"):
     )
     shape, *lines = done.stdout.splitlines()
     assert shape == "(3,)"
+    begun = [line for line in lines if line.startswith("Importing ")]
+    assert len(begun) == 5
+    lines = [line for line in lines if line not in begun]
     told = dict(line.split(" ", 1) for line in lines)
     assert list(told) == [
         *("load", "Detector", "SphericalStudentT"),

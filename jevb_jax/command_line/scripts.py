@@ -1,6 +1,8 @@
 """The programs that train, evaluate and fine-tune, with their flags.
 
-A flag is defined when its program starts. So importing this module defines none of them.
+A flag is defined when its program starts. So importing this module defines none of them. What does
+the work takes seconds to import. It is imported after the command line was read, so that a mistake
+in it is told at once.
 """
 
 from typing import Any
@@ -8,10 +10,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jevb_jax import commands, finetuning
+from jevb_jax import extras
 from jevb_jax.command_line.start import start
-from jevb_jax.settings import run_config
-from jevb_jax.training import experiment
 
 
 def train() -> None:
@@ -24,7 +24,13 @@ def train() -> None:
         "workdir", None, "Directory of the run; a run in it is resumed.", required=True
     )
     flags.mark_flag_as_required("config")
-    start(train, lambda: commands.train(config.value, workdir.value))
+
+    def work() -> None:
+        with extras.explained():
+            from jevb_jax import commands
+        commands.train(config.value, workdir.value)
+
+    start(train, work)
 
 
 def evaluate() -> None:
@@ -56,6 +62,9 @@ def evaluate() -> None:
     )
 
     def work() -> None:
+        with extras.explained():
+            from jevb_jax import commands
+            from jevb_jax.settings import run_config
         config: Any = run_config.load_config(workdir.value)
         if data.value is not None:
             if ood.value is not None:
@@ -80,7 +89,11 @@ def finetune() -> None:
     )
     workdir = flags.DEFINE_string("workdir", None, "Directory to write to.", required=True)
     flags.mark_flag_as_required("config")
-    start(
-        finetune,
-        lambda: finetuning.finetune(experiment.to_json_values(config.value), workdir.value),
-    )
+
+    def work() -> None:
+        with extras.explained():
+            from jevb_jax import finetuning
+            from jevb_jax.training import experiment
+        finetuning.finetune(experiment.to_json_values(config.value), workdir.value)
+
+    start(finetune, work)
