@@ -1,8 +1,9 @@
 """Joint Embedding Variational Bayes: the names of the functional interface.
 
 The densities and the objective are pure functions of arrays and need no network framework. A name is
-imported when it is first used, so `import jevb_jax` itself takes no time, and a command can say at
-once that it has started. Modules of the package are found in the same way: `jevb_jax.export`.
+imported when it is first used. So `import jevb_jax` itself takes hardly any time, and a command can
+say at once that it has started. Modules of the package are found in the same way, for example
+`jevb_jax.export`.
 """
 
 import importlib
@@ -113,7 +114,9 @@ def __getattr__(name: str) -> object:
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{home}") is not None:
         with extras.explained():
             module = importlib.import_module(f"{__name__}.{home}")
-        return getattr(module, name) if name in _HOMES else module
+        found = getattr(module, name) if name in _HOMES else module
+        globals()[name] = found  # the next time, Python finds it without asking
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -287,6 +287,7 @@ def test_every_name_of_the_package_is_found_when_it_is_asked_for():
     for name, home in imported.items():
         module = importlib.import_module(f"jevb_jax.{home}")
         assert getattr(jevb_jax, name) is getattr(module, name)
+        assert name in vars(jevb_jax)  # found without asking the next time
     with pytest.raises(AttributeError, match="has no attribute 'no_such'"):
         jevb_jax.no_such  # noqa: B018
     assert not hasattr(jevb_jax, "_no_such")
