@@ -183,7 +183,13 @@ def test_an_error_ends_the_watch_and_restores_the_file():
     assert console._file is None
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "finetune.py"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["train.py", pytest.param("evaluate.py", marks=SLOW), pytest.param("finetune.py", marks=SLOW)],
+)
 def test_a_script_says_at_once_that_it_started_and_ends_by_ctrl_c_without_frames(script):
     process = subprocess.Popen(
         [sys.executable, script, "--workdir=none"],
