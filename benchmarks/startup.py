@@ -118,9 +118,7 @@ def main() -> None:
             {"statement": name, "s": timing.median, "of JAX alone": timing.ratio_to(floor)}
             for name, timing in imports.items()
         ],
-        "Slowest modules of train.py": slowest_imports(
-            "from jevb_jax.command_line import scripts", 10
-        ),
+        "Slowest modules of train.py": slowest_imports("from jevb_jax import commands", 10),
         f"First step of {arguments.config}": [
             {"": name, "s": timing.median, "of no cache": timing.ratio_to(steps["no cache"])}
             for name, timing in steps.items()
