@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,7 +134,8 @@ def _drops_labels(source: ImageSource) -> bool:
 
 def _of_source(source: ImageSource) -> Fingerprint:
     # Exports carry this record, so it must not tell where the home of their author is.
-    name = source.name.replace(f"{Path.cwd()}{os.sep}", "")
+    # A name may list several files; only the start of one is the working directory.
+    name = re.sub(rf"(?<!\S){re.escape(f'{Path.cwd()}{os.sep}')}", "", source.name)
     found: Fingerprint = {"name": name, "images": len(source)}
     if isinstance(source, ShapesSource):
         pass  # drawn from the config; the last bits of the pixels depend on the machine
