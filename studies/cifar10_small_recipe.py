@@ -63,8 +63,8 @@ _VIEWS: dict[str, dict[str, Any]] = {
     },
 }
 _HEADS: dict[str, dict[str, Any]] = {
-    "projector_0": {"model__projector_hidden_dims": ()},
     "projector_2": {"model__projector_hidden_dims": (256, 256)},
+    "projector_wide": {"model__projector_hidden_dims": (1024,)},
     "dim_64": {"model__embedding_dim": 64},
     "dim_256": {"model__embedding_dim": 256},
 }
