@@ -346,4 +346,9 @@ def start() -> int:
     # The entry point lets Ctrl-C end the process at once. From here on, it stops the runs in order.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    return main(sys.argv[1:])
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:  # while nothing ran, or the second one, which has killed the runs
+        said = "Stopped at once. The same command goes on; each run from its last saved step."
+        print(said, file=sys.stderr)
+        return _STOPPED_STATUS

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -325,6 +326,18 @@ def test_the_command_stops_in_order_whatever_its_entry_point_set(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_is_told_without_frames(monkeypatch, capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        monkeypatch.setattr(run, "main", Mock(side_effect=KeyboardInterrupt))
+        assert run.start() == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = "Stopped at once. The same command goes on; each run from its last saved step."
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_command_line_for_a_part_of_a_study(tmp_path, stubbed, capsys):
