@@ -416,6 +416,13 @@ def test_the_card_has_front_matter_and_every_number_with_its_protocol(model):
     assert "ood_score" in code[1]
 
 
+def test_the_card_has_no_column_for_an_encoder_that_was_not_measured(model):
+    assert '"Untrained" is the same encoder' in card(model)
+    text = card(model, results=RESULTS | {"untrained": []})
+    assert "ntrained" not in text.replace("pretrained", "")
+    assert "| measure | features | trained | protocol |" in text
+
+
 def test_the_card_claims_nothing_that_is_not_there(model):
     text = card(model, results=None, has_fitted_score=False)
     entries = yaml.safe_load(text.split("---\n")[1])

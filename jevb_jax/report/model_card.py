@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jevb_jax.report.tables import markdown_table, measure_rows
+from jevb_jax.report.tables import markdown_table, measure_rows, value_columns
 from jevb_jax.runs import files
 from jevb_jax.settings.sections import DataSection, RunSettings
 
@@ -193,14 +193,18 @@ def _numbers(results: Mapping[str, Any] | None, shown: "_Shortened") -> list[str
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
+    measured = measure_rows(results)
+    columns = value_columns(measured)
     rows: list[Sequence[str]] = [
-        (row.name, row.features, number(row.untrained), number(row.trained), shown(row.protocol))
-        for row in measure_rows(results)
+        (row.name, row.features, *map(number, values), shown(row.protocol))
+        for row, values in zip(measured, zip(*columns.values(), strict=True), strict=True)
     ]
-    header = ("measure", "features", "untrained", "trained", "protocol")
+    told = f"Of the {results['split']} split, one run."
+    if "untrained" in columns:
+        told += ' "Untrained" is the same encoder before training.'
     parts = [
-        f'Of the {results["split"]} split, one run. "Untrained" is the same encoder before training.',
-        "\n".join(markdown_table(header, rows)),
+        told,
+        "\n".join(markdown_table(("measure", "features", *columns, "protocol"), rows)),
     ]
     detection = results.get("ood")
     if detection:

@@ -134,16 +134,11 @@ def _results(results: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = tables.measure_rows(results)
     if not rows:
         return None
-    has_untrained = any(row.untrained is not None for row in rows)
-    head = ["measure", "features", *(["untrained"] if has_untrained else []), "trained"]
+    columns = tables.value_columns(rows)
+    head = ["measure", "features", *columns]
     cells = [
-        (
-            row.name,
-            row.features,
-            *([_decimals(row.untrained)] if has_untrained else []),
-            _decimals(row.trained),
-        )
-        for row in rows
+        (row.name, row.features, *(_decimals(value) for value in values))
+        for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True)
     ]
     return {
         "table": _Table("Results", head, cells, texts=2),

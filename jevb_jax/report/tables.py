@@ -104,6 +104,13 @@ def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
     ]
 
 
+def value_columns(rows: Sequence[MeasureRow]) -> dict[str, list[float | None]]:
+    """The columns "untrained" and "trained"; the first one only if something was measured for it."""
+    untrained = [row.untrained for row in rows]
+    before = {"untrained": untrained} if any(value is not None for value in untrained) else {}
+    return {**before, "trained": [row.trained for row in rows]}
+
+
 _CSV_COLUMNS = (
     "encoder",
     "features_or_score",
@@ -140,7 +147,7 @@ def results_csv(results: Mapping[str, Any]) -> str:
 
 
 def classification_table(results: Mapping[str, Any]) -> Table:
-    """k-NN and linear accuracies for the terminal, before and after training.
+    """k-NN and linear accuracies for the terminal, after training, and before if they were measured.
 
     Args:
       results: the content of `results.json`.
@@ -154,11 +161,13 @@ def classification_table(results: Mapping[str, Any]) -> Table:
     )
     for column in ("features", "measure"):
         table.add_column(column)
-    for column in ("untrained", "trained"):
+    rows = measure_rows(results)
+    columns = value_columns(rows)
+    for column in columns:
         table.add_column(column, justify="right")
-    for row in measure_rows(results):
-        untrained = "" if row.untrained is None else f"{row.untrained:.4f}"
-        table.add_row(row.features, row.name, untrained, f"{row.trained:.4f}")
+    for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        cells = ("" if value is None else f"{value:.4f}" for value in values)
+        table.add_row(row.features, row.name, *cells)
     return table
 
 

@@ -122,6 +122,16 @@ def test_measures_stand_beside_those_of_the_untrained_encoder():
     assert "Not evaluated: linear_5_labels_per_class_accuracy: there is one class." in text
 
 
+def test_an_encoder_that_was_not_measured_has_no_column():
+    def headers(results):
+        return [column.header for column in tables.classification_table(results).columns]
+
+    assert headers(RESULTS) == ["features", "measure", "untrained", "trained"]
+    for untrained in ([], [measured("knn_20_accuracy", "jevb/a score", 0.1)]):
+        assert headers(RESULTS | {"untrained": untrained}) == ["features", "measure", "trained"]
+    assert headers({"split": "test", "trained": []}) == ["features", "measure", "trained"]
+
+
 def test_several_shifted_sets_are_shown_by_their_mean():
     names = ("linear_accuracy", "linear_accuracy_on_a", "linear_accuracy_on_b")
     rows = [
