@@ -2,15 +2,17 @@
 
 jevb-study studies/cifar10_small_recipe.py --out=runs/cifar10_small_recipe --num_processes=2
 
-Optimizer and rate, batch size, warm-up, weight decay, crops, colors, projector and dimension, which
-`configs/cifar10.py` sets for full size. SimSiam and EMP-SSL are beside it with a few rates of their own.
-All runs see 10,000 images for 8 epochs; choices are made on the validation split.
+First Muon's learning rate; then, at a rate of 0.01, what else `configs/cifar10.py` sets for full size:
+optimizer, weight decay, batch size, warm-up, target network, crops, colors, projector, dimension and
+density. SimSiam and EMP-SSL are beside it, with a few rates of their own. All runs see 10,000 images
+for 8 epochs; choices are made on the validation split.
 
 Muon's weight decay shrinks a kernel by `rate * decay` in a step, so its effect over a run is the sum of
-that. A run here has 624 steps, one at full size 17,500: a decay that acts in both is 28 times larger
-here.
+that. A run here has 624 steps at a mean rate of 0.005; one at full size 17,500 at 0.001. So a decay acts
+here a fifth as much as there.
 """
 
+import math
 from typing import Any
 
 from jevb_study.spec import Comparison, Curves, Logged, Result, Study, Sweep
@@ -18,21 +20,26 @@ from studies import cifar10_small_views
 from studies.changed_settings import changed
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-WEIGHT_DECAYS = (1e-4, 0.1, 0.3, 1.0, 3.0)
+OTHER_RATES = (2e-3, 5e-3, 1e-2)  # of SimSiam and EMP-SSL
+BASE_RATE = 1e-2
+BASE_DECAY = 1e-4
+WEIGHT_DECAYS = (BASE_DECAY, 0.03, 0.1, 0.3, 1.0)
 
 _KNN = "validation/knn_10_uniform_accuracy"
 
 # Groups of changes of JEVB's recipe; a figure of curves each. Names are those of the runs.
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw_0.002": {"optimizer__name": "adamw"},
-    "adamw_0.005": {"optimizer__name": "adamw", "optimizer__learning_rate": 5e-3},
+    **{
+        f"adamw_{rate:g}": {"optimizer__name": "adamw", "optimizer__learning_rate": rate}
+        for rate in (2e-3, 5e-3, 1e-2)
+    },
     **{
         f"sgd_{rate:g}": {
             "optimizer__name": "sgd",
             "optimizer__learning_rate": rate,
             "optimizer__weight_decay": 5e-4,
         }
-        for rate in (0.1, 0.5, 2.0)
+        for rate in (0.5, 2.0)
     },
     **{
         f"lars_{rate:g}": {
@@ -40,13 +47,13 @@ _OPTIMIZERS: dict[str, dict[str, Any]] = {
             "optimizer__learning_rate": rate,
             "optimizer__trust_coefficient": 0.02,
         }
-        for rate in (0.3, 1.0)
+        for rate in (0.1, 0.3)
     },
 }
 _SCHEDULES: dict[str, dict[str, Any]] = {
     # The rate grows as the square root of the batch.
-    "batch_64": {"train__batch_size": 64, "optimizer__learning_rate": 1.4e-3},
-    "batch_256": {"train__batch_size": 256, "optimizer__learning_rate": 2.8e-3},
+    "batch_64": {"train__batch_size": 64, "optimizer__learning_rate": 7e-3},
+    "batch_256": {"train__batch_size": 256, "optimizer__learning_rate": 1.4e-2},
     "warmup_0": {"optimizer__warmup_epochs": 0.0},
     "warmup_2": {"optimizer__warmup_epochs": 2.0},
     "target_0.9": {"train__target_decay": 0.9},
@@ -62,6 +69,15 @@ _VIEWS: dict[str, dict[str, Any]] = {
         "augmentation__hue": 0.05,
     },
 }
+_DENSITIES: dict[str, dict[str, Any]] = {
+    # The run `jevb_narrow` of `full_size`.
+    "narrow": {
+        "jevb__df": math.inf,
+        "jevb__kl_weight": 0.1,
+        "jevb__prior_scale": 1.0,
+        "jevb__normalized": True,
+    },
+}
 _HEADS: dict[str, dict[str, Any]] = {
     "projector_2": {"model__projector_hidden_dims": (256, 256)},
     "projector_wide": {"model__projector_hidden_dims": (1024,)},
@@ -74,6 +90,8 @@ def run_config(method: str, **changes: Any) -> Any:
     """The recipe for a method, with Muon, and changes such as `train__batch_size=64`."""
     config = cifar10_small_views.run_config(method, share=1)
     config.optimizer.name = "muon"
+    config.optimizer.learning_rate = BASE_RATE
+    config.optimizer.weight_decay = BASE_DECAY
     config.evaluation.l2_grid = (1e-3,)
     config.ood.num_views = 2
     config.ood.num_samples = 1
@@ -85,37 +103,35 @@ def run_config(method: str, **changes: Any) -> Any:
 
 def rate_name(rate: float, method: str = "jevb") -> str:
     """Name of the run of a method with a rate of Muon."""
-    return method if rate == 2e-3 else f"{method}_muon_{rate:g}"
+    return f"{method}_{rate:g}"
 
 
 def decay_name(decay: float) -> str:
     """Name of the run with a weight decay."""
-    return "jevb" if decay == 1e-4 else f"decay_{decay:g}"
+    return rate_name(BASE_RATE) if decay == BASE_DECAY else f"decay_{decay:g}"
 
 
 def get_study() -> Study:
-    """Every change, one seed of each."""
-    changes = _OPTIMIZERS | _SCHEDULES | _VIEWS | _HEADS
+    """Every change, two seeds of each."""
+    changes = _OPTIMIZERS | _SCHEDULES | _VIEWS | _HEADS | _DENSITIES
     runs: dict[str, Any] = {
         rate_name(rate, method): run_config(method, optimizer__learning_rate=rate)
-        for method, rates in (
-            ("jevb", RATES),
-            ("simsiam", (5e-4, 2e-3, 5e-3, 1e-2)),
-            ("emp_ssl", (5e-4, 2e-3, 5e-3)),
-        )
+        for method, rates in (("jevb", RATES), ("simsiam", OTHER_RATES), ("emp_ssl", OTHER_RATES))
         for rate in rates
     }
     runs |= {
         decay_name(decay): run_config("jevb", optimizer__weight_decay=decay)
         for decay in WEIGHT_DECAYS
-        if decay != 1e-4
+        if decay != BASE_DECAY
     }
     runs |= {name: run_config("jevb", **change) for name, change in changes.items()}
+    base = rate_name(BASE_RATE)
+    simsiam, emp_ssl = rate_name(BASE_RATE, "simsiam"), rate_name(BASE_RATE, "emp_ssl")
     curves = {
         "optimizers": ("Optimizers", _OPTIMIZERS),
         "schedules": ("Batch size, warm-up and a target network", _SCHEDULES),
         "views": ("Crops and colors", _VIEWS),
-        "heads": ("Projector and dimension", _HEADS),
+        "heads": ("Projector, dimension and a narrow posterior", _HEADS | _DENSITIES),
     }
     accuracies = ("linear accuracy", "20-NN accuracy")
     measures = (*accuracies, "effective rank")
@@ -138,7 +154,7 @@ def get_study() -> Study:
                 {rate: rate_name(rate) for rate in RATES},
                 measures,
                 log_x=True,
-                references=("simsiam", "emp_ssl"),
+                references=(simsiam, emp_ssl),
             ),
             Sweep(
                 "weight_decay",
@@ -148,9 +164,10 @@ def get_study() -> Study:
                 measures,
                 log_x=True,
             ),
-            Comparison("changes", "One change at a time", ("jevb", *changes), accuracies),
+            Comparison("changes", "One change at a time", (base, *changes), accuracies),
+            Curves("rates", "Rates", tuple(map(rate_name, RATES)), (_KNN,), over_views=True),
             *(
-                Curves(name, title, ("jevb", "simsiam", *group), (_KNN,), over_views=True)
+                Curves(name, title, (base, simsiam, emp_ssl, *group), (_KNN,), over_views=True)
                 for name, (title, group) in curves.items()
             ),
         ),
