@@ -24,6 +24,9 @@ OTHER_RATES = (2e-3, 5e-3, 1e-2)  # of SimSiam and EMP-SSL
 BASE_RATE = 1e-2
 BASE_DECAY = 1e-4
 WEIGHT_DECAYS = (BASE_DECAY, 0.03, 0.1, 0.3, 1.0)
+BOTH = (
+    "jevb_0.02_decay_0.3"  # the rate at which kernels grow most, and a decay that keeps them small
+)
 
 _KNN = "validation/knn_10_uniform_accuracy"
 
@@ -124,6 +127,7 @@ def get_study() -> Study:
         for decay in WEIGHT_DECAYS
         if decay != BASE_DECAY
     }
+    runs[BOTH] = run_config("jevb", optimizer__learning_rate=2e-2, optimizer__weight_decay=0.3)
     runs |= {name: run_config("jevb", **change) for name, change in changes.items()}
     base = rate_name(BASE_RATE)
     simsiam, emp_ssl = rate_name(BASE_RATE, "simsiam"), rate_name(BASE_RATE, "emp_ssl")
@@ -164,7 +168,7 @@ def get_study() -> Study:
                 measures,
                 log_x=True,
             ),
-            Comparison("changes", "One change at a time", (base, *changes), accuracies),
+            Comparison("changes", "One change at a time", (base, BOTH, *changes), accuracies),
             Curves("rates", "Rates", tuple(map(rate_name, RATES)), (_KNN,), over_views=True),
             *(
                 Curves(name, title, (base, simsiam, emp_ssl, *group), (_KNN,), over_views=True)
