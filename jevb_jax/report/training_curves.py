@@ -19,6 +19,7 @@ _NOT_TERMS = frozenset(
         "radial_scale",
         "embedding_std",
         "gradient_norm",
+        "relative_step",
         "learning_rate",
     )
 )
@@ -31,8 +32,8 @@ def loss_terms(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
       records: lines of `metrics.jsonl`.
 
     Returns:
-      Every key under `train/` except loss, scales, spread, gradient norm and learning rate, in the
-      order of the log.
+      Every key under `train/` except loss, scales, spread, norms and learning rate, in the order
+      of the log.
     """
     names = dict.fromkeys(name for record in records for name in record)
     return tuple(name for name in names if name.startswith("train/") and name not in _NOT_TERMS)
@@ -109,6 +110,7 @@ def curve_drawings(
         ("mean scales", ["train/posterior_scale", "train/radial_scale"]),
         ("gradient norm", ["train/gradient_norm"]),
         ("learning rate", ["train/learning_rate"]),
+        ("norm of a step / norm of the parameters", ["train/relative_step"]),
     ]
     health = [
         ("effective rank", ["health/effective_rank"]),

@@ -295,7 +295,8 @@ class RunLoop:
         values = {name.removeprefix("train/"): value for name, value in metrics.items()}
         texts = [f"{images_per_second:,.0f} images/s  loss {values.pop('loss'):.4f}"]
         del values["gradient_norm"]
-        values.pop("learning_rate", None)
+        for name in ("learning_rate", "relative_step"):
+            values.pop(name, None)
         texts += [f"{n.removesuffix('_log_likelihood')} {v:.3g}" for n, v in values.items()]
         texts += [one.status for one in self.plan.measurements if one.status]
         return "  ".join(texts)

@@ -216,6 +216,7 @@ def train_step(
 
     Returns:
       The state after the step, and metrics of the batch: scalars, in the method's units.
+      `relative_step` is the norm of the step over that of the parameters.
     """
     batch_size = jax.tree.leaves(images)[0].shape[0]
     apply = functools.partial(
@@ -297,6 +298,8 @@ def train_step(
             _target_part(params), target_params, 1 - target_decay(state.step)
         )
     metrics["gradient_norm"] = optax.tree.norm(gradients)
+    # It falls by itself where parameters grow; then a run learns more slowly than its schedule says.
+    metrics["relative_step"] = optax.tree.norm(updates) / optax.tree.norm(state.params)
     new_state = TrainState(
         state.step + 1, params, batch_stats, opt_state, ema_params, target_params
     )

@@ -195,6 +195,7 @@ RECORDS = [
         "train/embedding_std": 1 / step,
         "train/gradient_norm": step**2,
         "train/learning_rate": 0.1,
+        "train/relative_step": 0.01 / step,
     }
     for step in (1, 2, 3)
 ]

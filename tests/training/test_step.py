@@ -120,6 +120,18 @@ def test_loss_is_the_negative_weighted_elbo_per_dimension():
 
 
 @pytest.mark.slow
+def test_the_relative_step_is_how_far_the_parameters_moved():
+    before, (after, metrics) = initial_state(0.9), first_step()
+    start, end = (
+        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(state.params)])
+        for state in (before, after)
+    )
+    expected = np.linalg.norm(end - start) / np.linalg.norm(start)
+    assert expected > 1e-4
+    np.testing.assert_allclose(metrics["relative_step"], expected, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_ema_is_the_recursion():
     before, (after, _) = initial_state(0.9), first_step()
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before.params, after.params)
