@@ -61,7 +61,7 @@ def write_sets(folder: Path, outside: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "runs"),
     [
-        ("full_size", ("jevb", "simsiam", "jevb_narrow")),
+        ("full_size", ("jevb_narrow", "simsiam", "emp_ssl_muon")),
         ("full_size_screening", ("jevb_sgd_0.5", "jevb_muon_crops")),
     ],
 )
