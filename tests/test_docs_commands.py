@@ -164,6 +164,11 @@ SIMSIAM_VIEWS = SIMSIAM + """
 cifar10.get_config = lambda _, get_config=cifar10.get_config: small(get_config, "simsiam")
 """  # fmt: skip
 
+OF_GROWTH = """
+found = [round(float(growth[f"backbone/stage{n}_block2/conv2/kernel"]), 1) for n in (1, 2, 3, 4)]
+assert found == [2.9, 3.9, 5.4, 7.4], found
+"""
+
 
 class Row(NamedTuple):
     """What happens with the passages that begin with `begins`, a regular expression.
@@ -209,6 +214,7 @@ ROWS = (
     Row("jevb-train --config=digits --workdir=runs/digits$", PACKAGED),
     # A run of the digits, and what is done with it.
     Row("import jevb_jax, sklearn", after=OF_PHOTOS),
+    Row("import jevb_jax\n", page="full_size", after=OF_GROWTH),
     Row("import jevb_jax\n", page="index", before=PHOTOS, after=OF_PHOTOS),
     Row(
         "python train.py --config=configs/digits.py",
