@@ -58,6 +58,7 @@ def write_sets(folder: Path, outside: Any) -> None:
 # other runs differ in numbers alone.
 @pytest.mark.slow
 @pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:.*clusters have fewer different images:UserWarning")
 @pytest.mark.parametrize(
     ("name", "runs"),
     [
