@@ -6,9 +6,10 @@ For one GPU; the runs share it. Reads `data/cifar10_train.npz`, `data/cifar10_te
 `configs/ood.py:cifar10_arrays`. The recipes are those of `configs/cifar10.py` but for the number of
 epochs. More runs train JEVB with AdamW, without a target network, with a weight decay that acts, and
 with the density and KL weight that detect near sets best in the small study with Muon
-(`docs/study.md`). `simsiam_muon` and `emp_ssl_muon` have their own heads and JEVB's optimizer, batch
-and augmentations. Which recipe becomes JEVB's is chosen by k-NN on validation images. Each run is also
-evaluated on the test split, once; the choice does not use that.
+(`docs/study.md`). `simsiam_muon` and `emp_ssl_muon` have JEVB's optimizer, batch and augmentations;
+SimSiam has its own heads, EMP-SSL a projector of JEVB's size. Which recipe becomes JEVB's is chosen by
+k-NN on validation images. Each run is also evaluated on the test split, once; the choice does not use
+that.
 """
 
 import math
@@ -46,11 +47,16 @@ def run_config(method: str, **changes: Any) -> Any:
 
 
 def with_muon(method: str) -> Any:
-    """The heads and the loss of a method, with the rest of JEVB's recipe; no target network."""
+    """The loss and the heads of a method, with the rest of JEVB's recipe; no target network."""
     config, jevb = run_config(method), run_config("jevb", optimizer__weight_decay=_DECAY)
     for section in ("optimizer", "augmentation", "train"):
         config[section] = jevb[section]
     config.train.target_decay = 0.0
+    if (
+        method == "emp_ssl"
+    ):  # the published layers are twice as wide: Muon would take eight times as long
+        config.model.projector_hidden_dims = jevb.model.projector_hidden_dims
+        config.model.embedding_dim = jevb.model.embedding_dim
     return config
 
 
