@@ -17,7 +17,7 @@ from typing import Any
 
 from jevb_study.spec import Comparison, Curves, Logged, Result, Study, Sweep
 from studies import cifar10_small_views
-from studies.changed_settings import changed
+from studies.changed_settings import accuracy_alone, changed
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 OTHER_RATES = (2e-3, 5e-3, 1e-2)  # of SimSiam and EMP-SSL
@@ -95,13 +95,7 @@ def run_config(method: str, **changes: Any) -> Any:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = BASE_RATE
     config.optimizer.weight_decay = BASE_DECAY
-    config.evaluation.l2_grid = (1e-3,)
-    config.ood.num_views = 2
-    config.ood.num_samples = 1
-    config.ood.num_bootstrap = 2
-    config.ood.max_fit_images = 2000
-    config.checkpoint.fitted_megabytes = 0
-    return changed(config, changes)
+    return changed(accuracy_alone(config), changes)
 
 
 def rate_name(rate: float, method: str = "jevb") -> str:

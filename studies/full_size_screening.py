@@ -12,7 +12,7 @@ from typing import Any
 
 from configs import cifar10
 from jevb_study.spec import Comparison, Curves, Logged, Result, Study
-from studies.changed_settings import changed
+from studies.changed_settings import accuracy_alone, changed
 
 _ACCURACY = "10-NN accuracy"
 _KNN = "validation/knn_10_uniform_accuracy"
@@ -38,15 +38,7 @@ def run_config(method: str, **changes: Any) -> Any:
     config.train.health_every_steps = 500
     config.evaluation.split = "validation"
     config.evaluation.knn_k = (20,)
-    config.evaluation.l2_grid = (1e-3,)
-    config.evaluation.labels_per_class = 0
-    config.ood.corruptions = ()
-    config.ood.num_views = 2
-    config.ood.num_samples = 1
-    config.ood.num_bootstrap = 2
-    config.ood.max_fit_images = 2000
-    config.checkpoint.fitted_megabytes = 0
-    return changed(config, changes)
+    return changed(accuracy_alone(config), changes)
 
 
 def get_runs(run_config: Callable[..., Any]) -> dict[str, Any]:

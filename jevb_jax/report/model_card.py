@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jevb_jax.report.tables import markdown_table, measure_rows, value_columns
+from jevb_jax.report.tables import encoder_columns, markdown_table, measure_rows
 from jevb_jax.runs import files
 from jevb_jax.settings.sections import DataSection, RunSettings
 
@@ -194,10 +194,10 @@ def _numbers(results: Mapping[str, Any] | None, shown: "_Shortened") -> list[str
         return "" if value is None else f"{value:.3f}"
 
     measured = measure_rows(results)
-    columns = value_columns(measured)
+    columns, values_of_rows = encoder_columns(measured)
     rows: list[Sequence[str]] = [
         (row.name, row.features, *map(number, values), shown(row.protocol))
-        for row, values in zip(measured, zip(*columns.values(), strict=True), strict=True)
+        for row, values in zip(measured, values_of_rows, strict=True)
     ]
     told = f"Of the {results['split']} split, one run."
     if "untrained" in columns:

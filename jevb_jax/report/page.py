@@ -134,11 +134,11 @@ def _results(results: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = tables.measure_rows(results)
     if not rows:
         return None
-    columns = tables.value_columns(rows)
+    columns, values_of_rows = tables.encoder_columns(rows)
     head = ["measure", "features", *columns]
     cells = [
         (row.name, row.features, *(_decimals(value) for value in values))
-        for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True)
+        for row, values in zip(rows, values_of_rows, strict=True)
     ]
     return {
         "table": _Table("Results", head, cells, texts=2),

@@ -104,11 +104,16 @@ def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
     ]
 
 
-def value_columns(rows: Sequence[MeasureRow]) -> dict[str, list[float | None]]:
-    """The columns "untrained" and "trained"; the first one only if something was measured for it."""
-    untrained = [row.untrained for row in rows]
-    before = {"untrained": untrained} if any(value is not None for value in untrained) else {}
-    return {**before, "trained": [row.trained for row in rows]}
+def encoder_columns(
+    rows: Sequence[MeasureRow],
+) -> tuple[tuple[str, ...], list[tuple[float | None, ...]]]:
+    """The names of the columns of encoders, and the values of each row.
+
+    The untrained encoder has a column only if something was measured for it.
+    """
+    if any(row.untrained is not None for row in rows):
+        return ("untrained", "trained"), [(row.untrained, row.trained) for row in rows]
+    return ("trained",), [(row.trained,) for row in rows]
 
 
 _CSV_COLUMNS = (
@@ -162,10 +167,10 @@ def classification_table(results: Mapping[str, Any]) -> Table:
     for column in ("features", "measure"):
         table.add_column(column)
     rows = measure_rows(results)
-    columns = value_columns(rows)
+    columns, values_of_rows = encoder_columns(rows)
     for column in columns:
         table.add_column(column, justify="right")
-    for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True):
+    for row, values in zip(rows, values_of_rows, strict=True):
         cells = ("" if value is None else f"{value:.4f}" for value in values)
         table.add_row(row.features, row.name, *cells)
     return table
